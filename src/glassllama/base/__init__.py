@@ -1,0 +1,1 @@
+"""What every floor may import: configuration, errors, interfaces. Standard library and numpy."""
