@@ -1,0 +1,1 @@
+"""Reference models in PyTorch, one architecture a file, read top to bottom."""

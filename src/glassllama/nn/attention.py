@@ -1,0 +1,119 @@
+"""Attention: every position asks (q), every visible position answers (k) with what it holds (v).
+
+Source: Attention Is All You Need (Vaswani et al., 2017), section 3.2; grouped queries: GQA (Ainslie
+et al., 2023). Stated twice, as the formula and as PyTorch's fused kernel; a test ties them, and the
+model runs the formula whenever somebody watches the scores or weights.
+
+Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, K kv heads, D head
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassllama.base.config import LlamaConfig
+from glassllama.nn.cache import KVCache
+from glassllama.nn.norm import rms_norm
+from glassllama.nn.rope import ROTATE, Rotation
+from glassllama.nn.watch import Watch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one forward pass."""
+
+    turn: Rotation
+    mask: Tensor | None  # (B or 1, 1, T, S), True where seen; None: causal from the first token on
+    cache: KVCache | None
+    new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
+
+
+def causal_mask(positions: Tensor, visible: int) -> Tensor:
+    """Nobody sees the future: (B, T) positions, S -> (B, 1, T, S), True where s ≤ position."""
+    return torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
+
+
+def same_segment(segments: Tensor) -> Tensor:
+    """Packed documents do not see each other: (B, T) document numbers -> (B, 1, T, T)."""
+    return (segments[:, :, None] == segments[:, None, :]).unsqueeze(1)
+
+
+def split_heads(x: Tensor, n: int) -> Tensor:
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, T, n·D) -> (B, n, T, D)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H·D)
+
+
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q·k/√D for every pair of positions, float32; query head h asks kv head h // (H/K)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, K, S, D) -> (B, H, S, D)
+    return q.float() @ k.float().mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
+
+
+def attention_weights(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over what may be seen: each row of (B, H, T, S) sums to one."""
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """What each head takes home: (B, H, T, S), (B, K, S, D) -> (B, H, T, D), in v's dtype."""
+    v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)  # (B, H, S, D)
+    return (weights @ v.float()).type_as(v)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same three steps in one kernel; no mask means causal, with T = S. -> (B, H, T, D)."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
+class Attention(nn.Module):
+    """Project to heads, rotate, attend, project back."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.config, self.layer = config, layer
+        self.rotate = ROTATE[config.rope_layout]
+        self.wq = nn.Linear(config.dim, queries, bias=False)
+        self.wk = nn.Linear(config.dim, keys, bias=False)
+        self.wv = nn.Linear(config.dim, keys, bias=False)
+        self.wo = nn.Linear(queries, config.dim, bias=False)
+        self.q, self.k, self.v = Watch(), Watch(), Watch()  # by head, before rotation
+        self.q_rope, self.k_rope = Watch(), Watch()  # as they are compared
+        self.scores, self.weights, self.heads = Watch(), Watch(), Watch()
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q = self.q(split_heads(self.wq(x), self.config.n_heads))  # (B, H, T, D)
+        k = self.k(split_heads(self.wk(x), self.config.n_kv_heads))  # (B, K, T, D)
+        v = self.v(split_heads(self.wv(x), self.config.n_kv_heads))  # (B, K, T, D)
+        q, k = self.place(q, step.turn), self.place(k, step.turn)
+        q, k = self.q_rope(q), self.k_rope(k)
+        if step.cache is not None:
+            k, v = step.cache.extend(self.layer, k, v, step.new)  # (B, K, S, D)
+        heads = self.heads(self.attend(q, k, v, step.mask))  # (B, H, T, D)
+        return self.wo(join_heads(heads))  # (B, T, C)
+
+    def place(self, x: Tensor, turn: Rotation) -> Tensor:
+        """Give a head its position; with `qk_norm` its length is made one, too."""
+        turned = self.rotate(x, turn)
+        return rms_norm(turned, self.config.norm_eps) if self.config.qk_norm else turned
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The fused kernel, or the formula while somebody watches. -> (B, H, T, D)."""
+        if not (self.scores.watched or self.weights.watched):
+            return fused_attention(q, k, v, mask)
+        if mask is None:
+            mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2])
+        scores = self.scores(attention_scores(q, k))
+        return weighted_sum(self.weights(attention_weights(scores, mask)), v)

@@ -1,0 +1,23 @@
+"""SwiGLU: a gate decides how much of each of F features passes (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassllama.nn.watch import Watch
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)), where silu(z) = z / (1 + e⁻ᶻ)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, ffn_dim, bias=False)
+        self.up = nn.Linear(dim, ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+        self.gated = Watch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.gated(F.silu(self.gate(x)) * self.up(x))  # (B, T, F)
+        return self.down(features)  # (B, T, C)

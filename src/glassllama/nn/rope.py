@@ -1,0 +1,67 @@
+"""Rotary positions: each pair of coordinates is turned by an angle that grows with the position.
+
+Source: RoFormer (Su et al., 2021), section 3.2. Which coordinates form a pair is a convention of
+the checkpoint: "pairs" turns neighbours (0,1), (2,3), …; "halves" turns (0, D/2), (1, D/2+1), ….
+The same rotation is stated twice: as multiplication of complex numbers, the textbook form, and in
+real arithmetic, the form that models run; a test ties them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glassllama.base.config import RopeLayout
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32: the 1 is for the heads."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Radians to turn by: position × frequency. (B, T), (D/2,) -> (B, T, D/2) float32."""
+    return positions.float().unsqueeze(-1) * frequencies
+
+
+def rotation(angles: Tensor) -> Rotation:
+    """(B, T, D/2) angles -> what `rotate_pairs` and `rotate_halves` take."""
+    angles = angles.unsqueeze(1)  # (B, 1, T, D/2)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate_pairs(x: Tensor, turn: Rotation) -> Tensor:
+    """Turn neighbours (0,1), (2,3), …: Meta's and GGUF's layout. (B, H, T, D) -> same."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # two (B, H, T, D/2)
+    turned = torch.stack((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
+    return turned.flatten(-2).type_as(x)  # (B, H, T, D)
+
+
+def rotate_halves(x: Tensor, turn: Rotation) -> Tensor:
+    """Turn (0, D/2), (1, D/2+1), …: Hugging Face's layout. (B, H, T, D) -> same."""
+    a, b = x.float().chunk(2, dim=-1)  # two (B, H, T, D/2)
+    turned = torch.cat((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
+    return turned.type_as(x)  # (B, H, T, D)
+
+
+ROTATE = {"pairs": rotate_pairs, "halves": rotate_halves}
+
+
+def rotate_complex(x: Tensor, angles: Tensor, layout: RopeLayout) -> Tensor:
+    """The textbook form: a pair (a, b) is the number a + bi, and turning it is · e^(i·angle).
+
+    (B, H, T, D), (B, T, D/2) -> (B, H, T, D).
+    """
+    wide = x.float()
+    if layout == "pairs":
+        numbers = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    else:
+        numbers = torch.complex(*wide.chunk(2, dim=-1))  # (B, H, T, D/2)
+    numbers = numbers * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    if layout == "pairs":
+        return torch.view_as_real(numbers).flatten(-2).type_as(x)
+    return torch.cat((numbers.real, numbers.imag), dim=-1).type_as(x)
