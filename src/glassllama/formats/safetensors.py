@@ -1,0 +1,212 @@
+"""safetensors: a length, a JSON header, the bytes. One file, or shards with an index.json.
+
+    0      8 bytes   N, the header's length, unsigned, little-endian
+    8      N bytes   {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}
+    8 + N  the rest  the tensors one after another, no gaps; offsets count from here
+
+Source: the format's description in the safetensors project (README, "Format"). Everything that the
+header says is checked before any tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from glassllama.base.errors import FormatError
+from glassllama.base.interfaces import TensorInfo
+from glassllama.formats.elements import ELEMENT_TYPES, checked_shape, quoted
+from glassllama.formats.mapped import MappedFile, as_plain_array
+from glassllama.formats.strict_json import parse_object
+
+LENGTH_BYTES = 8
+LONGEST_HEADER = 100_000_000  # the format's own limit
+ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+class SafetensorsFile:
+    """A `TensorFile` over one file or all shards of an index. Made by `open_safetensors`.
+
+    The format carries no checksums: what can be verified is verified when the file is opened.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[MappedFile],
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self._files = {str(file.path): file for file in files}
+        self._tensors = tensors
+        self._metadata = metadata
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The `__metadata__` map: text to text; of shards, the union (later shards win)."""
+        return self._metadata
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise FormatError(f"{' '.join(self._files)}: no tensor named {quoted(name)}")
+        return self._tensors[name]
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
+
+        A view of the mapped file; a copy only where the elements do not lie aligned.
+        """
+        tensor = self.info(name)
+        file, dtype = self._files[tensor.path], ELEMENT_TYPES[tensor.dtype]
+        view = file.array(tensor.shape, dtype, tensor.offset)
+        return as_plain_array(view, rows)
+
+    def drop(self, name: str) -> None:
+        tensor = self.info(name)
+        self._files[tensor.path].drop(tensor.offset, tensor.nbytes)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Open one .safetensors file, or every shard that a .safetensors.index.json names.
+
+    Raises FormatError, naming the file and the field, before any tensor is read.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return _open_sharded(path)
+    file = MappedFile(path)
+    metadata, tensors = read_header(file)
+    return SafetensorsFile([file], tensors, metadata)
+
+
+def read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """-> (`__metadata__`, tensors by name in the header's order), all of it checked."""
+    nbytes = _header_length(file)
+    raw = file.bytes_at(LENGTH_BYTES, nbytes)
+    if not raw.startswith(b"{"):
+        raise FormatError(f"{file.path}: header must begin with '{{', got {quoted(raw[:1])}")
+    header = parse_object(raw, f"{file.path}: header")
+    metadata = _checked_metadata(header.pop("__metadata__", {}), file.path)
+    data_start = LENGTH_BYTES + nbytes
+    tensors = {
+        name: _checked_tensor(name, entry, file.path, data_start) for name, entry in header.items()
+    }
+    _check_no_gaps(tensors.values(), data_start, file)
+    return metadata, tensors
+
+
+def _header_length(file: MappedFile) -> int:
+    if file.size < LENGTH_BYTES:
+        raise FormatError(
+            f"{file.path}: {file.size} bytes; a safetensors file begins with {LENGTH_BYTES} bytes "
+            "of header length"
+        )
+    nbytes = int.from_bytes(file.bytes_at(0, LENGTH_BYTES), "little")
+    room = min(file.size - LENGTH_BYTES, LONGEST_HEADER)
+    if not 2 <= nbytes <= room:  # the shortest header is {}
+        raise FormatError(
+            f"{file.path}: header length {nbytes}, expected 2 … {room}; "
+            "not a safetensors file, or a truncated one"
+        )
+    return nbytes
+
+
+def _checked_metadata(metadata: object, path: Path) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map text to text, got {quoted(metadata)}")
+    return metadata
+
+
+def _checked_tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+    where = f"{path}: tensor {quoted(name)}"
+    if not isinstance(entry, dict) or set(entry) != ENTRY_FIELDS:
+        raise FormatError(f"{where}: expected {sorted(ENTRY_FIELDS)}, got {quoted(entry)}")
+    dtype, offsets = entry["dtype"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_TYPES:
+        raise FormatError(
+            f"{where}: dtype {quoted(dtype)} is not supported (have {' '.join(ELEMENT_TYPES)})"
+        )
+    itemsize = ELEMENT_TYPES[dtype].itemsize
+    shape = checked_shape(entry["shape"], itemsize, where)
+    if not isinstance(offsets, list) or [type(o) for o in offsets] != [int, int]:
+        raise FormatError(f"{where}: data_offsets must be [begin, end], got {quoted(offsets)}")
+    begin, end = offsets
+    nbytes = math.prod(shape) * itemsize
+    if begin < 0 or end - begin != nbytes:
+        raise FormatError(
+            f"{where}: data_offsets {quoted(offsets)}, but {dtype} {list(shape)} is {nbytes} bytes"
+        )
+    offset = data_start + begin
+    return TensorInfo(
+        name=name, shape=shape, dtype=dtype, path=str(path), offset=offset, nbytes=nbytes
+    )
+
+
+def _check_no_gaps(tensors: Iterable[TensorInfo], data_start: int, file: MappedFile) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    reached = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != reached:
+            fault = "overlaps" if tensor.offset < reached else "leaves a hole after"
+            raise FormatError(
+                f"{file.path}: tensor {quoted(tensor.name)} {fault} the one before it: begins at "
+                f"byte {tensor.offset}, expected {reached}"
+            )
+        reached += tensor.nbytes
+    if reached != file.size:
+        fault = "truncated" if reached > file.size else "has trailing bytes"
+        raise FormatError(
+            f"{file.path}: {fault}: {file.size} bytes, the header accounts for {reached}"
+        )
+
+
+def _open_sharded(index: Path) -> SafetensorsFile:
+    """Open all shards; each tensor must lie where the index says, and in one shard only."""
+    weight_map = _read_weight_map(index)
+    files, tensors, metadata = [], dict[str, TensorInfo](), dict[str, str]()
+    for shard in sorted(set(weight_map.values())):
+        file = MappedFile(index.parent / shard)
+        its_metadata, its_tensors = read_header(file)
+        if twice := tensors.keys() & its_tensors.keys():
+            name = min(twice)
+            other = Path(tensors[name].path).name
+            raise FormatError(f"{index}: tensor {quoted(name)} is in {other} and in {shard}")
+        files.append(file)
+        tensors |= its_tensors
+        metadata |= its_metadata
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise FormatError(f"{index}: tensor {quoted(name)} is not in {shard}, nor elsewhere")
+        if (found := Path(tensors[name].path).name) != shard:
+            raise FormatError(f"{index}: tensor {quoted(name)} is in {found}, expected {shard}")
+    return SafetensorsFile(files, tensors, metadata)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    file = MappedFile(index)
+    if file.size > LONGEST_HEADER:
+        raise FormatError(f"{index}: {file.size} bytes, expected at most {LONGEST_HEADER}")
+    weight_map = parse_object(file.bytes_at(0, file.size), str(index)).get("weight_map")
+    file.close()
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
+    for shard in set(map(_text, weight_map.values())):
+        if shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
+            raise FormatError(
+                f"{index}: shard {quoted(shard)} must be the plain name of a file beside the index"
+            )
+    return weight_map
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
