@@ -1,0 +1,1 @@
+"""From files to a model: names, configurations, tokenizers; the only room that knows both."""

@@ -1,0 +1,60 @@
+"""What this machine can spare: memory that may be taken, cores that may be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from glassllama.base.errors import MemoryShortError
+
+# Linux: the ceiling a container sets, version 2 and version 1 of control groups.
+CGROUP_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken now without swapping; None where the system does not say."""
+    free = _system_memory()
+    for limit, used in CGROUP_LIMITS:
+        try:
+            room = int(limit.read_text()) - int(used.read_text())
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+        free = room if free is None else min(free, room)
+    return free
+
+
+def _system_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None  # Windows, and sandboxes without /proc
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, affinity honoured."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gigabytes(count: float) -> str:
+    """12_345_678_901 -> "12.35 GB": memory as people read it."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def require_memory(needed: int, *, what: str, instead: str) -> None:
+    """Raise MemoryShortError, before anything is allocated, if `needed` bytes are not there."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise MemoryShortError(
+            f"{what} needs {gigabytes(needed)} of memory, {gigabytes(free)} are free; {instead}"
+        )

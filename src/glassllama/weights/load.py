@@ -1,0 +1,121 @@
+"""A checkpoint → the PyTorch model: built without memory, then filled one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import Cache, Progress
+from glassllama.base.machine import require_memory
+from glassllama.models.llama import Llama
+from glassllama.nn.cache import KVCache
+from glassllama.weights.names import expected_shapes
+from glassllama.weights.open import Checkpoint
+
+WORKING_MEMORY = 100_000_000  # activations and PyTorch's own needs beside weights and cache
+
+
+def load_llama(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Llama:
+    """The reference model with this checkpoint's weights, on `device`, in evaluation mode.
+
+    `dtype` None keeps bfloat16 files as they are and makes everything else float32. Peak memory is
+    the model as kept plus its largest tensor. Raises MemoryShortError before it allocates.
+    """
+    kept = kept_dtype(checkpoint) if dtype is None else dtype
+    shapes = expected_shapes(checkpoint.config)
+    if torch.device(device).type == "cpu":
+        elements = sum(int(np.prod(shape)) for shape in shapes.values())
+        require_memory(
+            elements * kept.itemsize + WORKING_MEMORY,
+            what=f"{checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
+            instead="use backend='engine', which keeps quantised weights packed",
+        )
+    with torch.device("meta"):
+        model = Llama(checkpoint.config).to(kept)  # shapes only
+    for done, ours in enumerate(shapes, start=1):
+        place(model, ours, as_tensor(checkpoint, ours, kept, torch.device(device)))
+        checkpoint.drop(ours)
+        if progress is not None:
+            progress(done, len(shapes))
+    return model.requires_grad_(False).eval()
+
+
+def kept_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """bfloat16 where the file's matrices are, else float32."""
+    stored = checkpoint.info("tok_embeddings.weight").dtype
+    return torch.bfloat16 if stored == "BF16" else torch.float32
+
+
+def as_tensor(
+    checkpoint: Checkpoint, ours: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One tensor of the file, as `dtype` on `device`; never a view of the file."""
+    if checkpoint.info(ours).dtype == "BF16" and dtype == torch.bfloat16:
+        bits = np.array(checkpoint.read(ours).view(np.uint16))  # numpy has no bfloat16 of its own
+        return torch.from_numpy(bits).view(torch.bfloat16).to(device)
+    return torch.from_numpy(checkpoint.float32(ours)).to(device=device, dtype=dtype)
+
+
+def place(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Put one tensor where the model so far has only a shape."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+class TorchExecutor:
+    """The reference model behind the Executor interface of base/interfaces.py."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        return self.model.new_cache(batch, max_len)
+
+    def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
+        """See Executor: rows are padded on the right, and a row without ids is left alone."""
+        lengths = [len(row) for row in ids]
+        h = self._hidden(ids, cache)  # (B, T, C)
+        last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
+        rows = torch.arange(len(ids), device=self.device)
+        return self._numpy(self.model.logits(h[rows, last]))  # (B, V)
+
+    def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
+        return self._numpy(self.model.logits(self._hidden([ids], cache)[0]))  # (T, V)
+
+    @torch.inference_mode()
+    def _hidden(self, ids: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+        assert isinstance(cache, KVCache)
+        for row in ids:
+            if row and not 0 <= min(row) <= max(row) < self.config.vocab_size:
+                bad = next(i for i in row if not 0 <= i < self.config.vocab_size)
+                raise GenerationError(
+                    f"id {bad} is outside the vocabulary of {self.config.vocab_size}"
+                )
+        width = max(len(row) for row in ids)
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])  # (B, T)
+        lengths = [len(row) for row in ids]
+        return self.model.hidden(padded.to(self.device), cache, lengths=lengths)  # (B, T, C)
+
+    @torch.inference_mode()
+    def _numpy(self, logits: Tensor) -> NDArray[np.float32]:
+        return logits.cpu().numpy()
