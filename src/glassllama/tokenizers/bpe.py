@@ -1,0 +1,186 @@
+"""Byte-level byte-pair encoding (BPE): bytes of a word, merged pair by pair into tokens.
+
+    " low" → ␣ l o w → ␣ lo w → ␣ low → ␣low
+
+Which pair merges first is learned: every pair has a rank, the lowest goes first. Source: Sennrich
+et al. (2016), on bytes as in GPT-2 (Radford et al., 2019).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.split import Split
+
+if TYPE_CHECKING:
+    from glassllama.tokenizers.long_words import PairTable
+
+NEVER = 2**31 - 1  # the rank of a pair that does not merge
+LONG_WORD = 1024  # bytes; the plain loop needs time with the square of the length, the heap hardly
+CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
+CACHED_LENGTH = 64  # characters; longer words seldom come twice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a file of a byte-level BPE tokenizer holds.
+
+    `tokens` are the bytes of each id (None: an id without a token), control tokens as their text.
+    `ids` leads back from bytes to id, for tokens that merging may make: no control token is there.
+    `merges` ranks pairs; None means that the rank of a pair is the id of the two joined, as in
+    tiktoken's files. `whole_words`: a word that is a token is taken at once, whatever the merges.
+    `controls` are read from text only on request, `added` always. `chunks` cuts a long text first.
+    """
+
+    tokens: tuple[bytes | None, ...]
+    ids: Mapping[bytes, int] = field(repr=False)
+    merges: Mapping[tuple[bytes, bytes], int] | None = field(repr=False)
+    split: Split
+    whole_words: bool
+    controls: Mapping[str, int]
+    added: Mapping[str, int] = field(default_factory=dict)
+    chunks: Callable[[str], Iterable[str]] | None = None
+
+    def rank(self, left: bytes, right: bytes) -> int:
+        if self.merges is None:
+            return self.ids.get(left + right, NEVER)
+        return self.merges.get((left, right), NEVER)
+
+
+def merge(parts: list[bytes], rank: Callable[[bytes, bytes], int]) -> list[bytes]:
+    """Join neighbours, the lowest rank first and the leftmost of equals, until none has a rank."""
+    ranks = [rank(left, right) for left, right in pairwise(parts)]
+    while ranks and (lowest := min(ranks)) != NEVER:
+        at = ranks.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del ranks[at]
+        if at > 0:
+            ranks[at - 1] = rank(parts[at - 1], parts[at])
+        if at < len(ranks):
+            ranks[at] = rank(parts[at], parts[at + 1])
+    return parts
+
+
+class BytePairTokenizer:
+    """Text ↔ ids by byte-level BPE; a `base.interfaces.Tokenizer`.
+
+    Odd input: the empty text has no ids; NUL, BOM and unassigned code points are text like any
+    other; a lone surrogate, which is no character, is a TokenizerError; bytes that are not UTF-8
+    decode to U+FFFD. A byte that the vocabulary has no token for is left out, as the tokenizers
+    such models were trained with do (SmolLM2 lacks six control characters).
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, bos: int | None, stop_ids: Iterable[int] = ()
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.bos = bos
+        self.stop_ids = frozenset(stop_ids)
+        self.specials: Mapping[str, int] = MappingProxyType(dict(vocabulary.controls))
+        self._added = dict(vocabulary.added)
+        self._texts = {**vocabulary.controls, **vocabulary.added}
+        self._added_pattern = alternatives(self._added)
+        self._texts_pattern = alternatives(self._texts)
+        self._cache: dict[str, list[int]] = {}
+        for id in (*self.stop_ids, *self._texts.values(), *([] if bos is None else [bos])):
+            self.token_bytes(id)  # must exist
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary.tokens)
+
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, control tokens written in it become their ids."""
+        pattern = self._texts_pattern if specials else self._added_pattern
+        chunks = self.vocabulary.chunks
+        ids = [self.bos] if bos and self.bos is not None else []
+        try:
+            for chunk in (text,) if chunks is None else chunks(text):
+                pieces = [chunk] if pattern is None else pattern.split(chunk)
+                ids += self._encode_words(pieces[0])
+                for written, words in zip(pieces[1::2], pieces[2::2], strict=True):
+                    ids.append(self._texts[written])
+                    ids += self._encode_words(words)
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+        return ids
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text without control tokens, (T,)."""
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; a character that is cut in two, or no UTF-8, becomes U+FFFD."""
+        return b"".join([self.token_bytes(id) for id in ids]).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one id; a control token's are its text."""
+        tokens = self.vocabulary.tokens
+        token = tokens[id] if 0 <= id < len(tokens) else None
+        if token is None:
+            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {len(tokens) - 1}")
+        return token
+
+    def _encode_words(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for word in self.vocabulary.split.words(text):
+            known = self._cache.get(word)
+            if known is None:
+                known = self._encode_word(word.encode())
+                if len(word) <= CACHED_LENGTH:
+                    if len(self._cache) >= CACHED_WORDS:
+                        self._cache.clear()
+                    self._cache[word] = known
+            ids += known
+        return ids
+
+    def _encode_word(self, word: bytes) -> list[int]:
+        vocabulary = self.vocabulary
+        if vocabulary.whole_words and word in vocabulary.ids:
+            return [vocabulary.ids[word]]
+        if len(word) > LONG_WORD:
+            return self._encode_long_word(word)
+        parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
+        return [vocabulary.ids[part] for part in merge(parts, vocabulary.rank)]
+
+    def _encode_long_word(self, word: bytes) -> list[int]:
+        """The same ids as the plain loop gives, in time that hardly exceeds the word's length."""
+        from glassllama.tokenizers.long_words import merge_ids  # compiles: only when it is needed
+
+        ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
+        symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
+        merged: list[int] = merge_ids(symbols[symbols >= 0], self._pairs).tolist()
+        return merged
+
+    @cached_property
+    def _pairs(self) -> PairTable:
+        from glassllama.tokenizers.long_words import pair_table
+
+        return pair_table(self.vocabulary)
+
+
+BYTES = tuple(bytes([value]) for value in range(256))
+
+
+def alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds any of these texts, the longest where several begin; None where there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def surrogate_error(text: str) -> TokenizerError:
+    at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return TokenizerError(
+        f"text: character {at} is U+{ord(text[at]):04X}, half of a UTF-16 pair and no character; "
+        "read the text as UTF-8"
+    )
