@@ -1,0 +1,196 @@
+"""GGUF checkpoints: metadata and named tensors, memory-mapped, in one file or several parts.
+
+One file's header is read by gguf_header.py, values of the metadata by gguf_values.py, and what
+`read` returns is made float32 by blocks.py. docs/formats/gguf.md draws the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import FormatError
+from glassllama.base.interfaces import TensorInfo
+from glassllama.formats.blocks import ELEMENTS, block_layout
+from glassllama.formats.gguf_header import read_header
+from glassllama.formats.gguf_values import Cursor, Value, show
+
+PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a checkpoint; most checkpoints have one."""
+
+    path: Path
+    mapped: mmap.mmap
+    metadata: dict[str, Value]
+    tensors: list[TensorInfo]
+
+
+class GGUFFile:
+    """A checkpoint in GGUF form: a `TensorFile` (base/interfaces.py).
+
+    Single numbers of the metadata are plain Python, arrays of numbers read-only numpy, arrays of
+    strings a sequence that decodes on demand; all of them outlive `close`. The metadata of a split
+    checkpoint is that of its first part. Arrays from `read` stay valid after `close` too: the
+    system's map ends with the last of them.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._path = parts[0].path
+        self._maps = {str(part.path): part.mapped for part in parts}
+        self._tensors = {info.name: info for part in parts for info in part.tensors}
+        self._closed = False
+        self.metadata: Mapping[str, Value] = MappingProxyType(parts[0].metadata)
+
+    def names(self) -> list[str]:
+        """Tensor names in the order of the file's table."""
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, type and place of a tensor. Raises FormatError if there is none of this name."""
+        if name not in self._tensors:
+            raise FormatError(f"{self._path}: there is no tensor {show(name)}")
+        return self._tensors[name]
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """The tensor as stored, or `rows` along its first axis: a read-only view of the file.
+
+        Block types come as uint8 of shape (*shape[:-1], bytes of a row). Nothing is fetched from
+        the disk before it is looked at.
+        """
+        info = self.info(name)
+        if self._closed:
+            raise FormatError(f"{info.path}: closed, so {show(name)} cannot be read any more")
+        stored = stored_array(self._maps[info.path], info)
+        if rows is None:
+            return stored
+        if info.dtype not in ELEMENTS and len(info.shape) < 2:
+            raise FormatError(f"{info.path}: {show(name)} is a single row of blocks: read it whole")
+        return stored[rows]
+
+    def drop(self, name: str) -> None:
+        """Give this tensor's pages back; whoever looks at it again reads the file again."""
+        info = self.info(name)
+        if self._closed or not info.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
+            return  # Windows has no such call: there the system trims a process by itself
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        length = info.offset + info.nbytes - start
+        self._maps[info.path].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def close(self) -> None:
+        self._closed = True
+        for mapped in self._maps.values():
+            try:
+                mapped.close()
+            except BufferError:  # an array still looks into the map, which ends with it
+                continue
+
+
+def stored_array(mapped: mmap.mmap, info: TensorInfo) -> NDArray[Any]:
+    """The bytes of a tensor under their numpy type and shape, without a copy."""
+    if info.dtype in ELEMENTS:
+        dtype, shape = ELEMENTS[info.dtype], info.shape
+    else:
+        layout = block_layout(info.dtype)
+        row_bytes = info.shape[-1] // layout.elements * layout.bytes
+        dtype, shape = np.dtype(np.uint8), (*info.shape[:-1], row_bytes)
+    count = math.prod(shape)
+    source: mmap.mmap | bytes = mapped if count else b""  # an empty tensor may lie at the very end
+    return np.frombuffer(source, dtype, count, info.offset if count else 0).reshape(shape)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a checkpoint by its file, or by any one of its `-0000N-of-0000M.gguf` parts.
+
+    Raises FormatError, in one line, for whatever the file has that the format forbids.
+    """
+    given = open_part(path)
+    count = whole_number(given, "split.count", default=1)
+    if count <= 1:  # 0 is what the tool that merges parts leaves behind
+        return GGUFFile([given])
+    paths = part_paths(path, count)
+    parts = [given if other == path else open_part(other) for other in paths]
+    for number, part in enumerate(parts):
+        check_part(part, number, count)
+    check_tensors(parts)
+    return GGUFFile(parts)
+
+
+def open_part(path: Path) -> Part:
+    mapped = map_file(path)
+    with memoryview(mapped) as data:  # released here: what is kept of the header is copied
+        metadata, tensors = read_header(Cursor(data, str(path)))
+    return Part(path, mapped, metadata, tensors)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise FormatError(f"{path}: is empty, not a GGUF file; fetch it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def part_paths(path: Path, count: int) -> list[Path]:
+    """The files of all parts, from the name of one. Raises FormatError if one is not there."""
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise FormatError(
+            f"{path}: split.count says {count} parts, so the name must end in "
+            f"-0000N-of-{count:05}.gguf for the others to be found; rename it"
+        )
+    numbers = range(1, count + 1)
+    paths = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in numbers]
+    for other in paths:
+        if not other.is_file():
+            raise FormatError(f"{other}: missing; {path.name} needs all {count} parts beside it")
+    return paths
+
+
+def check_part(part: Part, number: int, count: int) -> None:
+    """A part must know its own place: `split.no` counts from 0, the name from 1."""
+    for key, expected in (("split.no", number), ("split.count", count)):
+        value = whole_number(part, key, default=-1)
+        if value != expected:
+            raise FormatError(
+                f"{part.path}: {key} must be {expected} by its name, got {value}; "
+                "parts were renamed, or mixed with another checkpoint's"
+            )
+
+
+def check_tensors(parts: list[Part]) -> None:
+    """All parts together must hold as many tensors as the first says, and each once."""
+    seen: dict[str, Path] = {}
+    for part in parts:
+        for info in part.tensors:
+            if info.name in seen:
+                other = seen[info.name].name
+                raise FormatError(f"{part.path}: tensor {show(info.name)} is in {other} already")
+            seen[info.name] = part.path
+    expected = whole_number(parts[0], "split.tensors.count", default=-1)
+    if len(seen) != expected:
+        raise FormatError(
+            f"{parts[0].path}: split.tensors.count must be {len(seen)}, the tensors of all parts, "
+            f"got {expected}"
+        )
+
+
+def whole_number(part: Part, key: str, *, default: int) -> int:
+    value = part.metadata.get(key, default)
+    if type(value) is not int:
+        raise FormatError(f"{part.path}: {key} must be a whole number, got {show(repr(value))}")
+    return value
