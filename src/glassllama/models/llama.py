@@ -97,9 +97,11 @@ class Llama(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(…, C) -> (…, V) float32: how well each token of the vocabulary would follow."""
-        tied = self.config.tie_embeddings
-        weight = self.tok_embeddings.weight if tied else self.output.weight
-        return self.last_logits(F.linear(h, weight).float())
+        if self.config.tie_embeddings:
+            logits = F.linear(h, self.tok_embeddings.weight)
+        else:
+            logits = self.output(h)
+        return self.last_logits(logits.float())  # (…, V)
 
     def forward(
         self,

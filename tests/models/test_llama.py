@@ -1,0 +1,146 @@
+"""The reference model against itself: cached, ragged, packed and watched forward passes agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError, GlassError
+from glassllama.models.llama import Llama
+from glassllama.nn.watch import places, recording
+
+V = 37
+
+
+def llama(**changes: object) -> Llama:
+    values = {
+        "dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "ffn_dim": 70,
+        "vocab_size": V, "max_seq_len": 64, "norm_eps": 1e-5, "rope_theta": 10_000.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(**{**values, **changes}))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+IDS = torch.arange(2 * 24).reshape(2, 24) * 29 % V
+VARIANTS = [{}, {"rope_layout": "pairs"}, {"qk_norm": True}, {"tie_embeddings": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("cuts", [[24], [1] * 24, [10, 1, 1, 12], [1, 23], [5, 5, 14]])
+def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts: list[int]) -> None:
+    model = llama(**variant)
+    cache = model.new_cache(2, 30)
+    parts = [model(piece, cache) for piece in IDS.split(cuts, dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(IDS), atol=1e-5)
+    assert cache.lengths == [24, 24]
+
+
+def test_rows_of_different_length_do_not_disturb_each_other() -> None:
+    model, cache = llama(), llama().new_cache(3, 40)
+    rows = [IDS[0, :3], IDS[1, :9], IDS[0, :6]]
+    steps = [[3, 5, 0], [0, 1, 6], [0, 3, 0]]
+    for new in steps:
+        starts = list(cache.lengths)
+        padded = torch.zeros(3, max(new), dtype=torch.long)
+        for row, (start, n) in enumerate(zip(starts, new, strict=True)):
+            padded[row, :n] = rows[row][start : start + n]
+        logits = model(padded, cache, lengths=new)
+        for row, (start, n) in enumerate(zip(starts, new, strict=True)):
+            alone = model(rows[row][None])[0, start : start + n]
+            assert torch.allclose(logits[row, :n], alone, atol=1e-5)
+    assert cache.lengths == [3, 9, 6]
+
+
+def test_the_future_does_not_leak() -> None:
+    model = llama()
+    changed = IDS.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % V
+    before, after = model(IDS), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    model = llama()
+    packed = torch.cat((IDS[0, :8], IDS[1, :9]))[None]
+    segments = torch.tensor([[0] * 8 + [1] * 9])
+    together = model(packed, segments=segments)[0]
+    assert torch.allclose(together[:8], model(IDS[:1, :8])[0], atol=1e-5)
+    # RoPE knows distances only, so a document may start anywhere.
+    assert torch.allclose(together[8:], model(IDS[1:, :9])[0], atol=1e-4)
+
+
+def test_truncated_cache_continues_from_there() -> None:
+    model = llama()
+    cache = model.new_cache(1, 30)
+    model(IDS[:1], cache)
+    cache.truncate(0, 7)
+    again = model(IDS[:1, 7:], cache)
+    assert torch.allclose(again, model(IDS[:1])[:, 7:], atol=1e-5)
+    with pytest.raises(GenerationError, match="25"):
+        cache.truncate(0, 25)
+
+
+def test_a_full_cache_says_both_numbers() -> None:
+    model = llama()
+    with pytest.raises(GenerationError, match=r"20.*24"):
+        model(IDS, model.new_cache(2, 20))
+
+
+def test_logits_can_be_computed_in_chunks() -> None:
+    model = llama()
+    h = model.hidden(IDS)
+    assert torch.equal(torch.cat([model.logits(p) for p in h.split(7, dim=1)], 1), model.logits(h))
+
+
+def test_every_intermediate_can_be_watched_and_nothing_changes() -> None:
+    model = llama()
+    with recording(model, "*") as seen:
+        watched = model(IDS)
+    assert torch.allclose(watched, model(IDS), atol=1e-5)
+    assert torch.equal(seen["last_logits"], watched)
+    shapes = {name: tuple(tensor.shape) for name, tensor in seen.items() if "layers.1." in name}
+    assert {name.removeprefix("layers.1."): shape for name, shape in shapes.items()} == {
+        "attention_norm": (2, 24, 48),
+        "attention.wq": (2, 24, 60),
+        "attention.wk": (2, 24, 20),
+        "attention.wv": (2, 24, 20),
+        "attention.q": (2, 6, 24, 10),
+        "attention.k": (2, 2, 24, 10),
+        "attention.v": (2, 2, 24, 10),
+        "attention.q_rope": (2, 6, 24, 10),
+        "attention.k_rope": (2, 2, 24, 10),
+        "attention.scores": (2, 6, 24, 24),
+        "attention.weights": (2, 6, 24, 24),
+        "attention.heads": (2, 6, 24, 10),
+        "attention.wo": (2, 24, 48),
+        "attention": (2, 24, 48),
+        "after_attention": (2, 24, 48),
+        "ffn_norm": (2, 24, 48),
+        "feed_forward.gate": (2, 24, 70),
+        "feed_forward.up": (2, 24, 70),
+        "feed_forward.gated": (2, 24, 70),
+        "feed_forward.down": (2, 24, 48),
+        "feed_forward": (2, 24, 48),
+    }
+    assert set(seen) == set(places(model)) - {"layers"}
+
+
+def test_watched_weights_are_those_of_the_cached_step() -> None:
+    model = llama()
+    cache = model.new_cache(2, 30)
+    model(IDS[:, :10], cache)
+    with recording(model, "layers.*.attention.weights") as seen:
+        model(IDS[:, 10:11], cache)
+    assert seen["layers.0.attention.weights"].shape == (2, 6, 1, 11)
+    assert torch.allclose(seen["layers.0.attention.weights"].sum(-1), torch.ones(2, 6, 1))
+
+
+def test_a_misspelt_place_is_an_error() -> None:
+    with pytest.raises(GlassError, match="weigths"), recording(llama(), "layers.*.weigths"):
+        pass

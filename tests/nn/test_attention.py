@@ -1,0 +1,66 @@
+"""Attention: formula and fused kernel agree; masks hide what they must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glassllama.nn.attention import (
+    attention_scores,
+    attention_weights,
+    causal_mask,
+    fused_attention,
+    same_segment,
+    weighted_sum,
+)
+
+
+def parts(queries: int, keys: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(queries * 100 + keys)
+    return torch.randn(2, 6, queries, 10), torch.randn(2, 2, keys, 10), torch.randn(2, 2, keys, 10)
+
+
+def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return weighted_sum(attention_weights(attention_scores(q, k), mask), v)
+
+
+@pytest.mark.parametrize(("new", "past"), [(1, 0), (7, 0), (1, 12), (5, 9)])
+def test_formula_and_fused_kernel_agree(new: int, past: int) -> None:
+    q, k, v = parts(new, past + new)
+    mask = causal_mask(torch.arange(past, past + new)[None], past + new)
+    assert torch.allclose(formula(q, k, v, mask), fused_attention(q, k, v, mask), atol=1e-6)
+
+
+def test_no_mask_means_causal_from_the_first_token() -> None:
+    q, k, v = parts(9, 9)
+    mask = causal_mask(torch.arange(9)[None], 9)
+    assert torch.allclose(fused_attention(q, k, v, None), formula(q, k, v, mask), atol=1e-6)
+
+
+def test_each_query_head_reads_its_group() -> None:
+    q, k, v = parts(4, 4)
+    mask = causal_mask(torch.arange(4)[None], 4)
+    alone = [formula(q[:, h : h + 1], k[:, h // 3 : h // 3 + 1], v[:, h // 3 : h // 3 + 1], mask)
+             for h in range(6)]  # fmt: skip
+    assert torch.allclose(formula(q, k, v, mask), torch.cat(alone, dim=1), atol=1e-6)
+
+
+def test_weights_sum_to_one_and_ignore_the_future() -> None:
+    q, k, _ = parts(5, 5)
+    weights = attention_weights(attention_scores(q, k), causal_mask(torch.arange(5)[None], 5))
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 5))
+    assert torch.equal(weights.triu(1), torch.zeros_like(weights))
+
+
+def test_causal_mask_follows_each_rows_own_positions() -> None:
+    mask = causal_mask(torch.tensor([[0, 1], [3, 4]]), 5)
+    assert mask.int().tolist() == [
+        [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]],
+        [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]],
+    ]
+
+
+def test_segments_do_not_see_each_other() -> None:
+    assert same_segment(torch.tensor([[0, 0, 1]])).int().tolist() == [
+        [[[1, 1, 0], [1, 1, 0], [0, 0, 1]]]
+    ]

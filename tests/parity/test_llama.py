@@ -1,0 +1,116 @@
+"""The reference model against transformers and against Meta's own code, from all three formats."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glassllama.weights.load import load_llama
+from glassllama.weights.open import open_weights
+from tiny_models import (
+    META_SHAPE,
+    VARIANTS,
+    hf_model,
+    meta_params,
+    meta_state,
+    write_gguf,
+    write_hf,
+    write_meta,
+)
+
+BAR = 1e-5  # largest difference of any logit, float32
+WRITERS = {
+    "safetensors": lambda model, folder: write_hf(model, folder),
+    "pth": lambda model, folder: write_meta(model, folder),
+    "gguf": lambda model, folder: write_gguf(model, folder / "tiny.gguf"),
+}
+IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
+
+
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return (ours - theirs).abs().max().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", WRITERS)
+def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, parity: Any) -> None:
+    if form == "pth" and variant in ("scaled-32", "linear", "wide heads"):
+        pytest.skip(f"params.json has no words for {variant}")
+    model = hf_model(**VARIANTS[variant])
+    ours = load_llama(open_weights(WRITERS[form](model, tmp_path / "model")))
+    difference = largest_difference(ours(IDS), model(IDS).logits)
+    parity(f"logits, {form}", "transformers LlamaForCausalLM", BAR, difference)
+    assert difference <= BAR
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
+    model = hf_model(**META_SHAPE).to(getattr(torch, dtype))
+    write_hf(model, tmp_path)
+    ours = load_llama(open_weights(tmp_path), dtype=torch.float32)
+    difference = largest_difference(ours(IDS), model.float()(IDS).logits)
+    parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", BAR, difference)
+    assert difference <= BAR
+
+
+@torch.no_grad()
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    model = hf_model(**META_SHAPE).bfloat16()
+    write_hf(model, tmp_path)
+    ours = load_llama(open_weights(tmp_path))
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    # Both round at every step, at different places: as far apart as from the exact answer.
+    exact = model.float()(IDS).logits
+    theirs = largest_difference(model.bfloat16()(IDS).logits.float(), exact)
+    assert largest_difference(ours(IDS), exact) <= 2 * theirs
+
+
+@pytest.fixture(scope="module")
+def meta_reference() -> Iterator[type]:
+    """Meta's Transformer, one process, gloo: it insists on being parallel."""
+    fairscale = pytest.importorskip("fairscale.nn.model_parallel.initialize")
+    from llama_models.llama3.model import Transformer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    fairscale.initialize_model_parallel(1)
+    yield Transformer
+    fairscale.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["scaled-8", "plain", "one kv head"])
+def test_logits_equal_metas_own_code(
+    variant: str, tmp_path: Path, meta_reference: type, parity: Any
+) -> None:
+    from llama_models.llama3.args import ModelArgs
+
+    model = hf_model(**VARIANTS[variant])
+    args = ModelArgs(**meta_params(model), max_batch_size=2, max_seq_len=64)
+    theirs = meta_reference(args)
+    theirs.load_state_dict(meta_state(model))
+    ours = load_llama(open_weights(write_meta(model, tmp_path)))
+    cache = ours.new_cache(2, 64)
+    pieces = [IDS[:, :40], IDS[:, 40:41], IDS[:, 41:]]  # whole, one token, cached prefill
+    start, worst = 0, 0.0
+    for piece in pieces:
+        worst = max(worst, largest_difference(ours(piece, cache), theirs(piece, start)))
+        start += piece.shape[1]
+    parity("logits with cache, pth", "Meta's reference model", BAR, worst)
+    assert worst <= BAR
