@@ -31,11 +31,6 @@ from glassllama.weights.configs import (
 )
 from glassllama.weights.names import Family, fit
 from glassllama.weights.shards import open_meta
-from glassllama.weights.tokenizer import (
-    chat_template_from_folder,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
 
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 LARGEST_JSON = 1 << 24  # a configuration of more than 16 MiB is none
@@ -74,6 +69,8 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The vocabulary that came with the weights. Raises TokenizerError."""
+        from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+
         if self.family == "gguf":
             return tokenizer_from_gguf(self.file.metadata)
         return tokenizer_from_folder(self.folder)
@@ -81,6 +78,8 @@ class Checkpoint:
     @cached_property
     def chat_template(self) -> str | None:
         """The jinja text that came with the weights, if any."""
+        from glassllama.weights.tokenizer import chat_template_from_folder
+
         if self.family == "gguf":
             return self.file.metadata.get("tokenizer.chat_template")
         return chat_template_from_folder(self.folder)

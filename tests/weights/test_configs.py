@@ -1,0 +1,134 @@
+"""Three families of configuration: what is read, inferred, noted and refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from glassllama.base.config import Llama3Scaling
+from glassllama.base.errors import ConfigError
+from glassllama.weights.configs import config_from_hf, config_from_meta, meta_ffn_dim
+
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+
+
+def test_old_and_new_way_of_writing_rope_agree() -> None:
+    new = dict(LLAMA_31_8B)
+    new["rope_parameters"] = {**new.pop("rope_scaling"), "rope_theta": new.pop("rope_theta")}  # type: ignore[dict-item]
+    old, again = config_from_hf(LLAMA_31_8B), config_from_hf(new)
+    assert old == again
+    assert old.config.rope_theta == 500_000
+    assert old.config.rope_scaling == Llama3Scaling(factor=8.0)
+    assert old.config.head_dim == 128
+    assert old.notes == []
+
+
+def test_what_a_file_leaves_out_follows_from_the_family() -> None:
+    short = {k: LLAMA_31_8B[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config, _ = config_from_hf({**short, "num_attention_heads": 32, "vocab_size": 32000})
+    assert (config.n_kv_heads, config.rope_theta, config.max_seq_len) == (32, 10_000, 2048)
+
+
+def test_keys_without_effect_are_named() -> None:
+    _, notes = config_from_hf({**LLAMA_31_8B, "my_own_key": 3})
+    assert notes == ["config.json: no effect here: my_own_key"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
+        ({"hidden_size": "big"}, "hidden_size.*'big'"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"num_attention_heads": 32.5}, "num_attention_heads"),
+        ({"num_key_value_heads": 5}, "n_kv_heads"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.5}}, "partial"),
+    ],
+)
+def test_what_would_change_the_arithmetic_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_from_hf({**LLAMA_31_8B, **change})
+
+
+META_31_8B = {
+    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256,
+    "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "norm_eps": 1e-05, "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+}  # fmt: skip
+META_32_1B = {
+    **META_31_8B, "dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256,
+}  # fmt: skip
+META_2_7B = {
+    "dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05,
+    "vocab_size": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("params", "rows", "ffn", "factor", "context", "theta", "kv"),
+    [
+        (META_31_8B, 128256, 14336, 8.0, 131072, 5e5, 8),
+        (META_32_1B, 128256, 8192, 32.0, 131072, 5e5, 8),
+        ({**META_31_8B, "use_scaled_rope": False}, 128256, 14336, None, 8192, 5e5, 8),
+        (META_2_7B, 32000, 11008, None, 4096, 1e4, 32),
+    ],
+)
+def test_meta_rules(
+    params: dict[str, Any], rows: int, ffn: int, factor: float, context: int, theta: float, kv: int
+) -> None:
+    config, notes = config_from_meta(params, rows, tied=False)
+    assert config.ffn_dim == ffn
+    assert config.max_seq_len == context
+    assert config.rope_theta == theta
+    assert config.n_kv_heads == kv
+    assert config.vocab_size == rows
+    assert config.rope_layout == "pairs"
+    scaling = config.rope_scaling
+    assert (scaling.factor if isinstance(scaling, Llama3Scaling) else None) == factor
+    assert any("context length" in note for note in notes)
+    assert any("factor" in note for note in notes) == (factor is not None)
+
+
+def test_ffn_rule() -> None:
+    assert meta_ffn_dim(4096, 1024, 1.3) == 14336
+    assert meta_ffn_dim(2048, 256, 1.5) == 8192
+    assert meta_ffn_dim(4096, 256, None) == 11008
+
+
+@pytest.mark.parametrize("key", ["quantization_args", "lora_args", "vision_chunk_size"])
+def test_other_kinds_of_meta_checkpoints_are_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        config_from_meta({**META_31_8B, key: {}}, 128256, tied=False)

@@ -1,0 +1,183 @@
+"""Opening: which files belong together, and every way in which they may not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glassllama.base.errors import ConfigError, GlassError, WeightsError
+from glassllama.base.machine import require_memory
+from glassllama.weights.load import load_llama
+from glassllama.weights.open import open_weights
+from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
+
+
+def same_weights(a: Path, b: Path) -> None:
+    one, two = open_weights(a), open_weights(b)
+    assert list(one.names) == list(two.names)
+    for name in one.names:
+        np.testing.assert_array_equal(one.float32(name), two.float32(name), err_msg=name)
+
+
+@pytest.mark.parametrize("llama2", [False, True], ids=["vocabulary cut", "width cut"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_read_as_one(llama2: bool, tied: bool, tmp_path: Path) -> None:
+    shape = {**META_SHAPE, "vocab_size": 132, "tie_word_embeddings": tied}
+    model = hf_model(**shape)
+    one = write_meta(model, tmp_path / "one")
+    two = write_meta(model, tmp_path / "two", shards=2, llama2=llama2)
+    same_weights(one, two)
+    checkpoint = open_weights(two)
+    rows = checkpoint.float32("tok_embeddings.weight", slice(60, 75))  # across the border
+    np.testing.assert_array_equal(rows, checkpoint.float32("tok_embeddings.weight")[60:75])
+
+
+def test_any_way_to_name_a_meta_model(tmp_path: Path) -> None:
+    folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
+    same_weights(folder, folder / "consolidated.01.pth")
+    (tmp_path / "hub").mkdir()
+    folder.rename(tmp_path / "hub" / "original")
+    same_weights(tmp_path / "hub", tmp_path / "hub" / "original")
+
+
+def test_old_single_file(tmp_path: Path) -> None:
+    folder = write_meta(hf_model(), tmp_path / "m")
+    (folder / "consolidated.00.pth").rename(folder / "llama.pth")
+    assert open_weights(folder).config == open_weights(folder / "llama.pth").config
+
+
+def test_sharded_safetensors_and_any_way_to_name_them(tmp_path: Path) -> None:
+    model = hf_model()
+    whole = write_hf(model, tmp_path / "whole")
+    parts = write_hf(model, tmp_path / "parts", max_shard_size="60KB")
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    same_weights(whole, parts)
+    same_weights(whole / "config.json", next(parts.glob("*.safetensors")))
+
+
+def test_three_formats_hold_the_same_numbers(tmp_path: Path) -> None:
+    model = hf_model()
+    meta, file = write_meta(model, tmp_path / "m"), write_gguf(model, tmp_path / "x.gguf")
+    same_weights(meta, file)
+    assert open_weights(write_hf(model, tmp_path / "h")).config.rope_layout == "halves"
+
+
+def test_old_tables_beside_the_weights_are_ignored(tmp_path: Path) -> None:
+    model = hf_model()
+    folder = write_meta(model, tmp_path / "m")
+    state = {**meta_state(model), "rope.freqs": torch.zeros(4)}
+    torch.save(state, folder / "consolidated.00.pth")
+    open_weights(folder)
+    hf = write_hf(model, tmp_path / "h")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, hf / "model.safetensors")
+    open_weights(hf)
+
+
+def test_all_mismatches_are_listed_at_once(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 48)
+    tensors["model.layers.2.self_attn.q_proj.bias"] = torch.zeros(48)
+    tensors["lm_head.weight"] = torch.zeros(131, 48, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        open_weights(folder)
+    message = str(caught.value)
+    assert "4 tensors" in message
+    assert "missing model.norm.weight" in message
+    assert "unexpected model.layers.2.self_attn.q_proj.bias" in message
+    assert "up_proj.weight is 3×48, the configuration says 140×48" in message
+    assert "lm_head.weight is of type I32" in message
+    assert "\n" not in message
+
+
+def test_untied_model_without_output_is_said(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(**{**META_SHAPE, "tie_word_embeddings": True}), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(WeightsError, match=r"missing lm_head\.weight"):
+        open_weights(folder)
+
+
+def test_vocabulary_that_does_not_match(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 130}))
+    with pytest.raises(WeightsError, match="131×48, the configuration says 130×48"):
+        open_weights(folder)
+
+
+def spoil(folder: Path, file: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / file).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: p / "nowhere", "no such file or folder"),
+        (lambda p: p, "no model here"),
+        (lambda p: spoil(p, "notes.txt", "hi") / "notes.txt", "not a .gguf, .safetensors or .pth"),
+        (lambda p: spoil(p, "config.json", "{}"), r"without \*\.safetensors"),
+        (lambda p: spoil(p, "params.json", "{}"), "without any .pth"),
+        (lambda p: spoil(p, "params.json", "[1]"), "expected a JSON object"),
+        (lambda p: spoil(p, "params.json", "{"), "not valid JSON"),
+        (lambda p: spoil(p, "params.json", "[" * 100_000), "not valid JSON"),
+    ],
+)
+def test_paths_that_hold_no_model(make: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(GlassError, match=words):
+        open_weights(make(tmp_path))
+
+
+def test_several_models_in_one_folder_must_be_named(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        write_gguf(hf_model(), tmp_path / name)
+    with pytest.raises(GlassError, match="2 GGUF models"):
+        open_weights(tmp_path)
+    assert open_weights(tmp_path / "b.gguf").config.dim == 48
+
+
+def test_missing_meta_shard_is_named(tmp_path: Path) -> None:
+    folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
+    (folder / "consolidated.00.pth").unlink()
+    with pytest.raises(GlassError, match=r"consolidated\.00\.pth is missing"):
+        open_weights(folder)
+
+
+def test_gguf_of_another_architecture(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "bert")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match="'bert', only 'llama'"):
+        open_weights(tmp_path / "x.gguf")
+
+
+def test_nothing_of_the_file_is_kept_mapped_in_the_model(tmp_path: Path) -> None:
+    """Weights are copies: the file may be closed, or overwritten, after loading."""
+    folder = write_hf(hf_model().bfloat16(), tmp_path)
+    checkpoint = open_weights(folder)
+    model = load_llama(checkpoint)
+    checkpoint.close()
+    (folder / "model.safetensors").write_bytes(b"gone")
+    assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+def test_too_big_for_this_machine_is_said_before_anything_is_allocated() -> None:
+    with pytest.raises(GlassError, match=re.escape("1000000.00 GB of memory")):
+        require_memory(10**15, what="x.gguf in float32", instead="use less")
