@@ -15,23 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
+from glassllama.formats.elements import ELEMENT_TYPES
 from glassllama.formats.k_blocks import K_BLOCKS, Blocks, Codes, Floats
 
-ELEMENTS = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 BLOCK = 32
@@ -124,11 +114,11 @@ SUPPORTED = (*FLOATS, *BLOCKS)  # what `dequantise` takes
 
 def block_layout(dtype: str) -> BlockLayout:
     """Elements and bytes of one block, or of one element of a plain type."""
-    if dtype in ELEMENTS:
-        return BlockLayout(1, ELEMENTS[dtype].itemsize)
+    if dtype in ELEMENT_TYPES:
+        return BlockLayout(1, ELEMENT_TYPES[dtype].itemsize)
     if dtype in BLOCKS:
         return BlockLayout(BLOCKS[dtype].elements, BLOCKS[dtype].record.itemsize)
-    raise FormatError(f"type {dtype} is unknown; have {' '.join((*ELEMENTS, *BLOCKS))}")
+    raise FormatError(f"type {dtype} is unknown; have {' '.join((*ELEMENT_TYPES, *BLOCKS))}")
 
 
 def dequantise(
@@ -164,8 +154,10 @@ def dequantise(
 
 def widen(raw: NDArray[Any], dtype: str, out: Floats) -> None:
     """Plain numbers to float32; from float64 rounded to nearest."""
-    if raw.dtype != ELEMENTS[dtype]:
-        raise FormatError(f"{dtype} is stored as {ELEMENTS[dtype]}, got an array of {raw.dtype}")
+    if raw.dtype != ELEMENT_TYPES[dtype]:
+        raise FormatError(
+            f"{dtype} is stored as {ELEMENT_TYPES[dtype]}, got an array of {raw.dtype}"
+        )
     out[...] = raw.reshape(out.shape)
 
 

@@ -6,9 +6,6 @@ One file's header is read by gguf_header.py, values of the metadata by gguf_valu
 
 from __future__ import annotations
 
-import math
-import mmap
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +18,11 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
 from glassllama.base.interfaces import TensorInfo
-from glassllama.formats.blocks import ELEMENTS, block_layout
+from glassllama.formats.blocks import block_layout
+from glassllama.formats.elements import ELEMENT_TYPES, quoted
 from glassllama.formats.gguf_header import read_header
-from glassllama.formats.gguf_values import Cursor, Value, show
+from glassllama.formats.gguf_values import Cursor, Value
+from glassllama.formats.mapped import MappedFile, as_plain_array
 
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
@@ -33,7 +32,7 @@ class Part:
     """One file of a checkpoint; most checkpoints have one."""
 
     path: Path
-    mapped: mmap.mmap
+    mapped: MappedFile
     metadata: dict[str, Value]
     tensors: list[TensorInfo]
 
@@ -51,7 +50,6 @@ class GGUFFile:
         self._path = parts[0].path
         self._maps = {str(part.path): part.mapped for part in parts}
         self._tensors = {info.name: info for part in parts for info in part.tensors}
-        self._closed = False
         self.metadata: Mapping[str, Value] = MappingProxyType(parts[0].metadata)
 
     def names(self) -> list[str]:
@@ -61,7 +59,7 @@ class GGUFFile:
     def info(self, name: str) -> TensorInfo:
         """Shape, type and place of a tensor. Raises FormatError if there is none of this name."""
         if name not in self._tensors:
-            raise FormatError(f"{self._path}: there is no tensor {show(name)}")
+            raise FormatError(f"{self._path}: there is no tensor {quoted(name)}")
         return self._tensors[name]
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
@@ -71,44 +69,33 @@ class GGUFFile:
         the disk before it is looked at.
         """
         info = self.info(name)
-        if self._closed:
-            raise FormatError(f"{info.path}: closed, so {show(name)} cannot be read any more")
-        stored = stored_array(self._maps[info.path], info)
-        if rows is None:
-            return stored
-        if info.dtype not in ELEMENTS and len(info.shape) < 2:
-            raise FormatError(f"{info.path}: {show(name)} is a single row of blocks: read it whole")
-        return stored[rows]
+        if info.path not in self._maps:
+            raise FormatError(f"{info.path}: closed, so {quoted(name)} cannot be read any more")
+        if rows is not None and info.dtype not in ELEMENT_TYPES and len(info.shape) == 1:
+            raise FormatError(
+                f"{info.path}: {quoted(name)} is a single row of blocks: read it whole"
+            )
+        dtype, shape = stored_form(info)
+        return as_plain_array(self._maps[info.path].array(shape, dtype, info.offset), rows)
 
     def drop(self, name: str) -> None:
         """Give this tensor's pages back; whoever looks at it again reads the file again."""
         info = self.info(name)
-        if self._closed or not info.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
-            return  # Windows has no such call: there the system trims a process by itself
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        length = info.offset + info.nbytes - start
-        self._maps[info.path].madvise(mmap.MADV_DONTNEED, start, length)
+        if info.path in self._maps:
+            self._maps[info.path].drop(info.offset, info.nbytes)
 
     def close(self) -> None:
-        self._closed = True
-        for mapped in self._maps.values():
-            try:
-                mapped.close()
-            except BufferError:  # an array still looks into the map, which ends with it
-                continue
+        """Let go of the files. A map ends with the last array that looks into it, not under it."""
+        self._maps = {}
 
 
-def stored_array(mapped: mmap.mmap, info: TensorInfo) -> NDArray[Any]:
-    """The bytes of a tensor under their numpy type and shape, without a copy."""
-    if info.dtype in ELEMENTS:
-        dtype, shape = ELEMENTS[info.dtype], info.shape
-    else:
-        layout = block_layout(info.dtype)
-        row_bytes = info.shape[-1] // layout.elements * layout.bytes
-        dtype, shape = np.dtype(np.uint8), (*info.shape[:-1], row_bytes)
-    count = math.prod(shape)
-    source: mmap.mmap | bytes = mapped if count else b""  # an empty tensor may lie at the very end
-    return np.frombuffer(source, dtype, count, info.offset if count else 0).reshape(shape)
+def stored_form(info: TensorInfo) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The numpy type and shape of a tensor's bytes: its own, or rows of bytes for blocks."""
+    if info.dtype in ELEMENT_TYPES:
+        return ELEMENT_TYPES[info.dtype], info.shape
+    layout = block_layout(info.dtype)
+    row_bytes = info.shape[-1] // layout.elements * layout.bytes
+    return np.dtype(np.uint8), (*info.shape[:-1], row_bytes)
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -129,20 +116,10 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def open_part(path: Path) -> Part:
-    mapped = map_file(path)
-    with memoryview(mapped) as data:  # released here: what is kept of the header is copied
-        metadata, tensors = read_header(Cursor(data, str(path)))
+    mapped = MappedFile(path)
+    whole = mapped.array((mapped.size,), np.dtype(np.uint8), 0)
+    metadata, tensors = read_header(Cursor(whole.data, str(path)))  # copies what it keeps
     return Part(path, mapped, metadata, tensors)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise FormatError(f"{path}: is empty, not a GGUF file; fetch it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened: {error.strerror}") from None
 
 
 def part_paths(path: Path, count: int) -> list[Path]:
@@ -179,7 +156,7 @@ def check_tensors(parts: list[Part]) -> None:
         for info in part.tensors:
             if info.name in seen:
                 other = seen[info.name].name
-                raise FormatError(f"{part.path}: tensor {show(info.name)} is in {other} already")
+                raise FormatError(f"{part.path}: tensor {quoted(info.name)} is in {other} already")
             seen[info.name] = part.path
     expected = whole_number(parts[0], "split.tensors.count", default=-1)
     if len(seen) != expected:
@@ -192,5 +169,5 @@ def check_tensors(parts: list[Part]) -> None:
 def whole_number(part: Part, key: str, *, default: int) -> int:
     value = part.metadata.get(key, default)
     if type(value) is not int:
-        raise FormatError(f"{part.path}: {key} must be a whole number, got {show(repr(value))}")
+        raise FormatError(f"{part.path}: {key} must be a whole number, got {quoted(value)}")
     return value

@@ -17,7 +17,8 @@ import numpy as np
 
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value, show
+from glassllama.formats.elements import checked_shape, quoted
+from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 counted in 32 bits; 3 is 2 with big-endian files allowed
@@ -26,7 +27,6 @@ LEAST_PAIR_BYTES = U64.size + U32.size + 1  # empty key, type, one byte
 LEAST_TENSOR_BYTES = U64.size + U32.size + U32.size + U64.size  # empty name, no sizes
 DEFAULT_ALIGNMENT, LEAST_ALIGNMENT = 32, 8
 MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-ADDRESSABLE = 2**63  # numpy's arrays have fewer bytes
 WIDEST_ELEMENT = 8  # bytes
 
 TENSOR_TYPES = {
@@ -102,8 +102,8 @@ def read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
     for number in range(count):
         key = cursor.string(f"metadata key {number} of {count}")
         if key in metadata:
-            raise cursor.error(f"metadata key {show(key)} comes twice; it may come once")
-        metadata[key] = read_value(cursor, cursor.u32(f"the type of {show(key)}"), show(key))
+            raise cursor.error(f"metadata key {quoted(key)} comes twice; it may come once")
+        metadata[key] = read_value(cursor, cursor.u32(f"the type of {quoted(key)}"), quoted(key))
     return metadata
 
 
@@ -112,7 +112,7 @@ def read_alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
     if type(value) is not int or value < LEAST_ALIGNMENT or value & (value - 1):
         raise cursor.error(
             f"general.alignment must be a power of two and at least {LEAST_ALIGNMENT}, "
-            f"got {show(repr(value))}"
+            f"got {quoted(value)}"
         )
     return value
 
@@ -128,19 +128,20 @@ def read_entries(cursor: Cursor, count: int) -> list[Entry]:
     for number in range(count):
         entry = read_entry(cursor, f"name {number} of {count} tensors")
         if entry.name in entries:
-            raise cursor.error(f"tensor {show(entry.name)} comes twice; it may come once")
+            raise cursor.error(f"tensor {quoted(entry.name)} comes twice; it may come once")
         entries[entry.name] = entry
     return list(entries.values())
 
 
 def read_entry(cursor: Cursor, what: str) -> Entry:
     name = cursor.string(what)
-    tensor = f"tensor {show(name)}"
+    tensor = f"tensor {quoted(name)}"
     dimensions = cursor.u32(f"{tensor}: the number of dimensions")
     if dimensions > MOST_DIMENSIONS:
         raise cursor.error(f"{tensor} has {dimensions} dimensions; {MOST_DIMENSIONS} are allowed")
     sizes = cursor.numbers(np.dtype("<u8"), dimensions, f"{tensor}: the shape").tolist()
-    shape = tuple(reversed(sizes))  # GGUF names the fastest-running size first
+    sizes.reverse()  # GGUF names the fastest-running size first
+    shape = checked_shape(sizes, WIDEST_ELEMENT, f"{cursor.path}: {tensor}")
     dtype = tensor_type(cursor, cursor.u32(f"{tensor}: the type"), tensor)
     offset = cursor.u64(f"{tensor}: the offset")
     return Entry(name, shape, dtype, offset, count_bytes(cursor, tensor, shape, dtype))
@@ -158,8 +159,6 @@ def tensor_type(cursor: Cursor, number: int, tensor: str) -> str:
 
 def count_bytes(cursor: Cursor, tensor: str, shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a tensor of `shape`; rows must be whole blocks."""
-    if math.prod(max(size, 1) for size in shape) * WIDEST_ELEMENT >= ADDRESSABLE:
-        raise cursor.error(f"{tensor} of shape {shape} is larger than any machine can address")
     layout = block_layout(dtype)
     row = shape[-1] if shape else 1
     if row % layout.elements:
@@ -174,7 +173,7 @@ def check_places(cursor: Cursor, entries: list[Entry], begin: int, alignment: in
     """Tensors fill the file from `begin` to its end: no overlap, no hole, nothing behind."""
     size, end, before = len(cursor.data), cursor.at, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
-        tensor, start = f"tensor {show(entry.name)}", begin + entry.offset
+        tensor, start = f"tensor {quoted(entry.name)}", begin + entry.offset
         if entry.offset % alignment:
             raise cursor.error(f"{tensor} has offset {entry.offset}, no multiple of {alignment}")
         if entry.nbytes and start + entry.nbytes > size:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
 
-NUMBERS = {
+NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),
     1: np.dtype("i1"),
     2: np.dtype("<u2"),
@@ -23,7 +23,6 @@ NUMBERS = {
     4: np.dtype("<u4"),
     5: np.dtype("<i4"),
     6: np.dtype("<f4"),
-    7: np.dtype("?"),
     10: np.dtype("<u8"),
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
@@ -35,12 +34,6 @@ U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 ARRAY_HEADER_BYTES = U32.size + U64.size  # type of the elements, number of elements
 
 Value = Any  # int | float | bool | str | read-only array | StringArray | tuple of the last three
-
-
-def show(text: str) -> str:
-    """A name out of a file, fit for one line of an error message."""
-    longest = 60
-    return repr(text if len(text) <= longest else text[:longest] + "…")
 
 
 class Cursor:

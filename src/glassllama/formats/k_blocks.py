@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+Codes = NDArray[np.integer]
 Blocks = NDArray[np.void]  # one record per superblock: (n,) of a dtype below
 
 SUPERBLOCK = 256  # QK_K
@@ -113,7 +113,7 @@ def six_bits(first: Codes, last_low: Codes) -> Codes:
     return np.concatenate([first & 63, first >> 6 << 4 | last_low], axis=1)
 
 
-def times(d: NDArray[np.float16], whole: NDArray[np.uint8 | np.int8]) -> Floats:
+def times(d: NDArray[np.float16], whole: Codes) -> Floats:
     """Scale of each group: d (n,) times its whole numbers (n, g) -> (n, g, 1), to be broadcast."""
     scales = d.astype(np.float32)[:, None] * whole.astype(np.float32)
     return scales[:, :, None]
