@@ -22,7 +22,7 @@ from glassllama.hub.names import PACKAGE_MODELS, PackageFile
 from glassllama.hub.package import fetch_package_file
 
 if TYPE_CHECKING:
-    from tests.hub.conftest import Sandbox, StandIn
+    from hub.stand_in import Sandbox, StandIn
 
 
 def left_in(home: Path) -> list[str]:

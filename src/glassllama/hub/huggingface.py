@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 HUB = "https://huggingface.co"
+UNAUTHORIZED = 401  # what the Hub answers for a repository that this user cannot see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,21 +129,22 @@ def _require_space(id: HubId, needed: int, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without huggingface_hub's own progress bars: the caller shows ours."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    """Without huggingface_hub's bars and retry messages: the caller shows progress and errors."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
-        yield
-        return
-    disable_progress_bars()
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    ours = constants.HF_HUB_DISABLE_PROGRESS_BARS is None  # else the user has decided
+    if ours:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logger.setLevel(level)
+        if ours:
+            enable_progress_bars()
 
 
 @contextmanager
@@ -169,10 +171,11 @@ def _reason(id: HubId, error: Exception) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{id.repo} has no revision {id.revision!r}; see {HUB}/{id.repo}/commits"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == UNAUTHORIZED:
         return (
             f"neither a file or folder here nor a repository at {constants.ENDPOINT}; check the "
-            "spelling, or set HF_TOKEN if it is private"
+            "spelling, or set HF_TOKEN to a valid token if it is private"
         )
     if isinstance(error, errors.HfHubHTTPError):
         answer = str(error).strip().splitlines()[0]

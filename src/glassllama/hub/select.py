@@ -56,10 +56,8 @@ def gguf_files(names: Iterable[str], wanted: str, repo: str) -> list[str]:
     models = {GGUF_PART.sub("", name) for name in found}
     if len(models) != 1:
         came = f"{len(models)} files fit" if models else "no file fits"
-        raise DownloadError(
-            f"{repo}:{wanted}: {came}; expected one of {listed(found or ggufs) or 'its GGUF files'}"
-            f"{'' if ggufs else ', and it holds none'}"
-        )
+        there = f"expected one of {listed(found or ggufs)}" if ggufs else "it holds no GGUF files"
+        raise DownloadError(f"{repo}:{wanted}: {came}; {there}")
     return [n for n in ggufs if GGUF_PART.sub("", n) in models]
 
 

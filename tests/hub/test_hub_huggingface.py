@@ -1,0 +1,266 @@
+"""Models of the Hugging Face Hub, against a stand-in of its HTTP API on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hub.stand_in import COMMIT, Repository
+
+if TYPE_CHECKING:
+    from hub.stand_in import Sandbox, StandIn
+
+SMALL = {
+    "README.md": b"# not wanted",
+    "config.json": b'{"model_type": "llama"}',
+    "generation_config.json": b"{}",
+    "tokenizer.json": b'{"version": "1.0"}',
+    "tokenizer_config.json": b"{}",
+}
+
+
+def noise(seed: str, size: int = 200_000) -> bytes:
+    return (hashlib.sha256(seed.encode()).digest() * (size // 32 + 1))[:size]
+
+
+def index_of(*shards: str) -> bytes:
+    return json.dumps(
+        {"weight_map": {f"layer.{i}": name for i, name in enumerate(shards)}}
+    ).encode()
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SHARDED = {
+    **SMALL,
+    **{name: noise(name) for name in SHARDS},
+    "model.safetensors.index.json": index_of(*SHARDS),
+    "original/consolidated.00.pth": noise("meta"),
+    "original/params.json": b'{"dim": 64}',
+    "original/tokenizer.model": b"IQ== 0",
+    "pytorch_model.bin": noise("pickle"),
+}
+SINGLE = {**SMALL, "model.safetensors": noise("single")}
+GGUFS = {
+    "tiny-Q4_K_M.gguf": noise("q4km"),
+    "tiny-Q4_K_S.gguf": noise("q4ks"),
+    "tiny-Q8_0-00001-of-00002.gguf": noise("q8a"),
+    "tiny-Q8_0-00002-of-00002.gguf": noise("q8b"),
+    "README.md": b"# quantised",
+}
+PTH_NAMES = ["consolidated.00.pth", "params.json", "tokenizer.model"]
+
+
+@pytest.fixture(autouse=True)
+def repositories(stand_in: StandIn) -> dict[str, Repository]:
+    stand_in.repositories = {
+        "org/sharded": Repository(SHARDED),
+        "org/single": Repository(SINGLE),
+        "org/ggufs": Repository(GGUFS),
+        "org/pickles": Repository({**SMALL, "pytorch_model.bin": b"pickle"}),
+        "meta-llama/Llama-3.2-1B": Repository(SINGLE, gated=True),
+        "org/private": Repository(SINGLE, token="hf_right"),
+    }
+    return stand_in.repositories
+
+
+def names_in(folder: str) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def test_safetensors_shards_and_nothing_else(sandbox: Sandbox, stand_in: StandIn) -> None:
+    answer = sandbox.run(name="org/sharded")
+    wanted = sorted(
+        n for n in SHARDED if "/" not in n and n not in ("README.md", "pytorch_model.bin")
+    )
+    assert names_in(answer["path"]) == wanted
+    assert all((Path(answer["path"]) / name).read_bytes() == SHARDED[name] for name in wanted)
+    assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), "in the Hub's own cache"
+    total = sum(len(SHARDED[name]) for name in wanted)
+    assert answer["progress"][-1] == [total, total]
+    assert answer["cached"] == [{"name": "org/sharded", "path": answer["path"], "bytes": total}]
+
+
+def test_a_model_that_is_here_is_not_asked_for_again(sandbox: Sandbox, stand_in: StandIn) -> None:
+    first = sandbox.run(name="org/single")
+    stand_in.requests.clear()
+    assert sandbox.run(name="org/single")["path"] == first["path"]
+    assert sandbox.run(name="org/single", offline=True)["path"] == first["path"]
+    assert stand_in.requests == []
+
+
+def test_prefer_pth_takes_the_other_form(sandbox: Sandbox) -> None:
+    answer = sandbox.run(name="org/sharded", prefer_pth=True)
+    assert Path(answer["path"]).name == "original"
+    assert names_in(answer["path"]) == PTH_NAMES
+    assert sandbox.run(name="org/sharded", prefer_pth=True, offline=True)["path"] == answer["path"]
+    # Asked for the usual form afterwards, the half that is here is not taken for the model.
+    usual = sandbox.run(name="org/sharded")
+    assert set(SHARDS) <= set(names_in(usual["path"]))
+
+
+def test_pth_where_there_is_none(sandbox: Sandbox) -> None:
+    error = sandbox.run(name="org/single", prefer_pth=True)["error"]
+    assert error.startswith(
+        "org/single: expected consolidated.*.pth with params.json, found README"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "files"),
+    [
+        ("Q4_K_M", ["tiny-Q4_K_M.gguf"]),
+        ("q4_k_m", ["tiny-Q4_K_M.gguf"]),
+        ("tiny-Q4_K_S.gguf", ["tiny-Q4_K_S.gguf"]),
+        ("Q8_0", ["tiny-Q8_0-00001-of-00002.gguf", "tiny-Q8_0-00002-of-00002.gguf"]),
+    ],
+)
+def test_one_gguf_of_many(sandbox: Sandbox, wanted: str, files: list[str]) -> None:
+    answer = sandbox.run(name=f"org/ggufs:{wanted}")
+    assert Path(answer["path"]).name == files[0]
+    assert names_in(str(Path(answer["path"]).parent)) == files
+    assert Path(answer["path"]).read_bytes() == GGUFS[files[0]]
+    assert [model["name"] for model in answer["cached"]] == [f"org/ggufs:{files[0]}"]
+    assert sandbox.run(name=f"org/ggufs:{wanted}", offline=True)["path"] == answer["path"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/ggufs:Q5_0", "org/ggufs:Q5_0: no file fits; expected one of tiny-Q4_K_M.gguf, "),
+        ("org/ggufs:Q4_K", "org/ggufs:Q4_K: no file fits"),
+        ("org/ggufs:tiny", "org/ggufs:tiny: 3 files fit; expected one of tiny-Q4_K_M.gguf, "),
+        ("org/ggufs", "name one of its GGUF files, as in org/ggufs:tiny-Q4_K_M.gguf"),
+        ("org/pickles", "expected model.safetensors or consolidated.*.pth"),
+        ("org/single:Q4_0", "org/single:Q4_0: no file fits; it holds no GGUF files"),
+        ("org/absent", "org/absent: neither a file or folder here nor a repository at http://127"),
+        ("org/single@v9", "org/single@v9: org/single has no revision 'v9'; see https://"),
+    ],
+)
+def test_what_is_not_there_is_named(sandbox: Sandbox, name: str, expected: str) -> None:
+    answer = sandbox.run(name=name)
+    assert answer["class"] == "DownloadError"
+    assert expected in answer["error"]
+    assert "\n" not in answer["error"]
+    assert answer["cached"] == []
+
+
+def test_a_revision_by_its_commit(sandbox: Sandbox) -> None:
+    answer = sandbox.run(name=f"org/single@{COMMIT}")
+    assert Path(answer["path"]).name == COMMIT
+    assert sandbox.run(name=f"org/single@{COMMIT}", offline=True)["path"] == answer["path"]
+
+
+def test_a_gated_model_says_licence_page_and_login(sandbox: Sandbox) -> None:
+    answer = sandbox.run(name="llama3.2-1b")
+    error = answer["error"]
+    assert error.startswith("meta-llama/Llama-3.2-1B: gated: accept its licence (Llama 3.2 Comm")
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in error
+    assert "HF_TOKEN" in error
+    assert "\n" not in error
+    assert answer["cached"] == []
+
+
+def test_hf_token_opens_a_private_model(sandbox: Sandbox) -> None:
+    assert (
+        "set HF_TOKEN to a valid token if it is private" in sandbox.run(name="org/private")["error"]
+    )
+    sandbox.environment["HF_TOKEN"] = "hf_right"
+    path = sandbox.run(name="org/private")["path"]
+    assert (Path(path) / "model.safetensors").read_bytes() == SINGLE["model.safetensors"]
+
+
+@pytest.mark.parametrize("by", ["flag", "HF_HUB_OFFLINE"])
+def test_offline_touches_nothing_and_says_what_to_do(
+    sandbox: Sandbox, stand_in: StandIn, by: str
+) -> None:
+    if by == "flag":
+        answer = sandbox.run(name="org/single", offline=True)
+    else:
+        sandbox.environment["HF_HUB_OFFLINE"] = "1"
+        answer = sandbox.run(name="org/single")
+    assert answer["error"].startswith("org/single: not whole in the Hub's cache (")
+    assert "download it once while online" in answer["error"]
+    assert stand_in.requests == []
+
+
+def test_no_network(sandbox: Sandbox) -> None:
+    sandbox.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    error = sandbox.run(name="org/single")["error"]
+    assert error.startswith("org/single: could not be fetched from http://127.0.0.1:9 (")
+    assert "check the network" in error
+    assert "\n" not in error
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(
+    sandbox: Sandbox, stand_in: StandIn, repositories: dict[str, Repository]
+) -> None:
+    content = noise("large", 24_000_000)  # huggingface_hub reads pieces of 10 MB
+    repositories["org/large"] = Repository({**SINGLE, "model.safetensors": content})
+    stand_in.break_after["model.safetensors"] = [22_000_000]
+    answer = sandbox.run(name="org/large")
+    assert (Path(answer["path"]) / "model.safetensors").read_bytes() == content
+    first, second = stand_in.gets("model.safetensors")
+    assert first is None
+    assert second is not None
+    assert int(second.removeprefix("bytes=").rstrip("-")) >= 10_000_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way_leaves_nothing_that_counts(
+    sandbox: Sandbox, stand_in: StandIn, blow: signal.Signals
+) -> None:
+    stand_in.stall.set()
+    with sandbox.start(name="org/single") as process:
+        deadline = time.monotonic() + 30
+        while not stand_in.gets("model.safetensors"):
+            assert time.monotonic() < deadline, "the weights were never asked for"
+            time.sleep(0.02)
+        process.send_signal(blow)
+        process.communicate(timeout=10)
+    stand_in.release.set()
+    stand_in.stall.clear()
+    assert "not whole" in sandbox.run(name="org/single", offline=True)["error"]
+    path = Path(sandbox.run(name="org/single")["path"])
+    assert (path / "model.safetensors").read_bytes() == SINGLE["model.safetensors"]
+
+
+def test_a_damaged_file_is_deleted_and_the_rest_kept(
+    sandbox: Sandbox, stand_in: StandIn, repositories: dict[str, Repository]
+) -> None:
+    whole = dict(SHARDED)
+    repositories["org/sharded"].lies[SHARDS[1]] = b"damaged" + whole[SHARDS[1]][7:]
+    answer = sandbox.run(name="org/sharded")
+    assert f"org/sharded: sha256 of {SHARDS[1]} is " in answer["error"]
+    assert "it was deleted, try again" in answer["error"]
+    assert answer["cached"] == []
+    assert "not whole" in sandbox.run(name="org/sharded", offline=True)["error"]
+    repositories["org/sharded"].lies.clear()
+    stand_in.requests.clear()
+    path = Path(sandbox.run(name="org/sharded")["path"])
+    assert (path / SHARDS[1]).read_bytes() == whole[SHARDS[1]]
+    assert stand_in.gets(SHARDS[0]) == [], "the shard that was whole is kept"
+
+
+def test_a_cache_nobody_can_write_to(sandbox: Sandbox) -> None:
+    (sandbox.home / "hf").write_text("in the way")
+    error = sandbox.run(name="org/single")["error"]
+    assert error.startswith("org/single: ")
+    assert "\n" not in error
+
+
+def test_two_processes_end_with_one_model(sandbox: Sandbox) -> None:
+    both = [sandbox.start(name="org/sharded") for _ in range(2)]
+    for process in both:
+        with process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        path = Path(json.loads(out)["path"])
+        assert all((path / name).read_bytes() == SHARDED[name] for name in SHARDS)

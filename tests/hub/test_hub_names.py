@@ -1,0 +1,71 @@
+"""Names of models: the three forms that work, and what is said of all others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glassllama import hub
+from glassllama.base.errors import DownloadError
+from glassllama.hub.names import HUB_ID, HUB_MODELS, PACKAGE_MODELS, HubId, parse_hub_id
+
+
+def test_a_path_that_exists_is_itself_whatever_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2-135m").mkdir()
+    assert hub.resolve("smollm2-135m") == Path("smollm2-135m")
+    assert hub.resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        ("org/name", HubId(repo="org/name")),
+        ("org/na.me-2@v1.0", HubId(repo="org/na.me-2", revision="v1.0")),
+        ("org/name:Q4_K_M", HubId(repo="org/name", gguf="Q4_K_M")),
+        ("org/name@refs/pr/1:x/y.gguf", HubId(repo="org/name", revision="refs/pr/1", gguf="x/y.gguf")),
+        ("org/name/more", None),
+        ("name", None),
+        ("org/name@", None),
+        ("../name", None),
+        ("org/nämé", None),
+        ("org/name\n", None),
+    ],
+)  # fmt: skip
+def test_hub_ids(name: str, id: HubId | None) -> None:
+    assert parse_hub_id(name) == id
+    assert id is None or str(id) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm-135m", "did you mean smollm2-135m"),
+        ("llama3.2-1B-instruct", "did you mean llama3.2-1b-instruct"),
+        ("SmolLM2-135M", "did you mean smollm2-135m"),
+        ("", "model '': no such file or folder"),
+        ("quite unlike anything", "a short name (llama3-8b, "),
+        ("x" * 5000, "or a Hub id org/name[@revision][:FILE.gguf]"),
+        ("nul\0byte", "no known name"),
+        ("~nobody-of-that-name/model", "~nobody-of-that-name/model: no such file or folder"),
+        ("./absent.gguf", "./absent.gguf: no such file or folder"),
+        ("models/absent.gguf", "models/absent.gguf: no such file or folder"),
+    ],
+)
+def test_other_names_are_errors_that_help(name: str, expected: str, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError) as caught:
+        hub.resolve(name)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_is_sound() -> None:
+    for name, model in HUB_MODELS.items():
+        assert HUB_ID.fullmatch(model.repo)
+        assert name == name.lower()
+        assert model.gated == model.repo.startswith("meta-llama/")
+    assert not set(HUB_MODELS) & set(PACKAGE_MODELS)
+    # Sizes on disk, from the files' own figures: 16,060,617,592 bytes for Llama 3 8B.
+    assert abs(HUB_MODELS["llama3.1-8b"].bytes - 16_060_617_592) < 200_000
