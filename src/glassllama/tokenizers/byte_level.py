@@ -6,7 +6,9 @@ U+0100 and on, so a blank is written Ġ and a line end Ċ. " low" is the token "
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import Vocabulary
@@ -17,11 +19,13 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHARACTER_TO_BYTE = {byte: byte for byte in PRINTABLE} | {
     0x100 + at: byte for at, byte in enumerate(OTHERS)
 }
-# For str.translate: a character of no byte becomes one that Latin-1 cannot write.
-TO_LATIN1 = {char: char for char in range(256)} | {
-    char: 0xFFFF for char in range(256) if char not in CHARACTER_TO_BYTE
-}
-TO_LATIN1 |= CHARACTER_TO_BYTE
+NO_LATIN1 = 0xFFFF  # what a character that stands for no byte becomes, so that encoding fails
+TO_LATIN1 = dict.fromkeys(OTHERS, NO_LATIN1) | CHARACTER_TO_BYTE  # for str.translate
+
+# Files of fine-tuned models flag tokens such as <|im_end|> as plain additions. Were they read from
+# any text, a user could end his message with them and speak as the system: they are controls.
+LOOKS_LIKE_CONTROL = re.compile(r"<\|.+\|>")
+LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a larger id in a file is damage
 
 
 def to_bytes(written: str) -> bytes:
@@ -37,51 +41,78 @@ def to_bytes(written: str) -> bytes:
 
 def byte_level_vocabulary(
     *,
-    size: int,
     written: Mapping[int, str],
-    merges: Iterable[tuple[str, str]],
-    texts: Mapping[int, str],
+    merges: Iterable[Any],
     controls: Mapping[str, int],
     added: Mapping[str, int],
+    unused: Mapping[str, int],
     split: Split,
     whole_words: bool,
 ) -> Vocabulary:
-    """A vocabulary from tokens `written` in GPT-2's characters, plain `texts`, and merges.
+    """A vocabulary from tokens `written` in GPT-2's characters and others in plain text.
 
-    Merges rank by their order. TokenizerError: a token given twice, a merge of unknown tokens.
+    Merges rank by their order. TokenizerError: a token or id given twice, or out of all bounds; a
+    merge of unknown tokens.
     """
-    tokens: list[bytes | None] = [None] * size
+    texts = plain_texts(controls, added, unused)
+    if both := texts.keys() & written.keys():
+        raise TokenizerError(f"vocabulary: id {min(both)} is given to two tokens")
+    # Merges may make an added token, too.
+    written = {**written, **{id: text for text, id in added.items() if is_written(text)}}
     bytes_of = {token: to_bytes(token) for token in written.values()}
     ids = {bytes_of[token]: id for id, token in written.items()}
-    if len(ids) < len(written):
-        raise TokenizerError(f"vocabulary: {len(written) - len(ids)} tokens are given twice")
-    for id, token in written.items():
-        tokens[id] = bytes_of[token]
-    for id, text in texts.items():
-        tokens[id] = text.encode()
+    if b"" in ids or len(ids) < len(written):
+        what = "a token is empty" if b"" in ids else "a token is given twice"
+        raise TokenizerError(f"vocabulary: {what}; the file is damaged")
+    look = {text: id for text, id in added.items() if LOOKS_LIKE_CONTROL.fullmatch(text)}
     return Vocabulary(
-        tokens=tuple(tokens),
+        tokens=by_id({id: bytes_of[token] for id, token in written.items()} | texts),
         ids=ids,
         merges=ranked(merges, bytes_of, ids),
         split=split,
         whole_words=whole_words,
-        controls=controls,
-        added=added,
+        controls={**controls, **look},
+        added={text: id for text, id in added.items() if text not in look},
     )
 
 
+def is_written(text: str) -> bool:
+    return all(ord(char) in CHARACTER_TO_BYTE for char in text)
+
+
+def plain_texts(*kinds: Mapping[str, int]) -> dict[int, bytes]:
+    """id → UTF-8 of tokens whose text stands for itself, once each."""
+    named = [(text, id) for kind in kinds for text, id in kind.items()]
+    texts = {id: text.encode(errors="surrogatepass") for text, id in named}
+    if len(texts) < len(named) or b"" in texts.values():
+        raise TokenizerError("vocabulary: an added token is empty or shares its id with another")
+    return texts
+
+
+def by_id(tokens: Mapping[int, bytes]) -> tuple[bytes | None, ...]:
+    size = max(tokens, default=-1) + 1
+    if min(tokens, default=0) < 0 or size > LARGEST_VOCABULARY:
+        raise TokenizerError(
+            f"vocabulary: ids run from {min(tokens)} to {size - 1}; expected 0 to at most "
+            f"{LARGEST_VOCABULARY - 1}"
+        )
+    return tuple(map(tokens.get, range(size)))
+
+
 def ranked(
-    merges: Iterable[tuple[str, str]], bytes_of: Mapping[str, bytes], ids: Mapping[bytes, int]
+    merges: Iterable[Any], bytes_of: Mapping[str, bytes], ids: Mapping[bytes, int]
 ) -> dict[tuple[bytes, bytes], int]:
+    """Pair → rank of merges in their order, each written "a b" or ["a", "b"]."""
     ranks: dict[tuple[bytes, bytes], int] = {}
-    for rank, (left, right) in enumerate(merges):
+    for rank, merge in enumerate(merges):
         try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
             pair = bytes_of[left], bytes_of[right]
-            ids[pair[0] + pair[1]]
-        except KeyError:
+            ids[pair[0] + pair[1]]  # the token that they make
+        except (KeyError, TypeError, ValueError):
             raise TokenizerError(
-                f"merges: number {rank} joins {left!r} and {right!r}, but these two or their join "
-                "are not in the vocabulary"
+                f"merges: number {rank} must be two tokens that make a third, all in the "
+                f"vocabulary; got {merge!r}"
             ) from None
         ranks[pair] = rank
     return ranks

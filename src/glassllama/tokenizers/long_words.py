@@ -60,9 +60,9 @@ def pairs(vocabulary: Vocabulary) -> Iterator[tuple[int, int, int, int]]:
         return
     for token, id in ids.items():
         for cut in range(1, len(token)):
-            left, right = ids.get(token[:cut]), ids.get(token[cut:])
-            if left is not None and right is not None:
-                yield left, right, id, id
+            begin, end = ids.get(token[:cut]), ids.get(token[cut:])
+            if begin is not None and end is not None:
+                yield begin, end, id, id
 
 
 def merge_ids(symbols: Ints, table: PairTable) -> Ints:
@@ -83,7 +83,7 @@ def slot_of(keys: Keys, left: int, right: int) -> int:
     slot = ((np.uint64(key) * np.uint64(SPREAD)) >> np.uint64(32)) & mask
     while keys[slot] != key and keys[slot] != EMPTY:
         slot = (slot + np.uint64(1)) & mask
-    return np.int64(slot)
+    return int(slot)
 
 
 @compiled
@@ -134,7 +134,7 @@ def rank_at(symbols: Ints, after: Ints, at: int, keys: Keys, ranks: Ints) -> int
     if at < 0 or after[at] >= len(symbols):
         return EMPTY
     slot = slot_of(keys, symbols[at], symbols[after[at]])
-    return EMPTY if keys[slot] == EMPTY else np.int64(ranks[slot])
+    return EMPTY if keys[slot] == EMPTY else int(ranks[slot])
 
 
 @compiled
@@ -167,4 +167,5 @@ def merge_linked(symbols: Ints, keys: Keys, ranks: Ints, joined: Ints) -> Ints:
         if before[at] >= 0:
             current[before[at]] = rank_at(symbols, after, before[at], keys, ranks)
             size = push(heap, size, current[before[at]], before[at])
-    return symbols[symbols != EMPTY]
+    living: Ints = symbols[symbols != EMPTY]
+    return living

@@ -27,6 +27,9 @@ NAMED_CONTROLS = (
 RESERVED_FROM = 2  # reserved tokens 0 and 1 are among the named
 STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
+RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+FIRST_LINE = 4096  # bytes; no token is longer
+
 # Meta's tokenizer cuts the text before it looks at it, and the ids of hostile texts depend on it.
 CHUNK_CHARS = 400_000
 LONGEST_RUN = 25_000  # blanks, or non-blanks, in a row
@@ -79,6 +82,12 @@ def read_ranks(path: Path) -> list[bytes]:
         what = f"no token for the byte {missing[0]!r}" if missing else "a token comes twice"
         raise TokenizerError(f"{path}: {what}; the file is damaged or no Llama 3 tokenizer")
     return tokens
+
+
+def looks_like_ranks(path: Path) -> bool:
+    """Whether a tokenizer.model is a list of ranks, and not SentencePiece's binary form."""
+    with path.open("rb") as file:
+        return RANK_LINE.match(file.read(FIRST_LINE)) is not None
 
 
 def chunks(text: str) -> Iterator[str]:

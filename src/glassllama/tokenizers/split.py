@@ -12,8 +12,9 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 # GPT-2 (Radford et al., 2019): its encoder's pattern. English endings, words, numbers, the rest.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -51,7 +52,7 @@ class Split:
 
 
 @cache
-def compiled(pattern: str) -> regex.Pattern[str]:
+def compiled(pattern: str) -> Any:
     return regex.compile(pattern)
 
 
