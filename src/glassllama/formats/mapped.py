@@ -50,7 +50,9 @@ class MappedFile:
         """
         if 0 in shape:  # may lie at the very end, where there is no byte to point at
             return np.empty(shape, dtype)
-        return np.ndarray(shape, dtype, buffer=self._map, offset=offset, strides=strides)
+        # Through frombuffer, because only that keeps the map from being closed under the array.
+        whole = np.frombuffer(self._map, np.uint8)
+        return np.ndarray(shape, dtype, buffer=whole, offset=offset, strides=strides)
 
     def drop(self, offset: int, nbytes: int) -> None:
         """Give the pages of these bytes back; they come from the disk again if touched again."""

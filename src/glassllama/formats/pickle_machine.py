@@ -1,6 +1,6 @@
 """A pickle is a program for a stack machine; this machine can build data and do nothing else.
 
-Python's own unpickler imports and calls what the file names. This one knows 37 of the 68 opcodes;
+Python's own unpickler imports and calls what the file names. This one knows 38 of the 68 opcodes;
 a name that is not in the table handed to it ends the run, and only functions from that table are
 ever called. No imports, no attributes, no classes, no jumps: a run is as long as its bytes.
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from glassllama.base.errors import FormatError
 from glassllama.formats.elements import quoted
 
 STOP = ord(".")
-MOST_STEPS = 8_000_000  # 200,000 tensors; a step makes one object at most, so this bounds memory
+MOST_STEPS = 4_000_000  # 80,000 tensors; a step makes one object at most: this bounds memory
 KEY_LIMIT = 2**32  # larger whole numbers as keys could be chosen to collide in a dict
 SUPPORTED_PROTOCOLS = range(2, 6)
 
@@ -56,13 +57,10 @@ class PickleMachine:
     def run(self) -> object:
         """-> the pickled value, of dicts, lists, tuples, text, numbers and what `names` gives."""
         for _ in range(MOST_STEPS):
-            opcode = self.take(1)[0]
+            opcode = self.take_number(U8)
             if opcode == STOP:
                 return self.result()
-            if opcode not in ACTIONS:
-                name = REFUSED.get(opcode, f"0x{opcode:02x}")
-                raise self.fault(f"opcode {name} is not one that tensors need")
-            name, action = ACTIONS[opcode]
+            name, action = ACTIONS.get(opcode) or self.refuse(opcode)
             try:
                 action(self)
             except IndexError:
@@ -70,6 +68,10 @@ class PickleMachine:
             except ValueError as error:
                 raise self.fault(str(error)) from error
         raise self.fault(f"more than {MOST_STEPS} steps")
+
+    def refuse(self, opcode: int) -> NoReturn:
+        name = REFUSED.get(opcode, f"0x{opcode:02x}")
+        raise self.fault(f"opcode {name} is not one that tensors need")
 
     def result(self) -> object:
         if self.outer or len(self.stack) != 1 or self.position != len(self.code):
@@ -87,9 +89,12 @@ class PickleMachine:
         self.position += nbytes
         return taken
 
-    def take_number(self, layout: struct.Struct) -> int:
-        number: int = layout.unpack(self.take(layout.size))[0]
-        return number
+    def take_number(self, layout: struct.Struct) -> Any:
+        start = self.position
+        self.position += layout.size
+        if self.position > len(self.code):
+            raise self.fault("truncated")
+        return layout.unpack_from(self.code, start)[0]
 
     def take_text(self, length: struct.Struct) -> str:
         return self.decoded(self.take(self.take_number(length)))
