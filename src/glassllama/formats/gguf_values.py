@@ -152,6 +152,8 @@ def read_value(cursor: Cursor, kind: int, what: str, depth: int = 0) -> Value:
 
 def read_array(cursor: Cursor, what: str, depth: int) -> Value:
     """An array: numpy for numbers, StringArray for strings, a tuple for arrays of arrays."""
+    if depth == DEEPEST:
+        raise cursor.error(f"{what} nests arrays deeper than {DEEPEST}: the file is damaged")
     kind, count = cursor.u32(f"the type of {what}"), cursor.u64(f"the length of {what}")
     if kind == STRING:
         return read_strings(cursor, count, what)
@@ -161,8 +163,6 @@ def read_array(cursor: Cursor, what: str, depth: int) -> Value:
         return cursor.numbers(NUMBERS[kind], count, what)
     if kind != ARRAY:
         raise cursor.error(f"{what} is an array of the unknown metadata type {kind}; have 0 to 12")
-    if depth == DEEPEST:
-        raise cursor.error(f"{what} nests arrays deeper than {DEEPEST}: the file is damaged")
     cursor.check_room(count, ARRAY_HEADER_BYTES, what)
     return tuple(read_array(cursor, what, depth + 1) for _ in range(count))
 
