@@ -24,6 +24,8 @@ from glassllama.formats.k_blocks import K_BLOCKS, Blocks, Codes, Floats
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
+BYTE = np.dtype(np.uint8)  # what blocks are read as
+
 BLOCK = 32
 Q4_0 = np.dtype([("d", "<f2"), ("codes", "u1", 16)])
 Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("codes", "u1", 16)])
@@ -132,6 +134,9 @@ def dequantise(
     """
     if dtype not in SUPPORTED:
         raise FormatError(f"{dtype} is no type of weights; have {' '.join(SUPPORTED)}")
+    stored = ELEMENT_TYPES.get(dtype, BYTE)
+    if raw.dtype != stored:
+        raise FormatError(f"{dtype} is stored as {stored}, got an array of {raw.dtype}")
     layout = block_layout(dtype)
     expected = math.prod(shape) // layout.elements * layout.bytes
     row = shape[-1] if shape else 1
@@ -145,20 +150,11 @@ def dequantise(
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise FormatError(f"out must be contiguous float32 {shape}, got {out.dtype} {out.shape}")
     with np.errstate(all="ignore"):  # a file may hold NaN and infinity: they are passed on
-        if dtype in FLOATS:
-            widen(raw, dtype, out)
-        else:
+        if dtype in BLOCKS:
             unpack_blocks(raw, BLOCKS[dtype], out)
+        else:
+            out[...] = raw.reshape(shape)  # float64 is rounded to the nearest
     return out
-
-
-def widen(raw: NDArray[Any], dtype: str, out: Floats) -> None:
-    """Plain numbers to float32; from float64 rounded to nearest."""
-    if raw.dtype != ELEMENT_TYPES[dtype]:
-        raise FormatError(
-            f"{dtype} is stored as {ELEMENT_TYPES[dtype]}, got an array of {raw.dtype}"
-        )
-    out[...] = raw.reshape(out.shape)
 
 
 def unpack_blocks(raw: NDArray[np.uint8], kind: BlockType, out: Floats) -> None:
