@@ -69,7 +69,9 @@ def _find_directory(file: MappedFile) -> tuple[int, int, int]:
             f"{file.path}: no zip end record in the last {END.size} bytes: not a file of "
             "torch.save, or a truncated one; download or copy it again"
         )
-    _, _, _, _, count, nbytes, offset, _ = END.unpack(raw)
+    _, *disks, on_disk, count, nbytes, offset, comment = END.unpack(raw)
+    if any(disks) or on_disk != count or comment:
+        raise FormatError(f"{file.path}: zip end record: on several disks, or with a comment")
     locator = file.bytes_at(end - LOCATOR.size, LOCATOR.size) if end >= LOCATOR.size else b""
     directory_end = end
     if locator.startswith(b"PK\6\7"):
