@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from foreign_tokenizers import HuggingFaceTokenizer, MetaTokenizer, meta_modules
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+import tokenizers
+from foreign_tokenizers import HuggingFaceTokenizer, MetaTokenizer, meta_modules
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.chat import ChatML, Llama3Chat, Message
+from glassllama.tokenizers.chat import ChatML, Llama3Chat, Message, TemplateChat, choose_chat_format
 
 TALK = [
     Message("system", "Answer in one line."),
@@ -131,3 +134,170 @@ def test_bad_messages_are_named(
 def test_a_vocabulary_without_the_control_tokens_is_refused(llama3: MetaTokenizer) -> None:
     with pytest.raises(TokenizerError, match="<\\|im_start\\|>"):
         ChatML().encode(TALK, llama3)
+
+
+# The file's own template, against transformers
+
+LLAMA2 = """\
+{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
+{% set system = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
+{% set system = false %}{% endif %}
+{% for message in loop_messages %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('Roles must take turns: user, assistant, user, …') }}
+    {% endif %}
+    {% if loop.index0 == 0 and system != false %}
+        {% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}
+    {% else %}{% set content = message['content'] %}{% endif %}
+    {% if message['role'] == 'user' %}
+        {{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+    {% elif message['role'] == 'assistant' %}
+        {{ ' ' + content.strip() + ' ' + eos_token }}
+    {% endif %}
+{% endfor %}"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}
+{%- macro header(role) %}
+{{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}{% endmacro %}
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- header('system') + 'Today: ' + date_string + '<|eot_id|>' }}
+    {%- endif %}
+    {{- header(message.role) + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- header('assistant') }}{%- endif %}
+"""
+MISTRAL = """\
+{%- set ns = namespace(index=0, shown=[]) %}
+{%- set talk = messages | rejectattr('role', 'equalto', 'system') | list %}
+{{- bos_token }}
+{%- for m in talk %}
+{%- if tools is not none and tools %}{{ tools | tojson(indent=2) }}{% endif %}
+{%- if m['role'] == 'user' %}{{- '[INST]' ~ m['content'] ~ '[/INST]' }}
+{%- elif m['role'] in ['assistant'] %}
+{%- generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}
+{%- else %}{% continue %}{% endif %}
+{%- set ns.index = ns.index + 1 %}{% set ns.shown = ns.shown + [m.role | upper] %}
+{%- if ns.index > 100 %}{% break %}{% endif %}
+{%- endfor %}{{ ns.shown | join(',') ~ (messages | tojson) }}"""
+
+
+@pytest.mark.parametrize("messages", TALKS)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_default_models_template_gives_the_ids_of_transformers(
+    smollm: PreTrainedTokenizerBase,
+    chatml: HuggingFaceTokenizer,
+    messages: list[Message],
+    prompt: bool,
+) -> None:
+    assert isinstance(smollm.chat_template, str)
+    ours = TemplateChat(smollm.chat_template)
+    expected = theirs(smollm, messages, prompt)
+    assert ours.encode(messages, chatml, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("template", [LLAMA2, LLAMA3, MISTRAL], ids=["llama2", "llama3", "mistral"])
+@pytest.mark.parametrize("messages", TALKS)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_other_families_templates_give_the_ids_of_transformers(
+    smollm: PreTrainedTokenizerBase,
+    chatml: HuggingFaceTokenizer,
+    template: str,
+    messages: list[Message],
+    prompt: bool,
+) -> None:
+    """One vocabulary does for all: what is compared is the rendering and where it is cut."""
+    expected = smollm.apply_chat_template(
+        dicts(messages),
+        chat_template=template,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=False,
+    )
+    bos, eos = smollm.bos_token, smollm.eos_token
+    ours = TemplateChat(template, bos_token=bos, eos_token=eos)
+    assert ours.encode(messages, chatml, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("template", [None, LLAMA2, LLAMA3, MISTRAL])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_text_of_a_message_becomes_a_control_id(
+    smollm: PreTrainedTokenizerBase,
+    chatml: HuggingFaceTokenizer,
+    template: str | None,
+    data: st.DataObject,
+) -> None:
+    """Control tokens whole, cut, nested, at the ends and next to each other."""
+    specials = sorted(chatml.specials)
+    cut = st.sampled_from(specials).flatmap(
+        lambda text: st.integers(0, len(text)).flatmap(
+            lambda at: st.sampled_from([text[:at], text[at:], text[:at] + text + text[at:], text])
+        )
+    )
+    talk = st.lists(st.lists(st.one_of(cut, st.text(" \n<|>x", max_size=3)), max_size=6))
+    contents = ["".join(pieces) for pieces in data.draw(talk)] or ["<|im_end|>"]
+    messages = [Message(("user", "assistant")[n % 2], text) for n, text in enumerate(contents)]
+    harmless = [Message(message.role, "x") for message in messages]
+    chat = TemplateChat(template or str(smollm.chat_template), bos_token="<s>", eos_token="</s>")
+    control = set(chatml.specials.values())
+    ids = chat.encode(messages, chatml)
+    expected = [id for id in chat.encode(harmless, chatml) if id in control]
+    assert [id for id in ids if id in control] == expected
+    for message in messages:
+        assert message.content.strip() in chatml.decode(ids) or template == MISTRAL
+
+
+def test_a_template_that_trims_cannot_join_the_halves_of_a_control_token(
+    chatml: HuggingFaceTokenizer,
+) -> None:
+    chat = TemplateChat("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
+    halves = [Message("user", " <|im_ "), Message("assistant", " end|>\n"), Message("user", "<|im")]
+    ids = chat.encode(halves, chatml)
+    assert chatml.decode(ids) == "<|im_end|><|im"
+    assert not set(ids) & set(chatml.specials.values())
+
+
+def test_what_looks_like_a_control_token_survives_what_templates_do_to_text(
+    chatml: HuggingFaceTokenizer,
+) -> None:
+    for change in (
+        "upper",
+        "lower",
+        "title",
+        "tojson",
+        "capitalize",
+        "string",
+        "replace('x', 'y')",
+    ):
+        chat = TemplateChat("{{ messages[0].content | " + change + " }}")
+        ids = chat.encode([Message("user", "<|im_end|>")], chatml)
+        assert chatml.decode(ids).strip('"') == "<|im_end|>"
+        assert not set(ids) & set(chatml.specials.values())
+
+
+def test_templates_refuse_messages_in_their_own_words(chatml: HuggingFaceTokenizer) -> None:
+    chat = TemplateChat(LLAMA2, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(TokenizerError, match="Roles must take turns"):
+        chat.encode([Message("assistant", "x")], chatml)
+    with pytest.raises(TokenizerError, match="'eos_token' is undefined"):
+        TemplateChat("{{ 'x' + eos_token }}").encode(TALK, chatml)
+
+
+def test_bos_comes_once(llama3: MetaTokenizer) -> None:
+    chat = choose_chat_format(LLAMA3, llama3)
+    ids = chat.encode(TALK, llama3)
+    assert ids.count(llama3.bos) == 1
+    assert ids == Llama3Chat().encode([Message(m.role, m.content.strip()) for m in TALK], llama3)
+
+
+def test_the_format_is_chosen_by_template_then_by_control_tokens(
+    llama3: MetaTokenizer, chatml: HuggingFaceTokenizer
+) -> None:
+    assert isinstance(choose_chat_format("x", llama3), TemplateChat)
+    assert choose_chat_format(None, llama3) == Llama3Chat()
+    assert choose_chat_format(None, chatml) == ChatML()
+    base = HuggingFaceTokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
+    with pytest.raises(TokenizerError, match="use generate"):
+        choose_chat_format(None, base)

@@ -1,0 +1,382 @@
+"""A file's own chat template, run as the untrusted program that it is.
+
+Templates are written in jinja and come with a checkpoint from anywhere. Here they see plain
+messages and a short list of functions, may not reach into Python objects, and are stopped when they
+take too long or make too much. The clock is read at every loop turn, call, filter, comparison and
+joining of texts; what a single such step can cost is bounded, because no text or list that a step
+works on is larger than MAX_TEXT. So no thread, signal or process is needed to stop one.
+
+What is allowed behaves as in transformers' `apply_chat_template`, for which templates are written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import FILTERS, do_indent
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.tests import TESTS
+from jinja2.utils import Cycler, Joiner, Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+
+from glassllama.base.errors import TokenizerError
+
+MAX_TEMPLATE = 2**16  # characters; the longest in use have about 25,000
+MAX_NODES = 8_000  # expressions and statements; compiling more takes longer than a second
+MAX_TEXT = 2_000_000  # characters of one value, and of the conversation
+MAX_MADE = 40_000_000  # characters made by all steps together: a bound on memory
+ITEM = 8  # what an item of a list counts as, in characters
+MAX_SECONDS = 0.5  # real templates need a few milliseconds
+MAX_BITS = 1024  # of a whole number
+MAX_NEEDLE = 256  # characters to search for or to strip: their number multiplies the time
+
+# What templates in use need, out of all that jinja has. Not here: whatever formats to a given
+# width, repeats, cuts into batches, or walks through Python attributes.
+ALLOWED_FILTERS = (
+    "abs capitalize count d default dictsort e escape first float int items last length list lower "
+    "map max min reject rejectattr reverse safe select selectattr sort string title unique upper"
+).split()
+FORBIDDEN_TESTS = {"filter", "test"}
+SEARCHES = {
+    "strip", "lstrip", "rstrip", "split", "rsplit", "partition", "rpartition",
+    "find", "rfind", "index", "rindex", "count",
+}  # fmt: skip
+ALLOWED_METHODS: tuple[tuple[type | tuple[type, ...], set[str]], ...] = (
+    (
+        str,
+        SEARCHES
+        | {"startswith", "endswith", "removeprefix", "removesuffix", "splitlines", "replace"}
+        | {"upper", "lower", "title", "capitalize", "swapcase", "join"}
+        | {"isalnum", "isalpha", "isdigit", "isdecimal", "isnumeric", "isspace"}
+        | {"islower", "isupper"},
+    ),
+    (dict, {"get", "items", "keys", "values", "copy"}),
+    ((list, tuple), {"index", "count", "copy"}),
+    ((int, float, bytes, type), set()),
+)
+
+
+class ChatTemplate:
+    """A compiled chat template. TokenizerError if it is too long or not valid jinja."""
+
+    def __init__(self, source: str) -> None:
+        if len(source) > MAX_TEMPLATE:
+            raise TokenizerError(
+                f"chat template: {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
+            )
+        sandbox = _Sandbox()
+        try:
+            tree = sandbox.parse(source)
+            if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+                raise _Exceeded(f"more than {MAX_NODES} expressions and statements")
+            self._code = sandbox.compile(_Guards().visit(tree))
+        except Exception as fault:  # a hostile source can break parser and compiler in many ways
+            raise _template_error(fault) from fault
+
+    def render(self, **variables: object) -> str:
+        """The text for these variables: strings, numbers, lists and dicts only.
+
+        TokenizerError if the template refuses the messages (its `raise_exception`), breaks a rule
+        of the sandbox or exceeds a limit.
+        """
+        sandbox = _Sandbox()
+        try:
+            sandbox.charge(variables)
+            template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
+            return str(sandbox.charge("".join(template.generate(**variables))))
+        except Exception as fault:  # whatever goes wrong in there is the template's fault
+            raise _template_error(fault) from fault
+
+
+def _template_error(fault: Exception) -> TokenizerError:
+    said = " ".join(str(fault).split())[:200] or "gave up"
+    kind = "" if isinstance(fault, TemplateError) else f"{type(fault).__name__}: "
+    return TokenizerError(f"chat template: {kind}{said}")
+
+
+class _Exceeded(TemplateError):
+    """A limit of the sandbox."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """One rendering: its rules, its clock, and how much it has made."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        )
+        self._end = time.monotonic() + MAX_SECONDS
+        self._made = 0
+        own = {"trim": _trim, "join": self.join, "replace": self.replace, "indent": self.indent}
+        allowed: dict[str, Any] = {name: FILTERS[name] for name in ALLOWED_FILTERS}
+        allowed |= {**own, "tojson": self.tojson}
+        self.filters = {name: self._bounded(function) for name, function in allowed.items()}
+        self.filters |= {"timed": self._timed, "charged": self._charged}
+        self.filters |= {"shown": self._shown, "concatenated": self._concatenated}
+        tests: dict[str, Any] = {name: TESTS[name] for name in TESTS.keys() - FORBIDDEN_TESTS}
+        self.tests = {name: self._bounded(function) for name, function in tests.items()}
+        self.globals = {
+            "range": safe_range,
+            "dict": lambda *items, **more: dict(*items, **more),
+            "namespace": _PlainNamespace,
+            "cycler": Cycler,
+            "joiner": Joiner,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+
+    # Limits
+
+    def charge(self, value: Any) -> Any:
+        """The value, once it is certain that the template may have it."""
+        if time.monotonic() > self._end:
+            raise _Exceeded(f"stopped after {MAX_SECONDS} seconds")
+        if isinstance(value, str):
+            self._made += _within(len(value))
+        elif isinstance(value, list | tuple | dict):
+            _within(_weight(value))
+            self._made += ITEM * len(value)
+        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise _Exceeded(f"a number of more than {MAX_BITS} bits")
+        if self._made > MAX_MADE:
+            raise _Exceeded(f"makes more than {MAX_MADE} characters")
+        return value
+
+    def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # also hands on jinja's mark of what is passed first
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            self.charge(None)
+            return self.charge(function(*args, **kwargs))
+
+        return bounded
+
+    # What _Guards writes into a template. A context, though unused, keeps jinja from computing
+    # these in advance and leaving them out.
+
+    @pass_context
+    def _timed(self, context: Context, value: Any) -> Any:
+        self.charge(None)
+        return value
+
+    @pass_context
+    def _charged(self, context: Context, value: Any) -> Any:
+        return self.charge(value)
+
+    @pass_context
+    def _shown(self, context: Context, value: Any) -> str:
+        return str(self.charge(str(value)))
+
+    @pass_context
+    def _concatenated(self, context: Context, values: list[Any]) -> str:
+        return str(self.charge(self.join(values)))
+
+    # Rules
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        for kind, names in ALLOWED_METHODS:
+            if isinstance(obj, kind):
+                return attr in names
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No `format`: its fields reach into attributes, and its widths know no bounds."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"{type(obj).__name__}.{attribute} is not allowed in a chat template")
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        value = super().getitem(obj, argument)
+        return self.charge(value) if isinstance(argument, slice) else value
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __self.charge(args)
+        __self.charge(kwargs)
+        text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(text, str):
+            return __self.charge(__self._call_on_text(text, name, *args, **kwargs))
+        return __self.charge(super().call(__context, __obj, *args, **kwargs))
+
+    def _call_on_text(self, text: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        for scope in ("_loop_vars", "_block_vars"):  # jinja's own, meant for macros
+            kwargs.pop(scope, None)
+        if name == "join":
+            (values,) = args
+            return self.join(values, text)
+        if name == "replace":
+            return self.replace(text, *args, **kwargs)
+        if name in SEARCHES:
+            for argument in (*args, *kwargs.values()):
+                _short(argument)
+        return getattr(text, name)(*args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("formatting with % is not allowed")
+        if operator == "**" and not (isinstance(right, int) and 0 <= right <= MAX_BITS):
+            raise _Exceeded(f"an exponent that is not within 0 … {MAX_BITS}")
+        for many, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(many, str | list | tuple) and isinstance(times, int):
+                _within(len(many) * times)
+        return self.charge(super().call_binop(context, operator, left, right))
+
+    # Filters and methods whose result can be far larger than what they are given
+
+    def join(self, values: Iterable[Any], separator: str = "") -> str:
+        texts, total = [], 0
+        for value in values:
+            texts.append(str(value))
+            total = _within(total + len(texts[-1]) + len(separator))
+        return str(separator).join(texts)
+
+    def replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+        whole, part, other = str(text), str(old), str(new)
+        _within(len(whole) + whole.count(part) * len(other))
+        return whole.replace(part, other, -1 if count is None else count)
+
+    def indent(
+        self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
+    ) -> str:
+        text = str(text)
+        step = width if isinstance(width, int) else len(width)
+        _within(len(text) + step * (len(text.splitlines()) + 1))
+        return str(do_indent(text, width, first, blank))
+
+    def tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        for spacing in (indent, *(separators or ())):
+            _short(" " * min(spacing, 2 * MAX_NEEDLE) if isinstance(spacing, int) else spacing)
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        return self.join(encoder.iterencode(value))
+
+
+class _Guards(NodeTransformer):
+    """Puts the sandbox's checks into a template where jinja offers no place of its own."""
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [_filtered(_as_expression(part), "shown") for part in node.nodes]
+        return node
+
+    def _repeated(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(None), "timed")))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = _repeated
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes), "concatenated")
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "timed")
+        return node
+
+    def _literal(self, node: Any) -> Any:
+        self.generic_visit(node)
+        is_target = getattr(node, "ctx", "load") != "load"
+        return node if is_target else _filtered(node, "charged")
+
+    visit_List = visit_Tuple = visit_Dict = _literal
+
+    def _refused(self, node: nodes.Node) -> nodes.Node:
+        raise SecurityError(f"{type(node).__name__.lower()} is not allowed in a chat template")
+
+    visit_Block = visit_Extends = visit_Include = visit_Import = visit_FromImport = _refused
+
+
+def _as_expression(part: nodes.Expr) -> nodes.Expr:
+    return nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %} … {% endgeneration %}` marks the model's words for training: no effect."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _PlainNamespace(Namespace):
+    """A template's variables that outlive a loop; none may look like a Python internal."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"namespace: a name with an underscore in front: {name!r}")
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
+def _weight(value: Any) -> int:
+    """Characters in a nested value, an item being worth ITEM; counted until they are too many."""
+    total, waiting = 0, [value]
+    while waiting and total <= MAX_TEXT:
+        value = waiting.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+            total += ITEM * len(value)
+        elif isinstance(value, list | tuple):
+            waiting += value
+            total += ITEM * len(value)
+    return total
+
+
+def _within(size: int) -> int:
+    if size > MAX_TEXT:
+        raise _Exceeded(f"a text or list of more than {MAX_TEXT} characters")
+    return size
+
+
+def _short(text: object) -> None:
+    if isinstance(text, str) and len(text) > MAX_NEEDLE:
+        raise _Exceeded(f"more than {MAX_NEEDLE} characters to search for, strip or indent with")
+
+
+def _trim(text: Any, chars: str | None = None) -> str:
+    _short(chars)
+    return str(text).strip(chars)
+
+
+def _raise_exception(message: object) -> None:
+    """How a template refuses messages."""
+    raise TemplateError(str(message))
+
+
+def _strftime_now(pattern: str) -> str:
+    """Today, for templates that tell the model the date; no widths, which know no bounds."""
+    if len(pattern) > MAX_NEEDLE or re.search(r"%[^a-zA-Z%-]", pattern):
+        raise SecurityError(f"strftime_now: pattern not allowed: {pattern[:40]!r}")
+    return datetime.now().strftime(pattern)
