@@ -1,0 +1,94 @@
+"""How this engine's functions become machine code: once, kept on disk, without the GIL.
+
+Numba keeps compiled code per source file; ours depend on each other across files. So the folder
+that keeps them is named after the digest of the whole engine: another engine, another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import njit
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Contraction (fused multiply-add) keeps one rounding; reassociation lets sums go in parallel.
+# Never `nnan` or `ninf`: a NaN in the weights must come out in the logits.
+STRICT = {"contract"}
+LOOSE = {"contract", "reassoc", "nsz", "arcp"}
+
+notes: list[str] = []
+
+
+def cache_root() -> Path:
+    """The platform's cache folder for this package (GLASSLLAMA_HOME, else XDG)."""
+    home = os.environ.get("GLASSLLAMA_HOME")
+    if home:
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassllama"
+
+
+@lru_cache(maxsize=1)
+def code_folder() -> Path | None:
+    """Where machine code is kept, or None (and a note) where nothing can be written."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    try:
+        folder = cache_root() / "compiled" / digest.hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # RuntimeError: no home folder at all
+        writable = False
+    if not writable:
+        notes.append("the cache folder is read-only: compiling in memory, at every start")
+        return None
+    return folder
+
+
+def keep_in_cache(build: Callable[[bool], Any]) -> Any:
+    """Run a Numba decorator so that what it makes is cached in our folder and nowhere else.
+
+    `build` gets the decorator's `cache` option.
+    """
+    folder = code_folder()
+    if folder is None:
+        return build(False)
+    settings: Any = numba.config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
+    try:
+        return build(True)
+    finally:
+        settings.CACHE_DIR = before
+
+
+def native(function: F, fastmath: set[str]) -> F:
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+    return cast(F, keep_in_cache(lambda keep: njit(cache=keep, **options)(function)))
+
+
+def compiled(function: F) -> F:
+    """Machine code at the first call, in the arithmetic that is written."""
+    return native(function, STRICT)
+
+
+def loosely(function: F) -> F:
+    """Machine code at the first call; sums may be taken in any order, so that they vectorise."""
+    return native(function, LOOSE)
+
+
+def inlined(function: F) -> F:
+    """A small function that vanishes into its callers, under their rules of arithmetic."""
+    return cast(F, njit(inline="always", error_model="numpy")(function))
+
+
+def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function written in LLVM's own words: see intrinsics.py."""
+    return cast(Callable[..., Any], intrinsic(function))

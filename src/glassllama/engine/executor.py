@@ -1,0 +1,232 @@
+"""The engine from outside: packed weights in, ids in, logits out (base.interfaces.Executor)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.config import LlamaConfig, rope_frequencies
+from glassllama.base.errors import GenerationError
+from glassllama.engine import model
+from glassllama.engine.attention import PAGE
+from glassllama.engine.cache import PagedCache
+from glassllama.engine.compiled import notes as compiler_notes
+from glassllama.engine.layout import BLOCK, GROUP, Matrix, read_rows
+from glassllama.engine.model import Inputs, Job, Plan, Shape, Work
+from glassllama.engine.threads import Crew, processors
+from glassllama.engine.tiers import kernel_address
+
+CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
+NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
+FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
+
+IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model, packed. `matrices` are wq wk wv wo gate up down of every layer, then output.
+
+    `embeddings` is the same object as the last of `matrices` where the two are tied.
+    """
+
+    matrices: list[Matrix]
+    embeddings: Matrix
+    norms: NDArray[np.float32]  # (2·layers + 1, C): attention and ffn of every layer, then the last
+
+    @property
+    def nbytes(self) -> int:
+        distinct = {id(m): m.nbytes for m in (*self.matrices, self.embeddings)}
+        return sum(distinct.values()) + self.norms.nbytes
+
+
+@dataclass
+class Token:
+    """One id on its way through a step."""
+
+    id: int
+    row: int
+    position: int
+    wanted: int | None  # which row of the logits it fills, if any
+
+
+class Engine:
+    """A Llama on this machine's processors. One step at a time: not for several callers at once."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        *,
+        exact: bool = False,
+        threads: int | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`exact` keeps keys and values in float32; the weights' kinds are the caller's choice.
+
+        `threads` is how many processors to use, all that this process may use if None.
+        """
+        self.config = config
+        self.weights = weights
+        self.exact = exact
+        available = processors()
+        self.threads = min(threads or available, available)
+        self.notes = list(notes)
+        if threads is not None and threads > available:
+            self.notes.append(f"{threads} threads asked for, {available} processors: using those")
+        self._crew = Crew(self.threads)
+        self._frequencies = rope_frequencies(config)
+        self._plan = plan(config, weights)
+        self._work = work(config, weights, slots=max(CHUNK, self.threads), threads=self.threads)
+        self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
+        self._warm_up()
+        self.notes += compiler_notes
+
+    def new_cache(self, batch: int, max_len: int) -> PagedCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used."""
+        return PagedCache(self.config, batch, max_len, wide=self.exact)
+
+    def next_logits(self, ids: Sequence[Sequence[int]], cache: PagedCache) -> NDArray[np.float32]:
+        """Feed each row its new ids -> (B, V) float32 logits after each row's last.
+
+        A row's logits are the same to the bit, alone or in a batch. Raises GenerationError where
+        an id is not of this vocabulary or the cache has no room; the cache is then as before.
+        """
+        if len(ids) != cache.batch:
+            raise GenerationError(f"{len(ids)} rows of ids for a cache of {cache.batch} rows")
+        tokens = [
+            Token(id, row, cache.lengths[row] + n, row if n == len(new) - 1 else None)
+            for row, new in enumerate(ids)
+            for n, id in enumerate(new)
+        ]
+        logits = np.zeros((len(ids), self._logit_columns), np.float32)
+        self._feed(tokens, cache, logits)
+        return logits[:, : self.config.vocab_size]
+
+    def all_logits(self, ids: Sequence[int], cache: PagedCache) -> NDArray[np.float32]:
+        """Feed the only row -> (T, V) float32 logits after every one of its new ids."""
+        if cache.batch != 1:
+            raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
+        past = cache.lengths[0]
+        tokens = [Token(id, 0, past + n, n) for n, id in enumerate(ids)]
+        logits = np.zeros((len(ids), self._logit_columns), np.float32)
+        self._feed(tokens, cache, logits)
+        return logits[:, : self.config.vocab_size]
+
+    def describe(self) -> list[str]:
+        """Lines for `show`: what the weights were packed as, and what was noted on the way."""
+        kinds: dict[str, int] = {}
+        for matrix in {
+            id(m): m for m in (*self.weights.matrices, self.weights.embeddings)
+        }.values():
+            kinds[matrix.kind.name] = kinds.get(matrix.kind.name, 0) + matrix.nbytes
+        packed = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sorted(kinds.items()))
+        return [f"engine: {self.threads} threads, packed as {packed}", *self.notes]
+
+    @property
+    def _logit_columns(self) -> int:
+        return self.weights.matrices[-1].padded_rows
+
+    def _feed(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+        self._check_ids(tokens)
+        grown = list(cache.lengths)
+        for token in tokens:
+            grown[token.row] = token.position + 1
+        for row, length in enumerate(grown):
+            cache.reserve(row, length)
+        for first in range(0, len(tokens), CHUNK):
+            self._step(tokens[first : first + CHUNK], cache, logits)
+        cache.lengths[:] = grown
+
+    def _check_ids(self, tokens: list[Token]) -> None:
+        last = self.config.vocab_size - 1
+        bad = [token.id for token in tokens if not 0 <= token.id <= last]
+        if bad:
+            raise GenerationError(IDS.format(last=last, bad=bad[0]))
+
+    def _step(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+        """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
+        wanted = [n for n, token in enumerate(tokens) if token.wanted is not None]
+        targets = [token.wanted for token in tokens if token.wanted is not None]
+        positions = np.array([token.position for token in tokens], np.int64)
+        angles = positions[:, None].astype(np.float32) * self._frequencies
+        job = Job(
+            x=read_rows(self.weights.embeddings, np.array([token.id for token in tokens])),
+            rows=np.array([token.row for token in tokens], np.int64),
+            positions=positions,
+            cos=np.cos(angles),
+            sin=np.sin(angles),
+            table=cache.table,
+            wide=cache.wide,
+            wanted=np.array(wanted, np.int64),
+            logits=np.empty((len(wanted), self._logit_columns), np.float32),
+        )
+        for first, last in self._calls(len(tokens)):
+            started = time.perf_counter()
+            self._crew.run(model.forward, first, last, self._plan, self._work, job)
+            spent = time.perf_counter() - started
+            self._layer_seconds = spent / ((last - first) * len(tokens))
+        logits[targets] = job.logits
+
+    def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of layers, each about as long as a native call may take."""
+        first, layers = 0, self.config.n_layers
+        while first < layers:
+            count = max(1, int(NATIVE_SECONDS / (self._layer_seconds * tokens)))
+            yield first, min(first + count, layers)
+            first += count
+
+    def _warm_up(self) -> None:
+        """Compile the step on one thread: see Crew.run."""
+        nothing = np.zeros((0, 1), np.float32)
+        none = np.zeros(0, np.int64)
+        job = Job(nothing, none, none, nothing, nothing, none[None], self.exact, none, nothing)
+        self._crew.run_alone(model.forward, 0, 0, self._plan, self._work, job)
+
+
+def plan(config: LlamaConfig, weights: Weights) -> Plan:
+    """The table of matrices and kernels that the step works through."""
+    table = np.zeros((len(weights.matrices), model.FIELDS), np.int64)
+    for row, matrix in zip(table, weights.matrices, strict=True):
+        row[model.KERNEL] = kernel_address(matrix.kind.name)
+        row[model.VALUES] = matrix.values.ctypes.data
+        row[model.SCALES] = matrix.scales.ctypes.data
+        row[model.BLOCKS] = matrix.kind.blocks(matrix.columns)
+        row[model.GROUPS] = matrix.groups
+        row[model.INTEGERS] = matrix.kind.integer_inputs
+    shape = Shape(
+        layers=config.n_layers,
+        heads=config.n_heads,
+        kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        group_size=config.group_size,
+        pairs=config.rope_layout == "pairs",
+        qk_norm=config.qk_norm,
+        eps=config.norm_eps,
+    )
+    return Plan(shape, table, weights.norms)
+
+
+def work(config: LlamaConfig, weights: Weights, *, slots: int, threads: int) -> Work:
+    """Room for a step of at most `slots` tokens."""
+    mixed = config.n_heads * config.head_dim
+    width = -(-max(config.dim, mixed, config.ffn_dim) // BLOCK) * BLOCK
+    wq, wk, wv, wo, gate, up, _down = weights.matrices[:7]
+
+    def rows(columns: int, dtype: Any = np.float32) -> NDArray[Any]:
+        return np.zeros((slots, columns), dtype)
+
+    inputs = Inputs(rows(width), rows(width, np.int8), np.zeros((slots, width // BLOCK, 2), "f4"))
+    return Work(
+        inputs=inputs,
+        qkv=rows(wq.padded_rows + wk.padded_rows + wv.padded_rows),
+        mixed=rows(mixed),
+        added=rows(max(wo.padded_rows, -(-config.dim // GROUP) * GROUP)),
+        hidden=rows(gate.padded_rows + up.padded_rows),
+        scores=np.zeros((threads, PAGE), np.float32),
+    )

@@ -1,0 +1,158 @@
+"""What Python's loops cannot say: addresses, the bits of a float, atomics, a call by address.
+
+Each function is one or two instructions. Addresses are plain integers that come in as arguments:
+a compiled function that is kept on disk must never remember one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils as untyped_cgutils
+from numba.core import types as untyped_types
+
+from glassllama.engine.compiled import inlined, instruction
+
+WORD = ir.IntType(64)
+# Numba's own annotations are partial and would be in the way.
+cgutils: Any = untyped_cgutils
+types: Any = untyped_types
+carray: Any = numba.carray  # type: ignore[attr-defined]
+KERNEL_ARGUMENTS = 12
+
+
+@instruction
+def pointer(context: Any, address: Any) -> Any:
+    """An address as what `carray` takes: (int) -> void*."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.intp), emit
+
+
+@instruction
+def stack_words(context: Any) -> Any:
+    """Sixteen 32-bit words of the caller's own stack, one cache line: () -> void*."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = cgutils.alloca_once(builder, ir.VectorType(ir.IntType(32), 16))
+        return builder.bitcast(line, context.get_value_type(types.voidptr))
+
+    return types.voidptr(), emit
+
+
+@instruction
+def float_from_bits(context: Any, bits: Any) -> Any:
+    """(int32) -> the float32 of these bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), emit
+
+
+@instruction
+def bits_from_float(context: Any, number: Any) -> Any:
+    """(float32) -> its bits as int32."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), emit
+
+
+@instruction
+def atomic_add(context: Any, address: Any, amount: Any) -> Any:
+    """Add to a 64-bit counter that threads share -> its value before."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], WORD.as_pointer())
+        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
+
+    return types.int64(types.intp, types.int64), emit
+
+
+@instruction
+def atomic_load(context: Any, address: Any) -> Any:
+    """Read a 64-bit counter that threads share; what its writer wrote before is visible then."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], WORD.as_pointer())
+        return builder.load_atomic(counter, "acquire", 8)
+
+    return types.int64(types.intp), emit
+
+
+@instruction
+def call_system(context: Any, address: Any) -> Any:
+    """Call a C function without arguments, such as sched_yield, by its address."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), emit
+
+
+@instruction
+def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
+    """Call a matrix kernel (kernels.py) by its address, with its twelve integers as a tuple."""
+    if len(arguments) != KERNEL_ARGUMENTS:
+        return None
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        words = cgutils.unpack_tuple(builder, values[1], KERNEL_ARGUMENTS)
+        kind = ir.FunctionType(ir.VoidType(), [WORD] * KERNEL_ARGUMENTS)
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.UniTuple(types.int64, KERNEL_ARGUMENTS)), emit
+
+
+@inlined
+def float_from_half(half: int) -> Any:
+    """The float32 of an IEEE half's 16 bits; infinities become 65536 and more, and do not occur."""
+    bits = np.int32(half)
+    magnitude = float_from_bits(np.int32((bits & np.int32(0x7FFF)) << np.int32(13)))
+    magnitude *= np.float32(2.0**112)  # the exponents' zeros differ by 127 - 15
+    return -magnitude if bits & np.int32(0x8000) else magnitude
+
+
+@inlined
+def float_from_bfloat(upper: int) -> Any:
+    """The float32 whose upper half these 16 bits are."""
+    return float_from_bits(np.int32(np.int32(upper) << np.int32(16)))
+
+
+@inlined
+def bfloat_from_float(number: float) -> Any:
+    """The 16 bits of the nearest bfloat16, ties to even, as int32."""
+    bits = bits_from_float(number)
+    odd = (bits >> np.int32(16)) & np.int32(1)
+    return np.int32((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+
+
+@inlined
+def floats(address: int, shape: Any) -> Any:
+    """A float32 array over memory: no copy, no bounds."""
+    return carray(pointer(address), shape, np.float32)
+
+
+@inlined
+def bytes8(address: int, shape: Any) -> Any:
+    return carray(pointer(address), shape, np.uint8)
+
+
+@inlined
+def integers8(address: int, shape: Any) -> Any:
+    return carray(pointer(address), shape, np.int8)
+
+
+@inlined
+def words16(address: int, shape: Any) -> Any:
+    return carray(pointer(address), shape, np.uint16)

@@ -1,0 +1,161 @@
+"""The matrix kernels as plain loops: what every processor can run, and the twins of faster ones.
+
+All have one form, so that the step can call any of them by its address:
+
+    kernel(values, scales, blocks, inputs, input_stride, factors, factor_stride,
+           tokens, outputs, output_stride, first, last)
+
+For groups first … last-1 of a packed matrix (layout.py) and every token t,
+`outputs[t, 16·group : 16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`.
+Everything is an address or a count; strides are bytes from token to token. Integer kernels read
+int8 inputs and, per block, two float32 factors: the inputs' scale s, and s times their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from glassllama.engine.compiled import inlined
+from glassllama.engine.intrinsics import (
+    bytes8,
+    carray,
+    float_from_half,
+    floats,
+    integers8,
+    stack_words,
+    words16,
+)
+
+I32 = np.int32
+LOW = I32(15)
+
+
+def f32(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Float32 weights and inputs. Sums of 32 products are added up: rounding stays small."""
+    part = carray(stack_words(), 16, np.float32)
+    for group in range(first, last):
+        w = floats(values + group * blocks * 64, (blocks, 16))
+        for t in range(tokens):
+            x = floats(inputs + t * input_stride, blocks)
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for start in range(0, blocks, 32):
+                for row in range(16):
+                    part[row] = np.float32(0)
+                for k in range(start, min(start + 32, blocks)):
+                    for row in range(16):
+                        part[row] += w[k, row] * x[k]
+                for row in range(16):
+                    y[row] += part[row]
+
+
+@inlined
+def add_quad(total: Any, w: Any, x: Any) -> None:
+    """Four bytes of each of sixteen rows (64,) times the four inputs they meet, added up."""
+    x0, x1, x2, x3 = I32(x[0]), I32(x[1]), I32(x[2]), I32(x[3])
+    for row in range(16):
+        w0, w1 = I32(w[4 * row]), I32(w[4 * row + 1])
+        w2, w3 = I32(w[4 * row + 2]), I32(w[4 * row + 3])
+        total[row] += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+
+
+@inlined
+def add_nibbles(total: Any, w: Any, low: Any, high: Any) -> None:
+    """As `add_quad`, for bytes that hold two weights: low nibbles meet `low`, high ones `high`."""
+    a0, a1, a2, a3 = I32(low[0]), I32(low[1]), I32(low[2]), I32(low[3])
+    b0, b1, b2, b3 = I32(high[0]), I32(high[1]), I32(high[2]), I32(high[3])
+    for row in range(16):
+        w0, w1 = I32(w[4 * row]), I32(w[4 * row + 1])
+        w2, w3 = I32(w[4 * row + 2]), I32(w[4 * row + 3])
+        lows = (w0 & LOW) * a0 + (w1 & LOW) * a1 + (w2 & LOW) * a2 + (w3 & LOW) * a3
+        highs = (w0 >> 4) * b0 + (w1 >> 4) * b1 + (w2 >> 4) * b2 + (w3 >> 4) * b3
+        total[row] += lows + highs
+
+
+def q8_0(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Weights stored plus 128: Σ (byte − 128) · x = Σ byte · x − 128 · Σ x."""
+    total = carray(stack_words(), 16, np.int32)
+    for group in range(first, last):
+        w = bytes8(values + group * blocks * 512, (blocks, 8, 64))
+        d = words16(scales + group * blocks * 32, (blocks, 16))
+        for t in range(tokens):
+            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            s = floats(factors + t * factor_stride, (blocks, 2))
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for b in range(blocks):
+                for row in range(16):
+                    total[row] = 0
+                for v in range(8):
+                    add_quad(total, w[b, v], x[b, v])
+                scale, offset = s[b, 0], np.float32(128) * s[b, 1]
+                for row in range(16):
+                    dot = np.float32(total[row]) * scale - offset
+                    y[row] += float_from_half(d[b, row]) * dot
+
+
+def q4_0(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Weights stored plus 8."""
+    total = carray(stack_words(), 16, np.int32)
+    for group in range(first, last):
+        w = bytes8(values + group * blocks * 256, (blocks, 4, 64))
+        d = words16(scales + group * blocks * 32, (blocks, 16))
+        for t in range(tokens):
+            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            s = floats(factors + t * factor_stride, (blocks, 2))
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for b in range(blocks):
+                for row in range(16):
+                    total[row] = 0
+                for v in range(4):
+                    add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
+                scale, offset = s[b, 0], np.float32(8) * s[b, 1]
+                for row in range(16):
+                    dot = np.float32(total[row]) * scale - offset
+                    y[row] += float_from_half(d[b, row]) * dot
+
+
+def q4_1(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Weights d · nibble + m: the minimum m meets the sum of the inputs."""
+    total = carray(stack_words(), 16, np.int32)
+    for group in range(first, last):
+        w = bytes8(values + group * blocks * 256, (blocks, 4, 64))
+        d = words16(scales + group * blocks * 64, (blocks, 2, 16))
+        for t in range(tokens):
+            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            s = floats(factors + t * factor_stride, (blocks, 2))
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for b in range(blocks):
+                for row in range(16):
+                    total[row] = 0
+                for v in range(4):
+                    add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
+                scale, offset = s[b, 0], s[b, 1]
+                for row in range(16):
+                    dot = np.float32(total[row]) * scale
+                    y[row] += float_from_half(d[b, 0, row]) * dot
+                    y[row] += float_from_half(d[b, 1, row]) * offset
+
+
+PLAIN: dict[str, Callable[..., None]] = {"F32": f32, "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1}

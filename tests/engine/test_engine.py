@@ -1,0 +1,155 @@
+"""The engine against transformers and against our own reference, on tiny random models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
+
+from glassllama.base.errors import GenerationError
+from glassllama.engine.executor import CHUNK, Engine
+from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.pack import pack
+
+WIDE = {
+    **META_SHAPE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 40, "intermediate_size": 160, "vocab_size": 203,
+}  # fmt: skip
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, 131, 150)]  # two chunks, three pages
+assert len(IDS) > CHUNK
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_weights(write_hf(hf_model(), tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("q4") / "tiny.gguf"
+    return open_weights(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q4_1))
+
+
+@pytest.fixture(scope="module")
+def engine(quantised: Checkpoint) -> Engine:
+    return pack(quantised)
+
+
+def logits(engine: Any, ids: list[int]) -> Any:
+    return engine.all_logits(ids, engine.new_cache(1, len(ids)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(variant: str, tmp_path: Path, parity: Any) -> None:
+    model = hf_model(**VARIANTS[variant])
+    with torch.no_grad():
+        theirs = model(torch.tensor([IDS])).logits[0].numpy()
+    ours = logits(pack(open_weights(write_hf(model, tmp_path)), exact=True), IDS)
+    difference = np.abs(ours - theirs).max()
+    parity("logits, engine exact", "transformers, tiny random models", 1e-4, difference)
+    assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "F16", "BF16", "F32"])
+def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    """`exact` equals the reference; the default differs by what int8 inputs and bf16 keys cost."""
+    path = write_gguf(
+        hf_model(**WIDE), tmp_path / "x.gguf", getattr(gguf.GGMLQuantizationType, kind)
+    )
+    checkpoint = open_weights(path)
+    assert checkpoint.config.rope_layout == "pairs"
+    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
+    exact = logits(pack(checkpoint, exact=True), IDS)
+    assert np.abs(exact - reference).max() <= 1e-4
+    default = logits(pack(checkpoint), IDS)
+    spread = reference.std()
+    assert np.sqrt(np.mean((default - reference) ** 2)) <= 0.08 * spread
+
+
+def test_q5_is_said_to_be_computed_as_q8(tmp_path: Path) -> None:
+    path = write_gguf(hf_model(**WIDE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q5_1)
+    lines = pack(open_weights(path)).describe()
+    assert any("Q5_1 as Q8_0" in line for line in lines)
+
+
+def test_qk_norm(tiny: Checkpoint) -> None:
+    """The norm without weights after RoPE, which transformers' Llama does not have."""
+    checkpoint = replace(tiny, config=replace(tiny.config, qk_norm=True))
+    ours = logits(pack(checkpoint, exact=True), IDS)
+    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
+    assert np.abs(ours - reference).max() <= 1e-4
+    assert np.abs(ours - logits(pack(tiny, exact=True), IDS)).max() > 0.1
+
+
+@pytest.mark.parametrize("pieces", [[150], [1] * 150, [7, 64, 1, 65, 13], [129, 21]])
+def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[int]) -> None:
+    cache, parts, past = engine.new_cache(1, 150), [], 0
+    for count in pieces:
+        parts.append(engine.all_logits(IDS[past : past + count], cache))
+        past += count
+    assert (np.concatenate(parts) == logits(engine, IDS)).all()
+
+
+def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> None:
+    rows = [IDS[:3], IDS[:150], [], IDS[40:41], IDS[9:99]]
+    cache = engine.new_cache(len(rows), 200)
+    first = engine.next_logits(rows, cache)
+    assert cache.lengths == [3, 150, 0, 1, 90]
+    second = engine.next_logits([[1], [], [2, 3], [4], [5]], cache)
+    for row, (new, more) in enumerate(zip(rows, [[1], [], [2, 3], [4], [5]], strict=True)):
+        alone = engine.new_cache(1, 200)
+        if new:
+            assert (engine.next_logits([new], alone)[0] == first[row]).all()
+        if more:
+            assert (engine.next_logits([more], alone)[0] == second[row]).all()
+
+
+def test_the_number_of_threads_changes_nothing(quantised: Checkpoint, engine: Engine) -> None:
+    assert (logits(pack(quantised, threads=1), IDS) == logits(engine, IDS)).all()
+
+
+def test_truncate_forgets(engine: Engine) -> None:
+    cache = engine.new_cache(1, 200)
+    engine.next_logits([IDS], cache)
+    cache.truncate(0, 70)
+    assert cache.lengths == [70]
+    assert (engine.next_logits([IDS[70:80]], cache)[0] == logits(engine, IDS[:80])[-1]).all()
+    with pytest.raises(GenerationError, match="cannot keep 99"):
+        cache.truncate(0, 99)
+
+
+@pytest.mark.parametrize("bad", [-1, 203, 2**40])
+def test_ids_of_another_vocabulary(engine: Engine, bad: int) -> None:
+    cache = engine.new_cache(1, 16)
+    engine.next_logits([[1, 2]], cache)
+    with pytest.raises(GenerationError, match=rf"between 0 and 202, got {bad}"):
+        engine.next_logits([[3, bad]], cache)
+    assert cache.lengths == [2]
+
+
+def test_context_full(engine: Engine) -> None:
+    cache = engine.new_cache(2, 5)
+    with pytest.raises(GenerationError, match="6 tokens, the cache holds 5"):
+        engine.next_logits([[1], [1] * 6], cache)
+    assert cache.lengths == [0, 0]
+
+
+def test_more_threads_than_processors_is_said(quantised: Checkpoint) -> None:
+    many = pack(quantised, threads=10_000)
+    assert any("10000 threads asked for" in line for line in many.describe())
+    assert many.threads < 10_000
+
+
+def test_nan_in_the_weights_comes_out(tmp_path: Path) -> None:
+    """Fault G1: whoever samples must see it; a NaN must not turn into a number on the way."""
+    model = hf_model(**WIDE)
+    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    path = write_gguf(model, tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
+    assert np.isnan(logits(pack(open_weights(path)), IDS[:5])).any(-1).all()

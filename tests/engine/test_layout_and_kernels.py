@@ -1,0 +1,148 @@
+"""Packed layouts and matrix kernels against the gguf package's own quantisation."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from glassllama.engine.compiled import compiled
+from glassllama.engine.intrinsics import call_kernel
+from glassllama.engine.layout import (
+    KINDS,
+    Arena,
+    Matrix,
+    empty_matrix,
+    fill,
+    packed_bytes,
+    read_rows,
+    to_q8_0,
+)
+from glassllama.engine.rows import encode, exponential
+from glassllama.engine.tiers import kernel_address
+
+ODD_SHAPES = [(1, 32), (37, 96), (16, 256), (50, 32 * 7)]
+
+
+def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.float32]]:
+    """Random weights in the file's form, and the numbers they stand for."""
+    numbers = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
+    if kind == "F32":
+        return numbers, numbers
+    theirs = getattr(gguf.GGMLQuantizationType, kind)
+    raw = gguf.quants.quantize(numbers, theirs)
+    return raw, gguf.quants.dequantize(raw, theirs)
+
+
+def packed(kind: str, raw: NDArray, columns: int) -> Matrix:
+    arena = Arena(packed_bytes(KINDS[kind], len(raw), columns))
+    matrix = empty_matrix(arena, KINDS[kind], len(raw), columns)
+    fill(matrix, 0, raw[:16])  # in two pieces, as slices of a large tensor come
+    if len(raw) > 16:
+        fill(matrix, 16, raw[16:])
+    return matrix
+
+
+@compiled
+def call(address, arguments):  # type: ignore[no-untyped-def]
+    call_kernel(address, arguments)
+
+
+def multiply(matrix: Matrix, inputs: NDArray, factors: NDArray, first: int, last: int) -> NDArray:
+    out = np.full((len(inputs), matrix.padded_rows), np.nan, np.float32)
+    call(
+        kernel_address(matrix.kind.name),
+        (
+            matrix.values.ctypes.data, matrix.scales.ctypes.data,
+            matrix.kind.blocks(matrix.columns), inputs.ctypes.data, inputs.strides[0],
+            factors.ctypes.data, factors.strides[0], len(inputs),
+            out.ctypes.data, out.strides[0], first, last,
+        ),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: int) -> None:
+    raw, numbers = stored(kind, rows, columns)
+    matrix = packed(kind, raw, columns)
+    assert (read_rows(matrix, np.arange(rows)) == numbers).all()
+    assert matrix.values.ctypes.data % 64 == 0
+    assert matrix.scales.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_kernels_against_float64(kind: str, rows: int, columns: int, tokens: int) -> None:
+    raw, numbers = stored(kind, rows, columns)
+    matrix = packed(kind, raw, columns)
+    x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
+    codes = np.zeros((tokens, columns), np.int8)
+    factors = np.zeros((tokens, columns // 32, 2), np.float32)
+    for t in range(tokens):
+        encode(x[t], 0, columns // 32, codes[t], factors[t])
+    inputs = codes if matrix.kind.integer_inputs else x
+    seen = codes * np.repeat(factors[..., 0], 32, 1) if matrix.kind.integer_inputs else x
+    exact = seen.astype(np.float64) @ numbers.T.astype(np.float64)
+    size = np.abs(seen).astype(np.float64) @ np.abs(numbers.T).astype(np.float64)
+    out = multiply(matrix, inputs, factors, 0, matrix.groups)
+    assert (np.abs(out[:, :rows] - exact) <= 1e-6 * size + 1e-9).all()
+    assert (out[:, rows:] == 0).all()  # padding adds nothing
+    alone = multiply(matrix, inputs[-1:], factors[-1:], 0, matrix.groups)
+    assert (alone == out[-1:]).all()  # to the bit
+    last_group = multiply(matrix, inputs, factors, matrix.groups - 1, matrix.groups)
+    assert np.isnan(last_group[:, : matrix.padded_rows - 16]).all()  # touches its groups only
+
+
+def test_quantised_inputs_are_the_nearest_steps() -> None:
+    x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
+    x[32:64] = 0
+    codes, factors = np.zeros(96, np.int8), np.zeros((3, 2), np.float32)
+    encode(x, 0, 3, codes, factors)
+    blocks = x.reshape(3, 32)
+    step = np.abs(blocks).max(1) / np.float32(127)
+    assert np.allclose(factors[:, 0], step, rtol=1e-7, atol=0)
+    assert (np.abs(codes.reshape(3, 32) * step[:, None] - blocks) <= step[:, None] * 0.5001).all()
+    assert np.allclose(factors[:, 1], step * codes.reshape(3, 32).sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
+    x = np.ones(64, np.float32)
+    x[40] = bad
+    codes, factors = np.zeros(64, np.int8), np.zeros((2, 2), np.float32)
+    encode(x, 0, 2, codes, factors)
+    assert np.isfinite(factors[0]).all()
+    assert not np.isfinite(factors[1, 0])
+
+
+def test_to_q8_0_is_as_good_as_the_gguf_package() -> None:
+    numbers = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
+    numbers[1, :32] = 0
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    ours = gguf.quants.dequantize(to_q8_0(numbers), q8)
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(numbers, q8), q8)
+    assert np.abs(ours - numbers).max() <= np.abs(theirs - numbers).max() * 1.05
+
+
+@compiled
+def exponentials(x, out):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        out[i] = exponential(x[i])
+
+
+def test_exponential() -> None:
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    out = np.empty_like(x)
+    exponentials(x, out)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(out - exact) / exact).max() < 2.5e-7  # 2 units in the last place
+    edges = np.array([np.nan, -np.inf, -1000, 0], np.float32)
+    out = np.empty_like(edges)
+    exponentials(edges, out)
+    assert np.isnan(out[0])
+    assert (out[1:3] < 2e-38).all()
+    assert out[3] == 1
