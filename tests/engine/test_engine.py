@@ -10,13 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 
 from glassllama.base.errors import GenerationError
 from glassllama.engine.executor import CHUNK, Engine
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
+from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 
 WIDE = {
     **META_SHAPE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
