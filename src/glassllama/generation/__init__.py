@@ -1,0 +1,24 @@
+"""From logits to ids, step by step: samplers, and the loop that drives an executor. Ids only."""
+
+from glassllama.generation.loop import (
+    FinishReason,
+    Generation,
+    GenerationSettings,
+    Step,
+    Timings,
+    TokenLogprob,
+    generate,
+)
+from glassllama.generation.sampler import Sampler, make_sampler
+
+__all__ = [
+    "FinishReason",
+    "Generation",
+    "GenerationSettings",
+    "Sampler",
+    "Step",
+    "Timings",
+    "TokenLogprob",
+    "generate",
+    "make_sampler",
+]

@@ -1,0 +1,273 @@
+"""The loop that drives an executor: prefill, then one id per row and round, until rows end.
+
+Ids only: text, and stop strings, which are text, belong to the caller, who may end a row with
+`Generation.cancel`.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import Cache, Executor, Progress
+from glassllama.generation.sampler import (
+    GREEDY,
+    Logits,
+    Sampler,
+    Sampling,
+    likeliest,
+    logprobs_of,
+    require_whole,
+)
+
+FinishReason = Literal["stop", "length"]
+
+# Ids of one row fed at once: enough to keep the matrix products busy, few enough that progress
+# moves and Ctrl-C is heard. Fixed, so that a row is cut the same way alone and in a batch.
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How one row is continued.
+
+    `max_tokens` None means to the end of the context; `context` is the most ids that prompt and
+    answer may have together, None the model's own limit. `logprobs` is the number of likeliest ids
+    to report with each new one (0: the chosen one's logprob only, None: nothing). They are of the
+    model's own distribution: before penalties, temperature and filters, as in OpenAI's API.
+    """
+
+    sampler: Sampler = GREEDY
+    max_tokens: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False  # go on after a stop id: for measuring
+    logprobs: int | None = None
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("logprobs", 0), ("context", 2)):
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value, least)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One new id of one row. The last step of a row has the reason it ended.
+
+    "stop": `id` is a stop id, and no part of the answer's text; "length": `max_tokens` or the
+    context is used up.
+    """
+
+    row: int
+    id: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Timings:
+    """Seconds and ids so far; the first id of each row comes out of the prefill."""
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    new_tokens: int = 0
+    decode_tokens: int = 0  # of new_tokens, those made in decode_s
+    decode_s: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt ids per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """New ids per second, all rows together."""
+        return self.decode_tokens / self.decode_s if self.decode_s > 0 else None
+
+
+@dataclass
+class Row:
+    """One prompt being continued."""
+
+    prompt: list[int]
+    settings: GenerationSettings
+    sampling: Sampling
+    limit: int  # ids it may still be given at most, prompt not counted
+    new: int = 0
+    last: int = -1
+    live: bool = True
+    cancelled: bool = False  # from outside
+
+
+class Generation(Iterator[Step]):
+    """The steps of all rows as they are made, row by row within a round.
+
+    `cancel(row)` ends one row, `close()` all of them; neither costs anything afterwards.
+    Iterating raises GenerationError when the logits hold no number to choose by.
+    """
+
+    def __init__(self, executor: Executor, rows: list[Row], progress: Progress | None) -> None:
+        self.timings = Timings(prompt_tokens=sum(len(row.prompt) for row in rows))
+        self._executor, self._rows, self._progress = executor, rows, progress
+        self._steps = self._run()
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def cancel(self, row: int) -> None:
+        self._rows[row].live = False
+        self._rows[row].cancelled = True
+
+    def close(self) -> None:
+        for row in range(len(self._rows)):
+            self.cancel(row)
+        self._steps.close()
+
+    def _run(self) -> Generator[Step, None, None]:
+        started = time.perf_counter()
+        longest = max(len(row.prompt) + row.limit for row in self._rows)
+        cache = self._executor.new_cache(len(self._rows), longest)
+        steps = self._choose(self._prefill(cache))
+        self.timings.prefill_s = time.perf_counter() - started
+        yield from self._deliver(steps)
+        while any(row.live for row in self._rows):
+            started = time.perf_counter()
+            ids = [[row.last] if row.live else [] for row in self._rows]
+            steps = self._choose(self._executor.next_logits(ids, cache))
+            self.timings.decode_s += time.perf_counter() - started
+            self.timings.decode_tokens += len(steps)
+            yield from self._deliver(steps)
+
+    def _prefill(self, cache: Cache) -> list[Logits]:
+        """Feed the prompts in chunks -> the logits after each row's last id, (V,) each."""
+        prompts = [row.prompt if row.live else [] for row in self._rows]
+        total, done = sum(map(len, prompts)), 0
+        last = [np.empty(0, dtype=np.float32)] * len(prompts)
+        for start in range(0, max(map(len, prompts)), PREFILL_CHUNK):
+            chunks = [prompt[start : start + PREFILL_CHUNK] for prompt in prompts]
+            logits = self._executor.next_logits(chunks, cache)  # (B, V)
+            for row, chunk in enumerate(chunks):
+                if chunk:
+                    last[row] = logits[row].copy()  # the executor may use its array again
+            done += sum(map(len, chunks))
+            if self._progress is not None:
+                self._progress(done, total)
+        return last
+
+    def _choose(self, logits: Sequence[Logits] | NDArray[np.float32]) -> list[Step]:
+        """One step of every living row, from its logits (V,)."""
+        living = [(n, row) for n, row in enumerate(self._rows) if row.live]
+        return [_next_step(n, row, logits[n]) for n, row in living]
+
+    def _deliver(self, steps: list[Step]) -> Iterator[Step]:
+        for step in steps:
+            if not self._rows[step.row].cancelled:  # perhaps just now, by the caller
+                self.timings.new_tokens += 1
+                yield step
+
+
+def _next_step(number: int, row: Row, logits: Logits) -> Step:
+    if not np.isfinite(logits.max()):  # NaN and +inf anywhere show here, so do -inf alone
+        raise GenerationError(
+            f"row {number}: the logits after position {len(row.prompt) + row.new - 1} hold "
+            f"{_trouble(logits)}; the weights are damaged or overflow in this precision "
+            "(validate the file, or load it with exact=True)"
+        )
+    settings = row.settings
+    row.last = row.sampling.choose(logits)
+    row.new += 1
+    reason: FinishReason | None = None
+    if row.last in settings.stop_ids and not settings.ignore_eos:
+        reason = "stop"
+    elif row.new == row.limit:
+        reason = "length"
+    row.live = reason is None
+    if settings.logprobs is None:
+        return Step(row=number, id=row.last, finish_reason=reason)
+    top = likeliest(logits, settings.logprobs)
+    chosen, *others = logprobs_of(logits, [row.last, *top])
+    pairs = tuple(map(TokenLogprob, top, others))
+    return Step(row=number, id=row.last, logprob=chosen, top=pairs, finish_reason=reason)
+
+
+def _trouble(logits: Logits) -> str:
+    nan, inf = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
+    return f"{nan} NaN and {inf} Inf of {len(logits)}" if nan or inf else "-Inf alone"
+
+
+def generate(
+    executor: Executor,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings | Sequence[GenerationSettings],
+    *,
+    progress: Progress | None = None,
+) -> Generation:
+    """Continue every prompt (ids) -> its steps, as an iterator with `cancel`, `close`, `timings`.
+
+    `settings` are for all rows, or one for each. A row's ids depend on its prompt, settings and
+    seed, and not on its neighbours (as far as the executor's arithmetic does not). `progress` is
+    told the prompt ids read, of all, while the prompts are long. Raises GenerationError at once:
+    no prompt, an empty one, one that leaves no room in the context, an id outside the vocabulary.
+    """
+    if not prompts:
+        raise GenerationError("no prompts: expected at least one")
+    each = [settings] * len(prompts) if isinstance(settings, GenerationSettings) else [*settings]
+    if len(each) != len(prompts):
+        raise GenerationError(f"{len(each)} settings for {len(prompts)} prompts: expected as many")
+    rows = [_row(n, executor, *both) for n, both in enumerate(zip(prompts, each, strict=True))]
+    return Generation(executor, rows, progress)
+
+
+def _row(
+    number: int, executor: Executor, prompt: Sequence[int], settings: GenerationSettings
+) -> Row:
+    config = executor.config
+    context = config.max_seq_len if settings.context is None else settings.context
+    if context > config.max_seq_len:
+        raise GenerationError(f"context {context} is more than the model's {config.max_seq_len}")
+    ids = _checked_ids(number, prompt, config.vocab_size)
+    room = context - len(ids)
+    if room < 1:
+        raise GenerationError(
+            f"prompt {number} has {len(ids)} ids and the context holds {context}: no room for an "
+            "answer; shorten the prompt"
+        )
+    limit = room if settings.max_tokens is None else min(settings.max_tokens, room)
+    sampling = settings.sampler.start(ids, config.vocab_size)
+    return Row(prompt=ids, settings=settings, sampling=sampling, limit=limit)
+
+
+def _checked_ids(number: int, prompt: Sequence[int], vocab_size: int) -> list[int]:
+    ids = []
+    for position, id in enumerate(prompt):
+        try:
+            ids.append(operator.index(id))
+        except TypeError:
+            raise GenerationError(
+                f"prompt {number}: {id!r} at position {position} is no id (a whole number)"
+            ) from None
+        if not 0 <= ids[-1] < vocab_size:
+            raise GenerationError(
+                f"prompt {number}: id {id} at position {position} is outside the vocabulary "
+                f"0 … {vocab_size - 1}"
+            )
+    if not ids:
+        raise GenerationError(
+            f"prompt {number} is empty: expected at least one id to continue, such as the "
+            "beginning-of-text id"
+        )
+    return ids

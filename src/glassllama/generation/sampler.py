@@ -1,0 +1,298 @@
+"""From logits to one id: penalties, temperature, filters, and a draw that a seed repeats.
+
+Each step is a small frozen dataclass that maps logits (V,) float32 to logits of the same shape and
+leaves its input alone; what a filter removes becomes -inf. A `Sampler` is a tuple of steps in this
+order, which is also transformers':
+
+    repetition → presence and frequency → temperature → top-k → top-p → min-p → draw
+
+Letters: V vocabulary. Steps compute in float32, as the logits come; sums of probabilities and the
+draw, which decide, are float64. Ties at the border of top-k and top-p are kept: no id is preferred
+for its number.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import GenerationError
+
+Logits = NDArray[np.float32]  # (V,)
+
+BLOCK = 512  # ids summed together when drawing: about the square root of a large vocabulary
+OPENAI_PENALTY = 2.0  # presence and frequency penalties lie between -2 and 2 in OpenAI's API
+
+
+class History:
+    """Which ids a request has seen and how often it has said them, by id: (V,) each."""
+
+    def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
+        self.seen = np.zeros(vocab_size, dtype=bool)  # in the prompt or the answer
+        self.said = np.zeros(vocab_size, dtype=np.int32)  # times in the answer
+        self.seen[np.asarray(prompt, dtype=np.intp)] = True
+
+    def add(self, id: int) -> None:
+        self.seen[id] = True
+        self.said[id] += 1
+
+
+class LogitsStep(Protocol):
+    """One step between the model and the draw."""
+
+    def __call__(self, logits: Logits, history: History) -> Logits: ...
+
+
+def require(field: str, value: float, allowed: str, inside: bool) -> None:
+    """Raise a GenerationError that names the setting, what came and what is allowed."""
+    if not inside:
+        raise GenerationError(f"{field} must be {allowed}, got {value!r}")
+
+
+def require_whole(field: str, value: object, least: int) -> None:
+    """The same for settings that count."""
+    inside = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+    if not inside:
+        raise GenerationError(f"{field} must be a whole number of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Make every id of prompt and answer less likely: CTRL (Keskar et al., 2019), section 4.1.
+
+    Positive logits are divided by the penalty, negative ones multiplied, so both move down.
+    """
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        inside = math.isfinite(self.penalty) and self.penalty > 0
+        require("repetition_penalty", self.penalty, "above 0", inside)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        ids = np.flatnonzero(history.seen)
+        old = logits[ids]
+        out = logits.copy()
+        out[ids] = np.where(old > 0, old / np.float32(self.penalty), old * np.float32(self.penalty))
+        return out
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Take a fixed amount off the logits of ids already in the answer (OpenAI API reference)."""
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        inside = abs(self.penalty) <= OPENAI_PENALTY
+        require("presence_penalty", self.penalty, "between -2 and 2", inside)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        return np.where(history.said > 0, logits - np.float32(self.penalty), logits)
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """Take an amount off for every time the answer holds the id (OpenAI API reference)."""
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        inside = abs(self.penalty) <= OPENAI_PENALTY
+        require("frequency_penalty", self.penalty, "between -2 and 2", inside)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        return logits - np.float32(self.penalty) * history.said.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide the logits: below 1 the likely ids win more often, above 1 less often."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        inside = math.isfinite(self.value) and self.value > 0
+        require("temperature", self.value, "at least 0 and finite (0 is greedy)", inside)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        with np.errstate(over="ignore"):  # tiny temperatures send the losers to -inf, rightly
+            out: Logits = (logits - logits.max()) / np.float32(self.value)
+        return out
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest logits."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        require_whole("top_k", self.k, 1)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        if self.k >= len(logits):
+            return logits
+        border = np.partition(logits, -self.k)[-self.k]  # a selection, no sort
+        return keep(logits, logits >= border)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the nucleus: the likeliest ids that together reach probability p.
+
+    Source: The Curious Case of Neural Text Degeneration (Holtzman et al., 2019), section 3.1.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        require("top_p", self.p, "above 0 and at most 1", 0 < self.p <= 1)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        if self.p == 1:
+            return logits
+        weights = np.exp(logits - logits.max())  # (V,) probabilities times a constant
+        total = weights.sum(dtype=np.float64)
+        # All ids below this weight together have less than 1 - p, so none of them is needed: only
+        # the few above it are sorted.
+        needless = (1 - self.p) * total / len(weights)
+        ordered = np.sort(np.compress(weights >= needless, weights))[::-1]
+        reached = np.searchsorted(np.cumsum(ordered, dtype=np.float64), self.p * total)
+        border = ordered[min(int(reached), len(ordered) - 1)]
+        return keep(logits, weights >= border)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep ids at least `p` times as likely as the likeliest one: Min-p (Nguyen et al., 2024)."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        require("min_p", self.p, "at least 0 and at most 1", 0 <= self.p <= 1)
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        distance = -math.log(self.p) if self.p > 0 else math.inf
+        return keep(logits, logits >= logits.max() - distance)
+
+
+def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
+    ids = np.flatnonzero(kept)  # few, mostly: writing them costs less than np.where
+    out = np.full_like(logits, -np.inf)
+    out[ids] = logits[ids]
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How ids are chosen: the steps in order, then the largest (`greedy`) or a draw by `seed`."""
+
+    steps: tuple[LogitsStep, ...] = ()
+    greedy: bool = True
+    seed: int | None = None  # None: another answer every time
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            require_whole("seed", self.seed, 0)
+
+    def start(self, prompt: Sequence[int], vocab_size: int) -> Sampling:
+        """The sampling of one request, with a history and a generator of its own."""
+        history = History(prompt, vocab_size)
+        return Sampling(self, history, np.random.Generator(np.random.PCG64(self.seed)))
+
+
+def make_sampler(
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+) -> Sampler:
+    """A sampler from plain settings; those at their defaults cost nothing.
+
+    Temperature 0 is greedy. Repetition counts prompt and answer, presence and frequency the answer
+    alone. Raises GenerationError that names a bad setting, its value and its range.
+    """
+    greedy = temperature == 0
+    penalties: list[tuple[bool, LogitsStep]] = [
+        (repetition_penalty != 1, Repetition(repetition_penalty)),
+        (presence_penalty != 0, Presence(presence_penalty)),
+        (frequency_penalty != 0, Frequency(frequency_penalty)),
+    ]
+    drawing: list[tuple[bool, LogitsStep]] = [
+        (temperature != 1, Temperature(1.0 if greedy else temperature)),
+        (top_k is not None, TopK(1 if top_k is None else top_k)),
+        (top_p != 1, TopP(top_p)),
+        (min_p != 0, MinP(min_p)),
+    ]
+    # None of the drawing steps ever removes the largest logit: greedy has no need of them.
+    chosen = penalties if greedy else penalties + drawing
+    steps = tuple(step for wanted, step in chosen if wanted)
+    return Sampler(steps=steps, greedy=greedy, seed=seed)
+
+
+GREEDY = Sampler()
+
+
+@dataclass
+class Sampling:
+    """One request under way: what it has seen, and its random numbers."""
+
+    sampler: Sampler
+    history: History
+    generator: np.random.Generator = field(repr=False)
+
+    def choose(self, logits: Logits) -> int:
+        """The next id for logits (V,), remembered. They must hold a finite largest value."""
+        for step in self.sampler.steps:
+            logits = step(logits, self.history)
+        id = int(logits.argmax()) if self.sampler.greedy else draw(logits, self.generator)
+        self.history.add(id)
+        return id
+
+
+def draw(logits: Logits, generator: np.random.Generator) -> int:
+    """An id by its probability: where one uniform number falls in the cumulative sum.
+
+    In two strides, over the sums of blocks and then inside one, so that a large vocabulary needs
+    no cumulative sum of its whole length.
+    """
+    ids = np.flatnonzero(logits > -np.inf)
+    weights = np.exp(logits[ids] - logits.max()).astype(np.float64)
+    starts = np.arange(0, len(ids), BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, starts))
+    target = min(generator.random() * blocks[-1], np.nextafter(blocks[-1], 0))
+    block = int(np.searchsorted(blocks, target, side="right"))
+    inside = weights[starts[block] : starts[block] + BLOCK]
+    rest = target - (blocks[block - 1] if block > 0 else 0.0)
+    place = int(np.searchsorted(np.cumsum(inside), rest, side="right"))
+    last = int(np.flatnonzero(inside)[-1])  # rounding may lead one too far
+    return int(ids[starts[block] + min(place, last)])
+
+
+def logprobs_of(logits: Logits, ids: Iterable[int]) -> list[float]:
+    """Natural logarithms of the model's own probabilities of `ids`, from logits (V,)."""
+    largest = float(logits.max())
+    total = np.exp(logits - np.float32(largest)).sum(dtype=np.float64)
+    return [float(logits[id]) - largest - math.log(total) for id in ids]
+
+
+def likeliest(logits: Logits, n: int) -> list[int]:
+    """The n ids of largest logits, largest first, equal ones by number."""
+    n = min(operator.index(n), len(logits))
+    if n == 0:
+        return []
+    border = np.partition(logits, -n)[-n]
+    ids = np.flatnonzero(logits >= border)
+    return [int(id) for id in ids[np.argsort(-logits[ids], kind="stable")][:n]]
