@@ -6,12 +6,14 @@ import gc
 import json
 import math
 import struct
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -126,6 +128,26 @@ def test_arrays_outlive_close_and_drop(tmp_path: Path) -> None:
     assert array.tobytes() == before
     file.close()
     assert array.tobytes() == raw_bytes(written)
+
+
+def resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drop() and resident memory: Linux only")
+def test_only_what_is_read_takes_memory_and_drop_gives_it_back(tmp_path: Path) -> None:
+    megabytes = 64
+    big = torch.zeros(megabytes, 2**20, dtype=torch.uint8)
+    safetensors.torch.save_file({"x": big}, tmp_path / "a.safetensors")
+    del big
+    file = open_safetensors(tmp_path / "a.safetensors")
+    before = resident()
+    assert not file.read("x", slice(10, 12)).any()
+    assert resident() - before < 16 * 2**20
+    assert file.read("x").max() == 0
+    assert resident() - before > (megabytes - 8) * 2**20
+    file.drop("x")
+    assert resident() - before < 16 * 2**20
 
 
 def test_unaligned_elements_come_aligned(write: Callable[[bytes], Path]) -> None:

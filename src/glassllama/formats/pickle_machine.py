@@ -19,6 +19,7 @@ from glassllama.formats.elements import quoted
 
 STOP = ord(".")
 MOST_STEPS = 4_000_000  # 80,000 tensors; a step makes one object at most: this bounds memory
+DEEPEST_MARKS = 10_000  # Python's pickler leaves one open per nested list or dict
 KEY_LIMIT = 2**32  # larger whole numbers as keys could be chosen to collide in a dict
 SUPPORTED_PROTOCOLS = range(2, 6)
 
@@ -180,6 +181,8 @@ def _small_long(m: PickleMachine) -> None:
 
 
 def _mark(m: PickleMachine) -> None:
+    if len(m.outer) >= DEEPEST_MARKS:
+        raise m.fault(f"more than {DEEPEST_MARKS} open marks")
     m.outer.append(m.stack)
     m.stack = []
 

@@ -11,10 +11,10 @@ compression, encryption, comments, bytes that belong to no entry's place.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from glassllama.base.errors import FormatError
@@ -26,6 +26,7 @@ LOCATOR = struct.Struct("<4sIQI")  # signature, disk, offset of the 64-bit end r
 END_64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disk ×2, then as in END
 CENTRAL = struct.Struct("<4s6H3I5H2I")
 LOCAL = struct.Struct("<4s5H3I2H")
+MOST_ENTRIES, LARGEST_DIRECTORY = 100_000, 32 * 2**20  # far more than checkpoints have
 STORED = 0
 ENCRYPTED = 1  # bit of the flags
 EXTRA_64 = 1  # the extra field that holds 64-bit sizes
@@ -46,16 +47,19 @@ class Entry:
 def read_directory(file: MappedFile) -> dict[str, Entry]:
     """Every entry by name; FormatError for anything that is not a plain zip of stored entries."""
     start, nbytes, count = _find_directory(file)
+    if count > MOST_ENTRIES or nbytes > LARGEST_DIRECTORY:
+        raise FormatError(
+            f"{file.path}: zip directory of {count} entries, {nbytes} bytes; expected at most "
+            f"{MOST_ENTRIES} and {LARGEST_DIRECTORY}"
+        )
     raw = file.bytes_at(start, nbytes)
     entries: dict[str, Entry] = {}
-    for entry in _central_entries(raw, file):
+    for entry in itertools.islice(_central_entries(raw, file), count + 1):
         if entry.name in entries:
             raise FormatError(f"{file.path}: zip entry {quoted(entry.name)} appears twice")
         entries[entry.name] = entry
     if len(entries) != count:
-        raise FormatError(
-            f"{file.path}: zip directory has {len(entries)} entries, expected {count}"
-        )
+        raise FormatError(f"{file.path}: zip directory does not have the {count} entries it should")
     _check_no_overlap(entries, start, file.path)
     return entries
 
@@ -155,7 +159,7 @@ def _with_local_header(
 
 def _check_no_overlap(entries: dict[str, Entry], directory: int, path: Path) -> None:
     in_order = sorted(entries.values(), key=lambda entry: entry.header)
-    ends = [(entry, after.header) for entry, after in pairwise(in_order)]
+    ends = [(entry, after.header) for entry, after in itertools.pairwise(in_order)]
     for entry, limit in [*ends, *((last, directory) for last in in_order[-1:])]:
         if entry.offset + entry.nbytes > limit:
             raise FormatError(
