@@ -2,8 +2,8 @@
 
 A superblock holds one half-precision scale d (with some types dmin, for minima too). Each group
 has a whole number of 4, 6 or 8 bits by which d is multiplied: x = (d·scale)·q, or
-x = (d·scale)·q − (dmin·minimum). The codes q of several groups share a byte: group g of a run of
-bytes sits in the same bits of all of them. docs/formats/gguf.md draws it.
+x = (d·scale)·q − (dmin·minimum). The codes q lie in eight lanes of 32; several lanes share the
+same 32 bytes, each with bits of its own. docs/formats/gguf.md draws it.
 
 Source: the block_*_K structures of ggml (ggml-common.h). Float32, in the order written here.
 """
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.integer]
+Words = NDArray[np.uint64]  # eight codes at a time, one per byte
 Blocks = NDArray[np.void]  # one record per superblock: (n,) of a dtype below
 
 SUPERBLOCK = 256  # QK_K
-GROUP = 16  # elements that share a scale in Q2_K, Q3_K, Q6_K
-LONG_GROUP = 32  # the same in Q4_K, Q5_K
+LANES, LANE = 8, 32  # a superblock is unpacked as eight lanes of 32
+LANE_WORDS = LANE // 8
+GROUP = 16  # elements that share a scale in Q2_K, Q3_K, Q6_K; in Q4_K and Q5_K a lane does
+EACH_BYTE = 0x0101010101010101  # times a mask: the mask in each byte of a word
 
 Q2_K = np.dtype([("scales", "u1", 16), ("codes", "u1", (2, 32)), ("d", "<f2"), ("dmin", "<f2")])
 Q3_K = np.dtype(
@@ -37,72 +40,100 @@ Q5_K = np.dtype(
     [("d", "<f2"), ("dmin", "<f2"), *SIX_BIT_PAIRS, ("high", "u1", 32), ("codes", "u1", (4, 32))]
 )
 Q6_K = np.dtype(
-    [("low", "u1", (2, 64)), ("high", "u1", (2, 32)), ("scales", "i1", 16), ("d", "<f2")]
+    [("low", "u1", (2, 2, 32)), ("high", "u1", (2, 32)), ("scales", "i1", 16), ("d", "<f2")]
 )
 
 
 def unpack_q2_k(blocks: Blocks, out: Floats) -> None:
-    """Two runs of 32 bytes, four 2-bit codes in each byte -> out (n, 256)."""
-    runs = out.reshape(-1, 2, 4, 32)
-    for g in range(4):
-        runs[:, :, g] = blocks["codes"] >> (2 * g) & 3
-    groups = out.reshape(-1, GROUP, GROUP)
+    """Two runs of 32 bytes, four lanes of 2 bits in each -> out (n, 256)."""
+    to_floats(two_bits(blocks), out)
+    groups = out.reshape(-1, SUPERBLOCK // GROUP, GROUP)
     groups *= times(blocks["d"], blocks["scales"] & 15)
     groups -= times(blocks["dmin"], blocks["scales"] >> 4)
 
 
 def unpack_q3_k(blocks: Blocks, out: Floats) -> None:
-    """As Q2_K, with a third bit from `high`; codes 0 … 7 stand for −4 … 3 -> out (n, 256)."""
-    codes = np.empty((len(blocks), 2, 4, 32), np.uint8)
-    for g in range(4):
-        codes[:, :, g] = blocks["codes"] >> (2 * g) & 3
-    for g in range(8):
-        codes[:, g // 4, g % 4] |= (blocks["high"] >> g & 1) << 2
-    np.subtract(codes.reshape(out.shape), np.float32(4), out=out)
-    low, high = blocks["scales_low"], blocks["scales_high"]
-    scales = np.concatenate([low & 15, low >> 4], axis=1)  # (n, 16)
-    scales |= np.concatenate([(high >> (2 * g) & 3) << 4 for g in range(4)], axis=1)
-    groups = out.reshape(-1, GROUP, GROUP)
-    groups *= times(blocks["d"], scales.view(np.int8) - np.int8(32))
+    """As Q2_K, and a third bit from `high`; codes 0 … 7 stand for −4 … 3 -> out (n, 256)."""
+    codes = two_bits(blocks)
+    high = words(blocks["high"])  # (n, 4)
+    for lane in range(LANES):
+        codes[lane] |= bits(high, lane, 1) << 2
+    to_floats(codes, out)
+    out -= np.float32(4)
+    groups = out.reshape(-1, SUPERBLOCK // GROUP, GROUP)
+    groups *= times(blocks["d"], sixteen_scales(blocks))
 
 
 def unpack_q4_k(blocks: Blocks, out: Floats) -> None:
-    """Four runs of 32 bytes, two 4-bit codes in each byte -> out (n, 256)."""
-    runs = out.reshape(-1, 4, 2, 32)
-    runs[:, :, 0] = blocks["codes"] & 15
-    runs[:, :, 1] = blocks["codes"] >> 4
+    """Four runs of 32 bytes, two lanes of 4 bits in each -> out (n, 256)."""
+    to_floats(four_bits(blocks), out)
     scale_and_shift(blocks, out)
 
 
 def unpack_q5_k(blocks: Blocks, out: Floats) -> None:
-    """As Q4_K, with a fifth bit from `high` -> out (n, 256)."""
-    codes = np.empty((len(blocks), 4, 2, 32), np.uint8)
-    codes[:, :, 0] = blocks["codes"] & 15
-    codes[:, :, 1] = blocks["codes"] >> 4
-    for g in range(8):
-        codes[:, g // 2, g % 2] |= (blocks["high"] >> g & 1) << 4
-    out[...] = codes.reshape(out.shape)
+    """As Q4_K, and a fifth bit from `high` -> out (n, 256)."""
+    codes = four_bits(blocks)
+    high = words(blocks["high"])  # (n, 4)
+    for lane in range(LANES):
+        codes[lane] |= bits(high, lane, 1) << 4
+    to_floats(codes, out)
     scale_and_shift(blocks, out)
 
 
 def unpack_q6_k(blocks: Blocks, out: Floats) -> None:
     """4 bits from `low`, 2 from `high`; codes 0 … 63 stand for −32 … 31 -> out (n, 256)."""
-    codes = np.empty((len(blocks), 2, 2, 64), np.uint8)
-    codes[:, :, 0] = blocks["low"] & 15
-    codes[:, :, 1] = blocks["low"] >> 4
-    runs = codes.reshape(-1, 2, 4, 32)
-    for g in range(4):
-        runs[:, :, g] |= (blocks["high"] >> (2 * g) & 3) << 4
-    np.subtract(codes.reshape(out.shape), np.float32(32), out=out)
-    groups = out.reshape(-1, GROUP, GROUP)
+    low, high = words(blocks["low"]), words(blocks["high"])  # (2, 2, n, 4), (2, n, 4)
+    codes = np.stack([bits(low, 0, 4), bits(low, 4, 4)], axis=1)  # (2, 2, 2, n, 4)
+    codes = codes.reshape(2, 4, -1, LANE_WORDS)
+    for lane in range(4):
+        codes[:, lane] |= bits(high, 2 * lane, 2) << 4
+    to_floats(codes, out)
+    out -= np.float32(32)
+    groups = out.reshape(-1, SUPERBLOCK // GROUP, GROUP)
     groups *= times(blocks["d"], blocks["scales"])
 
 
+def words(field: NDArray[np.uint8]) -> Words:
+    """Runs of 32 bytes, (n, …, 32) -> run by run over all blocks, (…, n, 4 words)."""
+    return np.ascontiguousarray(np.moveaxis(field, 0, -2)).view(np.uint64)
+
+
+def bits(packed: Words, first: int, count: int) -> Words:
+    """From every byte the `count` bits that begin at bit `first`, moved down to bit 0."""
+    return packed >> np.uint64(first) & np.uint64(EACH_BYTE * (2**count - 1))
+
+
+def two_bits(blocks: Blocks) -> Words:
+    """Four codes in each byte: bits 0–1 of all bytes of a run are its first lane -> (8, n, 4)."""
+    runs = words(blocks["codes"])  # (2, n, 4)
+    return np.stack([bits(runs, 2 * i, 2) for i in range(4)], axis=1).reshape(LANES, -1, LANE_WORDS)
+
+
+def four_bits(blocks: Blocks) -> Words:
+    """Two codes in each byte -> (8, n, 4)."""
+    runs = words(blocks["codes"])  # (4, n, 4)
+    return np.stack([bits(runs, 0, 4), bits(runs, 4, 4)], axis=1).reshape(LANES, -1, LANE_WORDS)
+
+
+def to_floats(codes: Words, out: Floats) -> None:
+    """Lane by lane over all blocks, any shape of 8 · n · 4 words -> block by block, (n, 256)."""
+    lanes = codes.view(np.uint8).reshape(LANES, -1, LANE)
+    out.reshape(-1, LANES, LANE)[...] = lanes.transpose(1, 0, 2)
+
+
 def scale_and_shift(blocks: Blocks, out: Floats) -> None:
-    """Q4_K and Q5_K: codes in `out` (n, 256) become numbers, 32 by 32."""
-    groups = out.reshape(-1, SUPERBLOCK // LONG_GROUP, LONG_GROUP)
-    groups *= times(blocks["d"], six_bits(blocks["scales"], blocks["both"] & 15))
-    groups -= times(blocks["dmin"], six_bits(blocks["minima"], blocks["both"] >> 4))
+    """Q4_K and Q5_K: codes in `out` (n, 256) become numbers, lane by lane."""
+    lanes = out.reshape(-1, LANES, LANE)
+    lanes *= times(blocks["d"], six_bits(blocks["scales"], blocks["both"] & 15))
+    lanes -= times(blocks["dmin"], six_bits(blocks["minima"], blocks["both"] >> 4))
+
+
+def sixteen_scales(blocks: Blocks) -> Codes:
+    """Q3_K: 4 low bits and 2 high bits of each scale; 0 … 63 stand for −32 … 31 -> (n, 16)."""
+    low, high = blocks["scales_low"], blocks["scales_high"]
+    scales = np.concatenate([low & 15, low >> 4], axis=1)
+    scales |= np.concatenate([(high >> 2 * i & 3) << 4 for i in range(4)], axis=1)
+    return scales.view(np.int8) - np.int8(32)
 
 
 def six_bits(first: Codes, last_low: Codes) -> Codes:

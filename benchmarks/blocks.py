@@ -1,0 +1,81 @@
+"""How fast stored weights become float32, on one core, and how fast the `gguf` package does it.
+
+    python benchmarks/blocks.py [--megabytes 256] [--repeats 5]
+
+Prints a table, then one line of JSON. GB/s counts float32 bytes written per second of the thread's
+processor time, so that waiting for a busy core does not count; the median of the repeats, with
+ours and theirs taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import gguf
+import numpy as np
+
+from glassllama.formats.blocks import SUPPORTED, block_layout, dequantise
+from glassllama.formats.elements import ELEMENT_TYPES
+
+COLUMNS = 4096  # of the matrix that is unpacked
+FLOAT_BYTES = 4
+
+
+def core_seconds(work: Callable[[], object]) -> float:
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
+
+
+def stored_matrix(dtype: str, rows: int) -> np.ndarray:
+    """Ordinary weights for plain types; for blocks any bytes, as speed does not depend on them."""
+    rng = np.random.default_rng(0)
+    if dtype in ELEMENT_TYPES:
+        return rng.normal(size=(rows, COLUMNS)).astype(ELEMENT_TYPES[dtype])
+    layout = block_layout(dtype)
+    return rng.integers(0, 256, (rows, COLUMNS // layout.elements * layout.bytes), dtype=np.uint8)
+
+
+def measure(dtype: str, rows: int, repeats: int) -> dict[str, float]:
+    """GB/s of ours and theirs; ours into a given array, as streaming does, and into a new one."""
+    raw, shape = stored_matrix(dtype, rows), (rows, COLUMNS)
+    out = np.zeros(shape, np.float32)
+    kind = getattr(gguf.GGMLQuantizationType, dtype)
+    work = {
+        "ours": lambda: dequantise(raw, dtype, shape, out=out),
+        "ours_new": lambda: dequantise(raw, dtype, shape),
+        "gguf": lambda: gguf.quants.dequantize(raw.view(np.uint8), kind),
+    }
+    if dtype in ("F64", "F32"):
+        del work["gguf"]  # the one it does not convert, the other it does not copy
+    times: dict[str, list[float]] = {name: [] for name in work}
+    with np.errstate(all="ignore"):
+        for _ in range(repeats):
+            for name, call in work.items():
+                times[name].append(core_seconds(call))
+    size = rows * COLUMNS * FLOAT_BYTES / 1e9
+    return {name: round(size / statistics.median(taken), 2) for name, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=256, help="float32 bytes of the matrix")
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    rows = flags.megabytes * 10**6 // (COLUMNS * FLOAT_BYTES)
+    print(f"{'type':6} {'GB/s':>8} {'new array':>10} {'gguf.quants':>12}")
+    speeds = {}
+    for dtype in SUPPORTED:
+        speeds[dtype] = got = measure(dtype, rows, flags.repeats)
+        print(f"{dtype:6} {got['ours']:8.2f} {got['ours_new']:10.2f} {got.get('gguf', '–'):>12}")
+    machine = {"machine": platform.machine(), "numpy": np.__version__}
+    print(json.dumps({"benchmark": "blocks", **machine, **vars(flags), "gb_s": speeds}))
+
+
+if __name__ == "__main__":
+    main()
