@@ -516,6 +516,14 @@ def test_the_handmade_tensor_is_read(tmp_path: Path) -> None:
     assert_equal(file, "y", oracle["y"])
 
 
+def doubled_tuple() -> tuple[Any, ...]:
+    """Small in the file, 2^50 numbers for whoever prints it."""
+    doubled: tuple[Any, ...] = (1,)
+    for _ in range(50):
+        doubled = (doubled, doubled)
+    return doubled
+
+
 H = OrderedDict
 BAD_TENSORS: dict[str, tuple[object, str]] = {
     "outside": (tensor(1, (2, 3), (3, 1)), "reaches from element 1 over 6, its storage has 6"),
@@ -524,13 +532,14 @@ BAD_TENSORS: dict[str, tuple[object, str]] = {
     "before": (tensor(-1, (1,), (1,)), "reaches from element -1"),
     "empty but outside": (tensor(7, (0,), (1,)), "reaches from element 7"),
     "size negative": (tensor(0, (-1,), (1,)), "whole numbers"),
-    "size a truth": (tensor(0, (True,), (1,)), "whole numbers"),
-    "size a fraction": (tensor(0, (2.0,), (1,)), "whole numbers"),
+    "size a truth": (tensor(0, (True,), (1,)), "unexpected arguments"),
+    "size a fraction": (tensor(0, (2.0,), (1,)), "unexpected arguments"),
     "sizes overflow": (tensor(0, (2**62, 2**62), (1, 1)), "2.63 bytes"),
     "sizes 33": (tensor(0, (1,) * 33, (1,) * 33), "at most 32"),
     "stride negative": (tensor(5, (6,), (-1,)), "strides"),
     "stride huge": (tensor(0, (2,), (2**70,)), "reaches from"),
-    "stride a fraction": (tensor(0, (2,), (1.0,)), "strides"),
+    "stride a fraction": (tensor(0, (2,), (1.0,)), "unexpected arguments"),
+    "sizes that double": (tensor(0, doubled_tuple(), (1,)), "unexpected arguments"),
     "a stride too few": (tensor(0, (2, 3), (1,)), "strides"),
     "a stride too many": (tensor(0, (2,), (1, 1)), "strides"),
     "storage missing": (tensor(0, (1,), (1,), Store("7")), "storage '7' is missing"),

@@ -16,7 +16,8 @@ from glassllama.base.errors import FormatError
 class MappedFile:
     """A regular, non-empty file mapped read-only.
 
-    Raises FormatError where the file is missing, not a file, unreadable or empty.
+    Raises FormatError where the file is missing, not a file, unreadable or empty. As with every
+    mapped file, the process dies if somebody shortens it while it is open.
     """
 
     def __init__(self, path: Path) -> None:

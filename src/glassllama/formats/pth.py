@@ -31,6 +31,7 @@ LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # how files of torch <
 LARGEST_SMALL_ENTRY = 64 * 2**20  # a pickle takes 120 bytes a tensor: half a million of them
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 DEEPEST, LONGEST_NAME, MOST_NAMES = 32, 1024, 250_000  # of nested state dicts
+MOST_LISTED = 5  # damaged entries in one message, and tensors of each
 PIECE = 8 * 2**20  # bytes between two reports of progress
 
 
@@ -101,7 +102,8 @@ class PthFile:
         """
         if not self.has_checksums:
             raise FormatError(f"{self._file.path}: saved without checksums, cannot be verified")
-        total, done, damaged = sum(e.nbytes for e in self._entries.values()), 0, []
+        damaged = list[Entry]()
+        total, done = sum(entry.nbytes for entry in self._entries.values()), 0
         for entry in self._entries.values():
             crc32 = 0
             for start in range(0, entry.nbytes, PIECE):
@@ -112,11 +114,12 @@ class PthFile:
                 if progress is not None:
                     progress(done, total)
             if crc32 != entry.crc32:
-                damaged.append(self._described(entry))
+                damaged.append(entry)
         if damaged:
+            named = "; ".join(map(self._described, damaged[:MOST_LISTED]))
             raise FormatError(
-                f"{self._file.path}: {len(damaged)} damaged: {'; '.join(damaged)}: the bytes do "
-                "not match their CRC-32; download or copy the file again"
+                f"{self._file.path}: {len(damaged)} of {len(self._entries)} zip entries do not "
+                f"match their CRC-32: {named}; download or copy the file again"
             )
 
     def _place(self, name: str) -> Place:
@@ -127,7 +130,7 @@ class PthFile:
     def _described(self, entry: Entry) -> str:
         within = range(entry.offset, entry.offset + entry.nbytes)
         tensors = [n for n, place in self._places.items() if place.info.offset in within]
-        return f"zip entry {quoted(entry.name)} (tensors {', '.join(map(quoted, tensors))})"
+        return f"{quoted(entry.name)} (tensors {', '.join(map(quoted, tensors[:MOST_LISTED]))})"
 
 
 def open_pth(path: Path) -> PthFile:
@@ -274,17 +277,16 @@ def _place(
 
 
 def _checked_strides(
-    strides: tuple[object, ...], shape: tuple[int, ...], where: str
+    strides: tuple[int, ...], shape: tuple[int, ...], where: str
 ) -> tuple[int, ...]:
     """Steps in elements, 1 for axes that are never stepped along (torch leaves any number there).
 
     Taken from the shortest step to the longest, each must step over all that the others reach:
     then no element is read twice, and a tensor is never larger than its storage.
     """
-    given = [by for by in strides if type(by) is int and by >= 0]
-    if not len(given) == len(strides) == len(shape):
+    if len(strides) != len(shape) or min(strides, default=0) < 0:
         raise FormatError(f"{where}: strides {quoted(strides)} for shape {quoted(shape)}")
-    steps = tuple(by if size > 1 else 1 for by, size in zip(given, shape, strict=True))
+    steps = tuple(by if size > 1 else 1 for by, size in zip(strides, shape, strict=True))
     reached = 1
     for by, size in sorted(zip(steps, shape, strict=True)):
         if size > 1 and by < reached:

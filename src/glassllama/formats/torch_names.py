@@ -35,8 +35,8 @@ class StoredTensor:
 
     storage: Storage
     offset: int
-    shape: tuple[object, ...]
-    strides: tuple[object, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def storage(persistent_id: object) -> Storage:
@@ -51,7 +51,8 @@ def _tensor(arguments: tuple[object, ...]) -> StoredTensor:
     match arguments:
         case (Storage() as kept, int(offset), tuple(shape), tuple(strides), bool(), dict(), *rest):
             # The seventh argument says that the values are to be negated or conjugated.
-            if rest in ([], [None], [{}]):
+            numbers = all(type(number) is int for number in (offset, *shape, *strides))
+            if numbers and rest in ([], [None], [{}]):
                 return StoredTensor(kept, offset, shape, strides)
     raise ValueError(f"torch._utils._rebuild_tensor_v2: unexpected arguments {_kinds(arguments)}")
 
