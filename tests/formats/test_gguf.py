@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 
 import gguf as foreign
-import handmade_gguf as hand
 import numpy as np
 import psutil
 import pytest
 from ml_dtypes import bfloat16
 
+import handmade_gguf as hand
 from glassllama.base.errors import FormatError
 from glassllama.formats.blocks import block_layout, dequantise
 from glassllama.formats.gguf import open_gguf
 
+DOCS = Path(__file__).parents[2] / "docs" / "formats" / "gguf.md"
 RNG = np.random.default_rng(20240418)
 PLAIN = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64,
@@ -270,6 +272,24 @@ def test_the_default_model(default_model: Path) -> None:
         assert np.array_equal(ours, foreign.quants.dequantize(theirs.data, theirs.tensor_type))
         file.drop(theirs.name)
     file.close()
+
+
+def test_the_dump_in_the_docs(tmp_path: Path) -> None:
+    """docs/formats/gguf.md shows a file byte by byte: the one that the foreign writer writes."""
+    writer = foreign.GGUFWriter(tmp_path / "d.gguf", "llama")
+    writer.add_array("words", ["a", "bc"])
+    weights = np.tile(np.arange(-4, 4, 0.5, dtype=np.float32), (1, 2))
+    q4_0 = foreign.GGMLQuantizationType.Q4_0
+    writer.add_tensor("t", foreign.quants.quantize(weights, q4_0), raw_dtype=q4_0)
+    finish(writer)
+    shown = bytearray()
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"([0-9a-f]{4})((?: [0-9a-f]{2})+)", line.replace("  ", " ", 1)):
+            assert int(match[1], 16) == len(shown)
+            shown += bytes.fromhex(match[2])
+    assert shown == (tmp_path / "d.gguf").read_bytes()
+    file = open_gguf(tmp_path / "d.gguf")
+    assert np.array_equal(dequantise(file.read("t"), "Q4_0", file.info("t").shape), weights)
 
 
 # ── split checkpoints ─────────────────────────────────────────────────────────────────────────
