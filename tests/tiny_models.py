@@ -102,7 +102,7 @@ def meta_state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in out.items()}
 
 
-def meta_params(model: LlamaForCausalLM) -> dict[str, Any]:
+def meta_params(model: LlamaForCausalLM, multiple_of: int = 20) -> dict[str, Any]:
     c = model.config
     return {
         "dim": c.hidden_size,
@@ -110,7 +110,7 @@ def meta_params(model: LlamaForCausalLM) -> dict[str, Any]:
         "n_heads": c.num_attention_heads,
         "n_kv_heads": c.num_key_value_heads,
         "vocab_size": c.vocab_size,
-        "multiple_of": 20,
+        "multiple_of": multiple_of,
         "norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_parameters["rope_theta"],
         "use_scaled_rope": c.rope_parameters["rope_type"] == "llama3",
@@ -122,11 +122,16 @@ BY_COLUMNS = ("wo", "w2")
 
 
 def write_meta(
-    model: LlamaForCausalLM, folder: Path, *, shards: int = 1, llama2: bool = False
+    model: LlamaForCausalLM,
+    folder: Path,
+    *,
+    shards: int = 1,
+    llama2: bool = False,
+    multiple_of: int = 20,
 ) -> Path:
     """consolidated.NN.pth + params.json; `llama2` cuts the embedding by columns, like it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(meta_params(model)))
+    (folder / "params.json").write_text(json.dumps(meta_params(model, multiple_of)))
     by_rows = BY_ROWS[:-1] if llama2 else BY_ROWS
     by_columns = (*BY_COLUMNS, "tok_embeddings") if llama2 else BY_COLUMNS
     for shard in range(shards):
