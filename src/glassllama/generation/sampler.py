@@ -119,11 +119,11 @@ class Temperature:
 
     def __post_init__(self) -> None:
         inside = math.isfinite(self.value) and self.value > 0
-        require("temperature", self.value, "at least 0 and finite (0 is greedy)", inside)
+        require("temperature", self.value, "at least 0 and finite (0: greedy)", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         with np.errstate(over="ignore"):  # tiny temperatures send the losers to -inf, rightly
-            out: Logits = (logits - logits.max()) / np.float32(self.value)
+            out: Logits = below_largest(logits) / np.float32(self.value)
         return out
 
 
@@ -158,7 +158,7 @@ class TopP:
     def __call__(self, logits: Logits, history: History) -> Logits:
         if self.p == 1:
             return logits
-        weights = np.exp(logits - logits.max())  # (V,) probabilities times a constant
+        weights = unscaled_probs(logits)
         total = weights.sum(dtype=np.float64)
         # All ids below this weight together have less than 1 - p, so none of them is needed: only
         # the few above it are sorted.
@@ -181,6 +181,18 @@ class MinP:
     def __call__(self, logits: Logits, history: History) -> Logits:
         distance = -math.log(self.p) if self.p > 0 else math.inf
         return keep(logits, logits >= logits.max() - distance)
+
+
+def below_largest(logits: Logits) -> Logits:
+    """Logits shifted so that the largest is 0, which changes no probability."""
+    with np.errstate(over="ignore"):  # what overflows is -inf, and as good as impossible
+        out: Logits = logits - logits.max()
+    return out
+
+
+def unscaled_probs(logits: Logits) -> Logits:
+    """Probabilities times a constant: 1 for the likeliest, 0 for what was removed."""
+    return np.exp(below_largest(logits))
 
 
 def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
@@ -269,7 +281,7 @@ def draw(logits: Logits, generator: np.random.Generator) -> int:
     no cumulative sum of its whole length.
     """
     ids = np.flatnonzero(logits > -np.inf)
-    weights = np.exp(logits[ids] - logits.max()).astype(np.float64)
+    weights = unscaled_probs(logits[ids]).astype(np.float64)
     starts = np.arange(0, len(ids), BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts))
     target = min(generator.random() * blocks[-1], np.nextafter(blocks[-1], 0))
@@ -284,7 +296,7 @@ def draw(logits: Logits, generator: np.random.Generator) -> int:
 def logprobs_of(logits: Logits, ids: Iterable[int]) -> list[float]:
     """Natural logarithms of the model's own probabilities of `ids`, from logits (V,)."""
     largest = float(logits.max())
-    total = np.exp(logits - np.float32(largest)).sum(dtype=np.float64)
+    total = float(unscaled_probs(logits).sum(dtype=np.float64))
     return [float(logits[id]) - largest - math.log(total) for id in ids]
 
 

@@ -1,0 +1,307 @@
+"""The loop, driven by a small model in numpy that really computes its logits from the ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError
+from glassllama.generation import GenerationSettings, Step, generate, make_sampler
+from glassllama.generation.loop import PREFILL_CHUNK
+
+V, CONTEXT = 97, 2000
+CONFIG = LlamaConfig(
+    dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=V,
+    max_seq_len=CONTEXT, norm_eps=1e-5, rope_theta=10_000.0,
+)  # fmt: skip
+TABLES = np.random.default_rng(0).standard_normal((3, V, V)).astype(np.float32) * 2
+
+
+def logits_after(ids: Sequence[int]) -> np.ndarray:
+    """(V,) A trigram model with a slow memory: the definition that the executor must equal."""
+    first, second = ids[-1], ids[-2] if len(ids) > 1 else 0
+    return TABLES[0, first] + TABLES[1, second] + TABLES[2, sum(ids) % V]
+
+
+class Words:
+    """The executor's cache: the ids themselves."""
+
+    def __init__(self, batch: int, max_len: int) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
+        self.max_len = max_len
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.rows]
+
+    def truncate(self, row: int, length: int) -> None:
+        del self.rows[row][length:]
+
+
+class Trigrams:
+    """An executor that counts its work, uses one array for all answers, and can break down."""
+
+    config = CONFIG
+
+    def __init__(self, poison: dict[int, float] | None = None) -> None:
+        self.fed: list[list[int]] = []  # ids per row, call by call
+        self.poison = poison or {}  # length of the row -> value put into its logits
+
+    def new_cache(self, batch: int, max_len: int) -> Words:
+        self.answer = np.empty((batch, V), dtype=np.float32)
+        return Words(batch, max_len)
+
+    def next_logits(self, ids: Sequence[Sequence[int]], cache: Any) -> np.ndarray:
+        self.fed.append([len(row) for row in ids])
+        assert any(ids), "a call that feeds nothing"
+        self.answer[:] = np.nan  # not defined where a row has no new ids
+        for n, new in enumerate(ids):
+            cache.rows[n] += new
+            assert len(cache.rows[n]) <= cache.max_len
+            if new:
+                self.answer[n] = logits_after(cache.rows[n])
+                if (length := len(cache.rows[n])) in self.poison:
+                    self.answer[n, 5] = self.poison[length]
+        return self.answer
+
+    def all_logits(self, ids: Sequence[int], cache: Any) -> np.ndarray:
+        raise NotImplementedError("generation has no use for it")
+
+
+def ids_of(steps: Sequence[Step], row: int = 0) -> list[int]:
+    return [step.id for step in steps if step.row == row]
+
+
+def greedy(prompt: Sequence[int], n: int) -> list[int]:
+    """The plain loop without a cache."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(logits_after(ids).argmax()))
+    return ids[len(prompt) :]
+
+
+def settings(**fields: Any) -> GenerationSettings:
+    return GenerationSettings(**{"max_tokens": 12, **fields})
+
+
+def test_greedy_is_the_plain_loop() -> None:
+    steps = list(generate(Trigrams(), [[1, 2, 3]], settings()))
+    assert ids_of(steps) == greedy([1, 2, 3], 12)
+    assert [step.finish_reason for step in steps] == [None] * 11 + ["length"]
+    assert all(step.row == 0 and step.logprob is None and step.top == () for step in steps)
+
+
+def test_steps_come_while_they_are_made() -> None:
+    executor = Trigrams()
+    steps = generate(executor, [[1, 2, 3], [4]], settings())
+    assert [next(steps).row for _ in range(2)] == [0, 1]
+    assert executor.fed == [[3, 1]], "nothing is computed ahead of what is asked for"
+    assert [next(steps).row for _ in range(4)] == [0, 1, 0, 1]
+    assert executor.fed == [[3, 1], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 11, "top_p": 0.9}])
+def test_a_row_is_the_same_alone_and_in_a_batch(sampling: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, V, n).tolist() for n in (1, 7, 700, 30, PREFILL_CHUNK)]
+    stop_ids = frozenset(range(0, 12))
+    chosen = settings(sampler=make_sampler(**sampling), max_tokens=20, stop_ids=stop_ids)
+    together = list(generate(Trigrams(), prompts, chosen))
+    alone = [ids_of(list(generate(Trigrams(), [prompt], chosen))) for prompt in prompts]
+    assert [ids_of(together, row) for row in range(len(prompts))] == alone
+    assert len(set(map(len, alone))) > 2, "the rows end at different times"
+
+
+def test_one_setting_for_each_row() -> None:
+    each = [settings(max_tokens=2), settings(max_tokens=5), settings(logprobs=0)]
+    steps = list(generate(Trigrams(), [[1], [2], [3]], each))
+    assert [len(ids_of(steps, row)) for row in range(3)] == [2, 5, 12]
+    assert all((step.logprob is not None) == (step.row == 2) for step in steps)
+    ends = {step.row: step.finish_reason for step in steps if step.finish_reason}
+    assert ends == {0: "length", 1: "length", 2: "length"}
+
+
+def test_a_stop_id_ends_its_row_and_is_the_last_step() -> None:
+    expected = greedy([1, 2, 3], 12)
+    stop = expected[4]
+    place = expected.index(stop)
+    steps = list(generate(Trigrams(), [[1, 2, 3]], settings(stop_ids=frozenset([stop]))))
+    assert ids_of(steps) == expected[: place + 1]
+    assert steps[-1].finish_reason == "stop"
+    assert all(step.finish_reason is None for step in steps[:-1])
+
+
+def test_ignore_eos_goes_on() -> None:
+    stop = frozenset(range(V))
+    steps = list(generate(Trigrams(), [[1]], settings(stop_ids=stop, ignore_eos=True)))
+    assert ids_of(steps) == greedy([1], 12)
+    assert steps[-1].finish_reason == "length"
+    assert len(list(generate(Trigrams(), [[1]], settings(stop_ids=stop)))) == 1
+
+
+def test_a_finished_row_costs_nothing() -> None:
+    executor = Trigrams()
+    list(generate(executor, [[1], [2, 3]], [settings(max_tokens=1), settings(max_tokens=4)]))
+    assert executor.fed == [[1, 2], [0, 1], [0, 1], [0, 1]]
+
+
+def test_a_cancelled_row_costs_nothing_and_says_nothing() -> None:
+    executor = Trigrams()
+    generation = generate(executor, [[1], [2], [3]], settings(max_tokens=4))
+    steps = [next(generation)]
+    generation.cancel(1)  # already sampled in this round, not yet delivered
+    steps += list(generation)
+    assert [len(ids_of(steps, row)) for row in range(3)] == [4, 0, 4]
+    assert executor.fed == [[1, 1, 1], *[[1, 0, 1]] * 3]
+    assert generation.timings.new_tokens == 8
+
+
+def test_a_row_cancelled_before_the_start_is_never_read() -> None:
+    executor = Trigrams()
+    generation = generate(executor, [[1], [2, 3]], settings(max_tokens=2))
+    generation.cancel(0)
+    assert {step.row for step in generation} == {1}
+    assert executor.fed == [[0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_close_ends_everything(taken: int) -> None:
+    executor = Trigrams()
+    generation = generate(executor, [[1], [2]], settings())
+    for _ in range(taken):
+        next(generation)
+    calls = len(executor.fed)
+    generation.close()
+    assert list(generation) == []
+    assert len(executor.fed) == calls
+
+
+def test_all_rows_cancelled_is_an_end() -> None:
+    executor = Trigrams()
+    generation = generate(executor, [[1], [2]], settings())
+    generation.cancel(0)
+    generation.cancel(1)
+    assert list(generation) == []
+    assert executor.fed == []
+
+
+def test_long_prompts_are_read_in_chunks_with_progress() -> None:
+    executor, told = Trigrams(), []
+    prompts = [np.random.default_rng(1).integers(0, V, n).tolist() for n in (1300, 4)]
+    steps = list(
+        generate(
+            executor,
+            prompts,
+            settings(max_tokens=3),
+            progress=lambda done, total: told.append((done, total)),
+        )
+    )
+    assert executor.fed == [[512, 4], [512, 0], [276, 0], [1, 1], [1, 1]]
+    assert told == [(516, 1304), (1028, 1304), (1304, 1304)]
+    assert [ids_of(steps, row) for row in (0, 1)] == [greedy(prompt, 3) for prompt in prompts]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("length", "made"), [(3, 0), (6, 3)])
+def test_no_id_is_made_of_logits_that_are_no_numbers(value: float, length: int, made: int) -> None:
+    generation = generate(Trigrams(poison={length: value}), [[1], [1, 2, 3]], settings())
+    steps: list[Step] = []
+    with pytest.raises(GenerationError) as caught:
+        steps.extend(generation)
+    assert ids_of(steps, 1) == greedy([1, 2, 3], 12)[:made]
+    assert str(caught.value).startswith(f"row 1: the logits after position {length - 1} hold ")
+    assert f"{'1 NaN and 0' if np.isnan(value) else '0 NaN and 1'} Inf of {V}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(generation) == []
+
+
+def test_minus_infinity_is_an_impossible_id_unless_all_are(monkeypatch) -> None:
+    steps = list(generate(Trigrams(poison={1: -np.inf, 2: -np.inf}), [[1]], settings()))
+    assert len(steps) == 12
+    monkeypatch.setattr(f"{__name__}.TABLES", np.full_like(TABLES, -np.inf))
+    with pytest.raises(GenerationError, match="after position 0 hold -Inf alone"):
+        list(generate(Trigrams(), [[1]], settings()))
+
+
+def test_max_tokens_that_do_not_fit_end_at_the_border() -> None:
+    steps = list(generate(Trigrams(), [[1] * 10], settings(max_tokens=50, context=16)))
+    assert ids_of(steps) == greedy([1] * 10, 6)
+    assert steps[-1].finish_reason == "length"
+    to_the_end = GenerationSettings(context=16)
+    assert ids_of(list(generate(Trigrams(), [[1] * 10], to_the_end))) == greedy([1] * 10, 6)
+
+
+def test_the_models_own_context_is_the_default_border() -> None:
+    steps = list(generate(Trigrams(), [[1] * (CONTEXT - 3)], GenerationSettings()))
+    assert len(steps) == 3
+    assert steps[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "fields", "message"),
+    [
+        ([], {}, "no prompts: expected at least one"),
+        ([[1], []], {}, "prompt 1 is empty: expected at least one id"),
+        ([[1] * 16], {"context": 16}, "prompt 0 has 16 ids and the context holds 16: no room"),
+        ([[1] * 99], {"context": 16}, "prompt 0 has 99 ids and the context holds 16: no room"),
+        ([[1] * 2000], {}, "prompt 0 has 2000 ids and the context holds 2000: no room"),
+        ([[1]], {"context": 2001}, "context 2001 is more than the model's 2000"),
+        ([[1], [2, V]], {}, "prompt 1: id 97 at position 1 is outside the vocabulary 0 … 96"),
+        ([[-1]], {}, "prompt 0: id -1 at position 0 is outside the vocabulary 0 … 96"),
+        ([[1.5]], {}, "prompt 0: 1.5 at position 0 is no id"),
+        (["hi"], {}, "prompt 0: 'h' at position 0 is no id"),
+        ([[1]], {"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
+        ([[1]], {"logprobs": -1}, "logprobs must be a whole number of at least 0, got -1"),
+        ([[1]], {"context": 1}, "context must be a whole number of at least 2, got 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_generated_is_said_before_anything_runs(
+    prompts: Any, fields: dict[str, Any], message: str
+) -> None:
+    executor = Trigrams()
+    with pytest.raises(GenerationError) as caught:
+        generate(executor, prompts, settings(**fields))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert executor.fed == []
+
+
+def test_settings_as_many_as_prompts() -> None:
+    with pytest.raises(GenerationError, match="2 settings for 1 prompts"):
+        generate(Trigrams(), [[1]], [settings(), settings()])
+
+
+def test_ids_may_come_as_an_array() -> None:
+    prompt = np.array([1, 2, 3], dtype=np.uint32)
+    assert ids_of(list(generate(Trigrams(), [prompt], settings()))) == greedy([1, 2, 3], 12)
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    """Before temperature, penalties and filters: equal to torch's log_softmax of raw logits."""
+    sampler = make_sampler(temperature=1.7, top_k=30, repetition_penalty=1.4, seed=2)
+    steps = list(generate(Trigrams(), [[1, 2, 3]], settings(sampler=sampler, logprobs=4)))
+    ids = [1, 2, 3]
+    for step in steps:
+        expected = torch.from_numpy(logits_after(ids)).double().log_softmax(-1)
+        top = expected.topk(4)
+        assert [one.id for one in step.top] == top.indices.tolist()
+        np.testing.assert_allclose([one.logprob for one in step.top], top.values, atol=1e-5)
+        assert step.logprob == pytest.approx(expected[step.id].item(), abs=1e-5)
+        ids.append(step.id)
+
+
+def test_timings_count_ids_and_seconds() -> None:
+    generation = generate(Trigrams(), [[1, 2, 3], [4]], settings(max_tokens=5))
+    assert generation.timings.decode_rate is None
+    list(generation)
+    timings = generation.timings
+    assert (timings.prompt_tokens, timings.new_tokens, timings.decode_tokens) == (4, 10, 8)
+    assert timings.prefill_s > 0
+    assert timings.decode_s > 0
+    assert timings.prefill_rate == 4 / timings.prefill_s
+    assert timings.decode_rate == 8 / timings.decode_s
