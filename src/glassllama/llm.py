@@ -1,0 +1,319 @@
+"""The facade: a name → a model that answers. Text and ids meet here.
+
+from glassllama import load
+llm = load("smollm2-135m")
+print(llm.chat("Why is the sky blue?").text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama import hub
+from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError
+from glassllama.base.interfaces import Executor, Progress, Tokenizer
+from glassllama.generation import (
+    FinishReason,
+    Generation,
+    GenerationSettings,
+    Step,
+    Timings,
+    TokenLogprob,
+    generate,
+    make_sampler,
+)
+from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
+from glassllama.tokenizers.stream import StopStrings, StreamDecoder
+from glassllama.weights.open import Checkpoint, open_weights
+
+DEFAULT_MODEL = "smollm2-135m"
+Backend = Literal["auto", "engine", "torch"]
+Prompt = str | Sequence[int]
+Messages = str | Sequence[Message | Mapping[str, str]]  # a str is one message of the user
+
+
+class Options(TypedDict, total=False):
+    """How to generate; every key is optional and greedy is the default."""
+
+    max_tokens: int | None  # None: until the model stops or the context is full
+    temperature: float  # 0: always the likeliest token
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop: Sequence[str]  # texts that end the answer and are not part of it
+    logprobs: int | None  # None: none; n: of the chosen token and of the n likeliest
+    ignore_eos: bool  # go on after the model's own end: for measuring
+    context: int | None  # fewer tokens than the model could hold
+
+
+LOOP_OPTIONS = ("max_tokens", "ignore_eos", "logprobs", "context")
+OPTIONS = frozenset(Options.__annotations__)
+
+
+@dataclass(frozen=True)
+class StepLogprobs:
+    """One generated token's natural logarithm of probability, and the likeliest instead of it."""
+
+    id: int
+    logprob: float
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What came of a prompt. `ids` holds the stop id too, `text` neither it nor a stop string."""
+
+    text: str
+    ids: list[int]
+    prompt_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[StepLogprobs] | None
+    timings: Timings  # of the whole batch
+
+
+@dataclass
+class Answer:
+    """One row on its way from ids to text."""
+
+    prompt_ids: list[int]
+    decoder: StreamDecoder
+    stops: StopStrings
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[StepLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+    def add(self, step: Step) -> str:
+        """Take in one step -> the text that has become certain."""
+        self.ids.append(step.id)
+        if step.logprob is not None:
+            self.logprobs.append(StepLogprobs(step.id, step.logprob, step.top))
+        ended = step.finish_reason
+        shown = self.stops.push("" if ended == "stop" else self.decoder.push(step.id))
+        if ended is not None:
+            self.finish_reason = ended
+            shown += self.stops.push(self.decoder.finish()) + self.stops.finish()
+        if self.stops.matched is not None:
+            self.finish_reason = "stop"
+        self.pieces.append(shown)
+        return shown
+
+    def completion(self, timings: Timings, with_logprobs: bool) -> Completion:
+        return Completion(
+            text="".join(self.pieces),
+            ids=self.ids,
+            prompt_ids=self.prompt_ids,
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs if with_logprobs else None,
+            timings=timings,
+        )
+
+
+class TextStream(Iterator[str]):
+    """Text as it is made; when it has ended, or was closed, `completion` holds the whole."""
+
+    def __init__(self, generation: Generation, answer: Answer, with_logprobs: bool) -> None:
+        self._generation, self._answer = generation, answer
+        self._with_logprobs = with_logprobs
+
+    def __next__(self) -> str:
+        if self._answer.stops.matched is not None:
+            self.close()
+        return self._answer.add(next(self._generation))
+
+    def close(self) -> None:
+        """Stop here: what was made so far is the answer."""
+        self._generation.close()
+
+    @property
+    def completion(self) -> Completion:
+        return self._answer.completion(self._generation.timings, self._with_logprobs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLM:
+    """A loaded model with its tokenizer. Holds no conversation: every call is on its own."""
+
+    name: str
+    checkpoint: Checkpoint
+    executor: Executor
+    backend: Literal["engine", "torch"]
+    load_seconds: float
+    notes: list[str]
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.checkpoint.tokenizer
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How this model was taught to converse. Raises TokenizerError if it was not."""
+        return choose_chat_format(self.checkpoint.chat_template, self.tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Text -> ids with the model's own beginning; ids stay as they are."""
+        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """A conversation -> the ids after which the model writes its answer."""
+        if isinstance(messages, str):
+            messages = [Message("user", messages)]
+        return self.chat_format.encode(messages, self.tokenizer)
+
+    def stream(
+        self, prompt: Prompt, *, progress: Progress | None = None, **options: Unpack[Options]
+    ) -> TextStream:
+        """Continue a prompt, piece by piece; `progress` counts prompt ids read.
+
+        Raises GenerationError (settings, room in the context), TokenizerError.
+        """
+        generation, [answer] = self._begin([prompt], options, progress)
+        return TextStream(generation, answer, options.get("logprobs") is not None)
+
+    def stream_chat(
+        self, messages: Messages, *, progress: Progress | None = None, **options: Unpack[Options]
+    ) -> TextStream:
+        """Answer a conversation, piece by piece."""
+        return self.stream(self.encode_chat(messages), progress=progress, **options)
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Continue a prompt."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
+        """Answer a conversation."""
+        return self.generate(self.encode_chat(messages), **options)
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], **options: Unpack[Options]
+    ) -> list[Completion]:
+        """Continue several prompts side by side: each as it would be continued alone."""
+        generation, answers = self._begin(prompts, options, None)
+        for step in generation:
+            answer = answers[step.row]
+            answer.add(step)
+            if answer.stops.matched is not None:
+                generation.cancel(step.row)
+        with_logprobs = options.get("logprobs") is not None
+        return [answer.completion(generation.timings, with_logprobs) for answer in answers]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """(T,) ids -> (T, V): how well every token would follow each of them."""
+        if not ids:
+            raise GenerationError("logits: expected at least one id")
+        return self.executor.all_logits(ids, self.executor.new_cache(1, len(ids)))
+
+    def _begin(
+        self, prompts: Sequence[Prompt], options: Options, progress: Progress | None
+    ) -> tuple[Generation, list[Answer]]:
+        unknown = sorted(set(options) - OPTIONS)
+        if unknown:
+            raise GenerationError(f"unknown options: {', '.join(unknown)} (see llm.Options)")
+        values: dict[str, Any] = dict(options)
+        stop = values.pop("stop", ())
+        loop = {key: values.pop(key) for key in LOOP_OPTIONS if key in values}
+        settings = GenerationSettings(
+            sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids, **loop
+        )
+        rows = [self.encode(prompt) for prompt in prompts]
+        answers = [Answer(ids, StreamDecoder(self.tokenizer), StopStrings(stop)) for ids in rows]
+        return generate(self.executor, rows, settings, progress=progress), answers
+
+
+def load(
+    name: str | Path = DEFAULT_MODEL,
+    *,
+    backend: Backend = "auto",
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    offline: bool = False,
+    prefer_pth: bool = False,
+    download_progress: Progress | None = None,
+    load_progress: Progress | None = None,
+) -> LLM:
+    """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
+
+    "auto" is the engine on a CPU and PyTorch elsewhere, or where a `dtype` is asked for. `exact` is
+    float32 arithmetic on dequantised weights. Raises GlassError: what is wrong, in one line.
+    """
+    path = hub.resolve(
+        str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
+    )
+    chosen = choose_backend(backend, device, dtype)
+    if exact and dtype == "bfloat16":
+        raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
+    started = time.perf_counter()
+    checkpoint = open_weights(path)
+    if chosen == "engine":
+        from glassllama.weights.pack import pack
+
+        engine = pack(checkpoint, exact=exact, threads=threads, progress=load_progress)
+        executor: Executor = engine
+        notes = [*checkpoint.notes, *engine.notes]
+    else:
+        wanted = "float32" if exact else dtype
+        executor = torch_executor(checkpoint, device, wanted, threads, load_progress)
+        notes = checkpoint.notes
+    return LLM(
+        name=str(name),
+        checkpoint=checkpoint,
+        executor=executor,
+        backend=chosen,
+        load_seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+
+
+def choose_backend(backend: Backend, device: str, dtype: str | None) -> Literal["engine", "torch"]:
+    """Which executor; ConfigError where what was asked for cannot go together."""
+    needs_torch = device != "cpu" or dtype is not None
+    if backend == "engine" and needs_torch:
+        asked = f"device {device}" if device != "cpu" else f"dtype {dtype}"
+        raise ConfigError(f"the engine runs on the CPU in its own precision, not with {asked}")
+    if backend not in ("auto", "engine", "torch"):
+        raise ConfigError(f"backend must be auto, engine or torch, got {backend!r}")
+    return "torch" if backend == "torch" or needs_torch else "engine"
+
+
+def torch_executor(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str | None,
+    threads: int | None,
+    progress: Progress | None,
+) -> Executor:
+    """The reference model as an executor. Raises MissingExtraError without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtraError("the torch backend", "torch") from None
+    from glassllama.weights.load import TorchExecutor, load_llama
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"device {device!r} is not to be had here: {reason}") from None
+    kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return TorchExecutor(load_llama(checkpoint, device=place, dtype=kept, progress=progress))
