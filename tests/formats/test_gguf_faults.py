@@ -67,7 +67,12 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "alignment 0": (gguf([alignment(0)]), "power of two and at least 8, got 0"),
     "alignment 4": (gguf([alignment(4)]), "power of two and at least 8, got 4"),
     "alignment 48": (gguf([alignment(48)]), "power of two and at least 8, got 48"),
-    "alignment is text": (gguf([alignment(32, STRING)]), "at least 8, got '32'"),
+    "alignment is text": (gguf([alignment(32, STRING)]), "must be a whole number, got '32'"),
+    "alignments": (
+        gguf([pair("general.alignment", ARRAY, array(U32, 99, bytes(396)))]),
+        "general.alignment must be a whole number, got an array",
+    ),
+    "alignment is yes": (gguf([pair("general.alignment", BOOL, b"\1")]), "number, got True"),
     "tensor twice": (gguf((), [one, row("a", [8], offset=32)], two_tensors), "'a' comes twice"),
     "tensor name is no text": (gguf((), [row(b"\xff", [8])], bytes(32)), "name 0 .* not UTF-8"),
     "five dimensions": (gguf((), [row("a", [1] * 5)], bytes(32)), "'a' has 5 dimensions"),

@@ -21,7 +21,7 @@ from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
 from glassllama.formats.elements import ELEMENT_TYPES, quoted
 from glassllama.formats.gguf_header import read_header
-from glassllama.formats.gguf_values import Cursor, Value
+from glassllama.formats.gguf_values import Cursor, Value, whole_number
 from glassllama.formats.mapped import MappedFile, as_plain_array
 
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
@@ -104,7 +104,7 @@ def open_gguf(path: Path) -> GGUFFile:
     Raises FormatError, in one line, for whatever the file has that the format forbids.
     """
     given = open_part(path)
-    count = whole_number(given, "split.count", default=1)
+    count = whole_number(given.metadata, "split.count", str(path), default=1)
     if count <= 1:  # 0 is what the tool that merges parts leaves behind
         return GGUFFile([given])
     paths = part_paths(path, count)
@@ -141,7 +141,7 @@ def part_paths(path: Path, count: int) -> list[Path]:
 def check_part(part: Part, number: int, count: int) -> None:
     """A part must know its own place: `split.no` counts from 0, the name from 1."""
     for key, expected in (("split.no", number), ("split.count", count)):
-        value = whole_number(part, key, default=-1)
+        value = whole_number(part.metadata, key, str(part.path), default=-1)
         if value != expected:
             raise FormatError(
                 f"{part.path}: {key} must be {expected} by its name, got {value}; "
@@ -151,6 +151,7 @@ def check_part(part: Part, number: int, count: int) -> None:
 
 def check_tensors(parts: list[Part]) -> None:
     """All parts together must hold as many tensors as the first says, and each once."""
+    first = parts[0]
     seen: dict[str, Path] = {}
     for part in parts:
         for info in part.tensors:
@@ -158,16 +159,9 @@ def check_tensors(parts: list[Part]) -> None:
                 other = seen[info.name].name
                 raise FormatError(f"{part.path}: tensor {quoted(info.name)} is in {other} already")
             seen[info.name] = part.path
-    expected = whole_number(parts[0], "split.tensors.count", default=-1)
+    key = "split.tensors.count"
+    expected = whole_number(first.metadata, key, str(first.path), default=-1)
     if len(seen) != expected:
         raise FormatError(
-            f"{parts[0].path}: split.tensors.count must be {len(seen)}, the tensors of all parts, "
-            f"got {expected}"
+            f"{first.path}: {key} must be {len(seen)}, the tensors of all parts, got {expected}"
         )
-
-
-def whole_number(part: Part, key: str, *, default: int) -> int:
-    value = part.metadata.get(key, default)
-    if type(value) is not int:
-        raise FormatError(f"{part.path}: {key} must be a whole number, got {quoted(value)}")
-    return value

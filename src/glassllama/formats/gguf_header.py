@@ -18,7 +18,7 @@ import numpy as np
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
 from glassllama.formats.elements import checked_shape, quoted
-from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value
+from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value, whole_number
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 counted in 32 bits; 3 is 2 with big-endian files allowed
@@ -108,11 +108,11 @@ def read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
 
 
 def read_alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
-    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(value) is not int or value < LEAST_ALIGNMENT or value & (value - 1):
+    key = "general.alignment"
+    value = whole_number(metadata, key, cursor.path, default=DEFAULT_ALIGNMENT)
+    if value < LEAST_ALIGNMENT or value & (value - 1):
         raise cursor.error(
-            f"general.alignment must be a power of two and at least {LEAST_ALIGNMENT}, "
-            f"got {quoted(value)}"
+            f"{key} must be a power of two and at least {LEAST_ALIGNMENT}, got {value}"
         )
     return value
 

@@ -7,13 +7,14 @@ before the bytes that would fill it are known to be in the file. docs/formats/gg
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
+from glassllama.formats.elements import quoted
 
 NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),
@@ -132,6 +133,15 @@ class StringArray(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} strings: {self._what}>"
+
+
+def whole_number(metadata: Mapping[str, Value], key: str, path: str, *, default: int) -> int:
+    """A value that must be a whole number where it is given. Raises FormatError."""
+    value = metadata.get(key, default)
+    if type(value) is not int:
+        came = quoted(value) if isinstance(value, str | float | bool) else "an array"
+        raise FormatError(f"{path}: {key} must be a whole number, got {came}")
+    return value
 
 
 def read_value(cursor: Cursor, kind: int, what: str, depth: int = 0) -> Value:
