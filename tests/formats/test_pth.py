@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copyreg
 import io
 import math
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import glassllama.formats
 from glassllama.base.errors import FormatError
 from glassllama.formats.pth import PthFile, open_pth
 
@@ -25,6 +27,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats" / "pth.md"
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -176,6 +180,17 @@ def test_nested_dicts_and_settings(
     file = open_pth(saved(value, tmp_path / "a.pth", pickle_protocol=protocol))
     assert file.names() == names
     assert file.metadata == metadata
+
+
+def test_the_file_on_the_page(tmp_path: Path) -> None:
+    tiny = OrderedDict(w=torch.tensor([[1.0, 2, 3], [4, 5, 6]]).bfloat16())
+    written = saved(tiny, tmp_path / "tiny.pth").read_bytes()
+    lines = PAGE.read_text().split("```hex\n")[1].split("```")[0].splitlines()
+    assert len(lines) > 30
+    for line in lines:
+        at, content = int(line[:3], 16), bytes.fromhex(line[5:52])
+        assert written[at : at + len(content)] == content, line
+    assert f"{len(written)} bytes" in PAGE.read_text()
 
 
 def test_saved_to_a_stream(tmp_path: Path) -> None:
@@ -614,6 +629,23 @@ def test_fault_of_the_program(fault: str, tmp_path: Path) -> None:
 
 
 # ---- nothing is executed ----
+
+READERS = ["pickle_machine", "torch_names", "stored_zip", "pth", "mapped", "elements"]
+WAYS_TO_CODE = {"eval", "exec", "compile", "getattr", "setattr", "vars", "globals", "__import__"}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_source_has_no_way_to_code(reader: str) -> None:
+    tree = ast.parse((Path(glassllama.formats.__path__[0]) / f"{reader}.py").read_text())
+    words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    }
+    assert not words & WAYS_TO_CODE
+    assert not imported & {"pickle", "importlib", "sys", "os", "operator", "types", "torch"}
 
 
 def touch(path: str) -> dict[str, object]:

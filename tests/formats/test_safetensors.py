@@ -27,6 +27,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PAGE = Path(__file__).parents[2] / "docs" / "formats" / "safetensors.md"
 TIME_LIMIT = 0.010  # seconds, fault L2
 
 
@@ -157,6 +158,18 @@ def test_unaligned_elements_come_aligned(write: Callable[[bytes], Path]) -> None
         array = open_safetensors(write(handmade(header + " " * padding, data))).read("f")
         assert array.flags.aligned
         assert array.tolist() == [1.5, -2.0, 0.25]
+
+
+def test_the_file_on_the_page(write: Callable[[bytes], Path]) -> None:
+    dump = PAGE.read_text().split("```hex\n")[1].split("```")[0]
+    content = b""
+    for line in dump.splitlines():
+        assert int(line[:3], 16) == len(content)
+        content += bytes.fromhex(line[5:52])
+    file = open_safetensors(write(content))
+    assert file.read("w").astype(float).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert file.read("n").tolist() == [7]
+    assert safetensors.torch.load(content)["w"].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_a_file_without_tensors(write: Callable[[bytes], Path]) -> None:
