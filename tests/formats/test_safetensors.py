@@ -282,6 +282,13 @@ def test_tensor_lies_in_two_shards(shards: Any, tmp_path: Path) -> None:
     assert_clean_error(index, "is in model-00001.* and in model-")
 
 
+def test_a_tensor_that_the_index_leaves_out_is_listed(shards: Any, tmp_path: Path) -> None:
+    """Whether it is wanted is for the weight tables to say, which name every tensor left over."""
+    index = copy_folder(shards[0], tmp_path)
+    edit_index(index, lambda weights: weights.pop("model.norm.weight"))
+    assert "model.norm.weight" in open_safetensors(index).names()
+
+
 def test_a_shard_is_damaged(shards: Any, tmp_path: Path) -> None:
     index = copy_folder(shards[0], tmp_path)
     shard = max(tmp_path.glob("model-*"))
