@@ -15,14 +15,21 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from byte_level_families import FAMILIES, GGUF_NAMES, from_vocabulary, mixed_text
+from byte_level_families import (
+    CODE_POINTS,
+    FAMILIES,
+    GGUF_NAMES,
+    from_vocabulary,
+    mixed_text,
+    young,
+)
 from conftest import wheel_file
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import LLAMA3, SPLITS, Split
 from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 
 Encode = Callable[[str], list[int]]
 Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no control tokens
@@ -30,7 +37,6 @@ Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no con
 LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 TEXT_BYTES = 10_000_000 if LONG else 500_000  # of prose, and of code
 SEEDS = 100
-CODE_POINTS = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +80,13 @@ def pair(
     return ours, foreign(theirs)
 
 
-@pytest.fixture(scope="module")
-def young() -> set[str]:
-    """Code points below U+30000 that the oracles' Unicode does not know yet."""
-    nothing = {bytes([value]): value for value in range(256)}
-    unassigned = tiktoken.Encoding(
-        "unassigned", pat_str=r"\p{Cn}", mergeable_ranks=nothing, special_tokens={}
-    )
-    of_tiktoken = {c for c in CODE_POINTS if unassigned.encode_ordinary(c)}
-    remove = pre_tokenizers.Split(Regex(r"\p{Cn}"), "removed")
-    of_tokenizers = {c for word, _ in remove.pre_tokenize_str("".join(CODE_POINTS)) for c in word}
-    unknown = of_tiktoken | ({*CODE_POINTS} - of_tokenizers)
-    assert len(unknown) < len(CODE_POINTS) / 4
-    return unknown
-
-
-@pytest.fixture(scope="module")
-def mixed(young: set[str]) -> list[str]:
-    return ["".join(c for c in mixed_text(seed) if c not in young) for seed in range(SEEDS)]
-
-
 def parts(points: list[str]) -> Iterator[list[str]]:
     yield from (points[begin : begin + 64] for begin in range(0, len(points), 64))
 
 
-def test_all_code_points(pair: Pair, young: set[str]) -> None:
+def test_all_code_points(pair: Pair) -> None:
     ours, theirs = pair
-    assigned = [c for c in CODE_POINTS if c not in young]
+    assigned = [c for c in CODE_POINTS if c not in young()]
     texts = ("".join(f"a{c} {c}{c}" for c in part) for part in parts(assigned))
     wrong = [text for text in texts if ours.encode(text) != theirs(text)]
     assert wrong == []
@@ -113,9 +99,10 @@ def test_code_points_one_by_one(pair: Pair) -> None:
     assert wrong == []
 
 
-def test_mixed_texts(pair: Pair, mixed: list[str]) -> None:
+def test_mixed_texts(pair: Pair) -> None:
     ours, theirs = pair
-    wrong = [seed for seed, text in enumerate(mixed) if ours.encode(text) != theirs(text)]
+    texts = map(mixed_text, range(SEEDS))
+    wrong = [seed for seed, text in enumerate(texts) if ours.encode(text) != theirs(text)]
     assert wrong == []
 
 
@@ -170,11 +157,9 @@ def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
     assert [ours.encode(text, specials=True) for text in texts] == encoded
 
 
-def test_control_tokens_in_text(
-    meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding, mixed: list[str]
-) -> None:
+def test_control_tokens_in_text(meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding) -> None:
     controls = {*meta.specials.values()}
-    for text in mixed[:20]:
+    for text in map(mixed_text, range(20)):
         ids = meta.encode(text, specials=True)
         assert ids == meta_tiktoken.encode(text, allowed_special="all")
         assert {*ids} & controls
@@ -182,14 +167,14 @@ def test_control_tokens_in_text(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_words(family: str, young: set[str], mixed: list[str]) -> None:
+def test_words(family: str) -> None:
     """The split itself: merges can hide a wrong border. Ideographs all behave as one letter."""
     alike = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
-    points = [c for c in CODE_POINTS if c not in young and not any(ord(c) in r for r in alike)]
+    points = [c for c in CODE_POINTS if c not in young() and not any(ord(c) in r for r in alike)]
     split = Split(SPLITS[family].patterns)  # the oracle's normal form is a stage of its own
     pre_tokenizer = FAMILIES[family]()
     in_context = ("".join(f"a{c}b 1{c}2 {c}{c}\n" for c in part) for part in parts(points))
-    for text in (*in_context, *mixed):
+    for text in (*in_context, *map(mixed_text, range(SEEDS))):
         words = pre_tokenizer.pre_tokenize_str(text)
         assert split.words(text) == [text[begin:end] for _, (begin, end) in words]
 

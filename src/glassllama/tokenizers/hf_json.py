@@ -126,7 +126,9 @@ def split_pattern(stage: Json) -> str:
 def added_tokens(document: Json) -> tuple[dict[str, int], dict[str, int]]:
     """Text → id of the control tokens, and of those that are read from any text."""
     kinds: tuple[dict[str, int], dict[str, int]] = {}, {}
-    for token in document.get("added_tokens") or []:
+    tokens = document.get("added_tokens") or []
+    require(isinstance(tokens, list), "added_tokens", "must be a list")
+    for token in tokens:
         match token:
             case {"id": int(id), "content": str(text), "special": bool(special)}:
                 flags = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]

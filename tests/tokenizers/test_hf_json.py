@@ -1,0 +1,198 @@
+"""tokenizer.json: what the tokenizers library wrote reads alike; what is strange is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byte_level_families import FAMILIES, mixed_text, trained
+from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE, to_bytes
+from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
+from tokenizers import AddedToken, Tokenizer, processors
+
+SPECIALS = ["<|begin|>", "<|end|>"]
+TEXT = "".join(mixed_text(seed) for seed in range(1000, 1040))
+
+
+def ours(foreign: Tokenizer) -> BytePairTokenizer:
+    return read(json.loads(foreign.to_str()))
+
+
+def read(document: dict[str, Any]) -> BytePairTokenizer:
+    return BytePairTokenizer(vocabulary_from_json(document), bos=first_token(document))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def foreign(request: pytest.FixtureRequest) -> Tokenizer:
+    return trained(request.param, TEXT, size=1500, specials=SPECIALS)
+
+
+def test_same_ids_and_text(foreign: Tokenizer) -> None:
+    tokenizer = ours(foreign)
+    assert tokenizer.vocab_size == foreign.get_vocab_size()
+    for seed in range(60):
+        text = mixed_text(seed) + "".join(SPECIALS)
+        ids = foreign.encode(text).ids
+        assert tokenizer.encode(text, specials=True) == ids
+        assert tokenizer.decode(ids) == foreign.decode(ids, skip_special_tokens=False)
+        foreign.encode_special_tokens = True
+        assert tokenizer.encode(text) == foreign.encode(text).ids
+        foreign.encode_special_tokens = False
+
+
+def test_added_tokens_in_any_text(foreign: Tokenizer) -> None:
+    foreign = Tokenizer.from_str(foreign.to_str())
+    plain = ["<tool>", "<tool_call>", "   ", "naïve", "über🦙"]
+    foreign.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    tokenizer = ours(foreign)
+    text = "a <tool_call>{}</tool><tool>    naïve über🦙 <|end|>"
+    foreign.encode_special_tokens = True
+    assert tokenizer.encode(text) == foreign.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_what_looks_like_control_is_control(foreign: Tokenizer) -> None:
+    """FAULTS.md, T3: fine-tuned models flag their chat tokens as plain additions."""
+    foreign = Tokenizer.from_str(foreign.to_str())
+    foreign.add_tokens([AddedToken("<|im_end|>", normalized=False)])
+    tokenizer = ours(foreign)
+    id = tokenizer.specials["<|im_end|>"]
+    assert id == foreign.token_to_id("<|im_end|>")
+    assert id not in tokenizer.encode("a<|im_end|>b")
+    assert tokenizer.encode("a<|im_end|>b", specials=True) == foreign.encode("a<|im_end|>b").ids
+
+
+def test_begin_of_text_is_the_post_processors(foreign: Tokenizer) -> None:
+    foreign = Tokenizer.from_str(foreign.to_str())
+    begin = foreign.token_to_id("<|begin|>")
+    for template, bos in (("<|begin|> $A", begin), ("$A", None)):
+        foreign.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=template, special_tokens=[("<|begin|>", begin)]
+                ),
+            ]
+        )
+        tokenizer = ours(foreign)
+        assert tokenizer.bos == bos
+        assert tokenizer.encode("some text", bos=True) == foreign.encode("some text").ids
+    foreign.post_processor = processors.TemplateProcessing(
+        single="$A <|begin|>", special_tokens=[("<|begin|>", begin)]
+    )
+    with pytest.raises(TokenizerError, match=r"post_processor\.single"):
+        ours(foreign)
+
+
+def test_byte_alphabet() -> None:
+    assert len(CHARACTER_TO_BYTE) == len({*CHARACTER_TO_BYTE.values()}) == 256
+    assert to_bytes("ĠlowĊ") == b" low\n"
+    for written in ("a b", "日", "\ud800", "\xad"):
+        with pytest.raises(TokenizerError, match="stands for no byte"):
+            to_bytes(written)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown field": ({"stemmer": 1}, "stemmer"),
+    "model type": ({"model.type": "WordPiece"}, "model.type"),
+    "dropout": ({"model.dropout": 0.1}, "model.dropout"),
+    "end of word": ({"model.end_of_word_suffix": "</w>"}, "model.end_of_word_suffix"),
+    "byte fallback": ({"model.byte_fallback": True}, "model.byte_fallback"),
+    "no vocab": ({"model.vocab": None}, "model.vocab"),
+    "vocab list": ({"model.vocab": [["a", 0.0]]}, "model.vocab"),
+    "id is text": ({"model.vocab": {"a": "0"}}, "model.vocab"),
+    "id below zero": ({"model.vocab.a": -1}, "-1"),
+    "id of 2^40": ({"model.vocab.a": 2**40}, "1099511627776"),
+    "id twice": ({"model.vocab.a": 300}, "vocabulary"),
+    "empty token": ({"model.vocab.": 5000}, "vocabulary: a token is empty"),
+    "merge of nothing": ({"model.merges": [["a", "☃"]]}, "merges: number 0"),
+    "merge of three": ({"model.merges": ["a b c"]}, "merges: number 0"),
+    "merge is a number": ({"model.merges": [7]}, "merges: number 0"),
+    "merge of lists": ({"model.merges": [[[], []]]}, "merges: number 0"),
+    "no merges": ({"model.merges": {}}, "model.merges"),
+    "normalizer": ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
+    "normalizers": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}},
+        "normalizer",
+    ),
+    "decoder": ({"decoder": {"type": "Metaspace"}}, "decoder"),
+    "no decoder": ({"decoder": None}, "decoder"),
+    "no pre-tokenizer": ({"pre_tokenizer": None}, "pre_tokenizer"),
+    "prefix blank": (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        "pre_tokenizer.add_prefix_space",
+    ),
+    "strange stage": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Whitespace"}, {"type": "ByteLevel", "add_prefix_space": False}]}},
+        "Whitespace",
+    ),
+    "strange pattern": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "add_prefix_space": False}]}},
+        r"\\w",
+    ),
+    "stages are text": ({"pre_tokenizer": "ByteLevel"}, "must be objects"),
+    "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "post_processor"),
+    "template": ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor.single"),
+    "template without its token": (
+        {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [
+            {"SpecialToken": {"id": "<|x|>"}}, {"Sequence": {"id": "A"}}]}},
+        "post_processor.single",
+    ),
+    "left strip": (
+        {"added_tokens": [{"id": 0, "content": "<|begin|>", "special": True, "lstrip": True}]},
+        "lstrip",
+    ),
+    "added token without id": ({"added_tokens": [{"content": "x", "special": True}]}, "added_tok"),
+    "added tokens share an id": (
+        {"added_tokens": [{"id": 0, "content": c, "special": True} for c in "xy"]},
+        "vocabulary",
+    ),
+    "added tokens are a number": ({"added_tokens": 7}, "added_tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused(name: str) -> None:
+    changes, words = REFUSED[name]
+    document = changed(json.loads(LLAMA_LIKE), changes)
+    with pytest.raises(TokenizerError, match=words) as fault:
+        read(document)
+    assert "\n" not in str(fault.value)
+
+
+LLAMA_LIKE = trained("llama3", TEXT, size=400, specials=SPECIALS).to_str()
+
+
+def changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    document = copy.deepcopy(document)
+    for field, value in changes.items():
+        *outer, last = field.split(".")
+        place = document
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    return document
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"null"])
+def test_no_json(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(raw)
+    with pytest.raises(TokenizerError, match=str(path)):
+        read_json(path)
+
+
+def test_a_lone_surrogate_in_an_added_token() -> None:
+    document = json.loads(LLAMA_LIKE)
+    document["added_tokens"].append({"id": 4000, "content": "\ud800", "special": False})
+    tokenizer = read(document)
+    assert tokenizer.decode([4000]) == "\ufffd" * 3
