@@ -1,0 +1,140 @@
+"""The facade on the real model: text in, text out, and every way it can end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import glassllama
+from glassllama import LLM, load
+from glassllama.base.errors import ConfigError, GenerationError, GlassError
+from glassllama.llm import choose_backend
+
+QUESTION = "What is the capital of France? Answer in one sentence."
+
+
+@pytest.fixture(scope="module")
+def llm(default_model: Path) -> LLM:
+    return load(default_model)
+
+
+@pytest.fixture(scope="module")
+def exact(default_model: Path) -> LLM:
+    return load(default_model, exact=True)
+
+
+def test_public_names_are_these() -> None:
+    assert set(glassllama.__all__) == {"LLM", "Completion", "__version__", "load"}
+    for name in glassllama.__all__:
+        assert getattr(glassllama, name)
+    with pytest.raises(AttributeError, match="lood"):
+        glassllama.lood  # noqa: B018
+
+
+def test_it_answers(llm: LLM) -> None:
+    answer = llm.chat(QUESTION)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    assert answer.ids[-1] in llm.tokenizer.stop_ids
+    assert answer.timings.prompt_tokens == len(answer.prompt_ids)
+    assert "<|im_end|>" not in answer.text
+
+
+def test_streamed_text_is_the_text(llm: LLM) -> None:
+    prompt = "日本語と한국어と emoji 🙂: "
+    stream = llm.stream(prompt, max_tokens=40, temperature=1.5, seed=3)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.completion.text
+    assert (
+        stream.completion.text == llm.generate(prompt, max_tokens=40, temperature=1.5, seed=3).text
+    )
+    assert len(stream.completion.ids) == 40
+
+
+def test_alone_or_in_a_batch_same_seed_same_text(exact: LLM) -> None:
+    prompts = ["The sea", "def main():\n    ", "Once upon a time there was a", "1 + 1 ="]
+    options = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 11}
+    together = exact.generate_batch(prompts, **options)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert exact.generate(prompt, **options).ids == row.ids
+    assert together[0].ids != exact.generate(prompts[0], **{**options, "seed": 12}).ids
+
+
+def test_both_backends_write_the_same(default_model: Path, exact: LLM) -> None:
+    torch = load(default_model, backend="torch", exact=True)
+    ids = exact.encode_chat(QUESTION)
+    assert torch.generate(ids, max_tokens=16).ids == exact.generate(ids, max_tokens=16).ids
+    np.testing.assert_allclose(torch.logits(ids), exact.logits(ids), atol=1e-4)
+
+
+def test_stop_strings_end_the_answer_and_are_not_shown(llm: LLM) -> None:
+    whole = llm.generate("1, 2, 3, 4,", max_tokens=30)
+    assert ", 7," in whole.text
+    cut = llm.generate("1, 2, 3, 4,", max_tokens=30, stop=[", 7", "zebra"])
+    assert cut.text == whole.text[: whole.text.index(", 7")]
+    assert cut.finish_reason == "stop"
+    assert len(cut.ids) < len(whole.ids)
+    rows = llm.generate_batch(["1, 2, 3, 4,", "A B C D"], max_tokens=30, stop=[", 7"])
+    assert rows[0].text == cut.text
+
+
+def test_logprobs_are_of_the_models_own_distribution(exact: LLM) -> None:
+    out = exact.generate(
+        "The capital of France is", max_tokens=4, logprobs=3, temperature=0.7, seed=1
+    )
+    assert out.logprobs is not None
+    logits = exact.logits([*out.prompt_ids, *out.ids])
+    for n, step in enumerate(out.logprobs):
+        row = logits[len(out.prompt_ids) - 1 + n].astype(np.float64)
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert step.id == out.ids[n]
+        assert step.logprob == pytest.approx(expected[step.id], abs=1e-4)
+        assert [t.id for t in step.top] == np.argsort(-expected, kind="stable")[:3].tolist()
+    assert exact.generate("Hi", max_tokens=1).logprobs is None
+
+
+def test_limits_and_their_words(llm: LLM) -> None:
+    assert len(llm.generate("Hello", max_tokens=5, ignore_eos=True).ids) == 5
+    short = llm.generate("Hello there, how", context=10, ignore_eos=True)
+    assert len(short.prompt_ids) + len(short.ids) == 10
+    assert short.finish_reason == "length"
+    with pytest.raises(GenerationError, match="no room"):
+        llm.generate([5] * 8192)
+    with pytest.raises(GenerationError, match="empty"):
+        llm.generate([])
+    with pytest.raises(GenerationError, match="49152"):
+        llm.generate([49152])
+    with pytest.raises(GenerationError, match="temprature"):
+        llm.generate("x", temprature=1.0)  # type: ignore[call-arg]
+    with pytest.raises(GenerationError, match=r"top_p.*1\.5"):
+        llm.generate("x", top_p=1.5, temperature=1.0)
+    with pytest.raises(GenerationError, match="at least one id"):
+        llm.logits([])
+
+
+def test_a_closed_stream_stops(llm: LLM) -> None:
+    stream = llm.stream("Once upon a time", max_tokens=200)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    assert len(stream.completion.ids) == 1
+
+
+def test_backends_and_devices_that_do_not_go_together() -> None:
+    assert choose_backend("auto", "cpu", None) == "engine"
+    assert choose_backend("auto", "cuda", None) == "torch"
+    assert choose_backend("auto", "cpu", "float32") == "torch"
+    for asked in (("engine", "cuda", None), ("engine", "cpu", "float32"), ("gpu", "cpu", None)):
+        with pytest.raises(ConfigError):
+            choose_backend(*asked)  # type: ignore[arg-type]
+
+
+def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(GlassError, match="smollm2-135m"):
+        load("smolm2-135m")
+    with pytest.raises(GlassError, match="no-such-device"):
+        load(default_model, device="no-such-device")
+    with pytest.raises(ConfigError, match="float32"):
+        load(default_model, exact=True, dtype="bfloat16")
