@@ -44,9 +44,10 @@ class StreamDecoder:
         """SentencePiece puts a blank before a text: `decode` itself shows whether to drop it."""
         if not data.startswith(b" "):
             return data
-        # Two tokens without text stand for any number of them: one was dropped, one is being tried.
+        # One token without text before this one stands for any number of them.
         self._opening = [*self._opening[:1], id]
-        return data if self._tokenizer.decode(self._opening).startswith(" ") else data[1:]
+        is_whole = self._tokenizer.decode(self._opening) == data.decode("utf-8", "replace")
+        return data if is_whole else data[1:]
 
 
 @dataclass(slots=True, eq=False)

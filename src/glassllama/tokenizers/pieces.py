@@ -1,0 +1,339 @@
+"""SentencePiece's BPE, as Llama 2, TinyLlama, Mistral and Gemma use it: characters, not bytes.
+
+    "Hello é" → ▁Hello▁é → ▁ H e l l o ▁ é → … → ▁Hello ▁ <0xC3> <0xA9>
+
+Blanks become ▁ (U+2581), and most models put one before the text, so that a word is the same token
+at the beginning and after a blank. Neighbours merge as long as they make a piece of the vocabulary,
+the piece with the best score first, the leftmost of equals. A character that is no piece becomes
+the pieces of its UTF-8 bytes. Source: Kudo and Richardson, SentencePiece (2018).
+
+The text is one long word to merge. It is cut, without changing an id, between two characters that
+stand side by side in no piece: nothing can merge across.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from itertools import groupby
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.bpe import NEVER, alternatives, merge, surrogate_error
+
+if TYPE_CHECKING:
+    from glassllama.tokenizers.long_words import PairTable
+
+BLANK = "\u2581"  # ▁
+SHORT = 32  # characters; shorter words are not worth looking for places to cut
+LONG = 256  # characters; above it the heap is faster than the plain loop
+CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
+
+
+class Kind(IntEnum):
+    """SentencePiece.Type of sentencepiece_model.proto; GGUF's token_type has the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """What a file of a SentencePiece-style tokenizer holds, whatever its format.
+
+    `texts` and `kinds` by id; None is an id without a piece. Pieces merge by `scores`, the higher
+    first (a SentencePiece model), or by the rank of the pair in `merges` (tokenizer.json).
+    UNUSED pieces are never made.
+
+    `prefix` says before which stretches of text a blank goes: every one between control tokens,
+    the first of all, or never; `prefix_before_blank` whether also where a blank is there already.
+    `trim` drops blanks at the ends and doubled ones. `cut_at_blanks` keeps ▁ from merging to its
+    left. `drop_prefix`: decoding drops the blank that a text begins with. `added_first`: user
+    defined pieces are cut out of the text before blanks are treated, each rest for itself.
+    """
+
+    texts: tuple[str | None, ...] = field(repr=False)
+    kinds: tuple[Kind, ...] = field(repr=False)
+    scores: tuple[float, ...] | None = field(default=None, repr=False)
+    merges: Mapping[tuple[bytes, bytes], int] | None = field(default=None, repr=False)
+    prefix: Literal["every", "first", "never"] = "every"
+    prefix_before_blank: bool = True
+    trim: bool = False
+    cut_at_blanks: bool = False
+    drop_prefix: bool = True
+    added_first: bool = False
+    unknown_text: str = " \u2047 "
+
+    def of_kind(self, *kinds: Kind) -> dict[str, int]:
+        """Text → id; the first id of a text that has several."""
+        found: dict[str, int] = {}
+        for id, (text, kind) in enumerate(zip(self.texts, self.kinds, strict=True)):
+            if text is not None and kind in kinds:
+                found.setdefault(text, id)
+        return found
+
+
+class SentencePieceTokenizer:
+    """Text ↔ ids by SentencePiece's BPE; a `base.interfaces.Tokenizer`.
+
+    `decode` gives the encoded text back, but ▁ as a blank. It shows no control tokens, and drops
+    the blank before the first piece where encoding adds one. Odd input: the empty text has no ids;
+    NUL, BOM and unassigned code points are characters like any other; a lone surrogate is a
+    TokenizerError; bytes that are no UTF-8 decode to U+FFFD as Python groups them.
+    """
+
+    def __init__(
+        self, pieces: Pieces, *, bos: int | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
+        self.pieces = pieces
+        self.bos = bos
+        self.stop_ids = frozenset(stop_ids)
+        self.specials: Mapping[str, int] = MappingProxyType(pieces.of_kind(Kind.CONTROL))
+        self._control_pattern = alternatives(self.specials)
+        self._added = pieces.of_kind(Kind.USER_DEFINED)
+        self._added_pattern = alternatives(self._added)
+        normal = pieces.of_kind(Kind.NORMAL)
+        self._ids = {text.encode(): id for text, id in normal.items()}
+        self._rank = _ranking(pieces, self._ids)
+        self._byte_ids, self._unknown = _fallback(pieces)
+        self._cut = _cut_before_blanks(normal, pieces.cut_at_blanks)
+        self._bytes = [_bytes_of(pieces, id) for id in range(len(pieces.texts))]
+        self._control_ids = frozenset(self.specials.values())
+        self._cache: dict[str, list[int]] = {}
+        for id in (*self.stop_ids, *([] if bos is None else [bos])):
+            self.token_bytes(id)  # must exist
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces.texts)
+
+    # Text → ids
+
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, control tokens written in it become their ids."""
+        parts: list[str | int] = [text]
+        if specials and self._control_pattern is not None:
+            pieces = self._control_pattern.split(text)  # text, control, text, …, text
+            parts = list(pieces)
+            parts[1::2] = [self.specials[control] for control in pieces[1::2]]
+        ids = self.encode_parts([part for part in parts if part != ""])
+        return [self.bos, *ids] if bos and self.bos is not None else ids
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and control ids in order, with a blank where this model puts one."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            elif self.pieces.added_first and self._added_pattern is not None:
+                for n, stretch in enumerate(self._added_pattern.split(part)):
+                    ids += [self._added[stretch]] if n % 2 else self._encode(stretch, not ids)
+            else:
+                ids += self._encode(part, not ids)
+        return ids
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text without control tokens, (T,)."""
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def _encode(self, text: str, is_first: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+        ids = [id for word in self._words(self._with_blanks(text, is_first)) for id in word]
+        if self._byte_ids is not None:
+            return ids
+        # Characters without a piece in a row are one unknown.
+        runs = ((id, list(run)) for id, run in groupby(ids))
+        return [id for value, run in runs for id in (run[:1] if value == self._unknown else run)]
+
+    def _with_blanks(self, text: str, is_first: bool) -> str:
+        """The text as it is looked up: ▁ for blanks, and one in front."""
+        if self.pieces.trim:
+            text = " ".join(filter(None, text.split(" ")))
+        if not text:
+            return ""
+        text = text.replace(" ", BLANK)
+        prefix = self.pieces.prefix
+        if prefix == "every" or (prefix == "first" and is_first):
+            blank_is_there = text.startswith(BLANK) and not self.pieces.prefix_before_blank
+            text = text if blank_is_there else BLANK + text
+        return text.rstrip(BLANK) if self.pieces.trim else text
+
+    def _words(self, text: str) -> Iterator[list[int]]:
+        """The ids of stretches that cannot merge with each other."""
+        if self.pieces.added_first or self._added_pattern is None:
+            yield from map(self._word, self._cut.split(text))
+            return
+        for n, stretch in enumerate(self._added_pattern.split(text)):
+            if n % 2:
+                yield [self._added[stretch]]
+            else:
+                yield from map(self._word, self._cut.split(stretch))
+
+    def _word(self, word: str) -> list[int]:
+        known = self._cache.get(word)
+        if known is None:
+            if len(word) > SHORT:
+                return [id for part in self._unjoined(word) for id in self._merged(part)]
+            known = self._merged(word)
+            if len(self._cache) >= CACHED_WORDS:
+                self._cache.clear()
+            self._cache[word] = known
+        return known
+
+    def _unjoined(self, word: str) -> Iterator[str]:
+        """A long word, cut between characters that are neighbours in no piece."""
+        begin, neighbours = 0, self._neighbours
+        for at in range(1, len(word)):
+            if word[at - 1 : at + 1] not in neighbours:
+                yield word[begin:at]
+                begin = at
+        yield word[begin:]
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        texts = (key.decode() for key in self._ids)
+        return frozenset(text[at : at + 2] for text in texts for at in range(len(text) - 1))
+
+    def _merged(self, word: str) -> list[int]:
+        parts = [character.encode() for character in word]
+        merged = merge(parts, self._rank) if len(word) <= LONG else self._merge_long(parts)
+        ids: list[int] = []
+        for part in merged:
+            if (id := self._ids.get(part)) is not None:
+                ids.append(id)
+            elif self._byte_ids is not None:
+                ids += [self._byte_ids[byte] for byte in part]
+            else:
+                ids.append(self._unknown)
+        return ids
+
+    def _merge_long(self, parts: list[bytes]) -> list[bytes]:
+        """What the plain loop gives, in time that hardly exceeds the word's length."""
+        from glassllama.tokenizers.long_words import merge_ids  # compiles: only when it is needed
+
+        numbers = dict(self._numbers)
+        symbols = [numbers.setdefault(part, len(numbers)) for part in parts]
+        texts = list(numbers)
+        merged = merge_ids(np.array(symbols, np.int32), self._pairs)
+        return [texts[number] for number in merged.tolist()]
+
+    @cached_property
+    def _numbers(self) -> dict[bytes, int]:
+        """What pairs are made of: pieces, and the characters in them."""
+        characters = {character for key in self._ids for character in key.decode()}
+        texts = dict.fromkeys([*self._ids, *(character.encode() for character in characters)])
+        return {text: number for number, text in enumerate(texts)}
+
+    @cached_property
+    def _pairs(self) -> PairTable:
+        from glassllama.tokenizers.long_words import EMPTY, PairTable, fill
+
+        rows = np.fromiter(self._pair_rows(), np.dtype((np.int64, 4)))  # (M, 4)
+        slots = 1 << max(4, (2 * len(rows)).bit_length())  # at most half full
+        keys, values = np.full(slots, EMPTY, np.int64), np.empty((2, slots), np.int32)
+        table = PairTable(keys, values[0], values[1])
+        fill(table.keys, table.ranks, table.joined, rows)
+        return table
+
+    def _pair_rows(self) -> Iterator[tuple[int, int, int, int]]:
+        """(left, right, rank, joined) of all ways to halve a piece."""
+        numbers = self._numbers
+        for key in self._ids:
+            text = key.decode()
+            for cut in range(1, len(text)):
+                left, right = text[:cut].encode(), text[cut:].encode()
+                rank = self._rank(left, right)
+                if rank != NEVER and left in numbers and right in numbers:
+                    yield numbers[left], numbers[right], rank, numbers[key]
+
+    # Ids → text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without control tokens and without the blank that encoding adds."""
+        texts = []
+        at_start = self.pieces.drop_prefix
+        for id in ids:
+            data = self.token_bytes(id)
+            if id in self._control_ids:
+                continue
+            if at_start and (self.pieces.texts[id] or "").startswith(BLANK):
+                data = data[1:]
+                at_start = self.pieces.trim and not data
+            else:
+                at_start = at_start and not data
+            texts.append(data)
+        return b"".join(texts).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one id, ▁ as a blank; a control token's are its text."""
+        data = self._bytes[id] if 0 <= id < len(self._bytes) else None
+        if data is None:
+            last = len(self._bytes) - 1
+            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
+        return data
+
+
+def _ranking(pieces: Pieces, ids: Mapping[bytes, int]) -> Callable[[bytes, bytes], int]:
+    """(left, right) → the rank of their merging, 0 first; NEVER if they make no piece."""
+    if pieces.merges is not None:
+        merges = pieces.merges
+        return lambda left, right: merges.get((left, right), NEVER)
+    assert pieces.scores is not None, "pieces merge by scores or by merges"
+    best_first = sorted({pieces.scores[id] for id in ids.values()}, reverse=True)
+    rank_of_score = {score: rank for rank, score in enumerate(best_first)}
+    ranks = {key: rank_of_score[pieces.scores[id]] for key, id in ids.items()}
+    return lambda left, right: ranks.get(left + right, NEVER)
+
+
+def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
+    """The ids of the 256 bytes, if there are such pieces; and the id of the unknown."""
+    bytes_ = pieces.of_kind(Kind.BYTE)
+    unknown = min(pieces.of_kind(Kind.UNKNOWN).values(), default=None)
+    if bytes_:
+        ids = [bytes_.get(byte_text(value)) for value in range(256)]
+        if None in ids:
+            missing = byte_text(ids.index(None))
+            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing}")
+        return [id for id in ids if id is not None], -1
+    if unknown is None:
+        raise TokenizerError("vocabulary: neither pieces for bytes nor one for the unknown")
+    return None, unknown
+
+
+def byte_text(value: int) -> str:
+    """How the piece of a byte is written."""
+    return f"<0x{value:02X}>"
+
+
+def _cut_before_blanks(normal: Iterable[str], everywhere: bool) -> re.Pattern[str]:
+    """Finds the places before a ▁ that no piece spans."""
+    before = set() if everywhere else {
+        text[at] for text in normal for at in range(len(text) - 1) if text[at + 1] == BLANK
+    }  # fmt: skip
+    spanned = re.escape("".join(sorted(before)))
+    return re.compile(f"(?<=[^{spanned}])(?={BLANK})" if spanned else f"(?={BLANK})")
+
+
+def _bytes_of(pieces: Pieces, id: int) -> bytes | None:
+    text, kind = pieces.texts[id], pieces.kinds[id]
+    if text is None:
+        return None
+    if kind == Kind.BYTE:
+        return bytes([int(text[3:5], 16)])
+    if kind == Kind.UNKNOWN:
+        return pieces.unknown_text.encode()
+    return (text if kind == Kind.CONTROL else text.replace(BLANK, " ")).encode()
