@@ -1,0 +1,24 @@
+"""The `glassllama` command, also as `python -m glassllama`."""
+
+from __future__ import annotations
+
+import sys
+
+from glassllama.cli import exits
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code (cli/exits.py)."""
+    exits.prepare()
+    code = exits.code_of(_run_verb)
+    sys.exit(code)
+
+
+def _run_verb() -> None:
+    from glassllama.cli.app import app
+
+    app(prog_name="glassllama")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""An answer on its way to the screen, and what is said about it afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from glassllama.cli.memory import peak_memory
+from glassllama.cli.screen import progress_bars, write
+
+if TYPE_CHECKING:
+    from glassllama.base.interfaces import Progress
+    from glassllama.llm import LLM, Completion, TextStream
+
+
+def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]) -> Completion:
+    """Print the pieces as they are made, and a line end -> the whole answer.
+
+    `start` begins the stream and gets a bar, for prompts that take long to read. `shown` receives
+    the pieces, for the caller whose stream is stopped halfway.
+    """
+    with progress_bars() as bar:
+        stream = start(bar("reading the prompt", "tokens"))
+        shown += itertools.islice(stream, 1)
+    write("".join(shown))
+    try:
+        for piece in stream:
+            shown.append(piece)
+            write(piece)
+    finally:
+        if not "".join(shown).endswith("\n"):
+            write("\n")
+    return stream.completion
+
+
+def speed_line(completion: Completion) -> str:
+    """`prefill 812 tok/s · decode 212 tok/s · peak memory 310 MB`, as far as it is known."""
+    from glassllama.base.machine import gigabytes
+
+    timings, peak = completion.timings, peak_memory()
+    parts = [
+        timings.prefill_rate is not None and f"prefill {timings.prefill_rate:,.0f} tok/s",
+        timings.decode_rate is not None and f"decode {timings.decode_rate:,.0f} tok/s",
+        f"{timings.new_tokens} tokens",
+        peak is not None and f"peak memory {gigabytes(peak)}",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def as_object(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """The one object that `generate --json` and `chat --json` print."""
+    timings = completion.timings
+    answer: dict[str, Any] = {
+        "model": llm.name,
+        "prompt_ids": completion.prompt_ids,
+        "ids": completion.ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        answer["logprobs"] = [asdict(token) for token in completion.logprobs]
+    prompt, new = len(completion.prompt_ids), len(completion.ids)
+    return answer | {
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+        },
+        "timings": {
+            "load_s": llm.load_seconds,
+            "ttft_s": timings.prefill_s,  # the first token comes out of the prefill
+            "prefill_tok_s": timings.prefill_rate,
+            "decode_tok_s": timings.decode_rate,
+        },
+    }

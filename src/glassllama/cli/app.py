@@ -1,0 +1,92 @@
+"""The verbs, put together. Each is a short function in a file of its own, and imports late."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from glassllama import __version__
+from glassllama.cli.chat import chat
+from glassllama.cli.download import download
+from glassllama.cli.exits import DEBUG, code_of
+from glassllama.cli.generate import generate
+from glassllama.cli.help import page, parameter_sections
+from glassllama.cli.list import list_models
+from glassllama.cli.options import spread
+from glassllama.cli.show import show
+from glassllama.cli.tokenize import tokenize
+
+USE, LOOK = "Use a model", "Look at one"
+
+
+class Verb(TyperCommand):
+    """One verb, with a help page of ours."""
+
+    def get_help(self, ctx: Any) -> str:
+        return page(self, ctx, parameter_sections(self.get_params(ctx)))
+
+
+class Verbs(TyperGroup):
+    """All verbs. Their faults become lines and exit codes here, before the parser sees them."""
+
+    def invoke(self, ctx: Any) -> None:
+        code = code_of(lambda: super(Verbs, self).invoke(ctx), unexpected=False)
+        if code:
+            ctx.exit(code)
+
+    def get_help(self, ctx: Any) -> str:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, verb in self.commands.items():
+            brief = (verb.help or "").strip().split("\n\n")[0]
+            panel = str(getattr(verb, "rich_help_panel", ""))
+            panels.setdefault(panel, []).append((name, " ".join(brief.split())))
+        return page(self, ctx, [*panels.items(), *parameter_sections(self.get_params(ctx))])
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Llama models on your own machine, in Python you can see through.",
+    epilog="Start with: glassllama chat",
+    invoke_without_command=True,  # then this is the help page
+    pretty_exceptions_enable=False,  # __main__ prints one line for what nobody foresaw
+    rich_markup_mode=None,  # cli/help.py writes the pages
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"glassllama {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def glassllama(
+    ctx: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show where in the program an unexpected error happened.")
+    ] = False,
+) -> None:
+    """Options before the verb. Without a verb, the help page."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+for verb, panel in (
+    (chat, USE),
+    (generate, USE),
+    (download, USE),
+    (list_models, USE),
+    (show, LOOK),
+    (tokenize, LOOK),
+):
+    name = verb.__name__.partition("_")[0]  # list_models is `list`
+    app.command(name, cls=Verb, rich_help_panel=panel)(spread(verb))

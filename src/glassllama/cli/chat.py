@@ -1,0 +1,90 @@
+"""`glassllama chat`: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glassllama.cli.answer import as_object, speed_line
+from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
+from glassllama.cli.screen import is_terminal, note, print_json, text_or_stdin
+
+if TYPE_CHECKING:
+    from glassllama.cli.talk import Talk
+
+TOUR_QUESTION = "Why is the sky blue? Answer in one sentence."
+TRY_NEXT = """
+Three things to try next:
+  glassllama chat
+  glassllama next "The capital of France is"
+  glassllama show smollm2-135m"""
+
+
+def chat(
+    which: Which,
+    how: How,
+    sampling: SamplingOptions,
+    message: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MESSAGE",
+            help="What to say. Left out: a conversation on a terminal, else stdin is the message.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", "-s", metavar="TEXT", help="Tell the model first how to behave."),
+    ] = None,
+    tour: Annotated[
+        bool,
+        typer.Option("--tour", help="Begin with a question of ours, and say what to try next."),
+    ] = False,
+    logprobs: Logprobs = None,
+    json: Json = False,
+) -> None:
+    """Ask a chat model something, or talk with it.
+
+    On a terminal and without MESSAGE this is a conversation: /help lists its commands, Ctrl-C stops
+    an answer, Ctrl-D leaves.
+    """
+    require_json(json, logprobs)
+    alive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+    if message is None and not tour and (json or not alive):
+        message = text_or_stdin(None, "MESSAGE")
+    from glassllama.cli.conversation import Conversation
+    from glassllama.cli.talk import Talk
+
+    talk = Talk(how.load(which), Conversation(system=system), sampling)
+    if tour:
+        show_tour(talk)
+    if message is not None:
+        say_once(talk, message, json, logprobs)
+    elif alive:
+        from glassllama.cli.repl import Repl
+
+        Repl(talk).run()
+
+
+def say_once(talk: Talk, message: str, json: bool, logprobs: int | None) -> None:
+    if json:
+        from glassllama.tokenizers.chat import Message
+
+        talk.conversation.turns.append(Message("user", message))
+        completion = talk.llm.chat(talk.conversation.messages, **talk.sampling.options(logprobs))
+        print_json(as_object(talk.llm, completion))
+        return
+    completion = talk.ask(message)
+    if is_terminal(sys.stdout):
+        note(f"\n{speed_line(completion)}")
+
+
+def show_tour(talk: Talk) -> None:
+    """One question of ours, always with the same answer, and what to try next."""
+    note(f"> {TOUR_QUESTION}")
+    chosen, talk.sampling = talk.sampling, replace(talk.sampling, temperature=0.0)
+    completion = talk.ask(TOUR_QUESTION)
+    talk.sampling = chosen
+    note(f"\n{speed_line(completion)}\n{TRY_NEXT}\n")

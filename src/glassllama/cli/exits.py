@@ -1,0 +1,96 @@
+"""How the program ends: what went wrong becomes one line and an exit code, never a traceback.
+
+0 done · 1 error · 2 wrong usage · 130 Ctrl-C · 141 nobody reads the output · 143 SIGTERM
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
+
+from glassllama.base.errors import GlassError
+
+ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
+DEBUG = "--debug"
+
+
+def prepare() -> None:
+    """Before anything is printed: output that any locale can take, and a handler for SIGTERM."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as `<&-` does
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 -- open to the very end
+    for stream in (sys.stdout, sys.stderr):
+        cast(Any, stream).reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def code_of(program: Callable[[], object], *, unexpected: bool = True) -> int:
+    """Run `program` -> its exit code, after saying on stderr what went wrong.
+
+    With `unexpected` off, exceptions that are no fault of the user's or the machine's pass through:
+    the parser's own are among them.
+    """
+    try:
+        program()
+        sys.stdout.flush()
+    except SystemExit as end:
+        return _flushed(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # leave the line that shows ^C
+        return CTRL_C
+    except BrokenPipeError:
+        _silence_stdout()
+        return BROKEN_PIPE
+    except Exception as error:
+        line = foreseen(error)
+        if line is None and (not unexpected or DEBUG in sys.argv):
+            raise
+        return failed(line or _report(error))
+    return 0
+
+
+def foreseen(error: Exception) -> str | None:
+    """The line for a fault that the user or the machine can do something about, else None."""
+    if isinstance(error, GlassError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory: try a smaller or more quantised model, or a shorter context"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'input or output'}: {error.strerror}"
+    return None
+
+
+def failed(message: str) -> int:
+    """Print the one line of an error -> the exit code 1."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    sys.stdout.flush()
+    print(f"error: {line}", file=sys.stderr)
+    return ERROR
+
+
+def _report(error: Exception) -> str:
+    return (
+        f"unexpected {type(error).__name__} ({error}): a fault of glassllama's own; please report "
+        f"it with what the same command prints as 'glassllama {DEBUG} …'"
+    )
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+        return BROKEN_PIPE
+    return code
+
+
+def _silence_stdout() -> None:
+    """Let Python's own flush at the very end succeed, or it would complain in many lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

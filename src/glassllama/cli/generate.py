@@ -1,0 +1,36 @@
+"""`glassllama generate`: continue a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from glassllama.cli.answer import as_object, show_stream, speed_line
+from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
+from glassllama.cli.screen import is_terminal, note, print_json, text_or_stdin
+
+
+def generate(
+    which: Which,
+    how: How,
+    sampling: SamplingOptions,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help="The text to go on from; stdin where it is left out."),
+    ] = None,
+    logprobs: Logprobs = None,
+    json: Json = False,
+) -> None:
+    """Continue a text, as the model would. To ask a chat model something, use 'chat'."""
+    require_json(json, logprobs)
+    prompt = text_or_stdin(text, "TEXT")
+    options = sampling.options(logprobs)
+    llm = how.load(which)
+    if json:
+        print_json(as_object(llm, llm.generate(prompt, **options)))
+        return
+    completion = show_stream(lambda bar: llm.stream(prompt, progress=bar, **options), [])
+    if is_terminal(sys.stdout):
+        note(f"\n{speed_line(completion)}")

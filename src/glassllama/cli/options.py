@@ -1,0 +1,285 @@
+"""The options that verbs share, each declared once, as a field of a frozen dataclass.
+
+A verb takes such a dataclass as one parameter; `spread` shows its fields to the command line as
+options of their own and puts the dataclass together again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from glassllama.cli.screen import progress_bars
+
+if TYPE_CHECKING:
+    from glassllama.llm import LLM, Options
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+class Backend(StrEnum):
+    auto = "auto"
+    engine = "engine"
+    torch = "torch"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def model_names(incomplete: str) -> Iterator[str]:
+    """What the shell offers for a model: short names; it adds files by itself."""
+    from glassllama.hub import SHORT_NAMES
+
+    return (name for name in SHORT_NAMES if name.startswith(incomplete))
+
+
+NAMES = "A path, a short name (see 'glassllama list'), or a Hub id org/name[@revision][:FILE.gguf]."
+model_option = partial(typer.Option, rich_help_panel="Model")
+sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help=NAMES, autocompletion=model_names)
+]
+Offline = Annotated[bool, model_option("--offline", help="Never use the network.")]
+PreferPth = Annotated[
+    bool,
+    model_option(
+        "--pth", help="Where a Hub repository has both, take Meta's .pth files, not safetensors."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="With --json: log probabilities of each token, and of the N likeliest in its place.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Which:
+    """Which model."""
+
+    model: Annotated[
+        str,
+        model_option("--model", "-m", metavar="MODEL", help=NAMES, autocompletion=model_names),
+    ] = DEFAULT_MODEL
+    offline: Offline = False
+    pth: PreferPth = False
+
+    def path(self) -> Path:
+        """Where it is on this machine, downloaded first if need be, with a bar."""
+        return find(self.model, offline=self.offline, pth=self.pth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How it is run."""
+
+    backend: Annotated[
+        Backend,
+        model_option(
+            metavar="NAME",
+            help="engine: compiled for this CPU, quantised weights stay quantised. torch: the "
+            "reference in PyTorch. auto: the engine on a CPU, torch elsewhere.",
+        ),
+    ] = Backend.auto
+    device: Annotated[
+        str, model_option(metavar="NAME", help="cpu, cuda, cuda:1, mps …: all but cpu need torch.")
+    ] = "cpu"
+    dtype: Annotated[
+        Dtype | None,
+        model_option(metavar="NAME", help="float32 or bfloat16, for the torch backend."),
+    ] = None
+    exact: Annotated[
+        bool,
+        model_option("--exact", help="Unpack the weights and compute in float32: slow, exact."),
+    ] = False
+    threads: Annotated[
+        int | None,
+        model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),
+    ] = None
+
+    def load(self, which: Which) -> LLM:
+        """The model, ready to answer, with bars for what takes long."""
+        from glassllama.llm import load
+
+        with progress_bars() as bar:
+            return load(
+                which.model,
+                backend=self.backend.value,
+                device=self.device,
+                dtype=None if self.dtype is None else self.dtype.value,
+                exact=self.exact,
+                threads=self.threads,
+                offline=which.offline,
+                prefer_pth=which.pth,
+                download_progress=bar(f"downloading {which.model}", "bytes"),
+                load_progress=bar(f"loading {which.model}", "tensors"),
+            )
+
+
+def require_json(json: bool, logprobs: int | None) -> None:
+    """--logprobs says nothing where there is no place to print them."""
+    if logprobs is not None and not json:
+        raise typer.BadParameter("only together with --json", param_hint="--logprobs")
+
+
+def find(name: str, *, offline: bool = False, pth: bool = False) -> Path:
+    """The model's file or folder, downloaded first if need be, with a bar."""
+    from glassllama import hub
+
+    with progress_bars() as bar:
+        progress = bar(f"downloading {name}", "bytes")
+        return hub.resolve(name, offline=offline, prefer_pth=pth, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen, and when to stop.
+
+    Temperature and top-p are those of the example programs that Meta published with Llama 3.
+    """
+
+    max_tokens: Annotated[
+        int | None,
+        sampling_option(
+            "--max-tokens",
+            "-n",
+            min=1,
+            metavar="N",
+            help="Stop after N tokens.",
+            show_default="at the model's own end, or when its context is full",
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        sampling_option(
+            "--temperature",
+            "-t",
+            min=0.0,
+            metavar="T",
+            help="0: always the likeliest token; the higher, the more varied.",
+        ),
+    ] = 0.6
+    top_k: Annotated[
+        int | None,
+        sampling_option(min=1, metavar="K", help="Choose among the K likeliest tokens only."),
+    ] = None
+    top_p: Annotated[
+        float,
+        sampling_option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Choose among the likeliest tokens that reach probability P together.",
+        ),
+    ] = 0.9
+    min_p: Annotated[
+        float,
+        sampling_option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Leave out tokens less than P times as likely as the likeliest one.",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        sampling_option(
+            min=0.0,
+            metavar="X",
+            help="Above 1: tokens of the prompt and the answer become less likely.",
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        sampling_option(
+            min=-2.0,
+            max=2.0,
+            metavar="X",
+            help="Above 0: tokens already in the answer become less likely.",
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        sampling_option(
+            min=-2.0,
+            max=2.0,
+            metavar="X",
+            help="Above 0: tokens become less likely with every use in the answer.",
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        sampling_option(
+            min=0,
+            metavar="N",
+            help="Same seed, same answer.",
+            show_default="a new one every time",
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        sampling_option(
+            metavar="TEXT", help="End the answer before TEXT; may be given several times."
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool,
+        sampling_option(
+            "--ignore-eos", help="Go on after the model's own end, to --max-tokens: for measuring."
+        ),
+    ] = False
+
+    def options(self, logprobs: int | None = None) -> Options:
+        """As the facade takes them (glassllama.llm.Options)."""
+        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["logprobs"] = logprobs
+        values["stop"] = tuple(self.stop or ())
+        options: Options = values
+        return options
+
+
+def spread(verb: Callable[..., None]) -> Callable[..., None]:
+    """`verb` with every parameter that is a dataclass replaced by that dataclass's fields."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(verb, include_extras=True)
+    for parameter in inspect.signature(verb).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            parameters += _fields_as_parameters(kind)
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+
+    @wraps(verb)
+    def taking_all(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        verb(**values)
+
+    taking_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    taking_all.__annotations__ = {p.name: p.annotation for p in parameters}
+    return taking_all
+
+
+def _fields_as_parameters(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name])
+        for f in fields(kind)
+    ]

@@ -1,0 +1,166 @@
+"""What the verbs print with: answers to stdout; notes, progress and errors to stderr.
+
+Rich is imported when the first table or bar is drawn. Where a stream is no terminal, tables are as
+wide as their content and there are no bars; NO_COLOR is Rich's to honour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from glassllama.base.errors import GlassError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from glassllama.base.interfaces import Progress
+
+UNLIMITED = 10_000  # columns, where no window sets a width
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def write(text: str) -> None:
+    """A piece of an answer, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(value: object) -> None:
+    """One line of JSON; characters that the output's encoding may lack are escaped."""
+    print(json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8"))
+
+
+def note(text: str) -> None:
+    """A line beside the answer: dim on a terminal."""
+    sys.stdout.flush()  # keep the order in which things happened
+    if is_terminal(sys.stderr):
+        console("stderr").print(text, style="dim", soft_wrap=True)
+    else:
+        print(text, file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout. A column whose title ends in `>` is aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=any(columns))
+    for title in columns:
+        right = title.endswith(">")
+        table.add_column(title.rstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console("stdout").print(table)
+
+
+@cache
+def console(stream: Literal["stdout", "stderr"]) -> Console:
+    """Rich's view of a stream: plain text in, nothing in it is markup."""
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # Rich would leave with code 1
+            raise BrokenPipeError
+
+    file = getattr(sys, stream)
+    return Screen(
+        stderr=stream == "stderr",
+        width=None if is_terminal(file) else UNLIMITED,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars]:
+    """Bars on stderr with rate and time left, gone at the end; none where it is no terminal."""
+    bars = Bars()
+    try:
+        yield bars
+    finally:
+        bars.stop()
+
+
+class Bars:
+    """One bar for each long piece of work; a bar appears when the work is first heard of."""
+
+    def __init__(self) -> None:
+        self._live: RichProgress | None = None
+
+    def __call__(self, title: str, unit: str) -> Progress | None:
+        """What to tell the work's progress to, which is counted in `unit`."""
+        if not is_terminal(sys.stderr):
+            return None
+        task: TaskID | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal task
+            if self._live is None:
+                self._live = new_bars()
+                self._live.start()
+            if task is None:
+                task = self._live.add_task(title, unit=unit)
+            self._live.update(task, completed=done, total=total)
+
+        return show
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def new_bars() -> RichProgress:
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(amount(task.completed, task.total, task.speed, task.fields["unit"]))
+
+    title = TextColumn("{task.description}", markup=False)
+    columns = (title, BarColumn(), Amount(), TimeRemainingColumn())
+    return RichProgress(*columns, console=console("stderr"), transient=True)
+
+
+def amount(done: float, total: float | None, rate: float | None, unit: str) -> str:
+    """`12.0/98.4 MB 9.1 MB/s`, `512/2,048 tokens 800 tokens/s`: how far and how fast."""
+    scale, digits, name = (1e6, 1, "MB") if unit == "bytes" else (1, 0, unit)
+    whole = "" if total is None else f"/{total / scale:,.{digits}f}"
+    speed = "" if rate is None else f" {rate / scale:,.{digits}f} {name}/s"
+    return f"{done / scale:,.{digits}f}{whole} {name}{speed}"
+
+
+def text_or_stdin(text: str | None, what: str) -> str:
+    """`text` as given, else all of stdin as UTF-8, its last line end left out.
+
+    Raises GlassError where stdin is a terminal, empty, or not UTF-8.
+    """
+    if text is not None:
+        return text
+    if is_terminal(sys.stdin):
+        raise GlassError(f"{what} is missing: give it as an argument or pipe it in")
+    raw = _stdin_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GlassError(f"standard input: not UTF-8 at byte {error.start}") from None
+    if not text:
+        raise GlassError(f"{what} is missing: standard input is empty")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _stdin_bytes() -> bytes:
+    buffer: Any = getattr(sys.stdin, "buffer", None)
+    return buffer.read() if buffer is not None else sys.stdin.read().encode()

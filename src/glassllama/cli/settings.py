@@ -1,0 +1,50 @@
+"""`/set NAME VALUE`: one sampling option from what was typed, checked as at the command line."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, replace
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from glassllama.base.errors import GlassError
+from glassllama.cli.options import SamplingOptions
+from glassllama.generation.loop import GenerationSettings
+from glassllama.generation.sampler import make_sampler
+
+SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "stop")
+
+
+def changed(sampling: SamplingOptions, name: str, typed: str) -> SamplingOptions:
+    """`sampling` with that option set. Raises GlassError: no such option, no value it can have."""
+    kinds = get_type_hints(SamplingOptions)
+    if name not in kinds:
+        raise GlassError(f"{name} is no option; have {' '.join(kinds)}")
+    new = replace(sampling, **{name: read_value(name, kinds[name], typed)})
+    values = asdict(new)
+    GenerationSettings(max_tokens=values["max_tokens"])
+    make_sampler(**{key: values[key] for key in values if key not in NOT_THE_SAMPLERS})
+    return new
+
+
+def read_value(name: str, kind: Any, typed: str) -> Any:
+    """What was typed, as a value of `kind`: a number, a switch, or texts between quotes."""
+    choices = get_args(kind) or (kind,)
+    if typed == "none" and NoneType in choices:
+        return None
+    wanted = "a number"
+    try:
+        if bool in choices:
+            wanted = "on or off"
+            return SWITCH[typed.lower()]
+        if list[str] in choices:
+            wanted = "texts, those with blanks between quotes"
+            return shlex.split(typed) or [typed]
+        if int in choices:
+            wanted = "a whole number"
+            return int(typed)
+        return float(typed)
+    except (ValueError, KeyError):
+        came = typed or "nothing"
+        raise GlassError(f"{name}: want {wanted}, got {came}") from None

@@ -1,0 +1,70 @@
+"""`glassllama tokenize`: a text as the model sees it, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glassllama.base.errors import TokenizerError
+from glassllama.cli.options import Json, Which
+from glassllama.cli.screen import note, print_json, print_table, text_or_stdin
+
+if TYPE_CHECKING:
+    from glassllama.base.interfaces import Tokenizer
+
+
+def tokenize(
+    which: Which,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help="The text; read from stdin where it is left out."),
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="TEXT holds ids; print the text they stand for.")
+    ] = False,
+    specials: Annotated[
+        bool,
+        typer.Option(
+            "--specials",
+            help="Read control tokens such as <|eot_id|> in TEXT as such, not as text.",
+        ),
+    ] = False,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin with the model's begin-of-text token, if any.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show the tokens of a text: id, piece and bytes of each."""
+    from glassllama.weights.open import open_weights
+
+    text = text_or_stdin(text, "TEXT")
+    tokenizer = open_weights(which.path()).tokenizer
+    if decode:
+        ids = read_ids(text)
+        text = tokenizer.decode(ids)
+    else:
+        ids = tokenizer.encode(text, bos=bos, specials=specials)
+    rows = [(id, repr(piece(tokenizer, id)), tokenizer.token_bytes(id).hex(" ")) for id in ids]
+    if json:
+        pieces = [piece(tokenizer, id) for id in ids]
+        print_json({"model": which.model, "text": text, "ids": ids, "pieces": pieces})
+    elif decode:
+        print(text)
+    else:
+        print_table(["id>", "piece", "bytes"], rows)
+        note(f"\n{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+
+
+def piece(tokenizer: Tokenizer, id: int) -> str:
+    """A token's bytes as text; � stands for the bytes of a character that is not whole."""
+    return tokenizer.token_bytes(id).decode("utf-8", errors="replace")
+
+
+def read_ids(text: str) -> list[int]:
+    """`1 2 3`, `1,2,3` or `[1, 2, 3]` -> ids. Raises TokenizerError that names the odd word."""
+    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    for word in words:
+        if not word.isascii() or not word.isdigit():
+            raise TokenizerError(f"--decode: {word!r} is no token id; want whole numbers")
+    return [int(word) for word in words]
