@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,8 +164,7 @@ class TopP:
         # the few above it are sorted.
         needless = (1 - self.p) * total / len(weights)
         ordered = np.sort(np.compress(weights >= needless, weights))[::-1]
-        reached = np.searchsorted(np.cumsum(ordered, dtype=np.float64), self.p * total)
-        border = ordered[min(int(reached), len(ordered) - 1)]
+        border = ordered[reach(ordered, self.p * total, "left")]
         return keep(logits, weights >= border)
 
 
@@ -275,22 +274,27 @@ class Sampling:
 
 
 def draw(logits: Logits, generator: np.random.Generator) -> int:
-    """An id by its probability: where one uniform number falls in the cumulative sum.
-
-    In two strides, over the sums of blocks and then inside one, so that a large vocabulary needs
-    no cumulative sum of its whole length.
-    """
+    """An id by its probability: where one uniform number falls in the cumulative sum."""
     ids = np.flatnonzero(logits > -np.inf)
-    weights = unscaled_probs(logits[ids]).astype(np.float64)
-    starts = np.arange(0, len(ids), BLOCK)
-    blocks = np.cumsum(np.add.reduceat(weights, starts))
-    target = min(generator.random() * blocks[-1], np.nextafter(blocks[-1], 0))
-    block = int(np.searchsorted(blocks, target, side="right"))
-    inside = weights[starts[block] : starts[block] + BLOCK]
-    rest = target - (blocks[block - 1] if block > 0 else 0.0)
-    place = int(np.searchsorted(np.cumsum(inside), rest, side="right"))
-    last = int(np.flatnonzero(inside)[-1])  # rounding may lead one too far
-    return int(ids[starts[block] + min(place, last)])
+    weights = unscaled_probs(logits[ids])
+    total = weights.sum(dtype=np.float64)
+    return int(ids[reach(weights, generator.random() * total, "right")])
+
+
+def reach(weights: Logits, target: float, side: Literal["left", "right"]) -> int:
+    """Where the running sum of weights first is at least ("left") or above ("right") a target.
+
+    In two strides, over the sums of blocks and then inside one, so that no running sum of the whole
+    length is made. Rounding never leads to a weight of 0 behind the last other one.
+    """
+    exact = weights.astype(np.float64)
+    starts = np.arange(0, len(exact), BLOCK)
+    blocks = np.cumsum(np.add.reduceat(exact, starts))
+    block = int(np.searchsorted(blocks, min(target, np.nextafter(blocks[-1], 0)), side))
+    inside = exact[starts[block] : starts[block] + BLOCK]
+    before = blocks[block - 1] if block > 0 else 0.0
+    place = int(np.searchsorted(np.cumsum(inside), target - before, side))
+    return int(starts[block]) + min(place, int(np.flatnonzero(inside)[-1]))
 
 
 def logprobs_of(logits: Logits, ids: Iterable[int]) -> list[float]:
