@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from glassllama.tokenizers.long_words import PairTable
 
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
-LONG_WORD = 512  # bytes; the plain loop's time grows with the square of the length, the heap's hardly
+LONG_WORD = 512  # bytes; the plain loop needs time with the square of the length, the heap hardly
 CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
 CACHED_LENGTH = 64  # characters; longer words seldom come twice
 

@@ -45,7 +45,7 @@ def byte_level_vocabulary(
     merges: Iterable[Any],
     controls: Mapping[str, int],
     added: Mapping[str, int],
-    unused: Mapping[str, int],
+    unused: Mapping[int, str],
     split: Split,
     whole_words: bool,
 ) -> Vocabulary:
@@ -80,13 +80,14 @@ def is_written(text: str) -> bool:
     return all(ord(char) in CHARACTER_TO_BYTE for char in text)
 
 
-def plain_texts(*kinds: Mapping[str, int]) -> dict[int, bytes]:
-    """id → UTF-8 of tokens whose text stands for itself, once each."""
-    named = [(text, id) for kind in kinds for text, id in kind.items()]
-    texts = {id: text.encode(errors="surrogatepass") for text, id in named}
-    if len(texts) < len(named) or b"" in texts.values():
+def plain_texts(
+    controls: Mapping[str, int], added: Mapping[str, int], unused: Mapping[int, str]
+) -> dict[int, bytes]:
+    """id → UTF-8 of tokens whose text stands for itself."""
+    named = {id: text for kind in (controls, added) for text, id in kind.items()}
+    if "" in named.values() or len(named) < len(controls) + len(added) or named.keys() & unused:
         raise TokenizerError("vocabulary: an added token is empty or shares its id with another")
-    return texts
+    return {id: text.encode(errors="surrogatepass") for id, text in {**named, **unused}.items()}
 
 
 def by_id(tokens: Mapping[int, bytes]) -> tuple[bytes | None, ...]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
-from glassllama.tokenizers.byte_level import byte_level_vocabulary, to_bytes
+from glassllama.tokenizers.byte_level import byte_level_vocabulary
 from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
+from glassllama.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+    read_sentencepiece,
+    sentencepiece_from_gguf,
+    sentencepiece_from_hf_json,
+)
 from glassllama.tokenizers.split import SPLITS
+
+Found = BytePairTokenizer | SentencePieceTokenizer
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
 PRE_TOKENIZERS = {
@@ -26,15 +36,13 @@ END_OF_ANSWER = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<
 STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 # `tokenizer.ggml.token_type` (GGUF specification, "tokenizer").
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. TokenizerError: names the key that is missing or unknown."""
     model = metadata.get("tokenizer.ggml.model")
     if model == "llama":
-        from glassllama.tokenizers.sentencepiece import sentencepiece_from_gguf
-
         return sentencepiece_from_gguf(metadata)
     if model != "gpt2":
         raise TokenizerError(
@@ -44,40 +52,56 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     vocabulary = gguf_vocabulary(metadata)
     stop_ids = end_ids(vocabulary.controls)
     stop_ids |= {id for key in STOP_KEYS if (id := gguf_id(metadata, key)) is not None}
+    bos = gguf_id(metadata, "bos_token_id")
     # llama.cpp's rule where the file is silent: Llama 3 begins with a token, others do not.
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", vocabulary.split == SPLITS["llama3"])
-    bos = gguf_id(metadata, "bos_token_id") if adds_bos else None
-    return BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids)
+    return BytePairTokenizer(vocabulary, bos=bos if adds_bos else None, stop_ids=stop_ids)
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     split = gguf_split(metadata)
-    texts = [str(text) for text in gguf_list(metadata, "tokens")]
-    kinds = [int(kind) for kind in metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(texts))]
-    if len(kinds) != len(texts):
-        raise TokenizerError(f"tokenizer.ggml.token_type: {len(kinds)} for {len(texts)} tokens")
-    if unknown := {*kinds} - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}:
-        raise TokenizerError(
-            f"tokenizer.ggml.token_type: {sorted(unknown)} have no place in a byte-level vocabulary"
-        )
+    texts = [*map(str, gguf_list(metadata, "tokens"))]
+    kinds = token_kinds(metadata, len(texts))
     return byte_level_vocabulary(
-        written={id: texts[id] for id, kind in enumerate(kinds) if kind == NORMAL},
+        written=of_kind(NORMAL, texts, kinds),
         merges=gguf_list(metadata, "merges"),
-        controls=of_kind(CONTROL, texts, kinds),
-        added=of_kind(USER_DEFINED, texts, kinds),
+        controls=by_text(of_kind(CONTROL, texts, kinds)),
+        added=by_text(of_kind(USER_DEFINED, texts, kinds)),
         unused=of_kind(UNUSED, texts, kinds) | of_kind(UNKNOWN, texts, kinds),
         split=SPLITS[split],
         whole_words=split == "llama3",
     )
 
 
-def of_kind(wanted: int, texts: list[str], kinds: list[int]) -> dict[str, int]:
-    return {texts[id]: id for id, kind in enumerate(kinds) if kind == wanted}
+def token_kinds(metadata: Mapping[str, Any], count: int) -> list[int]:
+    """The type of every token; files without types hold normal ones only."""
+    if "tokenizer.ggml.token_type" not in metadata:
+        return [NORMAL] * count
+    kinds = list(gguf_list(metadata, "token_type"))
+    if len(kinds) != count:
+        raise TokenizerError(f"tokenizer.ggml.token_type: {len(kinds)} for {count} tokens")
+    if strange := [kind for kind in kinds if kind not in KINDS]:
+        raise TokenizerError(
+            f"tokenizer.ggml.token_type: {strange[0]!r} has no place in a byte-level vocabulary"
+        )
+    return kinds
+
+
+def of_kind(wanted: int, texts: list[str], kinds: list[int]) -> dict[int, str]:
+    return {id: texts[id] for id, kind in enumerate(kinds) if kind == wanted}
+
+
+def by_text(texts: Mapping[int, str]) -> dict[str, int]:
+    ids = {text: id for id, text in texts.items()}
+    if len(ids) < len(texts):
+        twice = next(text for id, text in texts.items() if ids[text] != id)
+        raise TokenizerError(f"tokenizer.ggml.tokens: {twice!r} is given twice")
+    return ids
 
 
 def gguf_split(metadata: Mapping[str, Any]) -> str:
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         came = "is missing" if pre is None else f"is {pre!r}, which is not supported"
         raise TokenizerError(
             f"tokenizer.ggml.pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
@@ -86,14 +110,20 @@ def gguf_split(metadata: Mapping[str, Any]) -> str:
     return PRE_TOKENIZERS[pre]
 
 
-def gguf_list(metadata: Mapping[str, Any], name: str) -> Any:
-    if (values := metadata.get(f"tokenizer.ggml.{name}")) is None:
-        raise TokenizerError(f"tokenizer.ggml.{name} is missing: the file has no whole vocabulary")
-    return values
+def gguf_list(metadata: Mapping[str, Any], name: str) -> Iterable[Any]:
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if isinstance(values, np.ndarray):
+        return list(values.tolist())
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        return values
+    came = "is missing" if values is None else f"must be a list, got {values!r}"
+    raise TokenizerError(f"tokenizer.ggml.{name} {came}: the file has no whole vocabulary")
 
 
 def gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
     id = metadata.get(f"tokenizer.ggml.{name}")
+    if id is not None and not isinstance(id, int | np.integer):
+        raise TokenizerError(f"tokenizer.ggml.{name} must be an id, got {id!r}")
     return None if id is None else int(id)
 
 
@@ -115,66 +145,61 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer; looked for {', '.join(map(str, wanted))}. Copy the file from "
             "where the weights came from"
         )
-    if found.name == "tokenizer.json":
-        return from_hf_files(found)
-    if looks_like_ranks(found):
-        return read_meta_tokenizer(found)
-    from glassllama.tokenizers.sentencepiece import read_sentencepiece
-
-    return read_sentencepiece(found)
+    return configured(read_tokenizer(found), folder)
 
 
-def from_hf_files(path: Path) -> Tokenizer:
-    """tokenizer.json, with begin and stop tokens from the files beside it."""
+def read_tokenizer(path: Path) -> Found:
+    """One file's tokenizer; what a tokenizer.model is, its content tells."""
+    if path.name == "tokenizer.model":
+        return read_meta_tokenizer(path) if looks_like_ranks(path) else read_sentencepiece(path)
     document = read_json(path)
     model = document.get("model")
-    if isinstance(model, dict) and model.get("byte_fallback"):
-        from glassllama.tokenizers.sentencepiece import sentencepiece_from_hf_json
-
-        return sentencepiece_from_hf_json(document)
     try:
+        if isinstance(model, dict) and model.get("byte_fallback"):
+            return sentencepiece_from_hf_json(document)
         vocabulary = vocabulary_from_json(document)
-        bos = first_token(document)
+        stop_ids = end_ids(vocabulary.controls)
+        return BytePairTokenizer(vocabulary, bos=first_token(document), stop_ids=stop_ids)
     except TokenizerError as fault:
         raise TokenizerError(f"{path}: {fault}") from fault
-    beside = path.with_name("tokenizer_config.json")
-    settings = optional_json(beside)
-    try:
-        if (adds_bos := settings.get("add_bos_token")) is not None:
-            bos = named_id(vocabulary, settings, "bos_token") if adds_bos else None
-        eos = named_id(vocabulary, settings, "eos_token")
-    except TokenizerError as fault:
-        raise TokenizerError(f"{beside}: {fault}") from fault
-    stop_ids = end_ids(vocabulary.controls) | generation_stops(path.parent)
-    stop_ids |= set() if eos is None else {eos}
-    return BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids)
 
 
-def named_id(vocabulary: Vocabulary, settings: Mapping[str, Any], field: str) -> int | None:
+def configured(tokenizer: Found, folder: Path) -> Found:
+    """The tokenizer with begin and stop ids as the files beside the weights have them."""
+    path = folder / "tokenizer_config.json"
+    settings = optional_json(path)
+    if (adds_bos := settings.get("add_bos_token")) is not None:
+        tokenizer.bos = named_id(tokenizer, path, "bos_token") if adds_bos else None
+    eos = named_id(tokenizer, path, "eos_token")
+    tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
+    return tokenizer
+
+
+def named_id(tokenizer: Found, path: Path, field: str) -> int | None:
     """The id of a token that tokenizer_config.json names: by its text, or an object's `content`."""
-    token = settings.get(field)
+    token = optional_json(path).get(field)
     text = token.get("content") if isinstance(token, dict) else token
     if text is None:
         return None
-    texts = {**vocabulary.added, **vocabulary.controls}
-    id = texts.get(text, vocabulary.ids.get(to_bytes(text))) if isinstance(text, str) else None
-    if id is None:
-        raise TokenizerError(f"{field} is {text!r}, which is not in the vocabulary")
-    return id
+    ids = tokenizer.encode(text, specials=True) if isinstance(text, str) else []
+    if len(ids) != 1:
+        raise TokenizerError(f"{path}: {field} is {text!r}, which is no token of the vocabulary")
+    return ids[0]
 
 
-def generation_stops(folder: Path) -> set[int]:
+def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
     """`eos_token_id` of generation_config.json, or of config.json where there is none."""
-    for name in ("generation_config.json", "config.json"):
-        match optional_json(folder / name).get("eos_token_id"):
-            case int(id):
-                return {id}
-            case [*ids] if all(type(id) is int for id in ids):
-                return {*ids}
-            case None:
-                continue
-            case other:
-                raise TokenizerError(f"{folder / name}: eos_token_id must be ids, got {other!r}")
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        named = optional_json(path).get("eos_token_id")
+        if named is None:
+            continue
+        ids = named if isinstance(named, list) else [named]
+        if not all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids):
+            raise TokenizerError(
+                f"{path}: eos_token_id is {named!r}; expected ids from 0 to "
+                f"{tokenizer.vocab_size - 1}, the vocabulary's last"
+            )
+        return {*ids}
     return set()
 
 

@@ -1,0 +1,260 @@
+"""The tokenizer of a checkpoint: GGUF metadata by the gguf package, folders as people have them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
+from glassllama.base.errors import TokenizerError
+from glassllama.formats.gguf import open_gguf
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
+from glassllama.weights.tokenizer import (
+    chat_template_from_folder,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
+from tokenizers import AddedToken, Tokenizer, processors
+
+TEXT = "".join(mixed_text(seed) for seed in range(2000, 2030))
+SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[str, Tokenizer]:
+    return request.param, trained(request.param, TEXT, size=900, specials=SPECIALS)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Tokenizer:
+    return trained("llama3", TEXT, size=900, specials=SPECIALS)
+
+
+def gguf_of(foreign: Tokenizer, path: Path, pre: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a file that the gguf package wrote."""
+    model = json.loads(foreign.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    added = ["<tool>", "ÿ naïve", "[unused]"]
+    kinds = [gguf.TokenType.NORMAL] * len(tokens)
+    kinds[: len(SPECIALS)] = [gguf.TokenType.CONTROL] * len(SPECIALS)
+    kinds += [gguf.TokenType.USER_DEFINED] * 2 + [gguf.TokenType.UNUSED]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, *added])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for key, value in more.items():
+        writer.add_key_value(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dict(open_gguf(path).metadata)
+
+
+def test_gguf(tmp_path: Path, family: tuple[str, Tokenizer]) -> None:
+    name, foreign = family
+    tokenizer = tokenizer_from_gguf(gguf_of(foreign, tmp_path / "a.gguf", GGUF_NAMES[name]))
+    size = foreign.get_vocab_size()
+    assert tokenizer.vocab_size == size + 3
+    assert tokenizer.bos == (0 if name == "llama3" else None)
+    assert tokenizer.stop_ids == {1, 2, 3}
+    assert {*tokenizer.specials} == {*SPECIALS}
+    for seed in range(30):
+        text = mixed_text(seed)
+        ids = foreign.encode(text).ids
+        assert tokenizer.encode(text, specials=True) == ids
+    assert tokenizer.encode("<tool>ÿ naïve") == [size, size + 1]
+    assert tokenizer.decode([size, size + 1, size + 2]) == "<tool>ÿ naïve[unused]"
+    assert size + 2 not in tokenizer.encode("[unused]", specials=True)
+
+
+def test_gguf_begin_and_stops(tmp_path: Path, llama: Tokenizer) -> None:
+    def read(pre: str, **more: Any) -> Any:
+        return tokenizer_from_gguf(gguf_of(llama, tmp_path / "a.gguf", pre, **more))
+
+    assert read("llama-v3", add_bos_token=False).bos is None
+    assert read("smollm", add_bos_token=True).bos == 0
+    assert read("smollm", eot_token_id=7, eom_token_id=8).stop_ids == {1, 2, 3, 7, 8}
+    assert read("llama3").encode("x", bos=True)[0] == 0
+    with pytest.raises(TokenizerError, match="id 70000: not in the vocabulary"):
+        read("llama3", eot_token_id=70_000)
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "pre unknown": ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'.*llama-bpe.*smollm.*qwen2"),
+    "pre missing": ({"pre": None}, "tokenizer.ggml.pre is missing; known are llama-bpe"),
+    "pre is a list": ({"pre": ["llama-bpe"]}, r"tokenizer.ggml.pre is \['llama-bpe'\]"),
+    "another model": ({"model": "bert"}, "tokenizer.ggml.model: 'bert'"),
+    "no model": ({"model": None}, "tokenizer.ggml.model: None"),
+    "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
+    "tokens are a number": ({"tokens": 5}, "tokenizer.ggml.tokens must be a list, got 5"),
+    "no merges": ({"merges": None}, "tokenizer.ggml.merges is missing"),
+    "merges are numbers": ({"merges": np.arange(3)}, "merges: number 0"),
+    "merge of strangers": ({"merges": ["Ġ snow☃"]}, "merges: number 0"),
+    "types too few": ({"token_type": np.ones(3)}, "tokenizer.ggml.token_type: 3 for"),
+    "type unknown": ({"token_type": [9] * 903}, "tokenizer.ggml.token_type: 9"),
+    "types are lists": ({"token_type": [[1]] * 903}, "tokenizer.ggml.token_type: "),
+    "token twice": ({"token_type": [1] * 903, "tokens": ["a"] * 903}, "given twice"),
+    "control twice": ({"token_type": [3] * 903, "tokens": ["a"] * 903}, "'a' is given twice"),
+    "not byte-level": ({"token_type": [1] * 903, "tokens": ["▁a"] * 903}, "stands for no byte"),
+    "id is text": ({"eos_token_id": "2"}, "tokenizer.ggml.eos_token_id must be an id, got '2'"),
+    "id below zero": ({"bos_token_id": -1}, "id -1: not in the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_gguf(tmp_path: Path, llama: Tokenizer, name: str) -> None:
+    changes, words = BROKEN[name]
+    metadata = gguf_of(llama, tmp_path / "a.gguf", "llama-bpe")
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    with pytest.raises(TokenizerError, match=words) as fault:
+        tokenizer_from_gguf(metadata)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, llama: Tokenizer) -> Path:
+    """As transformers saves it, with Llama 3's post-processor."""
+    begin = llama.token_to_id("<|begin_of_text|>")
+    foreign = Tokenizer.from_str(llama.to_str())
+    foreign.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+    )
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=foreign, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+    saved.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path: Path, **fields: Any) -> None:
+    document = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(document | fields))
+
+
+def test_folder_of_transformers(folder: Path, llama: Tokenizer) -> None:
+    tokenizer = tokenizer_from_folder(folder)
+    assert isinstance(tokenizer, BytePairTokenizer)
+    text = mixed_text(5)
+    assert tokenizer.encode(text, bos=True, specials=True) == [0, *llama.encode(text).ids]
+    assert tokenizer.stop_ids == {1, 2, 3}
+
+
+def test_folder_settings(folder: Path) -> None:
+    config, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
+    edit(config, add_bos_token=False)
+    assert tokenizer_from_folder(folder).bos is None
+    edit(config, add_bos_token=True, bos_token={"content": "<|eot_id|>"}, eos_token="e")
+    edit(generation, eos_token_id=[2, 77])
+    edit(folder / "config.json", eos_token_id=88)
+    tokenizer = tokenizer_from_folder(folder)
+    assert tokenizer.bos == 2
+    assert tokenizer.stop_ids == {1, 2, 3, 77, *tokenizer.encode("e")}
+    generation.unlink()
+    assert 88 in tokenizer_from_folder(folder).stop_ids
+    edit(folder / "config.json", eos_token_id=None)
+    edit(config, eos_token=None)
+    assert tokenizer_from_folder(folder).stop_ids == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|nowhere|>"}, "eos_token is '<|nowhere|>'"),
+        ("tokenizer_config.json", {"eos_token": 7}, "eos_token is 7"),
+        ("generation_config.json", {"eos_token_id": 900}, "eos_token_id is 900; expected .* 899"),
+        ("generation_config.json", {"eos_token_id": ["x"]}, "eos_token_id is ['x']"),
+        ("tokenizer.json", {"normalizer": {"type": "NFKC"}}, "normalizer: only NFC"),
+        ("tokenizer.json", {"model": []}, "model: must be a dict"),
+    ],
+)
+def test_broken_folder(folder: Path, name: str, fields: dict[str, Any], words: str) -> None:
+    edit(folder / name, **fields)
+    with pytest.raises(TokenizerError) as fault:
+        tokenizer_from_folder(folder)
+    before, _, after = words.partition(" .* ")
+    assert str(folder / name) in str(fault.value)
+    assert before in str(fault.value)
+    assert after in str(fault.value)
+
+
+def test_tokenizer_model_is_told_by_its_content(
+    tmp_path: Path, llama3_ranks: Path, folder: Path
+) -> None:
+    weights = tmp_path / "download" / "Llama3.1-8B"
+    weights.mkdir(parents=True)
+    with pytest.raises(TokenizerError, match="no tokenizer; looked for ") as fault:
+        tokenizer_from_folder(weights)
+    assert str(weights / "tokenizer.model") in str(fault.value)
+    assert str(weights.parent / "tokenizer.model") in str(fault.value)
+    shutil.copy(llama3_ranks, weights.parent / "tokenizer.model")
+    assert tokenizer_from_folder(weights).vocab_size == 128_256  # Meta keeps it above
+    shutil.copy(folder / "tokenizer.json", weights)
+    assert tokenizer_from_folder(weights).vocab_size == 900  # tokenizer.json goes first
+
+
+def test_sentencepiece_folders(tmp_path: Path) -> None:
+    import sentencepiece
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"the {n} quick brown foxes\n" for n in range(2000)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        minloglevel=2,
+    )  # fmt: skip
+    edit(tmp_path / "generation_config.json", eos_token_id=[2, 300])
+    edit(tmp_path / "tokenizer_config.json", add_bos_token=False, eos_token="</s>")
+    tokenizer = tokenizer_from_folder(tmp_path)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    processor = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    assert tokenizer.encode("the quick 😀 fox") == processor.encode("the quick 😀 fox")
+    assert tokenizer.stop_ids == {2, 300}
+    assert tokenizer.bos is None
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    assert chat_template_from_folder(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    edit(config, chat_template="{{ one }}")
+    assert chat_template_from_folder(tmp_path) == "{{ one }}"
+    named = [
+        {"name": "tool_use", "template": "{{ t }}"},
+        {"name": "default", "template": "{{ d }}"},
+    ]
+    edit(config, chat_template=named)
+    assert chat_template_from_folder(tmp_path) == "{{ d }}"
+    for bad in (7, named[:1], {"name": "default"}):
+        edit(config, chat_template=bad)
+        with pytest.raises(TokenizerError, match=r"tokenizer_config.json: chat_template"):
+            chat_template_from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ é }}", "utf-8")
+    assert chat_template_from_folder(tmp_path) == "{{ é }}"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja: is no UTF-8"):
+        chat_template_from_folder(tmp_path)
+
+
+def test_added_tokens_of_transformers(folder: Path) -> None:
+    """add_special_tokens and add_tokens of a fine-tuned model, saved and read."""
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs.add_special_tokens({"pad_token": "<|pad|>"})
+    theirs.add_tokens([AddedToken("<think>"), AddedToken("Größe")])
+    theirs.save_pretrained(folder)
+    ours = tokenizer_from_folder(folder)
+    text = "<think>Die Größe<|pad|> ist 4</think>"
+    assert ours.encode(text, bos=True, specials=True) == theirs(text)["input_ids"]
+    assert ours.specials["<|pad|>"] == theirs.pad_token_id
+    assert ours.specials["<|pad|>"] not in ours.encode(text)
