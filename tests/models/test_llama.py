@@ -86,6 +86,15 @@ def test_truncated_cache_continues_from_there() -> None:
         cache.truncate(0, 25)
 
 
+def test_the_cache_grows_with_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glassllama.nn.cache.FIRST_ROOM", 4)
+    model = llama()
+    cache = model.new_cache(2, 1_000_000)
+    parts = [model(piece, cache) for piece in IDS.split([3, 1, 1, 19], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(IDS), atol=1e-5)
+    assert cache.keys.shape[3] == 24
+
+
 def test_a_full_cache_says_both_numbers() -> None:
     model = llama()
     with pytest.raises(GenerationError, match=r"20.*24"):

@@ -58,8 +58,15 @@ class Llama(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache on the weights' device, in their dtype."""
         c, weight = self.config, self.tok_embeddings.weight
-        shape = (c.n_layers, batch, c.n_kv_heads, max_len, c.head_dim)
-        return KVCache(shape, dtype=weight.dtype, device=weight.device)
+        return KVCache(
+            n_layers=c.n_layers,
+            batch=batch,
+            n_kv_heads=c.n_kv_heads,
+            max_len=max_len,
+            head_dim=c.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     def hidden(
         self,
