@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -103,6 +106,20 @@ def test_heap_is_the_plain_loop_on_real_vocabularies(
             parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
             plain = [vocabulary.ids[part] for part in merge(parts, vocabulary.rank)]
             assert tokenizer._encode_long_word(word) == plain
+
+
+def test_no_folder_for_machine_code() -> None:
+    """A read-only installation and home: long words compile in memory."""
+    script = (
+        "from glassllama.tokenizers.long_words import push\n"
+        "import numpy\n"
+        "heap = numpy.zeros(4, numpy.int64)\n"
+        "assert push(heap, 0, 3, 1) == 1 and heap[0] == (3 << 32) + 1\n"
+    )
+    # Only the folder of NUMBA_CACHE_DIR is allowed, and there is none.
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 @pytest.mark.parametrize("char", [" ", "\n", "^", "a", "0", "😀", "\u0301"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
@@ -122,6 +126,30 @@ def test_broken_gguf(tmp_path: Path, llama: Tokenizer, name: str) -> None:
     with pytest.raises(TokenizerError, match=words) as fault:
         tokenizer_from_gguf(metadata)
     assert "\n" not in str(fault.value)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**64), st.floats(), st.text(max_size=3),
+    st.lists(st.text(max_size=3), max_size=4), st.lists(st.integers(0, 9), max_size=4),
+    st.lists(st.lists(st.integers(0, 9), max_size=2), max_size=3),
+)  # fmt: skip
+KEYS = [
+    "model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id",
+    "eot_token_id", "eom_token_id", "add_bos_token",
+]  # fmt: skip
+
+
+@settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_damage_is_refused_or_harmless(changes: dict[str, Any]) -> None:
+    metadata = {
+        "model": "gpt2", "pre": "llama-bpe", "tokens": ["a", "b", "ab", "<|end|>"],
+        "token_type": np.array([1, 1, 1, 3], np.int32), "merges": ["a b"], "eos_token_id": 3,
+    }  # fmt: skip
+    named = {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items()}
+    with contextlib.suppress(TokenizerError):
+        tokenizer = tokenizer_from_gguf(named)
+        assert tokenizer.decode(tokenizer.encode("ab<|end|>", specials=True)) is not None
 
 
 @pytest.fixture

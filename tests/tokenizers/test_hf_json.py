@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
@@ -196,3 +200,40 @@ def test_a_lone_surrogate_in_an_added_token() -> None:
     document["added_tokens"].append({"id": 4000, "content": "\ud800", "special": False})
     tokenizer = read(document)
     assert tokenizer.decode([4000]) == "\ufffd" * 3
+
+
+def places(document: Any, depth: int = 5) -> list[tuple[Any, ...]]:
+    """Paths to every value, the first three of a long list or table."""
+    if depth == 0 or not isinstance(document, dict | list):
+        return [()]
+    keys = [*document][:3] if len(document) > 20 else [*document]
+    keys = keys if isinstance(document, dict) else [*range(min(len(document), 3))]
+    return [(), *((key, *rest) for key in keys for rest in places(document[key], depth - 1))]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.text(max_size=3) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+PIPELINE = json.loads(LLAMA_LIKE) | {
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|begin|>"}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"<|begin|>": {"id": "<|begin|>", "ids": [0]}},
+    },
+}
+
+
+@settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)
+@given(st.sampled_from(places(PIPELINE)[1:]), VALUES)
+def test_any_damage_is_refused_or_harmless(place: tuple[Any, ...], value: Any) -> None:
+    document = copy.deepcopy(PIPELINE)
+    at: Any = document
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    with contextlib.suppress(TokenizerError):
+        tokenizer = read(document)
+        assert tokenizer.decode(tokenizer.encode("a text", bos=True)).endswith("a text")

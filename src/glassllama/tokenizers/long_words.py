@@ -72,7 +72,11 @@ def merge_ids(symbols: Ints, table: PairTable) -> Ints:
 
 
 def compiled(function: Any) -> Any:
-    return numba.njit(cache=True, nogil=True)(function)
+    """Machine code at the first call, kept on disk where there is a folder that can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # Numba found no such folder
+        return numba.njit(nogil=True)(function)
 
 
 @compiled
