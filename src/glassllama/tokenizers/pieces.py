@@ -184,14 +184,18 @@ class SentencePieceTokenizer:
                 yield from map(self._word, self._cut.split(stretch))
 
     def _word(self, word: str) -> list[int]:
+        if len(word) <= SHORT:
+            return self._remembered(word)
+        return [id for part in self._unjoined(word) for id in self._remembered(part)]
+
+    def _remembered(self, word: str) -> list[int]:
         known = self._cache.get(word)
         if known is None:
-            if len(word) > SHORT:
-                return [id for part in self._unjoined(word) for id in self._merged(part)]
             known = self._merged(word)
-            if len(self._cache) >= CACHED_WORDS:
-                self._cache.clear()
-            self._cache[word] = known
+            if len(word) <= SHORT:
+                if len(self._cache) >= CACHED_WORDS:
+                    self._cache.clear()
+                self._cache[word] = known
         return known
 
     def _unjoined(self, word: str) -> Iterator[str]:

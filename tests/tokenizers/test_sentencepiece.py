@@ -1,0 +1,481 @@
+"""SentencePiece-style tokenizers against the sentencepiece and tokenizers libraries."""
+
+from __future__ import annotations
+
+import io
+import json
+import pydoc_data.topics
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers.processors import TemplateProcessing
+
+from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+    read_sentencepiece,
+    sentencepiece_from_gguf,
+    sentencepiece_from_hf_json,
+)
+from glassllama.tokenizers.stream import StreamDecoder
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+PROSE = "\n".join(pydoc_data.topics.topics.values())
+CODE = "\n".join(
+    path.read_text("utf-8") for path in sorted(Path(json.__file__).parent.parent.glob("[a-f]*.py"))
+)
+FOREIGN = (
+    "Größe naïve café – “quotes” … Привет, как дела? Ελληνικά "
+    "日本語のテキストです。中文文本没有空格。한국어 텍스트 हिन्दी में पाठ ก็ไม่ عربي עברית "
+    "👩\u200d👩\u200d👧 😀😀😀 e\u0301\u0323 x²+y³ ½ ﬁ\u3000wide\xa0blank\u200bzero "
+)
+# Every one is another way through the tokenizer.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
+        "remove_extra_whitespaces": False,
+    },
+    "gemma": {
+        "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+        "user_defined_symbols": ["<start_of_turn>", "<end_of_turn>", "<h1>", "\u2581\u2581",
+                                 "\u2581\u2581\u2581\u2581", "\n\n", "the\u2581", "<|fim|>"],
+        "control_symbols": ["<ctrl>", "[INST]"],
+    },
+    "defaults": {},
+    "across blanks": {
+        "byte_fallback": True, "split_by_whitespace": False, "split_by_unicode_script": False,
+        "split_by_number": False, "remove_extra_whitespaces": False, "max_sentencepiece_length": 24,
+    },
+}  # fmt: skip
+ODD = [
+    "", " ", "  ", "\n", "a", " a", "a ", "  a  b  ", "\t\ta\t", "▁", "a▁b", "▁▁ ▁", "\0", "\ufeff",
+    "<s>", "</s>", "<unk>", "<0x41>", "<s>a</s>", "<ctrl>", "[INST]", "<start_of_turn>user\nx",
+    "<h1> the <h1>the the", "\n\n\n", "\ufffd", "\U0010ffff", "\ud7ff\ue000", "é" * 9,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small BPE model for each of SETTINGS, trained by the sentencepiece library."""
+    lines = (PROSE[:300_000] + "\n" + CODE[:300_000]).splitlines() + [FOREIGN] * 50
+    folder = tmp_path_factory.mktemp("models")
+    for name, settings in SETTINGS.items():
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=written, model_type="bpe", vocab_size=2000,
+            normalization_rule_name="identity", num_threads=2, minloglevel=2, **settings,
+        )  # fmt: skip
+        (folder / f"{name}.model").write_bytes(written.getvalue())
+    return {name: folder / f"{name}.model" for name in SETTINGS}
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def pair(
+    request: pytest.FixtureRequest, trained: dict[str, Path]
+) -> tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor]:
+    path = trained[request.param]
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return read_sentencepiece(path), theirs
+
+
+Pair = tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor]
+
+
+def mixed(seed: int, pieces: list[str]) -> str:
+    """Random text of words, blanks, controls, pieces of the vocabulary and any characters."""
+    choice = random.Random(seed)
+    parts = []
+    for _ in range(choice.randrange(1, 40)):
+        kind = choice.randrange(6)
+        if kind == 0:
+            parts.append(choice.choice(ODD))
+        elif kind == 1:
+            begin = choice.randrange(len(CODE) - 50)
+            parts.append(CODE[begin : begin + choice.randrange(50)])
+        elif kind == 2:
+            parts.append(" " * choice.randrange(6) + "\n" * choice.randrange(3))
+        elif kind == 3:
+            parts.append(choice.choice(pieces).replace("▁", " "))
+        elif kind == 4:
+            parts.append(chr(choice.choice([*range(0x20, 0xD800), *range(0xE000, 0x20000)])))
+        else:
+            begin = choice.randrange(len(FOREIGN))
+            parts.append(FOREIGN[begin : begin + choice.randrange(9)])
+    return "".join(parts)
+
+
+def held_back(pair: Pair, text: str) -> bool:
+    """Whether our tokenizer takes something for a control token that the library always reads."""
+    ours, theirs = pair
+    always = [special for special, id in ours.specials.items() if not theirs.is_control(id)]
+    return any(special in text for special in always)
+
+
+def one_replacement(text: str) -> str:
+    """The library writes U+FFFD for every byte that is no character, Python for groups of them."""
+    return re.sub("\ufffd+", "\ufffd", text)
+
+
+def test_the_whole_vocabulary(pair: Pair) -> None:
+    ours, theirs = pair
+    assert ours.vocab_size == theirs.vocab_size()
+    for id in range(ours.vocab_size):
+        piece = theirs.id_to_piece(id)
+        text = piece.replace("▁", " ")
+        if held_back(pair, text):
+            assert id not in ours.encode(text)
+            assert ours.encode(text, specials=True)[-1:] == [id]
+            continue
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode("x" + text + "y") == theirs.encode("x" + text + "y")
+        # After another token, so that no blank is dropped.
+        anchor = theirs.piece_to_id("e")
+        assert one_replacement(ours.decode([anchor, id])) == one_replacement(
+            theirs.decode([anchor, id])
+        )
+        assert (id in ours.specials.values()) >= theirs.is_control(id)
+
+
+def test_every_code_point(pair: Pair, request: pytest.FixtureRequest) -> None:
+    ours, theirs = pair
+    # All of them where bytes are at hand and where they are not, some with the other settings.
+    step = 1 if request.node.callspec.params["pair"] in ("llama", "defaults") else 7
+    points = [chr(n) for n in range(0, 0x30000, step) if not 0xD800 <= n < 0xE000]
+    expected = theirs.encode(points)
+    wrong = [p for p, ids in zip(points, expected, strict=True) if ours.encode(p) != ids]
+    assert wrong == []
+
+
+def test_mixed_text_of_100_seeds(pair: Pair) -> None:
+    ours, theirs = pair
+    pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
+    for text in [*ODD, *(mixed(seed, pieces) for seed in range(100))]:
+        if held_back(pair, text):
+            assert not set(ours.encode(text)) & set(ours.specials.values())
+            continue
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        decoder = StreamDecoder(ours)
+        assert "".join([*map(decoder.push, ids), decoder.finish()]) == theirs.decode(ids)
+
+
+def test_megabytes_of_prose_and_code(pair: Pair) -> None:
+    ours, theirs = pair
+    for text in (PROSE[300_000:], CODE[300_000:2_000_000]):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.encode_array(text[:1000]).tolist() == ours.encode(text[:1000])
+
+
+def test_random_ids(pair: Pair) -> None:
+    ours, theirs = pair
+    unshown = set(ours.specials.values()) | {theirs.unk_id()}
+    shown = [id for id in range(ours.vocab_size) if id not in unshown]
+    choice = random.Random(0)
+    blanks = [id for id in shown if theirs.id_to_piece(id).strip("▁") == ""]
+    for _ in range(300):
+        some = [choice.choice(choice.choice([shown, blanks or shown])) for _ in range(8)]
+        ids = [choice.choice([*some, theirs.bos_id()]) for _ in range(choice.randrange(9))]
+        text = ours.decode(ids)
+        assert one_replacement(text) == one_replacement(theirs.decode(ids))
+        decoder = StreamDecoder(ours)
+        assert "".join([*map(decoder.push, ids), decoder.finish()]) == text
+
+
+# tokenizer.json, against the tokenizers library
+
+BLANKS_TO_PIECES = normalizers.Replace(" ", "▁")
+BYTES_TO_TEXT = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama 2": {
+        "normalizer": normalizers.Sequence([normalizers.Prepend("▁"), BLANKS_TO_PIECES]),
+        "decoder": decoders.Sequence([*BYTES_TO_TEXT, decoders.Strip(" ", 1, 0)]),
+    },
+    "mistral": {
+        "pre_tokenizer": pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False),
+        "decoder": decoders.Sequence([*BYTES_TO_TEXT, decoders.Strip(" ", 1, 0)]),
+    },
+    "metaspace": {
+        "pre_tokenizer": pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=True),
+        "decoder": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    },
+    "gemma": {
+        "normalizer": BLANKS_TO_PIECES,
+        "pre_tokenizer": pre_tokenizers.Split(" ", "merged_with_previous"),
+        "decoder": decoders.Sequence(BYTES_TO_TEXT),
+    },
+}
+
+
+def as_hugging_face(model: Path, family: str) -> Tokenizer:
+    """A SentencePiece model as the tokenizers library writes it, one pair of pieces at a time."""
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [spm.id_to_piece(id) for id in range(spm.vocab_size())]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    normal = {piece: id for piece, id in vocab.items() if spm.get_score(id) < 0}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(normal, key=lambda p: -spm.get_score(normal[p]))
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    for stage, value in FAMILIES[family].items():
+        setattr(tokenizer, stage, value)
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<tag>", "é€")])
+    if family != "mistral":
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def json_pair(
+    request: pytest.FixtureRequest, trained: dict[str, Path]
+) -> tuple[SentencePieceTokenizer, Tokenizer]:
+    theirs = as_hugging_face(trained["llama"], request.param)
+    return sentencepiece_from_hf_json(json.loads(theirs.to_str())), theirs
+
+
+def their_ids(theirs: Tokenizer, text: str, *, specials: bool) -> list[int]:
+    theirs.encode_special_tokens = not specials
+    ids: list[int] = theirs.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def test_json_gives_the_ids_and_texts_of_the_tokenizers_library(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer],
+) -> None:
+    ours, theirs = json_pair
+    assert ours.vocab_size == theirs.get_vocab_size()
+    pieces = list(theirs.get_vocab())
+    texts = [*ODD, "a<tag>b <tag> c", "é€é€ é", *(mixed(seed, pieces) for seed in range(100))]
+    texts += [piece.replace("▁", " ") for piece in pieces] + [CODE[:300_000], PROSE[:300_000]]
+    for text in texts:
+        ids = their_ids(theirs, text, specials=False)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        if "<unk>" not in text:  # of which ours makes no id, whoever asks
+            assert ours.encode(text, specials=True) == their_ids(theirs, text, specials=True)
+
+
+def test_json_every_code_point(json_pair: tuple[SentencePieceTokenizer, Tokenizer]) -> None:
+    ours, theirs = json_pair
+    points = [chr(n) for n in range(0, 0x30000) if not 0xD800 <= n < 0xE000]
+    for at in range(0, len(points), 64):
+        text = " ".join(points[at : at + 64])
+        assert ours.encode(text) == their_ids(theirs, text, specials=False)
+
+
+def test_json_says_which_token_begins_a_text(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer],
+) -> None:
+    ours, theirs = json_pair
+    assert ours.encode("hello", bos=True) == theirs.encode("hello").ids
+    assert ours.stop_ids == {2}
+
+
+def test_a_control_token_between_texts(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer],
+) -> None:
+    """The blank that a text begins with depends on what stands before it: see ChatML on Llama 2."""
+    ours, theirs = json_pair
+    ids = ours.encode_parts([1, "[INST] hi [/INST]", 2, 1, " again", "<s>"])
+    written = their_ids(theirs, "<s>[INST] hi [/INST]</s><s> again", specials=True)
+    assert ids[: len(written)] == written
+    assert 1 not in ids[len(written) :]
+
+
+# GGUF, written by the gguf package
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_gguf_gives_the_ids_of_sentencepiece(
+    trained: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained[name]))
+    ours = sentencepiece_from_gguf(written_gguf(theirs, tmp_path / "m.gguf", name == "llama"))
+    assert (ours.bos, ours.stop_ids) == (1, {2} | {ours.specials.get("<end_of_turn>", 2)})
+    pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
+    for text in [*ODD, PROSE[:100_000], *(mixed(seed, pieces) for seed in range(100))]:
+        if not held_back((ours, theirs), text):
+            ids = theirs.encode(text)
+            assert ours.encode(text) == ids
+            assert ours.decode(ids) == theirs.decode(ids)
+
+
+def written_gguf(
+    model: sentencepiece.SentencePieceProcessor, path: Path, prefix: bool
+) -> dict[str, Any]:
+    """The metadata that llama.cpp's converter writes, read back by the gguf package."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.piece for piece in proto.pieces])
+    writer.add_token_scores([piece.score for piece in proto.pieces])
+    writer.add_token_types([piece.type for piece in proto.pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+# Faults
+
+
+@pytest.fixture(scope="module")
+def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
+    tokenizer = read_sentencepiece(trained["llama"])
+    tokenizer.encode("a" * 1000 + " " * 1000)  # compiles what long words need
+    return tokenizer
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "^", "a", "0", "😀", "\u0301"])
+def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> None:
+    """T1: round trip within five seconds, and time that grows with the length."""
+
+    def seconds(count: int) -> float:
+        begin = time.process_time()
+        assert warm.decode(warm.encode(unit * count)) == unit * count
+        return time.process_time() - begin
+
+    whole = min(seconds(1_000_000) for _ in range(2))
+    assert whole <= 5
+    assert whole / min(seconds(500_000) for _ in range(2)) <= 2.5
+
+
+def test_half_a_character_is_refused(trained: dict[str, Path]) -> None:
+    """T2: a lone surrogate is no text; everything else in ODD is."""
+    for name in ("llama", "defaults"):
+        with pytest.raises(TokenizerError, match=r"character 1 is U\+D800"):
+            read_sentencepiece(trained[name]).encode("a\ud800")
+
+
+@pytest.mark.parametrize("id", [-1, 2000, 2**40])
+def test_an_id_outside_the_vocabulary_is_refused(trained: dict[str, Path], id: int) -> None:
+    """T4."""
+    tokenizer = read_sentencepiece(trained["llama"])
+    for use in (tokenizer.token_bytes, lambda id: tokenizer.decode([5, id])):
+        with pytest.raises(TokenizerError, match=f"id {id}: not in the vocabulary, .* 0 … 1999"):
+            use(id)
+
+
+def test_control_text_is_read_only_on_request(trained: dict[str, Path]) -> None:
+    """T3, also for what Gemma's own file calls a plain addition."""
+    tokenizer = read_sentencepiece(trained["gemma"])
+    for text in tokenizer.specials:
+        assert not set(tokenizer.encode(f"a{text}b")) & set(tokenizer.specials.values())
+        assert tokenizer.specials[text] in tokenizer.encode(f"a{text}b", specials=True)
+    assert {"<start_of_turn>", "<|fim|>", "<ctrl>"} <= set(tokenizer.specials)
+    assert "<h1>" not in tokenizer.specials
+
+
+def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Cut anywhere or a byte changed anywhere: an error that names the file, or a vocabulary."""
+    whole = trained["llama"].read_bytes()
+    path = tmp_path / "tokenizer.model"
+    choice = random.Random(0)
+    refused = 0
+    for _ in range(80):
+        at = len(whole) - choice.randrange(1, choice.choice([600, len(whole)]))  # settings, pieces
+        changed = whole[:at] + bytes([choice.randrange(256)]) + whole[at + 1 :]
+        path.write_bytes(choice.choice([whole[:at], changed]))
+        error = fault_of(path)
+        refused += error is not None
+        assert error is None or (str(path) in error and "\n" not in error)
+    assert refused > 20
+    for content in (b"", b"hello", b"IQ== 0\nIg== 1\n"):
+        path.write_bytes(content)
+        with pytest.raises(TokenizerError, match="is no SentencePiece model"):
+            read_sentencepiece(path)
+
+
+def fault_of(path: Path) -> str | None:
+    try:
+        read_sentencepiece(path).encode("hello")
+    except TokenizerError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"model_type": "unigram"}, "trainer_spec.model_type: want bpe, got unigram"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "'nmt_nfkc' is not supported, only identity is"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix: not supported"),
+    ],
+)
+def test_other_kinds_of_models_are_refused(
+    tmp_path: Path, options: dict[str, Any], complaint: str
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE[:50_000].splitlines()), model_prefix=str(tmp_path / "m"),
+        vocab_size=300, minloglevel=2,
+        **{"model_type": "bpe", "normalization_rule_name": "identity", **options},
+    )  # fmt: skip
+    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+        read_sentencepiece(tmp_path / "m.model")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tokens": None}, "tokenizer.ggml.tokens: is missing"),
+        ({"scores": [0.0]}, "tokenizer.ggml.scores: 1 for 2000 tokens"),
+        ({"token_type": [9] * 2000}, "token types [9] are not known"),
+        ({"token_type": [1] * 2000}, "neither pieces for bytes nor one for the unknown"),
+        ({"token_type": [6] * 2000}, "a byte is written"),
+        ({"bos_token_id": 2000}, "id 2000: not in the vocabulary"),
+        ({"eos_token_id": "x"}, "tokenizer.ggml.eos_token_id: want an id, got 'x'"),
+        ({"precompiled_charsmap": [1]}, "tokenizer.ggml.precompiled_charsmap: not supported"),
+    ],
+)
+def test_wrong_gguf_metadata_is_named(
+    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained["llama"]))
+    metadata = written_gguf(theirs, tmp_path / "m.gguf", True)
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+        sentencepiece_from_gguf(metadata)
+
+
+@pytest.mark.parametrize(
+    ("stage", "value", "complaint"),
+    [
+        ("normalizer", {"type": "NFKC"}, "normalizer, pre_tokenizer: not supported"),
+        ("pre_tokenizer", {"type": "ByteLevel"}, "pre_tokenizer: not supported"),
+        ("decoder", {"type": "WordPiece"}, "decoder: not supported"),
+        ("post_processor", {"type": "BertProcessing"}, "post_processor: not supported"),
+        ("model", {"type": "Unigram"}, "model.type: 'Unigram', not BPE"),
+        ("model", {"type": "BPE", "dropout": 0.1}, "model.dropout: 0.1 not supported"),
+        ("model", {"type": "BPE", "vocab": {"a": 3}, "merges": ["a b"]}, "model.merges: 'a b'"),
+        ("model", {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}, "not unique"),
+        ("added_tokens", [{"id": 5}], "added_tokens: {'id': 5} is no token"),
+        ("added_tokens", [{"id": 5, "content": "x", "special": True, "lstrip": True}],
+         "added token 'x': ['lstrip'] not supported"),
+    ],
+)  # fmt: skip
+def test_json_that_is_not_understood_is_named(
+    trained: dict[str, Path], stage: str, value: Any, complaint: str
+) -> None:
+    document = json.loads(as_hugging_face(trained["llama"], "llama 2").to_str())
+    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+        sentencepiece_from_hf_json({**document, stage: value})
