@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 run: .venv/base.done
-	$(BIN)/glassllama chat --model smollm2-135m --tour
+	$(BIN)/glassllama chat --tour
 
 test: .venv/dev.done
 	$(BIN)/pytest -n 2 --dist worksteal
