@@ -8,15 +8,19 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from glassllama import __version__
+from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
 from glassllama.cli.download import download
 from glassllama.cli.exits import DEBUG, code_of
 from glassllama.cli.generate import generate
 from glassllama.cli.help import page, parameter_sections
 from glassllama.cli.list import list_models
+from glassllama.cli.next import next_tokens
 from glassllama.cli.options import spread
+from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
+from glassllama.cli.validate import validate
 
 USE, LOOK = "Use a model", "Look at one"
 
@@ -86,7 +90,11 @@ for verb, panel in (
     (download, USE),
     (list_models, USE),
     (show, LOOK),
+    (validate, LOOK),
     (tokenize, LOOK),
+    (next_tokens, LOOK),
+    (perplexity, LOOK),
+    (bench, LOOK),
 ):
     name = verb.__name__.partition("_")[0]  # list_models is `list`
     app.command(name, cls=Verb, rich_help_panel=panel)(spread(verb))

@@ -85,19 +85,21 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
     """Bytes that the engine takes for one conversation of various lengths, up to the longest."""
     c = checkpoint.config
     per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * CACHE_BYTES  # a key and a value each
-    weights, contexts = packed_weights(checkpoint), [min(FIRST_CONTEXT, c.max_seq_len)]
+    weights, contexts = (
+        sum(packed_weights(checkpoint).values()),
+        [min(FIRST_CONTEXT, c.max_seq_len)],
+    )
     while contexts[-1] < c.max_seq_len:
         contexts.append(min(contexts[-1] * CONTEXT_STEP, c.max_seq_len))
     return [{"context": n, "weights": weights, "cache": n * per_token} for n in contexts]
 
 
-def packed_weights(checkpoint: Checkpoint) -> int:
-    """Bytes of the matrices as the engine keeps them."""
+def packed_weights(checkpoint: Checkpoint, *, exact: bool = False) -> dict[str, int]:
+    """Bytes of each matrix as the engine keeps it, by our names."""
     from glassllama.engine.layout import packed_bytes
     from glassllama.weights.pack import matrix_names, packed_kind
 
-    names = matrix_names(checkpoint.config)
-    return sum(
-        packed_bytes(packed_kind(checkpoint, name, False), *checkpoint.info(name).shape)
-        for name in names
-    )
+    return {
+        name: packed_bytes(packed_kind(checkpoint, name, exact), *checkpoint.info(name).shape)
+        for name in matrix_names(checkpoint.config)
+    }

@@ -1,0 +1,142 @@
+"""The checks of `glassllama validate`, each a generator of findings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from glassllama.base.errors import GlassError
+from glassllama.hub import PACKAGE_MODELS
+from glassllama.hub.cache import place_of
+from glassllama.tokenizers.chat import choose_chat_format
+from glassllama.weights.open import Checkpoint, open_weights
+
+if TYPE_CHECKING:
+    from glassllama.base.interfaces import Progress, Tokenizer
+    from glassllama.cli.screen import Bars
+
+SLICE_NUMBERS = 1 << 22  # numbers looked at together: 16 MiB as float32
+CHUNK = 1 << 20  # bytes hashed at a time
+SAMPLES = (
+    "Hello, world! It's 3.14 o'clock.",
+    "Straße, naïve café, Ελληνικά, русский, עברית, العربية, हिन्दी, 日本語, 한국어",
+    "def f(x):\n\treturn x  # 10000000\n",
+    "🙂👩‍👩‍👧 e\u0301",
+)
+
+
+class Finding(NamedTuple):
+    ok: bool
+    text: str
+
+
+def findings(path: Path, bars: Bars) -> Iterator[Finding]:
+    """Everything about the model at `path`; what cannot be opened is the one finding."""
+    try:
+        checkpoint = open_weights(path)
+    except GlassError as error:
+        yield Finding(False, str(error))
+        return
+    yield Finding(True, f"structure: {len(checkpoint.names)} tensors, all that belong to the model")
+    for note in checkpoint.notes:
+        yield Finding(True, f"note: {note}")
+    yield checksums(checkpoint, bars("comparing checksums", "bytes"))
+    yield from numbers(checkpoint, bars("looking at every number", "tensors"))
+    try:
+        tokenizer = checkpoint.tokenizer
+    except GlassError as error:
+        yield Finding(False, f"tokenizer: {error}")
+    else:
+        yield from vocabulary(tokenizer, checkpoint.config.vocab_size)
+        yield chat(checkpoint, tokenizer)
+    checkpoint.close()
+
+
+def checksums(checkpoint: Checkpoint, progress: Progress | None) -> Finding:
+    """What the format or our own list of downloads says the bytes should be."""
+    file: Any = checkpoint.file
+    known = [f for f in PACKAGE_MODELS.values() if place_of(f) == checkpoint.path]
+    if known:
+        came = sha256(checkpoint.path, progress)
+        same = came == known[0].sha256
+        return Finding(same, f"sha256: {came}" + ("" if same else f", expected {known[0].sha256}"))
+    if not hasattr(file, "verify"):
+        return Finding(True, f"checksums: none in {Path(checkpoint.path).suffix or 'this'} files")
+    try:
+        file.verify(progress)
+    except GlassError as error:
+        return Finding(False, f"checksums: {error}")
+    return Finding(True, "checksums: every tensor agrees with its CRC-32")
+
+
+def sha256(path: Path, progress: Progress | None) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+    return digest.hexdigest()
+
+
+def numbers(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
+    """Every weight is finite, and no tensor is all zeros (what a hole in a file looks like)."""
+    fine = True
+    for done, name in enumerate(checkpoint.names, start=1):
+        if (trouble := trouble_of(checkpoint, name)) is not None:
+            fine = False
+            yield Finding(False, f"{checkpoint.names[name]}: {trouble}")
+        if progress is not None:
+            progress(done, len(checkpoint.names))
+    if fine:
+        yield Finding(True, "numbers: all finite, no tensor of zeros")
+
+
+def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
+    shape = checkpoint.info(name).shape
+    step = max(1, SLICE_NUMBERS // (shape[1] if len(shape) > 1 else 1))
+    nan, infinite, zeros = 0, 0, True
+    for first in range(0, shape[0], step):
+        part = checkpoint.float32(name, slice(first, first + step))
+        zeros = zeros and not part.any()
+        if not np.isfinite(part).all():
+            nan += int(np.isnan(part).sum())
+            infinite += int(np.isinf(part).sum())
+    checkpoint.drop(name)
+    if nan or infinite:
+        return f"{nan} NaN and {infinite} infinite numbers"
+    return "all zeros" if zeros else None
+
+
+def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
+    """The vocabulary fits the embeddings, answers can end, and text survives the round trip."""
+    size = tokenizer.vocab_size
+    yield Finding(size <= rows, f"vocabulary: {size:,} tokens for {rows:,} rows of embeddings")
+    outside = sorted(id for id in tokenizer.stop_ids if id >= rows)
+    if outside or not tokenizer.stop_ids:
+        yield Finding(False, f"stop ids: {outside or 'none, so answers never end by themselves'}")
+    changed = [text for text in SAMPLES if tokenizer.decode(tokenizer.encode(text)) != text]
+    for text in changed:
+        came = tokenizer.decode(tokenizer.encode(text))
+        yield Finding(False, f"tokenizer: {text!r} comes back as {came!r}")
+    if not changed:
+        yield Finding(
+            True, f"tokenizer: {len(SAMPLES)} texts in a dozen scripts come back the same"
+        )
+
+
+def chat(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Finding:
+    """A conversation can be written; a base model has no way to, and need not."""
+    if checkpoint.chat_template is None:
+        return Finding(True, "chat template: none in the file")
+    try:
+        form = choose_chat_format(checkpoint.chat_template, tokenizer)
+        ids = form.encode([{"role": "user", "content": "Hello"}], tokenizer)
+    except GlassError as error:
+        return Finding(False, f"chat template: {error}")
+    return Finding(True, f"chat template: a first message becomes {len(ids)} tokens")

@@ -1,0 +1,104 @@
+"""What `glassllama bench` measures."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from glassllama.base.machine import usable_cores
+from glassllama.cli.memory import peak_memory
+from glassllama.cli.model_facts import packed_weights
+from glassllama.cli.options import How
+
+if TYPE_CHECKING:
+    from glassllama.base.interfaces import Progress
+    from glassllama.llm import LLM
+
+SEED = 0  # the prompt is random ids: how text is cut into them is not what is measured
+BANDWIDTH_BYTES = 1 << 28  # larger than the caches of most processors
+BANDWIDTH_RUNS = 5
+WORD_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians over the runs. Rates in tokens per second, times in seconds, sizes in bytes."""
+
+    model: str
+    backend: str
+    threads: int
+    runs: int
+    load_s: float
+    first_token_s: float  # of the very first run: with compiling, if there is any
+    prefill_tokens: int
+    prefill_tok_s: float
+    decode_tokens: int
+    decode_tok_s: float
+    bytes_per_token: int  # weights that every new token needs
+    bandwidth: float | None  # bytes per second, read by numpy on as many threads; CPU only
+    bound_tok_s: float | None  # bandwidth / bytes_per_token: no decode can be faster
+    peak_memory: int | None
+
+
+def measure(
+    llm: LLM, how: How, prompt: int, new: int, runs: int, progress: Progress | None
+) -> Measured:
+    """Several runs of one prompt of random ids. Raises GenerationError: no room for them."""
+    chance = random.Random(SEED)
+    ids = [chance.randrange(llm.executor.config.vocab_size) for _ in range(prompt)]
+    started = time.perf_counter()
+    llm.generate(ids[:1], max_tokens=1)
+    first_token = time.perf_counter() - started
+    timings = []
+    for run in range(runs):
+        timings.append(llm.generate(ids, max_tokens=new, ignore_eos=True).timings)
+        if progress is not None:
+            progress(run + 1, runs)
+    threads = how.threads or usable_cores()
+    needed = bytes_per_token(llm, exact=how.exact)
+    bandwidth = read_bandwidth(threads) if how.device == "cpu" else None
+    return Measured(
+        model=llm.name,
+        backend=llm.backend,
+        threads=threads,
+        runs=runs,
+        load_s=llm.load_seconds,
+        first_token_s=first_token,
+        prefill_tokens=prompt,
+        prefill_tok_s=median(t.prompt_tokens / t.prefill_s for t in timings),
+        decode_tokens=new,
+        decode_tok_s=median(t.decode_tokens / t.decode_s for t in timings),
+        bytes_per_token=needed,
+        bandwidth=bandwidth,
+        bound_tok_s=None if bandwidth is None else bandwidth / needed,
+        peak_memory=peak_memory(),
+    )
+
+
+def bytes_per_token(llm: LLM, *, exact: bool) -> int:
+    """Bytes of the matrices that every token is multiplied with; of an untied embedding, none."""
+    unused = set() if llm.executor.config.tie_embeddings else {"tok_embeddings.weight"}
+    if llm.backend == "engine":
+        sizes = packed_weights(llm.checkpoint, exact=exact)
+    else:
+        model: Any = llm.executor
+        sizes = {name: tensor.nbytes for name, tensor in model.model.named_parameters()}
+    return sum(size for name, size in sizes.items() if name not in unused)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that numpy reads with so many threads: the best of a few runs."""
+    parts = np.array_split(np.ones(BANDWIDTH_BYTES // WORD_BYTES, np.uint64), threads)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(BANDWIDTH_RUNS):
+            started = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            seconds.append(time.perf_counter() - started)
+    return BANDWIDTH_BYTES / min(seconds)

@@ -1,0 +1,81 @@
+"""`glassllama perplexity`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glassllama.base.errors import GlassError
+from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
+from glassllama.cli.screen import note, print_json, progress_bars
+
+WINDOW = 512  # tokens: what is usual in tables of quantised models
+
+
+def perplexity(
+    model: ModelArgument,
+    how: How,
+    file: Annotated[
+        Path, typer.Option("--file", "-f", metavar="FILE", help="A UTF-8 text to be predicted.")
+    ],
+    window: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens that the model sees at once.")
+    ] = WINDOW,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens between windows.", show_default="half of it"),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Use the first N tokens of the text only."),
+    ] = None,
+    offline: Offline = False,
+    pth: PreferPth = False,
+    json: Json = False,
+) -> None:
+    """Measure how well a model predicts a text: perplexity and bits per byte, lower is better.
+
+    Windows slide over the text. Each token is scored once, seeing at least WINDOW - STRIDE tokens
+    before it; every window begins with the model's begin-of-text token, if it has one.
+    """
+    from glassllama.generation.perplexity import score
+
+    text = read_text(file)
+    llm = how.load(Which(model=model, offline=offline, pth=pth))
+    ids = llm.tokenizer.encode(text)[:tokens]
+    stride = window // 2 if stride is None else stride
+    with progress_bars() as bar:
+        scored = score(
+            llm.executor,
+            ids,
+            window=window,
+            stride=stride,
+            bos=llm.tokenizer.bos,
+            progress=bar("scoring", "tokens"),
+        )
+    nbytes = sum(len(llm.tokenizer.token_bytes(id)) for id in ids[scored.unscored :])
+    result = {
+        "model": model,
+        "file": str(file),
+        "tokens": scored.tokens,
+        "bytes": nbytes,
+        "window": window,
+        "stride": stride,
+        "perplexity": scored.perplexity,
+        "bits_per_byte": scored.bits_per_byte(nbytes),
+    }
+    if json:
+        print_json(result)
+        return
+    print(f"perplexity {scored.perplexity:.4f}   bits per byte {result['bits_per_byte']:.4f}")
+    note(f"{scored.tokens:,} tokens, {nbytes:,} bytes, windows of {window} tokens every {stride}")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, whole. Raises GlassError where it is something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GlassError(f"{path}: not UTF-8 at byte {error.start}") from None
