@@ -118,27 +118,49 @@ def weigh(scores: Any, count: int, scale: float, top: float) -> None:
 
 @compiled
 def attend(
-    query: Any, pages: Any, visible: int, keys: int, values: int, wide: bool, scores: Any, out: Any
-) -> None:
-    """Softmax attention of one query head over the first `visible` tokens -> out (D,).
+    query: Any, pages: Any, first: int, last: int, keys: int, values: int, wide: bool,
+    scores: Any, part: Any,
+) -> None:  # fmt: skip
+    """One query head over tokens first … last-1 of its row (first: the start of a page) -> `part`.
 
-    `keys` and `values` are offsets of this layer and kv head within a page. Page by page with a
+    `keys` and `values` are offsets of this layer and kv head within a page; `part` (D + 2,) gets
+    the weighted sum of values, the largest score, and the sum of weights. Page by page with a
     running maximum (Milakov & Gimelshein, 2018): memory for one page of scores, however long the
-    context, and the same sums whether tokens came one by one or all at once.
+    context.
     """
-    scale = F32(1) / np.sqrt(F32(len(query)))
-    out[:] = F32(0)
+    width = len(query)
+    scale = F32(1) / np.sqrt(F32(width))
+    part[:] = F32(0)
     running, weight = F32(-np.inf), F32(0)
-    for page in range((visible + PAGE - 1) // PAGE):
-        count = min(PAGE, visible - page * PAGE)
+    for page in range(first // PAGE, (last + PAGE - 1) // PAGE):
+        count = min(PAGE, last - page * PAGE)
         score(query, pages[page] + keys, wide, scores)
         top = max(running, largest(scores, count) * scale)
         weigh(scores, count, scale, top)
         shrink = exponential(running - top)
-        for i in range(len(out)):
-            out[i] *= shrink
+        for i in range(width):
+            part[i] *= shrink
         weight = weight * shrink + total(scores, count)
-        mix(scores, count, pages[page] + values, wide, out)
+        mix(scores, count, pages[page] + values, wide, part[:width])
         running = top
+    part[width], part[width + 1] = running, weight
+
+
+@compiled
+def merge(whole: Any, part: Any) -> None:
+    """Two `attend` results over different tokens become that over both, in `whole`."""
+    width = len(whole) - 2
+    top = max(whole[width], part[width])
+    mine, theirs = exponential(whole[width] - top), exponential(part[width] - top)
+    for i in range(width):
+        whole[i] = whole[i] * mine + part[i] * theirs
+    whole[width] = top
+    whole[width + 1] = whole[width + 1] * mine + part[width + 1] * theirs
+
+
+@compiled
+def finish(whole: Any, out: Any) -> None:
+    """Divide by the sum of weights -> out (D,)."""
+    weight = whole[len(out) + 1]
     for i in range(len(out)):
-        out[i] /= weight
+        out[i] = whole[i] / weight

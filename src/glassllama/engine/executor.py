@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,16 @@ from glassllama.engine import model
 from glassllama.engine.attention import PAGE
 from glassllama.engine.cache import PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
-from glassllama.engine.layout import BLOCK, GROUP, Matrix, read_rows
-from glassllama.engine.model import Inputs, Job, Plan, Shape, Work
-from glassllama.engine.threads import Crew, processors
+from glassllama.engine.crew import STOP, Crew, announce, processors
+from glassllama.engine.layout import BLOCK, Matrix, read_rows
+from glassllama.engine.model import SPAN, Inputs, Plan, Shape, Work
 from glassllama.engine.tiers import kernel_address
 
 CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
 NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
 FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
+
+MOST_SHARED_SPANS = 64  # per head, at least: what several tokens look at may be shared too
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
 
@@ -79,12 +82,12 @@ class Engine:
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
-        self._crew = Crew(self.threads)
+        self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._frequencies = rope_frequencies(config)
         self._plan = plan(config, weights)
         self._work = work(config, weights, slots=max(CHUNK, self.threads), threads=self.threads)
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
-        self._warm_up()
+        self._start()
         self.notes += compiler_notes
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
@@ -151,27 +154,38 @@ class Engine:
 
     def _step(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
-        wanted = [n for n, token in enumerate(tokens) if token.wanted is not None]
         targets = [token.wanted for token in tokens if token.wanted is not None]
-        positions = np.array([token.position for token in tokens], np.int64)
-        angles = positions[:, None].astype(np.float32) * self._frequencies
-        job = Job(
-            x=read_rows(self.weights.embeddings, np.array([token.id for token in tokens])),
-            rows=np.array([token.row for token in tokens], np.int64),
-            positions=positions,
-            cos=np.cos(angles),
-            sin=np.sin(angles),
-            table=cache.table,
-            wide=cache.wide,
-            wanted=np.array(wanted, np.int64),
-            logits=np.empty((len(wanted), self._logit_columns), np.float32),
-        )
-        for first, last in self._calls(len(tokens)):
+        self._set_out(tokens)
+        last = max(token.position for token in tokens)
+        shared = (cache.table.ctypes.data, cache.table.shape[1], last // SPAN + 1, int(cache.wide))
+        for layers in self._calls(len(tokens)):
             started = time.perf_counter()
-            self._crew.run(model.forward, first, last, self._plan, self._work, job)
+            self._run(len(tokens), len(targets), *layers, *shared)
             spent = time.perf_counter() - started
-            self._layer_seconds = spent / ((last - first) * len(tokens))
-        logits[targets] = job.logits
+            self._layer_seconds = spent / ((layers[1] - layers[0]) * len(tokens))
+        logits[targets] = self._work.logits[: len(targets)]
+
+    def _set_out(self, tokens: list[Token]) -> None:
+        """Write what a step is about into the room that the crew works in."""
+        w, count = self._work, len(tokens)
+        positions = np.array([token.position for token in tokens])
+        angles = positions[:, None].astype(np.float32) * self._frequencies
+        wanted = [n for n, token in enumerate(tokens) if token.wanted is not None]
+        ids = np.array([token.id for token in tokens])
+        w.x[:count] = read_rows(self.weights.embeddings, ids)
+        w.rows[:count] = [token.row for token in tokens]
+        w.positions[:count] = positions
+        w.cos[:count], w.sin[:count] = np.cos(angles), np.sin(angles)
+        w.wanted[: len(wanted)] = wanted
+
+    def _run(self, *orders: int) -> None:
+        """One native call, on all threads; `orders` are the fields of model.Step."""
+        crew = self._crew
+        epoch = announce(crew.board, orders, crew.phases, crew.first_phase)
+        crew.wake()
+        model.take_part(
+            0, crew.threads, crew.board, crew.first_phase, epoch, self._plan, self._work
+        )
 
     def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of layers, each about as long as a native call may take."""
@@ -181,12 +195,16 @@ class Engine:
             yield first, min(first + count, layers)
             first += count
 
-    def _warm_up(self) -> None:
-        """Compile the step on one thread: see Crew.run."""
-        nothing = np.zeros((0, 1), np.float32)
-        none = np.zeros(0, np.int64)
-        job = Job(nothing, none, none, nothing, nothing, none[None], self.exact, none, nothing)
-        self._crew.run_alone(model.forward, 0, 0, self._plan, self._work, job)
+    def _start(self) -> None:
+        """Compile everything on this thread, then let the others in: one that waits for the
+        compiler while another waits for it would wait for ever."""
+        crew, rest = self._crew, (self._plan, self._work)
+        self._run(0, 0, 0, 0, 0, 0, 0, 0)
+        crew.board[STOP] = 1
+        model.serve(0, crew.threads, crew.board, crew.first_phase, 0, *rest)
+        crew.board[STOP] = 0
+        crew.start(model.serve, *rest)
+        weakref.finalize(self, crew.stop)
 
 
 def plan(config: LlamaConfig, weights: Weights) -> Plan:
@@ -213,20 +231,36 @@ def plan(config: LlamaConfig, weights: Weights) -> Plan:
 
 
 def work(config: LlamaConfig, weights: Weights, *, slots: int, threads: int) -> Work:
-    """Room for a step of at most `slots` tokens."""
-    mixed = config.n_heads * config.head_dim
-    width = -(-max(config.dim, mixed, config.ffn_dim) // BLOCK) * BLOCK
+    """Room for a step of at most `slots` tokens. What is never used never becomes real memory."""
+    mixed, half = config.n_heads * config.head_dim, config.head_dim // 2
     wq, wk, wv, wo, gate, up, _down = weights.matrices[:7]
+    spans = config.n_heads * max(MOST_SHARED_SPANS, -(-config.max_seq_len // SPAN))
 
-    def rows(columns: int, dtype: Any = np.float32) -> NDArray[Any]:
-        return np.zeros((slots, columns), dtype)
+    def room(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+        return np.zeros(shape, dtype)
 
-    inputs = Inputs(rows(width), rows(width, np.int8), np.zeros((slots, width // BLOCK, 2), "f4"))
+    def inputs(width: int) -> Inputs:
+        width = -(-width // BLOCK) * BLOCK
+        codes = room(slots, width, dtype=np.int8)
+        return Inputs(room(slots, width), codes, room(slots, width // BLOCK, 2))
+
     return Work(
-        inputs=inputs,
-        qkv=rows(wq.padded_rows + wk.padded_rows + wv.padded_rows),
-        mixed=rows(mixed),
-        added=rows(max(wo.padded_rows, -(-config.dim // GROUP) * GROUP)),
-        hidden=rows(gate.padded_rows + up.padded_rows),
-        scores=np.zeros((threads, PAGE), np.float32),
+        x=room(slots, config.dim),
+        rows=room(slots, dtype=np.int64),
+        positions=room(slots, dtype=np.int64),
+        cos=room(slots, half),
+        sin=room(slots, half),
+        everyone=np.arange(slots),
+        wanted=room(slots, dtype=np.int64),
+        logits=room(slots, weights.matrices[-1].padded_rows),
+        inputs=inputs(max(config.dim, mixed)),
+        hidden_inputs=inputs(config.ffn_dim),
+        qkv=room(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows),
+        mixed=room(slots, mixed),
+        merged=room(slots, mixed),
+        added=room(slots, wo.padded_rows),
+        hidden=room(slots, gate.padded_rows + up.padded_rows),
+        scores=room(threads, PAGE),
+        part=room(threads, 2, config.head_dim + 2),
+        parts=room(spans, config.head_dim + 2),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_process_triple
 from numba.core import cgutils as untyped_cgutils
 from numba.core import types as untyped_types
 
@@ -31,7 +32,7 @@ def pointer(context: Any, address: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
-    return types.voidptr(types.intp), emit
+    return types.voidptr(types.int64), emit
 
 
 @instruction
@@ -67,24 +68,78 @@ def bits_from_float(context: Any, number: Any) -> Any:
 
 @instruction
 def atomic_add(context: Any, address: Any, amount: Any) -> Any:
-    """Add to a 64-bit counter that threads share -> its value before."""
+    """Add to a 64-bit word that threads share -> its value before."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        counter = builder.inttoptr(arguments[0], WORD.as_pointer())
-        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
+        word = builder.inttoptr(arguments[0], WORD.as_pointer())
+        return builder.atomic_rmw("add", word, arguments[1], "seq_cst")
 
-    return types.int64(types.intp, types.int64), emit
+    return types.int64(types.int64, types.int64), emit
+
+
+@instruction
+def atomic_swap(context: Any, address: Any, value: Any) -> Any:
+    """Write a word that threads share -> its value before."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], WORD.as_pointer())
+        return builder.atomic_rmw("xchg", word, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@instruction
+def compare_and_swap(context: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Write a shared word if it still is as expected -> whether it was."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], WORD.as_pointer())
+        pair = builder.cmpxchg(word, arguments[1], arguments[2], "acq_rel", "acquire")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), emit
 
 
 @instruction
 def atomic_load(context: Any, address: Any) -> Any:
-    """Read a 64-bit counter that threads share; what its writer wrote before is visible then."""
+    """Read a word that threads share; what its writer wrote before is visible then."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        counter = builder.inttoptr(arguments[0], WORD.as_pointer())
-        return builder.load_atomic(counter, "acquire", 8)
+        word = builder.inttoptr(arguments[0], WORD.as_pointer())
+        return builder.load_atomic(word, "acquire", 8)
 
-    return types.int64(types.intp), emit
+    return types.int64(types.int64), emit
+
+
+@instruction
+def atomic_store(context: Any, address: Any, value: Any) -> Any:
+    """Write a word that threads share, after all that was written before."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], WORD.as_pointer())
+        builder.store_atomic(arguments[1], word, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@instruction
+def relax(context: Any) -> Any:
+    """Tell the processor that this is a waiting loop: it saves power, and its twin core gains."""
+    triple = get_process_triple()
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if triple.startswith("x86_64"):
+            name, words = "llvm.x86.sse2.pause", []
+        elif triple.startswith(("aarch64", "arm64")):
+            name, words = "llvm.aarch64.hint", [ir.Constant(ir.IntType(32), 1)]  # YIELD
+        else:
+            return context.get_dummy_value()
+        kind = ir.FunctionType(ir.VoidType(), [word.type for word in words])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), words)
+        return context.get_dummy_value()
+
+    return types.void(), emit
 
 
 @instruction
@@ -96,7 +151,7 @@ def call_system(context: Any, address: Any) -> Any:
         builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
         return context.get_dummy_value()
 
-    return types.void(types.intp), emit
+    return types.void(types.int64), emit
 
 
 @instruction
@@ -111,7 +166,7 @@ def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.UniTuple(types.int64, KERNEL_ARGUMENTS)), emit
+    return types.void(types.int64, types.UniTuple(types.int64, KERNEL_ARGUMENTS)), emit
 
 
 @inlined
@@ -156,3 +211,8 @@ def integers8(address: int, shape: Any) -> Any:
 @inlined
 def words16(address: int, shape: Any) -> Any:
     return carray(pointer(address), shape, np.uint16)
+
+
+@inlined
+def integers64(address: int, shape: Any) -> Any:
+    return carray(pointer(address), shape, np.int64)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.base.interfaces import Progress
 from glassllama.base.machine import require_memory
+from glassllama.engine.crew import processors
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import (
     GROUP,
@@ -28,7 +29,6 @@ from glassllama.engine.layout import (
     packed_bytes,
     to_q8_0,
 )
-from glassllama.engine.threads import processors
 from glassllama.weights.open import Checkpoint
 
 EMBEDDINGS = "tok_embeddings.weight"

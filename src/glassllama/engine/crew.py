@@ -1,0 +1,227 @@
+"""The threads that compute a step together, and the board on which they share out its work.
+
+A step is a fixed list of phases; a phase is a number of items (groups of rows, tokens, heads) that
+may be done in any order. Threads take items from the board and note what is done; a phase is over
+when all its items are, not when all threads have been there. So a thread that has lost its
+processor to another program holds up nobody, unless in the middle of an item, and one that comes
+late finds nothing to take and walks on to where the others are.
+
+Every word of the board carries the number of the step (its epoch) in its upper half: what a late
+thread tries to take from a step that is over is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glassllama.base.machine import usable_cores
+from glassllama.engine.compiled import compiled
+from glassllama.engine.intrinsics import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap,
+    call_system,
+    compare_and_swap,
+    relax,
+)
+
+LINE = 8  # 64-bit words of a cache line: what different threads write must not share one
+EPOCH, STOP, YIELD, ORDERS, PARKED = 0, LINE, 2 * LINE, 3 * LINE, 5 * LINE  # places on the board
+ORDER_WORDS = 2 * LINE  # room for what a step is told, see model.py
+EPOCH_SHIFT = 32
+COUNT_MASK = (1 << EPOCH_SHIFT) - 1
+
+SPINS = 2_000  # looks at a word before the processor is offered to others: about 50 µs
+PATIENCE = 4_000  # looks and offers before a thread without work goes to sleep: milliseconds
+
+
+class Member(NamedTuple):
+    """Who a thread is, among how many, and where its step's words are."""
+
+    thread: int
+    threads: int
+    phases: int  # address of the first phase's words
+    epoch: int
+    offer: int  # address of the system's function that gives the processor to others
+
+
+@compiled
+def take(me: Any, phase: int, items: int, least: int) -> Any:
+    """Take some items of a phase -> first, last + 1; (0, 0) where none are left.
+
+    The first to come get large pieces, later ones smaller, never less than `least`: few trips to
+    the board, and nobody waits long at the end.
+    """
+    word = me.phases + phase * LINE * 8
+    while True:
+        seen = atomic_load(word)
+        first = seen & COUNT_MASK
+        if seen >> EPOCH_SHIFT != me.epoch or first >= items:
+            return 0, 0
+        count = min(items - first, max(least, (items - first) // (2 * me.threads)))
+        if me.threads == 1:
+            count = items - first
+        if compare_and_swap(word, seen, seen + count):
+            return first, first + count
+
+
+@compiled
+def done(me: Any, phase: int, count: int) -> None:
+    """Note that `count` items of a phase are finished; what they wrote is visible to all."""
+    atomic_add(me.phases + phase * LINE * 8 + 8, count)
+
+
+@compiled
+def complete(me: Any, phase: int, items: int) -> None:
+    """Wait until all items of a phase are done, or until the step is over and it never mattered."""
+    word = me.phases + phase * LINE * 8 + 8
+    goal = (me.epoch << EPOCH_SHIFT) + items
+    looks = 0
+    while True:
+        seen = atomic_load(word)
+        if seen == goal or seen >> EPOCH_SHIFT != me.epoch:
+            return
+        looks += 1
+        if looks > SPINS:
+            call_system(me.offer)
+        else:
+            relax()
+
+
+@compiled
+def announce(board: Any, orders: Any, phases: int, first_phase: int) -> int:
+    """Begin a new step on the board -> its epoch.
+
+    The words first: from then on late threads take nothing, whatever they read of the orders.
+    """
+    epoch = (board[EPOCH] + 1) & 0x7FFFFFFF
+    base = board.ctypes.data
+    for phase in range(phases):
+        atomic_store(base + (first_phase + phase * LINE) * 8, epoch << EPOCH_SHIFT)
+        atomic_store(base + (first_phase + phase * LINE + 1) * 8, epoch << EPOCH_SHIFT)
+    for n in range(len(orders)):
+        atomic_store(base + (ORDERS + n) * 8, orders[n])
+    atomic_swap(base + EPOCH * 8, epoch)
+    return epoch
+
+
+@compiled
+def next_epoch(board: Any, thread: int, last: int) -> int:
+    """Wait for a step after `last` -> its epoch, or -1 where none came for a while: sleep then."""
+    base = board.ctypes.data
+    parked = base + (PARKED + thread * LINE) * 8
+    for looks in range(PATIENCE):
+        epoch = atomic_load(base + EPOCH * 8)
+        if epoch != last:
+            return epoch
+        if looks > SPINS:
+            call_system(board[YIELD])
+        else:
+            relax()
+    atomic_swap(parked, 1)
+    epoch = atomic_add(base + EPOCH * 8, 0)
+    if epoch != last and atomic_swap(parked, 0) == 1:
+        return epoch  # it came just now, and nobody is about to wake this thread
+    return -1
+
+
+def offer_address() -> int:
+    """The system's own way to give up the processor, as an address that native code can call."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def processors() -> int:
+    """How many processors this process may use: affinity and container limits honoured."""
+    quota = cgroup_quota()
+    return max(1, min(usable_cores(), math.ceil(quota) if quota else usable_cores()))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Processors granted by a container's limit (cgroup v2, then v1), None if unlimited."""
+    try:
+        allowed, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            allowed = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    return None if allowed in ("max", "-1") else int(allowed) / int(period)
+
+
+class Crew:
+    """The caller's thread and some more that stay: they wait for steps, then sleep if none come.
+
+    `serve(thread, threads, board, first_phase, last_epoch, *rest)` is the compiled function that
+    the others run; it returns the last epoch it has seen, when it may sleep.
+    """
+
+    def __init__(self, threads: int, phases: int) -> None:
+        self.threads = threads
+        self.phases = phases
+        self.first_phase = PARKED + threads * LINE
+        words = self.first_phase + (phases + 1) * LINE
+        memory = np.zeros(words + LINE, np.int64)
+        start = -memory.ctypes.data // 8 % LINE
+        self.board = memory[start : start + words]
+        self.board[YIELD] = offer_address()
+        self._beds = [threading.Lock() for _ in range(threads)]
+        self._started = False
+
+    def start(self, serve: Callable[..., int], *rest: Any) -> None:
+        """Begin to serve, on threads - 1 threads. `serve` must be compiled already."""
+        for thread in range(1, self.threads):
+            self._beds[thread].acquire()
+            arguments = (self._beds[thread], self.board, serve, thread, self.threads, rest)
+            threading.Thread(
+                target=serve_or_sleep, args=(*arguments, self.first_phase), daemon=True,
+                name=f"engine-{thread}",
+            ).start()  # fmt: skip
+
+    def wake(self) -> None:
+        """Get up those who sleep: a step has been announced."""
+        for thread in range(1, self.threads):
+            place = PARKED + thread * LINE
+            if self.board[place] and atomically_clear(self.board, place):
+                self._beds[thread].release()
+
+    def stop(self) -> None:
+        """End the other threads; the engine is not used any more."""
+        self.board[STOP] = 1
+        self.board[EPOCH] += 1
+        self.wake()
+
+
+@compiled
+def atomically_clear(board: Any, place: int) -> bool:
+    return atomic_swap(board.ctypes.data + place * 8, 0) == 1  # type: ignore[no-any-return]
+
+
+def serve_or_sleep(
+    bed: threading.Lock,
+    board: Any,
+    serve: Callable[..., int],
+    thread: int,
+    threads: int,
+    rest: tuple[Any, ...],
+    first_phase: int,
+) -> None:
+    """The life of a thread of the crew."""
+    epoch = 0
+    while not board[STOP]:
+        epoch = serve(thread, threads, board, first_phase, epoch, *rest)
+        if not board[STOP]:
+            bed.acquire()
