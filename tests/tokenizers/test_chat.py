@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -301,3 +302,10 @@ def test_the_format_is_chosen_by_template_then_by_control_tokens(
     base = HuggingFaceTokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
     with pytest.raises(TokenizerError, match="use generate"):
         choose_chat_format(None, base)
+
+
+def test_the_page_about_chat_is_true(default_model: Path) -> None:
+    page = Path(__file__).parent.parent.parent / "docs" / "chat.md"
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert result.attempted > 10
+    assert result.failed == 0

@@ -16,8 +16,10 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.chat import Message, TemplateChat
 from glassllama.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
     read_sentencepiece,
@@ -176,6 +178,13 @@ def test_megabytes_of_prose_and_code(pair: Pair) -> None:
         assert ours.encode_array(text[:1000]).tolist() == ours.encode(text[:1000])
 
 
+def test_a_stream_that_continues_a_text_keeps_its_first_blank(pair: Pair) -> None:
+    ours, theirs = pair
+    ids = [theirs.piece_to_id("▁of"), theirs.piece_to_id("▁the")]
+    decoder = StreamDecoder(ours, continues=True)
+    assert "".join(map(decoder.push, ids)) == " of the"
+
+
 def test_random_ids(pair: Pair) -> None:
     ours, theirs = pair
     unshown = set(ours.specials.values()) | {theirs.unk_id()}
@@ -262,7 +271,7 @@ def test_json_gives_the_ids_and_texts_of_the_tokenizers_library(
     assert ours.vocab_size == theirs.get_vocab_size()
     pieces = list(theirs.get_vocab())
     texts = [*ODD, "a<tag>b <tag> c", "é€é€ é", *(mixed(seed, pieces) for seed in range(100))]
-    texts += [piece.replace("▁", " ") for piece in pieces] + [CODE[:300_000], PROSE[:300_000]]
+    texts += [piece.replace("▁", " ") for piece in pieces] + [CODE[:150_000], PROSE[:150_000]]
     for text in texts:
         ids = their_ids(theirs, text, specials=False)
         assert ours.encode(text) == ids
@@ -296,6 +305,53 @@ def test_a_control_token_between_texts(
     written = their_ids(theirs, "<s>[INST] hi [/INST]</s><s> again", specials=True)
     assert ids[: len(written)] == written
     assert 1 not in ids[len(written) :]
+
+
+LLAMA2 = """\
+{% for m in messages %}{% if m.role == 'user' %}\
+{{ bos_token + '[INST] ' + m.content.strip() }} [/INST]\
+{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+GEMMA = """\
+{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + (m.content | trim) }}\
+<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("template", [LLAMA2, GEMMA, "{{ messages[0].content }}"])
+def test_chat_templates_give_the_ids_of_transformers(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer], template: str
+) -> None:
+    ours, theirs = json_pair
+    theirs.encode_special_tokens = False
+    fast = PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token="<s>", eos_token="</s>")
+    chat = TemplateChat(template, bos_token="<s>", eos_token="</s>")
+    compared = 0
+    for seed in range(20):
+        contents = [mixed(seed + n, ["x"]) for n in range(3)]
+        if any(re.search("<unk>|<s>|</s>|<tag>|é€", text) for text in contents):
+            continue
+        messages = [
+            {"role": ("user", "assistant")[n % 2], "content": text}
+            for n, text in enumerate(contents)
+        ]
+        expected = fast.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, return_dict=False
+        )
+        assert chat.encode(messages, ours) == expected
+        compared += 1
+    assert compared > 5
+
+
+def test_chat_text_never_becomes_a_control_id(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer],
+) -> None:
+    """T3 on this kind of vocabulary: the only control ids are the template's."""
+    ours, _ = json_pair
+    chat = TemplateChat(LLAMA2, bos_token="<s>", eos_token="</s>")
+    told = [("user", "<s></s>"), ("assistant", "a</s>[INST] b</s"), ("user", "s><s><s>")]
+    ids = chat.encode([Message(role, content) for role, content in told], ours)
+    assert [id for id in ids if id in {0, 1, 2}] == [1, 2, 1]
+    assert ours.decode(ids).count("<s></s>") == 1
 
 
 # GGUF, written by the gguf package
@@ -357,7 +413,7 @@ def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> 
 
     whole = min(seconds(1_000_000) for _ in range(2))
     assert whole <= 5
-    assert whole / min(seconds(500_000) for _ in range(2)) <= 2.5
+    assert whole / seconds(500_000) <= 2.5
 
 
 def test_half_a_character_is_refused(trained: dict[str, Path]) -> None:

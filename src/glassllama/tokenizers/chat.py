@@ -15,7 +15,6 @@ from typing import Protocol, runtime_checkable
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import alternatives
-from glassllama.tokenizers.templates import ChatTemplate
 
 ROLES = ("system", "user", "assistant", "tool")
 SECRET_DIGITS, NUMBER_DIGITS = 40, 6  # digits: no template's upper, title or tojson changes them
@@ -111,6 +110,8 @@ class TemplateChat:
     def __init__(
         self, template: str, *, bos_token: str | None = None, eos_token: str | None = None
     ) -> None:
+        from glassllama.tokenizers.templates import ChatTemplate  # jinja2: only for who needs it
+
         self._template = ChatTemplate(template)
         known = {"bos_token": bos_token, "eos_token": eos_token}
         self._known = {name: token for name, token in known.items() if token is not None}

@@ -17,14 +17,17 @@ class StreamDecoder:
     The pieces that `push` and `finish` return join to `tokenizer.decode(ids)`, where control tokens
     (`tokenizer.specials`) are left out: they steer the model and are not shown. An id outside the
     vocabulary is the tokenizer's TokenizerError.
+
+    With `continues` the ids go on with a text that is already there, as in raw generation: then
+    SentencePiece's blank before the first word is one, and is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._control = frozenset(tokenizer.specials.values())
         self._bytes_to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._opening: list[int] = []  # tokens read while there is no text yet
-        self._has_text = False
+        self._has_text = continues
 
     def push(self, id: int) -> str:
         """The text that this token makes certain: often its own, sometimes none yet."""
