@@ -1,0 +1,171 @@
+"""A checkpoint larger than memory: the reference model, holding the weights of one layer at a time.
+
+Nothing of the arithmetic is stated again. `StreamedLlama` is the Llama of models/llama.py, built on
+the meta device, where a weight is a shape without numbers. A layer is filled from the file when it
+is called and emptied when it has answered; embeddings are read row by row, the output matrix in
+blocks of rows. What was read is let go at once, in our memory and in the mapped file's pages.
+Every forward pass reads the whole file: patience instead of memory.
+
+Shapes: B batch, T new tokens, C model width, V vocabulary, N rows in hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassllama.base.errors import GenerationError
+from glassllama.models.llama import Layer, Llama
+from glassllama.nn.attention import Step
+from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
+from glassllama.weights.open import Checkpoint
+
+BLOCK_NUMBERS = 1 << 24  # weights of the output matrix in hand at once: 64 MiB of float32
+EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from, and as what they are wanted. What it has read it has let go."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self, ours: str) -> Tensor:
+        try:
+            return as_tensor(self.checkpoint, ours, self.dtype, self.device)
+        finally:
+            self.checkpoint.drop(ours)
+
+    def rows(self, ours: str, rows: slice) -> Tensor:
+        """Some rows of a matrix: (N, C)."""
+        try:
+            numbers = self.checkpoint.float32(ours, rows)
+        finally:
+            self.checkpoint.drop(ours)
+        return torch.from_numpy(numbers).to(device=self.device, dtype=self.dtype)
+
+    def linear(self, ours: str, h: Tensor) -> Tensor:
+        """h · Wᵀ in blocks of the rows of a (V, C) matrix W: (…, C) -> (…, V), in h's dtype."""
+        count = self.checkpoint.info(ours).shape[0]
+        out = h.new_empty((*h.shape[:-1], count))  # (…, V)
+        step = max(1, BLOCK_NUMBERS // h.shape[-1])
+        for first in range(0, count, step):
+            block = slice(first, min(first + step, count))
+            out[..., block] = F.linear(h, self.rows(ours, block))  # (…, N)
+        return out
+
+
+class StreamedEmbedding(nn.Embedding):
+    """An embedding that reads the rows it is asked for, and keeps none."""
+
+    def __init__(self, source: Source) -> None:
+        config = source.checkpoint.config
+        # Of the weight remain dtype, device and width: what a new cache wants to know.
+        super().__init__(0, config.dim, device=source.device, dtype=source.dtype)
+        self.source, self.vocab_size = source, config.vocab_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        asked = sorted(set(ids.flatten().tolist()))
+        if not 0 <= asked[0] <= asked[-1] < self.vocab_size:
+            bad = asked[0] if asked[0] < 0 else asked[-1]
+            raise GenerationError(f"id {bad} is outside the vocabulary of {self.vocab_size}")
+        rows = torch.cat(
+            [self.source.rows(EMBEDDINGS, slice(id, id + 1)) for id in asked]
+        )  # (N, C)
+        where = torch.searchsorted(torch.tensor(asked, device=ids.device), ids)  # (B, T)
+        return F.embedding(where, rows)  # (B, T, C)
+
+
+class StreamedOutput(nn.Module):
+    """The output matrix where it is not tied to the embeddings: a place to watch."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.source.linear(OUTPUT, h)  # (…, V)
+
+
+class StreamedLayer(Layer):
+    """A layer whose weights are in memory while it works."""
+
+    def __init__(self, source: Source, layer: int) -> None:
+        super().__init__(source.checkpoint.config, layer)
+        self.source, self.number = source, layer
+
+    @contextmanager
+    def filled(self) -> Iterator[StreamedLayer]:
+        """Inside this `with` the weights are numbers, not only shapes, also for a closer look."""
+        if not self.attention_norm.weight.is_meta:  # by an outer `with`, which empties it, too
+            yield self
+            return
+        shapes = dict(self.named_parameters())
+        try:
+            for name in shapes:
+                place(self, name, self.source.tensor(f"layers.{self.number}.{name}"))
+            yield self
+        finally:
+            for name, shape in shapes.items():
+                place(self, name, shape)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        with self.filled():
+            return super().forward(x, step)  # (B, T, C)
+
+
+class StreamedLlama(Llama):
+    """Used like Llama, with every place to watch; `layers[n].filled()` shows a layer's weights.
+
+    `dtype` None keeps bfloat16 files as they are and makes everything else float32. The checkpoint
+    stays open as long as the model is used.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kept = kept_dtype(checkpoint) if dtype is None else dtype
+        source = Source(checkpoint, kept, torch.device(device))
+        with torch.device("meta"):
+            super().__init__(checkpoint.config)  # shapes only
+            self.layers = nn.ModuleList(
+                StreamedLayer(source, n) for n in range(checkpoint.config.n_layers)
+            )
+        self.to(kept)
+        self.tok_embeddings = StreamedEmbedding(source)
+        place(self, "norm.weight", source.tensor("norm.weight"))
+        self.source = source
+        if not checkpoint.config.tie_embeddings:
+            self.add_module("output", StreamedOutput(source))
+        self.requires_grad_(False).eval()
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(…, C) -> (…, V) float32, as Llama's."""
+        tied = self.config.tie_embeddings
+        logits: Tensor = self.source.linear(EMBEDDINGS, h) if tied else self.output(h)
+        watched: Tensor = self.last_logits(logits.float())  # (…, V)
+        return watched
+
+
+class StreamExecutor(TorchExecutor):
+    """A streamed model behind the Executor interface of base/interfaces.py."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(StreamedLlama(checkpoint, device=device, dtype=dtype))
