@@ -35,7 +35,7 @@ Encode = Callable[[str], list[int]]
 Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no control tokens
 
 LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
-TEXT_BYTES = 10_000_000 if LONG else 500_000  # of prose, and of code
+TEXT_BYTES = 10_000_000 if LONG else 300_000  # of prose, and of code
 SEEDS = 100
 
 
@@ -94,7 +94,7 @@ def test_all_code_points(pair: Pair) -> None:
 
 def test_code_points_one_by_one(pair: Pair) -> None:
     ours, theirs = pair
-    step = 1 if LONG else 7
+    step = 1 if LONG else 29
     wrong = [c for c in CODE_POINTS[::step] if ours.encode(c) != theirs(c)]
     assert wrong == []
 
@@ -148,7 +148,7 @@ def test_whole_vocabulary_of_meta(
     assert all(meta.encode(name, specials=True) == [id] for name, id in meta.specials.items())
 
 
-@pytest.mark.parametrize("family", ["smollm", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["smollm", "qwen2"])
 def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
     metadata = dict(open_gguf(default_model).metadata)
     theirs = from_vocabulary(metadata, family)
