@@ -280,9 +280,12 @@ def test_json_gives_the_ids_and_texts_of_the_tokenizers_library(
             assert ours.encode(text, specials=True) == their_ids(theirs, text, specials=True)
 
 
-def test_json_every_code_point(json_pair: tuple[SentencePieceTokenizer, Tokenizer]) -> None:
+def test_json_every_code_point(
+    json_pair: tuple[SentencePieceTokenizer, Tokenizer], request: pytest.FixtureRequest
+) -> None:
     ours, theirs = json_pair
-    points = [chr(n) for n in range(0, 0x30000) if not 0xD800 <= n < 0xE000]
+    step = 1 if request.node.callspec.params["json_pair"] == "llama 2" else 7
+    points = [chr(n) for n in range(0, 0x30000, step) if not 0xD800 <= n < 0xE000]
     for at in range(0, len(points), 64):
         text = " ".join(points[at : at + 64])
         assert ours.encode(text) == their_ids(theirs, text, specials=False)
@@ -456,6 +459,8 @@ def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) ->
         refused += error is not None
         assert error is None or (str(path) in error and "\n" not in error)
     assert refused > 20
+    with pytest.raises(TokenizerError, match="missing: cannot be read"):
+        read_sentencepiece(tmp_path / "missing")
     for content in (b"", b"hello", b"IQ== 0\nIg== 1\n"):
         path.write_bytes(content)
         with pytest.raises(TokenizerError, match="is no SentencePiece model"):
@@ -495,6 +500,7 @@ def test_other_kinds_of_models_are_refused(
     [
         ({"tokens": None}, "tokenizer.ggml.tokens: is missing"),
         ({"scores": [0.0]}, "tokenizer.ggml.scores: 1 for 2000 tokens"),
+        ({"scores": [float("nan")] * 2000}, "a score is no finite number"),
         ({"token_type": [9] * 2000}, "token types [9] are not known"),
         ({"token_type": [1] * 2000}, "neither pieces for bytes nor one for the unknown"),
         ({"token_type": [6] * 2000}, "a byte is written"),

@@ -13,6 +13,7 @@ stand side by side in no piece: nothing can merge across.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -297,6 +298,8 @@ def _ranking(pieces: Pieces, ids: Mapping[bytes, int]) -> Callable[[bytes, bytes
         merges = pieces.merges
         return lambda left, right: merges.get((left, right), NEVER)
     assert pieces.scores is not None, "pieces merge by scores or by merges"
+    if not all(map(math.isfinite, pieces.scores)):
+        raise TokenizerError("vocabulary: a score is no finite number; the file is damaged")
     best_first = sorted({pieces.scores[id] for id in ids.values()}, reverse=True)
     rank_of_score = {score: rank for rank, score in enumerate(best_first)}
     ranks = {key: rank_of_score[pieces.scores[id]] for key, id in ids.items()}

@@ -47,9 +47,11 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """TokenizerError: not a protobuf message, or not one of a SentencePiece model."""
+    """TokenizerError: no such file, no protobuf message, or not one of a SentencePiece model."""
     try:
         model = _model(memoryview(path.read_bytes()))
+    except OSError as fault:
+        raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
     except (ValueError, struct.error) as fault:
         raise TokenizerError(
             f"{path}: is no SentencePiece model ({fault}); download it again"
