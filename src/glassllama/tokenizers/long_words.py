@@ -145,12 +145,13 @@ def rank_at(symbols: Ints, after: Ints, at: int, keys: Keys, ranks: Ints) -> int
 def merge_linked(symbols: Ints, keys: Keys, ranks: Ints, joined: Ints) -> Ints:
     """Merge in place, then keep the living. A heap entry whose rank no longer holds is passed."""
     n = len(symbols)
-    after = np.arange(1, n + 1).astype(np.int32)
-    before = np.arange(-1, n - 1).astype(np.int32)
-    current = np.full(n, EMPTY, np.int32)  # the rank of the pair that begins here
+    after = np.empty(n, np.int32)
+    before = np.empty(n, np.int32)
+    current = np.empty(n, np.int32)  # the rank of the pair that begins here
     heap = np.empty(2 * n, np.int64)  # every merge takes one entry and adds two at most
     size = 0
-    for at in range(n - 1):
+    for at in range(n):
+        before[at], after[at] = at - 1, at + 1
         current[at] = rank_at(symbols, after, at, keys, ranks)
         size = push(heap, size, current[at], at)
     while size > 0:
@@ -166,10 +167,9 @@ def merge_linked(symbols: Ints, keys: Keys, ranks: Ints, joined: Ints) -> Ints:
         after[at] = after[gone]
         if after[at] < n:
             before[after[at]] = at
-        current[at] = rank_at(symbols, after, at, keys, ranks)
-        size = push(heap, size, current[at], at)
-        if before[at] >= 0:
-            current[before[at]] = rank_at(symbols, after, before[at], keys, ranks)
-            size = push(heap, size, current[before[at]], before[at])
+        for begin in (np.int64(before[at]), at):
+            if begin >= 0:
+                current[begin] = rank_at(symbols, after, begin, keys, ranks)
+                size = push(heap, size, current[begin], begin)
     living: Ints = symbols[symbols != EMPTY]
     return living
