@@ -32,6 +32,7 @@ Imports only go down, and parts on one floor do not know each other (a test chec
 FLOORS = [
     (6, ("__main__.py", "cli")),
     (4, ("llm.py",)),
+    (3, ("walkthrough",)),
     (2, ("weights", "generation", "hub")),
     (1, ("models", "engine")),
     (0, ("tokenizers", "formats", "nn")),

@@ -1,0 +1,69 @@
+"""Questions to a trace: what each layer would already say, where heads look, how long vectors are.
+
+Shapes: B batch, T tokens, S visible tokens, C model width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glassllama.models.llama import Llama
+from glassllama.walkthrough.trace import Trace
+
+
+def residual_places(n_layers: int) -> list[str]:
+    """The residual stream from the embeddings on, after every layer: L + 1 places."""
+    return ["tok_embeddings", *(f"layers.{n}" for n in range(n_layers))]
+
+
+def residuals(trace: Trace) -> list[Tensor]:
+    """L + 1 tensors (B, T, C). They must have been watched."""
+    n_layers = sum(place.startswith("layers.") and place.count(".") == 1 for place in trace)
+    return [trace[place] for place in residual_places(n_layers)]
+
+
+def residual_norms(trace: Trace) -> Tensor:
+    """Length of every token's vector after the embeddings and after each layer: (L + 1, B, T)."""
+    return torch.stack([x.float().norm(dim=-1) for x in residuals(trace)])
+
+
+def attention_entropy(weights: Tensor) -> Tensor:
+    """How widely each head looks, in bits: (B, H, T, S) -> (B, H, T).
+
+    0 where all weight is on one token, log2(n) where it is spread evenly over n.
+    """
+    nats: Tensor = torch.special.entr(weights.float()).sum(-1)
+    return nats / math.log(2)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The likeliest next tokens, likeliest first: `ids` and `probs`, both (…, k)."""
+
+    ids: Tensor
+    probs: Tensor
+
+
+def predictions(logits: Tensor, k: int = 1) -> Predictions:
+    """(…, V) -> the k likeliest tokens after each position."""
+    probs, ids = logits.float().softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return Predictions(ids, probs)
+
+
+@torch.no_grad()
+def logit_lens(model: Llama, trace: Trace, k: int = 5) -> Predictions:
+    """What the model would say if it stopped after each layer: (L + 1, B, T, k).
+
+    Each residual goes through the last norm and the output matrix; the last of them is the
+    model's own answer. Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020).
+    """
+    device = model.tok_embeddings.weight.device
+    layers = [predictions(model.logits(model.norm(x.to(device))), k) for x in residuals(trace)]
+    return Predictions(
+        torch.stack([layer.ids for layer in layers]).cpu(),
+        torch.stack([layer.probs for layer in layers]).cpu(),
+    )

@@ -1,0 +1,164 @@
+"""What a step of the walkthrough consists of, and the check that it equals the running model."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassllama.base.errors import GlassError
+from glassllama.walkthrough.pictures import Picture
+
+PACKAGE = Path(__file__).parent.parent
+# How far two computations of the same numbers may be apart, in units of the last place of the
+# largest number of a row: kernels add in different orders, and each addition rounds. bfloat16 is
+# only the form in which results are kept, so fewer roundings meet.
+ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 8}
+
+
+class StepMismatchError(GlassError):
+    """A step worked out by hand is not what the running model has: one of them is wrong."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Lines of this package, as they stand there."""
+
+    file: str  # below the package: nn/norm.py
+    name: str
+    line: int  # of the first line
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A tensor to show some numbers of; `place` is its name in the trace, if it has one."""
+
+    name: str
+    values: Tensor | NDArray[Any]
+    place: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two ways to the same numbers, and how far apart they came out.
+
+    `error` is the largest difference; `relative` the largest difference in units of the largest
+    number of its row, which may be at most `allowed`.
+    """
+
+    what: str
+    error: float
+    relative: float = 0.0
+    allowed: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """A command to try, and what it shows."""
+
+    command: str
+    shows: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One of the eighteen steps. `data` is what only a program wants: plain numbers and texts."""
+
+    number: int
+    name: str
+    title: str
+    question: str
+    shapes: str
+    sources: tuple[Source, ...]
+    text: tuple[str, ...] = ()
+    numbers: tuple[Numbers, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    checks: tuple[Check, ...]
+    what_if: WhatIf
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def source(function: Callable[..., Any], *starts: str) -> Source:
+    """The statements of a function that begin so, in its own order; without `starts`, its body.
+
+    Raises LookupError where the source no longer has such a statement.
+    """
+    function = inspect.unwrap(function)
+    lines, first = inspect.getsourcelines(function)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    texts = textwrap.dedent("".join(lines)).splitlines()
+    spans = list(statements(tree.body[0], texts))
+    if starts:
+        found = {
+            start: [s for s in spans if texts[s[0]].lstrip().startswith(start)] for start in starts
+        }
+        if missing := [start for start, hits in found.items() if not hits]:
+            raise LookupError(f"{function.__qualname__} has no statement {missing[0]!r}")
+        spans = sorted(hits[0] for hits in found.values())
+    wanted = [texts[at] for begin, end in spans for at in range(begin, end)]
+    path = Path(inspect.getsourcefile(function) or "")
+    shown = textwrap.dedent("\n".join(wanted)).splitlines()
+    file = str(path.relative_to(PACKAGE).as_posix())
+    return Source(file, function.__qualname__, first + spans[0][0], tuple(shown))
+
+
+def statements(function: ast.AST, texts: list[str]) -> Iterator[tuple[int, int]]:
+    """(first, behind the last) line of every statement; of a loop or condition, its head only."""
+    for node in ast.walk(function):
+        if node is function or not isinstance(node, ast.stmt):
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        end = node.end_lineno or node.lineno
+        if (body := getattr(node, "body", None)) is not None:
+            end = body[0].lineno - 1
+        yield node.lineno - 1, end
+
+
+def compare(what: str, ours: Tensor, theirs: Tensor, *, slack: int = 1) -> Check:
+    """Check that two tensors are the same but for rounding, or raise StepMismatchError.
+
+    Rows are those of the last axis. `slack` multiplies the bound, where many operations lie
+    between the two.
+    """
+    if ours.shape != theirs.shape:
+        raise StepMismatchError(
+            f"{what}: by hand {tuple(ours.shape)}, the running model has {tuple(theirs.shape)}"
+        )
+    dtype = theirs.dtype if theirs.dtype in ROUNDINGS else torch.float32
+    allowed = slack * ROUNDINGS[dtype] * torch.finfo(dtype).eps
+    a, b = ours.detach().cpu().float(), theirs.detach().cpu().float()
+    apart = (a - b).abs()
+    largest = b.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    check = Check(what, float(apart.max()), float((apart / largest).max()), allowed)
+    if not check.relative <= allowed:  # NaN is no small difference
+        raise StepMismatchError(
+            f"{what}: by hand it differs from the running model by {check.error:.3g}, which is "
+            f"{check.relative:.3g} of the largest number of its row; allowed is {allowed:.3g}"
+        )
+    return check
+
+
+def same(what: str, ours: object, theirs: object) -> Check:
+    """Check that two things are equal, or raise StepMismatchError."""
+    if ours != theirs:
+        raise StepMismatchError(f"{what}: by hand {brief(ours)}, the running model {brief(theirs)}")
+    return Check(what, 0.0)
+
+
+def brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

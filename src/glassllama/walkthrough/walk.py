@@ -1,0 +1,239 @@
+"""One prompt on its way through one model: what all steps look at, computed when first needed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError, GlassError, TokenizerError, WeightsError
+from glassllama.base.interfaces import Tokenizer
+from glassllama.models.llama import Llama
+from glassllama.nn.cache import KVCache
+from glassllama.nn.rope import Rotation, rope_angles, rotation
+from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
+from glassllama.walkthrough.pictures import visible
+from glassllama.walkthrough.step import Check, compare
+from glassllama.walkthrough.trace import Trace, first_non_finite, run_with_trace
+from glassllama.weights.load import as_tensor
+from glassllama.weights.open import Checkpoint
+
+# Attention of every layer is kept for prompts up to this length; its size grows with the square.
+LONGEST_FOR_ALL_MAPS = 64
+SHOWN_TOKENS = 24
+LONGEST_QUOTED = 40  # characters of a prompt repeated in a command to try
+DEFAULT_MODEL = "smollm2-135m"  # what the command line takes where no model is named
+MORE_TOKENS = 6  # made after the prompt, to watch the cache grow
+
+
+class DamagedWeightsError(WeightsError):
+    """NaN or infinities appear on the way; `place` is where first."""
+
+    def __init__(self, place: str, message: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A model, a prompt, and the layer and head to look into."""
+
+    checkpoint: Checkpoint
+    model: Llama
+    name: str  # what the model was called when it was asked for
+    prompt: str | None  # None: ids were given
+    ids: tuple[int, ...]
+    tokenizer: Tokenizer | None
+    layer: int = 0
+    head: int = 0
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+    @property
+    def prefix(self) -> str:
+        return f"layers.{self.layer}"
+
+    @property
+    def kv_head(self) -> int:
+        return self.head // self.config.group_size
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        return [self.piece(id) for id in self.ids]
+
+    def piece(self, id: int) -> str:
+        """A token so that all of it shows; its number where there is no vocabulary."""
+        if self.tokenizer is None or id >= self.tokenizer.vocab_size:
+            return f"#{id}"
+        try:
+            return visible(self.tokenizer.token_bytes(id))
+        except TokenizerError:  # a number without a token: models have a few to spare
+            return f"#{id}"
+
+    @cached_property
+    def watched(self) -> tuple[str, ...]:
+        """The chosen layer in full; of the others the residual stream and, if small, the maps."""
+        layers = [f"layers.{n}" for n in range(self.config.n_layers)]
+        maps = ["layers.*.attention.weights"] if len(self.ids) <= LONGEST_FOR_ALL_MAPS else []
+        return (
+            "tok_embeddings", *layers, f"{self.prefix}.*", *maps, "norm", "last_logits",
+        )  # fmt: skip
+
+    @cached_property
+    def _run(self) -> tuple[Tensor, Trace, KVCache]:
+        room = min(len(self.ids) + MORE_TOKENS, self.config.max_seq_len)
+        cache = self.model.new_cache(1, room)
+        logits, trace = run_with_trace(self.model, self.ids, watch=self.watched, cache=cache)
+        if (place := first_non_finite(trace)) is not None:
+            raise self._damage(place)
+        return logits.cpu(), trace, cache
+
+    def _damage(self, place: str) -> DamagedWeightsError:
+        """Look closer at the layer where it shows first, which may not have been watched whole."""
+        closer = [f"{place}.*", place] if place.count(".") == 1 else [place]
+        _, trace = run_with_trace(self.model, self.ids, watch=closer)
+        place = first_non_finite(trace) or place
+        bad = trace[place]
+        count = int((~bad.isfinite()).sum())
+        return DamagedWeightsError(
+            place,
+            f"{place}: {count:,} of {bad.numel():,} numbers are NaN or infinite, here first; the "
+            f"weights are damaged or overflow: see 'glassllama validate {self.name}'",
+        )
+
+    @property
+    def logits(self) -> Tensor:
+        """(1, T, V), of the watched run."""
+        return self._run[0]
+
+    @property
+    def trace(self) -> Trace:
+        return self._run[1]
+
+    @cached_property
+    def plain_logits(self) -> Tensor:
+        """(1, T, V), of a run that nobody watches: fused attention in every layer."""
+        with torch.no_grad():
+            logits: Tensor = self.model(self._ids).cpu()
+        return logits
+
+    @property
+    def _ids(self) -> Tensor:
+        return torch.tensor([self.ids], device=self.model.tok_embeddings.weight.device)
+
+    @property
+    def residual_before(self) -> Tensor:
+        """What enters the chosen layer: (1, T, C)."""
+        before = "tok_embeddings" if self.layer == 0 else f"layers.{self.layer - 1}"
+        return self.trace[before]
+
+    @cached_property
+    def angles(self) -> Tensor:
+        """(1, T, D/2) radians of every position."""
+        return rope_angles(torch.arange(len(self.ids))[None], self.model.frequencies)
+
+    @cached_property
+    def turn(self) -> Rotation:
+        return rotation(self.angles)
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor of the checkpoint, read from the file and not taken from the model."""
+        dtype = self.model.tok_embeddings.weight.dtype
+        tensor = as_tensor(self.checkpoint, f"{name}.weight", dtype, torch.device("cpu"))
+        self.checkpoint.drop(f"{name}.weight")
+        return tensor
+
+    def layer_weight(self, layer: int, name: str) -> Tensor:
+        return self.weight(f"layers.{layer}.{name}")
+
+    @cached_property
+    def by_hand(self) -> LayerByHand:
+        """The chosen layer, unrolled."""
+        weight = partial(self.layer_weight, self.layer)
+        return layer_by_hand(weight, self.residual_before, self.turn, self.config)
+
+    @property
+    def shown(self) -> range:
+        """Positions that tables list: the last ones of a long prompt."""
+        return range(max(len(self.ids) - SHOWN_TOKENS, 0), len(self.ids))
+
+    def command(self, options: str) -> str:
+        """This walk again, with other options."""
+        prompt = shlex.quote(self.prompt or "")
+        prompt = prompt if 0 < len(prompt) <= LONGEST_QUOTED else "PROMPT"
+        model = "" if self.name == DEFAULT_MODEL else f" -m {shlex.quote(self.name)}"
+        return f"glassllama walkthrough {prompt}{model} {options}"
+
+    def check(self, place: str, ours: Tensor) -> Check:
+        """Our numbers against the running model's at a place, or StepMismatchError."""
+        return compare(place, ours, self.trace[place])
+
+    def checks(self, *fields: str) -> tuple[Check, ...]:
+        """Fields of the layer by hand against the running model's places."""
+        return tuple(
+            self.check(f"{self.prefix}.{PLACES[field]}", getattr(self.by_hand, field))
+            for field in fields
+        )
+
+
+def start_walk(
+    checkpoint: Checkpoint,
+    model: Llama,
+    prompt: str | Sequence[int],
+    *,
+    name: str | None = None,
+    layer: int = 0,
+    head: int = 0,
+) -> Walk:
+    """A walk of a prompt (text or ids) through a loaded model.
+
+    Raises GlassError: no prompt, too long for the context, an id, layer or head that is not there;
+    TokenizerError where a text is to be read and the checkpoint has no vocabulary.
+    """
+    c = checkpoint.config
+    require_inside("--layer", layer, c.n_layers)
+    require_inside("--head", head, c.n_heads)
+    tokenizer: Tokenizer | None = None
+    if isinstance(prompt, str):
+        tokenizer = checkpoint.tokenizer
+        ids = tokenizer.encode(prompt, bos=True) if prompt else []
+    else:
+        ids = [int(id) for id in prompt]
+        with suppress(TokenizerError):  # ids can be walked without a vocabulary
+            tokenizer = checkpoint.tokenizer
+    if not ids:
+        raise GenerationError("the prompt is empty: expected at least one token to walk with")
+    if len(ids) >= c.max_seq_len:
+        raise GenerationError(
+            f"the prompt has {len(ids)} tokens and the context holds {c.max_seq_len}, with room "
+            "for one more: shorten the prompt"
+        )
+    if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+        raise GenerationError(f"the prompt has ids outside the vocabulary 0 … {c.vocab_size - 1}")
+    return Walk(
+        checkpoint=checkpoint,
+        model=model,
+        name=name or str(checkpoint.path),
+        prompt=prompt if isinstance(prompt, str) else None,
+        ids=tuple(ids),
+        tokenizer=tokenizer,
+        layer=layer,
+        head=head,
+    )
+
+
+def require_inside(option: str, value: int, count: int) -> None:
+    if not 0 <= value < count:
+        raise GlassError(f"{option} {value} is out of range: this model has 0 … {count - 1}")
+
+
+def shape(tensor: Tensor) -> str:
+    return "(" + ", ".join(map(str, tensor.shape)) + ")"
