@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassllama.base.errors import GenerationError
+from glassllama.base.errors import GenerationError, GlassError
 from glassllama.engine.executor import CHUNK, Engine
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
@@ -145,6 +145,17 @@ def test_more_threads_than_processors_is_said(quantised: Checkpoint) -> None:
     many = pack(quantised, threads=10_000)
     assert any("10000 threads asked for" in line for line in many.describe())
     assert many.threads < 10_000
+
+
+def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = logits(pack(quantised), IDS)
+    monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
+    plain = logits(pack(quantised), IDS)
+    assert np.abs(plain - best).max() <= 0.3  # the same arithmetic, but roundings may tip a code
+    assert np.sqrt(np.mean((plain - best) ** 2)) <= 0.02 * best.std()
+    monkeypatch.setenv("GLASSLLAMA_TIER", "quantum")
+    with pytest.raises(GlassError, match="quantum: this processor can run .*plain"):
+        pack(quantised)
 
 
 def test_nan_in_the_weights_comes_out(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from glassllama.engine.compiled import compiled
+from glassllama.engine.compiled import entry
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import (
     KINDS,
@@ -19,9 +19,19 @@ from glassllama.engine.layout import (
     read_rows,
     to_q8_0,
 )
-from glassllama.engine.rows import encode, exponential
-from glassllama.engine.tiers import kernel_address
+from glassllama.engine.rows import encode as encode_native
+from glassllama.engine.rows import exponential
+from glassllama.engine.tiers import TIERS, features, kernel_address
 
+RUNNABLE = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not needed <= features(), reason=f"kernels of tier {name}: this processor lacks them"
+        ),
+    )
+    for name, needed in TIERS.items()
+]
 ODD_SHAPES = [(1, 32), (37, 96), (16, 256), (50, 32 * 7)]
 
 
@@ -44,15 +54,22 @@ def packed(kind: str, raw: NDArray, columns: int) -> Matrix:
     return matrix
 
 
-@compiled
+@entry
 def call(address, arguments):  # type: ignore[no-untyped-def]
     call_kernel(address, arguments)
 
 
-def multiply(matrix: Matrix, inputs: NDArray, factors: NDArray, first: int, last: int) -> NDArray:
+@entry
+def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
+    encode_native(x, first, last, codes, factors)
+
+
+def multiply(
+    matrix: Matrix, tier: str, inputs: NDArray, factors: NDArray, first: int, last: int
+) -> NDArray:
     out = np.full((len(inputs), matrix.padded_rows), np.nan, np.float32)
     call(
-        kernel_address(matrix.kind.name),
+        kernel_address(matrix.kind.name, tier),
         (
             matrix.values.ctypes.data, matrix.scales.ctypes.data,
             matrix.kind.blocks(matrix.columns), inputs.ctypes.data, inputs.strides[0],
@@ -76,7 +93,11 @@ def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: in
 @pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
-def test_kernels_against_float64(kind: str, rows: int, columns: int, tokens: int) -> None:
+@pytest.mark.parametrize("tier", RUNNABLE)
+def test_kernels_against_float64(
+    kind: str, rows: int, columns: int, tokens: int, tier: str
+) -> None:
+    """Every tier within float32 rounding of the exact sum, and so of its plain twin."""
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
     x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
@@ -88,12 +109,12 @@ def test_kernels_against_float64(kind: str, rows: int, columns: int, tokens: int
     seen = codes * np.repeat(factors[..., 0], 32, 1) if matrix.kind.integer_inputs else x
     exact = seen.astype(np.float64) @ numbers.T.astype(np.float64)
     size = np.abs(seen).astype(np.float64) @ np.abs(numbers.T).astype(np.float64)
-    out = multiply(matrix, inputs, factors, 0, matrix.groups)
+    out = multiply(matrix, tier, inputs, factors, 0, matrix.groups)
     assert (np.abs(out[:, :rows] - exact) <= 1e-6 * size + 1e-9).all()
     assert (out[:, rows:] == 0).all()  # padding adds nothing
-    alone = multiply(matrix, inputs[-1:], factors[-1:], 0, matrix.groups)
+    alone = multiply(matrix, tier, inputs[-1:], factors[-1:], 0, matrix.groups)
     assert (alone == out[-1:]).all()  # to the bit
-    last_group = multiply(matrix, inputs, factors, matrix.groups - 1, matrix.groups)
+    last_group = multiply(matrix, tier, inputs, factors, matrix.groups - 1, matrix.groups)
     assert np.isnan(last_group[:, : matrix.padded_rows - 16]).all()  # touches its groups only
 
 
@@ -128,7 +149,7 @@ def test_to_q8_0_is_as_good_as_the_gguf_package() -> None:
     assert np.abs(ours - numbers).max() <= np.abs(theirs - numbers).max() * 1.05
 
 
-@compiled
+@entry
 def exponentials(x, out):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         out[i] = exponential(x[i])

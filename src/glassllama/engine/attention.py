@@ -23,7 +23,7 @@ PAGE = 64  # tokens
 
 
 @compiled
-def rotate(head: Any, cos: Any, sin: Any, pairs: bool) -> None:
+def rotate(head: Any, cos: Any, sin: Any, pairs: int) -> None:
     """Turn a head's D/2 pairs of coordinates in place: neighbours, or first half with second."""
     half = len(cos)
     for i in range(half):
@@ -34,7 +34,7 @@ def rotate(head: Any, cos: Any, sin: Any, pairs: bool) -> None:
 
 
 @compiled
-def place(head: Any, cos: Any, sin: Any, pairs: bool, unit: bool, eps: float) -> None:
+def place(head: Any, cos: Any, sin: Any, pairs: int, unit: int, eps: float) -> None:
     """Give a query or key its position; `unit` adds the weightless norm of Llama 4-style models."""
     rotate(head, cos, sin, pairs)
     if unit:
@@ -44,7 +44,7 @@ def place(head: Any, cos: Any, sin: Any, pairs: bool, unit: bool, eps: float) ->
 
 
 @compiled
-def store(key: Any, value: Any, keys: int, values: int, slot: int, wide: bool) -> None:
+def store(key: Any, value: Any, keys: int, values: int, slot: int, wide: int) -> None:
     """Write one token's key and value (D,) into its slot of a page."""
     width = len(key)
     if wide:
@@ -60,7 +60,7 @@ def store(key: Any, value: Any, keys: int, values: int, slot: int, wide: bool) -
 
 
 @compiled
-def score(query: Any, keys: int, wide: bool, scores: Any) -> None:
+def score(query: Any, keys: int, wide: int, scores: Any) -> None:
     """Dot products of a query with all keys of a page; those of empty slots mean nothing."""
     width = len(query)
     for s in range(PAGE):
@@ -78,9 +78,8 @@ def score(query: Any, keys: int, wide: bool, scores: Any) -> None:
 
 
 @compiled
-def mix(weights: Any, count: int, values: int, wide: bool, out: Any) -> None:
+def mix(weights: Any, count: int, values: int, wide: int, width: int, out: Any) -> None:
     """Add the first `count` values of a page, each times its weight, to `out` (D,)."""
-    width = len(out)
     if wide:
         v = floats(values, (PAGE, width))
         for s in range(count):
@@ -118,7 +117,7 @@ def weigh(scores: Any, count: int, scale: float, top: float) -> None:
 
 @compiled
 def attend(
-    query: Any, pages: Any, first: int, last: int, keys: int, values: int, wide: bool,
+    query: Any, pages: Any, first: int, last: int, keys: int, values: int, wide: int,
     scores: Any, part: Any,
 ) -> None:  # fmt: skip
     """One query head over tokens first … last-1 of its row (first: the start of a page) -> `part`.
@@ -130,7 +129,8 @@ def attend(
     """
     width = len(query)
     scale = F32(1) / np.sqrt(F32(width))
-    part[:] = F32(0)
+    for i in range(width):
+        part[i] = F32(0)
     running, weight = F32(-np.inf), F32(0)
     for page in range(first // PAGE, (last + PAGE - 1) // PAGE):
         count = min(PAGE, last - page * PAGE)
@@ -141,15 +141,14 @@ def attend(
         for i in range(width):
             part[i] *= shrink
         weight = weight * shrink + total(scores, count)
-        mix(scores, count, pages[page] + values, wide, part[:width])
+        mix(scores, count, pages[page] + values, wide, width, part)
         running = top
     part[width], part[width + 1] = running, weight
 
 
 @compiled
-def merge(whole: Any, part: Any) -> None:
+def merge(whole: Any, part: Any, width: int) -> None:
     """Two `attend` results over different tokens become that over both, in `whole`."""
-    width = len(whole) - 2
     top = max(whole[width], part[width])
     mine, theirs = exponential(whole[width] - top), exponential(part[width] - top)
     for i in range(width):

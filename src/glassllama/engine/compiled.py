@@ -69,19 +69,28 @@ def keep_in_cache(build: Callable[[bool], Any]) -> Any:
         settings.CACHE_DIR = before
 
 
-def native(function: F, fastmath: set[str]) -> F:
-    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+def native(function: F, fastmath: set[str], **more: bool) -> F:
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath, **more}
     return cast(F, keep_in_cache(lambda keep: njit(cache=keep, **options)(function)))
 
 
-def compiled(function: F) -> F:
-    """Machine code at the first call, in the arithmetic that is written."""
+def entry(function: F) -> F:
+    """Machine code that Python calls too."""
     return native(function, STRICT)
 
 
+# Python does not call these: the way in and out of each one would double its time to compile.
+INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def compiled(function: F) -> F:
+    """Machine code for other compiled functions, in the arithmetic that is written."""
+    return native(function, STRICT, **INSIDE)
+
+
 def loosely(function: F) -> F:
-    """Machine code at the first call; sums may be taken in any order, so that they vectorise."""
-    return native(function, LOOSE)
+    """The same, but sums may be taken in any order, so that they vectorise."""
+    return native(function, LOOSE, **INSIDE)
 
 
 def inlined(function: F) -> F:

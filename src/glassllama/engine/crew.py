@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glassllama.base.machine import usable_cores
-from glassllama.engine.compiled import compiled
+from glassllama.engine.compiled import compiled, entry
 from glassllama.engine.intrinsics import (
     atomic_add,
     atomic_load,
@@ -42,6 +42,8 @@ COUNT_MASK = (1 << EPOCH_SHIFT) - 1
 
 SPINS = 2_000  # looks at a word before the processor is offered to others: about 50 µs
 PATIENCE = 4_000  # looks and offers before a thread without work goes to sleep: milliseconds
+
+SECONDS_TO_LEAVE = 0.2
 
 
 class Member(NamedTuple):
@@ -97,38 +99,36 @@ def complete(me: Any, phase: int, items: int) -> None:
             relax()
 
 
-@compiled
-def announce(board: Any, orders: Any, phases: int, first_phase: int) -> int:
+@entry
+def announce(board: int, orders: Any, phases: int, first_phase: int) -> Any:
     """Begin a new step on the board -> its epoch.
 
     The words first: from then on late threads take nothing, whatever they read of the orders.
     """
-    epoch = (board[EPOCH] + 1) & 0x7FFFFFFF
-    base = board.ctypes.data
+    epoch = (atomic_load(board + EPOCH * 8) + 1) & 0x7FFFFFFF
     for phase in range(phases):
-        atomic_store(base + (first_phase + phase * LINE) * 8, epoch << EPOCH_SHIFT)
-        atomic_store(base + (first_phase + phase * LINE + 1) * 8, epoch << EPOCH_SHIFT)
+        atomic_store(board + (first_phase + phase * LINE) * 8, epoch << EPOCH_SHIFT)
+        atomic_store(board + (first_phase + phase * LINE + 1) * 8, epoch << EPOCH_SHIFT)
     for n in range(len(orders)):
-        atomic_store(base + (ORDERS + n) * 8, orders[n])
-    atomic_swap(base + EPOCH * 8, epoch)
+        atomic_store(board + (ORDERS + n) * 8, orders[n])
+    atomic_swap(board + EPOCH * 8, epoch)
     return epoch
 
 
 @compiled
-def next_epoch(board: Any, thread: int, last: int) -> int:
+def next_epoch(board: int, thread: int, last: int) -> Any:
     """Wait for a step after `last` -> its epoch, or -1 where none came for a while: sleep then."""
-    base = board.ctypes.data
-    parked = base + (PARKED + thread * LINE) * 8
+    parked = board + (PARKED + thread * LINE) * 8
     for looks in range(PATIENCE):
-        epoch = atomic_load(base + EPOCH * 8)
+        epoch = atomic_load(board + EPOCH * 8)
         if epoch != last:
             return epoch
         if looks > SPINS:
-            call_system(board[YIELD])
+            call_system(atomic_load(board + YIELD * 8))
         else:
             relax()
     atomic_swap(parked, 1)
-    epoch = atomic_add(base + EPOCH * 8, 0)
+    epoch = atomic_add(board + EPOCH * 8, 0)
     if epoch != last and atomic_swap(parked, 0) == 1:
         return epoch  # it came just now, and nobody is about to wake this thread
     return -1
@@ -165,8 +165,8 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 class Crew:
     """The caller's thread and some more that stay: they wait for steps, then sleep if none come.
 
-    `serve(thread, threads, board, first_phase, last_epoch, *rest)` is the compiled function that
-    the others run; it returns the last epoch it has seen, when it may sleep.
+    `serve(thread, threads, board address, first_phase, last_epoch, *rest)` is the compiled function
+    that the others run; it returns the last epoch it has seen, when it may sleep.
     """
 
     def __init__(self, threads: int, phases: int) -> None:
@@ -177,25 +177,32 @@ class Crew:
         memory = np.zeros(words + LINE, np.int64)
         start = -memory.ctypes.data // 8 % LINE
         self.board = memory[start : start + words]
+        self.address = self.board.ctypes.data
         self.board[YIELD] = offer_address()
+        self._others: list[threading.Thread] = []
         self._beds = [threading.Lock() for _ in range(threads)]
-        self._started = False
 
-    def start(self, serve: Callable[..., int], *rest: Any) -> None:
-        """Begin to serve, on threads - 1 threads. `serve` must be compiled already."""
+    def start(self, serve: Callable[..., int], *rest: Any, keep: Any) -> None:
+        """Begin to serve, on threads - 1 threads. `serve` must be compiled already.
+
+        What `serve` reaches by address must live until the last thread has left it, which may be
+        after the engine is gone: the threads hold on to `keep`.
+        """
         for thread in range(1, self.threads):
             self._beds[thread].acquire()
-            arguments = (self._beds[thread], self.board, serve, thread, self.threads, rest)
-            threading.Thread(
-                target=serve_or_sleep, args=(*arguments, self.first_phase), daemon=True,
-                name=f"engine-{thread}",
-            ).start()  # fmt: skip
+            place = (thread, self.threads, self.address, self.first_phase)
+            member = threading.Thread(
+                target=serve_or_sleep, name=f"engine-{thread}", daemon=True,
+                args=(self._beds[thread], self.board, serve, place, rest, keep),
+            )  # fmt: skip
+            member.start()
+            self._others.append(member)
 
     def wake(self) -> None:
         """Get up those who sleep: a step has been announced."""
         for thread in range(1, self.threads):
             place = PARKED + thread * LINE
-            if self.board[place] and atomically_clear(self.board, place):
+            if self.board[place] and atomically_clear(self.address + place * 8):
                 self._beds[thread].release()
 
     def stop(self) -> None:
@@ -203,25 +210,27 @@ class Crew:
         self.board[STOP] = 1
         self.board[EPOCH] += 1
         self.wake()
+        for other in self._others:
+            if other is not threading.current_thread():  # the collector may run on any of them
+                other.join(SECONDS_TO_LEAVE)
 
 
-@compiled
-def atomically_clear(board: Any, place: int) -> bool:
-    return atomic_swap(board.ctypes.data + place * 8, 0) == 1  # type: ignore[no-any-return]
+@entry
+def atomically_clear(word: int) -> Any:
+    return atomic_swap(word, 0) == 1
 
 
 def serve_or_sleep(
     bed: threading.Lock,
     board: Any,
     serve: Callable[..., int],
-    thread: int,
-    threads: int,
-    rest: tuple[Any, ...],
-    first_phase: int,
+    place: tuple[int, ...],
+    rest: Any,
+    _keep: Any,
 ) -> None:
     """The life of a thread of the crew."""
     epoch = 0
     while not board[STOP]:
-        epoch = serve(thread, threads, board, first_phase, epoch, *rest)
+        epoch = serve(*place, epoch, *rest)
         if not board[STOP]:
             bed.acquire()

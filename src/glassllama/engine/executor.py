@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +13,11 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.base.errors import GenerationError
 from glassllama.engine import model
-from glassllama.engine.attention import PAGE
 from glassllama.engine.cache import PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
-from glassllama.engine.crew import STOP, Crew, announce, processors
-from glassllama.engine.layout import BLOCK, Matrix, read_rows
-from glassllama.engine.model import SPAN, Inputs, Plan, Shape, Work
-from glassllama.engine.tiers import kernel_address
+from glassllama.engine.crew import Crew, announce, processors
+from glassllama.engine.layout import Matrix, read_rows
+from glassllama.engine.room import Room
 
 CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
 NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
@@ -84,8 +81,11 @@ class Engine:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._frequencies = rope_frequencies(config)
-        self._plan = plan(config, weights)
-        self._work = work(config, weights, slots=max(CHUNK, self.threads), threads=self.threads)
+        spans = max(MOST_SHARED_SPANS, -(-config.max_seq_len // model.SPAN))
+        self._room = Room(
+            config, weights.matrices, weights.norms,
+            slots=CHUNK, threads=self.threads, parts=config.n_heads * spans,
+        )  # fmt: skip
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
         self._start()
         self.notes += compiler_notes
@@ -157,35 +157,39 @@ class Engine:
         targets = [token.wanted for token in tokens if token.wanted is not None]
         self._set_out(tokens)
         last = max(token.position for token in tokens)
-        shared = (cache.table.ctypes.data, cache.table.shape[1], last // SPAN + 1, int(cache.wide))
+        shared = (
+            cache.table.ctypes.data,
+            cache.table.shape[1],
+            last // model.SPAN + 1,
+            int(cache.wide),
+        )
         for layers in self._calls(len(tokens)):
             started = time.perf_counter()
             self._run(len(tokens), len(targets), *layers, *shared)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * len(tokens))
-        logits[targets] = self._work.logits[: len(targets)]
+        logits[targets] = self._room.tables["logits"][: len(targets)]
 
     def _set_out(self, tokens: list[Token]) -> None:
         """Write what a step is about into the room that the crew works in."""
-        w, count = self._work, len(tokens)
+        tables, count = self._room.tables, len(tokens)
         positions = np.array([token.position for token in tokens])
         angles = positions[:, None].astype(np.float32) * self._frequencies
         wanted = [n for n, token in enumerate(tokens) if token.wanted is not None]
         ids = np.array([token.id for token in tokens])
-        w.x[:count] = read_rows(self.weights.embeddings, ids)
-        w.rows[:count] = [token.row for token in tokens]
-        w.positions[:count] = positions
-        w.cos[:count], w.sin[:count] = np.cos(angles), np.sin(angles)
-        w.wanted[: len(wanted)] = wanted
+        tables["x"][:count] = read_rows(self.weights.embeddings, ids)
+        tables["rows"][:count] = [token.row for token in tokens]
+        tables["positions"][:count] = positions
+        tables["cos"][:count], tables["sin"][:count] = np.cos(angles), np.sin(angles)
+        tables["wanted"][: len(wanted)] = wanted
 
     def _run(self, *orders: int) -> None:
         """One native call, on all threads; `orders` are the fields of model.Step."""
         crew = self._crew
-        epoch = announce(crew.board, orders, crew.phases, crew.first_phase)
+        epoch = announce(crew.address, orders, crew.phases, crew.first_phase)
         crew.wake()
-        model.take_part(
-            0, crew.threads, crew.board, crew.first_phase, epoch, self._plan, self._work
-        )
+        place = (0, crew.threads, crew.address, crew.first_phase)
+        model.serve(*place, epoch, self._room.record)
 
     def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of layers, each about as long as a native call may take."""
@@ -198,69 +202,6 @@ class Engine:
     def _start(self) -> None:
         """Compile everything on this thread, then let the others in: one that waits for the
         compiler while another waits for it would wait for ever."""
-        crew, rest = self._crew, (self._plan, self._work)
         self._run(0, 0, 0, 0, 0, 0, 0, 0)
-        crew.board[STOP] = 1
-        model.serve(0, crew.threads, crew.board, crew.first_phase, 0, *rest)
-        crew.board[STOP] = 0
-        crew.start(model.serve, *rest)
-        weakref.finalize(self, crew.stop)
-
-
-def plan(config: LlamaConfig, weights: Weights) -> Plan:
-    """The table of matrices and kernels that the step works through."""
-    table = np.zeros((len(weights.matrices), model.FIELDS), np.int64)
-    for row, matrix in zip(table, weights.matrices, strict=True):
-        row[model.KERNEL] = kernel_address(matrix.kind.name)
-        row[model.VALUES] = matrix.values.ctypes.data
-        row[model.SCALES] = matrix.scales.ctypes.data
-        row[model.BLOCKS] = matrix.kind.blocks(matrix.columns)
-        row[model.GROUPS] = matrix.groups
-        row[model.INTEGERS] = matrix.kind.integer_inputs
-    shape = Shape(
-        layers=config.n_layers,
-        heads=config.n_heads,
-        kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        group_size=config.group_size,
-        pairs=config.rope_layout == "pairs",
-        qk_norm=config.qk_norm,
-        eps=config.norm_eps,
-    )
-    return Plan(shape, table, weights.norms)
-
-
-def work(config: LlamaConfig, weights: Weights, *, slots: int, threads: int) -> Work:
-    """Room for a step of at most `slots` tokens. What is never used never becomes real memory."""
-    mixed, half = config.n_heads * config.head_dim, config.head_dim // 2
-    wq, wk, wv, wo, gate, up, _down = weights.matrices[:7]
-    spans = config.n_heads * max(MOST_SHARED_SPANS, -(-config.max_seq_len // SPAN))
-
-    def room(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
-        return np.zeros(shape, dtype)
-
-    def inputs(width: int) -> Inputs:
-        width = -(-width // BLOCK) * BLOCK
-        codes = room(slots, width, dtype=np.int8)
-        return Inputs(room(slots, width), codes, room(slots, width // BLOCK, 2))
-
-    return Work(
-        x=room(slots, config.dim),
-        rows=room(slots, dtype=np.int64),
-        positions=room(slots, dtype=np.int64),
-        cos=room(slots, half),
-        sin=room(slots, half),
-        everyone=np.arange(slots),
-        wanted=room(slots, dtype=np.int64),
-        logits=room(slots, weights.matrices[-1].padded_rows),
-        inputs=inputs(max(config.dim, mixed)),
-        hidden_inputs=inputs(config.ffn_dim),
-        qkv=room(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows),
-        mixed=room(slots, mixed),
-        merged=room(slots, mixed),
-        added=room(slots, wo.padded_rows),
-        hidden=room(slots, gate.padded_rows + up.padded_rows),
-        scores=room(threads, PAGE),
-        part=room(threads, 2, config.head_dim + 2),
-        parts=room(spans, config.head_dim + 2),
-    )
+        self._crew.start(model.serve, self._room.record, keep=(self._room, self.weights))
+        weakref.finalize(self, self._crew.stop)

@@ -5,6 +5,9 @@ stand in one list; each knows its row and its position. Every part of a layer is
 the threads share out (crew.py): groups of sixteen rows of a matrix, tokens, or heads. No sum is
 ever split between threads, so the numbers depend neither on their number nor on the batch.
 
+All numbers lie in the room (room.py), and functions get at them by address: an array as an argument
+is seven words to Numba, and a step handed twenty of them took 20 seconds to compile.
+
 Shapes: N tokens of this step, C model width, H query heads, K kv heads, D head width, F ffn width.
 """
 
@@ -12,10 +15,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from glassllama.engine.attention import PAGE, attend, finish, merge, place, store
-from glassllama.engine.compiled import compiled
+from glassllama.engine.compiled import compiled, entry, inlined
 from glassllama.engine.crew import (
     ORDERS,
     STOP,
@@ -26,14 +27,32 @@ from glassllama.engine.crew import (
     next_epoch,
     take,
 )
-from glassllama.engine.intrinsics import atomic_load, call_kernel, integers64
+from glassllama.engine.intrinsics import (
+    atomic_load,
+    call_kernel,
+    floats,
+    integers8,
+    integers64,
+)
+from glassllama.engine.room import (
+    BLOCKS,
+    DOWN,
+    FIELDS,
+    GATE,
+    GROUPS,
+    INTEGERS,
+    KERNEL,
+    MATRICES,
+    SCALES,
+    UP,
+    VALUES,
+    WK,
+    WO,
+    WQ,
+    WV,
+)
 from glassllama.engine.rows import BLOCK, add, encode, gate, normalise
 
-# Matrices of a layer in the plan's table, and the columns of that table.
-WQ, WK, WV, WO, GATE, UP, DOWN = range(7)
-MATRICES = 7
-KERNEL, VALUES, SCALES, BLOCKS, GROUPS, INTEGERS = range(6)
-FIELDS = 6
 LANES = 16  # rows of a group
 PAIR = BLOCK // LANES  # groups that make a block of the next matrix's inputs
 
@@ -44,58 +63,6 @@ LOGITS_PHASES = 2
 
 SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
 FEW_GROUPS = 4  # no smaller piece of a matrix is worth a trip to the board
-
-
-class Shape(NamedTuple):
-    """A model's sizes, as compiled code wants them."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    group_size: int
-    pairs: bool
-    qk_norm: bool
-    eps: float
-
-
-class Plan(NamedTuple):
-    """What stays the same from step to step."""
-
-    shape: Shape
-    matrices: Any  # (7·layers + 1, FIELDS) int64: where each packed matrix is, and its kernel
-    norms: Any  # (2·layers + 1, C) float32
-
-
-class Inputs(NamedTuple):
-    """Rows that go into a matrix, as numbers and, where a matrix wants them, as int8."""
-
-    numbers: Any  # (slots, width) float32
-    codes: Any  # (slots, width) int8
-    factors: Any  # (slots, blocks, 2) float32
-
-
-class Work(NamedTuple):
-    """Room for the numbers of a step; N at most the number of slots."""
-
-    x: Any  # (N, C) float32, the residual stream: embeddings at first
-    rows: Any  # (N,) int64, of the batch
-    positions: Any  # (N,) int64
-    cos: Any  # (N, D/2) float32
-    sin: Any
-    everyone: Any  # (N,) int64: 0, 1, …
-    wanted: Any  # (N,) int64, tokens whose logits are wanted
-    logits: Any  # (N, padded V) float32
-    inputs: Inputs  # of the matrices that read C or H·D numbers
-    hidden_inputs: Inputs  # of `down`
-    qkv: Any  # (N, padded H·D + K·D + K·D) float32
-    mixed: Any  # (N, H·D) float32: what the heads saw
-    merged: Any  # the same, where spans were shared
-    added: Any  # (N, padded C) float32: what a layer adds to the residual stream
-    hidden: Any  # (N, 2 · padded F) float32: gates, then ups
-    scores: Any  # (threads, PAGE) float32
-    part: Any  # (threads, 2, D + 2) float32: see attention.attend
-    parts: Any  # (items, D + 2) float32: one for each span that is looked at
 
 
 class Step(NamedTuple):
@@ -111,80 +78,92 @@ class Step(NamedTuple):
     wide: int  # pages of float32 instead of bfloat16
 
 
+class Inputs(NamedTuple):
+    """Rows that go into a matrix, `width` numbers each: float32 and, where wanted, int8."""
+
+    numbers: int
+    codes: int
+    factors: int
+    width: int
+
+
+@compiled
+def inputs_of(room: Any) -> Any:
+    """Inputs of the matrices that read C or H·D numbers."""
+    return Inputs(room.numbers, room.codes, room.factors, room.width)
+
+
+@compiled
+def inputs_of_down(room: Any) -> Any:
+    return Inputs(room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_width)
+
+
+@compiled
+def row(address: int, t: int, width: int) -> Any:
+    """Row t of a float32 table."""
+    return floats(address + t * width * 4, width)
+
+
+@compiled
+def field(room: Any, matrix: int, name: int) -> Any:
+    """What the room's table says of a matrix."""
+    return integers64(room.matrices + (matrix * FIELDS + name) * 8, 1)[0]
+
+
 @compiled
 def multiply(
-    plan: Any, matrix: int, inputs: Any, slot: int, tokens: int, groups: Any, out: Any, column: int
+    room: Any, matrix: int, inputs: Any, slot: int, tokens: int, groups: Any, out: int, width: int
 ) -> None:
-    """Groups (first, last + 1) of a matrix times the inputs from `slot` on -> columns of `out`."""
-    m = plan.matrices[matrix]
-    if m[INTEGERS]:
-        address, stride = inputs.codes.ctypes.data, inputs.codes.strides[0]
-    else:
-        address, stride = inputs.numbers.ctypes.data, inputs.numbers.strides[0]
-    factors, factor_stride = inputs.factors.ctypes.data, inputs.factors.strides[0]
+    """Groups (first, last + 1) of a matrix times the inputs from `slot` on -> rows at `out`."""
+    w = inputs.width
+    address, stride = inputs.numbers + slot * w * 4, w * 4
+    if field(room, matrix, INTEGERS):
+        address, stride = inputs.codes + slot * w, w
+    factor_stride = w // BLOCK * 8
     arguments = (
-        m[VALUES], m[SCALES], m[BLOCKS], np.int64(address + slot * stride), np.int64(stride),
-        np.int64(factors + slot * factor_stride), np.int64(factor_stride),
-        np.int64(tokens), np.int64(out.ctypes.data + 4 * column), np.int64(out.strides[0]),
-        np.int64(groups[0]), np.int64(groups[1]),
+        field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
+        address, stride, inputs.factors + slot * factor_stride, factor_stride,
+        tokens, out, width * 4, groups[0], groups[1],
     )  # fmt: skip
-    call_kernel(m[KERNEL], arguments)
+    call_kernel(field(room, matrix, KERNEL), arguments)
 
 
 @compiled
-def multiply_in_turn(
-    plan: Any, first: int, count: int, inputs: Any, slot: int, tokens: int, groups: Any, out: Any
-) -> None:
-    """As `multiply`, for several matrices whose outputs lie side by side: groups count through."""
-    before = 0
-    for matrix in range(first, first + count):
-        size = plan.matrices[matrix, GROUPS]
-        low, high = max(groups[0] - before, 0), min(groups[1] - before, size)
-        if low < high:
-            multiply(plan, matrix, inputs, slot, tokens, (low, high), out, before * LANES)
-        before += size
+def encode_blocks(inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
+    """Columns first … last-1 of a row become int8 inputs."""
+    codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
+    blocks = inputs.width // BLOCK
+    factors = floats(inputs.factors + slot * blocks * 8, (blocks, 2))
+    encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
 
 
 @compiled
-def want_integers(plan: Any, first: int, count: int) -> Any:
-    """Whether one of some matrices reads int8."""
-    return plan.matrices[first : first + count, INTEGERS].max() > 0
-
-
-@compiled
-def encode_row(inputs: Any, slot: int, numbers: Any, first: int, last: int, integers: Any) -> None:
-    """Columns first … last-1 of a row become inputs: as numbers, and as int8 if wanted."""
-    for i in range(first, last):
-        inputs.numbers[slot, i] = numbers[i]
-    if integers:
-        encode(numbers, first // BLOCK, last // BLOCK, inputs.codes[slot], inputs.factors[slot])
-
-
-@compiled
-def norm_row(plan: Any, norm: int, x: Any, integers: Any, inputs: Any, slot: int) -> None:
+def norm_row(room: Any, norm: int, t: int, integers: int, slot: int) -> None:
     """RMSNorm of one row of the residual stream becomes inputs."""
-    numbers = inputs.numbers[slot, : len(x)]
-    normalise(x, plan.norms[norm], plan.shape.eps, numbers)
+    inputs = inputs_of(room)
+    numbers = row(inputs.numbers, slot, inputs.width)
+    normalise(row(room.x, t, room.dim), row(room.norms, norm, room.dim), room.eps, numbers)
     if integers:
-        encode(numbers, 0, len(x) // BLOCK, inputs.codes[slot], inputs.factors[slot])
+        encode_blocks(inputs, slot, numbers, 0, room.dim)
 
 
 @compiled
 def prepare_norms(
-    me: Any, phase: int, plan: Any, norm: int, integers: Any, work: Any, tokens: Any
+    me: Any, phase: int, room: Any, norm: int, integers: int, tokens: int, count: int
 ) -> Any:
-    """RMSNorm at some tokens -> slot of the first one's inputs.
+    """RMSNorm at `count` tokens, whose numbers are at `tokens` -> slot of the first one's inputs.
 
-    A single token's inputs are made by every thread for itself: cheaper than to wait for one.
+    A single token's inputs are made by every thread for itself: cheaper than to wait for one. In
+    a slot of its own, for a late thread may still be at it when the next step has begun.
     """
-    count = len(tokens)
+    which = integers64(tokens, count)
     if count == 1:
-        norm_row(plan, norm, work.x[tokens[0]], integers, work.inputs, me.thread)
-        return me.thread
+        norm_row(room, norm, which[0], integers, room.slots + me.thread)
+        return room.slots + me.thread
     first, last = take(me, phase, count, 1)
     while first < last:
         for t in range(first, last):
-            norm_row(plan, norm, work.x[tokens[t]], integers, work.inputs, t)
+            norm_row(room, norm, which[t], integers, t)
         done(me, phase, last - first)
         first, last = take(me, phase, count, 1)
     complete(me, phase, count)
@@ -192,58 +171,73 @@ def prepare_norms(
 
 
 @compiled
-def project(me: Any, phase: int, plan: Any, layer: int, slot: int, work: Any, step: Any) -> None:
-    """Queries, keys and values of all tokens."""
-    m = layer * MATRICES + WQ
-    groups = plan.matrices[m : m + 3, GROUPS].sum()
+def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -> None:
+    """Queries, keys and values of all tokens: three matrices whose groups count through."""
+    m = layer * MATRICES
+    wk = field(room, m + WQ, GROUPS)
+    wv = wk + field(room, m + WK, GROUPS)
+    groups = wv + field(room, m + WV, GROUPS)
+    starts = (0, wk, wv, groups)
     first, last = take(me, phase, groups, FEW_GROUPS)
     while first < last:
-        multiply_in_turn(plan, m, 3, work.inputs, slot, step.tokens, (first, last), work.qkv)
+        for n in range(3):
+            low, high = max(first, starts[n]), min(last, starts[n + 1])
+            if low < high:
+                some = (low - starts[n], high - starts[n])
+                out = room.qkv + starts[n] * LANES * 4
+                width = room.qkv_width
+                multiply(room, m + n, inputs_of(room), slot, step.tokens, some, out, width)
         done(me, phase, last - first)
         first, last = take(me, phase, groups, FEW_GROUPS)
     complete(me, phase, groups)
 
 
 @compiled
-def page_offsets(shape: Any, layer: int, kv_head: int, wide: int) -> Any:
+def page_offsets(room: Any, layer: int, kv_head: int, wide: int) -> Any:
     """Bytes from a page's start to the keys and to the values of one layer and kv head."""
-    head_bytes = shape.head_dim * PAGE * (4 if wide else 2)
-    keys = (layer * shape.kv_heads + kv_head) * head_bytes
-    return keys, keys + shape.layers * shape.kv_heads * head_bytes
+    head_bytes = room.head_dim * PAGE * (4 if wide else 2)
+    keys = (layer * room.kv_heads + kv_head) * head_bytes
+    return keys, keys + room.layers * room.kv_heads * head_bytes
 
 
 @compiled
-def row_pages(work: Any, step: Any, t: int) -> Any:
+def row_pages(room: Any, step: Any, t: int) -> Any:
     """Addresses of the pages of a token's row."""
-    return integers64(step.table + work.rows[t] * step.pages * 8, step.pages)
+    batch_row = integers64(room.rows, step.tokens)[t]
+    return integers64(step.table + batch_row * step.pages * 8, step.pages)
 
 
 @compiled
-def place_token(plan: Any, layer: int, work: Any, step: Any, t: int) -> None:
+def position_of(room: Any, t: int) -> Any:
+    return integers64(room.positions + t * 8, 1)[0]
+
+
+@compiled
+def place_token(room: Any, layer: int, step: Any, t: int) -> None:
     """Turn a token's queries and keys by its position; keys and values go into the cache."""
-    s, m = plan.shape, layer * MATRICES
-    start_k = plan.matrices[m + WQ, GROUPS] * LANES
-    start_v = start_k + plan.matrices[m + WK, GROUPS] * LANES
-    for head in range(s.heads):
-        query = work.qkv[t, head * s.head_dim : (head + 1) * s.head_dim]
-        place(query, work.cos[t], work.sin[t], s.pairs, s.qk_norm, s.eps)
-    position = work.positions[t]
-    page = row_pages(work, step, t)[position // PAGE]
-    for head in range(s.kv_heads):
-        key = work.qkv[t, start_k + head * s.head_dim : start_k + (head + 1) * s.head_dim]
-        value = work.qkv[t, start_v + head * s.head_dim : start_v + (head + 1) * s.head_dim]
-        place(key, work.cos[t], work.sin[t], s.pairs, s.qk_norm, s.eps)
-        keys, values = page_offsets(s, layer, head, step.wide)
-        store(key, value, page + keys, page + values, position % PAGE, step.wide != 0)
+    width, pairs, unit, m = room.head_dim, room.pairs, room.qk_norm, layer * MATRICES
+    cos, sin = row(room.cos, t, width // 2), row(room.sin, t, width // 2)
+    queries = room.qkv + t * room.qkv_width * 4
+    for head in range(room.heads):
+        place(row(queries, head, width), cos, sin, pairs, unit, room.eps)
+    position = position_of(room, t)
+    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
+    first_key = queries + field(room, m + WQ, GROUPS) * LANES * 4
+    first_value = first_key + field(room, m + WK, GROUPS) * LANES * 4
+    for head in range(room.kv_heads):
+        key, value = row(first_key, head, width), row(first_value, head, width)
+        place(key, cos, sin, pairs, unit, room.eps)
+        keys, values = page_offsets(room, layer, head, step.wide)
+        store(key, value, page + keys, page + values, slot, step.wide)
 
 
 @compiled
-def place_all(me: Any, phase: int, plan: Any, layer: int, work: Any, step: Any) -> None:
+def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     """`place_token` for all tokens."""
     first, last = take(me, phase, step.tokens, 1)
     while first < last:
         for t in range(first, last):
-            place_token(plan, layer, work, step, t)
+            place_token(room, layer, step, t)
         done(me, phase, last - first)
         first, last = take(me, phase, step.tokens, 1)
     complete(me, phase, step.tokens)
@@ -251,81 +245,95 @@ def place_all(me: Any, phase: int, plan: Any, layer: int, work: Any, step: Any) 
 
 @compiled
 def look(
-    me: Any, plan: Any, layer: int, work: Any, step: Any, t: int, head: int, span: int, part: Any
+    me: Any, room: Any, layer: int, step: Any, t: int, head: int, span: int, part: Any
 ) -> None:
     """A query head looks at one span of its row."""
-    s = plan.shape
-    keys, values = page_offsets(s, layer, head // s.group_size, step.wide)
-    query = work.qkv[t, head * s.head_dim : (head + 1) * s.head_dim]
-    last = min((span + 1) * SPAN, work.positions[t] + 1)
-    pages, scores = row_pages(work, step, t), work.scores[me.thread]
-    attend(query, pages, span * SPAN, last, keys, values, step.wide != 0, scores, part)
+    keys, values = page_offsets(room, layer, head // room.group_size, step.wide)
+    query = row(room.qkv + t * room.qkv_width * 4, head, room.head_dim)
+    last = min((span + 1) * SPAN, position_of(room, t) + 1)
+    scores, pages = row(room.scores, me.thread, PAGE), row_pages(room, step, t)
+    attend(query, pages, span * SPAN, last, keys, values, step.wide, scores, part)
 
 
 @compiled
-def look_at_all(me: Any, plan: Any, layer: int, work: Any, step: Any, t: int, head: int) -> None:
+def look_at_all(me: Any, room: Any, layer: int, step: Any, t: int, head: int) -> None:
     """A query head looks at its row, span after span -> `mixed`."""
-    s = plan.shape
-    whole, part = work.part[me.thread, 0], work.part[me.thread, 1]
-    look(me, plan, layer, work, step, t, head, 0, whole)
-    for span in range(1, work.positions[t] // SPAN + 1):
-        look(me, plan, layer, work, step, t, head, span, part)
-        merge(whole, part)
-    finish(whole, work.mixed[t, head * s.head_dim : (head + 1) * s.head_dim])
+    width = room.head_dim
+    whole = row(room.part, 2 * me.thread, width + 2)
+    part = row(room.part, 2 * me.thread + 1, width + 2)
+    look(me, room, layer, step, t, head, 0, whole)
+    for span in range(1, position_of(room, t) // SPAN + 1):
+        look(me, room, layer, step, t, head, span, part)
+        merge(whole, part, width)
+    finish(whole, row(room.mixed + t * room.heads * width * 4, head, width))
 
 
 @compiled
-def spans_shared(plan: Any, work: Any, step: Any) -> Any:
+def spans_shared(room: Any, step: Any) -> Any:
     """Whether there are few enough spans to keep each one's result: then threads share them."""
-    return step.spans > 1 and step.tokens * plan.shape.heads * step.spans <= len(work.parts)
+    return step.spans > 1 and step.tokens * room.heads * step.spans <= room.parts_room
 
 
 @compiled
-def attend_heads(me: Any, phase: int, plan: Any, layer: int, work: Any, step: Any) -> None:
+def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     """Every query head of every token looks at its row's keys up to its own position."""
-    heads = plan.shape.heads
-    spans = step.spans if spans_shared(plan, work, step) else 1
+    heads = room.heads
+    spans = step.spans if spans_shared(room, step) else 1
     items = step.tokens * heads * spans
     first, last = take(me, phase, items, 1)
     while first < last:
         for item in range(first, last):
             t, head, span = item // (heads * spans), item // spans % heads, item % spans
             if spans == 1:
-                look_at_all(me, plan, layer, work, step, t, head)
-            elif span * SPAN <= work.positions[t]:
-                look(me, plan, layer, work, step, t, head, span, work.parts[item])
+                look_at_all(me, room, layer, step, t, head)
+            elif span * SPAN <= position_of(room, t):
+                part = row(room.parts, item, room.head_dim + 2)
+                look(me, room, layer, step, t, head, span, part)
         done(me, phase, last - first)
         first, last = take(me, phase, items, 1)
     complete(me, phase, items)
 
 
 @compiled
-def merge_token(me: Any, plan: Any, work: Any, step: Any, t: int, integers: Any, slot: int) -> None:
-    """What a token's heads saw becomes inputs; results of shared spans are merged before."""
-    s = plan.shape
-    width, seen = s.heads * s.head_dim, work.mixed[t]
-    if spans_shared(plan, work, step):
-        seen, whole = work.merged[slot], work.part[me.thread, 0]
-        spans = min(work.positions[t] // SPAN + 1, step.spans)
-        for head in range(s.heads):
-            first = (t * s.heads + head) * step.spans
-            whole[:] = work.parts[first]
-            for span in range(1, spans):
-                merge(whole, work.parts[first + span])
-            finish(whole, seen[head * s.head_dim : (head + 1) * s.head_dim])
-    encode_row(work.inputs, slot, seen, 0, width, integers)
+def merge_spans(me: Any, room: Any, step: Any, t: int, out: int) -> None:
+    """The shared spans of a token's heads become what the heads saw, at `out`."""
+    width = room.head_dim
+    spans = min(position_of(room, t) // SPAN + 1, step.spans)
+    whole = row(room.part, 2 * me.thread, width + 2)
+    for head in range(room.heads):
+        first = (t * room.heads + head) * step.spans
+        part = row(room.parts, first, width + 2)
+        for i in range(width + 2):
+            whole[i] = part[i]
+        for span in range(1, spans):
+            merge(whole, row(room.parts, first + span, width + 2), width)
+        finish(whole, row(out, head, width))
 
 
 @compiled
-def prepare_mixed(me: Any, phase: int, plan: Any, integers: Any, work: Any, step: Any) -> Any:
+def merge_token(me: Any, room: Any, step: Any, t: int, integers: int, slot: int) -> None:
+    """What a token's heads saw becomes inputs."""
+    inputs, width = inputs_of(room), room.heads * room.head_dim
+    numbers, seen = row(inputs.numbers, slot, inputs.width), row(room.mixed, t, width)
+    if spans_shared(room, step):
+        merge_spans(me, room, step, t, inputs.numbers + slot * inputs.width * 4)
+    else:
+        for i in range(width):
+            numbers[i] = seen[i]
+    if integers:
+        encode_blocks(inputs, slot, numbers, 0, width)
+
+
+@compiled
+def prepare_mixed(me: Any, phase: int, room: Any, integers: int, step: Any) -> Any:
     """What the heads saw becomes inputs -> slot of the first token's: see `prepare_norms`."""
     if step.tokens == 1:
-        merge_token(me, plan, work, step, 0, integers, me.thread)
-        return me.thread
+        merge_token(me, room, step, 0, integers, room.slots + me.thread)
+        return room.slots + me.thread
     first, last = take(me, phase, step.tokens, 1)
     while first < last:
         for t in range(first, last):
-            merge_token(me, plan, work, step, t, integers, t)
+            merge_token(me, room, step, t, integers, t)
         done(me, phase, last - first)
         first, last = take(me, phase, step.tokens, 1)
     complete(me, phase, step.tokens)
@@ -334,129 +342,132 @@ def prepare_mixed(me: Any, phase: int, plan: Any, integers: Any, work: Any, step
 
 @compiled
 def add_product(
-    me: Any, phase: int, plan: Any, matrix: int, inputs: Any, slot: int, work: Any, step: Any
+    me: Any, phase: int, room: Any, matrix: int, inputs: Any, slot: int, step: Any
 ) -> None:
     """x += matrix · inputs, at all tokens."""
-    groups, width = plan.matrices[matrix, GROUPS], work.x.shape[1]
+    groups, width = field(room, matrix, GROUPS), room.added_width
     first, last = take(me, phase, groups, FEW_GROUPS)
     while first < last:
-        multiply(plan, matrix, inputs, slot, step.tokens, (first, last), work.added, 0)
-        low, high = first * LANES, min(last * LANES, width)
+        multiply(room, matrix, inputs, slot, step.tokens, (first, last), room.added, width)
+        start, count = first * LANES * 4, min(last * LANES, room.dim) - first * LANES
         for t in range(step.tokens):
-            add(work.x[t, low:high], work.added[t, low:high])
+            x = floats(room.x + t * room.dim * 4 + start, count)
+            add(x, floats(room.added + t * width * 4 + start, count))
         done(me, phase, last - first)
         first, last = take(me, phase, groups, FEW_GROUPS)
     complete(me, phase, groups)
 
 
 @compiled
-def gate_groups(
-    plan: Any, layer: int, slot: int, work: Any, step: Any, groups: Any, width: int, integers: Any
-) -> None:
+def gate_groups(room: Any, layer: int, slot: int, step: Any, groups: Any) -> None:
     """Some groups of gate and up, SwiGLU between them, and what comes out made inputs of `down`."""
-    m = layer * MATRICES
-    ups = plan.matrices[m + GATE, GROUPS] * LANES
-    multiply(plan, m + GATE, work.inputs, slot, step.tokens, groups, work.hidden, 0)
-    multiply(plan, m + UP, work.inputs, slot, step.tokens, groups, work.hidden, ups)
-    first, last = groups[0] * LANES, min(groups[1] * LANES, width)
+    m, inputs, down = layer * MATRICES, inputs_of(room), inputs_of_down(room)
+    ups, width = room.hidden + room.hidden_columns * 4, 2 * room.hidden_columns
+    multiply(room, m + GATE, inputs, slot, step.tokens, groups, room.hidden, width)
+    multiply(room, m + UP, inputs, slot, step.tokens, groups, ups, width)
+    first, last = groups[0] * LANES, min(groups[1] * LANES, room.ffn_dim)
     for t in range(step.tokens):
-        hidden = work.hidden[t]
-        gate(hidden[first:last], hidden[ups + first : ups + last])
-        encode_row(work.hidden_inputs, t, hidden, first, last, integers)
+        numbers = row(down.numbers, t, down.width)
+        gate(row(room.hidden, t, width), row(ups, t, width), first, last, numbers)
+        if field(room, m + DOWN, INTEGERS):
+            encode_blocks(down, t, numbers, first, last)
 
 
 @compiled
-def gate_all(me: Any, phase: int, plan: Any, layer: int, slot: int, work: Any, step: Any) -> None:
+def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -> None:
     """`gate_groups` for all groups, two at a time: a block of 32 inputs of `down`."""
-    m = layer * MATRICES
-    groups, down = plan.matrices[m + GATE, GROUPS], plan.matrices[m + DOWN]
-    integers = down[INTEGERS]
-    width = down[BLOCKS] * (BLOCK if integers else 1)
+    groups = field(room, layer * MATRICES + GATE, GROUPS)
     pairs = (groups + PAIR - 1) // PAIR
     first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
     while first < last:
-        some = (first * PAIR, min(last * PAIR, groups))
-        gate_groups(plan, layer, slot, work, step, some, width, integers)
+        gate_groups(room, layer, slot, step, (first * PAIR, min(last * PAIR, groups)))
         done(me, phase, last - first)
         first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
     complete(me, phase, pairs)
 
 
 @compiled
-def attention(me: Any, plan: Any, layer: int, work: Any, step: Any, tokens: Any) -> None:
+def attention(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += wo · heads(norm(x))."""
     m, phase = layer * MATRICES, layer * PHASES
-    integers = want_integers(plan, m + WQ, 3)
-    slot = prepare_norms(me, phase + NORM, plan, 2 * layer, integers, work, tokens)
-    project(me, phase + QKV, plan, layer, slot, work, step)
-    place_all(me, phase + PLACE, plan, layer, work, step)
-    attend_heads(me, phase + HEADS, plan, layer, work, step)
-    slot = prepare_mixed(me, phase + MERGE, plan, want_integers(plan, m + WO, 1), work, step)
-    add_product(me, phase + OUT, plan, m + WO, work.inputs, slot, work, step)
+    integers = field(room, m + WQ, INTEGERS) | field(room, m + WK, INTEGERS)
+    integers |= field(room, m + WV, INTEGERS)
+    slot = prepare_norms(me, phase + NORM, room, 2 * layer, integers, room.everyone, step.tokens)
+    project(me, phase + QKV, room, layer, slot, step)
+    place_all(me, phase + PLACE, room, layer, step)
+    attend_heads(me, phase + HEADS, room, layer, step)
+    slot = prepare_mixed(me, phase + MERGE, room, field(room, m + WO, INTEGERS), step)
+    add_product(me, phase + OUT, room, m + WO, inputs_of(room), slot, step)
 
 
 @compiled
-def feed_forward(me: Any, plan: Any, layer: int, work: Any, step: Any, tokens: Any) -> None:
+def feed_forward(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += down · (silu(gate · norm(x)) · (up · norm(x)))."""
     m, phase = layer * MATRICES, layer * PHASES
-    integers = want_integers(plan, m + GATE, 2)
-    slot = prepare_norms(me, phase + FFN_NORM, plan, 2 * layer + 1, integers, work, tokens)
-    gate_all(me, phase + HIDDEN, plan, layer, slot, work, step)
-    add_product(me, phase + DOWNWARD, plan, m + DOWN, work.hidden_inputs, 0, work, step)
+    integers = field(room, m + GATE, INTEGERS) | field(room, m + UP, INTEGERS)
+    slot = prepare_norms(
+        me, phase + FFN_NORM, room, 2 * layer + 1, integers, room.everyone, step.tokens
+    )
+    gate_all(me, phase + HIDDEN, room, layer, slot, step)
+    add_product(me, phase + DOWNWARD, room, m + DOWN, inputs_of_down(room), 0, step)
 
 
 @compiled
-def output(me: Any, plan: Any, work: Any, step: Any) -> None:
+def output(me: Any, room: Any, step: Any) -> None:
     """Logits of the wanted tokens: output · norm(x)."""
-    layers = plan.shape.layers
+    layers = room.layers
     m, phase = layers * MATRICES, layers * PHASES
-    tokens, groups = work.wanted[: step.wanted], plan.matrices[m, GROUPS]
-    slot = prepare_norms(me, phase, plan, 2 * layers, want_integers(plan, m, 1), work, tokens)
+    integers, groups = field(room, m, INTEGERS), field(room, m, GROUPS)
+    slot = prepare_norms(me, phase, room, 2 * layers, integers, room.wanted, step.wanted)
+    inputs, width = inputs_of(room), groups * LANES
     first, last = take(me, phase + 1, groups, FEW_GROUPS)
     while first < last:
-        multiply(plan, m, work.inputs, slot, step.wanted, (first, last), work.logits, 0)
+        multiply(room, m, inputs, slot, step.wanted, (first, last), room.logits, width)
         done(me, phase + 1, last - first)
         first, last = take(me, phase + 1, groups, FEW_GROUPS)
     complete(me, phase + 1, groups)
 
 
-@compiled
-def forward(me: Any, plan: Any, work: Any, step: Any) -> None:
+@inlined
+def forward(me: Any, room: Any, step: Any) -> None:
     """Layers first … last-1 for all tokens of the step, and the logits after the last layer."""
-    everyone = work.everyone[: step.tokens]
     for layer in range(step.first, step.last):
-        attention(me, plan, layer, work, step, everyone)
-        feed_forward(me, plan, layer, work, step, everyone)
-    if step.last == plan.shape.layers and step.wanted > 0:
-        output(me, plan, work, step)
+        attention(me, room, layer, step)
+        feed_forward(me, room, layer, step)
+    if step.last == room.layers and step.wanted > 0:
+        output(me, room, step)
 
 
-@compiled
+@inlined
 def take_part(
-    thread: int, threads: int, board: Any, first_phase: int, epoch: int, plan: Any, work: Any
+    thread: int, threads: int, board: int, first_phase: int, epoch: int, room: Any
 ) -> None:
     """One thread's part of the step on the board, unless that is over already."""
-    base = board.ctypes.data
-    orders = base + ORDERS * 8
+    orders = board + ORDERS * 8
     step = Step(
         atomic_load(orders), atomic_load(orders + 8), atomic_load(orders + 16),
         atomic_load(orders + 24), atomic_load(orders + 32), atomic_load(orders + 40),
         atomic_load(orders + 48), atomic_load(orders + 56),
     )  # fmt: skip
-    if atomic_load(base) == epoch:
-        me = Member(thread, threads, base + first_phase * 8, epoch, board[YIELD])
-        forward(me, plan, work, step)
+    if atomic_load(board) == epoch:
+        offer = atomic_load(board + YIELD * 8)
+        me = Member(thread, threads, board + first_phase * 8, epoch, offer)
+        forward(me, room, step)
 
 
-@compiled
-def serve(
-    thread: int, threads: int, board: Any, first_phase: int, epoch: int, plan: Any, work: Any
-) -> int:
-    """A crew thread's life between two sleeps -> the last epoch it has seen."""
-    while board[STOP] == 0:
-        following = next_epoch(board, thread, epoch)
-        if following < 0:
+@entry
+def serve(thread: int, threads: int, board: int, first_phase: int, epoch: int, room: Any) -> int:
+    """A crew thread's life between two sleeps -> the last epoch it has seen.
+
+    Thread 0 is the caller, who has just announced the step `epoch`, and returns when it is done.
+    """
+    while atomic_load(board + STOP * 8) == 0:
+        if thread > 0:
+            following = next_epoch(board, thread, epoch)
+            if following < 0:
+                break
+            epoch = following
+        take_part(thread, threads, board, first_phase, epoch, room)
+        if thread == 0:
             break
-        epoch = following
-        take_part(thread, threads, board, first_phase, epoch, plan, work)
     return epoch

@@ -70,26 +70,26 @@ def encode(x: Any, first: int, last: int, codes: Any, factors: Any) -> None:
     carries them into every product, instead of losing them among integers.
     """
     for b in range(first, last):
-        block = x[b * BLOCK : (b + 1) * BLOCK]
+        start = b * BLOCK
         bits = I32(0)
         for i in range(BLOCK):
-            bits = max(bits, I32(bits_from_float(block[i]) & I32(0x7FFFFFFF)))
+            bits = max(bits, I32(bits_from_float(x[start + i]) & I32(0x7FFFFFFF)))
         largest = float_from_bits(bits)
         inverse = STEPS / largest if largest > 0 else F32(0)
         total = I32(0)
         for i in range(BLOCK):
-            code = I32(np.rint(block[i] * inverse))
-            codes[b * BLOCK + i] = code
+            code = I32(np.rint(x[start + i] * inverse))
+            codes[start + i] = code
             total += code
         factors[b, 0] = largest / STEPS
         factors[b, 1] = largest / STEPS * F32(total)
 
 
 @compiled
-def gate(gates: Any, ups: Any) -> None:
-    """SwiGLU: gates become silu(gate) · up, in place. Source: Shazeer, 2020."""
-    for i in range(len(gates)):
-        gates[i] = gates[i] / (F32(1) + exponential(-gates[i])) * ups[i]
+def gate(gates: Any, ups: Any, first: int, last: int, out: Any) -> None:
+    """SwiGLU of columns first … last-1: silu(gate) · up -> out. Source: Shazeer, 2020."""
+    for i in range(first, last):
+        out[i] = gates[i] / (F32(1) + exponential(-gates[i])) * ups[i]
 
 
 @compiled

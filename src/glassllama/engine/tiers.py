@@ -1,28 +1,65 @@
-"""Which kernels this processor runs: machine code and addresses, made when a model needs them."""
+"""Which kernels this processor runs: machine code and addresses, made when a model needs them.
+
+    vnni    AVX-512 VNNI: 64 products per instruction
+    plain   loops that LLVM vectorises for whatever it is, on any processor
+
+The best that the processor has is taken, unless GLASSLLAMA_TIER names another.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import cache
 
-from numba import cfunc, types
+import llvmlite.binding as llvm
+import numba
+from numba import cfunc
 
-from glassllama.engine import kernels
+from glassllama.base.errors import GlassError
+from glassllama.engine import kernels, vnni
 from glassllama.engine.compiled import LOOSE, keep_in_cache
-from glassllama.engine.intrinsics import KERNEL_ARGUMENTS
+from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
 
 SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
+TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
+    "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"}),
+    "plain": frozenset(),
+}
+KEPT: list[object] = []  # compiled kernels live as long as the process
+
+
+def features() -> frozenset[str]:
+    """What this processor can do, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
+    forced: str | None = numba.config.CPU_FEATURES
+    if forced is not None:
+        return frozenset(name[1:] for name in forced.split(",") if name.startswith("+"))
+    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
+def tier() -> str:
+    """The name of the tier in use. Raises GlassError if GLASSLLAMA_TIER asks for what is not."""
+    able = [name for name, needed in TIERS.items() if needed <= features()]
+    asked = os.environ.get("GLASSLLAMA_TIER", able[0])
+    if asked not in able:
+        raise GlassError(f"GLASSLLAMA_TIER={asked}: this processor can run {', '.join(able)}")
+    return asked
+
+
+def kernel(kind: str, tier: str) -> Callable[..., None]:
+    """The function to compile for a packed format: what a tier does not have, plain loops do."""
+    if tier == "vnni" and kind in vnni.FORMATS:
+        return vnni.kernel(kind)
+    return kernels.PLAIN[kind]
 
 
 @cache
-def kernel_address(kind: str) -> int:
-    """The address of the compiled kernel for one packed format; it lives as long as the process."""
+def kernel_address(kind: str, tier: str) -> int:
+    """The address of the compiled kernel."""
     entry = keep_in_cache(
         lambda keep: cfunc(SIGNATURE, fastmath=LOOSE, error_model="numpy", cache=keep)(
-            kernels.PLAIN[kind]
+            kernel(kind, tier)
         )
     )
     KEPT.append(entry)
     return int(entry.address)
-
-
-KEPT: list[object] = []

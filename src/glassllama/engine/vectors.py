@@ -1,0 +1,104 @@
+"""A few words over LLVM's builder, so that the vector kernels read like the arithmetic they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from glassllama.engine.intrinsics import cgutils
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+def vector(kind: Any, lanes: int) -> Any:
+    return ir.VectorType(kind, lanes)
+
+
+def number(value: int) -> Any:
+    return ir.Constant(I64, value)
+
+
+class Vectors:
+    """An LLVM builder with the operations that the kernels need."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def at(self, address: Any, offset: int) -> Any:
+        return self.builder.add(address, number(offset))
+
+    def step(self, address: Any, index: Any, size: int) -> Any:
+        """address + index · size."""
+        return self.builder.add(address, self.builder.mul(index, number(size)))
+
+    def load(self, address: Any, kind: Any, align: int) -> Any:
+        loaded = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
+        loaded.align = align
+        return loaded
+
+    def store(self, value: Any, address: Any, align: int) -> None:
+        stored = self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()))
+        stored.align = align
+
+    def splat(self, scalar: Any, lanes: int) -> Any:
+        """The same number in every lane."""
+        kind = vector(scalar.type, lanes)
+        one = self.builder.insert_element(
+            ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0)
+        )
+        lanes_of_first = ir.Constant(vector(I32, lanes), [0] * lanes)
+        return self.builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes_of_first)
+
+    def same(self, kind: Any, value: float) -> Any:
+        """A constant in every lane of a vector type."""
+        return ir.Constant(kind, [value] * kind.count)
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, arguments)
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        """x · y + z with one rounding."""
+        return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
+
+    def halves(self, address: Any, lanes: int) -> Any:
+        """Half-precision numbers in memory as float32."""
+        return self.builder.fpext(
+            self.load(address, vector(F16, lanes), 2 * lanes), vector(F32, lanes)
+        )
+
+    def low_nibbles(self, packed: Any) -> Any:
+        return self.builder.and_(packed, self.same(packed.type, 15))
+
+    def high_nibbles(self, packed: Any) -> Any:
+        """Shifted in 16-bit lanes, as there is no shift of bytes; the mask drops the neighbour."""
+        words = vector(I16, packed.type.count // 2)
+        shifted = self.builder.lshr(self.builder.bitcast(packed, words), self.same(words, 4))
+        return self.low_nibbles(self.builder.bitcast(shifted, packed.type))
+
+    def count_up(
+        self, count: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """A loop of `count` ≥ 1 rounds: body(index, values) -> values of the next round."""
+        b = self.builder
+        before, loop = b.block, b.append_basic_block("loop")
+        after = b.append_basic_block("after")
+        b.branch(loop)
+        b.position_at_end(loop)
+        index = b.phi(I64)
+        index.add_incoming(number(0), before)
+        values = [b.phi(value.type) for value in carried]
+        for value, start in zip(values, carried, strict=True):
+            value.add_incoming(start, before)
+        results = body(index, values)
+        following = b.add(index, number(1))
+        index.add_incoming(following, b.block)
+        for value, result in zip(values, results, strict=True):
+            value.add_incoming(result, b.block)
+        b.cbranch(b.icmp_signed("<", following, count), loop, after)
+        b.position_at_end(after)
+        return results
