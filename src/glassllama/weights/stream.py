@@ -79,7 +79,8 @@ class StreamedEmbedding(nn.Embedding):
         rows = torch.cat(
             [self.source.rows(EMBEDDINGS, slice(id, id + 1)) for id in asked]
         )  # (N, C)
-        where = torch.searchsorted(torch.tensor(asked, device=ids.device), ids)  # (B, T)
+        table = torch.tensor(asked, device=ids.device)  # (N,)
+        where = torch.searchsorted(table, ids.contiguous())  # (B, T)
         return F.embedding(where, rows)  # (B, T, C)
 
 
