@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from glassllama.cli.memory import peak_memory
-from glassllama.cli.screen import progress_bars, write
+from glassllama.cli.screen import console, is_terminal, progress_bars, write
+from glassllama.cli.wrap import Unwrapped, WordWrap
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
@@ -24,14 +26,14 @@ def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]
     with progress_bars() as bar:
         stream = start(bar("reading the prompt", "tokens"))
         shown += itertools.islice(stream, 1)
-    write("".join(shown))
+    lines = WordWrap(console("stdout").width) if is_terminal(sys.stdout) else Unwrapped()
+    write(lines.push("".join(shown)))
     try:
         for piece in stream:
             shown.append(piece)
-            write(piece)
+            write(lines.push(piece))
     finally:
-        if not "".join(shown).endswith("\n"):
-            write("\n")
+        write(lines.finish() + "\n" * (not "".join(shown).endswith("\n")))
     return stream.completion
 
 
@@ -46,6 +48,8 @@ def speed_line(completion: Completion) -> str:
         f"{timings.new_tokens} tokens",
         peak is not None and f"peak memory {gigabytes(peak)}",
     ]
+    if completion.finish_reason == "length":
+        parts.append("cut off: --max-tokens or the context's end")
     return " · ".join(part for part in parts if part)
 
 

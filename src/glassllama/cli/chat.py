@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,12 +18,13 @@ from glassllama.cli.screen import is_terminal, note, print_json, text_or_stdin
 if TYPE_CHECKING:
     from glassllama.cli.talk import Talk
 
-TOUR_QUESTION = "Why is the sky blue? Answer in one sentence."
+TOUR_QUESTION = "What is photosynthesis?"
 TRY_NEXT = """
 Three things to try next:
-  glassllama chat
-  glassllama next "The capital of France is"
-  glassllama show smollm2-135m"""
+  {program} chat "Write a limerick about llamas"
+  {program} next "The capital of France is"
+  {program} show smollm2-135m
+"""
 
 
 def chat(
@@ -87,4 +91,12 @@ def show_tour(talk: Talk) -> None:
     chosen, talk.sampling = talk.sampling, replace(talk.sampling, temperature=0.0)
     completion = talk.ask(TOUR_QUESTION)
     talk.sampling = chosen
-    note(f"\n{speed_line(completion)}\n{TRY_NEXT}\n")
+    note(f"\n{speed_line(completion)}\n{TRY_NEXT.format(program=program())}")
+
+
+def program() -> str:
+    """What to type to start this program again from here."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m glassllama"
+    return "glassllama" if shutil.which("glassllama") else os.path.relpath(started)

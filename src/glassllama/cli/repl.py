@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 WELCOME = "{name}: write something, or /help; Ctrl-D leaves"
 HELP = """\
 /set                 show how answers are chosen
-/set OPTION VALUE    change it, as in: /set temperature 0.2   ('none' takes a value away)
+/set OPTION VALUE    change it: /set temperature 0.2, or /set seed none
 /system              show what the model was told first
 /system TEXT         tell it something else
 /show                show the model and how full its context is
@@ -94,7 +95,9 @@ class Repl:
                 print(f"{field.name:<20} {shown(getattr(self.talk.sampling, field.name))}")
             return
         name, _, value = argument.partition(" ")
-        self.talk.sampling = changed(self.talk.sampling, name.replace("-", "_"), value.strip())
+        name = name.replace("-", "_")
+        self.talk.sampling = changed(self.talk.sampling, name, value.strip())
+        print(f"{name:<20} {shown(getattr(self.talk.sampling, name))}")
 
     def system(self, text: str) -> None:
         if text:
@@ -144,4 +147,9 @@ def required(value: str, usage: str) -> str:
 
 
 def shown(value: object) -> str:
+    """A setting as one would type it."""
+    if isinstance(value, list):
+        return shlex.join(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return "none" if value is None else str(value)

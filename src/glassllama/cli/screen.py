@@ -111,7 +111,10 @@ class Bars:
                 self._live.start()
             if task is None:
                 task = self._live.add_task(title, unit=unit)
-            self._live.update(task, completed=done, total=total)
+            if done < total:
+                self._live.update(task, completed=done, total=total)
+            else:  # what follows (a checksum, compiling) does not say how far it is
+                self._live.update(task, description="getting ready", total=None)
 
         return show
 
@@ -127,6 +130,8 @@ def new_bars() -> RichProgress:
 
     class Amount(ProgressColumn):
         def render(self, task: Task) -> Text:
+            if task.total is None:
+                return Text()
             return Text(amount(task.completed, task.total, task.speed, task.fields["unit"]))
 
     title = TextColumn("{task.description}", markup=False)
@@ -134,12 +139,11 @@ def new_bars() -> RichProgress:
     return RichProgress(*columns, console=console("stderr"), transient=True)
 
 
-def amount(done: float, total: float | None, rate: float | None, unit: str) -> str:
+def amount(done: float, total: float, rate: float | None, unit: str) -> str:
     """`12.0/98.4 MB 9.1 MB/s`, `512/2,048 tokens 800 tokens/s`: how far and how fast."""
     scale, digits, name = (1e6, 1, "MB") if unit == "bytes" else (1, 0, unit)
-    whole = "" if total is None else f"/{total / scale:,.{digits}f}"
     speed = "" if rate is None else f" {rate / scale:,.{digits}f} {name}/s"
-    return f"{done / scale:,.{digits}f}{whole} {name}{speed}"
+    return f"{done / scale:,.{digits}f}/{total / scale:,.{digits}f} {name}{speed}"
 
 
 def text_or_stdin(text: str | None, what: str) -> str:
