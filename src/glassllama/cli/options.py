@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from glassllama.cli.screen import progress_bars
+from glassllama.cli.screen import note, progress_bars
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM, Options
@@ -112,11 +112,11 @@ class How:
     ] = None
 
     def load(self, which: Which) -> LLM:
-        """The model, ready to answer, with bars for what takes long."""
+        """The model, ready to answer, with bars for what takes long and notes of what was odd."""
         from glassllama.llm import load
 
         with progress_bars() as bar:
-            return load(
+            llm = load(
                 which.model,
                 backend=self.backend.value,
                 device=self.device,
@@ -128,6 +128,9 @@ class How:
                 download_progress=bar(f"downloading {which.model}", "bytes"),
                 load_progress=bar(f"loading {which.model}", "tensors"),
             )
+        for line in llm.notes:
+            note(f"note: {line}")
+        return llm
 
 
 def require_json(json: bool, logprobs: int | None) -> None:

@@ -1,0 +1,136 @@
+"""`glassllama walkthrough`: one prompt through one model, step by step, every number checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glassllama.base.errors import MissingExtraError
+from glassllama.cli.options import Json, Which
+from glassllama.cli.screen import is_terminal, print_json, progress_bars, text_or_stdin, write
+
+if TYPE_CHECKING:
+    from glassllama.walkthrough.experiment import Experiment
+    from glassllama.walkthrough.text import Page
+    from glassllama.walkthrough.walk import Walk
+
+NARROWEST, UNKNOWN_WIDTH = 60, 80  # columns
+look = typer.Option
+
+
+class Correctness(StrEnum):
+    right = "right"
+    wrong = "wrong"
+
+
+def walkthrough(
+    which: Which,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text; read from stdin where it is left out."),
+    ] = None,
+    layer: Annotated[int, look(metavar="N", help="The layer to look into.")] = 0,
+    head: Annotated[int, look(metavar="N", help="The attention head to look at.")] = 0,
+    step: Annotated[
+        int | None, look(metavar="N", help="Only this step.", show_default="all, 0 to 17")
+    ] = None,
+    text: Annotated[bool, look("--text", help="Print text for a terminal: the default.")] = False,
+    json: Json = False,
+    no_mask: Annotated[
+        bool, look("--no-mask", help="What breaks if attention sees the future?")
+    ] = False,
+    rope_layout: Annotated[
+        Correctness, look(metavar="wrong", help="What breaks if the wrong coordinates turn?")
+    ] = Correctness.right,
+    scale: Annotated[
+        Correctness, look(metavar="wrong", help="What breaks if scores are not divided by √D?")
+    ] = Correctness.right,
+) -> None:
+    """Follow a prompt through a real model: 18 steps from bytes to the next token.
+
+    Every step shows its numbers, the lines of source that made them, and a check that they equal
+    the running model's. With one of the three "what breaks" options: the mistaken model beside the
+    right one, instead of the steps.
+    """
+    if text and json:
+        raise typer.BadParameter("not together with --text", param_hint="--json")
+    asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
+    broken = [name for name, wanted in asked.items() if wanted]
+    walk = start(which, text_or_stdin(prompt, "PROMPT"), layer, head)
+    if json:
+        print_object(walk, broken, step)
+    elif broken:
+        print_experiments(walk, broken)
+    else:
+        print_steps(walk, step)
+
+
+def start(which: Which, prompt: str, layer: int, head: int) -> Walk:
+    """The model, loaded, and a walk through it; bad input is refused before anything is loaded."""
+    try:
+        import torch  # noqa: F401 -- only whether it is there
+    except ImportError:
+        raise MissingExtraError("the walkthrough", "torch") from None
+    from glassllama.walkthrough.walk import open_walk
+
+    with progress_bars() as bar:
+        return open_walk(
+            which.path(),
+            prompt,
+            name=which.model,
+            layer=layer,
+            head=head,
+            progress=bar(f"loading {which.model}", "tensors"),
+        )
+
+
+def page() -> Page:
+    from glassllama.walkthrough.text import Page
+
+    terminal = is_terminal(sys.stdout)
+    columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns
+    return Page(max(columns, NARROWEST), colour=terminal and "NO_COLOR" not in os.environ)
+
+
+def print_steps(walk: Walk, step: int | None) -> None:
+    from glassllama.walkthrough.steps import STEPS, take_step
+    from glassllama.walkthrough.text import render
+
+    shown = page()
+    if step is not None:
+        write(render(take_step(walk, step), shown))
+        return
+    for number in range(len(STEPS)):
+        write(render(take_step(walk, number), shown) + "\n")
+
+
+def experiments(walk: Walk, broken: list[str]) -> list[Experiment]:
+    from glassllama.walkthrough.edits import MISTAKES
+    from glassllama.walkthrough.experiment import experiment
+
+    return [experiment(walk, MISTAKES[name]) for name in broken]
+
+
+def print_experiments(walk: Walk, broken: list[str]) -> None:
+    from glassllama.walkthrough.experiment import render_experiment
+
+    for done in experiments(walk, broken):
+        write(render_experiment(done, page()) + "\n")
+
+
+def print_object(walk: Walk, broken: list[str], step: int | None) -> None:
+    from glassllama.walkthrough.as_object import as_object
+
+    with progress_bars() as bar:
+        walked = as_object(
+            walk,
+            steps=None if step is None else [step],
+            experiments=experiments(walk, broken),
+            progress=bar("walking", "steps"),
+        )
+    print_json(walked)

@@ -1,0 +1,59 @@
+"""The command line inside this process, with the default model loaded once."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glassllama.cli.app import app
+from glassllama.llm import LLM, load
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a verb printed, and the code it ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+Verb = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def llm(default_model: Path) -> LLM:
+    return load("smollm2-135m")
+
+
+@pytest.fixture
+def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verb:
+    """Run a verb here, as the parser would be run; `stdin` is a pipe with that text."""
+
+    def run(*arguments: object, stdin: str = "") -> Ran:
+        pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", pipe)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            app([str(argument) for argument in arguments], prog_name="glassllama")
+        return Ran(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def loaded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """Spare the verbs of a test the loading: the default model is there already."""
+
+    def ready(name: str, **_: Any) -> LLM:
+        assert name == "smollm2-135m"
+        return llm
+
+    monkeypatch.setattr("glassllama.llm.load", ready)
+    return llm

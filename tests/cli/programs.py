@@ -1,0 +1,109 @@
+"""Real runs of the command line: as a process with pipes, and as a process on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from fcntl import ioctl
+
+COMMAND = [sys.executable, "-m", "glassllama"]
+PATIENCE = 120  # seconds until something that never comes is given up
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """The program with these arguments, nothing on stdin unless `input` says otherwise."""
+    if "input" not in options:
+        options.setdefault("stdin", subprocess.DEVNULL)
+    environment = os.environ | dict(options.pop("env", {}))  # type: ignore[call-overload]
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:
+    """Code 1, nothing on stdout, and one line on stderr that begins with "error:"."""
+    lines = process.stderr.splitlines()
+    assert process.returncode == 1, process.stderr
+    assert process.stdout == ""
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    assert "unexpected" not in lines[0]
+    for word in words:
+        assert word in lines[0]
+    return True
+
+
+class Terminal:
+    """The program on a pseudo-terminal of 80 columns; `screen` is all that it wrote."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        environment |= {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""} | (env or {})
+        self.screen = ""
+        self.master, slave = pty.openpty()
+        ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def ctrl_c(self) -> None:
+        self.send("\x03")
+
+    def ctrl_d(self) -> None:
+        self.send("\x04")
+
+    def wait_for(self, text: str) -> str:
+        """Read until `text` appears -> what came up to it; later calls look behind it."""
+        limit = time.monotonic() + PATIENCE
+        while text not in self.screen:
+            assert time.monotonic() < limit, f"never came: {text!r} after {self.screen[-500:]!r}"
+            if not self._read():
+                raise AssertionError(f"ended before {text!r}: {self.screen[-500:]!r}")
+        before, _, self.screen = self.screen.partition(text)
+        return before
+
+    def end(self) -> int:
+        """Wait until it has ended -> its exit code."""
+        while self._read():
+            pass
+        os.close(self.master)
+        return self.process.wait(PATIENCE)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.end()
+
+    def _read(self) -> bool:
+        if not select.select([self.master], [], [], PATIENCE)[0]:
+            return False
+        try:
+            data = os.read(self.master, 1 << 16)
+        except OSError:  # Linux: the other side is closed
+            return False
+        self.screen += CONTROLS.sub("", data.decode(errors="replace"))
+        return bool(data)

@@ -1,0 +1,236 @@
+"""Fault C1: whatever goes wrong, one line and the right exit code. Real processes, real pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.programs import COMMAND, PATIENCE, is_clean_error, run
+from tiny_models import hf_model, write_hf
+
+# Every verb, with arguments that would work if the model were there.
+VERBS = {
+    "chat": ["hello", "--model", "{model}"],
+    "generate": ["hello", "--model", "{model}"],
+    "next": ["hello", "--model", "{model}"],
+    "tokenize": ["hello", "--model", "{model}"],
+    "download": ["{model}"],
+    "list": [],
+    "show": ["{model}"],
+    "validate": ["{model}"],
+    "perplexity": ["{model}", "--file", "{text}"],
+    "bench": ["{model}"],
+}
+WITH_MODEL = [name for name in VERBS if name != "list"]
+
+
+def arguments(name: str, model: object, text: object = __file__) -> list[str]:
+    return [name, *(part.format(model=model, text=text) for part in VERBS[name])]
+
+
+def test_every_verb_is_here() -> None:
+    from glassllama.cli.app import app
+
+    names = {command.name for command in app.registered_commands}
+    assert names == set(VERBS)
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_a_missing_model_is_one_line(name: str) -> None:
+    assert is_clean_error(run(*arguments(name, "./nowhere.gguf")), "nowhere.gguf", "no such file")
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_an_unknown_option_is_wrong_usage(name: str) -> None:
+    process = run(name, "--colour-of-the-llama")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert "--colour-of-the-llama" in process.stderr
+    assert f"glassllama {name} -h" in process.stderr
+
+
+def test_wrong_values_are_wrong_usage() -> None:
+    for wrong in (["--temperature", "hot"], ["--top-p", "2"], ["--backend", "gpu"], ["-n", "0"]):
+        process = run("generate", "x", *wrong)
+        assert process.returncode == 2, process.stderr
+        assert wrong[0].strip("-")[:1] in process.stderr
+    assert run("sing").returncode == 2
+
+
+def test_missing_files_of_other_kinds(tmp_path: Path, default_model: Path) -> None:
+    missing = tmp_path / "text.txt"
+    process = run(*arguments("perplexity", "smollm2-135m", missing))
+    assert is_clean_error(process, "text.txt", "No such file")
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    process = run(*arguments("perplexity", "smollm2-135m", tmp_path / "latin.txt"))
+    assert is_clean_error(process, "latin.txt", "not UTF-8 at byte 4")
+
+
+@pytest.mark.parametrize("name", ["list", "show", "tokenize", "download", "next", "generate"])
+def test_a_reader_that_left_is_141(name: str, default_model: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as broken:
+        process = subprocess.run(
+            [*COMMAND, *arguments(name, "smollm2-135m")],
+            stdin=subprocess.DEVNULL,
+            stdout=broken,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+        )
+    assert process.returncode == 141
+    assert b"Traceback" not in process.stderr
+    assert b"rror" not in process.stderr
+
+
+def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "Once upon a time", "--ignore-eos", "-t", "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 141
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("name", ["chat", "generate", "next", "tokenize"])
+def test_closed_stdin_means_that_the_text_is_missing(name: str) -> None:
+    line = f"exec {' '.join(COMMAND)} {name} <&-"
+    process = subprocess.run(
+        ["sh", "-c", line], capture_output=True, encoding="utf-8", timeout=PATIENCE
+    )
+    assert is_clean_error(process, "is missing")
+    assert is_clean_error(run(name), "is missing")  # empty is no better
+
+
+def test_closed_stdout_and_stderr_are_no_fault() -> None:
+    for closing in (">&-", "2>&-", ">&- 2>&-"):
+        line = f"exec {' '.join(COMMAND)} list {closing}"
+        process = subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE)
+        assert process.returncode == 0
+        assert b"Traceback" not in process.stderr
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE
+        )
+    assert process.returncode == 1
+    assert process.stderr.startswith(b"error: ")
+    assert b"No space left" in process.stderr
+    assert process.stderr.count(b"\n") == 1
+
+
+def test_stdin_that_is_no_text_is_one_line() -> None:
+    process = subprocess.run(
+        [*COMMAND, "tokenize"], input=b"abc\xff", capture_output=True, timeout=PATIENCE
+    )
+    assert process.returncode == 1
+    assert process.stderr == b"error: standard input: not UTF-8 at byte 3\n"
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_a_locale_without_utf8_prints_what_it_can(
+    locale: dict[str, str], default_model: Path
+) -> None:
+    text = "wörld 🙂"
+    assert run("list", env=locale).returncode == 0
+    assert run("tokenize", input=text, env=locale).returncode == 0
+    process = run("tokenize", "--json", input=text, env=locale)
+    assert process.stdout.isascii()
+    assert "".join(json.loads(process.stdout)["pieces"]) == text
+
+
+def test_pipes_and_no_color_get_no_escapes(default_model: Path) -> None:
+    for environment in ({"FORCE_COLOR": ""}, {"NO_COLOR": "1", "TERM": "xterm-256color"}):
+        for verb in (["--help"], ["list"], ["show", "smollm2-135m"]):
+            process = run(*verb, env=environment)
+            assert "\x1b" not in process.stdout + process.stderr
+
+
+def test_a_home_that_cannot_be_written_still_answers(default_model: Path) -> None:
+    unset = {"XDG_CACHE_HOME": "", "GLASSLLAMA_HOME": ""}
+    environment = {"HOME": "/dev/null/nobody", "HF_HOME": "/dev/null/nobody", **unset}
+    model = ("-m", str(default_model), "--backend", "torch")  # the engine would compile anew
+    process = run("chat", "Hi", "-t", "0", "-n", "4", *model, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip()
+    assert "Traceback" not in process.stderr
+    assert is_clean_error(run("download", "smollm2-135m", env=environment), "GLASSLLAMA_HOME")
+
+
+def test_a_missing_extra_names_the_line_to_run(default_model: Path) -> None:
+    without_torch = (
+        "import sys; sys.modules['torch'] = None; from glassllama.__main__ import main; "
+        "sys.argv[1:] = ['generate', 'x', '--backend', 'torch']; main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", without_torch],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+    )
+    assert is_clean_error(process, "pip install 'glassllama[torch]'")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_at_once(sent: signal.Signals, code: int, default_model: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "Once upon a time", "--ignore-eos", "-t", "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        begun = process.stdout.read(5)  # it is answering
+        process.send_signal(sent)
+        rest, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code
+    assert errors.strip() == b""
+    assert (begun + rest).endswith(b"\n")  # what was there is shown whole
+
+
+def test_an_unforeseen_error_is_one_line_and_debug_shows_where() -> None:
+    broken = (
+        "import sys, glassllama.hub as hub; hub.cached = lambda: 1 / 0; "
+        "from glassllama.__main__ import main; sys.argv[1:] = {}; main()"
+    )
+    for arguments, words in ((["list"], "please report"), (["--debug", "list"], "Traceback")):
+        process = subprocess.run(
+            [sys.executable, "-c", broken.format(arguments)],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=PATIENCE,
+        )
+        assert process.returncode == 1
+        assert words in process.stderr
+        assert "ZeroDivisionError" in process.stderr
+        assert (len(process.stderr.splitlines()) == 1) == (arguments == ["list"])
+
+
+def test_damaged_models_are_one_line(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for name in ("show", "tokenize", "generate"):
+        assert is_clean_error(run(*arguments(name, folder)), "model.safetensors")
