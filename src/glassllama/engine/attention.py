@@ -16,6 +16,7 @@ import numpy as np
 
 from glassllama.engine.compiled import compiled, loosely
 from glassllama.engine.intrinsics import bfloat_from_float, float_from_bfloat, floats, words16
+from glassllama.engine.pages import mix_four, mix_one, score_four, score_one
 from glassllama.engine.rows import exponential, inverse_rms
 
 F32 = np.float32
@@ -60,8 +61,44 @@ def store(key: Any, value: Any, keys: int, values: int, slot: int, wide: int) ->
 
 
 @compiled
-def score(query: Any, keys: int, wide: int, scores: Any) -> None:
-    """Dot products of a query with all keys of a page; those of empty slots mean nothing."""
+def begin(query: Any, seat: Any, part: Any) -> None:
+    """Take a query (D,) to its seat, scaled by 1/√D, and clear what it has seen.
+
+    `part` (D + 2,) holds the weighted sum of values, the largest score, and the sum of weights:
+    softmax with a running maximum (Milakov & Gimelshein, 2018), in memory for one page of scores
+    however long the context.
+    """
+    width = len(query)
+    scale = F32(1) / np.sqrt(F32(width))
+    for i in range(width):
+        seat[i] = query[i] * scale
+        part[i] = F32(0)
+    part[width], part[width + 1] = F32(-np.inf), F32(0)
+
+
+@compiled
+def score(queries: int, count: int, keys: int, wide: int, width: int, scores: int) -> None:
+    """Dot products of `count` queries with all keys of a page -> (count, PAGE) at `scores`.
+
+    Those of empty slots mean nothing.
+    """
+    n = 0
+    if not wide and width % 16 == 0:
+        while n + 4 <= count:
+            score_four(queries + n * width * 4, keys, width, scores + n * PAGE * 4)
+            n += 4
+        while n < count:
+            score_one(queries + n * width * 4, keys, width, scores + n * PAGE * 4)
+            n += 1
+    while n < count:
+        score_plainly(floats(queries + n * width * 4, width), keys, wide,
+                      floats(scores + n * PAGE * 4, PAGE))  # fmt: skip
+        n += 1
+
+
+@compiled
+def score_plainly(query: Any, keys: int, wide: int, scores: Any) -> None:
+    """Plain loops: for float32 pages and odd widths, and the twin of the vector kernels."""
     width = len(query)
     for s in range(PAGE):
         scores[s] = F32(0)
@@ -78,16 +115,35 @@ def score(query: Any, keys: int, wide: int, scores: Any) -> None:
 
 
 @compiled
-def mix(weights: Any, count: int, values: int, wide: int, width: int, out: Any) -> None:
-    """Add the first `count` values of a page, each times its weight, to `out` (D,)."""
+def mix(weights: int, count: int, values: int, wide: int, width: int, parts: int) -> None:
+    """Add a page's values, each times its weight, to `count` queries' parts (D + 2,)."""
+    n, row = 0, (width + 2) * 4
+    if not wide and width % 16 == 0:
+        while n + 4 <= count:
+            for i in range(0, width, 16):
+                mix_four(weights + n * PAGE * 4, values + 2 * i, width, parts + n * row + 4 * i)
+            n += 4
+        while n < count:
+            for i in range(0, width, 16):
+                mix_one(weights + n * PAGE * 4, values + 2 * i, width, parts + n * row + 4 * i)
+            n += 1
+    while n < count:
+        mix_plainly(floats(weights + n * PAGE * 4, PAGE), values, wide, width,
+                    floats(parts + n * row, width))  # fmt: skip
+        n += 1
+
+
+@compiled
+def mix_plainly(weights: Any, values: int, wide: int, width: int, out: Any) -> None:
+    """Plain loops, as `score_plainly`."""
     if wide:
         v = floats(values, (PAGE, width))
-        for s in range(count):
+        for s in range(PAGE):
             for i in range(width):
                 out[i] += weights[s] * v[s, i]
     else:
         narrow = words16(values, (PAGE, width))
-        for s in range(count):
+        for s in range(PAGE):
             for i in range(width):
                 out[i] += weights[s] * float_from_bfloat(narrow[s, i])
 
@@ -109,41 +165,21 @@ def total(weights: Any, count: int) -> Any:
 
 
 @compiled
-def weigh(scores: Any, count: int, scale: float, top: float) -> None:
-    """Scores become e^(scale · score − top), in place."""
-    for s in range(count):
-        scores[s] = exponential(scores[s] * scale - top)
-
-
-@compiled
-def attend(
-    query: Any, pages: Any, first: int, last: int, keys: int, values: int, wide: int,
-    scores: Any, part: Any,
-) -> None:  # fmt: skip
-    """One query head over tokens first … last-1 of its row (first: the start of a page) -> `part`.
-
-    `keys` and `values` are offsets of this layer and kv head within a page; `part` (D + 2,) gets
-    the weighted sum of values, the largest score, and the sum of weights. Page by page with a
-    running maximum (Milakov & Gimelshein, 2018): memory for one page of scores, however long the
-    context.
-    """
-    width = len(query)
-    scale = F32(1) / np.sqrt(F32(width))
+def weigh(scores: Any, visible: int, part: Any, width: int) -> None:
+    """A page's scores become weights e^(score − largest so far); those not visible become 0."""
+    if visible <= 0:
+        for s in range(PAGE):
+            scores[s] = F32(0)
+        return
+    top = max(part[width], largest(scores, visible))
+    for s in range(PAGE):
+        weight = exponential(scores[s] - top)
+        scores[s] = weight if s < visible else F32(0)
+    shrink = exponential(part[width] - top)
     for i in range(width):
-        part[i] = F32(0)
-    running, weight = F32(-np.inf), F32(0)
-    for page in range(first // PAGE, (last + PAGE - 1) // PAGE):
-        count = min(PAGE, last - page * PAGE)
-        score(query, pages[page] + keys, wide, scores)
-        top = max(running, largest(scores, count) * scale)
-        weigh(scores, count, scale, top)
-        shrink = exponential(running - top)
-        for i in range(width):
-            part[i] *= shrink
-        weight = weight * shrink + total(scores, count)
-        mix(scores, count, pages[page] + values, wide, width, part)
-        running = top
-    part[width], part[width + 1] = running, weight
+        part[i] *= shrink
+    part[width] = top
+    part[width + 1] = part[width + 1] * shrink + total(scores, PAGE)
 
 
 @compiled

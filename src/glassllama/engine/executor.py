@@ -16,14 +16,14 @@ from glassllama.engine import model
 from glassllama.engine.cache import PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import Crew, announce, processors
+from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix, read_rows
-from glassllama.engine.room import Room
+from glassllama.engine.room import TILE, Room
+from glassllama.engine.step import Step
 
 CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
 NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
 FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
-
-MOST_SHARED_SPANS = 64  # per head, at least: what several tokens look at may be shared too
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
 
@@ -81,11 +81,9 @@ class Engine:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._frequencies = rope_frequencies(config)
-        spans = max(MOST_SHARED_SPANS, -(-config.max_seq_len // model.SPAN))
         self._room = Room(
-            config, weights.matrices, weights.norms,
-            slots=CHUNK, threads=self.threads, parts=config.n_heads * spans,
-        )  # fmt: skip
+            config, weights.matrices, weights.norms, slots=CHUNK, threads=self.threads
+        )
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
         self._start()
         self.notes += compiler_notes
@@ -155,23 +153,23 @@ class Engine:
     def _step(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
         targets = [token.wanted for token in tokens if token.wanted is not None]
-        self._set_out(tokens)
+        tiles = self._set_out(tokens)
         last = max(token.position for token in tokens)
         shared = (
             cache.table.ctypes.data,
             cache.table.shape[1],
-            last // model.SPAN + 1,
+            last // SPAN + 1,
             int(cache.wide),
         )
         for layers in self._calls(len(tokens)):
             started = time.perf_counter()
-            self._run(len(tokens), len(targets), *layers, *shared)
+            self._run(len(tokens), tiles, len(targets), *layers, *shared)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * len(tokens))
         logits[targets] = self._room.tables["logits"][: len(targets)]
 
-    def _set_out(self, tokens: list[Token]) -> None:
-        """Write what a step is about into the room that the crew works in."""
+    def _set_out(self, tokens: list[Token]) -> int:
+        """Write what a step is about into the room that the crew works in -> tiles."""
         tables, count = self._room.tables, len(tokens)
         positions = np.array([token.position for token in tokens])
         angles = positions[:, None].astype(np.float32) * self._frequencies
@@ -182,6 +180,10 @@ class Engine:
         tables["positions"][:count] = positions
         tables["cos"][:count], tables["sin"][:count] = np.cos(angles), np.sin(angles)
         tables["wanted"][: len(wanted)] = wanted
+        tiles = tiles_of([token.row for token in tokens])
+        for n, (first, size) in enumerate(tiles):
+            tables["tile_first"][n], tables["tile_count"][n] = first, size
+        return len(tiles)
 
     def _run(self, *orders: int) -> None:
         """One native call, on all threads; `orders` are the fields of model.Step."""
@@ -202,6 +204,17 @@ class Engine:
     def _start(self) -> None:
         """Compile everything on this thread, then let the others in: one that waits for the
         compiler while another waits for it would wait for ever."""
-        self._run(0, 0, 0, 0, 0, 0, 0, 0)
+        self._run(*[0] * len(Step._fields))
         self._crew.start(model.serve, self._room.record, keep=(self._room, self.weights))
         weakref.finalize(self, self._crew.stop)
+
+
+def tiles_of(rows: list[int]) -> list[tuple[int, int]]:
+    """Tokens that may look at the cache together -> (first, how many): of one row, not too many."""
+    tiles: list[tuple[int, int]] = []
+    for t, row in enumerate(rows):
+        if tiles and rows[t - 1] == row and tiles[-1][1] < TILE:
+            tiles[-1] = (tiles[-1][0], tiles[-1][1] + 1)
+        else:
+            tiles.append((t, 1))
+    return tiles

@@ -17,10 +17,15 @@ WQ, WK, WV, WO, GATE, UP, DOWN = range(7)
 MATRICES = 7
 KERNEL, VALUES, SCALES, BLOCKS, GROUPS, INTEGERS = range(6)
 FIELDS = 6
+LANES = 16  # rows of a group
+TILE = 8  # tokens of one row whose queries look at the cache together
 
 SIZES = (
-    "slots", "layers", "heads", "kv_heads", "head_dim", "group_size", "dim", "ffn_dim",
-    "pairs", "qk_norm", "width", "hidden_width", "qkv_width", "hidden_columns", "added_width", "parts_room",
+    "layers", "heads", "kv_heads", "head_dim", "group_size", "dim", "ffn_dim", "pairs", "qk_norm",
+    "slots",  # N
+    "tile_queries",  # of one tile and kv head, at most
+    "width", "hidden_width",  # columns of the two sets of inputs
+    "qkv_width", "hidden_columns", "added_width",  # columns of outputs
 )  # fmt: skip
 PLACES = (
     "matrices",  # (7·layers + 1, FIELDS) int64: where each packed matrix is, and its kernel
@@ -29,6 +34,7 @@ PLACES = (
     "rows",  # (N,) int64, of the batch
     "positions",  # (N,) int64
     "cos", "sin",  # (N, D/2)
+    "tile_first", "tile_count",  # (tiles,) int64: tokens of one row, next to each other
     "everyone",  # (N,) int64: 0, 1, …
     "wanted",  # (N,) int64, tokens whose logits are wanted
     "logits",  # (N, padded V)
@@ -38,9 +44,9 @@ PLACES = (
     "mixed",  # (N, H·D): what the heads saw
     "added",  # (N, padded C): what a layer adds to the residual stream
     "hidden",  # (N, 2 · padded F): gates and ups side by side
-    "scores",  # (threads, PAGE)
-    "part",  # (threads, 2, D + 2): see attention.attend
-    "parts",  # (items, D + 2): one for each span that is looked at
+    "queries", "scores",  # (threads, tile queries, D), (threads, tile queries, PAGE)
+    "part",  # (threads, 2, tile queries, D + 2): see attention.begin
+    "parts",  # (spans, H, D + 2), where threads share the spans of one token
 )  # fmt: skip
 # Sizes, then addresses; tables are float32 where nothing else is said. N is the number of slots.
 ROOM = np.dtype([(name, np.int64) for name in (*SIZES, *PLACES)] + [("eps", np.float32)])
@@ -60,38 +66,16 @@ class Room:
         *,
         slots: int,
         threads: int,
-        parts: int,
     ) -> None:
-        mixed, half = config.n_heads * config.head_dim, config.head_dim // 2
-        wq, wk, wv, wo, gate, _up, _down = matrices[:7]
-        width, hidden_width = blocked(max(config.dim, mixed)), blocked(config.ffn_dim)
-        seats = slots + threads  # of inputs: each thread has one of its own
-        qkv = wq.padded_rows + wk.padded_rows + wv.padded_rows
-        self.sizes = {
-            "slots": slots, "layers": config.n_layers, "heads": config.n_heads,
-            "kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "group_size": config.group_size, "dim": config.dim,
-            "ffn_dim": config.ffn_dim, "pairs": config.rope_layout == "pairs",
-            "qk_norm": config.qk_norm, "width": width, "hidden_width": hidden_width,
-            "qkv_width": qkv, "hidden_columns": gate.padded_rows, "added_width": wo.padded_rows,
-            "parts_room": parts,
-        }  # fmt: skip
         self.tables: dict[str, NDArray[Any]] = {
             "matrices": table_of(matrices),
             "norms": norms,
-            **tables(np.float32, x=(slots, config.dim), cos=(slots, half), sin=(slots, half)),
-            **tables(np.int64, rows=slots, positions=slots, wanted=slots),
             "everyone": np.arange(slots),
-            **tables(np.float32, logits=(slots, matrices[-1].padded_rows)),
-            **tables(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, 2)),
-            **tables(np.int8, codes=(seats, width), hidden_codes=(slots, hidden_width)),
-            **tables(np.float32, hidden_numbers=(slots, hidden_width)),
-            **tables(np.float32, hidden_factors=(slots, hidden_width // BLOCK, 2)),
-            **tables(np.float32, qkv=(slots, qkv), mixed=(slots, mixed)),
-            **tables(np.float32, added=(slots, wo.padded_rows)),
-            **tables(np.float32, hidden=(slots, 2 * gate.padded_rows), scores=(threads, PAGE)),
-            **tables(np.float32, part=(threads, 2, config.head_dim + 2)),
-            **tables(np.float32, parts=(parts, config.head_dim + 2)),
+            **token_tables(config, slots),
+            **matrix_tables(config, matrices, slots, threads),
+            **attention_tables(config, threads),
         }
+        self.sizes = sizes_of(config, self.tables)
         record = np.zeros(1, ROOM)
         for name, size in self.sizes.items():
             record[name] = size
@@ -101,12 +85,68 @@ class Room:
         self.record: Any = record[0]
 
 
+def sizes_of(config: LlamaConfig, tables: dict[str, NDArray[Any]]) -> dict[str, int]:
+    columns = {
+        "width": "numbers", "hidden_width": "hidden_numbers", "qkv_width": "qkv",
+        "added_width": "added", "tile_queries": "scores",
+    }  # fmt: skip
+    return {
+        "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim, "group_size": config.group_size, "dim": config.dim,
+        "ffn_dim": config.ffn_dim, "pairs": config.rope_layout == "pairs",
+        "qk_norm": config.qk_norm, "slots": len(tables["x"]),
+        "hidden_columns": tables["hidden"].shape[1] // 2,
+        **{size: tables[name].shape[1] for size, name in columns.items()},
+    }  # fmt: skip
+
+
+def token_tables(config: LlamaConfig, slots: int) -> dict[str, NDArray[Any]]:
+    """What a step is told of its tokens."""
+    half = config.head_dim // 2
+    words = ("rows", "positions", "wanted", "tile_first", "tile_count")
+    return {
+        **zeros(np.float32, x=(slots, config.dim), cos=(slots, half), sin=(slots, half)),
+        **{name: np.zeros(slots, np.int64) for name in words},
+    }
+
+
+def matrix_tables(
+    config: LlamaConfig, matrices: list[Matrix], slots: int, threads: int
+) -> dict[str, NDArray[Any]]:
+    """What goes into the matrices and what comes out of them."""
+    wq, wk, wv, wo, gate, _up, _down = matrices[:7]
+    seats = slots + threads  # of inputs: each thread has one of its own
+    mixed = config.n_heads * config.head_dim
+    width, hidden = blocked(max(config.dim, mixed)), blocked(config.ffn_dim)
+    return {
+        **zeros(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, 2)),
+        **zeros(np.float32, hidden_numbers=(slots, hidden)),
+        **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, 2)),
+        **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
+        **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows)),
+        **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows)),
+        **zeros(np.float32, hidden=(slots, 2 * gate.padded_rows)),
+        **zeros(np.float32, logits=(slots, matrices[-1].padded_rows)),
+    }
+
+
+def attention_tables(config: LlamaConfig, threads: int) -> dict[str, NDArray[Any]]:
+    """Room for the queries of a tile, and what they have seen."""
+    queries, pages = TILE * config.group_size, -(-config.max_seq_len // PAGE)
+    return {
+        **zeros(np.float32, queries=(threads, queries, config.head_dim)),
+        **zeros(np.float32, scores=(threads, queries, PAGE)),
+        **zeros(np.float32, part=(threads, 2, queries, config.head_dim + 2)),
+        **zeros(np.float32, parts=(pages, config.n_heads, config.head_dim + 2)),
+    }
+
+
 def blocked(columns: int) -> int:
     """Columns rounded up to whole blocks."""
     return -(-columns // BLOCK) * BLOCK
 
 
-def tables(dtype: Any, **shapes: Any) -> dict[str, NDArray[Any]]:
+def zeros(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, NDArray[Any]]:
     return {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
 
 

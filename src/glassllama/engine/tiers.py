@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import llvmlite.binding as llvm
 import numba
@@ -31,7 +32,8 @@ KEPT: list[object] = []  # compiled kernels live as long as the process
 
 def features() -> frozenset[str]:
     """What this processor can do, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
-    forced: str | None = numba.config.CPU_FEATURES
+    settings: Any = numba.config
+    forced: str | None = settings.CPU_FEATURES
     if forced is not None:
         return frozenset(name[1:] for name in forced.split(",") if name.startswith("+"))
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)

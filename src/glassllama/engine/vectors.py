@@ -65,6 +65,11 @@ class Vectors:
         """x · y + z with one rounding."""
         return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
+    def fused(self, x: Any, y: Any, z: Any) -> Any:
+        """x · y + z, with one rounding where the processor can."""
+        flags = ("contract",)
+        return self.builder.fadd(self.builder.fmul(x, y, flags=flags), z, flags=flags)
+
     def halves(self, address: Any, lanes: int) -> Any:
         """Half-precision numbers in memory as float32."""
         return self.builder.fpext(

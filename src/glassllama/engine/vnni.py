@@ -122,7 +122,9 @@ def tile(kind: str, tokens: int) -> Callable[..., None]:
             v.store(total, address, 4)
         return context.get_dummy_value()
 
-    def typed(context: Any, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride):  # type: ignore[no-untyped-def]
+    def typed(  # type: ignore[no-untyped-def]
+        context, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride
+    ):
         return types.void(*[types.int64] * 9), emit
 
     return instruction(typed)

@@ -1,0 +1,196 @@
+"""Attention of a step: positions, the cache, and what every head sees.
+
+Queries that look at the same keys do so together: those of the heads that share a key/value head,
+and those of up to eight tokens next to each other in a row (a tile). Each query's own sums are
+taken in the same order in any company.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glassllama.engine.attention import PAGE, begin, finish, merge, mix, place, score, store, weigh
+from glassllama.engine.compiled import compiled
+from glassllama.engine.crew import complete, done, take
+from glassllama.engine.intrinsics import integers64
+from glassllama.engine.room import GROUPS, LANES, MATRICES, WK, WQ
+from glassllama.engine.step import encode_blocks, field, inputs_of, row
+
+SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
+
+
+@compiled
+def page_offsets(room: Any, layer: int, kv_head: int, wide: int) -> Any:
+    """Bytes from a page's start to the keys and to the values of one layer and kv head."""
+    head_bytes = room.head_dim * PAGE * (4 if wide else 2)
+    keys = (layer * room.kv_heads + kv_head) * head_bytes
+    return keys, keys + room.layers * room.kv_heads * head_bytes
+
+
+@compiled
+def row_pages(room: Any, step: Any, t: int) -> Any:
+    """Addresses of the pages of a token's row."""
+    batch_row = integers64(room.rows, step.tokens)[t]
+    return integers64(step.table + batch_row * step.pages * 8, step.pages)
+
+
+@compiled
+def position_of(room: Any, t: int) -> Any:
+    return integers64(room.positions + t * 8, 1)[0]
+
+
+@compiled
+def place_token(room: Any, layer: int, step: Any, t: int) -> None:
+    """Turn a token's queries and keys by its position; keys and values go into the cache."""
+    width, pairs, unit, m = room.head_dim, room.pairs, room.qk_norm, layer * MATRICES
+    cos, sin = row(room.cos, t, width // 2), row(room.sin, t, width // 2)
+    queries = room.qkv + t * room.qkv_width * 4
+    for head in range(room.heads):
+        place(row(queries, head, width), cos, sin, pairs, unit, room.eps)
+    position = position_of(room, t)
+    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
+    first_key = queries + field(room, m + WQ, GROUPS) * LANES * 4
+    first_value = first_key + field(room, m + WK, GROUPS) * LANES * 4
+    for head in range(room.kv_heads):
+        key, value = row(first_key, head, width), row(first_value, head, width)
+        place(key, cos, sin, pairs, unit, room.eps)
+        keys, values = page_offsets(room, layer, head, step.wide)
+        store(key, value, page + keys, page + values, slot, step.wide)
+
+
+@compiled
+def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
+    """`place_token` for all tokens."""
+    first, last = take(me, phase, step.tokens, 1)
+    while first < last:
+        for t in range(first, last):
+            place_token(room, layer, step, t)
+        done(me, phase, last - first)
+        first, last = take(me, phase, step.tokens, 1)
+    complete(me, phase, step.tokens)
+
+
+@compiled
+def look_at_page(room: Any, page: int, past: int, t: int, count: int, queries: int, part: int,
+                 scores: int, keys: int, values: int, wide: int) -> None:  # fmt: skip
+    """A tile's queries look at one page, which `past` tokens come before."""
+    group, width = room.group_size, room.head_dim
+    score(queries, count * group, page + keys, wide, width, scores)
+    for n in range(count):
+        visible = min(PAGE, position_of(room, t + n) + 1 - past)
+        for g in range(n * group, (n + 1) * group):
+            weigh(row(scores, g, PAGE), visible, row(part, g, width + 2), width)
+    mix(scores, count * group, page + values, wide, width, part)
+
+
+@compiled
+def look_at_span(
+    me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int, span: int, part: int
+) -> None:
+    """The queries of a tile and kv head look at one span -> `part` (queries, D + 2)."""
+    t = integers64(room.tile_first + tile * 8, 1)[0]
+    count = integers64(room.tile_count + tile * 8, 1)[0]
+    group, width, seats = room.group_size, room.head_dim, room.tile_queries
+    queries = room.queries + me.thread * seats * width * 4
+    scores = room.scores + me.thread * seats * PAGE * 4
+    for n in range(count):
+        own = room.qkv + (t + n) * room.qkv_width * 4
+        for g in range(group):
+            begin(row(own, kv_head * group + g, width), row(queries, n * group + g, width),
+                  row(part, n * group + g, width + 2))  # fmt: skip
+    keys, values = page_offsets(room, layer, kv_head, step.wide)
+    pages, last = row_pages(room, step, t), position_of(room, t + count - 1)
+    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN - 1, last) // PAGE + 1):
+        look_at_page(room, pages[page], page * PAGE, t, count, queries, part, scores,
+                     keys, values, step.wide)  # fmt: skip
+
+
+@compiled
+def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int) -> None:
+    """The queries of a tile and kv head look at their row, span after span -> `mixed`."""
+    t = integers64(room.tile_first + tile * 8, 1)[0]
+    count = integers64(room.tile_count + tile * 8, 1)[0]
+    group, width, seats = room.group_size, room.head_dim, room.tile_queries
+    whole = room.part + 2 * me.thread * seats * (width + 2) * 4
+    part = whole + seats * (width + 2) * 4
+    look_at_span(me, room, layer, step, tile, kv_head, 0, whole)
+    for span in range(1, position_of(room, t + count - 1) // SPAN + 1):
+        look_at_span(me, room, layer, step, tile, kv_head, span, part)
+        for n in range(count):
+            if span * SPAN <= position_of(room, t + n):
+                for g in range(n * group, (n + 1) * group):
+                    merge(row(whole, g, width + 2), row(part, g, width + 2), width)
+    for n in range(count):
+        out = room.mixed + (t + n) * room.heads * width * 4
+        for g in range(group):
+            finish(row(whole, n * group + g, width + 2), row(out, kv_head * group + g, width))
+
+
+@compiled
+def spans_shared(room: Any, step: Any) -> Any:
+    """Whether spans are items of their own: for one token that looks at several."""
+    return step.tokens == 1 and step.spans > 1
+
+
+@compiled
+def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
+    """Every query head of every token looks at its row's keys up to its own position."""
+    kv_heads, group = room.kv_heads, room.group_size
+    spans = step.spans if spans_shared(room, step) else 1
+    items = step.tiles * kv_heads * spans
+    first, last = take(me, phase, items, 1)
+    while first < last:
+        for item in range(first, last):
+            tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
+            if spans == 1:
+                look_at_row(me, room, layer, step, tile, kv_head)
+            else:
+                part = room.parts + (span * kv_heads + kv_head) * group * (room.head_dim + 2) * 4
+                look_at_span(me, room, layer, step, tile, kv_head, span, part)
+        done(me, phase, last - first)
+        first, last = take(me, phase, items, 1)
+    complete(me, phase, items)
+
+
+@compiled
+def merge_spans(me: Any, room: Any, step: Any, out: int) -> None:
+    """The spans that threads shared become what the only token's heads saw, at `out`."""
+    width, heads = room.head_dim, room.heads
+    whole = row(room.part, 2 * me.thread * room.tile_queries, width + 2)
+    for head in range(heads):
+        first = row(room.parts, head, width + 2)
+        for i in range(width + 2):
+            whole[i] = first[i]
+        for span in range(1, step.spans):
+            merge(whole, row(room.parts, span * heads + head, width + 2), width)
+        finish(whole, row(out, head, width))
+
+
+@compiled
+def merge_token(me: Any, room: Any, step: Any, t: int, integers: int, slot: int) -> None:
+    """What a token's heads saw becomes inputs."""
+    inputs, width = inputs_of(room), room.heads * room.head_dim
+    numbers, seen = row(inputs.numbers, slot, inputs.width), row(room.mixed, t, width)
+    if spans_shared(room, step):
+        merge_spans(me, room, step, inputs.numbers + slot * inputs.width * 4)
+    else:
+        for i in range(width):
+            numbers[i] = seen[i]
+    if integers:
+        encode_blocks(inputs, slot, numbers, 0, width)
+
+
+@compiled
+def prepare_mixed(me: Any, phase: int, room: Any, integers: int, step: Any) -> Any:
+    """What the heads saw becomes inputs -> slot of the first token's: see `prepare_norms`."""
+    if step.tokens == 1:
+        merge_token(me, room, step, 0, integers, room.slots + me.thread)
+        return room.slots + me.thread
+    first, last = take(me, phase, step.tokens, 1)
+    while first < last:
+        for t in range(first, last):
+            merge_token(me, room, step, t, integers, t)
+        done(me, phase, last - first)
+        first, last = take(me, phase, step.tokens, 1)
+    complete(me, phase, step.tokens)
+    return 0

@@ -1,0 +1,130 @@
+"""What the phases of a step share: its orders, inputs of matrices, and multiplication by one.
+
+All numbers lie in the room (room.py), and functions get at them by address: an array as an argument
+is seven words to Numba, and a step handed twenty of them took 20 seconds to compile.
+
+Shapes: N tokens of this step, C model width, H query heads, K kv heads, D head width, F ffn width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from glassllama.engine.compiled import compiled
+from glassllama.engine.crew import complete, done, take
+from glassllama.engine.intrinsics import call_kernel, floats, integers8, integers64
+from glassllama.engine.room import (
+    BLOCKS,
+    FIELDS,
+    INTEGERS,
+    KERNEL,
+    SCALES,
+    VALUES,
+)
+from glassllama.engine.rows import BLOCK, encode, normalise
+
+
+class Step(NamedTuple):
+    """What is asked of one step: the board's orders."""
+
+    tokens: int
+    tiles: int  # tokens of one row, next to each other: see attention
+    wanted: int  # how many logits
+    first: int  # layers first … last-1; the logits follow the last layer
+    last: int
+    table: int  # address of the cache's table of pages
+    pages: int  # columns of that table
+    spans: int  # of the longest row, SPAN tokens each
+    wide: int  # pages of float32 instead of bfloat16
+
+
+class Inputs(NamedTuple):
+    """Rows that go into a matrix, `width` numbers each: float32 and, where wanted, int8."""
+
+    numbers: int
+    codes: int
+    factors: int
+    width: int
+
+
+@compiled
+def inputs_of(room: Any) -> Any:
+    """Inputs of the matrices that read C or H·D numbers."""
+    return Inputs(room.numbers, room.codes, room.factors, room.width)
+
+
+@compiled
+def inputs_of_down(room: Any) -> Any:
+    return Inputs(room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_width)
+
+
+@compiled
+def row(address: int, t: int, width: int) -> Any:
+    """Row t of a float32 table."""
+    return floats(address + t * width * 4, width)
+
+
+@compiled
+def field(room: Any, matrix: int, name: int) -> Any:
+    """What the room's table says of a matrix."""
+    return integers64(room.matrices + (matrix * FIELDS + name) * 8, 1)[0]
+
+
+@compiled
+def multiply(
+    room: Any, matrix: int, inputs: Any, slot: int, tokens: int, groups: Any, out: int, width: int
+) -> None:
+    """Groups (first, last + 1) of a matrix times the inputs from `slot` on -> rows at `out`."""
+    w = inputs.width
+    address, stride = inputs.numbers + slot * w * 4, w * 4
+    if field(room, matrix, INTEGERS):
+        address, stride = inputs.codes + slot * w, w
+    factor_stride = w // BLOCK * 8
+    arguments = (
+        field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
+        address, stride, inputs.factors + slot * factor_stride, factor_stride,
+        tokens, out, width * 4, groups[0], groups[1],
+    )  # fmt: skip
+    call_kernel(field(room, matrix, KERNEL), arguments)
+
+
+@compiled
+def encode_blocks(inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
+    """Columns first … last-1 of a row become int8 inputs."""
+    codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
+    blocks = inputs.width // BLOCK
+    factors = floats(inputs.factors + slot * blocks * 8, (blocks, 2))
+    encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
+
+
+@compiled
+def norm_row(room: Any, norm: int, t: int, integers: int, slot: int) -> None:
+    """RMSNorm of one row of the residual stream becomes inputs."""
+    inputs = inputs_of(room)
+    numbers = row(inputs.numbers, slot, inputs.width)
+    normalise(row(room.x, t, room.dim), row(room.norms, norm, room.dim), room.eps, numbers)
+    if integers:
+        encode_blocks(inputs, slot, numbers, 0, room.dim)
+
+
+@compiled
+def prepare_norms(
+    me: Any, phase: int, room: Any, norm: int, integers: int, tokens: int, count: int
+) -> Any:
+    """RMSNorm at `count` tokens, whose numbers are at `tokens` -> slot of the first one's inputs.
+
+    A single token's inputs are made by every thread for itself: cheaper than to wait for one. In
+    a slot of its own, for a late thread may still be at it when the next step has begun.
+    """
+    which = integers64(tokens, count)
+    if count == 1:
+        norm_row(room, norm, which[0], integers, room.slots + me.thread)
+        return room.slots + me.thread
+    first, last = take(me, phase, count, 1)
+    while first < last:
+        for t in range(first, last):
+            norm_row(room, norm, which[t], integers, t)
+        done(me, phase, last - first)
+        first, last = take(me, phase, count, 1)
+    complete(me, phase, count)
+    return 0
