@@ -21,6 +21,7 @@ from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
 from glassllama.cli.validate import validate
+from glassllama.cli.walkthrough import walkthrough
 
 USE, LOOK = "Use a model", "Look at one"
 
@@ -89,6 +90,7 @@ for verb, panel in (
     (generate, USE),
     (download, USE),
     (list_models, USE),
+    (walkthrough, LOOK),
     (show, LOOK),
     (validate, LOOK),
     (tokenize, LOOK),

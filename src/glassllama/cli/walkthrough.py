@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,7 +62,7 @@ def walkthrough(
         raise typer.BadParameter("not together with --text", param_hint="--json")
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
-    walk = start(which, text_or_stdin(prompt, "PROMPT"), layer, head)
+    walk = start(which, text_or_stdin(prompt, "PROMPT"), layer, head, step)
     if json:
         print_object(walk, broken, step)
     elif broken:
@@ -70,13 +71,15 @@ def walkthrough(
         print_steps(walk, step)
 
 
-def start(which: Which, prompt: str, layer: int, head: int) -> Walk:
+def start(which: Which, prompt: str, layer: int, head: int, step: int | None) -> Walk:
     """The model, loaded, and a walk through it; bad input is refused before anything is loaded."""
-    try:
-        import torch  # noqa: F401 -- only whether it is there
-    except ImportError:
-        raise MissingExtraError("the walkthrough", "torch") from None
+    if find_spec("torch") is None:
+        raise MissingExtraError("the walkthrough", "torch")
+    from glassllama.walkthrough.steps import require_step
     from glassllama.walkthrough.walk import open_walk
+
+    if step is not None:
+        require_step(step)
 
     with progress_bars() as bar:
         return open_walk(

@@ -114,8 +114,8 @@ def groups(walk: Walk) -> Step:
         text=(
             f"{c.n_heads} query heads share {c.n_kv_heads} heads of keys and values, "
             f"{c.group_size} each: query head h asks kv head h // {c.group_size}. Only keys and "
-            f"values are kept for later tokens: {per_token * c.n_kv_heads:,} bytes a token in all layers, instead "
-            f"of {per_token * c.n_heads:,}.",
+            f"values are kept for later tokens: {per_token * c.n_kv_heads:,} bytes a token in all "
+            f"layers, instead of {per_token * c.n_heads:,}.",
         ),
         pictures=(Drawing(group_drawing(c.n_heads, c.n_kv_heads, walk.head)),),
         checks=(walk.check(f"{walk.prefix}.attention.scores", scores),),

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S visible tokens, C model width, V vocabulary, L laye
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +56,20 @@ def predictions(logits: Tensor, k: int = 1) -> Predictions:
 
 
 @torch.no_grad()
-def logit_lens(model: Llama, trace: Trace, k: int = 5) -> Predictions:
+def logit_lens(
+    model: Llama, trace: Trace, k: int = 5, positions: Sequence[int] | None = None
+) -> Predictions:
     """What the model would say if it stopped after each layer: (L + 1, B, T, k).
 
     Each residual goes through the last norm and the output matrix; the last of them is the
-    model's own answer. Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020).
+    model's own answer. With `positions`, only after these of the T tokens. Source: "interpreting
+    GPT: the logit lens" (nostalgebraist, 2020).
     """
     device = model.tok_embeddings.weight.device
-    layers = [predictions(model.logits(model.norm(x.to(device))), k) for x in residuals(trace)]
+    wanted = slice(None) if positions is None else list(positions)
+    layers = [
+        predictions(model.logits(model.norm(x[:, wanted].to(device))), k) for x in residuals(trace)
+    ]
     return Predictions(
         torch.stack([layer.ids for layer in layers]).cpu(),
         torch.stack([layer.probs for layer in layers]).cpu(),

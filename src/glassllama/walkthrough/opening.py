@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from glassllama.base.config import rope_frequencies
 from glassllama.formats.blocks import dequantise
@@ -14,7 +15,7 @@ from glassllama.tokenizers.bpe import BYTES, NEVER, BytePairTokenizer, Vocabular
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
 from glassllama.walkthrough.step import Check, Numbers, Source, Step, WhatIf, same, source
-from glassllama.walkthrough.walk import Walk, start_walk
+from glassllama.walkthrough.walk import Walk, encoded, open_piece
 from glassllama.weights.names import expected_shapes
 from glassllama.weights.open import Checkpoint
 
@@ -76,7 +77,7 @@ def text_source(walk: Walk) -> Source:
         return source(words, "pieces =", "for pattern", "find =", "pieces = [word")
     if isinstance(walk.tokenizer, SentencePieceTokenizer):
         return source(SentencePieceTokenizer._with_blanks, "text = text.replace")
-    return source(start_walk, "ids = tokenizer.encode", "ids = [int(id)")
+    return source(encoded, "ids = tokenizer.encode", "return None")
 
 
 def token_ids(walk: Walk) -> Step:
@@ -104,9 +105,7 @@ def token_ids(walk: Walk) -> Step:
 
 
 def raw_bytes(walk: Walk, id: int) -> str:
-    if walk.tokenizer is None or id >= walk.tokenizer.vocab_size:
-        return ""
-    return walk.tokenizer.token_bytes(id)[:BYTES_A_LINE].hex(" ")
+    return (open_piece(walk.tokenizer, id) or b"")[:BYTES_A_LINE].hex(" ")
 
 
 def merging(walk: Walk) -> tuple[tuple[str, ...], tuple[Check, ...]]:
@@ -242,10 +241,15 @@ def short(value: object) -> str:
     return text if len(text) <= 44 else text[:43] + "…"
 
 
-def embedding(walk: Walk) -> Step:
+def embedding_rows(walk: Walk) -> Tensor:
+    """(1, T, C): of the whole matrix only the rows of the prompt are read."""
     rows = [walk.checkpoint.float32("tok_embeddings.weight", slice(i, i + 1)) for i in walk.ids]
     x = torch.cat([torch.from_numpy(row) for row in rows])[None]  # (1, T, C)
-    x = x.to(walk.model.tok_embeddings.weight.dtype)
+    return x.to(walk.model.tok_embeddings.weight.dtype)
+
+
+def embedding(walk: Walk) -> Step:
+    x = embedding_rows(walk)
     last = walk.pieces[-1]
     c = walk.config
     return Step(

@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).parent.parent
 # largest number of a row: kernels add in different orders, and each addition rounds. bfloat16 is
 # only the form in which results are kept, so fewer roundings meet.
 ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 8}
+WHOLE_MODEL = 8  # times that, where all layers lie between the two
 
 
 class StepMismatchError(GlassError):

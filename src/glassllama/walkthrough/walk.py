@@ -7,26 +7,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, GlassError, TokenizerError, WeightsError
-from glassllama.base.interfaces import Tokenizer
+from glassllama.base.interfaces import Progress, Tokenizer
+from glassllama.base.machine import require_memory
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
 from glassllama.nn.rope import Rotation, rope_angles, rotation
 from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
+from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
 from glassllama.walkthrough.pictures import visible
 from glassllama.walkthrough.step import Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, run_with_trace
-from glassllama.weights.load import as_tensor
-from glassllama.weights.open import Checkpoint
+from glassllama.weights.load import as_tensor, load_llama
+from glassllama.weights.open import Checkpoint, open_weights
 
 # Attention of every layer is kept for prompts up to this length; its size grows with the square.
 LONGEST_FOR_ALL_MAPS = 64
 SHOWN_TOKENS = 24
+LENS = 5  # likeliest tokens kept of each layer
 LONGEST_QUOTED = 40  # characters of a prompt repeated in a command to try
 DEFAULT_MODEL = "smollm2-135m"  # what the command line takes where no model is named
 MORE_TOKENS = 6  # made after the prompt, to watch the cache grow
@@ -71,12 +75,8 @@ class Walk:
 
     def piece(self, id: int) -> str:
         """A token so that all of it shows; its number where there is no vocabulary."""
-        if self.tokenizer is None or id >= self.tokenizer.vocab_size:
-            return f"#{id}"
-        try:
-            return visible(self.tokenizer.token_bytes(id))
-        except TokenizerError:  # a number without a token: models have a few to spare
-            return f"#{id}"
+        raw = open_piece(self.tokenizer, id)
+        return f"#{id}" if raw is None else visible(raw)
 
     @cached_property
     def watched(self) -> tuple[str, ...]:
@@ -115,6 +115,11 @@ class Walk:
         return self._run[0]
 
     @property
+    def cache(self) -> KVCache:
+        """Of the watched run: the prompt's keys and values, and what was appended since."""
+        return self._run[2]
+
+    @property
     def trace(self) -> Trace:
         return self._run[1]
 
@@ -122,11 +127,12 @@ class Walk:
     def plain_logits(self) -> Tensor:
         """(1, T, V), of a run that nobody watches: fused attention in every layer."""
         with torch.no_grad():
-            logits: Tensor = self.model(self._ids).cpu()
+            logits: Tensor = self.model(self.id_tensor).cpu()
         return logits
 
     @property
-    def _ids(self) -> Tensor:
+    def id_tensor(self) -> Tensor:
+        """(1, T), where the weights are."""
         return torch.tensor([self.ids], device=self.model.tok_embeddings.weight.device)
 
     @property
@@ -134,6 +140,18 @@ class Walk:
         """What enters the chosen layer: (1, T, C)."""
         before = "tok_embeddings" if self.layer == 0 else f"layers.{self.layer - 1}"
         return self.trace[before]
+
+    @cached_property
+    def lens(self) -> Predictions:
+        """What each layer would say after each of the last positions: (L + 1, 1, ≤ 64, k)."""
+        last = range(max(len(self.ids) - LONGEST_FOR_ALL_MAPS, 0), len(self.ids))
+        return logit_lens(self.model, self.trace, k=LENS, positions=last)
+
+    @cached_property
+    def expected(self) -> Predictions:
+        """What the model expects after each position: (T, 1)."""
+        each = [predictions(row) for row in self.logits[0]]  # one by one: (T, V) is large
+        return Predictions(torch.stack([e.ids for e in each]), torch.stack([e.probs for e in each]))
 
     @cached_property
     def angles(self) -> Tensor:
@@ -184,6 +202,27 @@ class Walk:
         )
 
 
+def open_walk(
+    path: Path | str,
+    prompt: str | Sequence[int],
+    *,
+    name: str | None = None,
+    layer: int = 0,
+    head: int = 0,
+    progress: Progress | None = None,
+) -> Walk:
+    """Open a checkpoint, load it, and make ready to walk a prompt (text or ids) through it.
+
+    Raises GlassError before anything is loaded: no prompt, too long for the context, an id, layer
+    or head that is not there; TokenizerError where a text is to be read without a vocabulary; and
+    what `open_weights` and `load_llama` raise. `progress` counts tensors loaded.
+    """
+    checkpoint = open_weights(path)
+    checked(checkpoint, prompt, layer, head)
+    model = load_llama(checkpoint, progress=progress)
+    return start_walk(checkpoint, model, prompt, name=name, layer=layer, head=head)
+
+
 def start_walk(
     checkpoint: Checkpoint,
     model: Llama,
@@ -193,31 +232,8 @@ def start_walk(
     layer: int = 0,
     head: int = 0,
 ) -> Walk:
-    """A walk of a prompt (text or ids) through a loaded model.
-
-    Raises GlassError: no prompt, too long for the context, an id, layer or head that is not there;
-    TokenizerError where a text is to be read and the checkpoint has no vocabulary.
-    """
-    c = checkpoint.config
-    require_inside("--layer", layer, c.n_layers)
-    require_inside("--head", head, c.n_heads)
-    tokenizer: Tokenizer | None = None
-    if isinstance(prompt, str):
-        tokenizer = checkpoint.tokenizer
-        ids = tokenizer.encode(prompt, bos=True) if prompt else []
-    else:
-        ids = [int(id) for id in prompt]
-        with suppress(TokenizerError):  # ids can be walked without a vocabulary
-            tokenizer = checkpoint.tokenizer
-    if not ids:
-        raise GenerationError("the prompt is empty: expected at least one token to walk with")
-    if len(ids) >= c.max_seq_len:
-        raise GenerationError(
-            f"the prompt has {len(ids)} tokens and the context holds {c.max_seq_len}, with room "
-            "for one more: shorten the prompt"
-        )
-    if not 0 <= min(ids) <= max(ids) < c.vocab_size:
-        raise GenerationError(f"the prompt has ids outside the vocabulary 0 … {c.vocab_size - 1}")
+    """The same through a model that is loaded already, with this checkpoint's weights."""
+    tokenizer, ids = checked(checkpoint, prompt, layer, head)
     return Walk(
         checkpoint=checkpoint,
         model=model,
@@ -228,6 +244,61 @@ def start_walk(
         layer=layer,
         head=head,
     )
+
+
+def checked(
+    checkpoint: Checkpoint, prompt: str | Sequence[int], layer: int, head: int
+) -> tuple[Tokenizer | None, list[int]]:
+    """The vocabulary and the prompt's ids, if all that was asked for is there."""
+    require_inside("--layer", layer, checkpoint.config.n_layers)
+    require_inside("--head", head, checkpoint.config.n_heads)
+    tokenizer, ids = encoded(checkpoint, prompt)
+    require_walkable(ids, checkpoint.config)
+    return tokenizer, ids
+
+
+def encoded(
+    checkpoint: Checkpoint, prompt: str | Sequence[int]
+) -> tuple[Tokenizer | None, list[int]]:
+    """The vocabulary and the prompt's ids; ids can be walked without a vocabulary."""
+    if isinstance(prompt, str):
+        tokenizer = checkpoint.tokenizer
+        ids = tokenizer.encode(prompt, bos=True)
+        return tokenizer, ids if prompt else []
+    with suppress(TokenizerError):
+        return checkpoint.tokenizer, [int(id) for id in prompt]
+    return None, [int(id) for id in prompt]
+
+
+def require_walkable(ids: Sequence[int], c: LlamaConfig) -> None:
+    if not ids:
+        raise GenerationError("the prompt is empty: expected at least one token to walk with")
+    if len(ids) >= c.max_seq_len:
+        raise GenerationError(
+            f"the prompt has {len(ids)} tokens and the context holds {c.max_seq_len}, with room "
+            "for one more: shorten the prompt"
+        )
+    if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+        raise GenerationError(f"the prompt has ids outside the vocabulary 0 … {c.vocab_size - 1}")
+    require_memory(
+        memory_needed(c, len(ids)),
+        what=f"a walkthrough of {len(ids)} tokens",
+        instead="take a shorter prompt",
+    )
+
+
+def memory_needed(c: LlamaConfig, tokens: int) -> int:
+    """Bytes beside the model: logits of three runs, and the chosen layer twice, in float32."""
+    layer = 2 * c.n_heads * tokens + 12 * c.dim + 4 * c.ffn_dim
+    return 4 * tokens * (3 * c.vocab_size + c.n_layers * c.dim + 2 * layer)
+
+
+def open_piece(tokenizer: Tokenizer | None, id: int) -> bytes | None:
+    """The bytes of a token; None for a number without one: models have some to spare."""
+    try:
+        return None if tokenizer is None else tokenizer.token_bytes(id)
+    except TokenizerError:
+        return None
 
 
 def require_inside(option: str, value: int, count: int) -> None:
