@@ -101,3 +101,8 @@ def inlined(function: F) -> F:
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function written in LLVM's own words: see intrinsics.py."""
     return cast(Callable[..., Any], intrinsic(function))
+
+
+def instruction_for_constants(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, where some arguments are constants that decide what is written."""
+    return cast(Callable[..., Any], intrinsic(prefer_literal=True)(function))

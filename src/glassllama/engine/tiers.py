@@ -27,6 +27,7 @@ TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"}),
     "plain": frozenset(),
 }
+FASTER: dict[str, dict[str, Callable[..., None]]] = {"vnni": vnni.VNNI}
 KEPT: list[object] = []  # compiled kernels live as long as the process
 
 
@@ -50,9 +51,7 @@ def tier() -> str:
 
 def kernel(kind: str, tier: str) -> Callable[..., None]:
     """The function to compile for a packed format: what a tier does not have, plain loops do."""
-    if tier == "vnni" and kind in vnni.FORMATS:
-        return vnni.kernel(kind)
-    return kernels.PLAIN[kind]
+    return FASTER.get(tier, {}).get(kind, kernels.PLAIN[kind])
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from glassllama.engine.compiled import instruction
+from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
 from glassllama.engine.vectors import F32, I8, I32, Vectors, number, vector
 
@@ -101,58 +101,82 @@ def block_step(v: Vectors, kind: str, addresses: Any, block: Any, ys: list[Any])
     return results
 
 
-def tile(kind: str, tokens: int) -> Callable[..., None]:
-    """One group of sixteen rows times `tokens` tokens, as a function for compiled loops.
+@instruction_for_constants
+def tile(  # type: ignore[no-untyped-def]
+    context, kind, tokens, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride
+):
+    """One group of sixteen rows times some tokens; `kind` and `tokens` are constants.
 
-    (values, scales, blocks, inputs, input_stride, factors, factor_stride, outputs, output_stride),
-    all of the group and of the first token: see kernels.py.
+    Everything else is of the group and of the first token, as in kernels.py.
     """
+    name, count = kind.literal_value, tokens.literal_value
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
+        values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments[2:]
         v = Vectors(builder)
 
         def rows(address: Any, stride: Any) -> list[Any]:
-            return [builder.add(address, builder.mul(stride, number(t))) for t in range(tokens)]
+            return [builder.add(address, builder.mul(stride, number(t))) for t in range(count)]
 
         addresses = (values, scales, rows(x, x_stride), rows(f, f_stride))
-        start = [v.same(FLOATS, 0.0)] * tokens
-        sums = v.count_up(blocks, start, lambda k, ys: block_step(v, kind, addresses, k, ys))
+        start = [v.same(FLOATS, 0.0)] * count
+        sums = v.count_up(blocks, start, lambda k, ys: block_step(v, name, addresses, k, ys))
         for total, address in zip(sums, rows(y, y_stride), strict=True):
             v.store(total, address, 4)
         return context.get_dummy_value()
 
-    def typed(  # type: ignore[no-untyped-def]
-        context, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride
-    ):
-        return types.void(*[types.int64] * 9), emit
-
-    return instruction(typed)
+    return types.void(kind, tokens, *[types.int64] * 9), emit
 
 
-def kernel(kind: str) -> Callable[..., None]:
-    """The kernel of one packed format: tiles of twelve tokens, then of four, then one by one."""
-    value_bytes, scale_bytes = FORMATS[kind][:2]
-    twelve, four, one = tile(kind, 12), tile(kind, 4), tile(kind, 1)
+@inlined
+def sweep(
+    kind: str, value_bytes: int, scale_bytes: int, values: int, scales: int, blocks: int,
+    x: int, x_stride: int, f: int, f_stride: int, tokens: int, y: int, y_stride: int,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """Groups and tokens of a kernel: tiles of twelve tokens, then of four, then one by one."""
+    for group in range(first, last):
+        w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
+        out, t = y + group * 64, 0
+        while t + 12 <= tokens:
+            tile(kind, 12, w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
+                 out + t * y_stride, y_stride)  # fmt: skip
+            t += 12
+        while t + 4 <= tokens:
+            tile(kind, 4, w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
+                 out + t * y_stride, y_stride)  # fmt: skip
+            t += 4
+        while t < tokens:
+            tile(kind, 1, w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
+                 out + t * y_stride, y_stride)  # fmt: skip
+            t += 1
 
-    def run(
-        values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
-        tokens: int, y: int, y_stride: int, first: int, last: int,
-    ) -> None:  # fmt: skip
-        for group in range(first, last):
-            w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
-            out, t = y + group * 64, 0
-            while t + 12 <= tokens:
-                twelve(w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
-                       out + t * y_stride, y_stride)  # fmt: skip
-                t += 12
-            while t + 4 <= tokens:
-                four(w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
-                     out + t * y_stride, y_stride)  # fmt: skip
-                t += 4
-            while t < tokens:
-                one(w, d, blocks, x + t * x_stride, x_stride, f + t * f_stride, f_stride,
-                    out + t * y_stride, y_stride)  # fmt: skip
-                t += 1
 
-    return run
+# One function for each format, at the top of a module: what Numba can keep on disk.
+
+
+def q8_0(
+    values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    sweep("Q8_0", 512, 32, values, scales, blocks, x, x_stride, f, f_stride, tokens, y, y_stride,
+          first, last)  # fmt: skip
+
+
+def q4_0(
+    values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    sweep("Q4_0", 256, 32, values, scales, blocks, x, x_stride, f, f_stride, tokens, y, y_stride,
+          first, last)  # fmt: skip
+
+
+def q4_1(
+    values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    sweep("Q4_1", 256, 64, values, scales, blocks, x, x_stride, f, f_stride, tokens, y, y_stride,
+          first, last)  # fmt: skip
+
+
+VNNI: dict[str, Callable[..., None]] = {"Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1}
