@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassllama.base.errors import GenerationError
+from glassllama.base.machine import require_memory
 from glassllama.models.llama import Layer, Llama
 from glassllama.nn.attention import Step
 from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
 from glassllama.weights.open import Checkpoint
+from glassllama.weights.plan import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
 
-BLOCK_NUMBERS = 1 << 24  # weights of the output matrix in hand at once: 64 MiB of float32
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 
@@ -126,7 +127,7 @@ class StreamedLlama(Llama):
     """Used like Llama, with every place to watch; `layers[n].filled()` shows a layer's weights.
 
     `dtype` None keeps bfloat16 files as they are and makes everything else float32. The checkpoint
-    stays open as long as the model is used.
+    stays open as long as the model is used. Raises MemoryShortError before it allocates.
     """
 
     def __init__(
@@ -138,6 +139,12 @@ class StreamedLlama(Llama):
     ) -> None:
         kept = kept_dtype(checkpoint) if dtype is None else dtype
         source = Source(checkpoint, kept, torch.device(device))
+        if source.device.type == "cpu":
+            require_memory(
+                streamed_way(checkpoint, 0, kept.itemsize).memory - PYTORCH_ITSELF,
+                what=f"one layer of {checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
+                instead="close other programs, or use a smaller model",
+            )
         with torch.device("meta"):
             super().__init__(checkpoint.config)  # shapes only
             self.layers = nn.ModuleList(

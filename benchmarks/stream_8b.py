@@ -1,0 +1,259 @@
+"""An 8B model on a small machine: 16 GB of weights, one prompt, one layer in memory at a time.
+
+    python benchmarks/stream_8b.py [--format safetensors|pth|gguf] [--layers 32] [--folder /tmp]
+
+Writes a checkpoint of Llama 3 8B's shape in bfloat16 to a temporary folder, runs a prompt of 17
+tokens through it in a fresh process, and prints the peak of memory (mapped pages included), the
+seconds, and as their bound the bytes read over the speed at which this file can be read. Cold is
+after asking the system to forget the file, warm is the run after that. Without --format all three
+formats, one after the other. Needs 16.1 GB of disk. One JSON line a format; exit 1 over 1.5 GB.
+
+The file is really written, no hole: foreign writers (torch.save, the gguf package; safetensors by
+its specification) say where each tensor lies, then every tensor is filled from one block of normal
+numbers, each from another place in it, so that no two layers are alike. Norms are ones. So the
+activations are ordinary numbers, and the predicted token means nothing; it differs between formats
+because q and k rows, the same here, are read as halves from one and as pairs from the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LLAMA_3_8B = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128_256,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+    "tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"],
+}  # fmt: skip
+PROMPT = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374,
+          220]  # fmt: skip
+NUMBERS = (1 << 24) + 4099  # no multiple of any row, so that rows differ
+SPREAD = 0.02  # standard deviation, as models of this size are begun with
+BAR = 1.5e9  # bytes of peak memory
+ONE = b"\x80\x3f"  # 1.0 as bfloat16
+STRIDE = 2 * 1_000_003  # bytes from where one tensor begins in the block to where the next does
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(layers: int) -> Shapes:
+    """Our tensor names and shapes; the writers below translate the names."""
+    from glassllama.weights.configs import config_from_hf
+    from glassllama.weights.names import expected_shapes
+
+    return expected_shapes(config_from_hf({**LLAMA_3_8B, "num_hidden_layers": layers}).config)
+
+
+def named(shapes: Shapes, family: Any, layers: int) -> Shapes:
+    from glassllama.weights.names import foreign_names
+
+    table = foreign_names(family, layers)
+    return {table[ours]: shape for ours, shape in shapes.items()}
+
+
+def empty_safetensors(folder: Path, layers: int) -> Path:
+    """config.json and a header, then nothing: 8 bytes of length, JSON, the data."""
+    config = {**LLAMA_3_8B, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in named(shapes_of(layers), "hf", layers).items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return folder
+
+
+def empty_pth(folder: Path, layers: int) -> Path:
+    """params.json and what torch.save writes when told to leave out the data."""
+    import torch
+
+    params = {"dim": 4096, "n_layers": layers, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5,
+              "vocab_size": 128_256, "multiple_of": 1024, "ffn_dim_multiplier": 1.3,
+              "rope_theta": 500_000.0}  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    shapes = named(shapes_of(layers), "meta", layers)
+    # Memory that nobody touches is no memory yet: these 16 GB are a promise only.
+    state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    with torch.serialization.skip_data():
+        torch.save(state, folder / "consolidated.00.pth")
+    return folder
+
+
+def empty_gguf(folder: Path, layers: int) -> Path:
+    import gguf
+
+    bfloat16 = gguf.GGMLQuantizationType.BF16
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(4096)
+    writer.add_feed_forward_length(14336)
+    writer.add_head_count(32)
+    writer.add_head_count_kv(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_vocab_size(128_256)
+    end = 0
+    for name, shape in named(shapes_of(layers), "gguf", layers).items():
+        nbytes = 2 * int(np.prod(shape))
+        writer.add_tensor_info(name, shape, np.dtype(np.float16), nbytes, raw_dtype=bfloat16)
+        end += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, -(-path.stat().st_size // 32) * 32 + end)
+    return path
+
+
+EMPTY: dict[str, Callable[[Path, int], Path]] = {
+    "safetensors": empty_safetensors,
+    "pth": empty_pth,
+    "gguf": empty_gguf,
+}
+
+
+def fill(path: Path) -> tuple[int, int]:
+    """Give every tensor its numbers, on the disk -> bytes of all, and bytes that a pass reads."""
+    import ml_dtypes
+
+    from glassllama.weights.open import open_weights
+
+    checkpoint = open_weights(path)
+    infos = {name: checkpoint.info(name) for name in checkpoint.names}
+    checkpoint.close()
+    values = np.random.default_rng(0).normal(0, SPREAD, NUMBERS).astype(ml_dtypes.bfloat16)
+    block = memoryview(values.tobytes())
+    for number, info in enumerate(infos.values()):
+        with open(info.path, "r+b") as file:
+            file.seek(info.offset)
+            if len(info.shape) == 1:
+                file.write(ONE * info.shape[0])
+                continue
+            start, left = number * STRIDE % len(block), info.nbytes
+            while left:
+                wrote = file.write(block[start : start + left])
+                start, left = 0, left - wrote
+            os.fsync(file.fileno())
+    total = sum(info.nbytes for info in infos.values())
+    return total, total - infos["tok_embeddings.weight"].nbytes  # of these a row a token
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop the file from its cache, so that the disk is measured."""
+    for file in [path] if path.is_file() else path.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bandwidth(path: Path) -> float:
+    """Bytes per second of reading the largest file from front to end, its cache forgotten."""
+    largest = max([path] if path.is_file() else path.iterdir(), key=lambda p: p.stat().st_size)
+    buffer = bytearray(1 << 23)
+    forget(path)
+    with largest.open("rb", buffering=0) as file:
+        started, total = time.perf_counter(), 0
+        while count := file.readinto(buffer):
+            total += count
+    return total / (time.perf_counter() - started)
+
+
+def high_water() -> int:
+    """Most bytes this process has had, mapped pages included (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
+
+
+def walk(path: Path) -> dict[str, Any]:
+    """One prompt through one checkpoint, in this process."""
+    import torch
+
+    from glassllama.weights.open import open_weights
+    from glassllama.weights.stream import StreamedLlama
+
+    imported = high_water()
+    model = StreamedLlama(open_weights(path))
+    started = time.perf_counter()
+    with torch.inference_mode():
+        h = model.hidden(torch.tensor([PROMPT]))  # (1, T, C)
+        logits = model.logits(h)  # (1, T, V)
+    seconds = time.perf_counter() - started
+    assert logits.isfinite().all()
+    return {
+        "seconds": round(seconds, 2),
+        "peak_gb": round(high_water() / 1e9, 3),
+        "imports_gb": round(imported / 1e9, 3),
+        "hidden_rms": round(h.float().square().mean().sqrt().item(), 4),
+        "next": logits[0, -1].argmax().item(),
+    }
+
+
+def measure(form: str, layers: int, folder: Path) -> dict[str, Any]:
+    path = EMPTY[form](folder, layers)
+    started = time.perf_counter()
+    total, nbytes = fill(path)
+    written = time.perf_counter() - started
+    speed = bandwidth(path)
+    results = {}
+    for state in ("cold", "warm"):
+        if state == "cold":
+            forget(path)
+        done = subprocess.run(
+            [sys.executable, __file__, "--walk", str(path)], capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
+        results[state] = json.loads(done.stdout)
+    return {
+        "format": form,
+        "layers": layers,
+        "gb_file": round(total / 1e9, 2),
+        "gb_read": round(nbytes / 1e9, 2),
+        "disk_gb_s": round(speed / 1e9, 2),
+        "bound_s": round(nbytes / speed, 2),
+        "write_s": round(written, 1),
+        **results,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--format", choices=tuple(EMPTY))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--folder", type=Path, help="where the 16 GB may lie for a while")
+    parser.add_argument("--walk", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.walk:
+        print(json.dumps(walk(arguments.walk)))
+        return 0
+    peaks = []
+    for form in [arguments.format] if arguments.format else EMPTY:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            result = measure(form, arguments.layers, Path(folder))
+        for state in ("cold", "warm"):
+            run = result[state]
+            peaks.append(run["peak_gb"] * 1e9)
+            print(f"{form:12} {state}  peak {run['peak_gb']:.2f} GB   {run['seconds']:6.1f} s   "
+                  f"bound {result['bound_s']:6.1f} s ({result['gb_read']} GB at "
+                  f"{result['disk_gb_s']} GB/s)")  # fmt: skip
+        print(json.dumps(result))
+    return 0 if max(peaks) <= BAR else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

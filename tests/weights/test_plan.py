@@ -1,0 +1,142 @@
+"""What a plan says a checkpoint takes is what it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+from glassllama.base import machine
+from glassllama.base.errors import MemoryShortError
+from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.plan import Plan, Way, WayName, plan
+from glassllama.weights.stream import StreamedLlama
+from tiny_models import hf_model, write_gguf, write_hf
+
+# 75 M numbers: large enough that a layer, the model and the model in float32 are far apart.
+SHAPE = {
+    "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "intermediate_size": 2816, "vocab_size": 4000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+TOKENS = 20
+# How far a plan may be above the truth: what it grants to imports and to activations of a long
+# prompt, and does not use for a short one.
+SLACK = 250e6
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("plan")
+    model = hf_model(**SHAPE).bfloat16()
+    return {
+        "bfloat16": write_hf(model, base / "hf"),
+        "q8_0": write_gguf(model, base / "x.gguf", gguf.GGMLQuantizationType.Q8_0),
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(paths: dict[str, Path]) -> Checkpoint:
+    return open_weights(paths["bfloat16"])
+
+
+RUN = """
+import sys
+from glassllama.weights.open import open_weights
+checkpoint, way = open_weights(sys.argv[1]), sys.argv[2]
+if way == "engine":
+    from glassllama.weights.pack import pack
+    executor = pack(checkpoint)
+elif way == "streamed":
+    from glassllama.weights.stream import StreamExecutor
+    executor = StreamExecutor(checkpoint)
+else:
+    import torch
+    from glassllama.weights.load import TorchExecutor, load_llama
+    executor = TorchExecutor(load_llama(checkpoint, dtype=getattr(torch, way)))
+cache = executor.new_cache(1, int(sys.argv[3]))
+for _ in range(2):
+    executor.next_logits([list(range(int(sys.argv[3]) // 2))], cache)
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("stored", ["bfloat16", "q8_0"])
+@pytest.mark.parametrize("name", ["engine", "bfloat16", "float32", "streamed"])
+def test_the_peak_is_as_planned(stored: str, name: WayName, paths: dict[str, Path]) -> None:
+    planned = plan(open_weights(paths[stored]), tokens=TOKENS).way(name).memory
+    arguments = [str(paths[stored]), name, str(TOKENS)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True
+    )
+    assert planned - SLACK <= int(done.stdout) <= planned
+
+
+def test_the_fastest_way_that_fits() -> None:
+    sizes: list[tuple[WayName, int]] = [
+        ("engine", 30), ("bfloat16", 20), ("float32", 40), ("streamed", 10)
+    ]  # fmt: skip
+    ways = tuple(Way(name=n, memory=m, reads_once=0, reads_per_pass=0) for n, m in sizes)
+
+    def best(free: int | None) -> str | None:
+        way = Plan(model="x", tokens=1, free=free, speed=1.0, ways=ways).best
+        return None if way is None else way.name
+
+    assert [best(n) for n in (None, 30, 29, 20, 19, 10, 9)] == [
+        "engine", "engine", "bfloat16", "bfloat16", "streamed", "streamed", None
+    ]  # fmt: skip
+
+
+def test_what_is_read(checkpoint: Checkpoint, paths: dict[str, Path]) -> None:
+    made = plan(checkpoint, tokens=TOKENS)
+    file = (paths["bfloat16"] / "model.safetensors").stat().st_size
+    embeddings = 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
+    assert made.way("bfloat16").reads_once == pytest.approx(file, abs=20_000)  # its header
+    assert made.way("bfloat16").reads_per_pass == made.way("streamed").reads_once == 0
+    assert made.way("streamed").reads_per_pass == pytest.approx(file - embeddings, abs=20_000)
+    assert made.speed > 1e6
+    streamed = made.way("streamed")
+    assert made.seconds_per_pass(streamed) == streamed.reads_per_pass / made.speed
+
+
+def test_a_longer_context_takes_more(checkpoint: Checkpoint) -> None:
+    short, long = (plan(checkpoint, tokens=n).way("bfloat16").memory for n in (1, 1001))
+    assert long - short == 1000 * 2 * 6 * 4 * 64 * 2  # keys and values, layers, heads, width, bytes
+
+
+def test_it_is_said_in_plain_lines(checkpoint: Checkpoint) -> None:
+    made = plan(checkpoint, tokens=TOKENS, memory=10**12)
+    lines = made.describe().split("\n")
+    assert [line.split()[0] for line in lines[1:5]] == [way.name for way in made.ways]
+    assert "1000.00 GB of memory free" in lines[0]
+    assert lines[5] == made.advice()
+    assert "backend engine" in made.advice()
+    short = plan(checkpoint, tokens=TOKENS, memory=made.way("streamed").memory)
+    assert "stream_layers" in short.advice()
+    assert short.describe().count("too large") >= 2  # bfloat16, float32; how the engine packs it
+    assert plan(checkpoint, tokens=TOKENS, memory=1).advice().startswith("nothing fits")
+
+
+def test_a_machine_that_does_not_say(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glassllama.weights.plan.available_memory", lambda: None)
+    made: Plan = plan(checkpoint, tokens=TOKENS)
+    assert made.best is made.way("engine")
+    assert "memory unknown" in made.describe()
+
+
+def test_streaming_refuses_before_it_allocates(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 50_000_000)
+    with pytest.raises(
+        MemoryShortError, match=r"^one layer of hf in bfloat16 needs .* 50\.0 MB are"
+    ):
+        StreamedLlama(checkpoint)
