@@ -5,11 +5,12 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from numba import njit
 from numpy.typing import NDArray
 
-from glassllama.engine.compiled import entry
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import (
+    FLOAT_TYPES,
     KINDS,
     Arena,
     Matrix,
@@ -33,13 +34,15 @@ RUNNABLE = [
     for name, needed in TIERS.items()
 ]
 ODD_SHAPES = [(1, 32), (37, 96), (16, 256), (50, 32 * 7)]
+ODD_COLUMNS = [(5, 1), (33, 3), (17, 37)]
 
 
 def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.float32]]:
     """Random weights in the file's form, and the numbers they stand for."""
     numbers = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
-    if kind == "F32":
-        return numbers, numbers
+    if kind in FLOAT_TYPES:
+        raw = numbers.astype(FLOAT_TYPES[kind])
+        return raw, raw.astype(np.float32)
     theirs = getattr(gguf.GGMLQuantizationType, kind)
     raw = gguf.quants.quantize(numbers, theirs)
     return raw, gguf.quants.dequantize(raw, theirs)
@@ -54,12 +57,12 @@ def packed(kind: str, raw: NDArray, columns: int) -> Matrix:
     return matrix
 
 
-@entry
+@njit
 def call(address, arguments):  # type: ignore[no-untyped-def]
     call_kernel(address, arguments)
 
 
-@entry
+@njit
 def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
     encode_native(x, first, last, codes, factors)
 
@@ -88,6 +91,17 @@ def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: in
     assert (read_rows(matrix, np.arange(rows)) == numbers).all()
     assert matrix.values.ctypes.data % 64 == 0
     assert matrix.scales.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize(("rows", "columns"), ODD_COLUMNS)
+@pytest.mark.parametrize("kind", FLOAT_TYPES)
+@pytest.mark.parametrize("tier", RUNNABLE)
+def test_float_kernels_take_any_width(kind: str, rows: int, columns: int, tier: str) -> None:
+    raw, numbers = stored(kind, rows, columns)
+    matrix = packed(kind, raw, columns)
+    x = np.random.default_rng(7).standard_normal((6, columns)).astype(np.float32)
+    out = multiply(matrix, tier, x, x, 0, matrix.groups)
+    assert np.allclose(out[:, :rows], x @ numbers.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
@@ -149,7 +163,7 @@ def test_to_q8_0_is_as_good_as_the_gguf_package() -> None:
     assert np.abs(ours - numbers).max() <= np.abs(theirs - numbers).max() * 1.05
 
 
-@entry
+@njit
 def exponentials(x, out):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         out[i] = exponential(x[i])

@@ -22,6 +22,7 @@ from glassllama.engine.compiled import inlined
 from glassllama.engine.intrinsics import (
     bytes8,
     carray,
+    float_from_bfloat,
     float_from_half,
     floats,
     integers8,
@@ -52,6 +53,52 @@ def f32(
                 for k in range(start, min(start + 32, blocks)):
                     for row in range(16):
                         part[row] += w[k, row] * x[k]
+                for row in range(16):
+                    y[row] += part[row]
+
+
+def f16(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Half-precision weights, float32 inputs."""
+    part = carray(stack_words(), 16, np.float32)
+    for group in range(first, last):
+        w = words16(values + group * blocks * 32, (blocks, 16))
+        for t in range(tokens):
+            x = floats(inputs + t * input_stride, blocks)
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for start in range(0, blocks, 32):
+                for row in range(16):
+                    part[row] = np.float32(0)
+                for k in range(start, min(start + 32, blocks)):
+                    for row in range(16):
+                        part[row] += float_from_half(w[k, row]) * x[k]
+                for row in range(16):
+                    y[row] += part[row]
+
+
+def bf16(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Bfloat16 weights, float32 inputs."""
+    part = carray(stack_words(), 16, np.float32)
+    for group in range(first, last):
+        w = words16(values + group * blocks * 32, (blocks, 16))
+        for t in range(tokens):
+            x = floats(inputs + t * input_stride, blocks)
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for start in range(0, blocks, 32):
+                for row in range(16):
+                    part[row] = np.float32(0)
+                for k in range(start, min(start + 32, blocks)):
+                    for row in range(16):
+                        part[row] += float_from_bfloat(w[k, row]) * x[k]
                 for row in range(16):
                     y[row] += part[row]
 
@@ -158,4 +205,11 @@ def q4_1(
                     y[row] += float_from_half(d[b, 1, row]) * offset
 
 
-PLAIN: dict[str, Callable[..., None]] = {"F32": f32, "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1}
+PLAIN: dict[str, Callable[..., None]] = {
+    "F32": f32,
+    "F16": f16,
+    "BF16": bf16,
+    "Q8_0": q8_0,
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+}

@@ -15,6 +15,7 @@ A block is 32 inputs of the sixteen rows, and has its scales beside it:
     Q4_1  values as Q4_0
           scales (G, blocks, 2, 16) half       value = d · nibble + m, first d then m
     F32   values (G, columns, 16) float32      one input of sixteen rows is a vector already
+    F16   values (G, columns, 16) half         BF16 likewise
 
 G is the number of groups; a last group that is not full is padded with rows of zeros. Numbers and
 nibble order are those of the file: nothing is rounded here, only moved.
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +39,7 @@ ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
 
 Raw = NDArray[Any]
+FLOAT_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("F32", 1, GROUP * 4, 0, integer_inputs=False),
+        Kind("F16", 1, GROUP * 2, 0, integer_inputs=False),
+        Kind("BF16", 1, GROUP * 2, 0, integer_inputs=False),
         Kind("Q8_0", BLOCK, GROUP * BLOCK, GROUP * 2, integer_inputs=True),
         Kind("Q4_0", BLOCK, GROUP * BLOCK // 2, GROUP * 2, integer_inputs=True),
         Kind("Q4_1", BLOCK, GROUP * BLOCK // 2, GROUP * 4, integer_inputs=True),
@@ -133,9 +138,9 @@ def beside(rows: NDArray[Any]) -> NDArray[Any]:
     return halves.reshape(-1, GROUP, *halves.shape[1:]).transpose(0, 2, 3, 1)
 
 
-def pack_f32(raw: Raw, values: Raw, scales: Raw) -> None:
+def pack_floats(raw: Raw, values: Raw, scales: Raw) -> None:
     lanes = raw.reshape(len(values), GROUP, -1).transpose(0, 2, 1)  # (G, columns, 16)
-    values.view(np.float32)[:] = lanes
+    values.view(raw.dtype)[:] = lanes
 
 
 def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
@@ -163,15 +168,16 @@ def pack_q4_1(raw: Raw, values: Raw, scales: Raw) -> None:
 
 
 PACK: dict[str, Callable[[Raw, Raw, Raw], None]] = {
-    "F32": pack_f32, "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
+    "F32": pack_floats, "F16": pack_floats, "BF16": pack_floats,
+    "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
 }  # fmt: skip
 
 
 def fill(matrix: Matrix, first: int, raw: Raw) -> None:
     """Put rows `first` … (a multiple of sixteen) in their place.
 
-    `raw` is float32 (rows, columns) for F32, else the file's blocks as uint8 (rows, bytes of a
-    row); where it ends within a group it must be the matrix's end, and zeros follow.
+    `raw` is (rows, columns) numbers for F32, F16 and BF16, else the file's blocks as uint8 (rows,
+    bytes of a row); where it ends within a group it must be the matrix's end, and zeros follow.
     """
     short = -len(raw) % GROUP
     if short:
@@ -194,9 +200,9 @@ def read_rows(matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """The numbers of some rows, unpacked: (n,) -> (n, columns) float32."""
     group, lane = np.divmod(rows, GROUP)
     cells = (len(rows), matrix.values.shape[1])
-    if matrix.kind.name == "F32":
-        lanes: NDArray[np.float32] = matrix.values.view(np.float32)
-        return lanes[group, :, lane]
+    if matrix.kind.name in FLOAT_TYPES:
+        lanes = matrix.values.view(FLOAT_TYPES[matrix.kind.name])[group, :, lane]
+        return np.asarray(lanes, np.float32)
     scales = matrix.scales.view(np.float16).reshape(*matrix.scales.shape[:2], -1, GROUP)
     scale = scales[group, :, :, lane].astype(np.float32)  # (n, blocks, 1 or 2)
     bytes_ = matrix.values.reshape(*matrix.values.shape[:2], -1, GROUP, QUAD)

@@ -20,6 +20,7 @@ from numba import cfunc
 from glassllama.base.errors import GlassError
 from glassllama.engine import kernels, vnni
 from glassllama.engine.compiled import LOOSE, keep_in_cache
+from glassllama.engine.float_kernels import FLOAT_KERNELS
 from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
 
 SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
@@ -27,7 +28,7 @@ TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"}),
     "plain": frozenset(),
 }
-FASTER: dict[str, dict[str, Callable[..., None]]] = {"vnni": vnni.VNNI}
+FASTER: dict[str, dict[str, Callable[..., None]]] = {"vnni": {**vnni.VNNI, **FLOAT_KERNELS}}
 KEPT: list[object] = []  # compiled kernels live as long as the process
 
 

@@ -1,7 +1,7 @@
 """A checkpoint → the packed CPU engine: one tensor at a time, in slices of rows, strictly in order.
 
 Formats that the engine computes with are moved as they are (engine/layout.py). Other block types
-become Q8_0, the nearest richer one; float16, bfloat16 and float32 become float32.
+become Q8_0, the nearest richer one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from glassllama.engine.layout import (
 from glassllama.weights.open import Checkpoint
 
 EMBEDDINGS = "tok_embeddings.weight"
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 LAYER_MATRICES = (
     "attention.wq", "attention.wk", "attention.wv", "attention.wo",
     "feed_forward.gate", "feed_forward.up", "feed_forward.down",
@@ -92,7 +91,7 @@ def matrix_names(config: LlamaConfig) -> list[str]:
 def packed_kind(checkpoint: Checkpoint, name: str, exact: bool) -> Kind:
     """What a tensor is packed as."""
     stored = checkpoint.info(name).dtype
-    if exact or stored in FLOAT_TYPES:
+    if exact or stored == "F64":
         return KINDS["F32"]
     return KINDS.get(stored, KINDS["Q8_0"])
 
@@ -116,8 +115,8 @@ def fill_from(checkpoint: Checkpoint, name: str, matrix: Matrix, pool: ThreadPoo
 
 
 def stored_as(checkpoint: Checkpoint, name: str, kind: Kind, rows: slice) -> NDArray[Any]:
-    """Some rows in the form that `fill` takes: the file's own blocks, if they are of that kind."""
-    if checkpoint.info(name).dtype == kind.name != "F32":
+    """Some rows in the form that `fill` takes: as the file has them, if they are of that kind."""
+    if checkpoint.info(name).dtype == kind.name:
         return checkpoint.read(name, rows)
     numbers = checkpoint.float32(name, rows)
     return numbers if kind.name == "F32" else to_q8_0(numbers)
