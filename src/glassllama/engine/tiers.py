@@ -1,7 +1,8 @@
 """Which kernels this processor runs: machine code and addresses, made when a model needs them.
 
-    vnni    AVX-512 VNNI: 64 products per instruction
-    plain   loops that LLVM vectorises for whatever it is, on any processor
+    vnni     AVX-512 with VNNI          neon   ARMv8.2's dot product
+    avxvnni  the same on 32 bytes       plain  loops that LLVM vectorises, on any processor
+    avx2     without dot products
 
 The best that the processor has is taken, unless GLASSLLAMA_TIER names another.
 """
@@ -18,17 +19,19 @@ import numba
 from numba import cfunc
 
 from glassllama.base.errors import GlassError
-from glassllama.engine import kernels, vnni
+from glassllama.engine import integer_kernels, kernels
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.float_kernels import FLOAT_KERNELS
 from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
 
 SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
 TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
-    "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"}),
+    "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"}),
+    "avxvnni": frozenset({"avxvnni", "avx2", "fma", "f16c"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "neon": frozenset({"neon", "dotprod"}),
     "plain": frozenset(),
 }
-FASTER: dict[str, dict[str, Callable[..., None]]] = {"vnni": {**vnni.VNNI, **FLOAT_KERNELS}}
 KEPT: list[object] = []  # compiled kernels live as long as the process
 
 
@@ -51,8 +54,10 @@ def tier() -> str:
 
 
 def kernel(kind: str, tier: str) -> Callable[..., None]:
-    """The function to compile for a packed format: what a tier does not have, plain loops do."""
-    return FASTER.get(tier, {}).get(kind, kernels.PLAIN[kind])
+    """The function to compile for a packed format: plain loops, or a tier's vectors."""
+    if tier == "plain":
+        return kernels.PLAIN[kind]
+    return FLOAT_KERNELS[kind] if kind in FLOAT_KERNELS else integer_kernels.kernel(tier, kind)
 
 
 @cache

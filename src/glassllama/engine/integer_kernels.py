@@ -1,0 +1,223 @@
+"""Vector kernels for integer weights: sixteen rows at a time, in the processor's own dot products.
+
+What a processor multiplies at once differs (`dot`), and so does how many of the sixteen rows its
+vectors hold: all (AVX-512), eight (AVX2) or four (NEON). The layout (layout.py) suits them all: a
+vector holds four inputs of each of its rows, next to the rows of the vector after it.
+
+    vnni     vpdpbusd, 64 bytes: unsigned weights times signed inputs, four products to a lane
+    avxvnni  the same with 32 bytes
+    avx2     vpmaddubsw adds two products to 16 bits, and saturates there: see `dot_in_halves`
+    neon     sdot, 16 bytes: signed times signed
+
+Weights are unpacked once for all tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from glassllama.engine.compiled import inlined, instruction_for_constants
+from glassllama.engine.intrinsics import types
+from glassllama.engine.vectors import F32, I8, I16, I32, Vectors, number, vector
+
+ROWS = 16
+LANES = {"vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
+TILE = {"vnni": 12, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once: what registers hold
+SIGNED = ("neon", "avx2")  # these want Q8_0's bytes without the 128 that layout.py adds
+
+
+def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
+    """sums += the products of weights' and inputs' bytes, four to a lane."""
+    b, kind = v.builder, sums.type
+    if target == "avx2":
+        return b.add(sums, dot_in_halves(v, weights, inputs))
+    if target == "neon":
+        return v.call("llvm.aarch64.neon.sdot.v4i32.v16i8", kind, sums, weights, inputs)
+    # LLVM 22 changed the operands' type to bytes; the old spelling is accepted before and after.
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * kind.count}"
+    return v.call(name, kind, sums, b.bitcast(weights, kind), b.bitcast(inputs, kind))
+
+
+def dot_in_halves(v: Vectors, weights: Any, inputs: Any) -> Any:
+    """The same without a dot product: sums of two in 16 bits, then of four in 32.
+
+    The first instruction wants unsigned weights and saturates at 32,767. So it gets the weights'
+    magnitude, at most 128, and inputs that have taken the weights' sign: 2 · 128 · 127 = 32,512.
+    """
+    b, pairs, quads = v.builder, vector(I16, 16), vector(I32, 8)
+    zero = v.same(weights.type, 0)
+    negative = b.icmp_signed("<", weights, zero)
+    size = b.select(negative, b.sub(zero, weights), weights)
+    turned = v.call("llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
+    halves = v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, size, turned)
+    return v.call("llvm.x86.avx2.pmadd.wd", quads, halves, v.same(pairs, 1))
+
+
+def quads_of_bytes(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
+    """(which four inputs, their weights) of a block of Q8_0."""
+    size = 4 * LANES[target]
+    quads = [(q, v.load(v.at(values, 64 * q), vector(I8, size), size)) for q in range(8)]
+    if target in SIGNED:
+        return [(q, v.builder.xor(w, ir.Constant(w.type, [0x80] * size))) for q, w in quads]
+    return quads
+
+
+def quads_of_nibbles(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
+    """The same of Q4_0 and Q4_1: low nibbles are inputs 0 … 15, high ones 16 … 31."""
+    quads, size = [], 4 * LANES[target]
+    for q in range(4):
+        packed = v.load(v.at(values, 64 * q), vector(I8, size), size)
+        quads += [(q, v.low_nibbles(packed)), (4 + q, v.high_nibbles(packed))]
+    return quads
+
+
+Apply = Callable[[Any, Any, Any, Any], Any]  # (sums, inputs' scale, inputs' sum, y) -> new y
+
+
+def scale_bytes(v: Vectors, target: str, scales: Any) -> Apply:
+    """Q8_0: weights d · (byte − 128), where the sum of the inputs meets the 128."""
+    return centred(v, v.halves(scales, LANES[target]), 0 if target in SIGNED else 128)
+
+
+def scale_nibbles(v: Vectors, target: str, scales: Any) -> Apply:
+    """Q4_0: weights d · (nibble − 8)."""
+    return centred(v, v.halves(scales, LANES[target]), 8)
+
+
+def centred(v: Vectors, d: Any, offset: float) -> Apply:
+    def apply(sums: Any, scale: Any, total: Any, y: Any) -> Any:
+        shifted = v.builder.fmul(v.same(total.type, -offset), total)
+        return v.fused(d, v.fused(sums, scale, shifted), y)
+
+    return apply
+
+
+def scale_with_minimum(v: Vectors, target: str, scales: Any) -> Apply:
+    """Q4_1: weights d · nibble + m, where the sum of the inputs meets the m."""
+    d, m = v.halves(scales, LANES[target]), v.halves(v.at(scales, 2 * ROWS), LANES[target])
+
+    def apply(sums: Any, scale: Any, total: Any, y: Any) -> Any:
+        return v.fused(m, total, v.fused(sums, v.builder.fmul(d, scale), y))
+
+    return apply
+
+
+Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
+Scale = Callable[[Vectors, str, Any], Apply]
+# kind: bytes of values and of scales per block, how to unpack, how to scale
+FORMATS: dict[str, tuple[int, int, Unpack, Scale]] = {
+    "Q8_0": (512, 32, quads_of_bytes, scale_bytes),
+    "Q4_0": (256, 32, quads_of_nibbles, scale_nibbles),
+    "Q4_1": (256, 64, quads_of_nibbles, scale_with_minimum),
+}
+
+
+def block_sums(v: Vectors, target: str, kind: str, values: Any, inputs: list[Any]) -> list[Any]:
+    """One block of a vector's rows times that block of every token -> int32 sums."""
+    chains = 2 if len(inputs) == 1 else 1  # one token alone would wait for each sum
+    sums = [[v.same(vector(I32, LANES[target]), 0)] * chains for _ in inputs]
+    for q, weights in FORMATS[kind][2](v, target, values):
+        for t, address in enumerate(inputs):
+            four = v.splat(v.load(v.at(address, 4 * q), I32, 4), LANES[target])
+            chain = q * chains // 8
+            some = v.builder.bitcast(four, weights.type)
+            sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
+    return [s[0] if chains == 1 else v.builder.add(*s) for s in sums]
+
+
+def block_step(
+    v: Vectors, target: str, kind: str, addresses: Any, block: Any, ys: list[Any]
+) -> list[Any]:
+    """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
+    values, scales, inputs, factors = addresses
+    value_bytes, scale_bytes, _, scale = FORMATS[kind]
+    lanes, floats = LANES[target], vector(F32, LANES[target])
+    inputs = [v.step(address, block, 32) for address in inputs]
+    factors = [v.step(address, block, 8) for address in factors]
+    results: list[Any] = []
+    for first in range(0, ROWS, lanes):
+        some = v.at(v.step(values, block, value_bytes), 4 * first)
+        apply = scale(v, target, v.at(v.step(scales, block, scale_bytes), 2 * first))
+        for t, total in enumerate(block_sums(v, target, kind, some, inputs)):
+            s = v.splat(v.load(factors[t], F32, 4), lanes)
+            s_sum = v.splat(v.load(v.at(factors[t], 4), F32, 4), lanes)
+            y = ys[len(results)]
+            results.append(apply(v.builder.sitofp(total, floats), s, s_sum, y))
+    return results
+
+
+def write_tile(builder: Any, target: str, kind: str, tokens: int, arguments: Any) -> None:
+    """Instructions for one group of sixteen rows times some tokens."""
+    values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
+    v, lanes = Vectors(builder), LANES[target]
+
+    def rows(address: Any, stride: Any) -> list[Any]:
+        return [builder.add(address, builder.mul(stride, number(t))) for t in range(tokens)]
+
+    where = (values, scales, rows(x, x_stride), rows(f, f_stride))
+    start = [v.same(vector(F32, lanes), 0.0)] * (tokens * ROWS // lanes)
+    sums = v.count_up(blocks, start, lambda k, ys: block_step(v, target, kind, where, k, ys))
+    places = [v.at(a, 4 * n) for n in range(0, ROWS, lanes) for a in rows(y, y_stride)]
+    for total, place in zip(sums, places, strict=True):
+        v.store(total, place, 4)
+
+
+@instruction_for_constants
+def tile(  # type: ignore[no-untyped-def]
+    context, target, kind, tokens, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride
+):
+    """`write_tile` as a function for compiled loops; the first three arguments are constants.
+
+    Everything else is of the group and of the first token, as in kernels.py.
+    """
+    constants = (target.literal_value, kind.literal_value, tokens.literal_value)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        write_tile(builder, *constants, arguments[3:])
+        return context.get_dummy_value()
+
+    return types.void(target, kind, tokens, *[types.int64] * 9), emit
+
+
+@inlined
+def sweep(
+    target: str, kind: str, many: int, value_bytes: int, scale_bytes: int,
+    values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Groups and tokens of a kernel: tiles of `many` tokens, then one by one."""
+    for group in range(first, last):
+        w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
+        out, t = y + group * 64, 0
+        while t + many <= tokens:
+            tile(target, kind, many, w, d, blocks, x + t * x_stride, x_stride,
+                 f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
+            t += many
+        while t + 4 <= tokens:
+            tile(target, kind, 4, w, d, blocks, x + t * x_stride, x_stride,
+                 f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
+            t += 4
+        while t < tokens:
+            tile(target, kind, 1, w, d, blocks, x + t * x_stride, x_stride,
+                 f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
+            t += 1
+
+
+def kernel(target: str, kind: str) -> Callable[..., None]:
+    """The kernel of one tier and packed format, for `cfunc`: see kernels.py.
+
+    What it closes over is strings and numbers, so that Numba can tell on disk which one it is.
+    """
+    value_bytes, scale_bytes, many = *FORMATS[kind][:2], TILE[target]
+
+    def run(
+        values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
+        tokens: int, y: int, y_stride: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        sweep(target, kind, many, value_bytes, scale_bytes, values, scales, blocks, x, x_stride,
+              f, f_stride, tokens, y, y_stride, first, last)  # fmt: skip
+
+    return run

@@ -1,0 +1,51 @@
+"""Kernels for processors that are not here: compiled for them, and their instructions looked at."""
+
+from __future__ import annotations
+
+import re
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+
+from glassllama.engine.integer_kernels import FORMATS, write_tile
+
+MACHINES = {
+    "vnni": ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+fma,+f16c", r"vpdpbusd.*zmm"),
+    "avxvnni": ("x86_64", "+avx2,+avxvnni,+fma,+f16c", r"\{vex\}\s+vpdpbusd.*ymm"),
+    "avx2": ("x86_64", "+avx2,+fma,+f16c", r"vpmaddubsw.*ymm"),
+    "neon": ("aarch64", "+neon,+dotprod", r"sdot\s+v"),
+}
+
+
+def assembly(target: str, kind: str, tokens: int, architecture: str, features: str) -> str:
+    """The tile of a kernel as a function of its nine integers, compiled for that processor."""
+    module = ir.Module()
+    signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 9)
+    function = ir.Function(module, signature, "tile")
+    builder = ir.IRBuilder(function.append_basic_block())
+    write_tile(builder, target, kind, tokens, function.args)
+    builder.ret_void()
+    triple = f"{architecture}-unknown-linux-gnu"
+    machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.triple = triple
+    parsed.verify()
+    return machine.emit_assembly(parsed)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("target", MACHINES)
+def test_the_intended_instruction_does_the_work(target: str, kind: str) -> None:
+    architecture, features, wanted = MACHINES[target]
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        llvm.Target.from_triple(f"{architecture}-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip(f"this LLVM was built without {architecture}: its kernels are not compiled")
+    text = assembly(target, kind, 4, architecture, features)
+    dots = re.findall(wanted, text)
+    assert len(dots) >= 8  # eight times four inputs of a block, at least once for every token
+    assert "call" not in text
+    assert not re.search(r"\bbl\b", text)
