@@ -17,12 +17,10 @@ from glassllama.walkthrough.lens import Predictions, predictions, residual_norms
 from glassllama.walkthrough.opening import embedding_rows
 from glassllama.walkthrough.pictures import Bars, Table
 from glassllama.walkthrough.step import (
-    WHOLE_MODEL,
     Check,
     Numbers,
     Step,
     WhatIf,
-    compare,
     source,
 )
 from glassllama.walkthrough.walk import Walk, shape
@@ -92,7 +90,7 @@ def layers_by_hand(walk: Walk) -> Check:
         formula = f"{place}.attention.weights" in walk.trace  # as the model itself did
         weight = partial(walk.layer_weight, n)
         x = layer_by_hand(weight, x, walk.turn, walk.config, formula=formula).output
-        errors.append(compare(place, x, walk.trace[place], slack=WHOLE_MODEL))
+        errors.append(walk.compare_runs(place, x, walk.trace[place]))
     worst = max(errors, key=lambda check: check.relative)
     return replace(worst, what=f"layers.0 … layers.{walk.config.n_layers - 1}")
 
@@ -179,7 +177,7 @@ def answer(walk: Walk) -> Step:
         checks=(
             walk.check("norm", normed),
             walk.check("last_logits", logits),
-            compare(plain, logits, walk.plain_logits, slack=WHOLE_MODEL),
+            walk.compare_runs(plain, logits, walk.plain_logits),
         ),
         what_if=WhatIf(
             command=walk.command("--step 13"),

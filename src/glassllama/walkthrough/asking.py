@@ -9,7 +9,7 @@ import torch
 from glassllama.nn.attention import Attention, attention_scores, split_heads
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.walkthrough.pictures import Drawing, HeatMap
-from glassllama.walkthrough.step import Numbers, Step, WhatIf, compare, source
+from glassllama.walkthrough.step import Numbers, Step, WhatIf, source
 from glassllama.walkthrough.walk import Walk, shape
 
 WIDEST_DRAWING = 72
@@ -42,7 +42,7 @@ def norm(walk: Walk) -> Step:
         ),
         checks=(
             *walk.checks("attention_norm"),
-            compare("the last token in Python's own arithmetic", by_hand, out[0, -1]),
+            walk.compare("the last token in Python's own arithmetic", by_hand, out[0, -1]),
         ),
         what_if=WhatIf(
             command=walk.command(f"--step 5 --layer {walk.config.n_layers - 1}"),

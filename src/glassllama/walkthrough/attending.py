@@ -14,7 +14,7 @@ from glassllama.nn.norm import rms_norm
 from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex
 from glassllama.walkthrough.lens import attention_entropy
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table
-from glassllama.walkthrough.step import Numbers, Step, WhatIf, compare, source
+from glassllama.walkthrough.step import Numbers, Step, WhatIf, source
 from glassllama.walkthrough.walk import Walk, shape
 
 ARROWS = "→↗↑↖←↙↓↘"  # anticlockwise from the right, as angles are counted
@@ -49,11 +49,11 @@ def rope(walk: Walk) -> Step:
         pictures=(Drawing(layout_drawing(c.head_dim, c.rope_layout)), arrows(walk)),
         checks=(
             *walk.checks("q_rope", "k_rope"),
-            compare("q_rope by complex numbers", complex_q, walk.trace[q_rope]),
+            walk.compare("q_rope by complex numbers", complex_q, walk.trace[q_rope]),
         ),
         what_if=WhatIf(
             command=walk.command("--rope-layout wrong"),
-            shows="the other layout: no shape is wrong, nothing warns, and the answer is lost",
+            shows="the other layout: no shape is wrong, nothing warns, and short texts look right",
         ),
         data={"layout": c.rope_layout, "frequencies": walk.model.frequencies.tolist()},
     )
@@ -179,7 +179,7 @@ def into_the_residual(walk: Walk) -> Step:
         pictures=(share_bars(lengths),),
         checks=(
             *walk.checks("heads", "wo", "after_attention"),
-            compare("the heads' shares, added", shares.sum(0)[None].to(hand.wo), hand.wo),
+            walk.compare("the heads' shares, added", shares.sum(0)[None].to(hand.wo), hand.wo),
         ),
         what_if=WhatIf(
             command=walk.command("--scale wrong"),

@@ -103,9 +103,12 @@ def candidate_bars(walk: Walk, plain: Probs, cooled: Probs, nucleus: NDArray[np.
     order = np.argsort(-plain, kind="stable")[:SHOWN]
     kept = set(nucleus.tolist())
     return Bars(
-        f"at temperature {TEMPERATURE}; ✂ is cut off by top-p {TOP_P}",
+        f"probability → at temperature {TEMPERATURE}; cut: by top-p {TOP_P}",
         [walk.piece(int(i)) for i in order],
         [float(cooled[i]) for i in order],
-        [f"{plain[i]:6.1%} → {cooled[i]:6.1%} {'✂' if int(i) not in kept else ' '}" for i in order],
+        [
+            f"{plain[i]:6.1%} → {cooled[i]:6.1%} {'cut' if int(i) not in kept else '   '}"
+            for i in order
+        ],
         top=1.0,
     )

@@ -14,7 +14,7 @@ from glassllama.nn.rope import rope_angles, rotation
 from glassllama.walkthrough.by_hand import LayerByHand, layer_by_hand
 from glassllama.walkthrough.lens import predictions
 from glassllama.walkthrough.pictures import Drawing
-from glassllama.walkthrough.step import WHOLE_MODEL, Numbers, Step, WhatIf, compare, source
+from glassllama.walkthrough.step import Numbers, Step, WhatIf, source
 from glassllama.walkthrough.trace import Trace, run_with_trace
 from glassllama.walkthrough.walk import Walk, shape
 
@@ -99,9 +99,9 @@ def second_token(walk: Walk) -> Step:
         ),
         pictures=(cache_drawing(walk, made),),
         checks=(
-            compare(f"{prefix}.attention.weights of the new token", hand.weights, weights),
-            compare(f"{prefix} of the new token", hand.output, trace[prefix]),
-            compare("logits of all tokens again", logits.cpu(), whole.cpu(), slack=WHOLE_MODEL),
+            walk.compare(f"{prefix}.attention.weights of the new token", hand.weights, weights),
+            walk.compare(f"{prefix} of the new token", hand.output, trace[prefix]),
+            walk.compare_runs("logits of all tokens again", logits.cpu(), whole.cpu()),
         ),
         what_if=WhatIf(
             command=f"glassllama bench {walk.name} --prompt 64 --new 16",

@@ -104,7 +104,8 @@ MISTAKES = {
             "RoPE turns the wrong coordinates",
             "Pairs where the checkpoint has halves, or the reverse: the commonest mistake when "
             "weights move between Meta's, Hugging Face's and GGUF's files. No shape is wrong and "
-            "nothing warns.",
+            "nothing warns; slow pairs hardly turn within a few words, so short texts may look "
+            "right, and longer ones come apart.",
             rotate_other_pairs,
         ),
         Mistake(

@@ -13,7 +13,7 @@ from glassllama.walkthrough.edits import Mistake, mistaken
 from glassllama.walkthrough.lens import Predictions, predictions
 from glassllama.walkthrough.pictures import HeatMap, Picture, Table
 from glassllama.walkthrough.rounding import divergence
-from glassllama.walkthrough.step import Check, Source, compare, source
+from glassllama.walkthrough.step import Check, Source, source
 from glassllama.walkthrough.text import MARGIN, Page, check_lines, heading, source_lines
 from glassllama.walkthrough.trace import run_with_trace
 from glassllama.walkthrough.walk import Walk
@@ -59,7 +59,7 @@ def experiment(walk: Walk, mistake: Mistake) -> Experiment:
         right=right,
         wrong=wrong,
         divergence=[divergence(*pair) for pair in pairs],
-        check=compare("the right model again, afterwards", after, walk.plain_logits),
+        check=walk.compare("the right model again, afterwards", after, walk.plain_logits),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glassllama.base.config import rope_frequencies
+from glassllama.base.interfaces import Tokenizer
 from glassllama.formats.blocks import dequantise
 from glassllama.tokenizers.bpe import BYTES, NEVER, BytePairTokenizer, Vocabulary, merge
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -109,22 +110,28 @@ def raw_bytes(walk: Walk, id: int) -> str:
 
 
 def merging(walk: Walk) -> tuple[tuple[str, ...], tuple[Check, ...]]:
-    """The joining of one word, told; and the ids of the whole prompt found by hand."""
+    """The joining of one word, told; and the prompt's ids, found by hand as far as we know how."""
     tokenizer = walk.tokenizer
     if walk.prompt is None or tokenizer is None:
-        return (), (same("ids", list(walk.ids), list(walk.ids)),)
+        return (), ()
     if not isinstance(tokenizer, BytePairTokenizer):
-        text = tokenizer.decode(tokenizer.encode(walk.prompt))
-        return (), (same("ids decoded", text, tokenizer.decode(walk.ids[-len(walk.ids) :])),)
+        return (), decoded(walk, tokenizer)
     words = [word.encode() for word in split_words(walk)]
     short = [word for word in words if len(word) <= LONGEST_SHOWN_WORD] or [b""]
     history = merge_history(tokenizer.vocabulary, max(short, key=len))
     told = tuple(" ".join(visible(part) for part in parts) for parts in history)
-    ids = [id for word in words for id in word_ids(tokenizer.vocabulary, word)]
     if any(text in walk.prompt for text in tokenizer.vocabulary.added):
-        return told, (same("ids decoded", tokenizer.decode(walk.ids), walk.prompt),)
+        return told, decoded(walk, tokenizer)  # these are cut out of the text before any word
+    ids = [id for word in words for id in word_ids(tokenizer.vocabulary, word)]
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    return told, (same("ids", [*begin, *ids], list(walk.ids)),)
+    return told, (same("ids, merged by hand", [*begin, *ids], list(walk.ids)),)
+
+
+def decoded(walk: Walk, tokenizer: Tokenizer) -> tuple[Check, ...]:
+    """That the ids are the prompt again, where the vocabulary can say all of it."""
+    ids = walk.ids[1:] if walk.ids[0] == tokenizer.bos else walk.ids
+    text = tokenizer.decode(ids)
+    return (same("ids, decoded", text, walk.prompt),) if text == walk.prompt else ()
 
 
 def merge_history(vocabulary: Vocabulary, word: bytes) -> list[list[bytes]]:
@@ -245,7 +252,7 @@ def embedding_rows(walk: Walk) -> Tensor:
     """(1, T, C): of the whole matrix only the rows of the prompt are read."""
     rows = [walk.checkpoint.float32("tok_embeddings.weight", slice(i, i + 1)) for i in walk.ids]
     x = torch.cat([torch.from_numpy(row) for row in rows])[None]  # (1, T, C)
-    return x.to(walk.model.tok_embeddings.weight.dtype)
+    return x.to(walk.dtype)
 
 
 def embedding(walk: Walk) -> Step:

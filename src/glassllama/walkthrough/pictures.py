@@ -51,7 +51,7 @@ class HeatMap:
         top = float(np.abs(self.values).max()) if self.top is None else self.top
         drawn = [self.title]
         if columns > room:
-            drawn[0] += f" (the {'last' if self.triangle else 'first'} {room} of {columns})"
+            drawn.append(f"(the {'last' if self.triangle else 'first'} {room} of {columns})")
         for row in range(first, rows):
             end = row + 1 if self.triangle else first + room
             cells = "".join(shade(v, top) for v in self.values[row, first:end])

@@ -12,7 +12,7 @@ from glassllama.formats.blocks import unpack_q4_0, unpack_q8_0
 from glassllama.walkthrough.lens import predictions
 from glassllama.walkthrough.pictures import Table
 from glassllama.walkthrough.quantise import Kind, bits_each, eight_bits, four_bits, rounded
-from glassllama.walkthrough.step import WHOLE_MODEL, Step, WhatIf, compare, source
+from glassllama.walkthrough.step import Step, WhatIf, source
 from glassllama.walkthrough.trace import Edit, run_with_trace
 from glassllama.walkthrough.walk import Walk, shape
 
@@ -90,8 +90,7 @@ def quantisation(walk: Walk) -> Step:
         ),
         pictures=(table(walk, results),),
         checks=(
-            compare("logits, not rounded, by the same way", unchanged, walk.plain_logits,
-                    slack=WHOLE_MODEL),
+            walk.compare_runs("logits, not rounded, by the same way", unchanged, walk.plain_logits),
         ),
         what_if=WhatIf(
             command=walk.command(f"--step 16 --layer {walk.config.n_layers - 1}"),

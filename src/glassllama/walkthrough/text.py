@@ -61,6 +61,7 @@ def lines(step: Step, page: Page) -> Iterator[str]:
         yield from (MARGIN + line for line in picture.lines(page.width - 2 * len(MARGIN)))
     yield ""
     yield from check_lines(step.checks, page)
+    yield ""
     yield page.cut(MARGIN + "try  " + page.paint(step.what_if.command, BOLD))
     yield from (page.paint(line, DIM) for line in page.wrap(step.what_if.shows))
 
@@ -101,12 +102,12 @@ def first_values(shown: Numbers, count: int) -> list[float]:
 
 
 def check_lines(checks: tuple[Check, ...], page: Page) -> Iterator[str]:
-    width = max(cell_len(check.what) for check in checks)
+    width = max((cell_len(check.what) for check in checks), default=0)
     for check in checks:
         found = "equal" if check.allowed == 0 else f"equal, max error {check.error:.1e}"
         blanks = " " * (width - cell_len(check.what))
         yield page.cut(f"{MARGIN}{page.paint('✓', GREEN)} {check.what}{blanks}  {found}")
-    allowed = max(check.allowed for check in checks)
+    allowed = max((check.allowed for check in checks), default=0.0)
     if allowed > 0:
         bound = f"against the running model; allowed: {allowed:.1e} of the largest number of a row"
         yield from (page.paint(line, DIM) for line in page.wrap(f"{bound}, {REASON}"))

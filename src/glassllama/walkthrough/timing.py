@@ -12,7 +12,7 @@ from torch import Tensor
 from glassllama.base.machine import usable_cores
 from glassllama.models.llama import Llama
 from glassllama.walkthrough.pictures import Bars
-from glassllama.walkthrough.step import Step, WhatIf, compare, source
+from glassllama.walkthrough.step import Step, WhatIf, source
 from glassllama.walkthrough.trace import hook_places
 from glassllama.walkthrough.walk import Walk, shape
 
@@ -80,7 +80,7 @@ def where_the_time_went(walk: Walk) -> Step:
                 [f"{spent[part] * 1e3:8.1f} ms {spent[part] / total:4.0%}" for part in parts],
             ),
         ),
-        checks=(compare("logits of the timed run", logits.cpu(), walk.plain_logits),),
+        checks=(walk.compare("logits of the timed run", logits.cpu(), walk.plain_logits),),
         what_if=WhatIf(
             command=f"glassllama bench {walk.name}",
             shows="the same model in the engine, which keeps quantised weights packed",

@@ -22,7 +22,7 @@ from glassllama.nn.rope import Rotation, rope_angles, rotation
 from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
 from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
 from glassllama.walkthrough.pictures import visible
-from glassllama.walkthrough.step import Check, compare
+from glassllama.walkthrough.step import WHOLE_MODEL, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
@@ -62,6 +62,11 @@ class Walk:
         return self.model.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.model.tok_embeddings.weight.dtype
+
+    @property
     def prefix(self) -> str:
         return f"layers.{self.layer}"
 
@@ -98,7 +103,8 @@ class Walk:
 
     def _damage(self, place: str) -> DamagedWeightsError:
         """Look closer at the layer where it shows first, which may not have been watched whole."""
-        closer = [f"{place}.*", place] if place.count(".") == 1 else [place]
+        layer = ".".join(place.split(".")[:2])
+        closer = [f"{layer}.*", layer] if place.startswith("layers.") else [place]
         _, trace = run_with_trace(self.model, self.ids, watch=closer)
         place = first_non_finite(trace) or place
         bad = trace[place]
@@ -164,8 +170,7 @@ class Walk:
 
     def weight(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
-        dtype = self.model.tok_embeddings.weight.dtype
-        tensor = as_tensor(self.checkpoint, f"{name}.weight", dtype, torch.device("cpu"))
+        tensor = as_tensor(self.checkpoint, f"{name}.weight", self.dtype, torch.device("cpu"))
         self.checkpoint.drop(f"{name}.weight")
         return tensor
 
@@ -192,7 +197,14 @@ class Walk:
 
     def check(self, place: str, ours: Tensor) -> Check:
         """Our numbers against the running model's at a place, or StepMismatchError."""
-        return compare(place, ours, self.trace[place])
+        return self.compare(place, ours, self.trace[place])
+
+    def compare(self, what: str, ours: Tensor, theirs: Tensor) -> Check:
+        return compare(what, ours, theirs, dtype=self.dtype)
+
+    def compare_runs(self, what: str, ours: Tensor, theirs: Tensor) -> Check:
+        """The same for what comes out of two ways through the whole model."""
+        return compare(what, ours, theirs, dtype=self.dtype, slack=WHOLE_MODEL)
 
     def checks(self, *fields: str) -> tuple[Check, ...]:
         """Fields of the layer by hand against the running model's places."""

@@ -1,0 +1,342 @@
+"""All eighteen steps on every kind of checkpoint, and that their checks can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.cells import cell_len
+
+from glassllama.base.errors import ConfigError, GenerationError, GlassError, TokenizerError
+from glassllama.walkthrough import by_hand, choosing, quantise
+from glassllama.walkthrough import step as step_module
+from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.experiment import experiment, render_experiment
+from glassllama.walkthrough.step import Step, StepMismatchError, compare, same, source
+from glassllama.walkthrough.steps import STEPS, step_of, take_step
+from glassllama.walkthrough.text import Page, render
+from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
+from glassllama.weights.open import open_weights
+from tiny_models import VARIANTS
+from walkthrough.conftest import IDS, write_checkpoint
+
+PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
+WITHOUT_A_CHECK = {0, 1}  # where ids are given, there is no text to compare with
+
+
+def walk_all(walk: Walk) -> list[Step]:
+    """Every step, and what must hold of each."""
+    steps = [take_step(walk, number) for number in range(len(STEPS))]
+    assert [step.number for step in steps] == list(range(18))
+    assert len({step.name for step in steps}) == 18
+    for step in steps:
+        assert step.checks or (walk.prompt is None and step.number in WITHOUT_A_CHECK)
+        for check in step.checks:
+            assert check.relative <= check.allowed
+        assert step.sources
+        assert sum(len(found.lines) for found in step.sources) <= 12
+        assert all(1 <= len(found.lines) <= 6 for found in step.sources), step.name
+        for width in (80, 120):
+            for line in render(step, Page(width)).splitlines():
+                assert cell_len(line) <= width, line
+    return steps
+
+
+@pytest.mark.parametrize("family", ["hf", "meta", "gguf"])
+@pytest.mark.parametrize("variant", ["scaled-8", "tied", "one kv head"])
+def test_every_format(family: str, variant: str, tmp_path: Path) -> None:
+    path = write_checkpoint(family, tmp_path, **VARIANTS[variant])
+    walk = open_walk(path, IDS, layer=2, head=5)
+    steps = walk_all(walk)
+    assert walk.config.rope_layout == ("halves" if family == "hf" else "pairs")
+    assert f"{walk.config.rope_layout:<7} " in render(steps[8], Page(80))
+    walk.checkpoint.close()
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "wide heads": VARIANTS["wide heads"],
+    "no groups": VARIANTS["no groups"],
+    "linear": VARIANTS["linear"],
+    "one layer": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_every_shape(variant: str, tmp_path: Path) -> None:
+    walk_all(open_walk(write_checkpoint("hf", tmp_path, **OTHERS[variant]), IDS))
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"max_position_embeddings": 8}], ids=str)
+def test_odd_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = write_checkpoint("hf", tmp_path)
+    written = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(written))
+    walk_all(open_walk(path, IDS, layer=1))
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    from tiny_models import hf_model, write_hf
+
+    walk = open_walk(write_hf(hf_model().bfloat16(), tmp_path), IDS, layer=1)
+    walk_all(walk)
+    assert walk.by_hand.heads.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 5, 5], [n * 7 % 131 for n in range(80)]], ids=len)
+def test_any_length(ids: list[int], tmp_path: Path) -> None:
+    walk = open_walk(write_checkpoint("gguf", tmp_path), ids)
+    walk_all(walk)
+    kept = len(walk.trace.matching("layers.*.attention.weights"))
+    assert kept == (3 if len(ids) <= 64 else 1)
+
+
+def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
+    walk = open_walk(with_text, "Lambda forms:\n 🙂 two  blanks é", layer=1)
+    steps = walk_all(walk)
+    assert b"".join(walk.tokenizer.token_bytes(i) for i in walk.ids).decode() == walk.prompt  # type: ignore[union-attr]
+    assert steps[0].data["bytes"] == list((walk.prompt or "").encode())
+    assert "".join(steps[0].data["words"]) == walk.prompt
+    assert steps[1].data["merges"][-1] == "Lambda" or " " in steps[1].data["merges"][0]
+
+
+def test_a_text_with_a_sentencepiece_vocabulary(with_pieces: Path) -> None:
+    walk = open_walk(with_pieces, "with statements é 🙂")
+    steps = walk_all(walk)
+    assert steps[1].checks[0].what == "ids, decoded"
+
+
+def test_the_default_model(default_model: Path) -> None:
+    from glassllama.weights.pack import pack
+
+    walk = open_walk(default_model, PROMPT, name="smollm2-135m", layer=4, head=7)
+    steps = walk_all(walk)
+    engine = pack(walk.checkpoint, exact=True)
+    logits = engine.all_logits(walk.ids, engine.new_cache(1, len(walk.ids)))
+    assert np.abs(logits - walk.logits[0].numpy()).max() < 1e-3
+    assert walk.tokenizer is not None
+    assert walk.tokenizer.decode(walk.ids) == PROMPT
+    assert walk.piece(steps[13].data["top"][0]["id"]) == "1"  # a digit: 42 has two for this model
+    assert steps[15].data["continuation"][0]["id"] == int(logits[-1].argmax())
+    done = experiment(walk, MISTAKES["no-mask"])
+    assert max(done.divergence) > 1
+    walk.checkpoint.close()
+
+
+# Which step notices first that the model holds another number than the file.
+PERTURBED = {
+    "tok_embeddings": 4,
+    "layers.1.attention_norm": 5,
+    "layers.1.attention.wq": 6,
+    "layers.1.attention.wv": 6,
+    "layers.1.attention.wo": 10,
+    "layers.1.ffn_norm": 11,
+    "layers.1.feed_forward.up": 11,
+    "layers.2.attention.wk": 12,
+    "norm": 13,
+    "output": 13,
+}
+
+
+@pytest.mark.parametrize("name", PERTURBED)
+def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walk) -> None:
+    weight = tiny_walk.model.get_submodule(name).weight
+    weight.view(-1)[IDS[-1] * 48 if name == "tok_embeddings" else 0] *= 1.01
+    for number in range(3, PERTURBED[name]):
+        take_step(tiny_walk, number)
+    wrong = rf"step {PERTURBED[name]}, .*(by hand|running model)"
+    with pytest.raises(StepMismatchError, match=wrong):
+        take_step(tiny_walk, PERTURBED[name])
+
+
+def test_a_changed_file_is_noticed(tiny_walk: Walk) -> None:
+    weight = tiny_walk.model.get_submodule("layers.1.attention.wq").weight
+    weight[0, 0] += 1e-3
+    with pytest.raises(StepMismatchError, match=r"step 2, weight file: .*first row"):
+        take_step(tiny_walk, 2)
+
+
+WRONG: dict[str, tuple[int, Callable[..., Any]]] = {
+    "rms_norm": (5, lambda x, eps: x),
+    "split_heads": (6, lambda x, n: x.unflatten(-1, (-1, n)).movedim(-1, 1)),
+    "attention_scores": (9, lambda q, k: q.float() @ k.repeat_interleave(3, 1).float().mT),
+    "attention_weights": (9, lambda scores, mask: scores.softmax(-1)),
+    "weighted_sum": (10, lambda weights, v: weights @ v.repeat(1, 3, 1, 1)),
+    "join_heads": (10, lambda x: x.permute(0, 2, 3, 1).flatten(2)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_changed_function_is_noticed(
+    name: str, tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, wrong = WRONG[name]
+    monkeypatch.setattr(by_hand, name, wrong)
+    for earlier in range(5, number):
+        take_step(tiny_walk, earlier)
+    with pytest.raises(StepMismatchError, match=f"step {number}, "):
+        take_step(tiny_walk, number)
+
+
+def test_the_wrong_rotation_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped = {"halves": by_hand.ROTATE["pairs"]}
+    monkeypatch.setattr(by_hand, "ROTATE", swapped)
+    with pytest.raises(StepMismatchError, match=r"step 8, rope: layers\.1\.attention\.q_rope"):
+        take_step(tiny_walk, 8)
+
+
+def test_a_wrong_nucleus_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = choosing.nucleus_by_hand
+    monkeypatch.setattr(choosing, "nucleus_by_hand", lambda probs, p: right(probs, p)[:-1])
+    with pytest.raises(StepMismatchError, match="step 14, sampling"):
+        take_step(tiny_walk, 14)
+
+
+def test_a_cache_that_lies_is_noticed(tiny_walk: Walk) -> None:
+    take_step(tiny_walk, 15)
+    tiny_walk.cache.values[1, 0, 0, 2, 0] += 0.1
+    with pytest.raises(StepMismatchError, match="step 15, second token"):
+        take_step(tiny_walk, 15)
+
+
+def test_a_small_difference_is_named_and_measured() -> None:
+    a = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert compare("x", a, a).error == 0
+    assert compare("x", a + torch.tensor([[0, 1e-6], [0, 0]]), a).error == pytest.approx(
+        1e-6, rel=0.1
+    )
+    with pytest.raises(StepMismatchError, match=r"x: .* 0\.5, which is 0\.25 of the largest"):
+        compare("x", a + torch.tensor([[0, 0.5], [0, 0]]), a)
+    with pytest.raises(StepMismatchError):  # a large row does not excuse a small one
+        compare("x", a + torch.tensor([[0, 0], [0, 1e-6]]), a)
+    with pytest.raises(StepMismatchError, match="nan"):
+        compare("x", a * math.nan, a)
+    with pytest.raises(StepMismatchError, match=r"\(2, 2\), the running model has \(2,\)"):
+        compare("x", a, a[0])
+    with pytest.raises(StepMismatchError, match="x: by hand 1, the running model 2"):
+        same("x", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("tok_embeddings", 4), ("layers.2.attention_norm", 5), ("layers.0.attention.wk", 6),
+        ("layers.2.attention.wo", 10), ("layers.1.ffn_norm", 11), ("layers.1.feed_forward.up", 11),
+        ("norm", 13), ("output", 13),
+    ],
+)  # fmt: skip
+def test_nan_is_found_where_it_begins(place: str, number: int, tiny_walk: Walk) -> None:
+    weight = tiny_walk.model.get_submodule(place).weight
+    weight.view(-1)[IDS[0] * 48 if place == "tok_embeddings" else 0] = math.nan
+    seen = "last_logits" if place == "output" else place
+    with pytest.raises(DamagedWeightsError, match=rf"step {number}, .*{seen}.*NaN") as caught:
+        take_step(tiny_walk, 9)
+    assert caught.value.place == seen
+    assert "\n" not in str(caught.value)
+
+
+def test_infinity_is_found_too(tiny_walk: Walk) -> None:
+    tiny_walk.model.layers[1].feed_forward.gate.weight[0, 0] = math.inf
+    with pytest.raises(DamagedWeightsError, match=r"step 11, .*layers\.1\.feed_forward\.gate"):
+        take_step(tiny_walk, 13)
+
+
+def test_every_place_is_explained(tiny_walk: Walk) -> None:
+    explained = {place: step_of(place) for place in tiny_walk.trace}
+    assert explained["layers.1.attention.q_rope"] == 8
+    assert explained["layers.1.attention.weights"] == 9
+    assert explained["layers.1.after_attention"] == 10
+    assert explained["layers.1"] == 11
+    assert set(explained.values()) == {4, 5, 6, 8, 9, 10, 11, 13}
+
+
+def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
+    path = write_checkpoint("hf", tmp_path / "a", max_position_embeddings=7)
+    for prompt, options, expected in (
+        ([], {}, "the prompt is empty"),
+        (IDS, {}, "7 tokens and the context holds 7"),
+        ([131], {}, "outside the vocabulary 0 … 130"),
+        ([1], {"layer": 3}, r"--layer 3 .* 0 … 2"),
+        ([1], {"layer": -1}, r"--layer -1 "),
+        ([1], {"head": 6}, r"--head 6 .* 0 … 5"),
+    ):
+        with pytest.raises(GlassError, match=expected):
+            open_walk(path, prompt, **options)  # type: ignore[arg-type]
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        open_walk(path, "text")
+    with pytest.raises(GenerationError, match="the prompt is empty"):
+        open_walk(with_text, "")
+    for number in (-1, 18):
+        with pytest.raises(GlassError, match=rf"--step {number} is out of range: there are 0 … 17"):
+            take_step(open_walk(path, [1]), number)
+
+
+def test_no_llama(tmp_path: Path) -> None:
+    path = write_checkpoint("hf", tmp_path)
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**written, "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel, supported are LlamaForCausalLM"):
+        open_walk(path, [1])
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_experiments(name: str, tiny_walk: Walk) -> None:
+    done = experiment(tiny_walk, MISTAKES[name])
+    assert len(done.divergence) == len(IDS)
+    assert done.right.expected.ids.shape == (7, 10)
+    assert max(done.divergence) > 1e-3
+    shown = render_experiment(done, Page(80))
+    assert "right expects" in shown
+    assert done.source.lines[-1] in shown or name != "rope-layout"
+    assert all(cell_len(line) <= 80 for line in shown.splitlines())
+
+
+def test_source_lines_are_the_files(tiny_walk: Walk) -> None:
+    for number in range(18):
+        for found in take_step(tiny_walk, number).sources:
+            text = (step_module.PACKAGE / found.file).read_text().splitlines()
+            assert text[found.line - 1].strip() == found.lines[0].strip()
+            assert all(line.strip() in {known.strip() for known in text} for line in found.lines)
+    with pytest.raises(LookupError, match="attention_scores has no statement 'gone ='"):
+        source(by_hand.attention_scores, "gone =")
+
+
+def test_colours_only_where_they_are_wanted(tiny_walk: Walk) -> None:
+    step = take_step(tiny_walk, 5)
+    assert "\x1b[" not in render(step, Page(80))
+    assert "\x1b[1m" in render(step, Page(80, colour=True))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_blocks_are_those_of_the_gguf_package(kind: Any) -> None:
+    import gguf
+
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(64, 96)).astype(np.float32) * rng.choice([1e-3, 1, 1e3], (64, 1))
+    matrix = matrix.astype(np.float32)
+    matrix[5] = 0
+    matrix[6, :32] = [0.5, -0.5] * 16
+    theirs = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(quantise.quantise(matrix, kind), theirs)
+    back = quantise.rounded(matrix[:, :70], kind)
+    assert back.shape == (64, 70)
+    assert np.array_equal(back[:, :64], quantise.rounded(matrix[:, :64], kind))
+    with pytest.raises(GlassError, match="whole blocks of 32"):
+        quantise.quantise(matrix[:, :70], kind)
+
+
+def test_one_model_many_walks(tiny_walk: Walk) -> None:
+    other = start_walk(tiny_walk.checkpoint, tiny_walk.model, IDS[:3], head=1)
+    take_step(tiny_walk, 15)
+    take_step(other, 15)
+    assert torch.equal(take_step(replace(other, head=2), 4).numbers[0].values,
+                       take_step(other, 4).numbers[0].values)  # fmt: skip
+    again = open_weights(tiny_walk.checkpoint.path)
+    assert start_walk(again, tiny_walk.model, IDS).layer == 0
+    again.close()
