@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from glassllama.engine.compiled import compiled, loosely
+from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.intrinsics import bfloat_from_float, float_from_bfloat, floats, words16
-from glassllama.engine.pages import mix_four, mix_one, score_four, score_one
+from glassllama.engine.pages import mix_tile, score_tile
+from glassllama.engine.row_kernels import weigh_page
 from glassllama.engine.rows import exponential, inverse_rms
 
 F32 = np.float32
@@ -24,20 +25,31 @@ PAGE = 64  # tokens
 
 
 @compiled
-def rotate(head: Any, cos: Any, sin: Any, pairs: int) -> None:
-    """Turn a head's D/2 pairs of coordinates in place: neighbours, or first half with second."""
+def rotate_pairs(head: Any, cos: Any, sin: Any) -> None:
+    """Turn a head's coordinates in place: (0,1), (2,3), … each by its angle."""
+    for i in range(len(cos)):
+        a, b = head[2 * i], head[2 * i + 1]
+        head[2 * i] = a * cos[i] - b * sin[i]
+        head[2 * i + 1] = a * sin[i] + b * cos[i]
+
+
+@compiled
+def rotate_halves(head: Any, cos: Any, sin: Any) -> None:
+    """Turn a head's coordinates in place: (0, D/2), (1, D/2 + 1), …"""
     half = len(cos)
     for i in range(half):
-        one, two = (2 * i, 2 * i + 1) if pairs else (i, half + i)
-        a, b = head[one], head[two]
-        head[one] = a * cos[i] - b * sin[i]
-        head[two] = a * sin[i] + b * cos[i]
+        a, b = head[i], head[half + i]
+        head[i] = a * cos[i] - b * sin[i]
+        head[half + i] = a * sin[i] + b * cos[i]
 
 
 @compiled
 def place(head: Any, cos: Any, sin: Any, pairs: int, unit: int, eps: float) -> None:
     """Give a query or key its position; `unit` adds the weightless norm of Llama 4-style models."""
-    rotate(head, cos, sin, pairs)
+    if pairs:
+        rotate_pairs(head, cos, sin)
+    else:
+        rotate_halves(head, cos, sin)
     if unit:
         scale = inverse_rms(head, eps)
         for i in range(len(head)):
@@ -85,10 +97,10 @@ def score(queries: int, count: int, keys: int, wide: int, width: int, scores: in
     n = 0
     if not wide and width % 16 == 0:
         while n + 4 <= count:
-            score_four(queries + n * width * 4, keys, width, scores + n * PAGE * 4)
+            score_tile(4, queries + n * width * 4, keys, width, scores + n * PAGE * 4)
             n += 4
         while n < count:
-            score_one(queries + n * width * 4, keys, width, scores + n * PAGE * 4)
+            score_tile(1, queries + n * width * 4, keys, width, scores + n * PAGE * 4)
             n += 1
     while n < count:
         score_plainly(floats(queries + n * width * 4, width), keys, wide,
@@ -120,17 +132,26 @@ def mix(weights: int, count: int, values: int, wide: int, width: int, parts: int
     n, row = 0, (width + 2) * 4
     if not wide and width % 16 == 0:
         while n + 4 <= count:
-            for i in range(0, width, 16):
-                mix_four(weights + n * PAGE * 4, values + 2 * i, width, parts + n * row + 4 * i)
+            mix_columns(4, weights + n * PAGE * 4, values, width, parts + n * row)
             n += 4
         while n < count:
-            for i in range(0, width, 16):
-                mix_one(weights + n * PAGE * 4, values + 2 * i, width, parts + n * row + 4 * i)
+            mix_columns(1, weights + n * PAGE * 4, values, width, parts + n * row)
             n += 1
     while n < count:
         mix_plainly(floats(weights + n * PAGE * 4, PAGE), values, wide, width,
                     floats(parts + n * row, width))  # fmt: skip
         n += 1
+
+
+@inlined
+def mix_columns(queries: int, weights: int, values: int, width: int, parts: int) -> None:
+    """All columns of a page's values: 32 at a time, then 16."""
+    i = 0
+    while i + 32 <= width:
+        mix_tile(queries, 32, weights, values + 2 * i, width, parts + 4 * i)
+        i += 32
+    if i < width:
+        mix_tile(queries, 16, weights, values + 2 * i, width, parts + 4 * i)
 
 
 @compiled
@@ -148,38 +169,17 @@ def mix_plainly(weights: Any, values: int, wide: int, width: int, out: Any) -> N
                 out[i] += weights[s] * float_from_bfloat(narrow[s, i])
 
 
-@loosely
-def largest(scores: Any, count: int) -> Any:
-    top = scores[0]
-    for s in range(1, count):
-        top = max(top, scores[s])
-    return top
-
-
-@loosely
-def total(weights: Any, count: int) -> Any:
-    result = F32(0)
-    for s in range(count):
-        result += weights[s]
-    return result
-
-
 @compiled
-def weigh(scores: Any, visible: int, part: Any, width: int) -> None:
+def weigh(scores: int, visible: int, part: int, width: int) -> None:
     """A page's scores become weights e^(score − largest so far); those not visible become 0."""
+    weights, sums = floats(scores, PAGE), floats(part, width)
     if visible <= 0:
         for s in range(PAGE):
-            scores[s] = F32(0)
-        return
-    top = max(part[width], largest(scores, visible))
-    for s in range(PAGE):
-        weight = exponential(scores[s] - top)
-        scores[s] = weight if s < visible else F32(0)
-    shrink = exponential(part[width] - top)
-    for i in range(width):
-        part[i] *= shrink
-    part[width] = top
-    part[width + 1] = part[width + 1] * shrink + total(scores, PAGE)
+            weights[s] = F32(0)
+    else:
+        shrink = weigh_page(scores, visible, part, width)
+        for i in range(width):
+            sums[i] *= shrink
 
 
 @compiled

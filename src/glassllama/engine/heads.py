@@ -79,7 +79,7 @@ def look_at_page(room: Any, page: int, past: int, t: int, count: int, queries: i
     for n in range(count):
         visible = min(PAGE, position_of(room, t + n) + 1 - past)
         for g in range(n * group, (n + 1) * group):
-            weigh(row(scores, g, PAGE), visible, row(part, g, width + 2), width)
+            weigh(scores + g * PAGE * 4, visible, part + g * (width + 2) * 4, width)
     mix(scores, count * group, page + values, wide, width, part)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined, loosely
-from glassllama.engine.intrinsics import bits_from_float, float_from_bits
+from glassllama.engine.intrinsics import float_from_bits
+from glassllama.engine.row_kernels import encode_block
 
 F32 = np.float32
 I32 = np.int32
 BLOCK = 32
-STEPS = F32(127)  # int8 without -128, so that a sign can always be turned
 
 LOG2_E = F32(1.4426950408889634)
 LN2_UPPER = F32(0.693359375)  # few bits: its product with a whole number is exact
@@ -64,25 +64,13 @@ def normalise(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @compiled
 def encode(x: Any, first: int, last: int, codes: Any, factors: Any) -> None:
-    """Quantise blocks first … last-1 of a row to int8, and note scale and scaled sum.
-
-    The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
-    carries them into every product, instead of losing them among integers.
-    """
+    """Quantise blocks first … last-1 of a row to int8, and note scale and scaled sum."""
     for b in range(first, last):
-        start = b * BLOCK
-        bits = I32(0)
-        for i in range(BLOCK):
-            bits = max(bits, I32(bits_from_float(x[start + i]) & I32(0x7FFFFFFF)))
-        largest = float_from_bits(bits)
-        inverse = STEPS / largest if largest > 0 else F32(0)
-        total = I32(0)
-        for i in range(BLOCK):
-            code = I32(np.rint(x[start + i] * inverse))
-            codes[start + i] = code
-            total += code
-        factors[b, 0] = largest / STEPS
-        factors[b, 1] = largest / STEPS * F32(total)
+        encode_block(
+            x.ctypes.data + b * BLOCK * 4,
+            codes.ctypes.data + b * BLOCK,
+            factors.ctypes.data + b * 8,
+        )
 
 
 @compiled

@@ -107,3 +107,26 @@ class Vectors:
         b.cbranch(b.icmp_signed("<", following, count), loop, after)
         b.position_at_end(after)
         return results
+
+    def reduce(self, name: str, x: Any) -> Any:
+        """All lanes into one: umax or add of integers, fmax of floats."""
+        letter = "f" if isinstance(x.type.element, ir.FloatType) else "i"
+        suffix = f"v{x.type.count}{letter}32"
+        return self.call(f"llvm.vector.reduce.{name}.{suffix}", x.type.element, x)
+
+    def total(self, x: Any) -> Any:
+        """The sum of all lanes, halving: lane n with lane n + half, until one is left."""
+        while x.type.count > 1:
+            half = x.type.count // 2
+            low, high = (
+                ir.Constant(vector(I32, half), list(range(start, start + half)))
+                for start in (0, half)
+            )
+            nothing = ir.Constant(x.type, ir.Undefined)
+            b = self.builder
+            x = b.fadd(b.shuffle_vector(x, nothing, low), b.shuffle_vector(x, nothing, high))
+        return self.builder.extract_element(x, ir.Constant(I32, 0))
+
+    def rounded(self, x: Any) -> Any:
+        """To the nearest whole number, ties to even."""
+        return self.call(f"llvm.rint.v{x.type.count}f32", x.type, x)

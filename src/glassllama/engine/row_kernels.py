@@ -1,0 +1,98 @@
+"""Vector kernels for rows of numbers: quantisation to int8, and the weights of attention.
+
+Written in LLVM's own vectors without any processor's instructions, so that they run everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from glassllama.engine.compiled import instruction
+from glassllama.engine.intrinsics import types
+from glassllama.engine.vectors import F32, I8, I32, I64, Vectors, vector
+
+BLOCK = 32
+PAGE = 64
+STEPS = 127  # int8 without -128, so that a sign can always be turned
+
+LOG2_E = 1.4426950408889634
+LN2_UPPER = 0.693359375  # few bits: its product with a whole number is exact
+LN2_LOWER = -2.12194440e-4
+LOWEST, HIGHEST = -87.3, 88.3  # e^x beyond these is no normal float32
+TAYLOR = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0]
+
+
+def exponential(v: Vectors, x: Any) -> Any:
+    """e^x in every lane, as in rows.py: NaN stays NaN."""
+    b, kind = v.builder, x.type
+    for bound, beyond in ((LOWEST, "<"), (HIGHEST, ">")):
+        x = b.select(b.fcmp_ordered(beyond, x, v.same(kind, bound)), v.same(kind, bound), x)
+    n = v.rounded(b.fmul(x, v.same(kind, LOG2_E)))
+    r = v.fused(n, v.same(kind, -LN2_LOWER), v.fused(n, v.same(kind, -LN2_UPPER), x))
+    p = v.same(kind, TAYLOR[0])
+    for coefficient in TAYLOR[1:]:
+        p = v.fused(p, r, v.same(kind, coefficient))
+    whole = vector(I32, kind.count)
+    exponent = b.add(b.fptosi(n, whole), v.same(whole, 127))
+    return b.fmul(p, b.bitcast(b.shl(exponent, v.same(whole, 23)), kind))
+
+
+@instruction
+def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
+    """32 numbers as int8 codes; their scale and the scaled sum of the codes as factors.
+
+    The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
+    carries them into every product, instead of losing them among integers.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, codes, factors = arguments
+        v, b = Vectors(builder), builder
+        x = v.load(address, vector(F32, BLOCK), 4)
+        words = vector(I32, BLOCK)
+        magnitudes = b.and_(b.bitcast(x, words), v.same(words, 0x7FFFFFFF))
+        largest = b.bitcast(v.reduce("umax", magnitudes), F32)
+        nothing, steps = ir.Constant(F32, 0.0), ir.Constant(F32, float(STEPS))
+        usable = b.fcmp_ordered(">", largest, nothing)
+        inverse = b.select(usable, b.fdiv(steps, largest), nothing)
+        q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
+        v.store(b.trunc(q, vector(I8, BLOCK)), codes, 1)
+        scale = b.fdiv(largest, steps)
+        v.store(scale, factors, 4)
+        v.store(b.fmul(scale, b.sitofp(v.reduce("add", q), F32)), v.at(factors, 4), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+@instruction
+def weigh_page(context, scores, visible, part, width):  # type: ignore[no-untyped-def]
+    """A page's scores become weights e^(score − largest so far), 0 where not visible.
+
+    `part` ends in the largest score and the sum of weights so far: both are brought up to date.
+    Returns by how much what was summed before must shrink. At least one token is visible.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, visible, part, width = arguments
+        v, b, page = Vectors(builder), builder, vector(F32, PAGE)
+        slots = ir.Constant(vector(I64, PAGE), list(range(PAGE)))
+        seen = b.icmp_signed("<", slots, v.splat(visible, PAGE))
+        scores = v.load(address, page, 4)
+        ends = v.step(part, width, 4)
+        before = v.load(ends, F32, 4)
+        here = v.reduce("fmax", b.select(seen, scores, v.same(page, float("-inf"))))
+        top = b.select(b.fcmp_ordered(">", before, here), before, here)
+        weights = exponential(v, b.fsub(scores, v.splat(top, PAGE)))
+        weights = b.select(seen, weights, v.same(page, 0.0))
+        v.store(weights, address, 4)
+        shrink = exponential(v, v.splat(b.fsub(before, top), 4))
+        shrink = b.extract_element(shrink, ir.Constant(I32, 0))
+        total = v.fused(v.load(v.at(ends, 4), F32, 4), shrink, v.total(weights))
+        v.store(top, ends, 4)
+        v.store(total, v.at(ends, 4), 4)
+        return shrink
+
+    return types.float32(types.int64, types.int64, types.int64, types.int64), emit
