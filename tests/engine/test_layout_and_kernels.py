@@ -9,17 +9,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import (
-    FLOAT_TYPES,
-    KINDS,
-    Arena,
-    Matrix,
-    empty_matrix,
-    fill,
-    packed_bytes,
-    read_rows,
-    to_q8_0,
-)
+from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.packing import FLOAT_TYPES, fill, read_rows, to_q8_0
 from glassllama.engine.rows import encode as encode_native
 from glassllama.engine.rows import exponential
 from glassllama.engine.tiers import TIERS, features, kernel_address
@@ -34,6 +25,11 @@ RUNNABLE = [
     for name, needed in TIERS.items()
 ]
 ODD_SHAPES = [(1, 32), (37, 96), (16, 256), (50, 32 * 7)]
+CASES = [
+    (kind, rows, columns * 8 if kind.endswith("_K") else columns)
+    for kind in KINDS
+    for rows, columns in ODD_SHAPES
+]
 ODD_COLUMNS = [(5, 1), (33, 3), (17, 37)]
 
 
@@ -44,6 +40,17 @@ def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.floa
         raw = numbers.astype(FLOAT_TYPES[kind])
         return raw, raw.astype(np.float32)
     theirs = getattr(gguf.GGMLQuantizationType, kind)
+    if kind.endswith("_K"):  # gguf can read these, not write them: any bytes with sane d and dmin
+        size = gguf.GGML_QUANT_SIZES[theirs][1]
+        raw = np.random.default_rng(rows).integers(0, 256, (rows, columns // 256, size), np.uint8)
+        d = np.random.default_rng(1).uniform(-0.01, 0.01, (rows, columns // 256, 2))
+        halves = d.astype(np.float16).view(np.uint8).reshape(rows, -1, 4)
+        if kind == "Q4_K":
+            raw[..., :4] = halves
+        else:
+            raw[..., -2:] = halves[..., :2]
+        raw = raw.reshape(rows, -1)
+        return raw, gguf.quants.dequantize(raw, theirs)
     raw = gguf.quants.quantize(numbers, theirs)
     return raw, gguf.quants.dequantize(raw, theirs)
 
@@ -83,8 +90,7 @@ def multiply(
     return out
 
 
-@pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
 def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: int) -> None:
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
@@ -104,8 +110,7 @@ def test_float_kernels_take_any_width(kind: str, rows: int, columns: int, tier: 
     assert np.allclose(out[:, :rows], x @ numbers.T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "columns"), ODD_SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("tier", RUNNABLE)
 def test_kernels_against_float64(
@@ -116,7 +121,7 @@ def test_kernels_against_float64(
     matrix = packed(kind, raw, columns)
     x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
     codes = np.zeros((tokens, columns), np.int8)
-    factors = np.zeros((tokens, columns // 32, 2), np.float32)
+    factors = np.zeros((tokens, columns // 32, 4), np.float32)
     for t in range(tokens):
         encode(x[t], 0, columns // 32, codes[t], factors[t])
     inputs = codes if matrix.kind.integer_inputs else x
@@ -135,20 +140,22 @@ def test_kernels_against_float64(
 def test_quantised_inputs_are_the_nearest_steps() -> None:
     x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
     x[32:64] = 0
-    codes, factors = np.zeros(96, np.int8), np.zeros((3, 2), np.float32)
+    codes, factors = np.zeros(96, np.int8), np.zeros((3, 4), np.float32)
     encode(x, 0, 3, codes, factors)
     blocks = x.reshape(3, 32)
     step = np.abs(blocks).max(1) / np.float32(127)
     assert np.allclose(factors[:, 0], step, rtol=1e-7, atol=0)
     assert (np.abs(codes.reshape(3, 32) * step[:, None] - blocks) <= step[:, None] * 0.5001).all()
-    assert np.allclose(factors[:, 1], step * codes.reshape(3, 32).sum(1), rtol=1e-6)
+    sums = codes.reshape(3, 2, 16).sum(2)
+    assert np.allclose(factors[:, 1], step * sums.sum(1), rtol=1e-6)
+    assert np.allclose(factors[:, 2:], step[:, None] * sums, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
     x = np.ones(64, np.float32)
     x[40] = bad
-    codes, factors = np.zeros(64, np.int8), np.zeros((2, 2), np.float32)
+    codes, factors = np.zeros(64, np.int8), np.zeros((2, 4), np.float32)
     encode(x, 0, 2, codes, factors)
     assert np.isfinite(factors[0]).all()
     assert not np.isfinite(factors[1, 0])

@@ -17,7 +17,8 @@ from glassllama.engine.cache import PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import Crew, announce, processors
 from glassllama.engine.heads import SPAN
-from glassllama.engine.layout import Matrix, read_rows
+from glassllama.engine.layout import Matrix
+from glassllama.engine.packing import read_rows
 from glassllama.engine.room import TILE, Room
 from glassllama.engine.step import Step
 

@@ -74,50 +74,108 @@ def quads_of_nibbles(v: Vectors, target: str, values: Any) -> list[tuple[int, An
     return quads
 
 
-Apply = Callable[[Any, Any, Any, Any], Any]  # (sums, inputs' scale, inputs' sum, y) -> new y
+def quads_of_six_bits(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
+    """The same of Q6_K: nibbles, and two upper bits from two more vectors."""
+    b, size = v.builder, 4 * LANES[target]
+    tops = [v.load(v.at(values, 256 + 64 * n), vector(I8, size), size) for n in range(2)]
+    words, quads = vector(I16, size // 2), []
+    for q, low in quads_of_nibbles(v, target, values):
+        top, shift = b.bitcast(tops[q % 2], words), 4 - 2 * (q // 2)  # to bits 4 and 5
+        moved = b.shl if shift > 0 else b.lshr
+        top = b.bitcast(moved(top, v.same(words, abs(shift))), low.type)
+        code = b.or_(low, b.and_(top, v.same(low.type, 0x30)))
+        quads.append((q, b.sub(code, v.same(code.type, 32)) if target in SIGNED else code))
+    return quads
 
 
-def scale_bytes(v: Vectors, target: str, scales: Any) -> Apply:
+# (sums of a token, its four factors, y) -> new y; sums are two where halves have own scales
+Apply = Callable[[list[Any], dict[int, Any], Any], Any]
+
+
+def scale_bytes(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
     """Q8_0: weights d · (byte − 128), where the sum of the inputs meets the 128."""
-    return centred(v, v.halves(scales, LANES[target]), 0 if target in SIGNED else 128)
+    offset = 0 if target in SIGNED else 128
+    d = v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target])
+    return centred(v, d, offset)
 
 
-def scale_nibbles(v: Vectors, target: str, scales: Any) -> Apply:
+def scale_nibbles(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
     """Q4_0: weights d · (nibble − 8)."""
-    return centred(v, v.halves(scales, LANES[target]), 8)
+    return centred(v, v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target]), 8)
 
 
 def centred(v: Vectors, d: Any, offset: float) -> Apply:
-    def apply(sums: Any, scale: Any, total: Any, y: Any) -> Any:
-        shifted = v.builder.fmul(v.same(total.type, -offset), total)
-        return v.fused(d, v.fused(sums, scale, shifted), y)
+    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
+        shifted = v.builder.fmul(v.same(y.type, -offset), factors[1])
+        return v.fused(d, v.fused(sums[0], factors[0], shifted), y)
 
     return apply
 
 
-def scale_with_minimum(v: Vectors, target: str, scales: Any) -> Apply:
+def scale_with_minimum(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
     """Q4_1: weights d · nibble + m, where the sum of the inputs meets the m."""
-    d, m = v.halves(scales, LANES[target]), v.halves(v.at(scales, 2 * ROWS), LANES[target])
+    place = v.at(v.step(scales, block, 64), 2 * row)
+    d, m = v.halves(place, LANES[target]), v.halves(v.at(place, 2 * ROWS), LANES[target])
+    return linear(v, d, m)
 
-    def apply(sums: Any, scale: Any, total: Any, y: Any) -> Any:
-        return v.fused(m, total, v.fused(sums, v.builder.fmul(d, scale), y))
+
+def linear(v: Vectors, d: Any, m: Any) -> Apply:
+    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
+        return v.fused(m, factors[1], v.fused(sums[0], v.builder.fmul(d, factors[0]), y))
+
+    return apply
+
+
+def in_superblock(v: Vectors, scales: Any, block: Any, size: int, own: int) -> tuple[Any, Any]:
+    """Addresses of a superblock of eight blocks, and within it of this block's `own` bytes."""
+    b = v.builder
+    start = v.step(scales, b.lshr(block, number(3)), size)
+    return start, v.step(v.at(start, size - 8 * own), b.and_(block, number(7)), own)
+
+
+def scale_q4_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
+    """Q4_K: weights d · scale · nibble − dmin · minimum."""
+    lanes = LANES[target]
+    start, own = in_superblock(v, scales, block, 320, 32)
+    d, dmin = (v.halves(v.at(start, 2 * row + n), lanes) for n in (0, 2 * ROWS))
+    scale, minimum = (v.whole(v.at(own, row + n), lanes, signed=False) for n in (0, ROWS))
+    return linear(v, v.builder.fmul(d, scale), v.builder.fneg(v.builder.fmul(dmin, minimum)))
+
+
+def scale_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
+    """Q6_K: weights d · scale · (code − 32), the two halves of a block with their own scales."""
+    lanes, b = LANES[target], v.builder
+    start, own = in_superblock(v, scales, block, 288, 32)
+    d = v.halves(v.at(start, 2 * row), lanes)
+    both = [b.fmul(d, v.whole(v.at(own, row + n), lanes, signed=True)) for n in (0, ROWS)]
+    minus = -0.0 if target in SIGNED else -32.0
+
+    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
+        for half in range(2):
+            shifted = b.fmul(v.same(y.type, minus), factors[2 + half])
+            y = v.fused(both[half], v.fused(sums[half], factors[0], shifted), y)
+        return y
 
     return apply
 
 
 Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
-Scale = Callable[[Vectors, str, Any], Apply]
+Scale = Callable[[Vectors, str, Any, Any, int], Apply]
+HALVES = ("Q6_K",)  # sixteen inputs have a scale, not 32
 # kind: bytes of values and of scales per block, how to unpack, how to scale
 FORMATS: dict[str, tuple[int, int, Unpack, Scale]] = {
     "Q8_0": (512, 32, quads_of_bytes, scale_bytes),
     "Q4_0": (256, 32, quads_of_nibbles, scale_nibbles),
     "Q4_1": (256, 64, quads_of_nibbles, scale_with_minimum),
+    "Q4_K": (256, 40, quads_of_nibbles, scale_q4_k),
+    "Q6_K": (384, 36, quads_of_six_bits, scale_q6_k),
 }
 
 
 def block_sums(v: Vectors, target: str, kind: str, values: Any, inputs: list[Any]) -> list[Any]:
-    """One block of a vector's rows times that block of every token -> int32 sums."""
-    chains = 2 if len(inputs) == 1 else 1  # one token alone would wait for each sum
+    """One block of a vector's rows times that block of every token -> one or two int32 sums."""
+    # A token alone would wait for each sum before the next: two chains then, low and high inputs.
+    chains = 2 if len(inputs) == 1 or kind in HALVES else 1
     sums = [[v.same(vector(I32, LANES[target]), 0)] * chains for _ in inputs]
     for q, weights in FORMATS[kind][2](v, target, values):
         for t, address in enumerate(inputs):
@@ -125,7 +183,7 @@ def block_sums(v: Vectors, target: str, kind: str, values: Any, inputs: list[Any
             chain = q * chains // 8
             some = v.builder.bitcast(four, weights.type)
             sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
-    return [s[0] if chains == 1 else v.builder.add(*s) for s in sums]
+    return sums if chains == 1 or kind in HALVES else [[v.builder.add(*s)] for s in sums]
 
 
 def block_step(
@@ -133,19 +191,19 @@ def block_step(
 ) -> list[Any]:
     """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
     values, scales, inputs, factors = addresses
-    value_bytes, scale_bytes, _, scale = FORMATS[kind]
+    value_bytes, _, _, scale = FORMATS[kind]
     lanes, floats = LANES[target], vector(F32, LANES[target])
     inputs = [v.step(address, block, 32) for address in inputs]
-    factors = [v.step(address, block, 8) for address in factors]
+    factors = [v.step(address, block, 16) for address in factors]
+    wanted = (0, 2, 3) if kind in HALVES else (0, 1)
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
-        apply = scale(v, target, v.at(v.step(scales, block, scale_bytes), 2 * first))
-        for t, total in enumerate(block_sums(v, target, kind, some, inputs)):
-            s = v.splat(v.load(factors[t], F32, 4), lanes)
-            s_sum = v.splat(v.load(v.at(factors[t], 4), F32, 4), lanes)
-            y = ys[len(results)]
-            results.append(apply(v.builder.sitofp(total, floats), s, s_sum, y))
+        apply = scale(v, target, scales, block, first)
+        for t, sums in enumerate(block_sums(v, target, kind, some, inputs)):
+            own = {n: v.splat(v.load(v.at(factors[t], 4 * n), F32, 4), lanes) for n in wanted}
+            totals = [v.builder.sitofp(total, floats) for total in sums]
+            results.append(apply(totals, own, ys[len(results)]))
     return results
 
 

@@ -8,7 +8,8 @@ All have one form, so that the step can call any of them by its address:
 For groups first … last-1 of a packed matrix (layout.py) and every token t,
 `outputs[t, 16·group : 16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`.
 Everything is an address or a count; strides are bytes from token to token. Integer kernels read
-int8 inputs and, per block, two float32 factors: the inputs' scale s, and s times their sum.
+int8 inputs and, per block, four float32 factors: the inputs' scale s, and s times their sum, the
+sum of the first sixteen, and that of the others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from glassllama.engine.intrinsics import (
 )
 
 I32 = np.int32
+FACTORS = 4
 LOW = I32(15)
 
 
@@ -137,7 +139,7 @@ def q8_0(
         d = words16(scales + group * blocks * 32, (blocks, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, 2))
+            s = floats(factors + t * factor_stride, (blocks, FACTORS))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
@@ -163,7 +165,7 @@ def q4_0(
         d = words16(scales + group * blocks * 32, (blocks, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, 2))
+            s = floats(factors + t * factor_stride, (blocks, FACTORS))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
@@ -189,7 +191,7 @@ def q4_1(
         d = words16(scales + group * blocks * 64, (blocks, 2, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, 2))
+            s = floats(factors + t * factor_stride, (blocks, FACTORS))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
@@ -205,11 +207,74 @@ def q4_1(
                     y[row] += float_from_half(d[b, 1, row]) * offset
 
 
+def q4_k(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Weights d · scale · nibble − dmin · minimum, with d and dmin of eight blocks together."""
+    total = carray(stack_words(), 16, np.int32)
+    for group in range(first, last):
+        w = bytes8(values + group * blocks * 256, (blocks, 4, 64))
+        d = words16(scales + group * blocks * 40, (blocks // 8, 160))
+        small = bytes8(scales + group * blocks * 40, (blocks // 8, 10, 32))
+        for t in range(tokens):
+            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for b in range(blocks):
+                for row in range(16):
+                    total[row] = 0
+                for v in range(4):
+                    add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
+                own = small[b // 8, 2 + b % 8]
+                for row in range(16):
+                    scale = float_from_half(d[b // 8, row]) * np.float32(own[row])
+                    minimum = float_from_half(d[b // 8, 16 + row]) * np.float32(own[16 + row])
+                    y[row] += scale * (np.float32(total[row]) * s[b, 0]) - minimum * s[b, 1]
+
+
+@inlined
+def add_six_bits(total: Any, w: Any, high: Any, upper: bool, shift: int, x: Any) -> None:
+    """As `add_quad`: four bits from w's low or high nibbles, two more from `high`."""
+    for row in range(16):
+        for k in range(4):
+            low = I32(w[4 * row + k]) >> I32(4) if upper else I32(w[4 * row + k]) & LOW
+            top = (I32(high[4 * row + k]) >> I32(shift)) & I32(3)
+            total[row] += (low + I32(16) * top) * I32(x[k])
+
+
+def q6_k(
+    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """Weights d · scale · (code − 32), a scale for sixteen inputs, d of eight blocks together."""
+    total = carray(stack_words(), 16, np.int32)
+    for group in range(first, last):
+        w = bytes8(values + group * blocks * 384, (blocks, 6, 64))
+        d = words16(scales + group * blocks * 36, (blocks // 8, 144))
+        small = integers8(scales + group * blocks * 36, (blocks // 8, 18, 16))
+        for t in range(tokens):
+            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            y = floats(outputs + t * output_stride + group * 64, 16)
+            for row in range(16):
+                y[row] = np.float32(0)
+            for b in range(blocks):
+                for half in range(2):
+                    for row in range(16):
+                        total[row] = 0
+                    for q in range(4):
+                        high, shift = w[b, 4 + q % 2], 2 * (2 * half + q // 2)
+                        add_six_bits(total, w[b, q], high, half == 1, shift, x[b, 4 * half + q])
+                    own = small[b // 8, 2 + b % 8 * 2 + half]
+                    for row in range(16):
+                        dot = np.float32(total[row]) * s[b, 0] - np.float32(32) * s[b, 2 + half]
+                        y[row] += float_from_half(d[b // 8, row]) * np.float32(own[row]) * dot
+
+
 PLAIN: dict[str, Callable[..., None]] = {
-    "F32": f32,
-    "F16": f16,
-    "BF16": bf16,
-    "Q8_0": q8_0,
-    "Q4_0": q4_0,
-    "Q4_1": q4_1,
-}
+    "F32": f32, "F16": f16, "BF16": bf16, "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1,
+    "Q4_K": q4_k, "Q6_K": q6_k,
+}  # fmt: skip

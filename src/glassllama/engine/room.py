@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.engine.attention import PAGE
 from glassllama.engine.layout import BLOCK, Matrix
+from glassllama.engine.rows import FACTORS
 from glassllama.engine.tiers import kernel_address, tier
 
 # Matrices of a layer in the room's table, and the columns of that table.
@@ -119,9 +120,9 @@ def matrix_tables(
     mixed = config.n_heads * config.head_dim
     width, hidden = blocked(max(config.dim, mixed)), blocked(config.ffn_dim)
     return {
-        **zeros(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, 2)),
+        **zeros(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, FACTORS)),
         **zeros(np.float32, hidden_numbers=(slots, hidden)),
-        **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, 2)),
+        **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
         **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
         **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows)),
         **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows)),

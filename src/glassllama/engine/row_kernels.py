@@ -39,9 +39,14 @@ def exponential(v: Vectors, x: Any) -> Any:
     return b.fmul(p, b.bitcast(b.shl(exponent, v.same(whole, 23)), kind))
 
 
+def lanes(start: int, count: int) -> Any:
+    return ir.Constant(vector(I32, count), list(range(start, start + count)))
+
+
 @instruction
 def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
-    """32 numbers as int8 codes; their scale and the scaled sum of the codes as factors.
+    """32 numbers as int8 codes, and four factors: their scale, and the scaled sum of the codes,
+    of the first sixteen and of the others.
 
     The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
     carries them into every product, instead of losing them among integers.
@@ -61,7 +66,10 @@ def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
         v.store(b.trunc(q, vector(I8, BLOCK)), codes, 1)
         scale = b.fdiv(largest, steps)
         v.store(scale, factors, 4)
-        v.store(b.fmul(scale, b.sitofp(v.reduce("add", q), F32)), v.at(factors, 4), 4)
+        halves = [b.shuffle_vector(q, q, lanes(start, BLOCK // 2)) for start in (0, BLOCK // 2)]
+        low, high = (v.reduce("add", half) for half in halves)
+        for place, total in ((4, b.add(low, high)), (8, low), (12, high)):
+            v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, place), 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), emit

@@ -16,6 +16,7 @@ from glassllama.engine.row_kernels import encode_block
 F32 = np.float32
 I32 = np.int32
 BLOCK = 32
+FACTORS = 4  # of a block: see row_kernels.encode_block
 
 LOG2_E = F32(1.4426950408889634)
 LN2_UPPER = F32(0.693359375)  # few bits: its product with a whole number is exact
@@ -64,12 +65,12 @@ def normalise(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @compiled
 def encode(x: Any, first: int, last: int, codes: Any, factors: Any) -> None:
-    """Quantise blocks first … last-1 of a row to int8, and note scale and scaled sum."""
+    """Quantise blocks first … last-1 of a row to int8, and note scale and scaled sums."""
     for b in range(first, last):
         encode_block(
             x.ctypes.data + b * BLOCK * 4,
             codes.ctypes.data + b * BLOCK,
-            factors.ctypes.data + b * 8,
+            factors.ctypes.data + b * FACTORS * 4,
         )
 
 

@@ -21,7 +21,7 @@ from glassllama.engine.room import (
     SCALES,
     VALUES,
 )
-from glassllama.engine.rows import BLOCK, encode, normalise
+from glassllama.engine.rows import BLOCK, FACTORS, encode, normalise
 
 
 class Step(NamedTuple):
@@ -79,7 +79,7 @@ def multiply(
     address, stride = inputs.numbers + slot * w * 4, w * 4
     if field(room, matrix, INTEGERS):
         address, stride = inputs.codes + slot * w, w
-    factor_stride = w // BLOCK * 8
+    factor_stride = w // BLOCK * FACTORS * 4
     arguments = (
         field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
         address, stride, inputs.factors + slot * factor_stride, factor_stride,
@@ -93,7 +93,7 @@ def encode_blocks(inputs: Any, slot: int, numbers: Any, first: int, last: int) -
     """Columns first … last-1 of a row become int8 inputs."""
     codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
     blocks = inputs.width // BLOCK
-    factors = floats(inputs.factors + slot * blocks * 8, (blocks, 2))
+    factors = floats(inputs.factors + slot * blocks * FACTORS * 4, (blocks, FACTORS))
     encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
 
 

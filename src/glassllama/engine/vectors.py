@@ -76,6 +76,12 @@ class Vectors:
             self.load(address, vector(F16, lanes), 2 * lanes), vector(F32, lanes)
         )
 
+    def whole(self, address: Any, lanes: int, *, signed: bool) -> Any:
+        """Bytes in memory as float32."""
+        small, b = self.load(address, vector(I8, lanes), lanes), self.builder
+        wide = vector(I32, lanes)
+        return b.sitofp(b.sext(small, wide) if signed else b.zext(small, wide), vector(F32, lanes))
+
     def low_nibbles(self, packed: Any) -> Any:
         return self.builder.and_(packed, self.same(packed.type, 15))
 

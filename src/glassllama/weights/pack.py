@@ -25,10 +25,9 @@ from glassllama.engine.layout import (
     Kind,
     Matrix,
     empty_matrix,
-    fill,
     packed_bytes,
-    to_q8_0,
 )
+from glassllama.engine.packing import fill, to_q8_0
 from glassllama.weights.open import Checkpoint
 
 EMBEDDINGS = "tok_embeddings.weight"

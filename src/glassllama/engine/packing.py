@@ -1,0 +1,210 @@
+"""From a file's blocks to the packed layout (layout.py), and back for single rows.
+
+Nothing is rounded here, only moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.engine.layout import BLOCK, GROUP, QUAD, Matrix
+
+Raw = NDArray[Any]
+FLOAT_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def interleave(rows: NDArray[Any]) -> NDArray[Any]:
+    """(16·G, blocks, quads, 4) -> (G, blocks, quads, 16, 4): four inputs of each row in turn."""
+    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1, 4)
+
+
+def beside(rows: NDArray[Any]) -> NDArray[Any]:
+    """(16·G, blocks, n bytes) scales -> (G, blocks, n/2, 16) halves: each lane's own."""
+    halves = np.ascontiguousarray(rows).view(np.uint16)
+    return halves.reshape(-1, GROUP, *halves.shape[1:]).transpose(0, 2, 3, 1)
+
+
+def pack_floats(raw: Raw, values: Raw, scales: Raw) -> None:
+    lanes = raw.reshape(len(values), GROUP, -1).transpose(0, 2, 1)  # (G, columns, 16)
+    values.view(raw.dtype)[:] = lanes
+
+
+def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File block: half d, 32 signed bytes."""
+    blocks = raw.reshape(len(raw), -1, 34)
+    quads = (blocks[..., 2:] ^ 0x80).reshape(*blocks.shape[:2], -1, QUAD)  # signed -> plus 128
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :2])
+
+
+def pack_nibbles(raw: Raw, values: Raw, scales: Raw, header: int) -> None:
+    """File block: half d (and half m), then sixteen bytes, low nibbles first."""
+    blocks = raw.reshape(len(raw), -1, header + BLOCK // 2)
+    quads = blocks[..., header:].reshape(*blocks.shape[:2], -1, QUAD)
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :header])
+
+
+def pack_q4_0(raw: Raw, values: Raw, scales: Raw) -> None:
+    pack_nibbles(raw, values, scales, header=2)
+
+
+def pack_q4_1(raw: Raw, values: Raw, scales: Raw) -> None:
+    pack_nibbles(raw, values, scales, header=4)
+
+
+def to_nibbles(codes: Raw) -> Raw:
+    """(rows, blocks, 32) codes -> (rows, blocks, 4, 4) bytes of two nibbles."""
+    low, high = codes[..., :16] & 15, codes[..., 16:] & 15
+    return (low | high << 4).reshape(*codes.shape[:2], -1, QUAD)
+
+
+def by_lane(rows: Raw) -> Raw:
+    """(16·G, n, k) numbers of each row -> (G, n, k, 16)."""
+    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1)
+
+
+def pack_q4_k(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File: half d, half dmin, 12 bytes of six-bit scales and minima, 128 bytes of nibbles."""
+    supers = raw.reshape(len(raw), -1, 144)
+    runs = supers[..., 16:].reshape(*supers.shape[:2], 4, 32)
+    codes = np.stack([runs & 15, runs >> 4], 3).reshape(len(raw), -1, BLOCK)
+    vectors = values.reshape(*values.shape[:2], -1, GROUP, QUAD)
+    vectors[:] = interleave(to_nibbles(codes))
+    places = scales.reshape(len(scales), -1, 320)
+    halves = places.view(np.uint16)
+    halves[..., :32] = beside(supers[..., :4]).reshape(*halves.shape[:2], 32)
+    both = np.stack(six_bits(supers[..., 4:16]), -1)  # (rows, supers, 8, 2)
+    small = by_lane(both.reshape(*both.shape[:2], 16))  # (G, supers, 16, lanes)
+    places[..., 64:] = small.reshape(*places.shape[:2], 256)
+
+
+def six_bits(packed: Raw) -> tuple[Raw, Raw]:
+    """Twelve bytes -> eight scales and eight minima: the last four have their top bits apart."""
+    low_scales, low_minima, both = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([low_scales & 63, (both & 15) | (low_scales >> 6 << 4)], -1)
+    minima = np.concatenate([low_minima & 63, (both >> 4) | (low_minima >> 6 << 4)], -1)
+    return scales, minima
+
+
+def pack_q6_k(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File: 128 bytes of low nibbles, 64 of upper bits, 16 signed scales, half d."""
+    supers = raw.reshape(len(raw), -1, 210)
+    low = supers[..., :128].reshape(*supers.shape[:2], 2, 2, 32)
+    low = np.stack([low & 15, low >> 4], 3).reshape(*supers.shape[:2], 2, 4, 32)
+    high = supers[..., 128:192].reshape(*supers.shape[:2], 2, 1, 32)
+    high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    low, high = (part.reshape(len(raw), -1, BLOCK) for part in (low, high))
+    fields = high.reshape(*high.shape[:2], 4, 2, QUAD)  # inputs 4q+t: (rows, blocks, q//2, q%2, t)
+    tops = (fields << np.array([0, 2, 4, 6], np.uint8)[:, None, None]).sum(2, dtype=np.uint8)
+    quads = np.concatenate([to_nibbles(low), tops], 2)
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    places = scales.reshape(len(scales), -1, 288)
+    halves = places.view(np.uint16)
+    halves[..., :16] = beside(supers[..., 208:]).reshape(*halves.shape[:2], 16)
+    places[..., 32:] = by_lane(supers[..., 192:208]).reshape(*places.shape[:2], 256)
+
+
+PACK: dict[str, Callable[[Raw, Raw, Raw], None]] = {
+    "F32": pack_floats, "F16": pack_floats, "BF16": pack_floats,
+    "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
+    "Q4_K": pack_q4_k, "Q6_K": pack_q6_k,
+}  # fmt: skip
+
+
+def fill(matrix: Matrix, first: int, raw: Raw) -> None:
+    """Put rows `first` … (a multiple of sixteen) in their place.
+
+    `raw` is (rows, columns) numbers for F32, F16 and BF16, else the file's blocks as uint8 (rows,
+    bytes of a row); where it ends within a group it must be the matrix's end, and zeros follow.
+    """
+    short = -len(raw) % GROUP
+    if short:
+        raw = np.concatenate([raw, np.zeros((short, *raw.shape[1:]), raw.dtype)])
+    place = slice(first // GROUP, (first + len(raw)) // GROUP)
+    PACK[matrix.kind.name](raw, matrix.values[place], matrix.scales[place])
+
+
+def to_q8_0(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Quantise float32 (rows, columns) to the file's Q8_0: the nearest of 255 steps per block."""
+    blocks = numbers.reshape(len(numbers), -1, BLOCK)
+    d = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float16)
+    step = d.astype(np.float32)
+    steps = np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0)
+    q = np.clip(np.rint(steps), -127, 127).astype(np.int8)
+    return np.concatenate([d.view(np.uint8), q.view(np.uint8)], -1).reshape(len(numbers), -1)
+
+
+def read_rows(matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The numbers of some rows, unpacked: (n,) -> (n, columns) float32."""
+    group, lane = np.divmod(rows, GROUP)
+    name = matrix.kind.name
+    if name in FLOAT_TYPES:
+        lanes = matrix.values.view(FLOAT_TYPES[name])[group, :, lane]
+        return np.asarray(lanes, np.float32)
+    vectors = matrix.values.reshape(*matrix.values.shape[:2], -1, GROUP, QUAD)
+    quads = vectors[group, :, :, lane]  # (n, blocks, vectors, 4)
+    own = matrix.scales[group]  # (n, blocks, scale bytes)
+    numbers = READ[name](quads, own, lane)  # (n, blocks, 32)
+    return numbers.reshape(len(rows), -1)[:, : matrix.columns]
+
+
+def from_nibbles(quads: Raw) -> NDArray[np.float32]:
+    """(n, blocks, 4, 4) bytes of two nibbles -> (n, blocks, 32)."""
+    both = np.concatenate([quads & 15, quads >> 4], 2)
+    return both.reshape(*quads.shape[:2], BLOCK).astype(np.float32)
+
+
+def halves_at(own: Raw, lane: Raw) -> NDArray[np.float32]:
+    """(n, m, bytes) that are halves for sixteen lanes each -> (n, m, bytes/32, 1) of one lane."""
+    halves = own.view(np.float16).reshape(*own.shape[:2], -1, GROUP)
+    return halves[np.arange(len(lane)), :, :, lane].astype(np.float32)[..., None]
+
+
+def bytes_at(own: Raw, lane: Raw) -> Raw:
+    """The same of bytes: (n, m, bytes) -> (n, m, bytes/16) of one lane."""
+    return own.reshape(*own.shape[:2], -1, GROUP)[np.arange(len(lane)), :, :, lane]
+
+
+def read_q8_0(quads: Raw, own: Raw, lane: Raw) -> NDArray[np.float32]:
+    codes = quads.reshape(*quads.shape[:2], BLOCK).astype(np.float32) - np.float32(128)
+    return np.asarray(halves_at(own, lane)[:, :, 0] * codes)
+
+
+def read_q4_0(quads: Raw, own: Raw, lane: Raw) -> NDArray[np.float32]:
+    return np.asarray(halves_at(own, lane)[:, :, 0] * (from_nibbles(quads) - np.float32(8)))
+
+
+def read_q4_1(quads: Raw, own: Raw, lane: Raw) -> NDArray[np.float32]:
+    scales = halves_at(own, lane)
+    return np.asarray(scales[:, :, 0] * from_nibbles(quads) + scales[:, :, 1])
+
+
+def read_q4_k(quads: Raw, own: Raw, lane: Raw) -> NDArray[np.float32]:
+    supers = own.reshape(len(own), -1, 320)
+    d = halves_at(np.ascontiguousarray(supers[..., :64]), lane)  # (n, supers, 2, 1)
+    both = bytes_at(supers[..., 64:], lane).reshape(*supers.shape[:2], 8, 2)
+    times = (d[:, :, 0] * both[..., 0]).reshape(len(own), -1, 1)
+    minus = (d[:, :, 1] * both[..., 1]).reshape(len(own), -1, 1)
+    return np.asarray(times * from_nibbles(quads) - minus, np.float32)
+
+
+def read_q6_k(quads: Raw, own: Raw, lane: Raw) -> NDArray[np.float32]:
+    supers = own.reshape(len(own), -1, 288)
+    d = halves_at(np.ascontiguousarray(supers[..., :32]), lane)[:, :, 0]  # (n, supers, 1)
+    scale = bytes_at(supers[..., 32:], lane).view(np.int8)  # (n, supers, 16)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
+    tops = (quads[:, :, None, 4:] >> shifts & 3).reshape(*quads.shape[:2], BLOCK)
+    codes = from_nibbles(quads[:, :, :4]) + np.float32(16) * tops - np.float32(32)
+    times = (d * scale).reshape(*quads.shape[:2], 2, 1)
+    return np.asarray(times * codes.reshape(*quads.shape[:2], 2, 16), np.float32)
+
+
+READ: dict[str, Callable[[Raw, Raw, Raw], NDArray[np.float32]]] = {
+    "Q8_0": read_q8_0, "Q4_0": read_q4_0, "Q4_1": read_q4_1, "Q4_K": read_q4_k, "Q6_K": read_q6_k,
+}  # fmt: skip
