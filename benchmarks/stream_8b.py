@@ -203,12 +203,26 @@ def walk(path: Path) -> dict[str, Any]:
     }
 
 
+def plan_of(path: Path) -> dict[str, float]:
+    """What weights/plan.py says before anything runs."""
+    from glassllama.weights.open import open_weights
+    from glassllama.weights.plan import plan
+
+    made = plan(open_weights(path), tokens=len(PROMPT))
+    print(made.describe())
+    way = made.way("streamed")
+    seconds = made.seconds_per_pass(way)
+    return {"peak_gb": round(way.memory / 1e9, 3), "seconds": round(seconds, 2)}
+
+
 def measure(form: str, layers: int, folder: Path) -> dict[str, Any]:
     path = EMPTY[form](folder, layers)
     started = time.perf_counter()
     total, nbytes = fill(path)
     written = time.perf_counter() - started
     speed = bandwidth(path)
+    forget(path)
+    planned = plan_of(path)
     results = {}
     for state in ("cold", "warm"):
         if state == "cold":
@@ -227,6 +241,7 @@ def measure(form: str, layers: int, folder: Path) -> dict[str, Any]:
         "disk_gb_s": round(speed / 1e9, 2),
         "bound_s": round(nbytes / speed, 2),
         "write_s": round(written, 1),
+        "planned": planned,
         **results,
     }
 

@@ -36,8 +36,8 @@ How to read it:
 - **Tokenizer.** Llama 3 left SentencePiece's 32,000 pieces for 128,000 byte-level pieces and 256
   special tokens. The same English text takes fewer tokens: on Meta's sample a token carries 3.94
   characters instead of 3.17 (*The Llama 3 Herd of Models*, section 3.2). The price is in the
-  embedding and output matrices, which are four times as tall: {share} of Llama 3 8B's parameters are
-  in these two.
+  embedding and output matrices, which are four times as tall: {share} of Llama 3 8B's parameters
+  are in these two.
 - **GQA.** With grouped queries several query heads share one key and value head. The cache of keys
   and values shrinks by that factor: LLaMA 65B and Llama 2 70B both have 80 layers of 64 heads, and
   the second needs an eighth of the first's cache (last table). Llama 2 has it in its 70B model only
