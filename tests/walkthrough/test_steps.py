@@ -97,6 +97,17 @@ def test_any_length(ids: list[int], tmp_path: Path) -> None:
     assert kept == (3 if len(ids) <= 64 else 1)
 
 
+@pytest.mark.parametrize("variant", ["scaled-8", "tied"])
+def test_layer_by_layer_from_the_file(variant: str, tmp_path: Path) -> None:
+    path = write_checkpoint("meta", tmp_path, **VARIANTS[variant])
+    walk = open_walk(path, IDS, layer=1, stream_layers=True)
+    walk_all(walk)
+    whole = open_walk(path, IDS, layer=1)
+    assert torch.allclose(walk.logits, whole.logits, atol=1e-5)
+    assert torch.equal(walk.lens.ids, whole.lens.ids)
+    assert max(experiment(walk, MISTAKES["rope-layout"]).divergence) > 1e-3
+
+
 def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
     walk = open_walk(with_text, "Lambda forms:\n 🙂 two  blanks é", layer=1)
     steps = walk_all(walk)

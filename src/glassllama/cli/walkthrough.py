@@ -7,7 +7,7 @@ import shutil
 import sys
 from enum import StrEnum
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from glassllama.cli.options import Json, Which
 from glassllama.cli.screen import is_terminal, print_json, progress_bars, text_or_stdin, write
 
 if TYPE_CHECKING:
+    from glassllama.base.interfaces import Progress
     from glassllama.walkthrough.experiment import Experiment
     from glassllama.walkthrough.text import Page
     from glassllama.walkthrough.walk import Walk
@@ -42,6 +43,10 @@ def walkthrough(
     ] = None,
     text: Annotated[bool, look("--text", help="Print text for a terminal: the default.")] = False,
     json: Json = False,
+    stream_layers: Annotated[
+        bool,
+        look("--stream-layers", help="Hold one layer at a time: for models larger than memory."),
+    ] = False,
     no_mask: Annotated[
         bool, look("--no-mask", help="What breaks if attention sees the future?")
     ] = False,
@@ -62,7 +67,8 @@ def walkthrough(
         raise typer.BadParameter("not together with --text", param_hint="--json")
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
-    walk = start(which, text_or_stdin(prompt, "PROMPT"), layer, head, step)
+    where = {"layer": layer, "head": head, "stream_layers": stream_layers}
+    walk = start(which, text_or_stdin(prompt, "PROMPT"), step, where)
     if json:
         print_object(walk, broken, step)
     elif broken:
@@ -71,7 +77,7 @@ def walkthrough(
         print_steps(walk, step)
 
 
-def start(which: Which, prompt: str, layer: int, head: int, step: int | None) -> Walk:
+def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) -> Walk:
     """The model, loaded, and a walk through it; bad input is refused before anything is loaded."""
     if find_spec("torch") is None:
         raise MissingExtraError("the walkthrough", "torch")
@@ -86,8 +92,7 @@ def start(which: Which, prompt: str, layer: int, head: int, step: int | None) ->
             which.path(),
             prompt,
             name=which.model,
-            layer=layer,
-            head=head,
+            **where,
             progress=bar(f"loading {which.model}", "tensors"),
         )
 
@@ -101,22 +106,34 @@ def page() -> Page:
 
 
 def print_steps(walk: Walk, step: int | None) -> None:
+    """One after the other as they are ready; a bar stands in for the one that is being taken."""
     from glassllama.walkthrough.steps import STEPS, take_step
     from glassllama.walkthrough.text import render
 
     shown = page()
-    if step is not None:
-        write(render(take_step(walk, step), shown))
-        return
-    for number in range(len(STEPS)):
-        write(render(take_step(walk, number), shown) + "\n")
+    for number in range(len(STEPS)) if step is None else [step]:
+        with progress_bars() as bar:
+            tell(bar("walking", "steps"), number, len(STEPS))
+            text = render(take_step(walk, number), shown)
+        write(text + "\n")
+
+
+def tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
 
 
 def experiments(walk: Walk, broken: list[str]) -> list[Experiment]:
     from glassllama.walkthrough.edits import MISTAKES
     from glassllama.walkthrough.experiment import experiment
 
-    return [experiment(walk, MISTAKES[name]) for name in broken]
+    done: list[Experiment] = []
+    with progress_bars() as bar:
+        progress = bar("running the model right and wrong", "mistakes")
+        for name in broken:
+            tell(progress, len(done), len(broken))
+            done.append(experiment(walk, MISTAKES[name]))
+    return done
 
 
 def print_experiments(walk: Walk, broken: list[str]) -> None:
@@ -129,11 +146,12 @@ def print_experiments(walk: Walk, broken: list[str]) -> None:
 def print_object(walk: Walk, broken: list[str], step: int | None) -> None:
     from glassllama.walkthrough.as_object import as_object
 
+    done = experiments(walk, broken)
     with progress_bars() as bar:
         walked = as_object(
             walk,
             steps=None if step is None else [step],
-            experiments=experiments(walk, broken),
+            experiments=done,
             progress=bar("walking", "steps"),
         )
     print_json(walked)

@@ -15,6 +15,8 @@ from torch import Tensor
 from glassllama.models.llama import Llama
 from glassllama.walkthrough.trace import Trace
 
+LOGITS_AT_ONCE = 1 << 25  # numbers: 128 MiB, and softmax makes as many again
+
 
 def residual_places(n_layers: int) -> list[str]:
     """The residual stream from the embeddings on, after every layer: L + 1 places."""
@@ -67,10 +69,13 @@ def logit_lens(
     """
     device = model.tok_embeddings.weight.device
     wanted = slice(None) if positions is None else list(positions)
-    layers = [
-        predictions(model.logits(model.norm(x[:, wanted].to(device))), k) for x in residuals(trace)
+    xs = torch.stack([x[:, wanted] for x in residuals(trace)])  # (L + 1, B, T, C)
+    # As many layers at a time as memory bears: a streamed model reads its output matrix for each.
+    at_once = max(1, LOGITS_AT_ONCE // (xs[0, ..., 0].numel() * model.config.vocab_size))
+    parts = [
+        predictions(model.logits(model.norm(x.to(device))), k) for x in torch.split(xs, at_once)
     ]
     return Predictions(
-        torch.stack([layer.ids for layer in layers]).cpu(),
-        torch.stack([layer.probs for layer in layers]).cpu(),
+        torch.cat([part.ids for part in parts]).cpu(),
+        torch.cat([part.probs for part in parts]).cpu(),
     )

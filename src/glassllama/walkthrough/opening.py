@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -159,7 +160,7 @@ def weight_file(walk: Walk) -> Step:
     info = checkpoint.info(ours)
     raw = checkpoint.read(ours, slice(0, 1))
     values = dequantise(raw, info.dtype, (1, *info.shape[1:]))
-    held = walk.model.get_parameter(ours)[:1].cpu()
+    held = walk.held("attention.wq")
     first = torch.from_numpy(values).to(held)  # in the model's number format
     sizes = bytes_by_part(checkpoint)
     total = sum(sizes.values())
@@ -215,7 +216,7 @@ def configuration(walk: Walk) -> Step:
     layer = attention + 3 * c.dim * c.ffn_dim + 2 * c.dim
     matrices = 1 if c.tie_embeddings else 2
     by_hand = matrices * c.vocab_size * c.dim + c.n_layers * layer + c.dim
-    held = sum(parameter.numel() for parameter in walk.model.parameters())
+    held = sum(math.prod(walk.checkpoint.info(name).shape) for name in walk.checkpoint.names)
     values = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     letters = {"dim": "C", "n_heads": "H", "n_kv_heads": "K", "head_dim": "D", "ffn_dim": "F",
                "vocab_size": "V", "max_seq_len": "most tokens at once"}  # fmt: skip
@@ -234,7 +235,7 @@ def configuration(walk: Walk) -> Step:
         ),
         numbers=(Numbers("RoPE frequencies, radians a token", rope_frequencies(c)),),
         pictures=(Table(["setting", "value", "letter in shapes"], rows),),
-        checks=(same("parameters", by_hand, held),),
+        checks=(same("parameters in the file", by_hand, held),),
         what_if=WhatIf(
             command="glassllama show MODEL",
             shows="the same of any other checkpoint; compare n_kv_heads, theta and the vocabulary",
@@ -251,6 +252,7 @@ def short(value: object) -> str:
 def embedding_rows(walk: Walk) -> Tensor:
     """(1, T, C): of the whole matrix only the rows of the prompt are read."""
     rows = [walk.checkpoint.float32("tok_embeddings.weight", slice(i, i + 1)) for i in walk.ids]
+    walk.checkpoint.drop("tok_embeddings.weight")
     x = torch.cat([torch.from_numpy(row) for row in rows])[None]  # (1, T, C)
     return x.to(walk.dtype)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from glassllama.base.errors import FormatError
 from glassllama.formats.blocks import BLOCK, BLOCKS, Q4_0, Q8_0, dequantise
 
+ROWS_AT_ONCE = 512  # of a matrix of gigabytes
 Kind = Literal["Q8_0", "Q4_0"]
 Floats = NDArray[np.float32]
 
@@ -55,10 +56,14 @@ def inverse(scale: Floats) -> Floats:
 
 def rounded(matrix: Floats, kind: Kind) -> Floats:
     """The matrix as it comes back from such a file; rows are filled up to whole blocks first."""
-    rows, columns = matrix.shape
-    filled = np.zeros((rows, -(-columns // BLOCK) * BLOCK), np.float32)
-    filled[:, :columns] = matrix
-    return dequantise(quantise(filled, kind), kind, filled.shape)[:, :columns]
+    columns = matrix.shape[1]
+    missing = -columns % BLOCK
+    out = np.empty_like(matrix)
+    for start in range(0, len(matrix), ROWS_AT_ONCE):
+        filled = np.pad(matrix[start : start + ROWS_AT_ONCE], ((0, 0), (0, missing)))
+        back = dequantise(quantise(filled, kind), kind, filled.shape)
+        out[start : start + ROWS_AT_ONCE] = back[:, :columns]
+    return out
 
 
 def bits_each(kind: Kind) -> float:

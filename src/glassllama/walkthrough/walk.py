@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from rich.cells import cell_len
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
@@ -26,12 +27,13 @@ from glassllama.walkthrough.step import WHOLE_MODEL, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.stream import StreamedLayer, StreamedLlama
 
 # Attention of every layer is kept for prompts up to this length; its size grows with the square.
 LONGEST_FOR_ALL_MAPS = 64
 SHOWN_TOKENS = 24
 LENS = 5  # likeliest tokens kept of each layer
-LONGEST_QUOTED = 40  # characters of a prompt repeated in a command to try
+LONGEST_COMMAND = 72  # columns
 DEFAULT_MODEL = "smollm2-135m"  # what the command line takes where no model is named
 MORE_TOKENS = 6  # made after the prompt, to watch the cache grow
 
@@ -174,6 +176,12 @@ class Walk:
         self.checkpoint.drop(f"{name}.weight")
         return tensor
 
+    def held(self, name: str) -> Tensor:
+        """The first row of one of the chosen layer's matrices, as the running model holds it."""
+        layer = self.model.layers[self.layer]
+        with layer.filled() if isinstance(layer, StreamedLayer) else nullcontext():
+            return layer.get_parameter(f"{name}.weight")[:1].clone().cpu()
+
     def layer_weight(self, layer: int, name: str) -> Tensor:
         return self.weight(f"layers.{layer}.{name}")
 
@@ -189,11 +197,14 @@ class Walk:
         return range(max(len(self.ids) - SHOWN_TOKENS, 0), len(self.ids))
 
     def command(self, options: str) -> str:
-        """This walk again, with other options."""
-        prompt = shlex.quote(self.prompt or "")
-        prompt = prompt if 0 < len(prompt) <= LONGEST_QUOTED else "PROMPT"
+        """This walk again, with other options; what is too long to be typed is named only."""
         model = "" if self.name == DEFAULT_MODEL else f" -m {shlex.quote(self.name)}"
-        return f"glassllama walkthrough {prompt}{model} {options}"
+        prompts = [shlex.quote(self.prompt)] if self.prompt else []
+        for prompt, named in [*((prompt, model) for prompt in prompts), ("PROMPT", model)]:
+            command = f"glassllama walkthrough {prompt}{named} {options}"
+            if cell_len(command) <= LONGEST_COMMAND:
+                return command
+        return f"glassllama walkthrough PROMPT -m MODEL {options}"
 
     def check(self, place: str, ours: Tensor) -> Check:
         """Our numbers against the running model's at a place, or StepMismatchError."""
@@ -221,17 +232,21 @@ def open_walk(
     name: str | None = None,
     layer: int = 0,
     head: int = 0,
+    stream_layers: bool = False,
     progress: Progress | None = None,
 ) -> Walk:
     """Open a checkpoint, load it, and make ready to walk a prompt (text or ids) through it.
 
     Raises GlassError before anything is loaded: no prompt, too long for the context, an id, layer
     or head that is not there; TokenizerError where a text is to be read without a vocabulary; and
-    what `open_weights` and `load_llama` raise. `progress` counts tensors loaded.
+    what `open_weights` and `load_llama` raise. `progress` counts tensors loaded. `stream_layers`
+    holds one layer at a time: for models larger than memory, and patient people.
     """
     checkpoint = open_weights(path)
     checked(checkpoint, prompt, layer, head)
-    model = load_llama(checkpoint, progress=progress)
+    model = (
+        StreamedLlama(checkpoint) if stream_layers else load_llama(checkpoint, progress=progress)
+    )
     return start_walk(checkpoint, model, prompt, name=name, layer=layer, head=head)
 
 
