@@ -15,7 +15,7 @@ import time
 from fcntl import ioctl
 
 COMMAND = [sys.executable, "-m", "glassllama"]
-PATIENCE = 120  # seconds until something that never comes is given up
+PATIENCE = 60  # seconds until something that never comes is given up
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
@@ -48,12 +48,12 @@ def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bo
 
 
 class Terminal:
-    """The program on a pseudo-terminal of 80 columns; `screen` is all that it wrote."""
+    """The program on a terminal of 80 columns; `screen` is what it wrote, without controls."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
         environment |= {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""} | (env or {})
-        self.screen = ""
+        self.screen, self.raw = "", ""
         self.master, slave = pty.openpty()
         ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         self.process = subprocess.Popen(
@@ -105,5 +105,6 @@ class Terminal:
             data = os.read(self.master, 1 << 16)
         except OSError:  # Linux: the other side is closed
             return False
+        self.raw += data.decode(errors="replace")
         self.screen += CONTROLS.sub("", data.decode(errors="replace"))
         return bool(data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from glassllama.base.errors import GlassError
@@ -13,7 +12,7 @@ from glassllama.cli.conversation import Conversation
 from glassllama.cli.exits import failed, foreseen
 from glassllama.cli.history import line_editing
 from glassllama.cli.screen import note
-from glassllama.cli.settings import changed
+from glassllama.cli.settings import changed, known, option_names
 from glassllama.cli.talk import Talk
 
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
@@ -90,14 +89,12 @@ class Repl:
         self.commands[name](argument.strip())
 
     def set(self, argument: str) -> None:
-        if not argument:
-            for field in fields(self.talk.sampling):
-                print(f"{field.name:<20} {shown(getattr(self.talk.sampling, field.name))}")
-            return
         name, _, value = argument.partition(" ")
-        name = name.replace("-", "_")
-        self.talk.sampling = changed(self.talk.sampling, name, value.strip())
-        print(f"{name:<20} {shown(getattr(self.talk.sampling, name))}")
+        names = [name.replace("-", "_")] if name else option_names()
+        if value:
+            self.talk.sampling = changed(self.talk.sampling, names[0], value.strip())
+        for name in names:
+            print(f"{name:<20} {shown(getattr(self.talk.sampling, known(name)))}")
 
     def system(self, text: str) -> None:
         if text:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from glassllama.base.interfaces import Progress
 
+BAR_WIDTH = 20  # so that bar, amount, rate and time left fit into 80 columns
 UNLIMITED = 10_000  # columns, where no window sets a width
 
 
@@ -106,15 +107,18 @@ class Bars:
 
         def show(done: int, total: int) -> None:
             nonlocal task
+            if task is None and done >= total:  # over before it was heard of
+                return
             if self._live is None:
                 self._live = new_bars()
                 self._live.start()
             if task is None:
-                task = self._live.add_task(title, unit=unit)
+                task = self._live.add_task(title, total=total, unit=unit)
             if done < total:
-                self._live.update(task, completed=done, total=total)
+                self._live.update(task, completed=done)
             else:  # what follows (a checksum, compiling) does not say how far it is
-                self._live.update(task, description="getting ready", total=None)
+                self._live.update(task, description="getting ready")
+                self._live.tasks[task].total = None
 
         return show
 
@@ -132,17 +136,18 @@ def new_bars() -> RichProgress:
         def render(self, task: Task) -> Text:
             if task.total is None:
                 return Text()
-            return Text(amount(task.completed, task.total, task.speed, task.fields["unit"]))
+            text = amount(task.completed, task.total, task.speed, task.fields["unit"])
+            return Text(text, no_wrap=True)
 
     title = TextColumn("{task.description}", markup=False)
-    columns = (title, BarColumn(), Amount(), TimeRemainingColumn())
+    columns = (title, BarColumn(BAR_WIDTH), Amount(), TimeRemainingColumn())
     return RichProgress(*columns, console=console("stderr"), transient=True)
 
 
 def amount(done: float, total: float, rate: float | None, unit: str) -> str:
-    """`12.0/98.4 MB 9.1 MB/s`, `512/2,048 tokens 800 tokens/s`: how far and how fast."""
+    """`12.0/98.4 MB 9.1/s`, `512/2,048 tokens 800/s`: how far and how fast."""
     scale, digits, name = (1e6, 1, "MB") if unit == "bytes" else (1, 0, unit)
-    speed = "" if rate is None else f" {rate / scale:,.{digits}f} {name}/s"
+    speed = "" if rate is None else f" {rate / scale:,.{digits}f}/s"
     return f"{done / scale:,.{digits}f}/{total / scale:,.{digits}f} {name}{speed}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -16,12 +16,21 @@ SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "
 NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "stop")
 
 
+def option_names() -> list[str]:
+    return [field.name for field in fields(SamplingOptions)]
+
+
+def known(name: str) -> str:
+    """`name`, if there is such an option. Raises GlassError."""
+    if name not in option_names():
+        raise GlassError(f"{name} is no option; have {' '.join(option_names())}")
+    return name
+
+
 def changed(sampling: SamplingOptions, name: str, typed: str) -> SamplingOptions:
     """`sampling` with that option set. Raises GlassError: no such option, no value it can have."""
-    kinds = get_type_hints(SamplingOptions)
-    if name not in kinds:
-        raise GlassError(f"{name} is no option; have {' '.join(kinds)}")
-    new = replace(sampling, **{name: read_value(name, kinds[name], typed)})
+    kind = get_type_hints(SamplingOptions)[known(name)]
+    new = replace(sampling, **{name: read_value(name, kind, typed)})
     values = asdict(new)
     GenerationSettings(max_tokens=values["max_tokens"])
     make_sampler(**{key: values[key] for key in values if key not in NOT_THE_SAMPLERS})
