@@ -2,8 +2,8 @@
 
 Four ways: the CPU engine with packed weights, the reference model whole in bfloat16 or in float32,
 and the same model streamed, one layer in memory at a time (weights/stream.py). Each has a price in
-memory, in bytes read from the disk and in time. Only a few megabytes of the file are read here, to
-learn how fast it comes. No PyTorch is needed to plan for it.
+memory, in bytes read from the disk and in time. At most 64 megabytes of the file are read here,
+to learn how fast it comes. No PyTorch is needed to plan for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENGINE_ITSELF = 150_000_000
 WORKING_MEMORY = 100_000_000  # activations of 512 tokens in the reference model
 BLOCK_NUMBERS = 1 << 24  # weights of a streamed output matrix in hand at once: 64 MiB of float32
 
-SAMPLES, SAMPLE_BYTES = 8, 4 << 20  # read from random places of the file to learn its speed
+SAMPLES, SAMPLE_BYTES = 4, 16 << 20  # read from random places of the file to learn its speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class Plan:
         return next(way for way in self.ways if way.name == name)
 
     def seconds_to_load(self, way: Way) -> float:
-        """Reading alone; a lower bound."""
+        """Reading alone, at the speed that was sampled: an estimate."""
         return way.reads_once / self.speed
 
     def seconds_per_pass(self, way: Way) -> float:
-        """Reading alone; zero where the weights stay in memory."""
+        """Reading alone, an estimate; zero where the weights stay in memory."""
         return way.reads_per_pass / self.speed
 
     def describe(self) -> str:
@@ -97,10 +97,12 @@ class Plan:
         verdict = "fits" if self.fits(way) else "too large"
         once, each = self.seconds_to_load(way), self.seconds_per_pass(way)
         if way.reads_per_pass:
-            reads = f"reads {gigabytes(way.reads_per_pass)} for every token: {each:.1f} s each"
+            reads = (
+                f"reads {gigabytes(way.reads_per_pass)} for every token: about {each:.1f} s each"
+            )
         else:
-            reads = f"reads {gigabytes(way.reads_once)} once: {once:.1f} s"
-        return f"{way.name:9} {gigabytes(way.memory):>10}  {verdict:10} {reads} or more"
+            reads = f"reads {gigabytes(way.reads_once)} once: about {once:.1f} s"
+        return f"{way.name:9} {gigabytes(way.memory):>10}  {verdict:10} {reads}"
 
 
 def plan(checkpoint: Checkpoint, *, tokens: int, memory: int | None = None) -> Plan:
