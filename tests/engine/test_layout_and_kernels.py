@@ -131,8 +131,10 @@ def test_kernels_against_float64(
     out = multiply(matrix, tier, inputs, factors, 0, matrix.groups)
     assert (np.abs(out[:, :rows] - exact) <= 1e-6 * size + 1e-9).all()
     assert (out[:, rows:] == 0).all()  # padding adds nothing
-    alone = multiply(matrix, tier, inputs[-1:], factors[-1:], 0, matrix.groups)
-    assert (alone == out[-1:]).all()  # to the bit
+    for t in range(tokens):  # to the bit, whichever tile it was in
+        some = slice(t, t + 1)
+        alone = multiply(matrix, tier, inputs[some], factors[some], 0, matrix.groups)
+        assert (alone == out[some]).all()
     last_group = multiply(matrix, tier, inputs, factors, matrix.groups - 1, matrix.groups)
     assert np.isnan(last_group[:, : matrix.padded_rows - 16]).all()  # touches its groups only
 

@@ -107,7 +107,7 @@ def scale_nibbles(v: Vectors, target: str, scales: Any, block: Any, row: int) ->
 def centred(v: Vectors, d: Any, offset: float) -> Apply:
     def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
         shifted = v.builder.fmul(v.same(y.type, -offset), factors[1])
-        return v.fused(d, v.fused(sums[0], factors[0], shifted), y)
+        return v.multiply_add(d, v.multiply_add(sums[0], factors[0], shifted), y)
 
     return apply
 
@@ -121,7 +121,9 @@ def scale_with_minimum(v: Vectors, target: str, scales: Any, block: Any, row: in
 
 def linear(v: Vectors, d: Any, m: Any) -> Apply:
     def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
-        return v.fused(m, factors[1], v.fused(sums[0], v.builder.fmul(d, factors[0]), y))
+        return v.multiply_add(
+            m, factors[1], v.multiply_add(sums[0], v.builder.fmul(d, factors[0]), y)
+        )
 
     return apply
 
@@ -153,7 +155,7 @@ def scale_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Ap
     def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
         for half in range(2):
             shifted = b.fmul(v.same(y.type, minus), factors[2 + half])
-            y = v.fused(both[half], v.fused(sums[half], factors[0], shifted), y)
+            y = v.multiply_add(both[half], v.multiply_add(sums[half], factors[0], shifted), y)
         return y
 
     return apply

@@ -50,7 +50,9 @@ def score_tile(context, count, query, keys, width, scores):  # type: ignore[no-u
 
 
 @instruction_for_constants
-def mix_tile(context, count, columns, weights, values, width, parts):  # type: ignore[no-untyped-def]
+def mix_tile(  # type: ignore[no-untyped-def]
+    context, count, columns, weights, values, width, parts
+):
     """Some columns of a page's 64 values, weighted and added to some queries' sums.
 
     How many columns and queries are constants.
