@@ -109,7 +109,7 @@ def all_layers(walk: Walk) -> Step:
             source(Llama.hidden, "for layer", "x = layer"),
         ),
         text=(
-            "Every layer adds to the residual stream, and none takes it away. The logit lens reads "
+            "Every layer adds to the residual stream, and none replaces it. The logit lens reads "
             "the stream as if it were finished: last norm, output matrix, likeliest token. All "
             "layers were worked out by hand once more, from the embeddings on.",
         ),

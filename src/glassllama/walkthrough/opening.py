@@ -23,13 +23,18 @@ from glassllama.weights.open import Checkpoint
 
 BYTES_A_LINE = 12
 SHOWN_BYTES = 20
+SHOWN_WORDS = 24
 LONGEST_SHOWN_WORD = 24  # bytes
 
 
 def prompt_bytes(walk: Walk) -> Step:
     raw = (walk.prompt or "").encode()
     words = split_words(walk)
-    drawn = [f"{visible(w.encode()):<16.16} {w.encode()[:16].hex(' ')}" for w in words]
+    drawn = [
+        f"{visible(w.encode()):<16.16} {w.encode()[:16].hex(' ')}" for w in words[:SHOWN_WORDS]
+    ]
+    if len(words) > SHOWN_WORDS:
+        drawn.append(f"… and {len(words) - SHOWN_WORDS:,} more")
     given = walk.prompt is None
     return Step(
         number=0,
