@@ -1,0 +1,129 @@
+"""How fast the engine's parts are here: kernels by tier and format, then a model's steps.
+
+    python benchmarks/engine.py [MODEL.gguf]      (without a model: kernels only)
+
+Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
+of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
+Prints a table; machine, threads and bandwidth (a plain copy by numpy, twice its bytes) come first.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from glassllama.engine.crew import processors
+from glassllama.engine.intrinsics import call_kernel
+from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.packing import FLOAT_TYPES
+from glassllama.engine.tiers import TIERS, features, kernel_address
+
+ROUNDS = 7
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Median time of a piece of work, once warm."""
+    work()
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+@njit(nogil=True)
+def call(address, arguments):
+    call_kernel(address, arguments)
+
+
+def random_matrix(kind: str, rows: int, columns: int) -> Matrix:
+    """Any codes, small scales: speed does not depend on the numbers, unless they are not finite."""
+    rng, form = np.random.default_rng(0), KINDS[kind]
+    matrix = empty_matrix(Arena(packed_bytes(form, rows, columns)), form, rows, columns)
+    if kind in FLOAT_TYPES:
+        numbers = matrix.values.view(FLOAT_TYPES[kind])
+        numbers[:] = rng.standard_normal(numbers.shape[-1]).astype(FLOAT_TYPES[kind])
+    else:
+        matrix.values[:] = rng.integers(0, 256, matrix.values.shape[-1], dtype=np.uint8)
+        scales = matrix.scales.view(np.float16)
+        scales[:] = rng.uniform(0.001, 0.01, scales.shape[-1]).astype(np.float16)
+    return matrix
+
+
+def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
+    columns = matrix.columns
+    x = np.ones((tokens, columns), np.int8 if matrix.kind.integer_inputs else np.float32)
+    factors = np.ones((tokens, columns // 32, 4), np.float32)
+    out = np.zeros((tokens, matrix.padded_rows), np.float32)
+    address = kernel_address(matrix.kind.name, tier)
+    arguments = (
+        matrix.values.ctypes.data, matrix.scales.ctypes.data, matrix.kind.blocks(columns),
+        x.ctypes.data, x.strides[0], factors.ctypes.data, factors.strides[0], tokens,
+        out.ctypes.data, out.strides[0], 0, matrix.groups,
+    )  # fmt: skip
+    return seconds(lambda: call(address, arguments))
+
+
+def kernels() -> None:
+    able = [tier for tier, needed in TIERS.items() if needed <= features()]
+    print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in able))
+    for kind in KINDS:
+        large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 576)
+        cells = []
+        for tier in able:
+            stream = large.nbytes / kernel_seconds(tier, large, 1) / 1e9
+            rate = 2 * 3072 * 576 * 96 / kernel_seconds(tier, small, 96) / 1e9
+            cells.append(f"{stream:8.1f} GB/s {rate:5.0f} GOP/s")
+        print(f"{kind:8}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def steps(path: str) -> None:
+    """Decode after a short prompt, prefill of 512 tokens, batches of 8."""
+    from glassllama.weights.open import open_weights
+    from glassllama.weights.pack import pack
+
+    started = time.perf_counter()
+    engine = pack(open_weights(path))
+    print(f"\nloaded in {time.perf_counter() - started:.2f} s; {engine.describe()[0]}")
+    ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, 512).tolist()
+
+    def prefill() -> None:
+        engine.next_logits([ids], engine.new_cache(1, 512))
+
+    def decode(batch: int) -> Callable[[], None]:
+        cache = engine.new_cache(batch, 1024)
+        engine.next_logits([ids[:8]] * batch, cache)
+
+        def some() -> None:
+            for id in ids[:32]:
+                engine.next_logits([[id]] * batch, cache)
+
+        return some
+
+    rate = 32 / seconds(decode(1))
+    print(f"decode {rate:.0f} tok/s ({rate * engine.weights.nbytes / 1e9:.1f} GB/s of weights)")
+    print(f"prefill 512 {512 / seconds(prefill):.0f} tok/s, batch of 8 "
+          f"{256 / seconds(decode(8)):.0f} tok/s")  # fmt: skip
+
+
+def main() -> None:
+    block = np.ones(1 << 26)
+    target = np.empty_like(block)
+    bandwidth = 2 * block.nbytes / seconds(lambda: np.copyto(target, block)) / 1e9
+    print(f"{platform.processor() or platform.machine()}, {processors()} processors, copy on one "
+          f"thread {bandwidth:.1f} GB/s")  # fmt: skip
+    kernels()
+    if len(sys.argv) > 1:
+        steps(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
