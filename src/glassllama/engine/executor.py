@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import Cache
 from glassllama.engine import model
 from glassllama.engine.cache import PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
@@ -93,12 +94,13 @@ class Engine:
         """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used."""
         return PagedCache(self.config, batch, max_len, wide=self.exact)
 
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: PagedCache) -> NDArray[np.float32]:
+    def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids -> (B, V) float32 logits after each row's last.
 
         A row's logits are the same to the bit, alone or in a batch. Raises GenerationError where
         an id is not of this vocabulary or the cache has no room; the cache is then as before.
         """
+        assert isinstance(cache, PagedCache)
         if len(ids) != cache.batch:
             raise GenerationError(f"{len(ids)} rows of ids for a cache of {cache.batch} rows")
         tokens = [
@@ -110,8 +112,9 @@ class Engine:
         self._feed(tokens, cache, logits)
         return logits[:, : self.config.vocab_size]
 
-    def all_logits(self, ids: Sequence[int], cache: PagedCache) -> NDArray[np.float32]:
+    def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
         """Feed the only row -> (T, V) float32 logits after every one of its new ids."""
+        assert isinstance(cache, PagedCache)
         if cache.batch != 1:
             raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
         past = cache.lengths[0]

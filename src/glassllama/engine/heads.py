@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from glassllama.engine.attention import PAGE, begin, finish, merge, mix, place, score, store, weigh
-from glassllama.engine.compiled import compiled
+from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.crew import complete, done, take
 from glassllama.engine.intrinsics import integers64
 from glassllama.engine.room import GROUPS, LANES, MATRICES, WK, WQ
@@ -39,7 +39,7 @@ def position_of(room: Any, t: int) -> Any:
     return integers64(room.positions + t * 8, 1)[0]
 
 
-@compiled
+@inlined
 def place_token(room: Any, layer: int, step: Any, t: int) -> None:
     """Turn a token's queries and keys by its position; keys and values go into the cache."""
     width, pairs, unit, m = room.head_dim, room.pairs, room.qk_norm, layer * MATRICES
@@ -70,7 +70,7 @@ def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     complete(me, phase, step.tokens)
 
 
-@compiled
+@inlined
 def look_at_page(room: Any, page: int, past: int, t: int, count: int, queries: int, part: int,
                  scores: int, keys: int, values: int, wide: int) -> None:  # fmt: skip
     """A tile's queries look at one page, which `past` tokens come before."""
@@ -105,7 +105,7 @@ def look_at_span(
                      keys, values, step.wide)  # fmt: skip
 
 
-@compiled
+@inlined
 def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int) -> None:
     """The queries of a tile and kv head look at their row, span after span -> `mixed`."""
     t = integers64(room.tile_first + tile * 8, 1)[0]
@@ -126,7 +126,7 @@ def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: i
             finish(row(whole, n * group + g, width + 2), row(out, kv_head * group + g, width))
 
 
-@compiled
+@inlined
 def spans_shared(room: Any, step: Any) -> Any:
     """Whether spans are items of their own: for one token that looks at several."""
     return step.tokens == 1 and step.spans > 1
@@ -152,7 +152,7 @@ def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     complete(me, phase, items)
 
 
-@compiled
+@inlined
 def merge_spans(me: Any, room: Any, step: Any, out: int) -> None:
     """The spans that threads shared become what the only token's heads saw, at `out`."""
     width, heads = room.head_dim, room.heads

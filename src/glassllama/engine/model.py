@@ -89,7 +89,7 @@ def add_product(
     complete(me, phase, groups)
 
 
-@compiled
+@inlined
 def gate_groups(room: Any, layer: int, slot: int, step: Any, groups: Any) -> None:
     """Some groups of gate and up, SwiGLU between them, and what comes out made inputs of `down`."""
     m, inputs, down = layer * MATRICES, inputs_of(room), inputs_of_down(room)
@@ -117,7 +117,7 @@ def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -
     complete(me, phase, pairs)
 
 
-@compiled
+@inlined
 def attention(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += wo · heads(norm(x))."""
     m, phase = layer * MATRICES, layer * PHASES
@@ -131,7 +131,7 @@ def attention(me: Any, room: Any, layer: int, step: Any) -> None:
     add_product(me, phase + OUT, room, m + WO, inputs_of(room), slot, step)
 
 
-@compiled
+@inlined
 def feed_forward(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += down · (silu(gate · norm(x)) · (up · norm(x)))."""
     m, phase = layer * MATRICES, layer * PHASES
@@ -143,7 +143,7 @@ def feed_forward(me: Any, room: Any, layer: int, step: Any) -> None:
     add_product(me, phase + DOWNWARD, room, m + DOWN, inputs_of_down(room), 0, step)
 
 
-@compiled
+@inlined
 def output(me: Any, room: Any, step: Any) -> None:
     """Logits of the wanted tokens: output · norm(x)."""
     layers = room.layers
