@@ -22,6 +22,7 @@ from glassllama.engine.layout import Matrix
 from glassllama.engine.packing import read_rows
 from glassllama.engine.room import TILE, Room
 from glassllama.engine.step import Step
+from glassllama.engine.tiers import tier
 
 CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
 NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
@@ -131,7 +132,8 @@ class Engine:
         }.values():
             kinds[matrix.kind.name] = kinds.get(matrix.kind.name, 0) + matrix.nbytes
         packed = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sorted(kinds.items()))
-        return [f"engine: {self.threads} threads, packed as {packed}", *self.notes]
+        how = f"engine: {self.threads} threads, kernels of tier {tier()}, packed as {packed}"
+        return [how, *self.notes]
 
     @property
     def _logit_columns(self) -> int:
