@@ -1,6 +1,6 @@
 """Write docs/terminal.svg: a real question, asked and answered in a terminal of 80 columns.
 
-    python docs/make_picture.py
+python docs/make_picture.py
 """
 
 from __future__ import annotations

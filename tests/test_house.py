@@ -19,7 +19,8 @@ FLOORS = {
     "train": 3, "walkthrough": 3,
     "llm": 4,
     "server": 5,
-    "cli": 6, "__main__": 6, "__init__": 6,
+    "cli": 6, "__init__": 6,
+    "__main__": 7,
 }  # fmt: skip
 # weights joins a file's vocabulary to a Tokenizer and may ask the hub's cache: one way only.
 NO_TORCH = {"base", "formats", "tokenizers", "engine", "generation", "hub", "cli", "server"}

@@ -44,12 +44,11 @@ def test_it_answers(llm: LLM) -> None:
 
 def test_streamed_text_is_the_text(llm: LLM) -> None:
     prompt = "日本語と한국어と emoji 🙂: "
-    stream = llm.stream(prompt, max_tokens=40, temperature=1.5, seed=3)
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 3, "ignore_eos": True}
+    stream = llm.stream(prompt, **options)
     pieces = list(stream)
     assert "".join(pieces) == stream.completion.text
-    assert (
-        stream.completion.text == llm.generate(prompt, max_tokens=40, temperature=1.5, seed=3).text
-    )
+    assert stream.completion.text == llm.generate(prompt, **options).text
     assert len(stream.completion.ids) == 40
 
 
@@ -67,6 +66,14 @@ def test_both_backends_write_the_same(default_model: Path, exact: LLM) -> None:
     ids = exact.encode_chat(QUESTION)
     assert torch.generate(ids, max_tokens=16).ids == exact.generate(ids, max_tokens=16).ids
     np.testing.assert_allclose(torch.logits(ids), exact.logits(ids), atol=1e-4)
+
+
+def test_streamed_layers_write_the_same(default_model: Path, exact: LLM) -> None:
+    streamed = load(default_model, stream_layers=True, exact=True)
+    assert (
+        streamed.generate("The sea", max_tokens=3).ids
+        == exact.generate("The sea", max_tokens=3).ids
+    )
 
 
 def test_stop_strings_end_the_answer_and_are_not_shown(llm: LLM) -> None:

@@ -164,7 +164,8 @@ class LLM:
     @cached_property
     def chat_format(self) -> ChatFormat:
         """How this model was taught to converse. Raises TokenizerError if it was not."""
-        return choose_chat_format(self.checkpoint.chat_template, self.tokenizer)
+        tokens = self.checkpoint.template_tokens
+        return choose_chat_format(self.checkpoint.chat_template, self.tokenizer, **tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> ids with the model's own beginning; ids stay as they are."""
@@ -183,14 +184,13 @@ class LLM:
 
         Raises GenerationError (settings, room in the context), TokenizerError.
         """
-        generation, [answer] = self._begin([prompt], options, progress)
-        return TextStream(generation, answer, options.get("logprobs") is not None)
+        return self._stream(prompt, options, progress, continues=True)
 
     def stream_chat(
         self, messages: Messages, *, progress: Progress | None = None, **options: Unpack[Options]
     ) -> TextStream:
         """Answer a conversation, piece by piece."""
-        return self.stream(self.encode_chat(messages), progress=progress, **options)
+        return self._stream(self.encode_chat(messages), options, progress, continues=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a prompt."""
@@ -198,13 +198,16 @@ class LLM:
 
     def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
         """Answer a conversation."""
-        return self.generate(self.encode_chat(messages), **options)
+        stream = self._stream(self.encode_chat(messages), options, None, continues=False)
+        for _ in stream:
+            pass
+        return stream.completion
 
     def generate_batch(
         self, prompts: Sequence[Prompt], **options: Unpack[Options]
     ) -> list[Completion]:
         """Continue several prompts side by side: each as it would be continued alone."""
-        generation, answers = self._begin(prompts, options, None)
+        generation, answers = self._begin(prompts, options, None, continues=True)
         for step in generation:
             answer = answers[step.row]
             answer.add(step)
@@ -219,9 +222,21 @@ class LLM:
             raise GenerationError("logits: expected at least one id")
         return self.executor.all_logits(ids, self.executor.new_cache(1, len(ids)))
 
+    def _stream(
+        self, prompt: Prompt, options: Options, progress: Progress | None, *, continues: bool
+    ) -> TextStream:
+        generation, [answer] = self._begin([prompt], options, progress, continues=continues)
+        return TextStream(generation, answer, options.get("logprobs") is not None)
+
     def _begin(
-        self, prompts: Sequence[Prompt], options: Options, progress: Progress | None
+        self,
+        prompts: Sequence[Prompt],
+        options: Options,
+        progress: Progress | None,
+        *,
+        continues: bool,
     ) -> tuple[Generation, list[Answer]]:
+        """Check everything, start nothing. `continues`: the answer is the prompt's next words."""
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
             raise GenerationError(f"unknown options: {', '.join(unknown)} (see llm.Options)")
@@ -232,7 +247,10 @@ class LLM:
             sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids, **loop
         )
         rows = [self.encode(prompt) for prompt in prompts]
-        answers = [Answer(ids, StreamDecoder(self.tokenizer), StopStrings(stop)) for ids in rows]
+        answers = [
+            Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
+            for ids in rows
+        ]
         return generate(self.executor, rows, settings, progress=progress), answers
 
 
@@ -246,18 +264,21 @@ def load(
     threads: int | None = None,
     offline: bool = False,
     prefer_pth: bool = False,
+    stream_layers: bool = False,
     download_progress: Progress | None = None,
     load_progress: Progress | None = None,
 ) -> LLM:
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
     "auto" is the engine on a CPU and PyTorch elsewhere, or where a `dtype` is asked for. `exact` is
-    float32 arithmetic on dequantised weights. Raises GlassError: what is wrong, in one line.
+    float32 arithmetic on dequantised weights. `stream_layers` reads the weights anew for every
+    step, one layer at a time: slow, but any model in little memory (PyTorch). Raises GlassError:
+    what is wrong, in one line.
     """
     path = hub.resolve(
         str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
     )
-    chosen = choose_backend(backend, device, dtype)
+    chosen = choose_backend("torch" if stream_layers else backend, device, dtype)
     if exact and dtype == "bfloat16":
         raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
     started = time.perf_counter()
@@ -270,7 +291,9 @@ def load(
         notes = [*checkpoint.notes, *engine.notes]
     else:
         wanted = "float32" if exact else dtype
-        executor = torch_executor(checkpoint, device, wanted, threads, load_progress)
+        executor = torch_executor(
+            checkpoint, device, wanted, threads, load_progress, stream_layers=stream_layers
+        )
         notes = checkpoint.notes
     return LLM(
         name=str(name),
@@ -299,8 +322,10 @@ def torch_executor(
     dtype: str | None,
     threads: int | None,
     progress: Progress | None,
+    *,
+    stream_layers: bool = False,
 ) -> Executor:
-    """The reference model as an executor. Raises MissingExtraError without PyTorch."""
+    """The reference model, loaded or streamed. Raises MissingExtraError without PyTorch."""
     try:
         import torch
     except ImportError:
@@ -316,4 +341,8 @@ def torch_executor(
         reason = str(error).split("\n")[0]
         raise ConfigError(f"device {device!r} is not to be had here: {reason}") from None
     kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if stream_layers:
+        from glassllama.weights.stream import StreamExecutor
+
+        return StreamExecutor(checkpoint, device=place, dtype=kept)
     return TorchExecutor(load_llama(checkpoint, device=place, dtype=kept, progress=progress))

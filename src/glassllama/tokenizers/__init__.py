@@ -1,0 +1,1 @@
+"""Text ↔ ids: splitting, byte pairs, SentencePiece, chat formats, text while it is made."""

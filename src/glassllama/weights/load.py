@@ -40,7 +40,7 @@ def load_llama(
         require_memory(
             elements * kept.itemsize + WORKING_MEMORY,
             what=f"{checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
-            instead="use backend='engine', which keeps quantised weights packed",
+            instead="use the engine, which keeps quantised weights packed, or stream the layers",
         )
     with torch.device("meta"):
         model = Llama(checkpoint.config).to(kept)  # shapes only

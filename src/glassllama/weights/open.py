@@ -84,6 +84,18 @@ class Checkpoint:
             return self.file.metadata.get("tokenizer.chat_template")
         return chat_template_from_folder(self.folder)
 
+    @cached_property
+    def template_tokens(self) -> dict[str, str]:
+        """What the template's words `bos_token` and `eos_token` stand for."""
+        from glassllama.weights.tokenizer import (
+            template_tokens_from_folder,
+            template_tokens_from_gguf,
+        )
+
+        if self.family == "gguf":
+            return template_tokens_from_gguf(self.file.metadata)
+        return template_tokens_from_folder(self.folder)
+
     def close(self) -> None:
         self.file.close()
 

@@ -228,3 +228,22 @@ def chat_template_from_folder(folder: Path) -> str | None:
             f"{str(template)[:80]!r}"
         )
     return template
+
+
+TEMPLATE_TOKENS = ("bos_token", "eos_token")  # what templates call the ends of a text
+
+
+def template_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The texts behind `bos_token` and `eos_token` in a template, where the file names them."""
+    tokens = gguf_list(metadata, "tokens")
+    assert isinstance(tokens, Sequence)
+    ids = {name: gguf_id(metadata, f"{name}_id") for name in TEMPLATE_TOKENS}
+    return {n: str(tokens[id]) for n, id in ids.items() if id is not None and id < len(tokens)}
+
+
+def template_tokens_from_folder(folder: Path) -> dict[str, str]:
+    """The same from tokenizer_config.json."""
+    settings = optional_json(folder / "tokenizer_config.json")
+    named = {name: settings.get(name) for name in TEMPLATE_TOKENS}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
