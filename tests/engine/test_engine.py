@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> No
 
 def test_the_number_of_threads_changes_nothing(quantised: Checkpoint, engine: Engine) -> None:
     assert (logits(pack(quantised, threads=1), IDS) == logits(engine, IDS)).all()
+
+
+def test_callers_at_once_do_not_disturb_each_other(engine: Engine) -> None:
+    texts = [IDS[n : n + 60] for n in range(0, 80, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda ids: logits(engine, ids), texts))
+    for ids, result in zip(texts, together, strict=True):
+        assert (result == logits(engine, ids)).all()
 
 
 def test_truncate_forgets(engine: Engine) -> None:

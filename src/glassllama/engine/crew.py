@@ -188,6 +188,7 @@ class Crew:
         What `serve` reaches by address must live until the last thread has left it, which may be
         after the engine is gone: the threads hold on to `keep`.
         """
+        atomically_clear(self.address + PARKED * 8)  # compiled now, not when first needed
         for thread in range(1, self.threads):
             self._beds[thread].acquire()
             place = (thread, self.threads, self.address, self.first_phase)

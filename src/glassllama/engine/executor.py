@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,7 @@ class Token:
 
 
 class Engine:
-    """A Llama on this machine's processors. One step at a time: not for several callers at once."""
+    """A Llama on this machine's processors. Several callers at once wait for each other."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Engine:
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
+        self._turn = threading.Lock()
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._frequencies = rope_frequencies(config)
         self._room = Room(
@@ -147,7 +149,8 @@ class Engine:
         for row, length in enumerate(grown):
             cache.reserve(row, length)
         for first in range(0, len(tokens), CHUNK):
-            self._step(tokens[first : first + CHUNK], cache, logits)
+            with self._turn:
+                self._step(tokens[first : first + CHUNK], cache, logits)
         cache.lengths[:] = grown
 
     def _check_ids(self, tokens: list[Token]) -> None:
