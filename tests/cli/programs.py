@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -32,6 +33,44 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         **options,  # type: ignore[call-overload]
     )
+
+
+FORKS = """
+import json, os, sys, tempfile
+from glassllama.__main__ import main
+import glassllama.cli.app
+
+ended = []
+for arguments in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            for number, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), number)
+            sys.argv[1:] = arguments
+            main()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+        ended.append([code, *texts])
+print(json.dumps(ended))
+"""
+
+
+def run_many(lines: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """The program once for each line, as forks of one process that has imported its verbs."""
+    process = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(lines)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+    )
+    assert process.returncode == 0, process.stderr
+    ended = json.loads(process.stdout)
+    return [
+        subprocess.CompletedProcess(line, code, out, err)
+        for line, (code, out, err) in zip(lines, ended, strict=True)
+    ]
 
 
 def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:

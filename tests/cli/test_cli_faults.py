@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import COMMAND, PATIENCE, is_clean_error, run
+from cli.programs import COMMAND, PATIENCE, is_clean_error, run, run_many
 from tiny_models import hf_model, write_hf
 
 # Every verb, with arguments that would work if the model were there.
@@ -22,6 +22,7 @@ VERBS = {
     "tokenize": ["hello", "--model", "{model}"],
     "download": ["{model}"],
     "list": [],
+    "walkthrough": ["hello", "--model", "{model}"],
     "show": ["{model}"],
     "validate": ["{model}"],
     "perplexity": ["{model}", "--file", "{text}"],
@@ -41,26 +42,27 @@ def test_every_verb_is_here() -> None:
     assert names == set(VERBS)
 
 
-@pytest.mark.parametrize("name", WITH_MODEL)
-def test_a_missing_model_is_one_line(name: str) -> None:
-    assert is_clean_error(run(*arguments(name, "./nowhere.gguf")), "nowhere.gguf", "no such file")
+def test_a_missing_model_is_one_line() -> None:
+    for process in run_many([arguments(name, "./nowhere.gguf") for name in WITH_MODEL]):
+        assert is_clean_error(process, "nowhere.gguf", "no such file")
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_an_unknown_option_is_wrong_usage(name: str) -> None:
-    process = run(name, "--colour-of-the-llama")
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert "--colour-of-the-llama" in process.stderr
-    assert f"glassllama {name} -h" in process.stderr
+def test_an_unknown_option_is_wrong_usage() -> None:
+    for process in run_many([[name, "--colour-of-the-llama"] for name in VERBS]):
+        assert process.returncode == 2
+        assert process.stdout == ""
+        assert "--colour-of-the-llama" in process.stderr
+        assert f"glassllama {process.args[0]} -h" in process.stderr
 
 
 def test_wrong_values_are_wrong_usage() -> None:
-    for wrong in (["--temperature", "hot"], ["--top-p", "2"], ["--backend", "gpu"], ["-n", "0"]):
-        process = run("generate", "x", *wrong)
-        assert process.returncode == 2, process.stderr
-        assert wrong[0].strip("-")[:1] in process.stderr
-    assert run("sing").returncode == 2
+    wrong = [["--temperature", "hot"], ["--top-p", "2"], ["--backend", "gpu"], ["-n", "0"]]
+    for process in run_many([["generate", "x", *pair] for pair in wrong]):
+        assert process.returncode == 2
+        assert process.args[2] in process.stderr
+    [unknown] = run_many([["sing"]])
+    assert unknown.returncode == 2
+    assert "sing" in unknown.stderr
 
 
 def test_missing_files_of_other_kinds(tmp_path: Path, default_model: Path) -> None:

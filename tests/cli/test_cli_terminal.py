@@ -9,16 +9,27 @@ from pathlib import Path
 import pytest
 
 from cli.programs import Terminal
+from glassllama.hub import cache_home
 
 PROMPT = "> "
 GREEDY = ("-t", "0")
 
 
 @pytest.fixture
-def terminal(default_model: Path, tmp_path: Path) -> Iterator[Terminal]:
-    """`chat` at its first prompt; the history goes to a folder of its own."""
-    home = {"GLASSLLAMA_HISTORY": str(tmp_path / "history")}
-    terminal = Terminal("chat", *GREEDY, "-n", "24", env=home)
+def home(default_model: Path, tmp_path: Path) -> Path:
+    """A cache with a history of its own; models and machine code are the real one's."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for shared in ("models", "compiled"):
+        (cache_home() / shared).mkdir(exist_ok=True)
+        (home / shared).symlink_to(cache_home() / shared)
+    return home
+
+
+@pytest.fixture
+def terminal(home: Path) -> Iterator[Terminal]:
+    """`chat` at its first prompt."""
+    terminal = Terminal("chat", *GREEDY, "-n", "24", env={"GLASSLLAMA_HOME": str(home)})
     terminal.wait_for("/help; Ctrl-D leaves")
     terminal.wait_for(PROMPT)
     yield terminal
@@ -32,7 +43,7 @@ def say(terminal: Terminal, line: str) -> str:
     return terminal.wait_for("\r\n" + PROMPT)
 
 
-def test_a_conversation_and_every_command(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_conversation_and_every_command(terminal: Terminal, home: Path, tmp_path: Path) -> None:
     answer = say(terminal, "What is the capital of France?")
     assert "decode" in answer
     assert "peak memory" in answer
@@ -71,6 +82,8 @@ def test_a_conversation_and_every_command(terminal: Terminal, tmp_path: Path) ->
     assert "messages" in say(terminal, "\x1b[A\x1b[A\x1b[B")  # up, up, down: /show again
     terminal.send("/bye\n")
     assert terminal.end() == 0
+    assert "/dance" in (home / "history").read_text().splitlines()  # the next chat's arrows
+    assert (home / "history").stat().st_mode & 0o777 == 0o600
 
 
 def test_ctrl_c_stops_the_answer_and_only_twice_the_program(terminal: Terminal) -> None:
@@ -88,8 +101,8 @@ def test_ctrl_c_stops_the_answer_and_only_twice_the_program(terminal: Terminal) 
     assert terminal.end() == 130
 
 
-def test_the_tour_goes_on_as_a_chat_and_lines_break_between_words(default_model: Path) -> None:
-    terminal = Terminal("chat", "--tour")
+def test_the_tour_goes_on_as_a_chat_and_lines_break_between_words(home: Path) -> None:
+    terminal = Terminal("chat", "--tour", env={"GLASSLLAMA_HOME": str(home)})
     terminal.wait_for("What is photosynthesis?\r\n")
     lines = terminal.wait_for("prefill").split("\r\n")
     assert len(lines) > 2
@@ -102,8 +115,8 @@ def test_the_tour_goes_on_as_a_chat_and_lines_break_between_words(default_model:
     assert terminal.end() == 0
 
 
-def test_next_asks_again_and_again(default_model: Path) -> None:
-    terminal = Terminal("next", "--top", "1")
+def test_next_asks_again_and_again(home: Path) -> None:
+    terminal = Terminal("next", "--top", "1", env={"GLASSLLAMA_HOME": str(home)})
     terminal.wait_for("text> ")
     terminal.send("The capital of France is\n")
     assert "Paris" in terminal.wait_for("text> ")

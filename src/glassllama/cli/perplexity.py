@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
 from glassllama.cli.screen import note, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from glassllama.llm import LLM
 
 WINDOW = 512  # tokens: what is usual in tables of quantised models
 
@@ -40,37 +43,34 @@ def perplexity(
     Windows slide over the text. Each token is scored once, seeing at least WINDOW - STRIDE tokens
     before it; every window begins with the model's begin-of-text token, if it has one.
     """
-    from glassllama.generation.perplexity import score
-
     text = read_text(file)
     llm = how.load(Which(model=model, offline=offline, pth=pth))
     ids = llm.tokenizer.encode(text)[:tokens]
-    stride = window // 2 if stride is None else stride
-    with progress_bars() as bar:
-        scored = score(
-            llm.executor,
-            ids,
-            window=window,
-            stride=stride,
-            bos=llm.tokenizer.bos,
-            progress=bar("scoring", "tokens"),
-        )
-    nbytes = sum(len(llm.tokenizer.token_bytes(id)) for id in ids[scored.unscored :])
-    result = {
-        "model": model,
-        "file": str(file),
-        "tokens": scored.tokens,
-        "bytes": nbytes,
-        "window": window,
-        "stride": stride,
-        "perplexity": scored.perplexity,
-        "bits_per_byte": scored.bits_per_byte(nbytes),
-    }
+    windows = {"window": window, "stride": window // 2 if stride is None else stride}
+    result = {"model": model, "file": str(file), **measure(llm, ids, windows)}
     if json:
         print_json(result)
         return
-    print(f"perplexity {scored.perplexity:.4f}   bits per byte {result['bits_per_byte']:.4f}")
-    note(f"{scored.tokens:,} tokens, {nbytes:,} bytes, windows of {window} tokens every {stride}")
+    print(f"perplexity {result['perplexity']:.4f}   bits per byte {result['bits_per_byte']:.4f}")
+    note("windows of {window} tokens, every {stride}".format(**windows))
+    note("{tokens:,} tokens, {bytes:,} bytes".format(**result))
+
+
+def measure(llm: LLM, ids: list[int], windows: dict[str, int]) -> dict[str, Any]:
+    """The score of a text of these ids, and of how many tokens and bytes it is one."""
+    from glassllama.generation.perplexity import score
+
+    with progress_bars() as bar:
+        bos, progress = llm.tokenizer.bos, bar("scoring", "tokens")
+        scored = score(llm.executor, ids, bos=bos, progress=progress, **windows)
+    nbytes = sum(len(llm.tokenizer.token_bytes(id)) for id in ids[scored.unscored :])
+    return {
+        "tokens": scored.tokens,
+        "bytes": nbytes,
+        **windows,
+        "perplexity": scored.perplexity,
+        "bits_per_byte": scored.bits_per_byte(nbytes),
+    }
 
 
 def read_text(path: Path) -> str:
