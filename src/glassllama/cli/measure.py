@@ -60,7 +60,7 @@ def measure(
         timings.append(llm.generate(ids, max_tokens=new, ignore_eos=True).timings)
         if progress is not None:
             progress(run + 1, runs)
-    threads = how.threads or usable_cores()
+    threads, peak = how.threads or usable_cores(), peak_memory()  # before our own big array
     needed = bytes_per_token(llm, exact=how.exact)
     bandwidth = read_bandwidth(threads) if how.device == "cpu" else None
     return Measured(
@@ -77,7 +77,7 @@ def measure(
         bytes_per_token=needed,
         bandwidth=bandwidth,
         bound_tok_s=None if bandwidth is None else bandwidth / needed,
-        peak_memory=peak_memory(),
+        peak_memory=peak,
     )
 
 
