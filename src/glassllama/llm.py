@@ -286,22 +286,19 @@ def load(
     if chosen == "engine":
         from glassllama.weights.pack import pack
 
-        engine = pack(checkpoint, exact=exact, threads=threads, progress=load_progress)
-        executor: Executor = engine
-        notes = [*checkpoint.notes, *engine.notes]
+        executor: Executor = pack(checkpoint, exact=exact, threads=threads, progress=load_progress)
     else:
         wanted = "float32" if exact else dtype
         executor = torch_executor(
             checkpoint, device, wanted, threads, load_progress, stream_layers=stream_layers
         )
-        notes = checkpoint.notes
     return LLM(
         name=str(name),
         checkpoint=checkpoint,
         executor=executor,
         backend=chosen,
         load_seconds=time.perf_counter() - started,
-        notes=notes,
+        notes=[*checkpoint.notes, *getattr(executor, "notes", [])],
     )
 
 
