@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
+import webbrowser
 from enum import StrEnum
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glassllama.base.errors import MissingExtraError
+from glassllama.base.errors import GlassError, MissingExtraError
 from glassllama.cli.options import Json, Which
 from glassllama.cli.screen import is_terminal, print_json, progress_bars, text_or_stdin, write
 
@@ -24,10 +27,35 @@ if TYPE_CHECKING:
 NARROWEST, UNKNOWN_WIDTH = 60, 80  # columns
 look = typer.Option
 
+Html = Annotated[
+    Path | None, look(metavar="FILE", help="Write the explorer: a page for a browser.")
+]
+OpenPage = Annotated[bool, look("--open", help="Show the explorer in a browser, at --step.")]
+FullLayers = Annotated[
+    str | None,
+    look(
+        metavar="LIST",
+        help="Layers with all their tensors in a page or --json: 0,5,29 or all.",
+        show_default="the one of --layer",
+    ),
+]
+
 
 class Correctness(StrEnum):
     right = "right"
     wrong = "wrong"
+
+
+StreamLayers = Annotated[
+    bool, look("--stream-layers", help="Hold one layer at a time: for models larger than memory.")
+]
+NoMask = Annotated[bool, look("--no-mask", help="What breaks if attention sees the future?")]
+RopeLayout = Annotated[
+    Correctness, look(metavar="wrong", help="What breaks if the wrong coordinates turn?")
+]
+Scale = Annotated[
+    Correctness, look(metavar="wrong", help="What breaks if scores are not divided by √D?")
+]
 
 
 def walkthrough(
@@ -43,38 +71,57 @@ def walkthrough(
     ] = None,
     text: Annotated[bool, look("--text", help="Print text for a terminal: the default.")] = False,
     json: Json = False,
-    stream_layers: Annotated[
-        bool,
-        look("--stream-layers", help="Hold one layer at a time: for models larger than memory."),
-    ] = False,
-    no_mask: Annotated[
-        bool, look("--no-mask", help="What breaks if attention sees the future?")
-    ] = False,
-    rope_layout: Annotated[
-        Correctness, look(metavar="wrong", help="What breaks if the wrong coordinates turn?")
-    ] = Correctness.right,
-    scale: Annotated[
-        Correctness, look(metavar="wrong", help="What breaks if scores are not divided by √D?")
-    ] = Correctness.right,
+    html: Html = None,
+    open_page: OpenPage = False,
+    layers: FullLayers = None,
+    stream_layers: StreamLayers = False,
+    no_mask: NoMask = False,
+    rope_layout: RopeLayout = Correctness.right,
+    scale: Scale = Correctness.right,
 ) -> None:
     """Follow a prompt through a real model: 18 steps from bytes to the next token.
 
     Every step shows its numbers, the lines of source that made them, and a check that they equal
-    the running model's. With one of the three "what breaks" options: the mistaken model beside the
-    right one, instead of the steps.
+    the running model's. With --html or --open as a page to click through: one file that needs no
+    network. With one of the three "what breaks" options: the mistaken model beside the right one,
+    instead of the steps; in a page, after them.
     """
-    if text and json:
-        raise typer.BadParameter("not together with --text", param_hint="--json")
+    paged = html is not None or open_page
+    require_one_form({"--text": text, "--json": json, "--html or --open": paged})
+    if layers is not None and not (paged or json):
+        raise typer.BadParameter("only with --html, --open or --json", param_hint="--layers")
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
     where = {"layer": layer, "head": head, "stream_layers": stream_layers}
     walk = start(which, text_or_stdin(prompt, "PROMPT"), step, where)
-    if json:
-        print_object(walk, broken, step)
+    if paged:
+        show_page(walk, broken, step, full_layers(layers, walk), html, open_page)
+    elif json:
+        print_object(walk, broken, step, full_layers(layers, walk))
     elif broken:
         print_experiments(walk, broken)
     else:
         print_steps(walk, step)
+
+
+def require_one_form(asked: dict[str, bool]) -> None:
+    """At most one way to show the walk."""
+    first, *others = [option for option, wanted in asked.items() if wanted] or [""]
+    if others:
+        raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
+
+
+def full_layers(listed: str | None, walk: Walk) -> list[int] | None:
+    """`0,5,29` or `all` -> numbers of layers that the model has; None: not asked for."""
+    if listed is None:
+        return None
+    count = walk.config.n_layers
+    if listed == "all":
+        return list(range(count))
+    numbers = listed.split(",")
+    if not all(n.strip().isdecimal() and int(n) < count for n in numbers):
+        raise GlassError(f"--layers {listed}: expected 'all' or numbers from 0 to {count - 1}")
+    return sorted({int(n) for n in numbers} | {walk.layer})
 
 
 def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) -> Walk:
@@ -143,15 +190,43 @@ def print_experiments(walk: Walk, broken: list[str]) -> None:
         write(render_experiment(done, page()) + "\n")
 
 
-def print_object(walk: Walk, broken: list[str], step: int | None) -> None:
+def print_object(walk: Walk, broken: list[str], step: int | None, full: list[int] | None) -> None:
     from glassllama.walkthrough.as_object import as_object
 
     done = experiments(walk, broken)
     with progress_bars() as bar:
         walked = as_object(
             walk,
+            layers=full,
             steps=None if step is None else [step],
             experiments=done,
             progress=bar("walking", "steps"),
         )
     print_json(walked)
+
+
+def show_page(
+    walk: Walk,
+    broken: list[str],
+    step: int | None,
+    full: list[int] | None,
+    html: Path | None,
+    open_page: bool,
+) -> None:
+    """Write the explorer to `html`, or to a new place that outlives this run, and say where."""
+    from glassllama.walkthrough.page.page import explorer_page
+
+    done = experiments(walk, broken)
+    with progress_bars() as bar:
+        page = explorer_page(
+            walk,
+            layers=full,
+            experiments=done,
+            start=step or 0,
+            progress=bar("walking", "steps"),
+        )
+    path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
+    path.write_text(page, encoding="utf-8")
+    write(f"{path}\n")
+    if open_page and not webbrowser.open(path.absolute().as_uri()):
+        raise GlassError(f"no browser was found: open {path} in one")

@@ -1,0 +1,1 @@
+"""The explorer: a walkthrough as one page for a browser, which loads nothing from anywhere."""
