@@ -9,7 +9,8 @@ test: .venv/dev.done
 	$(BIN)/pytest -n 2 --dist worksteal
 
 parity: .venv/dev.done
-	$(BIN)/pytest tests/parity tests/tokenizers --parity-table docs/parity.md
+	$(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
+		tests/generation/test_parity.py tests/formats/test_blocks.py
 
 check: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check src tests benchmarks

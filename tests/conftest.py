@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def parity(request: pytest.FixtureRequest) -> Parity:
     return Parity(request)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test marked `identical(claim, oracle)` measured no difference if it passed."""
+    report = yield
+    if report.when == "call" and (marker := item.get_closest_marker("identical")):
+        claim, oracle = marker.args
+        row = {"claim": claim, "oracle": oracle, "bar": 0.0, "measured": float(report.failed)}
+        report.user_properties.append(("parity", row))
+    return report
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-table", help="write what was measured against oracles to this file")
 
@@ -69,14 +81,16 @@ def parity_table(rows: list[dict[str, Any]]) -> str:
         worst[key] = (max(value, row["measured"]), count + 1)
     lines = ["| claim | oracle | bar | measured, worst | tests |", "|---|---|--:|--:|--:|"]
     for (claim, oracle, bar), (value, count) in sorted(worst.items()):
-        lines.append(f"| {claim} | {oracle} | {bar:g} | {value:.2g} | {count} |")
+        allowed = f"{bar:g}" if bar else "identical"
+        found = f"{value:.2g}" if bar else "different" if value else "identical"
+        lines.append(f"| {claim} | {oracle} | {allowed} | {found} | {count} |")
     return "\n".join(lines) + "\n"
 
 
 PARITY_HEAD = """# Parity: how close to whom
 
 Written by the tests (`make parity`): each line is a claim, the independent implementation it was
-checked against, the bar, and the worst that any test measured. 0 of 0 means identical.
+checked against, the bar, and the worst that any test measured.
 
 """
 

@@ -15,6 +15,7 @@ import termios
 import time
 from fcntl import ioctl
 
+REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]
 PATIENCE = 60  # seconds until something that never comes is given up
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
@@ -107,6 +108,11 @@ class Terminal:
         os.close(slave)
 
     def send(self, text: str) -> None:
+        """Type it, as late as a person would: readline shows its prompt a moment before it listens.
+
+        A Ctrl-C between the two is noticed with the next key only (CPython's readline.c).
+        """
+        time.sleep(REACTION)
         os.write(self.master, text.encode())
 
     def ctrl_c(self) -> None:

@@ -49,6 +49,7 @@ def test_the_layouts_are_those_of_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("dtype", BLOCKS)
+@pytest.mark.identical("dequantised blocks, bit for bit", "gguf.quants")
 def test_random_blocks(dtype: str) -> None:
     """More than two chunks and not a multiple of one; NaN is among the scales."""
     elements = block_layout(dtype).elements

@@ -55,6 +55,7 @@ def rows_of(steps: list[Step]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.identical("greedy ids, with and without penalty", "transformers generate")
 def test_greedy_answers_are_transformers_answers(
     oracle: LlamaForCausalLM, executor: Executor, penalty: float, parity: Any
 ) -> None:
@@ -76,6 +77,7 @@ def test_stop_ids_end_where_transformers_ends(oracle: LlamaForCausalLM, executor
 
 
 @torch.no_grad()
+@pytest.mark.identical("what the samplers keep", "transformers logits processors")
 def test_what_is_drawn_from_is_what_transformers_draws_from(
     oracle: LlamaForCausalLM, executor: Executor
 ) -> None:

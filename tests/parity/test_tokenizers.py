@@ -84,6 +84,7 @@ def parts(points: list[str]) -> Iterator[list[str]]:
     yield from (points[begin : begin + 64] for begin in range(0, len(points), 64))
 
 
+@pytest.mark.identical("ids of every code point", "tiktoken, tokenizers")
 def test_all_code_points(pair: Pair) -> None:
     ours, theirs = pair
     assigned = [c for c in CODE_POINTS if c not in young()]
@@ -99,6 +100,7 @@ def test_code_points_one_by_one(pair: Pair) -> None:
     assert wrong == []
 
 
+@pytest.mark.identical("ids of mixed texts, 100 seeds", "tiktoken, tokenizers")
 def test_mixed_texts(pair: Pair) -> None:
     ours, theirs = pair
     texts = map(mixed_text, range(SEEDS))
@@ -107,6 +109,7 @@ def test_mixed_texts(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("kind", ["code", "prose"])
+@pytest.mark.identical("ids of prose and code", "tiktoken, tokenizers")
 def test_texts_of_this_machine(pair: Pair, kind: str) -> None:
     """Python's sources, its packages' documentation; 10 MB of each with GLASSLLAMA_LONG=1."""
     ours, theirs = pair
@@ -136,6 +139,7 @@ def texts(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
             yield path.read_bytes().decode("utf-8", "replace")
 
 
+@pytest.mark.identical("whole vocabulary, Llama 3", "tiktoken")
 def test_whole_vocabulary_of_meta(
     meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding
 ) -> None:
@@ -149,6 +153,7 @@ def test_whole_vocabulary_of_meta(
 
 
 @pytest.mark.parametrize("family", ["smollm", "qwen2"])
+@pytest.mark.identical("whole vocabulary, GGUF", "tokenizers")
 def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
     metadata = dict(open_gguf(default_model).metadata)
     theirs = from_vocabulary(metadata, family)
@@ -170,6 +175,7 @@ def test_control_tokens_in_text(meta: BytePairTokenizer, meta_tiktoken: tiktoken
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.identical("words of the split patterns", "tokenizers")
 def test_words(family: str) -> None:
     """The split itself: merges can hide a wrong border. Ideographs all behave as one letter."""
     alike = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
@@ -193,6 +199,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.identical("chunks of hostile texts", "Meta's tokenizer")
 def test_chunks_of_meta(meta: BytePairTokenizer, llama3_ranks: Path, name: str) -> None:
     """Meta's own tokenizer cuts long texts and long runs first; the ids depend on where."""
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer

@@ -56,6 +56,7 @@ def theirs(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: 
 
 
 @pytest.mark.parametrize("messages", [*TALKS, [*TALK, Message("tool", '{"answer": 42}')]])
+@pytest.mark.identical("chat ids, Llama 3", "Meta's chat_format")
 def test_llama3_ids_are_those_of_metas_reference(
     llama3: MetaTokenizer, messages: list[Message]
 ) -> None:
@@ -77,6 +78,7 @@ def test_llama3_ids_are_those_of_metas_reference(
 
 @pytest.mark.parametrize("messages", [TALK, TALK[:2], TALK[:3]])
 @pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.identical("chat ids, ChatML", "apply_chat_template")
 def test_chatml_ids_are_those_of_transformers(
     smollm: PreTrainedTokenizerBase,
     chatml: HuggingFaceTokenizer,
@@ -186,6 +188,7 @@ MISTRAL = """\
 
 @pytest.mark.parametrize("messages", TALKS)
 @pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.identical("chat ids, the file's template", "apply_chat_template")
 def test_the_default_models_template_gives_the_ids_of_transformers(
     smollm: PreTrainedTokenizerBase,
     chatml: HuggingFaceTokenizer,
@@ -201,6 +204,7 @@ def test_the_default_models_template_gives_the_ids_of_transformers(
 @pytest.mark.parametrize("template", [LLAMA2, LLAMA3, MISTRAL], ids=["llama2", "llama3", "mistral"])
 @pytest.mark.parametrize("messages", TALKS)
 @pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.identical("chat ids, other templates", "apply_chat_template")
 def test_other_families_templates_give_the_ids_of_transformers(
     smollm: PreTrainedTokenizerBase,
     chatml: HuggingFaceTokenizer,

@@ -125,6 +125,7 @@ def one_replacement(text: str) -> str:
     return re.sub("\ufffd+", "\ufffd", text)
 
 
+@pytest.mark.identical("SentencePiece: whole vocabulary", "sentencepiece")
 def test_the_whole_vocabulary(pair: Pair) -> None:
     ours, theirs = pair
     assert ours.vocab_size == theirs.vocab_size()
@@ -145,6 +146,7 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
         assert (id in ours.specials.values()) >= theirs.is_control(id)
 
 
+@pytest.mark.identical("SentencePiece: ids of every code point", "sentencepiece")
 def test_every_code_point(pair: Pair, request: pytest.FixtureRequest) -> None:
     ours, theirs = pair
     # All of them where bytes are at hand and where they are not, some with the other settings.
@@ -155,6 +157,7 @@ def test_every_code_point(pair: Pair, request: pytest.FixtureRequest) -> None:
     assert wrong == []
 
 
+@pytest.mark.identical("SentencePiece: mixed texts, 100 seeds", "sentencepiece")
 def test_mixed_text_of_100_seeds(pair: Pair) -> None:
     ours, theirs = pair
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
@@ -169,6 +172,7 @@ def test_mixed_text_of_100_seeds(pair: Pair) -> None:
         assert "".join([*map(decoder.push, ids), decoder.finish()]) == theirs.decode(ids)
 
 
+@pytest.mark.identical("SentencePiece: prose and code", "sentencepiece")
 def test_megabytes_of_prose_and_code(pair: Pair) -> None:
     ours, theirs = pair
     for text in (PROSE[300_000:], CODE[300_000:2_000_000]):
@@ -264,6 +268,7 @@ def their_ids(theirs: Tokenizer, text: str, *, specials: bool) -> list[int]:
     return ids
 
 
+@pytest.mark.identical("SentencePiece: tokenizer.json", "tokenizers")
 def test_json_gives_the_ids_and_texts_of_the_tokenizers_library(
     json_pair: tuple[SentencePieceTokenizer, Tokenizer],
 ) -> None:
@@ -361,6 +366,7 @@ def test_chat_text_never_becomes_a_control_id(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.identical("SentencePiece: GGUF vocabulary", "sentencepiece")
 def test_gguf_gives_the_ids_of_sentencepiece(
     trained: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
