@@ -110,6 +110,13 @@ class How:
         int | None,
         model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),
     ] = None
+    stream_layers: Annotated[
+        bool,
+        model_option(
+            "--stream-layers",
+            help="Read one layer at a time, anew for every token: any model, little memory, slow.",
+        ),
+    ] = False
 
     def load(self, which: Which) -> LLM:
         """The model, ready to answer, with bars for what takes long and notes of what was odd."""
@@ -125,6 +132,7 @@ class How:
                 threads=self.threads,
                 offline=which.offline,
                 prefer_pth=which.pth,
+                stream_layers=self.stream_layers,
                 download_progress=bar(f"downloading {which.model}", "bytes"),
                 load_progress=bar(f"loading {which.model}", "tensors"),
             )
