@@ -13,7 +13,7 @@ parity: .venv/dev.done
 		tests/generation/test_parity.py tests/formats/test_blocks.py
 
 check: .venv/dev.done
-	$(BIN)/ruff check . && $(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --no-cache --check src tests benchmarks
 	$(BIN)/mypy
 
 .venv/base.done: pyproject.toml

@@ -7,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from foreign_tokenizers import MetaTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foreign_tokenizers import MetaTokenizer
 from glassllama.base.errors import GenerationError, TokenizerError
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
 
