@@ -13,11 +13,19 @@ function lower(flat) {
 }
 
 // Where colours end: the largest but one percent, so that one outlier does not pale all others.
+// `signed`: some are below zero.
 function reach({ rows, columns, at }) {
-  const sizes = [];
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) sizes.push(Math.abs(at(r, c) ?? 0));
-  sizes.sort((a, b) => a - b);
-  return sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) || 1;
+  const sizes = new Float64Array(rows * columns);
+  let signed = false;
+  for (let r = 0, i = 0; r < rows; r++) {
+    for (let c = 0; c < columns; c++, i++) {
+      const value = at(r, c) ?? 0;
+      signed ||= value < 0;
+      sizes[i] = Math.abs(value);
+    }
+  }
+  sizes.sort();
+  return { top: sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) || 1, signed };
 }
 
 // Of the columns that share a pixel the largest is drawn: nothing loud gets lost.
@@ -27,29 +35,60 @@ function loudest(cells, r, from, to) {
   return best;
 }
 
-function paint(canvas, cells, limit, width = cells.columns) {
-  canvas.width = Math.min(width, cells.columns);
+const SHADES = 256; // on either side of zero
+const MASKED = 0x28808080; // pale grey
+
+// All colours of a picture, as the bytes of a pixel from low to high: red, green, blue, opacity.
+function shades() {
+  const colour = palette();
+  return Uint32Array.from({ length: 2 * SHADES + 1 }, (_, i) => {
+    const [r, g, b] = colour(i / SHADES - 1);
+    return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+  });
+}
+
+function paint(canvas, cells, limit, most = cells.columns) {
+  canvas.width = Math.min(most, cells.columns);
   canvas.height = cells.rows;
   const context = canvas.getContext('2d');
   const image = context.createImageData(canvas.width, canvas.height);
-  const colour = palette();
-  const share = cells.columns / canvas.width;
+  const pixels = new Uint32Array(image.data.buffer);
+  const colour = shades();
+  const [width, share] = [canvas.width, cells.columns / canvas.width];
   for (let r = 0, i = 0; r < cells.rows; r++) {
-    for (let x = 0; x < canvas.width; x++, i += 4) {
-      const value = loudest(cells, r, Math.floor(x * share), Math.max(Math.floor((x + 1) * share), Math.floor(x * share) + 1));
-      image.data.set(value === null ? [128, 128, 128, 40] : [...colour(value / limit), 255], i);
+    for (let x = 0; x < width; x++, i++) {
+      const first = Math.floor(x * share);
+      const value = loudest(cells, r, first, Math.max(Math.floor((x + 1) * share), first + 1));
+      pixels[i] = value === null ? MASKED : colour[Math.round(SHADES * (1 + clamp(value / limit, -1, 1)))];
     }
   }
   context.putImageData(image, 0, 0);
 }
 
+// Pictures far below the window are drawn when they come near it: a click answers at once.
+const waiting = new WeakMap();
+const watcher = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    watcher.unobserve(target);
+    waiting.get(target)();
+  }
+}, { rootMargin: '400px' });
+
+function whenSeen(node, draw) {
+  waiting.set(node, draw);
+  watcher.observe(node);
+}
+
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], PageUp: [0, -16], PageDown: [0, 16] };
-const NEAR = 4; // numbers written out on either side
+const WIDE = 480; // pixels
 
 const clamp = (x, low, high) => Math.max(low, Math.min(x, high));
 
 function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, columnName = (c) => `channel ${c}`, limit } = {}) {
-  const top = limit ?? reach(cells);
+  let top = limit; // known when it is drawn
+  const room = document.getElementById('step').clientWidth;
+  const side = room < WIDE ? 2 : 4; // numbers written out on either side
   const at = { row: Math.min(row, cells.rows - 1), column: Math.min(column, cells.columns - 1) };
   const value = el('output', { class: 'value mono', 'aria-live': 'polite' });
   const near = el('div', { class: 'near mono', 'aria-hidden': 'true' });
@@ -65,10 +104,10 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
     [at.row, at.column] = [clamp(r, 0, cells.rows - 1), clamp(c, 0, cells.columns - 1)];
     const number = cells.at(at.row, at.column);
     value.textContent = `${rowName(at.row)} · ${columnName(at.column)}: ${number === null ? 'masked' : exact(number)}`;
-    const first = clamp(at.column - NEAR, 0, Math.max(cells.columns - 2 * NEAR - 1, 0));
+    const first = clamp(at.column - side, 0, Math.max(cells.columns - 2 * side - 1, 0));
     const colour = palette();
     near.replaceChildren();
-    for (let k = first; k < Math.min(first + 2 * NEAR + 1, cells.columns); k++) {
+    for (let k = first; k < Math.min(first + 2 * side + 1, cells.columns); k++) {
       const x = cells.at(at.row, k);
       const cell = el('span', { class: k === at.column ? 'here' : null }, x === null ? '–' : exact(x));
       if (x !== null) cell.style.backgroundColor = `rgb(${colour(x / top).join(' ')} / 35%)`;
@@ -94,19 +133,19 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
   const names = el('div', { class: 'rows mono', 'aria-hidden': 'true' });
   names.style.setProperty('--row', `${rowHeight}px`);
   for (let r = 0; r < cells.rows; r++) names.append(el('span', { class: r === state.token ? 'chosen' : null }, rowName(r)));
-  show(at.row, at.column);
-  const width = Math.max(Math.floor((document.getElementById('step').clientWidth - 120) * devicePixelRatio), 64);
-  paint(canvas, cells, top, width);
-  return picture(el('div', { class: 'heat' }, names, canvas), value, near, legend(top, cells));
+  const shown = picture(el('div', { class: 'heat' }, names, canvas), value, near);
+  whenSeen(shown, () => {
+    const ends = limit ? { top: limit, signed: false } : reach(cells);
+    top = ends.top;
+    show(at.row, at.column);
+    paint(canvas, cells, top, Math.max(Math.floor(room * devicePixelRatio), 64));
+    shown.append(legend(top, ends.signed, limit));
+  });
+  return shown;
 }
 
-function legend(top, cells) {
-  const signed = [...Array(cells.rows).keys()].some((r) => {
-    for (let c = 0; c < cells.columns; c++) if (cells.at(r, c) < 0) return true;
-    return false;
-  });
-  return el('div', { class: 'legend', 'aria-hidden': 'true' }, signed ? exact(-top) : '0', el('i', { class: signed ? null : 'up' }), `${exact(top)} and more`);
-}
+const legend = (top, signed, limit) => el('div', { class: 'legend', 'aria-hidden': 'true' },
+  signed ? exact(-top) : '0', el('i', { class: signed ? null : 'up' }), limit ? exact(top) : `${exact(top)} and more`);
 
 // Tensors of a layer below each other, or why they are not here.
 function tensors(places) {

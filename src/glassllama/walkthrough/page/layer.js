@@ -128,16 +128,27 @@ const showResidual = (step) => [
 
 const silu = (z) => z / (1 + Math.exp(-z));
 
-// The curve of silu, and every feature of the chosen token on it.
+const BINS = 60;
+
+// How many gates lie in each of the equal parts of -high … high.
+function counted(gates, high) {
+  const counts = new Array(BINS).fill(0);
+  for (const z of gates) counts[clamp(Math.floor((BINS * (z + high)) / (2 * high)), 0, BINS - 1)]++;
+  return counts;
+}
+
+// The curve of silu, and below it how many features of the chosen token lie where.
 function gateCurve(gates) {
-  const high = Math.max(6, ...gates.map(Math.abs));
-  const [x, y] = [(z) => 160 + (150 * z) / high, (v) => 150 - (140 * v) / high];
+  const high = Math.max(2, ...gates.map(Math.abs));
+  const [x, y] = [(z) => 160 + (150 * z) / high, (v) => 145 - (135 * v) / high];
   const line = [...Array(121).keys()].map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(silu(z))}`).join(' ');
-  const drawing = svg('svg', { viewBox: '0 0 320 180', width: 420, role: 'img', 'aria-label': `silu of ${gates.length} gates; largest ${exact(Math.max(...gates))}` },
+  const drawing = svg('svg', { viewBox: '0 0 320 250', width: 480, role: 'img', 'aria-label': `silu of ${gates.length} gates; largest ${exact(Math.max(...gates))}` },
     svg('line', { class: 'grid', x1: 5, x2: 315, y1: y(0), y2: y(0) }), svg('line', { class: 'grid', x1: x(0), x2: x(0), y1: 5, y2: 175 }),
     svg('polyline', { class: 'wire chosen', points: line }));
-  const dots = gates.map((z) => `M${x(z).toFixed(1)} ${y(silu(z)).toFixed(1)}h.01`).join('');
-  drawing.append(svg('path', { d: dots, stroke: css('--warm'), 'stroke-width': 4, 'stroke-linecap': 'round', opacity: 0.5 }));
+  const counts = counted(gates, high);
+  const most = Math.max(...counts);
+  counts.forEach((count, i) => drawing.append(svg('rect', { class: 'count', x: 10 + (300 * i) / BINS, width: 300 / BINS - 0.6, y: 232 - (50 * count) / most, height: (50 * count) / most })));
+  for (const z of [-high, 0, high]) drawing.append(svg('text', { class: 'quiet', x: x(z), y: 246, 'text-anchor': z < 0 ? 'start' : z ? 'end' : 'middle' }, exact(z)));
   drawing.append(svg('text', { class: 'quiet', x: 8, y: y(0) - 5 }, 'shut'), svg('text', { class: 'quiet', x: 285, y: y(0) - 5 }, 'open'));
   return drawing;
 }
@@ -151,7 +162,7 @@ function showGates() {
   const loud = [...all].sort((a, b) => Math.abs(gated.at(state.token, b)) - Math.abs(gated.at(state.token, a))).slice(0, 8);
   return [
     slots, heading(`The gates of ${piece(state.token)}`), picture(gateCurve(all.map((c) => gate.at(state.token, c)))),
-    caption('Each dot is a feature: to the left its gate is shut, to the right it lets pass.'),
+    caption('The curve is silu. Below it, how many features have their gate where: on the left shut, on the right open.'),
     heading('The loudest features'),
     picture(table(['feature', 'gate', 'silu(gate)', 'up', 'silu(gate) × up'], loud.map((c) => [String(c), gate.at(state.token, c), silu(gate.at(state.token, c)), up.at(state.token, c), gated.at(state.token, c)]))),
     ...tensors([['feed_forward.gate', 'gate'], ['feed_forward.up', 'up'], ['feed_forward.gated', 'silu(gate) × up'], ['feed_forward.down', 'Through down: what is added'], ['output', 'The residual stream after the layer']]),

@@ -51,6 +51,9 @@ function drawTokens() {
     if (flat && t < state.token) button.style.backgroundColor = `rgb(${tint(lower(flat).at(state.token, t)).join(' ')})`;
     return button;
   }));
+  const strip = byId('tokens');
+  const chosen = strip.children[state.token];
+  strip.scrollLeft = chosen.offsetLeft - (strip.clientWidth - chosen.offsetWidth) / 2;
 }
 
 const sourceOf = (source) => [el('p', { class: 'source mono' }, `${source.file}, line ${source.line}: ${source.name}`), el('pre', { tabindex: 0 }, el('code', {}, source.lines.join('\n')))];
@@ -58,6 +61,7 @@ const sourceOf = (source) => [el('p', { class: 'source mono' }, `${source.file},
 const checkOf = (check) => el('p', { class: 'check' }, `✓ ${check.what}: equal to the running model, largest difference ${exact(check.error)} (relative ${exact(check.relative)}, allowed ${exact(check.allowed)})`);
 
 function drawStep() {
+  watcher.disconnect();
   const step = steps[state.step];
   const other = state.layer !== walk.layer && INSIDE.includes(step.name);
   const drawn = step.picture.join('\n').trim();
@@ -75,6 +79,8 @@ function drawStep() {
       el('button', { type: 'button', 'data-focus': 'back', disabled: state.step === 0 ? '' : null, onclick: () => change({ step: state.step - 1 }, 'back') }, '← back'),
       el('button', { type: 'button', 'data-focus': 'next', disabled: state.step === steps.length - 1 ? '' : null, onclick: () => change({ step: state.step + 1 }, 'next') }, 'next →')),
   ].flat(2).filter((part) => part !== null));
+  const column = document.querySelector('.lens .chosen');
+  if (column) column.closest('.lens').scrollLeft = column.offsetLeft - column.closest('.lens').clientWidth / 2;
 }
 
 function markStep() {
