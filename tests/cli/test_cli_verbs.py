@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,23 @@ def test_bench_measures_and_bounds(verb: Verb, loaded: LLM) -> None:
     assert all(measured[name] > 0 for name in rates)
     table = verb("bench", "smollm2-135m", "--prompt", "16", "--new", "4", "--runs", "1").out
     assert "bound" in table
+
+
+def test_bench_adds_a_line_to_a_file(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    small = ("--prompt", "4", "--new", "2", "--runs", "1")
+    for _ in range(2):
+        verb("bench", "smollm2-135m", *small, "--out", out)
+    assert [json.loads(line)["prefill_tokens"] for line in out.read_text().splitlines()] == [4, 4]
+
+
+def test_bench_without_the_peer_says_what_to_install(
+    verb: Verb, loaded: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    ran = verb("bench", "smollm2-135m", "--vs", "llama.cpp")
+    assert ran.code == 1
+    assert "pip install 'glassllama[bench]'" in ran.err
 
 
 def test_download_prints_where_the_model_is(verb: Verb, default_model: Path) -> None:

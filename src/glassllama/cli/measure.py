@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,25 @@ SEED = 0  # the prompt is random ids: how text is cut into them is not what is m
 BANDWIDTH_BYTES = 1 << 28  # larger than the caches of most processors
 BANDWIDTH_RUNS = 5
 WORD_BYTES = 8
+
+
+class Peer(Protocol):
+    """Another program on the same file, driven as ours is."""
+
+    @property
+    def name(self) -> str: ...  # with its version
+
+    def run(self, ids: list[int], new: int) -> Rates:
+        """Read the ids, then make `new` tokens, the likeliest each time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second."""
+
+    prefill: float
+    decode: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +63,19 @@ class Measured:
     bandwidth: float | None  # bytes per second, read by numpy on as many threads; CPU only
     bound_tok_s: float | None  # bandwidth / bytes_per_token: no decode can be faster
     peak_memory: int | None
+    peer: str | None = None  # measured in turns with ours
+    peer_prefill_tok_s: float | None = None
+    peer_decode_tok_s: float | None = None
 
 
 def measure(
-    llm: LLM, how: How, prompt: int, new: int, runs: int, progress: Progress | None
+    llm: LLM,
+    how: How,
+    prompt: int,
+    new: int,
+    runs: int,
+    progress: Progress | None,
+    peer: Peer | None = None,
 ) -> Measured:
     """Several runs of one prompt of random ids. Raises GenerationError: no room for them."""
     chance = random.Random(SEED)
@@ -55,12 +83,8 @@ def measure(
     started = time.perf_counter()
     llm.generate(ids[:1], max_tokens=1)
     first_token = time.perf_counter() - started
-    timings = []
-    for run in range(runs):
-        timings.append(llm.generate(ids, max_tokens=new, ignore_eos=True).timings)
-        if progress is not None:
-            progress(run + 1, runs)
-    threads, peak = how.threads or usable_cores(), peak_memory()  # before our own big array
+    ours, theirs = in_turns(llm, peer, ids, new, runs, progress)
+    threads, peak = threads_of(how), peak_memory()  # before our own big array
     needed = bytes_per_token(llm, exact=how.exact)
     bandwidth = read_bandwidth(threads) if how.device == "cpu" else None
     return Measured(
@@ -71,14 +95,36 @@ def measure(
         load_s=llm.load_seconds,
         first_token_s=first_token,
         prefill_tokens=prompt,
-        prefill_tok_s=median(t.prompt_tokens / t.prefill_s for t in timings),
+        prefill_tok_s=median(r.prefill for r in ours),
         decode_tokens=new,
-        decode_tok_s=median(t.decode_tokens / t.decode_s for t in timings),
+        decode_tok_s=median(r.decode for r in ours),
         bytes_per_token=needed,
         bandwidth=bandwidth,
         bound_tok_s=None if bandwidth is None else bandwidth / needed,
         peak_memory=peak,
+        peer=None if peer is None else peer.name,
+        peer_prefill_tok_s=median(r.prefill for r in theirs) if theirs else None,
+        peer_decode_tok_s=median(r.decode for r in theirs) if theirs else None,
     )
+
+
+def in_turns(
+    llm: LLM, peer: Peer | None, ids: list[int], new: int, runs: int, progress: Progress | None
+) -> tuple[list[Rates], list[Rates]]:
+    """Our rates and the peer's, run by run, so that a machine that slows down slows both."""
+    ours, theirs = [], []
+    for run in range(runs):
+        t = llm.generate(ids, max_tokens=new, ignore_eos=True).timings
+        ours.append(Rates(t.prompt_tokens / t.prefill_s, t.decode_tokens / t.decode_s))
+        if peer is not None:
+            theirs.append(peer.run(ids, new))
+        if progress is not None:
+            progress(run + 1, runs)
+    return ours, theirs
+
+
+def threads_of(how: How) -> int:
+    return how.threads or usable_cores()
 
 
 def bytes_per_token(llm: LLM, *, exact: bool) -> int:
