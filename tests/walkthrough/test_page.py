@@ -1,0 +1,362 @@
+"""The explorer in a real browser: every step clicked, its numbers against the trace's.
+
+Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium; without them the
+tests of the page's behaviour are skipped, those of the file itself are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.experiment import experiment
+from glassllama.walkthrough.page.page import explorer_page
+from glassllama.walkthrough.steps import STEPS
+from glassllama.walkthrough.trace import Trace, run_with_trace
+from glassllama.walkthrough.walk import Walk, open_walk
+
+LARGEST = 5_000_000  # bytes, of twelve tokens on the default model
+TWELVE_TOKENS = "The capital of France is Paris, and the capital of Japan"
+# What would run, or end the data, if any of it were ever taken for markup.
+HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1><!--{{script}}&lt;"
+NO_BROWSER = "the explorer needs a browser: chromium, chromedriver and selenium"
+
+
+@pytest.fixture(scope="module")
+def walk(default_model: Path) -> Iterator[Walk]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield open_walk(default_model, TWELVE_TOKENS, name="smollm2-135m", layer=3, head=4)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def file(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("explorer") / "page.html"
+    path.write_text(explorer_page(walk), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trace(walk: Walk) -> Trace:
+    return run_with_trace(walk.model, walk.ids)[1]
+
+
+def hostile_page(with_text: Path, folder: Path) -> Path:
+    walk = open_walk(with_text, HOSTILE, name=HOSTILE, layer=1)
+    done = [experiment(walk, MISTAKES["scale"])]
+    path = folder / "hostile.html"
+    path.write_text(explorer_page(walk, layers=[0, 1], experiments=done), encoding="utf-8")
+    return path
+
+
+class Browser:
+    """Chromium without a window, and the little that the tests do with it."""
+
+    def __init__(self) -> None:
+        from selenium.webdriver import Chrome, ChromeOptions
+        from selenium.webdriver.chrome.service import Service
+
+        options = ChromeOptions()
+        options.binary_location = shutil.which("chromium") or ""
+        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+            options.add_argument(f"--{argument}")
+        logs = {"browser": "ALL", "performance": "ALL"}
+        options.set_capability("goog:loggingPrefs", logs)
+        self.driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+    def open(self, path: Path, *, width: int = 1200, **media: str) -> None:
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        features = [{"name": name.replace("_", "-"), "value": v} for name, v in media.items()]
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get(path.as_uri())
+
+    def script(self, text: str, *arguments: object) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.script("return document.querySelector(arguments[0]).textContent", selector))
+
+    def step(self, number: int) -> None:
+        self.one(f"[data-step='{number}']").click()
+
+    def keys(self, element: Any, *names: str) -> None:
+        from selenium.webdriver import Keys
+
+        element.send_keys(*[getattr(Keys, name) for name in names])
+
+    def slide(self, name: str, value: float) -> None:
+        """As a hand would: the value, and the event that follows it."""
+        self.script(
+            "const input = document.querySelector(`[data-slider='${arguments[0]}']`);"
+            "input.value = arguments[1]; input.dispatchEvent(new Event('input'));", name, value,
+        )  # fmt: skip
+
+    def shown(self, place: str) -> tuple[str, float]:
+        """What stands under a heat map: where, and which number."""
+        value = self.script(
+            "return document.querySelector(`[data-map='${arguments[0]}']`)"
+            ".closest('.picture').querySelector('.value').textContent", place,
+        )  # fmt: skip
+        where, number = value.rsplit(": ", 1)
+        return where, float(number)
+
+    def complaints(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> set[str]:
+        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = [e for e in events if e["method"] == "Network.requestWillBeSent"]
+        return {e["params"]["request"]["url"] for e in sent}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    programs = shutil.which("chromium") and shutil.which("chromedriver")
+    if not programs or importlib.util.find_spec("selenium") is None:
+        pytest.skip(NO_BROWSER)
+    browser = Browser()
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def page(browser: Browser, file: Path) -> Browser:
+    browser.complaints(), browser.requests()  # forget what other tests left
+    browser.open(file)
+    return browser
+
+
+def test_one_file_of_decent_size(walk: Walk, file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(walk.ids) == 12
+    assert file.stat().st_size <= LARGEST
+    assert set(re.findall(r"https?://[^'\"\s]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in text
+
+
+def test_every_step_by_click(page: Browser, walk: Walk, file: Path) -> None:
+    from glassllama.walkthrough.steps import take_step
+
+    assert len(page.all("[data-step]")) == len(STEPS)
+    for number in range(len(STEPS)):
+        page.step(number)
+        step = take_step(walk, number)
+        assert page.text("#title") == f"{number}. {step.title}"
+        assert page.text(".question") == step.question
+        assert page.one("[aria-current=step]").get_attribute("data-step") == str(number)
+        shown = page.text("#step")
+        for source in step.sources:
+            assert "\n".join(source.lines) in shown
+        for check in step.checks:
+            assert f"✓ {check.what}" in shown
+        assert step.what_if.shows in shown
+    assert page.complaints() == []
+    assert page.requests() == {file.as_uri()}
+
+
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [(5, "input"), (5, "attention_norm"), (6, "attention.q"), (6, "attention.v"),
+     (8, "attention.q_rope"), (9, "attention.scores"), (10, "attention.wo"),
+     (11, "feed_forward.gate"), (11, "feed_forward.gated"), (11, "output"), (13, "norm")],
+)  # fmt: skip
+def test_its_numbers_are_the_traces(
+    page: Browser, walk: Walk, trace: Trace, step: int, place: str
+) -> None:
+    """Read by keyboard: from the last token four up, and some channels to the right."""
+    ends = {"input": "layers.2", "output": "layers.3", "norm": "norm"}
+    tensor = trace[ends.get(place, f"layers.3.{place}")][0]
+    if tensor.ndim == 3:
+        tensor = tensor[walk.head if len(tensor) == walk.config.n_heads else walk.kv_head]
+    page.step(step)
+    canvas = page.one(f"[data-map='{place}']")
+    page.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    page.keys(canvas, "ARROW_UP", "ARROW_UP", "ARROW_UP", "ARROW_UP")
+    for keys, column in (([], 0), (["PAGE_DOWN"], 16), (["ARROW_RIGHT"] * 3, 19)):
+        page.keys(canvas, *keys) if keys else None
+        column = min(column, tensor.shape[-1] - 1)
+        where, value = page.shown(place)
+        assert where.startswith(walk.pieces[7])
+        assert value == pytest.approx(float(tensor[7, column]), rel=1e-3, abs=1e-6)
+
+
+def test_attention_of_any_layer_under_the_pointer(page: Browser, walk: Walk, trace: Trace) -> None:
+    from selenium.webdriver import ActionChains
+
+    page.step(9)
+    page.slide("layer", 17)
+    page.one("[data-focus='head 6']").click()
+    weights, size = trace["layers.17.attention.weights"][0, 6], len(walk.ids)
+    canvas = page.one("[data-map='attention.weights']")
+    page.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    width, height = canvas.size["width"] / size, canvas.size["height"] / size
+    for row, column in ((0, 0), (9, 4), (11, 0), (11, 11)):
+        x, y = (column + 0.5 - size / 2) * width, (row + 0.5 - size / 2) * height
+        ActionChains(page.driver).move_to_element_with_offset(canvas, int(x), int(y)).perform()
+        where, value = page.shown("attention.weights")
+        assert where == f"{walk.pieces[row]} · listens to {walk.pieces[column]}"
+        assert value == pytest.approx(float(weights[row, column]), rel=1e-3, abs=1e-6)
+    assert len(page.all(".maps canvas")) == walk.config.n_heads
+
+
+@pytest.mark.parametrize(
+    ("temperature", "k", "p"), [(1.0, 0, 1.0), (0.5, 0, 0.9), (2.0, 5, 1.0), (1.7, 40, 0.6)]
+)
+def test_sliders_redraw_the_distribution(
+    page: Browser, walk: Walk, temperature: float, k: int, p: float
+) -> None:
+    """Against the whole vocabulary, sorted and cut here."""
+    page.step(14)
+    for name, value in (("temperature", temperature), ("top-k", k), ("top-p", p)):
+        page.slide(name, value)
+    probs = (walk.logits[0, -1].double() / temperature).softmax(-1).sort(descending=True).values
+    if k:
+        probs = probs[:k] / probs[:k].sum()
+    kept = len(probs) if p == 1 else int((probs.cumsum(0) < p).sum()) + 1
+    probs = probs[:kept] / probs[:kept].sum()
+    numbers = [bar.text for bar in page.all("#distribution .number")]
+    assert len(numbers) == 16
+    for number, expected in zip(numbers, probs[:16].tolist(), strict=False):
+        assert float(number.rstrip("%")) == pytest.approx(100 * expected, abs=0.06)
+    assert all(number.startswith("cut") for number in numbers[kept:])
+    says = page.text("#kept")
+    assert says.startswith(f"{kept} of" if kept <= 256 else "More than")
+
+
+def test_the_cache_grows(page: Browser, walk: Walk) -> None:
+    page.step(15)
+    for made in (0, 1, 3):
+        page.slide("tokens made", made)
+        assert len(page.all("#step .cell.kept")) == (len(walk.ids) + made - 1 if made else 0)
+        assert len(page.all("#step .cell.new")) == (1 if made else len(walk.ids))
+
+
+def test_hands_turn_with_the_position(page: Browser, walk: Walk) -> None:
+    page.step(8)
+    page.slide("position", 5)
+    for pair in (0, 7, 31):
+        label = page.one(f"[data-clock='{pair}']").get_attribute("aria-label")
+        expected = float(walk.model.frequencies[pair]) * 5
+        assert float(label.split()[2]) == pytest.approx(expected, rel=1e-3)
+    assert "at position 5" in page.text("#pair")
+
+
+def test_by_keyboard_alone(page: Browser) -> None:
+    body = page.one("body")
+    page.keys(body, "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_LEFT")
+    assert page.text("#title").startswith("2. ")
+    page.keys(body, "TAB")
+    assert page.script("return document.activeElement.className") == "skip"
+    page.keys(page.driver.switch_to.active_element, "TAB")
+    token = page.driver.switch_to.active_element
+    assert token.get_attribute("aria-checked") == "true"
+    page.keys(token, "ARROW_LEFT")
+    assert page.one("[aria-checked=true]").get_attribute("data-focus") == "token 10"
+    page.keys(page.driver.switch_to.active_element, "TAB")
+    step = page.driver.switch_to.active_element
+    assert step.get_attribute("data-step") == "0"
+    assert step.value_of_css_property("outline-style") == "solid"
+    page.keys(step, "ENTER")
+    assert page.text("#title").startswith("0. ")
+
+
+def test_everything_that_can_be_used_has_a_name(page: Browser) -> None:
+    """In the tree that screen readers are given."""
+    wanted = {"button", "slider", "radio", "application", "img", "combobox"}
+    for number in range(len(STEPS)):
+        page.step(number)
+        nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        used = [n for n in nodes if not n["ignored"] and n["role"]["value"].lower() in wanted]
+        assert len(used) > len(STEPS)
+        assert [n for n in used if not n.get("name", {}).get("value", "").strip()] == []
+
+
+def test_phone_dark_and_still(browser: Browser, file: Path) -> None:
+    """360 pixels without a scrollbar to the side; other colours in the dark; nothing moves."""
+    paper = []
+    for scheme in ("light", "dark"):
+        browser.open(file, width=360, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+        for number in range(len(STEPS)):
+            browser.step(number)
+            assert browser.script("return document.documentElement.scrollWidth") <= 360, number
+        browser.step(14)
+        assert browser.one(".fill").value_of_css_property("transition-duration") in ("0s", "")
+        paper.append(browser.one("body").value_of_css_property("background-color"))
+    assert paper[0] != paper[1]
+    assert browser.complaints() == []
+
+
+def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Path) -> None:
+    path = hostile_page(with_text, tmp_path)
+    assert path.read_text(encoding="utf-8").count("</script>") == 2
+    browser.complaints(), browser.requests()
+    browser.open(path)
+    assert browser.text("#model") == HOSTILE
+    for number in range(len(STEPS) + 1):  # the experiment is the last
+        browser.step(number)
+        assert browser.all("img, #step script") == []
+    assert browser.text("#title").endswith(MISTAKES["scale"].title)
+    assert browser.script("return window.hit ?? null") is None
+    assert browser.complaints() == []
+    assert browser.requests() == {path.as_uri()}
+
+
+def glassllama(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "glassllama", "walkthrough", *map(str, arguments)]
+    around = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=around)
+
+
+def test_the_verb_writes_and_opens_it(with_text: Path, tmp_path: Path) -> None:
+    path, opened = tmp_path / "a page.html", tmp_path / "opened"
+    script = tmp_path / "browser"
+    script.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    script.chmod(0o755)
+    done = glassllama(
+        "lambda forms", "-m", with_text, "--html", path, "--open", "--layers", "all",
+        "--step", 9, "--no-mask", BROWSER=f"{script} %s",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}\n", "")
+    assert opened.read_text().strip() == path.as_uri()
+    found = re.search('id="document">(.*?)</script>', path.read_text(encoding="utf-8"))
+    assert found is not None
+    document = json.loads(found[1])
+    assert document["start"] == 9
+    assert list(document["walk"]["layers"]) == ["0", "1", "2"]
+    assert [done["name"] for done in document["walk"]["experiments"]] == ["no-mask"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "line"),
+    [
+        (["--html", "x.html", "--json"], 2, "not together with --json"),
+        (["--layers", "0"], 2, "only with --html, --open or --json"),
+        (["--html", "x.html", "--layers", "0,3"], 1, "error: --layers 0,3: expected 'all' or"),
+        (["--html", "/nowhere/x.html"], 1, "error: /nowhere/x.html: No such file or directory"),
+    ],
+)
+def test_what_the_verb_refuses(with_text: Path, options: list[str], code: int, line: str) -> None:
+    done = glassllama("lambda", "-m", with_text, *options)
+    assert done.returncode == code
+    assert line in " ".join(done.stderr.split())
+    assert not Path("x.html").exists()
