@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import glassllama
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,3 +39,10 @@ def test_every_file_says_what_it_is() -> None:
         if not script("make_map").first_line(path)
     ]
     assert not silent
+
+
+def test_the_changelog_is_of_this_version() -> None:
+    newest = next(
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
+    )
+    assert newest.split()[1] == glassllama.__version__
