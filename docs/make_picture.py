@@ -1,4 +1,4 @@
-"""Write docs/terminal.svg: a real question, asked and answered in a terminal of 80 columns.
+"""Write docs/terminal.svg: real questions, asked and answered in a terminal of 84 columns.
 
 python docs/make_picture.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-COMMAND = ["chat", "Why is the sky blue? Answer in two sentences.", "--temperature", "0"]
-SHOWN = 'glassllama chat "Why is the sky blue? Answer in two sentences." --temperature 0'
+COMMANDS = (
+    'chat "What is the capital of France, and what is it known for?" -t 0',
+    'next "The capital of France is" -k 4',
+)
 WEB_FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # the picture must not load anything
 
 
 def picture() -> str:
-    answer = subprocess.run(
-        [sys.executable, "-m", "glassllama", *COMMAND], capture_output=True, text=True, check=True
-    )
-    console = Console(record=True, width=80, file=io.StringIO())
-    console.print(Text("$ ", style="green") + Text(SHOWN, style="bold"))
-    console.print(answer.stdout.strip())
+    console = Console(record=True, width=84, file=io.StringIO(), highlight=False)
+    for command in COMMANDS:
+        console.print(Text("$ ", style="green") + Text(f"glassllama {command}", style="bold white"))
+        arguments = [sys.executable, "-m", "glassllama", *shlex.split(command)]
+        ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        console.print(Text(ran.stdout.strip("\n") + "\n"))
     return WEB_FONT.sub("", console.export_svg(title="glassllama"))
 
 
