@@ -26,6 +26,7 @@ from glassllama.walkthrough.page.page import explorer_page
 from glassllama.walkthrough.steps import STEPS
 from glassllama.walkthrough.trace import Trace, run_with_trace
 from glassllama.walkthrough.walk import Walk, open_walk
+from walkthrough.conftest import write_checkpoint
 
 LARGEST = 5_000_000  # bytes, of twelve tokens on the default model
 TWELVE_TOKENS = "The capital of France is Paris, and the capital of Japan"
@@ -170,6 +171,7 @@ def test_every_step_by_click(page: Browser, walk: Walk, file: Path) -> None:
         for check in step.checks:
             assert f"✓ {check.what}" in shown
         assert step.what_if.shows in shown
+        assert all(numbers.name in shown for numbers in step.numbers)
     assert page.complaints() == []
     assert page.requests() == {file.as_uri()}
 
@@ -321,6 +323,24 @@ def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Pat
     assert browser.requests() == {path.as_uri()}
 
 
+@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are kept"])
+def test_ids_of_any_number_and_no_vocabulary(
+    browser: Browser, tmp_path: Path, ids: list[int]
+) -> None:
+    path = tmp_path / "ids.html"
+    walk = open_walk(write_checkpoint("hf", tmp_path), ids, layer=2)
+    path.write_text(explorer_page(walk), encoding="utf-8")
+    browser.complaints()
+    browser.open(path)
+    for number in range(len(STEPS)):
+        browser.step(number)
+        browser.one("#tokens button").click()
+    browser.step(9)
+    browser.slide("layer", 0)
+    assert len(browser.all(".maps canvas")) == (walk.config.n_heads if len(ids) == 1 else 0)
+    assert browser.complaints() == []
+
+
 def glassllama(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "glassllama", "walkthrough", *map(str, arguments)]
     around = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -351,12 +371,15 @@ def test_the_verb_writes_and_opens_it(with_text: Path, tmp_path: Path) -> None:
     [
         (["--html", "x.html", "--json"], 2, "not together with --json"),
         (["--layers", "0"], 2, "only with --html, --open or --json"),
-        (["--html", "x.html", "--layers", "0,3"], 1, "error: --layers 0,3: expected 'all' or"),
-        (["--html", "/nowhere/x.html"], 1, "error: /nowhere/x.html: No such file or directory"),
+        (["--html", "x.html", "--layers", "0,3"], 1, "--layers 0,3: expected 'all' or"),
+        (["--html", "/nowhere/x.html"], 1, "--html /nowhere/x.html: expected the name of"),
+        (["--html", "."], 1, "--html .: expected the name of a file"),
     ],
 )
-def test_what_the_verb_refuses(with_text: Path, options: list[str], code: int, line: str) -> None:
-    done = glassllama("lambda", "-m", with_text, *options)
-    assert done.returncode == code
-    assert line in " ".join(done.stderr.split())
+def test_what_the_verb_refuses(
+    verb: Any, with_text: Path, options: list[str], code: int, line: str
+) -> None:
+    done = verb("walkthrough", "lambda", "-m", with_text, *options)
+    assert (done.code, done.out) == (code, "")
+    assert line in " ".join(done.err.split())
     assert not Path("x.html").exists()

@@ -90,6 +90,8 @@ def walkthrough(
     require_one_form({"--text": text, "--json": json, "--html or --open": paged})
     if layers is not None and not (paged or json):
         raise typer.BadParameter("only with --html, --open or --json", param_hint="--layers")
+    if html is not None:
+        require_place(html)
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
     where = {"layer": layer, "head": head, "stream_layers": stream_layers}
@@ -109,6 +111,12 @@ def require_one_form(asked: dict[str, bool]) -> None:
     first, *others = [option for option, wanted in asked.items() if wanted] or [""]
     if others:
         raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
+
+
+def require_place(html: Path) -> None:
+    """Said before the walk is taken, and not after it."""
+    if html.is_dir() or not html.absolute().parent.is_dir():
+        raise GlassError(f"--html {html}: expected the name of a file in a folder that is there")
 
 
 def full_layers(listed: str | None, walk: Walk) -> list[int] | None:

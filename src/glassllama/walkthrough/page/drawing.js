@@ -88,7 +88,8 @@ const heading = (text) => el('h3', {}, text);
 const controls = (...children) => el('div', { class: 'controls' }, ...children);
 
 function table(head, rows) {
-  return el('table', {}, el('thead', {}, el('tr', {}, head.map((name) => el('th', { scope: 'col' }, name)))),
+  const titles = head.some(Boolean) ? el('thead', {}, el('tr', {}, head.map((name) => el('th', { scope: 'col' }, name)))) : null;
+  return el('table', {}, titles,
     el('tbody', {}, rows.map((row) => el('tr', {}, row.map((cell) =>
       el('td', { class: typeof cell === 'number' ? 'number' : null }, typeof cell === 'number' ? exact(cell) : cell))))));
 }

@@ -20,7 +20,7 @@ const SHORT = {
 const steps = [...walk.steps.map((step) => ({ ...step, draw: () => VIEWS[step.name](step) })),
   ...walk.experiments.map((done, i) => ({
     number: walk.steps.length + i, name: done.name, title: done.title, question: 'What breaks?', shapes: '',
-    sources: [done.source], text: [].concat(done.explanation), checks: [done.check], picture: [], what_if: null,
+    sources: [done.source], text: [].concat(done.explanation), checks: [done.check], numbers: [], picture: [], what_if: null,
     draw: () => showExperiment(done),
   }))];
 
@@ -60,6 +60,10 @@ const sourceOf = (source) => [el('p', { class: 'source mono' }, `${source.file},
 
 const checkOf = (check) => el('p', { class: 'check' }, `✓ ${check.what}: equal to the running model, largest difference ${exact(check.error)} (relative ${exact(check.relative)}, allowed ${exact(check.allowed)})`);
 
+// What was worked out by hand on the way, begun.
+const numbersOf = (numbers) => picture(table(['', 'shape', 'the first numbers'], numbers.map(({ name, shape, first }) =>
+  [name, shape.join(' × '), el('code', {}, first.map(exact).join('  '))])));
+
 function drawStep() {
   watcher.disconnect();
   const step = steps[state.step];
@@ -71,6 +75,7 @@ function drawStep() {
     step.text.map((text) => el('p', {}, text)),
     other ? el('p', { class: 'note' }, `The words and checks here are of layer ${walk.layer}; the pictures show layer ${state.layer}.`) : null,
     step.draw(),
+    step.numbers.length ? [heading('By hand'), numbersOf(step.numbers)] : [],
     heading('The lines that compute it'), step.sources.flatMap(sourceOf),
     heading('Checked'), step.checks.map(checkOf),
     step.what_if ? [heading('What if …'), el('p', {}, step.what_if.shows), el('pre', { tabindex: 0 }, el('code', {}, step.what_if.command))] : [],
