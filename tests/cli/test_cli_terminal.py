@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.programs import Terminal
-from glassllama.hub import cache_home
+from glassllama.base.machine import cache_home
 
 PROMPT = "> "
 GREEDY = ("-t", "0")

@@ -17,7 +17,8 @@ import pytest
 
 from glassllama import hub
 from glassllama.base.errors import DownloadError
-from glassllama.hub.cache import cache_home, explained
+from glassllama.base.machine import cache_home
+from glassllama.hub.cache import explained
 from glassllama.hub.names import PACKAGE_MODELS, PackageFile
 from glassllama.hub.package import fetch_package_file
 
@@ -225,5 +226,5 @@ def test_the_cache_is_where_the_platform_keeps_caches(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr("glassllama.hub.cache.sys.platform", platform)
+    monkeypatch.setattr("glassllama.base.machine.sys.platform", platform)
     assert cache_home() == Path(expected)

@@ -1,11 +1,12 @@
-"""What this machine can spare: memory that may be taken, cores that may be used."""
+"""What this machine can spare: memory, cores, and a place on disk for what is kept."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-from glassllama.base.errors import MemoryShortError
+from glassllama.base.errors import DownloadError, MemoryShortError
 
 # Linux: the ceiling a container sets, version 2 and version 1 of control groups.
 CGROUP_LIMITS = (
@@ -58,3 +59,27 @@ def require_memory(needed: int, *, what: str, instead: str) -> None:
         raise MemoryShortError(
             f"{what} needs {gigabytes(needed)} of memory, {gigabytes(free)} are free; {instead}"
         )
+
+
+def cache_home() -> Path:
+    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches."""
+    if home := os.environ.get("GLASSLLAMA_HOME"):
+        return Path(home).expanduser().absolute()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser().absolute() / "glassllama"
+    if sys.platform == "darwin":
+        return _user_home() / "Library" / "Caches" / "glassllama"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        base = Path(local) if local else _user_home() / "AppData" / "Local"
+        return base / "glassllama"
+    return _user_home() / ".cache" / "glassllama"
+
+
+def _user_home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise DownloadError(
+            "cache: this user has no home folder; set GLASSLLAMA_HOME to a folder for models"
+        ) from None

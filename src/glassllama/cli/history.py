@@ -19,7 +19,7 @@ def line_editing() -> Iterator[None]:
     except ImportError:  # Windows, whose console edits lines by itself
         yield
         return
-    from glassllama.hub import cache_home
+    from glassllama.base.machine import cache_home
 
     path = cache_home() / "history"
     readline.set_history_length(KEPT_LINES)

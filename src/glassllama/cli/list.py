@@ -23,7 +23,7 @@ class Listed:
 
 def list_models(json: Json = False) -> None:
     """List the models that have a short name, and all that are on this machine already."""
-    from glassllama.hub import cache_home
+    from glassllama.base.machine import cache_home
 
     listed = everything()
     if json:

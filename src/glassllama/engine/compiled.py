@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,9 @@ import numba
 from numba import njit
 from numba.extending import intrinsic
 
+from glassllama.base.errors import GlassError
+from glassllama.base.machine import cache_home
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Contraction (fused multiply-add) keeps one rounding; reassociation lets sums go in parallel.
@@ -25,14 +29,7 @@ STRICT = {"contract"}
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
 notes: list[str] = []
-
-
-def cache_root() -> Path:
-    """The platform's cache folder for this package (GLASSLLAMA_HOME, else XDG)."""
-    home = os.environ.get("GLASSLLAMA_HOME")
-    if home:
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassllama"
+KEPT_VERSIONS = 3  # of compiled engines on disk: this one and the latest others
 
 
 @lru_cache(maxsize=1)
@@ -42,15 +39,24 @@ def code_folder() -> Path | None:
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     try:
-        folder = cache_root() / "compiled" / digest.hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = cache_home() / "compiled" / digest.hexdigest()[:16]
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder.parent)
         writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):  # RuntimeError: no home folder at all
+    except (OSError, GlassError):  # GlassError: no home folder at all
         writable = False
     if not writable:
         notes.append("the cache folder is read-only: compiling in memory, at every start")
         return None
     return folder
+
+
+def sweep(parent: Path) -> None:
+    """Delete what older engines compiled, but for the latest: nobody else would."""
+    folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[:-KEPT_VERSIONS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glassllama.base.interfaces import Progress
 from glassllama.hub import snapshot
-from glassllama.hub.cache import cache_home, is_whole, place_of
+from glassllama.hub.cache import is_whole, place_of
 from glassllama.hub.huggingface import fetch_hub_model
 from glassllama.hub.names import (
     HUB_MODELS,
@@ -30,7 +30,6 @@ __all__ = [
     "CachedModel",
     "HubModel",
     "PackageFile",
-    "cache_home",
     "cached",
     "fetch_llama3_tokenizer",
     "resolve",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,31 +10,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from glassllama.base.errors import DownloadError
+from glassllama.base.machine import cache_home
 from glassllama.hub.names import PackageFile
-
-
-def cache_home() -> Path:
-    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches."""
-    if home := os.environ.get("GLASSLLAMA_HOME"):
-        return Path(home).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "glassllama"
-    if sys.platform == "darwin":
-        return _user_home() / "Library" / "Caches" / "glassllama"
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        base = Path(local) if local else _user_home() / "AppData" / "Local"
-        return base / "glassllama"
-    return _user_home() / ".cache" / "glassllama"
-
-
-def _user_home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:
-        raise DownloadError(
-            "cache: this user has no home folder; set GLASSLLAMA_HOME to a folder for models"
-        ) from None
 
 
 def place_of(file: PackageFile) -> Path:
