@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several workers a core of its own: engines that share cores wait in turns."""
+    """Give each of several workers a core of its own: engines that share cores wait in turns.
+
+    And hear Ctrl-C: a shell that starts us in the background has it ignored, for children too.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
