@@ -253,7 +253,7 @@ def test_the_cache_grows(page: Browser, walk: Walk) -> None:
         assert len(page.all("#step .cell.new")) == (1 if made else len(walk.ids))
 
 
-def test_hands_turn_with_the_position(page: Browser, walk: Walk) -> None:
+def test_hands_turn_with_the_position(page: Browser, walk: Walk, trace: Trace) -> None:
     page.step(8)
     page.slide("position", 5)
     for pair in (0, 7, 31):
@@ -261,12 +261,18 @@ def test_hands_turn_with_the_position(page: Browser, walk: Walk) -> None:
         expected = float(walk.model.frequencies[pair]) * 5
         assert float(label.split()[2]) == pytest.approx(expected, rel=1e-3)
     assert "at position 5" in page.text("#pair")
+    page.one("[data-clock='7']").click()
+    for line, place in ((1, "q"), (3, "q_rope")):
+        numbers = page.all("#pair p")[line].text.split(maxsplit=1)[1].split(", ")
+        pair = trace[f"layers.3.attention.{place}"][0, walk.head, 5, 14:16]
+        assert list(map(float, numbers)) == pytest.approx(pair.tolist(), rel=1e-3)
 
 
 def test_by_keyboard_alone(page: Browser) -> None:
     body = page.one("body")
     page.keys(body, "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_LEFT")
     assert page.text("#title").startswith("2. ")
+    assert page.text("[role=status]").startswith("Step 2: ")
     page.keys(body, "TAB")
     assert page.script("return document.activeElement.className") == "skip"
     page.keys(page.driver.switch_to.active_element, "TAB")

@@ -105,7 +105,7 @@ function change(chosen, focus, draw = drawStep) {
   markStep();
   const again = focus && document.querySelector(`[data-focus="${focus}"], [data-slider="${focus}"]`);
   if (again) again.focus({ preventScroll: true });
-  if (turned) byId('step').scrollTop = 0;
+  if (turned) byId('said').textContent = `Step ${state.step}: ${steps[state.step].title}`;
   if (turned && scrollY > byId('step').offsetTop) byId('step').scrollIntoView();
 }
 
