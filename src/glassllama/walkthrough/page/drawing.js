@@ -8,20 +8,29 @@ const piece = (t) => walk.tokens[t].piece;
 
 // What the reader looks at. `layer` has its full tensors here only if walk.layers holds it.
 const state = {
-  step: documentData.start, token: T - 1, layer: walk.layer, head: walk.head, pair: 0,
-  temperature: 1, topK: 0, topP: 1, made: 0,
+  step: documentData.start,
+  token: T - 1,
+  layer: walk.layer,
+  head: walk.head,
+  pair: 0,
+  temperature: 1,
+  topK: 0,
+  topP: 1,
+  made: 0,
 };
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value);
   }
   node.append(...children.flat().filter((child) => child !== null));
   return node;
 }
 
-const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const el = (tag, attributes, ...children) =>
+  fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS('http://www.w3.org/2000/svg', tag), attributes, children);
 
@@ -33,7 +42,8 @@ function exact(value) {
   return value.toExponential(3);
 }
 
-const percent = (p) => (p >= 0.001 || p === 0 ? `${(100 * p).toFixed(1)}%` : `${(100 * p).toPrecision(2)}%`);
+const percent = (p) =>
+  p >= 0.001 || p === 0 ? `${(100 * p).toFixed(1)}%` : `${(100 * p).toPrecision(2)}%`;
 const whole = (n) => n.toLocaleString('en');
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -56,9 +66,15 @@ function bars(label, items, longest) {
   for (const { name, value, text, out } of items) {
     const bar = el('span', { class: 'fill' });
     bar.style.width = `${Math.min((100 * Math.abs(value)) / top, 100)}%`;
-    list.append(el('div', { class: out ? 'row out' : 'row', role: 'listitem' },
-      el('span', { class: 'name mono' }, name), el('span', { class: 'track', 'aria-hidden': 'true' }, bar),
-      el('span', { class: 'number' }, text ?? exact(value))));
+    list.append(
+      el(
+        'div',
+        { class: out ? 'row out' : 'row', role: 'listitem' },
+        el('span', { class: 'name mono' }, name),
+        el('span', { class: 'track', 'aria-hidden': 'true' }, bar),
+        el('span', { class: 'number' }, text ?? exact(value)),
+      ),
+    );
     if (out) for (const cell of list.lastChild.children) cell.classList.add('out');
   }
   return list;
@@ -66,7 +82,15 @@ function bars(label, items, longest) {
 
 function slider(name, { min, max, step = 1, value, show = String }, changed) {
   const shown = el('output', {}, show(value));
-  const input = el('input', { type: 'range', min, max, step, value, 'data-slider': name, 'aria-valuetext': show(value) });
+  const input = el('input', {
+    type: 'range',
+    min,
+    max,
+    step,
+    value,
+    'data-slider': name,
+    'aria-valuetext': show(value),
+  });
   input.addEventListener('input', () => {
     const now = Number(input.value);
     shown.textContent = show(now);
@@ -77,8 +101,13 @@ function slider(name, { min, max, step = 1, value, show = String }, changed) {
 }
 
 function choice(name, options, value, changed) {
-  const select = el('select', { onchange: (event) => changed(event.target.value) },
-    options.map(([key, text]) => el('option', { value: key, selected: String(key) === String(value) ? '' : null }, text)));
+  const select = el(
+    'select',
+    { onchange: (event) => changed(event.target.value) },
+    options.map(([key, text]) =>
+      el('option', { value: key, selected: String(key) === String(value) ? '' : null }, text),
+    ),
+  );
   return el('label', {}, el('span', {}, name), select);
 }
 
@@ -88,8 +117,37 @@ const heading = (text) => el('h3', {}, text);
 const controls = (...children) => el('div', { class: 'controls' }, ...children);
 
 function table(head, rows) {
-  const titles = head.some(Boolean) ? el('thead', {}, el('tr', {}, head.map((name) => el('th', { scope: 'col' }, name)))) : null;
-  return el('table', {}, titles,
-    el('tbody', {}, rows.map((row) => el('tr', {}, row.map((cell) =>
-      el('td', { class: typeof cell === 'number' ? 'number' : null }, typeof cell === 'number' ? exact(cell) : cell))))));
+  const titles = head.some(Boolean)
+    ? el(
+        'thead',
+        {},
+        el(
+          'tr',
+          {},
+          head.map((name) => el('th', { scope: 'col' }, name)),
+        ),
+      )
+    : null;
+  return el(
+    'table',
+    {},
+    titles,
+    el(
+      'tbody',
+      {},
+      rows.map((row) =>
+        el(
+          'tr',
+          {},
+          row.map((cell) =>
+            el(
+              'td',
+              { class: typeof cell === 'number' ? 'number' : null },
+              typeof cell === 'number' ? exact(cell) : cell,
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }

@@ -31,7 +31,8 @@ function reach({ rows, columns, at }) {
 // Of the columns that share a pixel the largest is drawn: nothing loud gets lost.
 function loudest(cells, r, from, to) {
   let best = cells.at(r, from);
-  for (let c = from + 1; c < to; c++) if (Math.abs(cells.at(r, c)) > Math.abs(best)) best = cells.at(r, c);
+  for (let c = from + 1; c < to; c++)
+    if (Math.abs(cells.at(r, c)) > Math.abs(best)) best = cells.at(r, c);
   return best;
 }
 
@@ -59,7 +60,8 @@ function paint(canvas, cells, limit, most = cells.columns) {
     for (let x = 0; x < width; x++, i++) {
       const first = Math.floor(x * share);
       const value = loudest(cells, r, first, Math.max(Math.floor((x + 1) * share), first + 1));
-      pixels[i] = value === null ? MASKED : colour[Math.round(SHADES * (1 + clamp(value / limit, -1, 1)))];
+      pixels[i] =
+        value === null ? MASKED : colour[Math.round(SHADES * (1 + clamp(value / limit, -1, 1)))];
     }
   }
   context.putImageData(image, 0, 0);
@@ -67,25 +69,45 @@ function paint(canvas, cells, limit, most = cells.columns) {
 
 // Pictures far below the window are drawn when they come near it: a click answers at once.
 const waiting = new WeakMap();
-const watcher = new IntersectionObserver((entries) => {
-  for (const { isIntersecting, target } of entries) {
-    if (!isIntersecting) continue;
-    watcher.unobserve(target);
-    waiting.get(target)();
-  }
-}, { rootMargin: '400px' });
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      watcher.unobserve(target);
+      waiting.get(target)();
+    }
+  },
+  { rootMargin: '400px' },
+);
 
 function whenSeen(node, draw) {
   waiting.set(node, draw);
   watcher.observe(node);
 }
 
-const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], PageUp: [0, -16], PageDown: [0, 16] };
+const MOVES = {
+  ArrowLeft: [0, -1],
+  ArrowRight: [0, 1],
+  ArrowUp: [-1, 0],
+  ArrowDown: [1, 0],
+  PageUp: [0, -16],
+  PageDown: [0, 16],
+};
 const WIDE = 480; // pixels
 
 const clamp = (x, low, high) => Math.max(low, Math.min(x, high));
 
-function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, columnName = (c) => `channel ${c}`, limit } = {}) {
+function heatmap(
+  name,
+  cells,
+  {
+    row = state.token,
+    column = 0,
+    rowName = piece,
+    columnName = (c) => `channel ${c}`,
+    limit,
+  } = {},
+) {
   let top = limit; // known when it is drawn
   const room = document.getElementById('step').clientWidth;
   const side = room < WIDE ? 2 : 4; // numbers written out on either side
@@ -93,7 +115,10 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
   const value = el('output', { class: 'value mono', 'aria-live': 'polite' });
   const near = el('div', { class: 'near mono', 'aria-hidden': 'true' });
   const canvas = el('canvas', {
-    tabindex: 0, role: 'application', 'aria-roledescription': 'heat map', 'data-map': name,
+    tabindex: 0,
+    role: 'application',
+    'aria-roledescription': 'heat map',
+    'data-map': name,
     'aria-label': `${name}, ${cells.rows} × ${cells.columns}; arrow keys read single numbers`,
   });
   const rowHeight = clamp(Math.round(300 / cells.rows), 14, 28);
@@ -109,7 +134,11 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
     near.replaceChildren();
     for (let k = first; k < Math.min(first + 2 * side + 1, cells.columns); k++) {
       const x = cells.at(at.row, k);
-      const cell = el('span', { class: k === at.column ? 'here' : null }, x === null ? '–' : exact(x));
+      const cell = el(
+        'span',
+        { class: k === at.column ? 'here' : null },
+        x === null ? '–' : exact(x),
+      );
       if (x !== null) cell.style.backgroundColor = `rgb(${colour(x / top).join(' ')} / 35%)`;
       near.append(cell);
     }
@@ -117,7 +146,10 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
 
   function follow(event) {
     const box = canvas.getBoundingClientRect();
-    show(Math.floor(((event.clientY - box.top) / box.height) * cells.rows), Math.floor(((event.clientX - box.left) / box.width) * cells.columns));
+    show(
+      Math.floor(((event.clientY - box.top) / box.height) * cells.rows),
+      Math.floor(((event.clientX - box.left) / box.width) * cells.columns),
+    );
   }
 
   canvas.addEventListener('pointermove', follow);
@@ -132,7 +164,8 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
 
   const names = el('div', { class: 'rows mono', 'aria-hidden': 'true' });
   names.style.setProperty('--row', `${rowHeight}px`);
-  for (let r = 0; r < cells.rows; r++) names.append(el('span', { class: r === state.token ? 'chosen' : null }, rowName(r)));
+  for (let r = 0; r < cells.rows; r++)
+    names.append(el('span', { class: r === state.token ? 'chosen' : null }, rowName(r)));
   const shown = picture(el('div', { class: 'heat' }, names, canvas), value, near);
   whenSeen(shown, () => {
     const ends = limit ? { top: limit, signed: false } : reach(cells);
@@ -144,8 +177,14 @@ function heatmap(name, cells, { row = state.token, column = 0, rowName = piece, 
   return shown;
 }
 
-const legend = (top, signed, limit) => el('div', { class: 'legend', 'aria-hidden': 'true' },
-  signed ? exact(-top) : '0', el('i', { class: signed ? null : 'up' }), limit ? exact(top) : `${exact(top)} and more`);
+const legend = (top, signed, limit) =>
+  el(
+    'div',
+    { class: 'legend', 'aria-hidden': 'true' },
+    signed ? exact(-top) : '0',
+    el('i', { class: signed ? null : 'up' }),
+    limit ? exact(top) : `${exact(top)} and more`,
+  );
 
 // Tensors of a layer below each other, or why they are not here.
 function tensors(places) {
@@ -154,14 +193,28 @@ function tensors(places) {
   return places.map(([place, title]) => {
     const tensor = place in ends ? ends[place] : layer[place];
     const heads = tensor.shape.length === 3 ? tensor.shape[0] : 0;
-    const head = heads === config.n_kv_heads && heads !== config.n_heads ? Math.floor(state.head / config.group_size) : state.head;
-    const full = heads ? `${title}, ${heads === config.n_heads ? 'head' : 'kv head'} ${head}` : title;
-    return el('section', {}, heading(full), caption(`${place}: ${tensor.shape.join(' × ')}`),
-      heatmap(place, matrix(tensor, head)));
+    const head =
+      heads === config.n_kv_heads && heads !== config.n_heads
+        ? Math.floor(state.head / config.group_size)
+        : state.head;
+    const full = heads
+      ? `${title}, ${heads === config.n_heads ? 'head' : 'kv head'} ${head}`
+      : title;
+    return el(
+      'section',
+      {},
+      heading(full),
+      caption(`${place}: ${tensor.shape.join(' × ')}`),
+      heatmap(place, matrix(tensor, head)),
+    );
   });
 }
 
 function missing() {
   const here = Object.keys(walk.layers).join(', ');
-  return el('p', { class: 'note' }, `The full tensors of layer ${state.layer} are not in this file; those of layer ${here} are. Make it again with --layers ${state.layer} or --layers all.`);
+  return el(
+    'p',
+    { class: 'note' },
+    `The full tensors of layer ${state.layer} are not in this file; those of layer ${here} are. Make it again with --layers ${state.layer} or --layers all.`,
+  );
 }

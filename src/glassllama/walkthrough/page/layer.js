@@ -1,16 +1,33 @@
-// Pictures of one layer: norm, heads, turning, attention, and the gates of SwiGLU.
+// Pictures of one layer: norm, heads, attention, and the gates of SwiGLU.
 
-const layerSlider = () => (config.n_layers > 1 ? slider('layer', { min: 0, max: config.n_layers - 1, value: state.layer }, (n) => change({ layer: n }, 'layer')) : null);
-const headSlider = () => (config.n_heads > 1 ? slider('head', { min: 0, max: config.n_heads - 1, value: state.head }, (n) => change({ head: n }, 'head')) : null);
+const layerSlider = () =>
+  config.n_layers > 1
+    ? slider('layer', { min: 0, max: config.n_layers - 1, value: state.layer }, (n) =>
+        change({ layer: n }, 'layer'),
+      )
+    : null;
+const headSlider = () =>
+  config.n_heads > 1
+    ? slider('head', { min: 0, max: config.n_heads - 1, value: state.head }, (n) =>
+        change({ head: n }, 'head'),
+      )
+    : null;
 
 const showNorm = () => [
   controls(layerSlider()),
-  ...tensors([['input', 'What enters the layer'], ['attention_norm', 'Every row brought to the same size']]),
+  ...tensors([
+    ['input', 'What enters the layer'],
+    ['attention_norm', 'Every row brought to the same size'],
+  ]),
 ];
 
 const showHeads = () => [
   controls(layerSlider(), headSlider()),
-  ...tensors([['attention.q', 'q: what a token looks for'], ['attention.k', 'k: what it can be found by'], ['attention.v', 'v: what it holds']]),
+  ...tensors([
+    ['attention.q', 'q: what a token looks for'],
+    ['attention.k', 'k: what it can be found by'],
+    ['attention.v', 'v: what it holds'],
+  ]),
 ];
 
 // Query heads above, the heads of keys and values that they share below.
@@ -19,111 +36,148 @@ function showGroups() {
   const width = Math.max(heads * 34, 340);
   const x = (i, count) => ((i + 0.5) * width) / count;
   const mine = Math.floor(state.head / config.group_size);
-  const drawing = svg('svg', { viewBox: `0 0 ${width} 170`, width, role: 'group', 'aria-label': `${heads} query heads share ${groups} heads of keys and values` });
+  const drawing = svg('svg', {
+    viewBox: `0 0 ${width} 170`,
+    width,
+    role: 'group',
+    'aria-label': `${heads} query heads share ${groups} heads of keys and values`,
+  });
   for (let h = 0; h < heads; h++) {
     const g = Math.floor(h / config.group_size);
-    drawing.append(svg('line', { class: h === state.head ? 'wire chosen' : 'wire', x1: x(h, heads), y1: 48, x2: x(g, groups), y2: 118 }));
+    drawing.append(
+      svg('line', {
+        class: h === state.head ? 'wire chosen' : 'wire',
+        x1: x(h, heads),
+        y1: 48,
+        x2: x(g, groups),
+        y2: 118,
+      }),
+    );
   }
   const node = (i, count, y, chosen, text, label, head) => {
     const pick = () => change({ head }, `node ${y} ${i}`);
-    drawing.append(svg('g', {
-      role: 'button', tabindex: 0, 'aria-label': label, 'aria-pressed': chosen, 'data-focus': `node ${y} ${i}`, onclick: pick,
-      onkeydown: (event) => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); pick(); } },
-    }, svg('circle', { class: chosen ? 'node chosen' : 'node', cx: x(i, count), cy: y, r: 14 }), svg('text', { x: x(i, count), y: y + 4, 'text-anchor': 'middle' }, text)));
+    drawing.append(
+      svg(
+        'g',
+        {
+          role: 'button',
+          tabindex: 0,
+          'aria-label': label,
+          'aria-pressed': chosen,
+          'data-focus': `node ${y} ${i}`,
+          onclick: pick,
+          onkeydown: (event) => {
+            if (event.key === 'Enter' || event.key === ' ') {
+              event.preventDefault();
+              pick();
+            }
+          },
+        },
+        svg('circle', { class: chosen ? 'node chosen' : 'node', cx: x(i, count), cy: y, r: 14 }),
+        svg('text', { x: x(i, count), y: y + 4, 'text-anchor': 'middle' }, text),
+      ),
+    );
   };
-  for (let h = 0; h < heads; h++) node(h, heads, 34, h === state.head, `q${h}`, `query head ${h}`, h);
-  for (let g = 0; g < groups; g++) node(g, groups, 132, g === mine, `kv${g}`, `kv head ${g}`, g * config.group_size);
+  for (let h = 0; h < heads; h++)
+    node(h, heads, 34, h === state.head, `q${h}`, `query head ${h}`, h);
+  for (let g = 0; g < groups; g++)
+    node(g, groups, 132, g === mine, `kv${g}`, `kv head ${g}`, g * config.group_size);
   return [
-    controls(headSlider()), picture(drawing),
-    caption(`Query head ${state.head} asks kv head ${mine}. Groups of ${config.group_size}: the cache is ${config.group_size} times smaller than with a head of keys for each query head.`),
+    controls(headSlider()),
+    picture(drawing),
+    caption(
+      `Query head ${state.head} asks kv head ${mine}. Groups of ${config.group_size}: the cache is ${config.group_size} times smaller than with a head of keys for each query head.`,
+    ),
     ...tensors([['attention.k', 'The keys of the group']]),
   ];
 }
 
-// Where the two coordinates of a pair lie: neighbours, or one in each half.
-const coordinates = (i) => (config.rope_layout === 'pairs' ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2]);
-
-const turnBy = (angle) => `rotate(${(-angle * 180) / Math.PI})`;
-
-function clock(i, angle) {
-  const hand = svg('line', { class: 'hand', x1: 0, y1: 0, x2: 15, y2: 0 });
-  hand.style.transform = `rotate(${-angle}rad)`;
-  return el('button', {
-    type: 'button', 'aria-pressed': i === state.pair, 'aria-label': `pair ${i}: ${exact(angle)} radians`, 'data-focus': `clock ${i}`, 'data-clock': i,
-    onclick: () => change({ pair: i }, `clock ${i}`),
-  }, svg('svg', { viewBox: '-20 -20 40 40', width: 40, height: 40, 'aria-hidden': 'true' }, svg('circle', { class: 'ring', r: 17 }), hand), `pair ${i}`);
-}
-
-function showRope() {
-  const angles = matrix(walk.angles);
-  const angle = angles.at(state.token, state.pair);
-  const clocks = el('div', { class: 'clocks' });
-  for (let i = 0; i < angles.columns; i++) clocks.append(clock(i, angles.at(state.token, i)));
-  return [
-    controls(slider('position', { min: 0, max: T - 1, value: state.token, show: (t) => `${t} ${piece(t)}` }, turnClocks), headSlider()),
-    caption('Every pair of coordinates is a hand. Move the position: the first hands race, the last ones hardly stir.'),
-    picture(clocks), ...turnedPair(angle),
-    ...tensors([['attention.q', 'q before'], ['attention.q_rope', 'q after']]),
-  ];
-}
-
-// The hands of this very page turn, so that the eye can follow them; the rest is drawn anew.
-function turnClocks(t) {
-  change({ token: t }, 'position', () => {
-    for (const button of document.querySelectorAll('[data-clock]')) {
-      const angle = matrix(walk.angles).at(t, Number(button.dataset.clock));
-      button.querySelector('.hand').style.transform = `rotate(${-angle}rad)`;
-      button.setAttribute('aria-label', `pair ${button.dataset.clock}: ${exact(angle)} radians`);
-    }
-    const pair = document.getElementById('pair');
-    if (pair) pair.replaceWith(...turnedPair(matrix(walk.angles).at(t, state.pair)));
-  });
-}
-
-function turnedPair(angle) {
-  const layer = walk.layers[state.layer];
-  if (!layer) return [];
-  const [a, b] = coordinates(state.pair);
-  const read = (place) => [a, b].map((c) => matrix(layer[place], state.head).at(state.token, c));
-  const [before, after] = [read('attention.q'), read('attention.q_rope')];
-  const size = Math.max(Math.hypot(...before), 1e-9) / 70;
-  const arrow = ([x, y], kind) => svg('line', { class: kind, x1: 0, y1: 0, x2: x / size, y2: -y / size, 'stroke-width': 3 });
-  return [el('div', { id: 'pair', class: 'picture side' },
-    svg('svg', { viewBox: '-90 -90 180 180', width: 180, role: 'img', 'aria-label': `the pair before and after it is turned by ${exact(angle)} radians` },
-      svg('circle', { class: 'ring', r: 70 }), svg('line', { class: 'grid', x1: -85, x2: 85 }), svg('line', { class: 'grid', y1: -85, y2: 85 }),
-      arrow(before, 'before'), arrow(after, 'hand')),
-    el('div', {}, el('p', {}, `Pair ${state.pair} of q, head ${state.head}, at position ${state.token} (${piece(state.token)}), coordinates ${a} and ${b}:`),
-      el('p', { class: 'mono' }, `before  ${exact(before[0])}, ${exact(before[1])}`),
-      el('p', { class: 'mono' }, `turned by ${exact(angle)} radians`),
-      el('p', { class: 'mono' }, `after   ${exact(after[0])}, ${exact(after[1])}`)))];
-}
-
 function showAttention() {
   const heads = walk.attention.weights[state.layer];
-  if (!heads) return [controls(layerSlider()), el('p', { class: 'note' }, `Of a prompt this long the maps of layer ${walk.layer} alone are kept.`)];
-  const maps = el('div', { class: 'maps', role: 'group', 'aria-label': `Attention of all heads of layer ${state.layer}` });
+  if (!heads)
+    return [
+      controls(layerSlider()),
+      el(
+        'p',
+        { class: 'note' },
+        `Of a prompt this long the maps of layer ${walk.layer} alone are kept.`,
+      ),
+    ];
+  const maps = el('div', {
+    class: 'maps',
+    role: 'group',
+    'aria-label': `Attention of all heads of layer ${state.layer}`,
+  });
   heads.forEach((flat, h) => {
     const canvas = el('canvas', { 'aria-hidden': 'true' });
     paint(canvas, lower(flat), 1);
     const bits = walk.attention.entropy_bits[state.layer][h][state.token];
-    maps.append(el('button', { type: 'button', 'aria-pressed': h === state.head, 'data-focus': `head ${h}`, 'aria-label': `head ${h}, ${exact(bits)} bits`, onclick: () => change({ head: h }, `head ${h}`) }, `head ${h} · ${bits.toFixed(1)} bits`, canvas));
+    maps.append(
+      el(
+        'button',
+        {
+          type: 'button',
+          'aria-pressed': h === state.head,
+          'data-focus': `head ${h}`,
+          'aria-label': `head ${h}, ${exact(bits)} bits`,
+          onclick: () => change({ head: h }, `head ${h}`),
+        },
+        `head ${h} · ${bits.toFixed(1)} bits`,
+        canvas,
+      ),
+    );
   });
   const own = lower(heads[state.head]);
-  const row = [...Array(state.token + 1).keys()].map((c) => ({ name: piece(c), value: own.at(state.token, c), text: percent(own.at(state.token, c)) }));
+  const row = [...Array(state.token + 1).keys()].map((c) => ({
+    name: piece(c),
+    value: own.at(state.token, c),
+    text: percent(own.at(state.token, c)),
+  }));
   return [
-    controls(layerSlider(), headSlider()), picture(maps),
-    caption('A row listens, a column is listened to. Bits: how widely the chosen token spreads its attention.'),
+    controls(layerSlider(), headSlider()),
+    picture(maps),
+    caption(
+      'A row listens, a column is listened to. Bits: how widely the chosen token spreads its attention.',
+    ),
     heading(`Layer ${state.layer}, head ${state.head}`),
-    heatmap('attention.weights', own, { limit: 1, column: state.token, columnName: (c) => `listens to ${piece(c)}` }),
-    heading(`Whom ${piece(state.token)} listens to`), picture(bars('Attention weights', row, 1)),
-    ...(walk.layers[state.layer] ? [heading('Scores, before mask and softmax'), heatmap('attention.scores', matrix(walk.layers[state.layer]['attention.scores'], state.head), { columnName: (c) => `meets the key of ${piece(c)}` })] : []),
+    heatmap('attention.weights', own, {
+      limit: 1,
+      column: state.token,
+      columnName: (c) => `listens to ${piece(c)}`,
+    }),
+    heading(`Whom ${piece(state.token)} listens to`),
+    picture(bars('Attention weights', row, 1)),
+    ...(walk.layers[state.layer]
+      ? [
+          heading('Scores, before mask and softmax'),
+          heatmap(
+            'attention.scores',
+            matrix(walk.layers[state.layer]['attention.scores'], state.head),
+            { columnName: (c) => `meets the key of ${piece(c)}` },
+          ),
+        ]
+      : []),
   ];
 }
 
 const showResidual = (step) => [
   controls(layerSlider(), headSlider()),
-  ...(state.layer === walk.layer ? [heading(`How much each head adds to ${piece(T - 1)}`), picture(bars('Length added by each head', step.data.head_shares.map((value, h) => ({ name: `head ${h}`, value }))))] : []),
-  ...tensors([['attention.heads', 'The weighted sums'], ['attention.wo', 'Through wo: what is added'], ['after_attention', 'The residual stream now']]),
+  ...(state.layer === walk.layer
+    ? [
+        heading(`How much each head adds to ${piece(T - 1)}`),
+        picture(
+          bars(
+            'Length added by each head',
+            step.data.head_shares.map((value, h) => ({ name: `head ${h}`, value })),
+          ),
+        ),
+      ]
+    : []),
+  ...tensors([
+    ['attention.heads', 'The weighted sums'],
+    ['attention.wo', 'Through wo: what is added'],
+    ['after_attention', 'The residual stream now'],
+  ]),
 ];
 
 const silu = (z) => z / (1 + Math.exp(-z));
@@ -141,15 +195,47 @@ function counted(gates, high) {
 function gateCurve(gates) {
   const high = Math.max(2, ...gates.map(Math.abs));
   const [x, y] = [(z) => 160 + (150 * z) / high, (v) => 145 - (135 * v) / high];
-  const line = [...Array(121).keys()].map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(silu(z))}`).join(' ');
-  const drawing = svg('svg', { viewBox: '0 0 320 250', width: 480, role: 'img', 'aria-label': `silu of ${gates.length} gates; largest ${exact(Math.max(...gates))}` },
-    svg('line', { class: 'grid', x1: 5, x2: 315, y1: y(0), y2: y(0) }), svg('line', { class: 'grid', x1: x(0), x2: x(0), y1: 5, y2: 175 }),
-    svg('polyline', { class: 'wire chosen', points: line }));
+  const line = [...Array(121).keys()]
+    .map((i) => high * (i / 60 - 1))
+    .map((z) => `${x(z)},${y(silu(z))}`)
+    .join(' ');
+  const drawing = svg(
+    'svg',
+    {
+      viewBox: '0 0 320 250',
+      width: 480,
+      role: 'img',
+      'aria-label': `silu of ${gates.length} gates; largest ${exact(Math.max(...gates))}`,
+    },
+    svg('line', { class: 'grid', x1: 5, x2: 315, y1: y(0), y2: y(0) }),
+    svg('line', { class: 'grid', x1: x(0), x2: x(0), y1: 5, y2: 175 }),
+    svg('polyline', { class: 'wire chosen', points: line }),
+  );
   const counts = counted(gates, high);
   const most = Math.max(...counts);
-  counts.forEach((count, i) => drawing.append(svg('rect', { class: 'count', x: 10 + (300 * i) / BINS, width: 300 / BINS - 0.6, y: 232 - (50 * count) / most, height: (50 * count) / most })));
-  for (const z of [-high, 0, high]) drawing.append(svg('text', { class: 'quiet', x: x(z), y: 246, 'text-anchor': z < 0 ? 'start' : z ? 'end' : 'middle' }, exact(z)));
-  drawing.append(svg('text', { class: 'quiet', x: 8, y: y(0) - 5 }, 'shut'), svg('text', { class: 'quiet', x: 285, y: y(0) - 5 }, 'open'));
+  counts.forEach((count, i) =>
+    drawing.append(
+      svg('rect', {
+        class: 'count',
+        x: 10 + (300 * i) / BINS,
+        width: 300 / BINS - 0.6,
+        y: 232 - (50 * count) / most,
+        height: (50 * count) / most,
+      }),
+    ),
+  );
+  for (const z of [-high, 0, high])
+    drawing.append(
+      svg(
+        'text',
+        { class: 'quiet', x: x(z), y: 246, 'text-anchor': z < 0 ? 'start' : z ? 'end' : 'middle' },
+        exact(z),
+      ),
+    );
+  drawing.append(
+    svg('text', { class: 'quiet', x: 8, y: y(0) - 5 }, 'shut'),
+    svg('text', { class: 'quiet', x: 285, y: y(0) - 5 }, 'open'),
+  );
   return drawing;
 }
 
@@ -157,14 +243,39 @@ function showGates() {
   const layer = walk.layers[state.layer];
   const slots = controls(layerSlider());
   if (!layer) return [slots, missing()];
-  const [gate, up, gated] = ['gate', 'up', 'gated'].map((name) => matrix(layer[`feed_forward.${name}`]));
+  const [gate, up, gated] = ['gate', 'up', 'gated'].map((name) =>
+    matrix(layer[`feed_forward.${name}`]),
+  );
   const all = [...Array(gate.columns).keys()];
-  const loud = [...all].sort((a, b) => Math.abs(gated.at(state.token, b)) - Math.abs(gated.at(state.token, a))).slice(0, 8);
+  const loud = [...all]
+    .sort((a, b) => Math.abs(gated.at(state.token, b)) - Math.abs(gated.at(state.token, a)))
+    .slice(0, 8);
   return [
-    slots, heading(`The gates of ${piece(state.token)}`), picture(gateCurve(all.map((c) => gate.at(state.token, c)))),
-    caption('The curve is silu. Below it, how many features have their gate where: on the left shut, on the right open.'),
+    slots,
+    heading(`The gates of ${piece(state.token)}`),
+    picture(gateCurve(all.map((c) => gate.at(state.token, c)))),
+    caption(
+      'The curve is silu. Below it, how many features have their gate where: on the left shut, on the right open.',
+    ),
     heading('The loudest features'),
-    picture(table(['feature', 'gate', 'silu(gate)', 'up', 'silu(gate) × up'], loud.map((c) => [String(c), gate.at(state.token, c), silu(gate.at(state.token, c)), up.at(state.token, c), gated.at(state.token, c)]))),
-    ...tensors([['feed_forward.gate', 'gate'], ['feed_forward.up', 'up'], ['feed_forward.gated', 'silu(gate) × up'], ['feed_forward.down', 'Through down: what is added'], ['output', 'The residual stream after the layer']]),
+    picture(
+      table(
+        ['feature', 'gate', 'silu(gate)', 'up', 'silu(gate) × up'],
+        loud.map((c) => [
+          String(c),
+          gate.at(state.token, c),
+          silu(gate.at(state.token, c)),
+          up.at(state.token, c),
+          gated.at(state.token, c),
+        ]),
+      ),
+    ),
+    ...tensors([
+      ['feed_forward.gate', 'gate'],
+      ['feed_forward.up', 'up'],
+      ['feed_forward.gated', 'silu(gate) × up'],
+      ['feed_forward.down', 'Through down: what is added'],
+      ['output', 'The residual stream after the layer'],
+    ]),
   ];
 }

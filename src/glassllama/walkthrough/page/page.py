@@ -15,7 +15,10 @@ from glassllama.walkthrough.experiment import Experiment
 from glassllama.walkthrough.walk import Walk
 
 # In this order: each uses what stands before it.
-SCRIPTS = ["drawing.js", "heatmap.js", "opening.js", "layer.js", "answer.js", "page.js"]
+SCRIPTS = [
+    "drawing.js", "heatmap.js", "opening.js", "layer.js", "rope.js", "answer.js", "choosing.js",
+    "page.js",
+]  # fmt: skip
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
