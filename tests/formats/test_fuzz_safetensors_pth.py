@@ -76,7 +76,7 @@ def write(content: bytes, path: Path) -> Path:
     return path
 
 
-def use_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> None:
     with contextlib.suppress(FormatError):
         file = open_safetensors(path)
         for name in file.names():
@@ -85,7 +85,7 @@ def use_safetensors(path: Path) -> None:
         file.close()
 
 
-def use_pth(path: Path) -> None:
+def check_pth(path: Path) -> None:
     with contextlib.suppress(FormatError):
         file = open_pth(path)
         for name in file.names():
@@ -120,7 +120,7 @@ def whole_pth() -> bytes:
 @fuzzed
 @given(edits=mutations(NUMBERS))
 def test_safetensors(edits: list[Mutation], whole_safetensors: bytes, scratch: Path) -> None:
-    use_safetensors(write(mutated(whole_safetensors, edits), scratch))
+    check_safetensors(write(mutated(whole_safetensors, edits), scratch))
 
 
 @fuzzed
@@ -130,13 +130,13 @@ def test_safetensors_header(edits: list[Mutation], whole_safetensors: bytes, scr
     nbytes = int.from_bytes(whole_safetensors[:8], "little")
     header = mutated(whole_safetensors[8 : 8 + nbytes], edits)
     data = whole_safetensors[8 + nbytes :]
-    use_safetensors(write(struct.pack("<Q", len(header)) + header + data, scratch))
+    check_safetensors(write(struct.pack("<Q", len(header)) + header + data, scratch))
 
 
 @fuzzed
 @given(edits=mutations(NUMBERS))
 def test_pth(edits: list[Mutation], whole_pth: bytes, scratch: Path) -> None:
-    use_pth(write(mutated(whole_pth, edits), scratch))
+    check_pth(write(mutated(whole_pth, edits), scratch))
 
 
 def rezipped(whole: bytes, change: Callable[[bytes], bytes]) -> bytes:
@@ -152,11 +152,11 @@ def rezipped(whole: bytes, change: Callable[[bytes], bytes]) -> bytes:
 @fuzzed
 @given(edits=mutations(OPCODES + NAMES + NUMBERS))
 def test_pth_pickle(edits: list[Mutation], whole_pth: bytes, scratch: Path) -> None:
-    use_pth(write(rezipped(whole_pth, lambda code: mutated(code, edits)), scratch))
+    check_pth(write(rezipped(whole_pth, lambda code: mutated(code, edits)), scratch))
 
 
 @fuzzed
 @given(pieces=st.lists(st.sampled_from(OPCODES + NAMES) | st.binary(max_size=3), max_size=60))
 def test_pth_program(pieces: list[bytes], whole_pth: bytes, scratch: Path) -> None:
     program = b"\x80\x02" + b"".join(pieces) + b"."
-    use_pth(write(rezipped(whole_pth, lambda _: program), scratch))
+    check_pth(write(rezipped(whole_pth, lambda _: program), scratch))

@@ -20,7 +20,7 @@ from glassllama.weights.open import open_weights
 from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
 
 
-def same_weights(a: Path, b: Path) -> None:
+def check_same_weights(a: Path, b: Path) -> None:
     one, two = open_weights(a), open_weights(b)
     assert list(one.names) == list(two.names)
     for name in one.names:
@@ -34,7 +34,7 @@ def test_shards_read_as_one(llama2: bool, tied: bool, tmp_path: Path) -> None:
     model = hf_model(**shape)
     one = write_meta(model, tmp_path / "one")
     two = write_meta(model, tmp_path / "two", shards=2, llama2=llama2)
-    same_weights(one, two)
+    check_same_weights(one, two)
     checkpoint = open_weights(two)
     rows = checkpoint.float32("tok_embeddings.weight", slice(60, 75))  # across the border
     np.testing.assert_array_equal(rows, checkpoint.float32("tok_embeddings.weight")[60:75])
@@ -42,10 +42,10 @@ def test_shards_read_as_one(llama2: bool, tied: bool, tmp_path: Path) -> None:
 
 def test_any_way_to_name_a_meta_model(tmp_path: Path) -> None:
     folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
-    same_weights(folder, folder / "consolidated.01.pth")
+    check_same_weights(folder, folder / "consolidated.01.pth")
     (tmp_path / "hub").mkdir()
     folder.rename(tmp_path / "hub" / "original")
-    same_weights(tmp_path / "hub", tmp_path / "hub" / "original")
+    check_same_weights(tmp_path / "hub", tmp_path / "hub" / "original")
 
 
 def test_old_single_file(tmp_path: Path) -> None:
@@ -59,14 +59,14 @@ def test_sharded_safetensors_and_any_way_to_name_them(tmp_path: Path) -> None:
     whole = write_hf(model, tmp_path / "whole")
     parts = write_hf(model, tmp_path / "parts", max_shard_size="60KB")
     assert len(list(parts.glob("*.safetensors"))) > 2
-    same_weights(whole, parts)
-    same_weights(whole / "config.json", next(parts.glob("*.safetensors")))
+    check_same_weights(whole, parts)
+    check_same_weights(whole / "config.json", next(parts.glob("*.safetensors")))
 
 
 def test_three_formats_hold_the_same_numbers(tmp_path: Path) -> None:
     model = hf_model()
     meta, file = write_meta(model, tmp_path / "m"), write_gguf(model, tmp_path / "x.gguf")
-    same_weights(meta, file)
+    check_same_weights(meta, file)
     assert open_weights(write_hf(model, tmp_path / "h")).config.rope_layout == "halves"
 
 
