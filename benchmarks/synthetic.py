@@ -1,0 +1,326 @@
+"""GGUF models of Llama 3's shapes with random weights, to measure what no licence lets us carry.
+
+    python benchmarks/synthetic.py FOLDER [--shape 1b|8b] [--type Q4_K_M] [--layers N]
+
+Writes FOLDER/SHAPE-TYPE.gguf tensor by tensor with the `gguf` package and prints its path. The
+vocabulary is Meta's for Llama 3 where the `llama-models` wheel is installed, else SmolLM2's out of
+the default model, and then the model has as many rows of embeddings as that.
+
+Numbers are normal, as wide as a trained model's: outputs of a matrix are about as large as its
+inputs, and what the layers add to the residual stream does not grow with their number. So logits
+are finite and of ordinary size, and mean nothing. Types that `gguf` can quantise are quantised by
+it, from one stretch of normal numbers; it cannot write K types, so their blocks are put together
+here: random codes, scales and minima whose numbers have the same width and no mean. Every tensor
+is cut from one such stretch at a place of its own and its scales are multiplied by its width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.config import Llama3Scaling, LlamaConfig
+from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
+from glassllama.tokenizers.meta import control_names, read_ranks
+from glassllama.weights.names import expected_shapes, foreign_names
+
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
+POOL = (1 << 24) + (1 << 12) * 37  # numbers in the stretch; no multiple of a tensor's size
+LOGIT_WIDTH = 2.0  # standard deviation of the logits, by way of the last norm
+SUPERBLOCK = 256
+Raw = NDArray[Any]
+
+
+def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
+    """Llama 3.2 1B or Llama 3.1 8B, with another vocabulary or number of layers if asked for."""
+    sizes: dict[str, dict[str, Any]] = {
+        "1b": {"dim": 2048, "n_layers": 16, "head_dim": 64, "ffn_dim": 8192,
+               "tie_embeddings": True, "rope_scaling": Llama3Scaling(factor=32.0)},
+        "8b": {"dim": 4096, "n_layers": 32, "head_dim": 128, "ffn_dim": 14336,
+               "rope_scaling": Llama3Scaling(factor=8.0)},
+    }  # fmt: skip
+    values = sizes[name] | ({} if layers is None else {"n_layers": layers})
+    return LlamaConfig(
+        n_heads=32, n_kv_heads=8, vocab_size=vocab_size, max_seq_len=131_072, norm_eps=1e-5,
+        rope_theta=500_000.0, rope_layout="pairs", **values,
+    )  # fmt: skip
+
+
+# --- vocabularies ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a GGUF file says of its vocabulary."""
+
+    pre: str
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    bos: int
+    eos: int
+
+
+def llama3_words(ranks: Path) -> Words:
+    """Meta's vocabulary as GGUF writes it: tokens in GPT-2's characters, and its merges."""
+    tokens = read_ranks(ranks)
+    controls = control_names()
+    kinds = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(controls)
+    return Words(
+        pre="llama-bpe",
+        tokens=[*map(written, tokens), *controls],
+        kinds=[int(kind) for kind in kinds],
+        merges=list(merges_of(tokens)),
+        bos=len(tokens),
+        eos=len(tokens) + controls.index("<|eot_id|>"),
+    )
+
+
+def written(token: bytes) -> str:
+    characters = {byte: chr(code) for code, byte in CHARACTER_TO_BYTE.items()}
+    return "".join(characters[byte] for byte in token)
+
+
+def merges_of(tokens: list[bytes]) -> Iterator[str]:
+    """The pair that each token is made of: what is left of its bytes when only merges before its
+    own are done. Tokens that no merge reaches have none."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for rank, token in enumerate(tokens):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 1:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            best = min(pairs)
+            if best >= rank:
+                break
+            at = pairs.index(best)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield f"{written(parts[0])} {written(parts[1])}"
+
+
+def smollm_words() -> Words:
+    """The vocabulary of the default model."""
+    from glassllama import hub
+    from glassllama.formats.gguf import open_gguf
+
+    said = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in open_gguf(hub.resolve("smollm2-135m")).metadata.items()
+    }
+    return Words(
+        pre=said["pre"],
+        tokens=[*map(str, said["tokens"])],
+        kinds=[*map(int, said["token_type"])],
+        merges=[*map(str, said["merges"])],
+        bos=int(said["bos_token_id"]),
+        eos=int(said["eos_token_id"]),
+    )
+
+
+def best_words() -> Words:
+    """Llama 3's vocabulary if it is installed, else SmolLM2's."""
+    spec = find_spec("llama_models")
+    if spec is None or not spec.submodule_search_locations:
+        return smollm_words()
+    return llama3_words(Path(spec.submodule_search_locations[0]) / "llama3/tokenizer.model")
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+class Pool:
+    """One stretch of normal numbers of width 1 in a type, and how to make it wider."""
+
+    def __init__(self, kind: str, seed: int = 0, numbers: int = POOL) -> None:
+        chance = np.random.default_rng(seed)
+        self.kind = getattr(gguf.GGMLQuantizationType, kind)
+        self.block, self.size = gguf.GGML_QUANT_SIZES[self.kind]
+        count = numbers // SUPERBLOCK * SUPERBLOCK
+        if kind in K_BLOCKS:
+            self.scales, blocks = K_BLOCKS[kind](chance, count // SUPERBLOCK)
+        else:
+            normal = chance.standard_normal(count, np.float32)
+            self.scales, blocks = SCALES.get(kind, slice(0)), plain_blocks(normal, kind, self.kind)
+        self.blocks = blocks.reshape(-1, self.size)
+
+    def cut(self, number: int, shape: tuple[int, ...], width: float) -> Raw:
+        """The bytes of tensor `number`: a stretch of its own, made `width` wide."""
+        count = math.prod(shape) // self.block
+        start = number * 1_000_003 % len(self.blocks)
+        rolled = np.roll(self.blocks, -start, axis=0)
+        blocks = np.resize(rolled, (count, self.size))
+        if self.scales == slice(0):
+            stored = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+            numbers = blocks.view(stored[self.kind.name])
+            return (numbers.astype(np.float32) * width).astype(numbers.dtype).view(np.uint8)
+        halves = np.ascontiguousarray(blocks[:, self.scales]).view(np.float16)
+        blocks[:, self.scales] = (halves * width).astype(np.float16).view(np.uint8)
+        return blocks
+
+
+# Where the halves are that a block is multiplied by.
+SCALES = {"Q4_0": slice(0, 2), "Q4_1": slice(0, 4), "Q5_0": slice(0, 2), "Q8_0": slice(0, 2)}
+
+
+def plain_blocks(normal: NDArray[np.float32], kind: str, theirs: Any) -> Raw:
+    if kind == "BF16":
+        return normal.astype(ml_dtypes.bfloat16).view(np.uint8)
+    return gguf.quants.quantize(normal.reshape(-1, SUPERBLOCK), theirs).view(np.uint8)
+
+
+def codes(chance: np.random.Generator, blocks: int, bits: int) -> tuple[Raw, float]:
+    """Codes of a normal number each, and their width: (blocks, 256) uint8 around the middle."""
+    width = 2**bits / 5  # so that about one in eighty is beyond the last code
+    middle = (2**bits - 1) / 2
+    normal = middle + width * chance.standard_normal((blocks, SUPERBLOCK), np.float32)
+    return np.clip(np.rint(normal), 0, 2**bits - 1).astype(np.uint8), width
+
+
+def q4_k(chance: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
+    """d·scale·q − dmin·minimum with minimum = scale and dmin = 7.5 d: no mean. Source: ggml."""
+    q, width = codes(chance, blocks, 4)
+    scales = chance.integers(32, 64, (blocks, 8), np.uint8)
+    d = np.float32(1 / (47.5 * width))  # 47.5: the mean of the scales
+    halves = np.tile(np.array([d, 7.5 * d], np.float16).view(np.uint8), (blocks, 1))
+    first, last = scales[:, :4], scales[:, 4:]
+    tops = last >> 4 << 6
+    six_bits = np.concatenate([first | tops, first | tops, last & 15 | (last & 15) << 4], 1)
+    runs = q.reshape(blocks, 4, 2, 32)
+    nibbles = (runs[:, :, 0] | runs[:, :, 1] << 4).reshape(blocks, 128)
+    return slice(0, 4), np.concatenate([halves, six_bits, nibbles], 1)
+
+
+def q6_k(chance: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
+    """d·scale·(q − 32), sixteen signed scales. Source: ggml."""
+    q, width = codes(chance, blocks, 6)
+    scales = chance.integers(64, 128, (blocks, 16), np.uint8)
+    scales[:, ::2] = -scales[:, ::2].view(np.int8).view(np.uint8)  # some are negative in real files
+    halves = np.tile(np.array([1 / (95.5 * width)], np.float16).view(np.uint8), (blocks, 1))
+    lanes = q.reshape(blocks, 2, 4, 32)
+    low = lanes[:, :, :2] & 15 | (lanes[:, :, 2:] & 15) << 4
+    high = sum(lanes[:, :, lane] >> 4 << 2 * lane for lane in range(4))
+    parts = (low.reshape(blocks, 128), high.reshape(blocks, 64), scales, halves)
+    return slice(208, 210), np.concatenate(parts, 1)
+
+
+K_BLOCKS = {"Q4_K": q4_k, "Q6_K": q6_k}
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def type_of(name: str, wanted: str, config: LlamaConfig) -> str:
+    """How llama.cpp's Q4_K_M stores a tensor: the output, and half of some others, in Q6_K."""
+    if wanted != "Q4_K_M":
+        return wanted
+    if name == ("tok_embeddings.weight" if config.tie_embeddings else "output.weight"):
+        return "Q6_K"
+    if name.endswith(("attention.wv.weight", "feed_forward.down.weight")):
+        layer, eighth = int(name.split(".")[1]), config.n_layers // 8
+        middle = (layer - eighth) % 3 == 2
+        if layer < eighth or layer >= 7 * config.n_layers // 8 or middle:
+            return "Q6_K"
+    return "Q4_K"
+
+
+def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
+    """Standard deviation: outputs as large as inputs; layers add 1/√(2·layers) each."""
+    adds = name.endswith(("attention.wo.weight", "feed_forward.down.weight"))
+    return 1 / math.sqrt(shape[1] * (2 * config.n_layers if adds else 1))
+
+
+def write(path: Path, config: LlamaConfig, kind: str, words: Words | None = None) -> Path:
+    """A model of that shape and type; without `words` a file that knows ids only."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    describe(writer, config)
+    if words is not None:
+        add_words(writer, words)
+    shapes, theirs = expected_shapes(config), foreign_names("gguf", config.n_layers)
+    kinds = {name: type_of(name, kind, config) for name, size in shapes.items() if len(size) > 1}
+    pools = {name: Pool(name) for name in sorted(set(kinds.values()))}
+    divisors = rope_divisors(config)
+    if divisors is not None:
+        writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
+    for name, size in shapes.items():
+        if name not in kinds:
+            writer.add_tensor_info(theirs[name], size, np.dtype(np.float32), 4 * size[0])
+            continue
+        pool = pools[kinds[name]]
+        nbytes = math.prod(size) // pool.block * pool.size
+        half = np.dtype(np.float16)  # only uint8 would be read as a shape in bytes
+        writer.add_tensor_info(theirs[name], size, half, nbytes, raw_dtype=pool.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if divisors is not None:
+        writer.write_tensor_data(divisors)
+    for number, (name, size) in enumerate(shapes.items()):
+        if name in kinds:
+            writer.write_tensor_data(
+                pools[kinds[name]].cut(number, size, width_of(name, size, config))
+            )
+        else:
+            last = name == "norm.weight"
+            writer.write_tensor_data(np.full(size, LOGIT_WIDTH if last else 1.0, np.float32))
+    writer.close()
+    return path
+
+
+def describe(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def add_words(writer: gguf.GGUFWriter, words: Words) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.kinds)
+    writer.add_token_merges(words.merges)
+    writer.add_bos_token_id(words.bos)
+    writer.add_eos_token_id(words.eos)
+
+
+def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
+    """`rope_freqs.weight`: by what each frequency is divided."""
+    if config.rope_scaling is None:
+        return None
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    return config.rope_scaling.divisors(config.rope_theta**-exponents).astype(np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=("1b", "8b"), default="1b")
+    parser.add_argument("--type", choices=TYPES, default="Q4_0")
+    parser.add_argument("--layers", type=int, help="fewer, for a smaller file")
+    flags = parser.parse_args()
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    words = best_words()
+    config = shape(flags.shape, len(words.tokens), flags.layers)
+    print(write(flags.folder / f"{flags.shape}-{flags.type}.gguf", config, flags.type, words))
+
+
+if __name__ == "__main__":
+    main()
