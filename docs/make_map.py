@@ -32,7 +32,7 @@ Imports only go down, and parts on one floor do not know each other (a test chec
 FLOORS = [
     (6, ("__main__.py", "cli")),
     (4, ("llm.py",)),
-    (3, ("walkthrough",)),
+    (3, ("train", "walkthrough")),
     (2, ("weights", "generation", "hub")),
     (1, ("models", "engine")),
     (0, ("tokenizers", "formats", "nn")),
@@ -45,21 +45,22 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
 
 
-def rows(part: str) -> list[str]:
-    place = PACKAGE / part
+def rows(place: Path, indent: str = "") -> list[str]:
+    """A file, or a folder with its files and then its folders, one step further in."""
     if place.is_file():
-        return [f"- [`{part}`](../src/glassllama/{part}): {first_line(place)}"]
-    head = f"- **`{part}/`**: {first_line(place / '__init__.py')}"
-    files = sorted(path for path in place.glob("*.py") if path.name != "__init__.py")
-    link = f"../src/glassllama/{part}"
-    return [head, *(f"  - [`{f.name}`]({link}/{f.name}): {first_line(f)}" for f in files)]
+        link = f"../src/glassllama/{place.relative_to(PACKAGE).as_posix()}"
+        return [f"{indent}- [`{place.name}`]({link}): {first_line(place)}"]
+    inside = [path for path in sorted(place.glob("*.py")) if path.name != "__init__.py"]
+    inside += sorted(path.parent for path in place.glob("*/__init__.py"))
+    head = f"{indent}- **`{place.name}/`**: {first_line(place / '__init__.py')}"
+    return [head, *(row for path in inside for row in rows(path, indent + "  "))]
 
 
 def page() -> str:
     parts = [HEAD]
     for floor, names in FLOORS:
         parts.append(f"\n## Floor {floor}\n")
-        parts += [row for name in names for row in rows(name)]
+        parts += [row for name in names for row in rows(PACKAGE / name)]
     return "\n".join(parts) + "\n"
 
 

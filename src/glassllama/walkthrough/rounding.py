@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from glassllama.formats.blocks import unpack_q4_0, unpack_q8_0
+from glassllama.formats.blocks import BLOCK, BLOCKS, dequantise, unpack_q4_0, unpack_q8_0
+from glassllama.formats.quantise import QUANTISE, pack_q4_0, pack_q8_0
 from glassllama.walkthrough.lens import predictions
 from glassllama.walkthrough.pictures import Table
-from glassllama.walkthrough.quantise import Kind, bits_each, eight_bits, four_bits, rounded
 from glassllama.walkthrough.step import Step, WhatIf, source
 from glassllama.walkthrough.trace import Edit, run_with_trace
 from glassllama.walkthrough.walk import Walk, shape
 
+Kind = Literal["Q8_0", "Q4_0"]
 KINDS: tuple[Kind, ...] = ("Q8_0", "Q4_0")
 
 
@@ -30,6 +34,18 @@ class Moved:
     logits: float  # the largest move of any logit after the last token
     divergence: float  # bits, of the next token's distribution (Kullback-Leibler)
     says: int
+
+
+def rounded(matrix: NDArray[np.float32], kind: Kind) -> NDArray[np.float32]:
+    """The matrix as it comes back from such a file; rows are filled up to whole blocks first."""
+    columns = matrix.shape[1]
+    filled = np.pad(matrix, ((0, 0), (0, -columns % BLOCK)))
+    return dequantise(QUANTISE[kind](filled), kind, filled.shape)[:, :columns]
+
+
+def bits_each(kind: Kind) -> float:
+    """Bits that one number takes: 8.5 and 4.5."""
+    return 8 * BLOCKS[kind].record.itemsize / BLOCK
 
 
 def relative_error(ours: Tensor, right: Tensor) -> float:
@@ -79,9 +95,9 @@ def quantisation(walk: Walk) -> Step:
         question="What do Q8_0 and Q4_0 do to the numbers?",
         shapes=f"down {shape(matrix)}, stored as {stored} → blocks of 32 → {shape(matrix)}",
         sources=(
-            source(eight_bits, "scale =", "codes ="),
+            source(pack_q8_0, "scale =", "codes ="),
             source(unpack_q8_0),
-            source(four_bits, "codes ="),
+            source(pack_q4_0, "codes ="),
             source(unpack_q4_0, "out -=", "out *="),
         ),
         text=(
