@@ -14,7 +14,7 @@ import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined, instruction_for_constants
 from glassllama.engine.intrinsics import floats, types
-from glassllama.engine.vectors import F16, F32, I16, I32, Vectors, number, vector
+from glassllama.engine.vectors import AHEAD, F16, F32, I16, I32, Vectors, number, vector
 
 FLOATS = vector(F32, 16)
 CHAINS = 4
@@ -59,6 +59,7 @@ def tile(  # type: ignore[no-untyped-def]
 
         def some(index: Any, sums: list[Any]) -> list[Any]:
             results = list(sums)
+            v.prefetch(v.at(v.step(values, index, width * ways), AHEAD), width * ways)
             for way in range(ways):
                 w = widen(v, v.at(v.step(values, index, width * ways), width * way))
                 for t, address in enumerate(inputs):

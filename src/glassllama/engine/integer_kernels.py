@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.vectors import F32, I8, I16, I32, Vectors, number, vector
+from glassllama.engine.vectors import AHEAD, F32, I8, I16, I32, Vectors, number, vector
 
 ROWS = 16
 LANES = {"vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
@@ -193,8 +193,11 @@ def block_step(
 ) -> list[Any]:
     """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
     values, scales, inputs, factors = addresses
-    value_bytes, _, _, scale = FORMATS[kind]
+    value_bytes, scale_bytes, _, scale = FORMATS[kind]
     lanes, floats = LANES[target], vector(F32, LANES[target])
+    v.prefetch(v.at(v.step(values, block, value_bytes), AHEAD), value_bytes)
+    scales_ahead = AHEAD * scale_bytes // value_bytes
+    v.prefetch(v.at(v.step(scales, block, scale_bytes), scales_ahead), scale_bytes)
     inputs = [v.step(address, block, 32) for address in inputs]
     factors = [v.step(address, block, 16) for address in factors]
     wanted = (0, 2, 3) if kind in HALVES else (0, 1)

@@ -32,7 +32,9 @@ nibble order are those of the file: packing.py only moves them.
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,10 @@ BLOCK = 32  # inputs that share a scale, in every format of the file that we kee
 QUAD = 4  # inputs per lane
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
+# Python maps shared memory where nothing is said, and that gets no huge pages.
+PRIVATE: dict[str, Any] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,10 @@ class Arena:
     """One aligned stretch of memory for all weights, in huge pages where the system has them."""
 
     def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE) + HUGE_PAGE)
+        room = max(nbytes, mmap.PAGESIZE) + HUGE_PAGE
+        # Memory that processes share, mmap's default, gets no huge pages.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        self._map = mmap.mmap(-1, room, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(self._map, np.uint8)

@@ -11,6 +11,8 @@ from glassllama.engine.intrinsics import cgutils
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+LINE = 64  # bytes of a cache line
+AHEAD = 8192  # bytes from a weight in use to one asked for: two small pages, where hardware stops
 
 
 def vector(kind: Any, lanes: int) -> Any:
@@ -38,6 +40,16 @@ class Vectors:
         loaded = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
         loaded.align = align
         return loaded
+
+    def prefetch(self, address: Any, nbytes: int) -> None:
+        """Ask for `nbytes` of memory that will be read soon, into the second-level cache."""
+        byte, b = I8.as_pointer(), self.builder
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
+        for line in range(0, nbytes, LINE):
+            place = b.inttoptr(self.at(address, line), byte)
+            b.call(function, [place, read, second_level, data])
 
     def store(self, value: Any, address: Any, align: int) -> None:
         stored = self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()))
