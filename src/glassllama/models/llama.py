@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassllama.base.config import LlamaConfig, rope_frequencies
-from glassllama.nn.attention import Attention, Step, causal_mask, same_segment
+from glassllama.nn.attention import (
+    Attention,
+    Step,
+    causal_mask,
+    positions_in_segments,
+    same_segment,
+)
 from glassllama.nn.cache import KVCache
 from glassllama.nn.feed_forward import FeedForward
+from glassllama.nn.initial import initialise
 from glassllama.nn.norm import RMSNorm
 from glassllama.nn.rope import rope_angles, rotation
 from glassllama.nn.watch import Watch
@@ -54,6 +61,10 @@ class Llama(nn.Module):
         self.last_logits = Watch()
         # No buffer: it must hold numbers even while the weights are still on the meta device.
         self.frequencies = torch.tensor(rope_frequencies(config).tolist(), device="cpu")
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Begin anew with small random weights (nn/initial.py), the same for the same generator."""
+        initialise(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache on the weights' device, in their dtype."""
@@ -92,6 +103,7 @@ class Llama(nn.Module):
         mask = causal_mask(positions, visible) if any(past) else None  # (B, 1, T, S)
         if segments is not None:
             mask = causal_mask(positions, count) & same_segment(segments)  # (B, 1, T, T)
+            positions = positions_in_segments(segments)  # (B, T)
         turn = rotation(rope_angles(positions, self.frequencies.to(ids.device)))
 
         x = self.tok_embeddings(ids)  # (B, T, C)

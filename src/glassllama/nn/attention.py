@@ -45,6 +45,14 @@ def same_segment(segments: Tensor) -> Tensor:
     return (segments[:, :, None] == segments[:, None, :]).unsqueeze(1)
 
 
+def positions_in_segments(segments: Tensor) -> Tensor:
+    """Each packed document begins at position 0: (B, T) document numbers -> (B, T) positions."""
+    where = torch.arange(segments.shape[1], device=segments.device)  # (T,)
+    begins = segments != segments.roll(1, dims=1)  # (B, T); the first column wraps around
+    begins[:, 0] = True
+    return where - (where * begins).cummax(dim=1).values  # (B, T)
+
+
 def split_heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, T, n·D) -> (B, n, T, D)
 

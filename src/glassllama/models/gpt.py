@@ -1,0 +1,225 @@
+"""GPT, whole: what a Llama was before its four changes.
+
+Source: GPT-2 (Radford et al., 2019). Beside models/llama.py: positions are learned and added to the
+embeddings, where a Llama turns queries and keys; LayerNorm, where a Llama has RMSNorm; every query
+head has its own keys and values; and one activation, where a Llama has a gate.
+
+Shapes: B batch, T new tokens, S visible tokens, C model width, H heads, D head width, F ffn width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassllama.base.errors import ConfigError, GenerationError
+from glassllama.models.sizes import require_sizes
+from glassllama.nn.attention import (
+    causal_mask,
+    fused_attention,
+    join_heads,
+    positions_in_segments,
+    same_segment,
+    split_heads,
+)
+from glassllama.nn.cache import KVCache
+from glassllama.nn.initial import initialise
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Everything that distinguishes one GPT from another; sizes in elements.
+
+    GPT-2's own activation is "gelu_tanh", an approximation of "gelu". Without `bias` neither the
+    matrices nor the norms have one.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int  # positions are learned one by one: there are no others
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-5
+    bias: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        require_sizes(
+            self, "dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "max_seq_len"
+        )  # fmt: skip
+        if self.dim % self.n_heads:
+            raise ConfigError(
+                f"dim must be a multiple of n_heads, got {self.dim} and {self.n_heads}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps must be positive and finite, got {self.norm_eps!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one forward pass."""
+
+    mask: Tensor | None  # (B or 1, 1, T, S), True where seen; None: causal from the first token on
+    cache: KVCache | None
+    new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
+
+
+class Attention(nn.Module):
+    """Project to heads, attend, project back."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_heads, self.layer = config.n_heads, layer
+        self.wq = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.wk = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.wv = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.wo = nn.Linear(config.dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q = split_heads(self.wq(x), self.n_heads)  # (B, H, T, D)
+        k = split_heads(self.wk(x), self.n_heads)  # (B, H, T, D)
+        v = split_heads(self.wv(x), self.n_heads)  # (B, H, T, D)
+        if step.cache is not None:
+            k, v = step.cache.extend(self.layer, k, v, step.new)  # (B, H, S, D)
+        heads = fused_attention(q, k, v, step.mask)  # (B, H, T, D)
+        return self.wo(join_heads(heads))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.activation(self.up(x))  # (B, T, F)
+        return self.down(features)  # (B, T, C)
+
+
+class Layer(nn.Module):
+    """Two additions to the residual stream: what was seen, and what follows from it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step)  # (B, T, C)
+        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """Ids to logits. Holds weights and nothing else: what was said before is in the cache."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.pos_embeddings = nn.Embedding(config.max_seq_len, config.dim)
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Begin anew, as GPT-2 did (nn/initial.py)."""
+        initialise(self, generator, self.config.n_layers)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache like the weights, for no more tokens than there are positions."""
+        c, weight = self.config, self.tok_embeddings.weight
+        return KVCache(
+            n_layers=c.n_layers,
+            batch=batch,
+            n_kv_heads=c.n_heads,
+            max_len=min(max_len, c.max_seq_len),
+            head_dim=c.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, C), what the layers make of them, after the last norm.
+
+        Arguments as in models/llama.py. Raises GenerationError where a row would be longer than
+        there are learned positions.
+        """
+        batch, count = ids.shape
+        new = [count] * batch if lengths is None else lengths
+        past = [0] * batch if cache is None else cache.lengths
+        visible = max(new) if cache is None else cache.reserve(new)
+        if visible > self.config.max_seq_len:
+            raise GenerationError(
+                f"{visible} tokens, but only {self.config.max_seq_len} positions were learned"
+            )
+        offsets = torch.tensor(past, device=ids.device)[:, None]  # (B, 1)
+        positions = offsets + torch.arange(count, device=ids.device)  # (B, T)
+        mask = causal_mask(positions, visible) if any(past) else None  # (B, 1, T, S)
+        if segments is not None:
+            mask = causal_mask(positions, count) & same_segment(segments)  # (B, 1, T, T)
+            positions = positions_in_segments(segments)  # (B, T)
+        # Padding may stand behind the last position; what comes of it means nothing.
+        positions = positions.clamp(max=self.config.max_seq_len - 1)
+
+        x = self.tok_embeddings(ids) + self.pos_embeddings(positions)  # (B, T, C)
+        step = Step(mask, cache, new)
+        for layer in self.layers:
+            x = layer(x, step)  # (B, T, C)
+        if cache is not None:
+            cache.advance(new)
+        return self.norm(x)  # (B, T, C)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(…, C) -> (…, V) float32: how well each token of the vocabulary would follow."""
+        if self.config.tie_embeddings:
+            return F.linear(h, self.tok_embeddings.weight).float()  # (…, V)
+        return self.output(h).float()  # (…, V)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; arguments as in `hidden`."""
+        return self.logits(self.hidden(ids, cache, lengths=lengths, segments=segments))

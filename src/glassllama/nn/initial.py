@@ -1,0 +1,31 @@
+"""What weights are before anything is learned: small random numbers, the same for the same seed.
+
+Source: GPT-2 (Radford et al., 2019), section 2.3. Matrices are normal with standard deviation 0.02;
+those that write into the residual stream, two a layer, are smaller by √(2 · layers), so that their
+sum does not grow with the depth. Norms begin as ones, biases as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+DEVIATION = 0.02
+RESIDUAL = ("wo.weight", "down.weight")  # what is added to the residual stream
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, generator: torch.Generator, n_layers: int) -> None:
+    """Fill all weights in the order of the model's parameters, drawn on the generator's device.
+
+    So a model on a GPU begins with the same numbers as on the CPU, if the generator is the CPU's.
+    """
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        deviation = DEVIATION / (math.sqrt(2 * n_layers) if name.endswith(RESIDUAL) else 1.0)
+        numbers = torch.randn(weight.shape, generator=generator, device=generator.device)
+        weight.copy_(numbers * deviation)

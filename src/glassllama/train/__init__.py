@@ -1,0 +1,1 @@
+"""Learning: corpus → tokens → batches → training steps → a folder that `load` reads."""

@@ -1,0 +1,177 @@
+"""A corpus as ids on disk: written once, piece by piece, then read through a memory map.
+
+Two files that belong together: `tokens.bin`, the ids one after another, little endian, 16 bits each
+where the vocabulary allows it and 32 where it does not; and `tokens.json`, which says what they
+are: whose ids, how many, where documents start, and the sha256 of tokens.bin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import FormatError, GlassError
+from glassllama.base.interfaces import Tokenizer
+
+FORMAT = "glassllama tokens 1"
+SMALL_VOCABULARY = 1 << 16  # up to here an id fits 16 bits
+HASH_AT_ONCE = 1 << 24  # bytes
+
+Ids = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """Whose ids these are. The hash is over every token's bytes and the control tokens."""
+
+    name: str
+    vocab_size: int
+    sha256: str
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """Equal facts mean equal vocabularies: the same id is the same text."""
+    digest = hashlib.sha256()
+    for id in range(tokenizer.vocab_size):
+        piece = tokenizer.token_bytes(id)
+        digest.update(len(piece).to_bytes(4, "little") + piece)
+    digest.update(json.dumps(dict(tokenizer.specials), sort_keys=True).encode())
+    return TokenizerFacts(
+        name=type(tokenizer).__name__, vocab_size=tokenizer.vocab_size, sha256=digest.hexdigest()
+    )
+
+
+class Piece(NamedTuple):
+    """Some ids in a row; a document may come in many pieces."""
+
+    ids: NDArray[Any]
+    begins: bool  # whether the first of them begins a document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The ids of a corpus, mapped from the file: nothing is in memory until it is looked at."""
+
+    path: Path
+    ids: Ids  # (N,)
+    starts: NDArray[np.int64]  # (documents,) where each begins; the first is 0
+    tokenizer: TokenizerFacts
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        return len(self.starts)
+
+
+def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerFacts) -> Tokens:
+    """Write `path` (….bin) and its sidecar, holding one piece at a time in memory.
+
+    Both appear at once when all is written; what was there before stays until then. Raises
+    GlassError: an id outside the vocabulary, no ids at all, or a folder that cannot be written.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= SMALL_VOCABULARY else "<u4")
+    digest, count, starts = hashlib.sha256(), 0, []
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for ids, begins in pieces:
+                require_inside(ids, tokenizer.vocab_size)
+                if begins and len(ids):
+                    starts.append(count)
+                raw = ids.astype(dtype).tobytes()
+                file.write(raw)
+                digest.update(raw)
+                count += len(ids)
+            file.flush()
+            os.fsync(file.fileno())
+        if count == 0:
+            raise GlassError(f"{path}: the corpus is empty, there are no ids to write")
+        about = {
+            "format": FORMAT,
+            "tokenizer": asdict(tokenizer),
+            "dtype": {"<u2": "uint16", "<u4": "uint32"}[dtype.str],
+            "count": count,
+            "sha256": digest.hexdigest(),
+            "starts": starts,
+        }
+        write_pair(partial, path, about)
+    except OSError as error:
+        raise GlassError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return open_tokens(path, verify=False)
+
+
+def write_pair(partial: Path, path: Path, about: dict[str, Any]) -> None:
+    """Put tokens and sidecar in place, the sidecar last: without one, tokens count as absent."""
+    sidecar = path.with_suffix(".json")
+    described = sidecar.with_name(f".{sidecar.name}.{os.getpid()}")
+    try:
+        described.write_text(json.dumps(about), encoding="utf-8")
+        sidecar.unlink(missing_ok=True)
+        os.replace(partial, path)
+        os.replace(described, sidecar)
+    finally:
+        described.unlink(missing_ok=True)
+
+
+def require_inside(ids: NDArray[Any], vocab_size: int) -> None:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        bad = next(int(id) for id in ids if not 0 <= id < vocab_size)
+        raise GlassError(f"id {bad} is outside the vocabulary of {vocab_size}")
+
+
+def open_tokens(path: Path, *, verify: bool = True) -> Tokens:
+    """Map the ids and check that both files belong together; `verify` reads them all once.
+
+    Raises FormatError: what is missing, damaged or of another kind.
+    """
+    about = read_sidecar(path)
+    dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[about["dtype"]])
+    count, size = about["count"], path.stat().st_size if path.is_file() else -1
+    if size != count * dtype.itemsize:
+        came = "is missing" if size < 0 else f"has {size} bytes"
+        raise FormatError(
+            f"{path}: {came}, its sidecar says {count} ids of {dtype.itemsize}; tokenize again"
+        )
+    if verify and (found := file_hash(path)) != about["sha256"]:
+        raise FormatError(
+            f"{path}: sha256 is {found}, its sidecar says {about['sha256']}; tokenize again"
+        )
+    return Tokens(
+        path=path,
+        ids=np.memmap(path, dtype, mode="r"),
+        starts=np.array(about["starts"], np.int64),
+        tokenizer=TokenizerFacts(**about["tokenizer"]),
+        sha256=about["sha256"],
+    )
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    sidecar = path.with_suffix(".json")
+    try:
+        about = json.loads(sidecar.read_text("utf-8"))
+    except OSError as error:
+        raise FormatError(f"{sidecar}: {error.strerror or error}; tokenize again") from None
+    except ValueError as error:
+        raise FormatError(f"{sidecar}: not valid JSON ({error}); tokenize again") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise FormatError(f"{sidecar}: expected a sidecar of format {FORMAT!r}; tokenize again")
+    return about
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
