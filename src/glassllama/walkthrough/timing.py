@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -13,7 +12,7 @@ from glassllama.base.machine import usable_cores
 from glassllama.models.llama import Llama
 from glassllama.walkthrough.pictures import Bars
 from glassllama.walkthrough.step import Step, WhatIf, source
-from glassllama.walkthrough.trace import hook_places
+from glassllama.walkthrough.trace import looking
 from glassllama.walkthrough.walk import Walk, shape
 
 MATRICES, SMALL = "gate up down", "SwiGLU, additions"
@@ -47,9 +46,7 @@ def seconds_by_part(model: Llama, ids: Tensor) -> tuple[Tensor, dict[str, float]
         spent[part] += now - last
         last = now
 
-    with ExitStack() as hooks:
-        for pattern, part in PARTS.items():
-            hook_places(model, pattern, partial(end, part), hooks)
+    with looking(model, [(pattern, partial(end, part)) for pattern, part in PARTS.items()]):
         last = time.perf_counter()
         logits: Tensor = model(ids)
     return logits, spent

@@ -13,7 +13,7 @@ vocabulary. Every place has the tokens on its last axis but one: (B, T, C), (B, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
-from glassllama.nn.watch import places
 
 TOKEN_AXIS = -2
+See = Callable[[str, Tensor], Tensor | None]  # a place, and what came out of it
 
 
 class NotWatchedError(GlassError, KeyError):
@@ -99,33 +100,48 @@ def run_with_trace(
     def keep(place: str, out: Tensor) -> None:
         # An index copies, so that the unwanted rest is not held by a view.
         wanted = out if chosen is None else out.index_select(TOKEN_AXIS, chosen)
-        kept[place] = wanted.detach().cpu()
+        kept[place] = wanted.detach() if wanted.device.type == "cpu" else wanted.detach().cpu()
 
-    with ExitStack() as hooks:
-        for edit in edits:
-            hook_places(model, edit.place, partial(edited, edit), hooks)
-        for pattern in watch:
-            hook_places(model, pattern, keep, hooks)
+    sights: list[tuple[str, See]] = [(edit.place, partial(edited, edit)) for edit in edits]
+    with looking(model, [*sights, *((pattern, keep) for pattern in watch)]):
         logits: Tensor = model(rows, cache)
     return logits, Trace(kept)
 
 
-def hook_places(
-    model: nn.Module,
-    pattern: str,
-    see: Callable[[str, Tensor], Tensor | None],
-    hooks: ExitStack,
-) -> None:
-    """Call `see(place, out)` for every place that matches; what it returns replaces `out`."""
-    matches = [place for place in places(model) if fnmatchcase(place, pattern)]
-    if not matches:
+@contextmanager
+def looking(model: nn.Module, sights: Sequence[tuple[str, See]]) -> Iterator[None]:
+    """While inside, `see(place, out)` is called for all places that match the pattern beside it.
+
+    What it returns, if anything, replaces `out`. Earlier sights come first.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    handles: list[RemovableHandle] = []
+    try:
+        for pattern, see in sights:
+            for place in matching(modules, pattern):
+                handles.append(modules[place].register_forward_hook(hook(place, see)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def matching(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    if pattern in modules:
+        return [pattern]
+    found = [place for place in modules if fnmatchcase(place, pattern)]
+    if not found:
         raise GlassError(f"nothing to watch is called {pattern!r} (see nn.watch.places)")
-    for place in matches:
+    return found
 
-        def hook(_module: nn.Module, _in: Any, out: Any, place: str = place) -> Tensor | None:
-            return see(place, out) if isinstance(out, Tensor) else None
 
-        hooks.callback(model.get_submodule(place).register_forward_hook(hook).remove)
+def hook(place: str, see: See) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+    """As PyTorch calls it, with the module and what went in; caches come out of some, too."""
+
+    def seen(_module: nn.Module, _in: Any, out: Any) -> Tensor | None:
+        return see(place, out) if isinstance(out, Tensor) else None
+
+    return seen
 
 
 def edited(edit: Edit, place: str, out: Tensor) -> Tensor:
