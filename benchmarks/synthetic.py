@@ -17,6 +17,7 @@ is cut from one such stretch at a place of its own and its scales are multiplied
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def merges_of(tokens: list[bytes]) -> Iterator[str]:
     for rank, token in enumerate(tokens):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 1:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
             best = min(pairs)
             if best >= rank:
                 break

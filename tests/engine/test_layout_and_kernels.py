@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.packing import FLOAT_TYPES, fill, read_rows, to_q8_0
+from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded, read_rows
 from glassllama.engine.rows import encode as encode_native
 from glassllama.engine.rows import exponential
 from glassllama.engine.tiers import TIERS, features, kernel_address
+from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
 
 RUNNABLE = [
     pytest.param(
@@ -55,9 +56,13 @@ def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.floa
     return raw, gguf.quants.dequantize(raw, theirs)
 
 
-def packed(kind: str, raw: NDArray, columns: int) -> Matrix:
-    arena = Arena(packed_bytes(KINDS[kind], len(raw), columns))
-    matrix = empty_matrix(arena, KINDS[kind], len(raw), columns)
+def packed(kind: str, raw: NDArray, columns: int, rows: int | None = None) -> Matrix:
+    """Packed rows; or none, but room for `rows`."""
+    count = len(raw) if rows is None else rows
+    arena = Arena(packed_bytes(KINDS[kind], count, columns))
+    matrix = empty_matrix(arena, KINDS[kind], count, columns)
+    if len(raw) == 0:
+        return matrix
     fill(matrix, 0, raw[:16])  # in two pieces, as slices of a large tensor come
     if len(raw) > 16:
         fill(matrix, 16, raw[16:])
@@ -163,13 +168,63 @@ def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
     assert not np.isfinite(factors[1, 0])
 
 
-def test_to_q8_0_is_as_good_as_the_gguf_package() -> None:
-    numbers = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
-    numbers[1, :32] = 0
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    ours = gguf.quants.dequantize(to_q8_0(numbers), q8)
-    theirs = gguf.quants.dequantize(gguf.quants.quantize(numbers, q8), q8)
-    assert np.abs(ours - numbers).max() <= np.abs(theirs - numbers).max() * 1.05
+@pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
+def test_packing_as_compiled_and_as_it_is_said_plainly(kind: str, rows: int, columns: int) -> None:
+    raw, _ = stored(kind, rows, columns)
+    compiled, plain = packed(kind, raw, columns), packed(kind, raw[:0], columns, rows)
+    fill_plainly(plain, 0, raw)
+    assert (compiled.values == plain.values).all()
+    assert (compiled.scales == plain.scales).all()
+
+
+def codes_of(matrix: Matrix) -> NDArray[np.uint8]:
+    """(rows, bytes of a row's codes)."""
+    lanes = matrix.values.reshape(matrix.groups, -1, 16, 4).swapaxes(1, 2)  # (G, 16, words, 4)
+    return lanes.reshape(matrix.padded_rows, -1)[: matrix.rows]
+
+
+def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
+    """Normal ones, zeros, equal magnitudes, steps that end in a half, and very small and large."""
+    chance = np.random.default_rng(rows)
+    numbers = chance.standard_normal((rows, columns)).astype(np.float32)
+    numbers[0, :32] = 0
+    numbers[1, :32] = np.tile([2.0, -2.0], 16)
+    numbers[2, :32] = -numbers[1, :32]
+    numbers[3, :32] = np.arange(32) / 2
+    numbers[3, 31] = 127
+    numbers[4, :32] *= np.float32(1e-34)
+    numbers[5, :32] *= np.float32(1e5)
+    numbers[6:] *= chance.lognormal(0, 4, (rows - 6, 1)).astype(np.float32)
+    return numbers
+
+
+@pytest.mark.parametrize("rows", [7, 16, 50])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rounding_at_load_equals_the_gguf_package_and_the_plain_one(kind: str, rows: int) -> None:
+    numbers = awkward_numbers(rows, 96)
+    theirs = gguf.quants.quantize(numbers, getattr(gguf.GGMLQuantizationType, kind))
+    assert (theirs == {"Q8_0": quantise_q8_0, "Q4_0": quantise_q4_0}[kind](numbers)).all()
+    wanted, ours = packed(kind, theirs, 96), packed(kind, theirs[:0], 96, rows)
+    fill_rounded(ours, 0, numbers[:16])
+    if rows > 16:
+        fill_rounded(ours, 16, numbers[16:])
+    scales = [matrix.scales.view(np.float16).astype(np.float32) for matrix in (ours, wanted)]
+    assert (scales[0] == scales[1]).all()
+    assert (codes_of(ours) == codes_of(wanted)).all()  # but for the padding, whose scales are zero
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rounding_at_load_loses_no_bad_number(kind: str, bad: float) -> None:
+    numbers = np.ones((16, 64), np.float32)
+    numbers[3, 40] = bad
+    matrix = packed(kind, np.zeros((0, 0), np.uint8), 64, 16)
+    fill_rounded(matrix, 0, numbers)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(read_rows(matrix, np.arange(16)))
+    assert not finite[3, 32:].all()
+    assert finite[3, :32].all()
+    assert finite[:3].all()
 
 
 @njit

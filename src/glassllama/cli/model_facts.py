@@ -97,7 +97,7 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
 def packed_weights(checkpoint: Checkpoint, *, exact: bool = False) -> dict[str, int]:
     """Bytes of each matrix as the engine keeps it, by our names."""
     from glassllama.engine.layout import packed_bytes
-    from glassllama.weights.pack import matrix_names, packed_kind
+    from glassllama.weights.kinds import matrix_names, packed_kind
 
     return {
         name: packed_bytes(packed_kind(checkpoint, name, exact), *checkpoint.info(name).shape)

@@ -32,7 +32,6 @@ nibble order are those of the file: packing.py only moves them.
 from __future__ import annotations
 
 import mmap
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,22 +101,25 @@ class Matrix:
         return self.values.nbytes + self.scales.nbytes
 
 
-class Arena:
-    """One aligned stretch of memory for all weights, in huge pages where the system has them."""
+def own_memory(nbytes: int) -> NDArray[np.uint8]:
+    """Zeros of this process alone, aligned, in huge pages where the system has them."""
+    room = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE) + HUGE_PAGE, **PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(room, np.uint8)
+    start = -memory.ctypes.data % HUGE_PAGE
+    return memory[start : start + nbytes]
 
-    def __init__(self, nbytes: int) -> None:
-        room = max(nbytes, mmap.PAGESIZE) + HUGE_PAGE
-        # Memory that processes share, mmap's default, gets no huge pages.
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-        self._map = mmap.mmap(-1, room, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        memory = np.frombuffer(self._map, np.uint8)
-        start = -memory.ctypes.data % HUGE_PAGE
-        self._free = memory[start : start + nbytes]
+
+class Arena:
+    """One aligned stretch of memory for all weights, handed out from front to back."""
+
+    def __init__(self, nbytes: int, memory: NDArray[np.uint8] | None = None) -> None:
+        """`memory` begins at a multiple of ALIGNMENT; zeros, or what was packed there before."""
+        self._free = own_memory(nbytes) if memory is None else memory
 
     def take(self, *shape: int) -> NDArray[np.uint8]:
-        """The next free bytes, aligned, all zero."""
+        """The next bytes, aligned."""
         size = int(np.prod(shape, dtype=np.int64))
         taken = self._free[:size].reshape(shape)
         self._free = self._free[aligned(size) :]
@@ -135,6 +137,7 @@ def packed_bytes(kind: Kind, rows: int, columns: int) -> int:
 
 
 def empty_matrix(arena: Arena, kind: Kind, rows: int, columns: int) -> Matrix:
+    """A matrix in the arena's next bytes: empty, or as it was packed there."""
     groups, blocks = -(-rows // GROUP), kind.blocks(columns)
     values = arena.take(groups, blocks, kind.value_bytes)
     return Matrix(kind, rows, columns, values, arena.take(groups, blocks, kind.scale_bytes))

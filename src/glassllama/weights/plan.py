@@ -128,13 +128,13 @@ def plan(checkpoint: Checkpoint, *, tokens: int, memory: int | None = None) -> P
 def engine_way(checkpoint: Checkpoint, tokens: int) -> Way:
     """Packed weights (weights/pack.py), bfloat16 cache."""
     from glassllama.engine.layout import packed_bytes
-    from glassllama.weights import pack
+    from glassllama.weights import kinds
 
     packed = 0
-    for name in pack.matrix_names(checkpoint.config):
+    for name in kinds.matrix_names(checkpoint.config):
         rows, columns = checkpoint.info(name).shape
-        packed += packed_bytes(pack.packed_kind(checkpoint, name, False), rows, columns)
-    memory = packed + pack.WORKING_MEMORY + ENGINE_ITSELF + cache_bytes(checkpoint.config, tokens)
+        packed += packed_bytes(kinds.packed_kind(checkpoint, name, False), rows, columns)
+    memory = packed + kinds.WORKING_MEMORY + ENGINE_ITSELF + cache_bytes(checkpoint.config, tokens)
     return Way(name="engine", memory=memory, reads_once=stored_bytes(checkpoint), reads_per_pass=0)
 
 
