@@ -270,10 +270,10 @@ def load(
 ) -> LLM:
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
-    "auto" is the engine on a CPU and PyTorch elsewhere, or where a `dtype` is asked for. `exact` is
-    float32 arithmetic on dequantised weights. `stream_layers` reads the weights anew for every
-    step, one layer at a time: slow, but any model in little memory (PyTorch). Raises GlassError:
-    what is wrong, in one line.
+    "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
+    `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `stream_layers`
+    reads the weights anew for every step, one layer at a time: slow, but any model in little
+    memory (PyTorch). Raises GlassError: what is wrong, in one line.
     """
     path = hub.resolve(
         str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
@@ -283,6 +283,8 @@ def load(
         raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
     started = time.perf_counter()
     checkpoint = open_weights(path)
+    if backend == "auto" and checkpoint.torch_only:
+        chosen = "torch"  # and the checkpoint's notes say why
     if chosen == "engine":
         from glassllama.weights.pack import pack
 
@@ -327,7 +329,7 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import TorchExecutor, load_llama
+    from glassllama.weights.load import TorchExecutor, load_model
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -342,4 +344,4 @@ def torch_executor(
         from glassllama.weights.stream import StreamExecutor
 
         return StreamExecutor(checkpoint, device=place, dtype=kept)
-    return TorchExecutor(load_llama(checkpoint, device=place, dtype=kept, progress=progress))
+    return TorchExecutor(load_model(checkpoint, device=place, dtype=kept, progress=progress))

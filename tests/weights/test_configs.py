@@ -62,7 +62,7 @@ def test_keys_without_effect_are_named() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM.*LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"sliding_window": 4096}, "sliding_window"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glassllama.nn.cache import KVCache
 
@@ -16,6 +16,8 @@ class LanguageModel(Protocol):
 
     `config` is the frozen dataclass it was made from, with `vocab_size` and `max_seq_len` at least.
     """
+
+    tok_embeddings: nn.Embedding
 
     @property
     def config(self) -> Any: ...

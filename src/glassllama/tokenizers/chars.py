@@ -39,7 +39,8 @@ class CharTokenizer:
         self.specials: Mapping[str, int] = MappingProxyType(
             {text: n + at for at, text in enumerate(CONTROLS)}
         )
-        self.bos, self.end, self.pad, self.unknown = self.specials.values()
+        begin, self.end, self.pad, self.unknown = self.specials.values()
+        self.bos: int | None = begin  # None where the model has seen no beginnings
         self.stop_ids = frozenset({self.end})
         self._texts = (*self.characters, *CONTROLS[:-1], REPLACEMENT)
         self._ids = {char: id for id, char in enumerate(self.characters)}
@@ -51,7 +52,7 @@ class CharTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         """The ids of a text; with `specials`, control tokens written in it become their ids."""
-        ids = [self.bos] if bos else []
+        ids = [self.bos] if bos and self.bos is not None else []
         if not specials or self._pattern is None:
             return ids + [self._ids.get(char, self.unknown) for char in text]
         for at, piece in enumerate(self._pattern.split(text)):

@@ -6,8 +6,8 @@ the arithmetic and is not supported is an error; a key without effect here is na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,24 @@ from glassllama.base.config import (
 from glassllama.base.errors import ConfigError
 from glassllama.base.interfaces import TensorFile
 
+if TYPE_CHECKING:
+    from glassllama.models.bigram import BigramConfig
+    from glassllama.models.gpt import GPTConfig
+
+    ModelConfig = LlamaConfig | GPTConfig | BigramConfig
+
 OLD_THETA = 10_000.0  # what RoPE was born with; files before Llama 3 leave it out
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GlassLlamaForCausalLM")
+# transformers knows no Llama with `qk_norm`: under our own name it refuses, and computes nothing
+# else instead.
+WITH_QK_NORM = "GlassLlamaForCausalLM"
+LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", WITH_QK_NORM)
+GPT2, BIGRAM = "GPT2LMHeadModel", "GlassBigramForCausalLM"  # weights/gpt2.py, weights/bigram.py
 
 
 class Resolved(NamedTuple):
     """A configuration, and in words what the file did not say or we do not use."""
 
-    config: LlamaConfig
+    config: ModelConfig
     notes: list[str]
 
 
@@ -58,22 +68,23 @@ HF_MUST_BE = {
 }
 
 
+def architecture(values: Mapping[str, Any]) -> str:
+    """The name of the model in a config.json; a Llama's where it says none. Raises ConfigError."""
+    supported = (*LLAMA_ARCHITECTURES, GPT2, BIGRAM)
+    named = values.get("architectures") or supported
+    if not isinstance(named, list | tuple) or named[0] not in supported:
+        raise ConfigError(
+            f"config.json: architectures is {short(named)}, supported are {', '.join(supported)}"
+        )
+    return str(named[0])
+
+
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a Llama-architecture model. Raises ConfigError naming the field."""
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    if architectures[0] not in SUPPORTED_ARCHITECTURES:
-        raise ConfigError(
-            f"config.json: architectures is {architectures[0]}, supported are "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    for key, neutral in HF_MUST_BE.items():
-        if key in values and values[key] != neutral:
-            raise ConfigError(
-                f"config.json: {key} is {_short(values[key])}, only {neutral!r} is supported"
-            )
-    unused = sorted(set(values) - HF_WITHOUT_EFFECT - HF_USED - set(HF_MUST_BE))
-    notes = [f"config.json: no effect here: {', '.join(unused)}"] if unused else []
-    get = _Fields("config.json", values)
+    architecture(values)
+    require_neutral(values, HF_MUST_BE)
+    notes = unused_keys(values, HF_USED | set(HF_MUST_BE))
+    get = Fields("config.json", values)
     n_heads, dim = get.whole("num_attention_heads"), get.whole("hidden_size")
     theta, scaling = _hf_rope(values)
     config = LlamaConfig(
@@ -95,11 +106,70 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     return Resolved(config, notes)
 
 
+def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """What `config_from_hf` reads, and transformers. Raises ConfigError: no words for it."""
+    if config.rope_layout != "halves":
+        raise ConfigError(
+            "config.json: Hugging Face's Llamas rotate halves, this one rotates pairs"
+        )
+    name = WITH_QK_NORM if config.qk_norm else LLAMA_ARCHITECTURES[0]
+    ours = {"qk_norm": True} if config.qk_norm else {}
+    return {
+        "architectures": [name],
+        "model_type": "glass_llama" if config.qk_norm else "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_to_hf(config.rope_scaling),
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        **ours,
+    }
+
+
+def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if isinstance(scaling, Llama3Scaling):
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if scaling is not None:
+        raise ConfigError("config.json has no place for RoPE divisors given one by one (GGUF's)")
+    return None
+
+
+def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a key that changes the arithmetic has another value than this."""
+    for key, neutral in must_be.items():
+        if key in values and values[key] != neutral:
+            raise ConfigError(
+                f"config.json: {key} is {short(values[key])}, only {neutral!r} is supported"
+            )
+
+
+def unused_keys(values: Mapping[str, Any], used: Collection[str]) -> list[str]:
+    """A note that names the keys that nobody here looks at, if there are any."""
+    unused = sorted(set(values) - HF_WITHOUT_EFFECT - set(used))
+    return [f"config.json: no effect here: {', '.join(unused)}"] if unused else []
+
+
 def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", values.get("rope_theta"))
-    get = _Fields("config.json: rope_parameters", rope)
+    get = Fields("config.json: rope_parameters", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling: RopeScaling | None = None
     if kind == "llama3":
@@ -131,7 +201,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         raise ConfigError(
             f"GGUF: general.architecture is {architecture!r}, only 'llama' is supported"
         )
-    get = _Fields("GGUF", values)
+    get = Fields("GGUF", values)
     if values.get("llama.expert_count"):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
     dim, n_heads = get.whole("llama.embedding_length"), get.whole("llama.attention.head_count")
@@ -168,7 +238,7 @@ def _gguf_scaling(file: TensorFile, names: set[str]) -> RopeScaling | None:
     kind = values.get("llama.rope.scaling.type", "none")
     factor = values.get("llama.rope.scaling.factor", values.get("llama.rope.scale_linear"))
     if kind == "linear" or (kind == "none" and factor not in (None, 0.0, 1.0)):
-        get = _Fields("GGUF", {"llama.rope.scaling.factor": factor})
+        get = Fields("GGUF", {"llama.rope.scaling.factor": factor})
         return LinearScaling(factor=get.number("llama.rope.scaling.factor"))
     if kind != "none":
         raise ConfigError(f"GGUF: llama.rope.scaling.type {kind!r} is not supported")
@@ -197,7 +267,7 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
             f"params.json: {', '.join(unknown)}: not a plain Llama (quantised, adapted or "
             "multimodal checkpoints are not supported)"
         )
-    get = _Fields("params.json", values)
+    get = Fields("params.json", values)
     dim, n_heads = get.whole("dim"), get.whole("n_heads")
     n_layers, head_dim = get.whole("n_layers"), _divided(dim, n_heads)
     if head_dim is None:
@@ -240,7 +310,7 @@ def meta_ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 # --- fields ---------------------------------------------------------------------------------
 
 
-class _Fields:
+class Fields:
     """Typed access to foreign keys: an error names the place, the key and what came."""
 
     def __init__(self, place: str, values: Mapping[str, Any]) -> None:
@@ -271,6 +341,6 @@ def _divided(dim: int, n_heads: int) -> int | None:
     return dim // n_heads if dim % n_heads == 0 else None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

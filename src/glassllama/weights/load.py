@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,21 @@ from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import Cache, Progress
 from glassllama.base.machine import require_memory
+from glassllama.models.bigram import Bigram, BigramConfig
+from glassllama.models.gpt import GPT, GPTConfig
+from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
-from glassllama.weights.names import expected_shapes
 from glassllama.weights.open import Checkpoint
 
 WORKING_MEMORY = 100_000_000  # activations and PyTorch's own needs beside weights and cache
+
+Model = Llama | GPT | Bigram
+MODELS: dict[type, Callable[[Any], Model]] = {
+    LlamaConfig: Llama,
+    GPTConfig: GPT,
+    BigramConfig: Bigram,
+}
 
 
 def load_llama(
@@ -28,27 +38,40 @@ def load_llama(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Llama:
+    """`load_model` of a Llama. Raises ConfigError where it is another model."""
+    assert isinstance(checkpoint.config, LlamaConfig)
+    model = load_model(checkpoint, device=device, dtype=dtype, progress=progress)
+    assert isinstance(model, Llama)
+    return model
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Model:
     """The reference model with this checkpoint's weights, on `device`, in evaluation mode.
 
     `dtype` None keeps bfloat16 files as they are and makes everything else float32. Peak memory is
     the model as kept plus its largest tensor. Raises MemoryShortError before it allocates.
     """
     kept = kept_dtype(checkpoint) if dtype is None else dtype
-    shapes = expected_shapes(checkpoint.config)
     if torch.device(device).type == "cpu":
-        elements = sum(int(np.prod(shape)) for shape in shapes.values())
+        elements = sum(int(np.prod(checkpoint.info(ours).shape)) for ours in checkpoint.names)
         require_memory(
             elements * kept.itemsize + WORKING_MEMORY,
             what=f"{checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
             instead="use the engine, which keeps quantised weights packed, or stream the layers",
         )
     with torch.device("meta"):
-        model = Llama(checkpoint.config).to(kept)  # shapes only
-    for done, ours in enumerate(shapes, start=1):
+        model = MODELS[type(checkpoint.model_config)](checkpoint.model_config).to(kept)  # shapes
+    for done, ours in enumerate(checkpoint.names, start=1):
         place(model, ours, as_tensor(checkpoint, ours, kept, torch.device(device)))
         checkpoint.drop(ours)
         if progress is not None:
-            progress(done, len(shapes))
+            progress(done, len(checkpoint.names))
     return model.requires_grad_(False).eval()
 
 
@@ -75,14 +98,18 @@ def place(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class TorchExecutor:
-    """The reference model behind the Executor interface of base/interfaces.py."""
+    """A reference model behind the Executor interface of base/interfaces.py.
 
-    def __init__(self, model: Llama) -> None:
+    A GPT or a bigram, too: of the configuration, generation needs what all of them have.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
     @property
     def config(self) -> LlamaConfig:
-        return self.model.config
+        config: LlamaConfig = self.model.config
+        return config
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ transposes anything: all families store (out, in) matrices, and the RoPE layout 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from glassllama.base.config import LlamaConfig
@@ -80,38 +81,58 @@ def foreign_names(family: Family, n_layers: int) -> dict[str, str]:
 def fit(
     file: TensorFile, config: LlamaConfig, family: Family, quantised: frozenset[str]
 ) -> dict[str, str]:
-    """Our name -> the file's name for every parameter, if file and model agree exactly.
+    """Our name -> the file's name for every parameter of a Llama, if both agree exactly.
 
-    `quantised` are the block types that count as weights too. Raises WeightsError that lists every
-    missing, unexpected, mis-shaped or wrongly typed tensor; nothing is read before that.
+    `quantised` are the block types that count as weights too. Raises WeightsError (`require_fit`).
     """
     table = foreign_names(family, config.n_layers)
     shapes = expected_shapes(config)
     wanted = {ours: table[ours] for ours in shapes}
-    present = set(file.names())
-    known = set(wanted.values()) | {table["output.weight"]}  # a tied output may be stored again
-    problems = [f"missing {name}" for name in wanted.values() if name not in present]
-    problems += [
-        f"unexpected {name}"
-        for name in sorted(present - known)
-        if not IGNORED[family].fullmatch(name)
-    ]
-    for ours, theirs in wanted.items():
-        if theirs in present:
-            problems += _wrong(file, theirs, shapes[ours], quantised)
-    if problems:
-        raise WeightsError(_listing(problems))
+    require_fit(
+        file,
+        {theirs: shapes[ours] for ours, theirs in wanted.items()},
+        known={table["output.weight"]},  # a tied output may be stored again
+        ignored=IGNORED[family],
+        types=FLOATS | quantised,
+    )
     return wanted
 
 
+def require_fit(
+    file: TensorFile,
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    known: Collection[str],
+    ignored: re.Pattern[str],
+    types: Collection[str] = FLOATS,
+) -> None:
+    """Raise WeightsError unless the file holds exactly these names with these shapes.
+
+    Lists every missing, unexpected, mis-shaped or wrongly typed tensor; nothing is read before
+    that. Beside the wanted ones `known` names and those that match `ignored` may be there.
+    """
+    present = set(file.names())
+    problems = [f"missing {name}" for name in wanted if name not in present]
+    problems += [
+        f"unexpected {name}"
+        for name in sorted(present - set(wanted) - set(known))
+        if not ignored.fullmatch(name)
+    ]
+    for name, shape in wanted.items():
+        if name in present:
+            problems += _wrong(file, name, shape, types)
+    if problems:
+        raise WeightsError(_listing(problems))
+
+
 def _wrong(
-    file: TensorFile, name: str, shape: tuple[int, ...], quantised: frozenset[str]
+    file: TensorFile, name: str, shape: tuple[int, ...], types: Collection[str]
 ) -> list[str]:
     info = file.info(name)
     problems = []
     if info.shape != shape:
         problems.append(f"{name} is {_by(info.shape)}, the configuration says {_by(shape)}")
-    if info.dtype not in FLOATS | quantised:
+    if info.dtype not in types:
         problems.append(f"{name} is of type {info.dtype}, which no weight is")
     return problems
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +23,19 @@ from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
 from glassllama.formats.blocks import SUPPORTED, dequantise
 from glassllama.formats.gguf import open_gguf
 from glassllama.formats.safetensors import open_safetensors
+from glassllama.weights.architectures import TORCH_ONLY, architecture_of, resolve_torch_only
 from glassllama.weights.configs import (
     Resolved,
+    architecture,
     config_from_gguf,
     config_from_hf,
     config_from_meta,
 )
 from glassllama.weights.names import Family, fit
 from glassllama.weights.shards import open_meta
+
+if TYPE_CHECKING:
+    from glassllama.weights.configs import ModelConfig
 
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 LARGEST_JSON = 1 << 24  # a configuration of more than 16 MiB is none
@@ -42,10 +47,24 @@ class Checkpoint:
 
     path: Path  # the file or folder that was asked for
     family: Family
-    config: LlamaConfig
+    model_config: ModelConfig  # a Llama's, GPT's or bigram's
     file: TensorFile
     names: Mapping[str, str]  # our parameter name -> the file's, in the order of a forward pass
     notes: list[str] = field(default_factory=list)  # what was inferred, what has no effect
+
+    @property
+    def config(self) -> LlamaConfig:
+        """A Llama's configuration. Raises ConfigError for a model that is none."""
+        if not isinstance(self.model_config, LlamaConfig):
+            raise ConfigError(f"{self.path}: {self.torch_only}, whole in memory")
+        return self.model_config
+
+    @property
+    def torch_only(self) -> str | None:
+        """Why neither the engine nor anything else made for Llamas can run this; None: it can."""
+        if isinstance(self.model_config, LlamaConfig):
+            return None
+        return f"a {architecture_of(self.model_config).title} runs on the torch backend only"
 
     def info(self, ours: str) -> TensorInfo:
         return self.file.info(self.names[ours])
@@ -104,7 +123,7 @@ def open_weights(path: Path | str) -> Checkpoint:
     """Open a GGUF file, a Hugging Face folder or a Meta folder (or a file in one).
 
     Raises GlassError: nothing there, nothing known there, FormatError (damaged), ConfigError
-    (not a Llama we support), WeightsError (tensors do not fit the configuration).
+    (no model we support), WeightsError (tensors do not fit the configuration).
     """
     path = Path(path)
     if not path.exists():
@@ -112,12 +131,17 @@ def open_weights(path: Path | str) -> Checkpoint:
     family, source = _recognise(path)
     file, (config, notes) = OPEN[family](source)
     try:
-        names = fit(file, config, family, frozenset(SUPPORTED))
+        if isinstance(config, LlamaConfig):
+            names = fit(file, config, family, frozenset(SUPPORTED))
+        else:
+            file = architecture_of(config).open(file, config)
+            names = {name: name for name in file.names()}
+            notes = [*notes, f"a {architecture_of(config).title} runs on the torch backend only"]
     except GlassError as error:
         file.close()
         raise type(error)(f"{path}: {error}") from None
     return Checkpoint(
-        path=source, family=family, config=config, file=file, names=names, notes=notes
+        path=source, family=family, model_config=config, file=file, names=names, notes=notes
     )
 
 
@@ -156,7 +180,9 @@ def _open_gguf(path: Path) -> tuple[TensorFile, Resolved]:
 
 
 def _open_hf(folder: Path) -> tuple[TensorFile, Resolved]:
-    resolved = config_from_hf(read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    name = architecture(values)
+    resolved = resolve_torch_only(name, values) if name in TORCH_ONLY else config_from_hf(values)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         return open_safetensors(index), resolved

@@ -12,6 +12,8 @@ from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
 from glassllama.tokenizers.byte_level import byte_level_vocabulary
+from glassllama.tokenizers.char_json import chars_from_document, is_char_document
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
 from glassllama.tokenizers.sentencepiece import (
@@ -22,7 +24,7 @@ from glassllama.tokenizers.sentencepiece import (
 )
 from glassllama.tokenizers.split import SPLITS
 
-Found = BytePairTokenizer | SentencePieceTokenizer
+Found = BytePairTokenizer | SentencePieceTokenizer | CharTokenizer
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
 PRE_TOKENIZERS = {
@@ -34,6 +36,13 @@ PRE_TOKENIZERS = {
 # Control tokens that end an answer in the Llama family, besides those a file names by number.
 END_OF_ANSWER = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+# A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    "chat_template.jinja",
+)
 
 # `tokenizer.ggml.token_type` (GGUF specification, "tokenizer").
 KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -157,6 +166,8 @@ def read_tokenizer(path: Path) -> Found:
     try:
         if isinstance(model, dict) and model.get("byte_fallback"):
             return sentencepiece_from_hf_json(document)
+        if is_char_document(document):
+            return chars_from_document(document)
         vocabulary = vocabulary_from_json(document)
         stop_ids = end_ids(vocabulary.controls)
         return BytePairTokenizer(vocabulary, bos=first_token(document), stop_ids=stop_ids)

@@ -1,0 +1,146 @@
+"""GPT-2 in Hugging Face's form: its names, its configuration, and how its matrices lie.
+
+Two habits of that family are columns of the table: a matrix is stored as (in, out), and queries,
+keys and values share one. Source: the published GPT-2 checkpoints; transformers' `GPT2Config` for
+the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from glassllama.base.errors import ConfigError
+from glassllama.weights.configs import GPT2, Fields, Resolved, require_neutral, unused_keys
+from glassllama.weights.rows import Rearranged, Row
+
+if TYPE_CHECKING:
+    from glassllama.base.interfaces import TensorFile
+    from glassllama.models.gpt import GPTConfig
+
+PREFIX = "transformer."  # the oldest files, OpenAI's own, do without
+OUTPUT = "lm_head.weight"
+# Masks that old writers stored beside the weights: tables of zeros and ones.
+IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+QKV = ("wq", "wk", "wv")  # in this order in one matrix
+
+
+def open_gpt2(file: TensorFile, config: GPTConfig) -> Rearranged:
+    prefix = "" if "wte.weight" in file.names() else PREFIX
+    # A tied output may be stored again.
+    return Rearranged(file, gpt2_rows(config, prefix), known={OUTPUT}, ignored=IGNORED)
+
+
+def gpt2_rows(config: GPTConfig, prefix: str = PREFIX) -> list[Row]:
+    """Every parameter in the order of a forward pass."""
+    c = config
+    rows = [
+        Row("tok_embeddings.weight", f"{prefix}wte.weight", (c.vocab_size, c.dim)),
+        Row("pos_embeddings.weight", f"{prefix}wpe.weight", (c.max_seq_len, c.dim)),
+    ]
+    for n in range(c.n_layers):
+        for row in layer_rows(c):
+            ours, theirs = f"layers.{n}.{row.ours}", f"{prefix}h.{n}.{row.theirs}"
+            rows += with_bias(row._replace(ours=ours, theirs=theirs), c.bias)
+    rows += with_bias(Row("norm", f"{prefix}ln_f", (c.dim,)), c.bias)
+    if not c.tie_embeddings:
+        rows.append(Row("output.weight", OUTPUT, (c.vocab_size, c.dim)))
+    return rows
+
+
+def layer_rows(config: GPTConfig) -> list[Row]:
+    """What a layer holds, each with a weight and a bias."""
+    c, square = config, (config.dim, config.dim)
+    return [
+        Row("attention_norm", "ln_1", (c.dim,)),
+        *(
+            Row(f"attention.{name}", "attn.c_attn", square, True, part, len(QKV))
+            for part, name in enumerate(QKV)
+        ),
+        Row("attention.wo", "attn.c_proj", square, True),
+        Row("ffn_norm", "ln_2", (c.dim,)),
+        Row("feed_forward.up", "mlp.c_fc", (c.ffn_dim, c.dim), True),
+        Row("feed_forward.down", "mlp.c_proj", (c.dim, c.ffn_dim), True),
+    ]
+
+
+def with_bias(row: Row, bias: bool) -> Iterator[Row]:
+    """The weight that a row names, and its bias: in their form there always is one."""
+    for name, zero in (("weight", False), ("bias", not bias)):
+        ours, theirs = f"{row.ours}.{name}", f"{row.theirs}.{name}"
+        named = row._replace(ours=ours, theirs=theirs, zero=zero)
+        yield named if name == "weight" else named._replace(shape=row.shape[:1], transposed=False)
+
+
+# Theirs -> ours; the first of several is written.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+USED = frozenset(
+    "n_embd n_layer n_head n_inner n_positions vocab_size layer_norm_epsilon activation_function "
+    "tie_word_embeddings bias".split()
+)
+WITHOUT_EFFECT = frozenset(
+    "n_ctx attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj "
+    "task_specific_params".split()
+)
+MUST_BE = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+
+
+def config_from_gpt2(values: Mapping[str, Any]) -> Resolved:
+    """config.json of a GPT-2. Raises ConfigError naming the field; needs PyTorch."""
+    from glassllama.models.gpt import GPTConfig
+
+    require_neutral(values, MUST_BE)
+    get = Fields("config.json", values)
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"config.json: activation_function is {activation!r}, supported are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    dim = get.whole("n_embd")
+    config = GPTConfig(
+        dim=dim,
+        n_layers=get.whole("n_layer"),
+        n_heads=get.whole("n_head"),
+        ffn_dim=get.whole("n_inner", 4 * dim),
+        vocab_size=get.whole("vocab_size"),
+        max_seq_len=get.whole("n_positions", 1024),  # as transformers assumes
+        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+        norm_eps=get.number("layer_norm_epsilon", 1e-5),  # likewise
+        bias=bool(values.get("bias", True)),
+        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
+    )
+    return Resolved(config, unused_keys(values, USED | WITHOUT_EFFECT | set(MUST_BE)))
+
+
+def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
+    """What `config_from_gpt2` reads, and transformers; `bias` is our own key, where it is False."""
+    without_bias = {} if config.bias else {"bias": False}
+    return {
+        "architectures": [GPT2],
+        "model_type": "gpt2",
+        "n_embd": config.dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.ffn_dim,
+        "n_positions": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "activation_function": next(t for t, o in ACTIVATIONS.items() if o == config.activation),
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # theirs would be 0.1
+        **without_bias,
+    }
