@@ -20,10 +20,11 @@ from glassllama.cli.options import spread
 from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
+from glassllama.cli.train import train
 from glassllama.cli.validate import validate
 from glassllama.cli.walkthrough import walkthrough
 
-USE, LOOK = "Use a model", "Look at one"
+USE, MAKE, LOOK = "Use a model", "Make one", "Look at one"
 
 
 class Verb(TyperCommand):
@@ -90,6 +91,7 @@ for verb, panel in (
     (generate, USE),
     (download, USE),
     (list_models, USE),
+    (train, MAKE),
     (walkthrough, LOOK),
     (show, LOOK),
     (validate, LOOK),

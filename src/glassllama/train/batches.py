@@ -115,7 +115,9 @@ def every_window(tokens: Tokens, context: int, batch: int) -> Iterator[Batch]:
         rows = windows_at(tokens, some, context)
         if some[-1] == last and len(starts) > 1:
             seen = starts[-2] + context - last
-            rows.targets[-1, :seen] = IGNORED
+            targets = rows.targets.copy()  # a view of what the inputs are a view of
+            targets[-1, :seen] = IGNORED
+            rows = rows._replace(targets=targets)
         yield rows
 
 

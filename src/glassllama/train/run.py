@@ -1,0 +1,183 @@
+"""One training run: all that it is made of, and how it is saved and taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glassllama.base.interfaces import Tokenizer
+from glassllama.models.language_model import LanguageModel
+from glassllama.train.average import Average
+from glassllama.train.batches import Batches
+from glassllama.train.build import as_module
+from glassllama.train.checkpoints import prune, publish, write_checkpoint
+from glassllama.train.faults import TrainingError
+from glassllama.train.optimisers import Optimisers
+from glassllama.train.settings import Settings
+from glassllama.train.tokens import Tokens
+from glassllama.weights.open import read_json
+from glassllama.weights.save import save_model
+
+FORMAT = "glassllama training 1"
+
+
+@dataclass
+class Progress:
+    """How far a run is. Everything random follows from `run.seed` and `step`."""
+
+    step: int = 0  # optimiser steps made
+    seconds: float = 0.0  # spent on them
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def note_score(self, loss: float) -> bool:
+        """Whether this validation loss is the best so far; if so it is remembered."""
+        if self.best_loss is not None and loss >= self.best_loss:
+            return False
+        self.best_step, self.best_loss = self.step, loss
+        return True
+
+
+@dataclass
+class Run:
+    """What the loop in train/loop.py works on."""
+
+    settings: Settings
+    folder: Path
+    tokenizer: Tokenizer
+    model: LanguageModel
+    optimisers: Optimisers
+    batches: Batches
+    held_out: Tokens  # the validation split
+    average: Average | None = None
+    progress: Progress = field(default_factory=Progress)
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def complete(self) -> bool:
+        return self.progress.step >= self.settings.schedule.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.data.batch * self.settings.data.context
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to be halves of one."""
+        data = {
+            "training text": self.batches.tokens.sha256,
+            "validation text": self.held_out.sha256,
+        }
+        return data | essential(self.settings)
+
+
+# What may change between two halves of the same run: it has no influence on the weights.
+REPORTING = (
+    "eval_every", "save_every", "sample_every", "sample_tokens", "prompt", "keep", "tensorboard",
+)  # fmt: skip
+
+
+def essential(settings: Settings) -> dict[str, Any]:
+    """The settings that the weights depend on, `table.field` -> value."""
+    return {
+        f"{table}.{name}": value
+        for table, values in asdict(settings).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if not (table == "run" and name in REPORTING) and (table, name) != ("data", "corpus")
+    }
+
+
+def averaged(run: Run) -> AbstractContextManager[None]:
+    """Within, the model is the one to be judged and kept: the running mean, where there is one."""
+    return nullcontext() if run.average is None else run.average.in_place()
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of this moment; the best so far becomes what the run's folder holds."""
+
+    def write(folder: Path) -> None:
+        save_file(training_state(run), folder / "training.safetensors")
+        state = {"format": FORMAT, "progress": asdict(run.progress), "identity": run.identity()}
+        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        with averaged(run):
+            save_model(folder, run.model, run.tokenizer)
+
+    checkpoint = write_checkpoint(run.checkpoints, run.progress.step, write)
+    if run.progress.best_step in (None, run.progress.step):
+        publish(checkpoint, run.folder)
+    prune(run.checkpoints, run.settings.run.keep, run.progress.best_step)
+    return checkpoint
+
+
+def training_state(run: Run) -> dict[str, Tensor]:
+    """Every tensor that the next step depends on, under our names; each with its own memory."""
+    parameters = as_module(run.model).named_parameters()
+    state = {f"weights.{name}": weight.detach() for name, weight in parameters}
+    state |= run.optimisers.state()
+    if run.average is not None:
+        state |= run.average.state()
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Take up `run` where that checkpoint was written.
+
+    Raises TrainingError naming what differs, where it was written by another run.
+    """
+    state = read_json(checkpoint / "state.json")
+    require_same(checkpoint, state.get("identity", {}), run.identity())
+    tensors = read_tensors(checkpoint / "training.safetensors", run.settings.run.device)
+    if odd := sorted(set(training_names(run)) ^ set(tensors)):
+        raise TrainingError(
+            f"{checkpoint}/training.safetensors: missing or not expected: {', '.join(odd[:5])}"
+        )
+    with torch.no_grad():
+        for name, weight in as_module(run.model).named_parameters():
+            weight.copy_(tensors[f"weights.{name}"])
+    run.optimisers.load_state(tensors)
+    if run.average is not None:
+        run.average.load_state(tensors)
+    run.progress = Progress(**state["progress"])
+
+
+def training_names(run: Run) -> Iterator[str]:
+    """What `training_state` holds once a step was made."""
+    names = [name for name, _ in as_module(run.model).named_parameters()]
+    yield from (f"weights.{name}" for name in names)
+    yield from run.optimisers.state_names()
+    if run.average is not None:
+        yield from run.average.state()
+
+
+def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: {error}") from None
+
+
+def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any]) -> None:
+    """Raise TrainingError unless both identities are equal, naming each difference."""
+    differences = [
+        f"{name} was {was.get(name)!r}, is {is_now.get(name)!r}"
+        for name in sorted({*was, *is_now})
+        if was.get(name) != is_now.get(name)
+    ]
+    if differences:
+        raise TrainingError(
+            f"{place}: another run: {'; '.join(differences[:5])}; begin a new one with --out"
+        )

@@ -1,0 +1,169 @@
+"""Everything that decides how a training run goes, as frozen, checked dataclasses.
+
+A preset or a TOML file has one table for each class: `[model] [data] [optimiser] [schedule] [run]`
+(train/resolve.py reads them). What is wrong is a ConfigError that names `table.field`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from glassllama.base.errors import ConfigError
+
+KINDS = ("bigram", "gpt", "llama")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which architecture, and its sizes: the fields of its configuration class.
+
+    `vocab_size` follows from the tokenizer and `max_seq_len` from data.context, so neither stands
+    here. The configuration class checks its sizes itself.
+    """
+
+    kind: str
+    dropout: float = 0.0
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("model.kind", self.kind, KINDS)
+        shares("model", self, "dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is learnt from: `corpus` is a name or a path, `tokenizer` "characters" or a path.
+
+    `batch` counts rows of one optimiser step, over all ranks and all `run.accumulate` parts.
+    """
+
+    corpus: str
+    tokenizer: str = "characters"
+    context: int  # tokens that the model sees at once
+    batch: int
+
+    def __post_init__(self) -> None:
+        positive("data", self, "context", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserSettings:
+    """AdamW for all parameters, or Muon for the matrices inside layers and AdamW for the rest."""
+
+    kind: str = "adamw"
+    lr: float  # AdamW's
+    matrix_lr: float = 0.02  # Muon's
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95  # Muon's
+    weight_decay: float = 0.0  # of matrices only, decoupled
+    clip: float = 1.0  # largest norm of all gradients together; 0: no limit
+    ema: float = 0.0  # decay per step of a running mean of the weights, which is kept; 0: none
+
+    def __post_init__(self) -> None:
+        one_of("optimiser.kind", self.kind, ("adamw", "muon"))
+        positive("optimiser", self, "lr", "matrix_lr", "eps")
+        shares("optimiser", self, "beta1", "beta2", "momentum", "ema")
+        not_negative("optimiser", self, "weight_decay", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How the learning rate moves over `steps`: up over `warmup` steps, then down.
+
+    "cosine" falls along half a cosine to `floor` times the peak; "wsd" stays at the peak and falls
+    straight to `floor` over the last `decay` share of the steps.
+    """
+
+    kind: str = "wsd"
+    steps: int
+    warmup: int = 0
+    decay: float = 0.4
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("schedule.kind", self.kind, ("cosine", "wsd"))
+        positive("schedule", self, "steps")
+        not_negative("schedule", self, "warmup", "floor")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"schedule.decay: want a share in (0, 1], got {self.decay}")
+        if self.warmup >= self.steps and self.steps > 1:
+            raise ConfigError(
+                f"schedule.warmup: {self.warmup} steps of warmup in {self.steps} steps in all"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How the run is carried out; numbers of steps at which something happens, 0: never."""
+
+    seed: int = 1
+    device: str = "cpu"
+    precision: str = "float32"  # or "bfloat16": that of the matrix products, not of the weights
+    compile: bool = False
+    accumulate: int = 1  # parts that a batch is cut into, to save memory
+    loss_chunk: int = 8192  # logits of so many positions are held at once
+    eval_every: int = 250
+    save_every: int = 250
+    sample_every: int = 0
+    sample_tokens: int = 200
+    prompt: str = "\n"  # what samples begin with
+    keep: int = 2  # checkpoints, the best one besides
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("run.precision", self.precision, ("float32", "bfloat16"))
+        positive("run", self, "accumulate", "loss_chunk", "keep", "sample_tokens")
+        not_negative("run", self, "seed", "eval_every", "save_every", "sample_every")
+        if not self.prompt:
+            raise ConfigError("run.prompt: want at least one character, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One whole run; `name` is the preset's, or the file's."""
+
+    name: str
+    model: ModelSettings
+    data: DataSettings
+    optimiser: OptimiserSettings
+    schedule: ScheduleSettings
+    run: RunSettings
+
+    def __post_init__(self) -> None:
+        if self.data.batch % self.run.accumulate:
+            raise ConfigError(
+                f"run.accumulate: {self.data.batch} rows (data.batch) cannot be cut into "
+                f"{self.run.accumulate} equal parts"
+            )
+
+
+def one_of(place: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{place}: want one of {', '.join(choices)}, got {value!r}")
+
+
+def positive(table: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{table}.{name}: want a number above 0, got {value}")
+
+
+def not_negative(table: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{table}.{name}: want 0 or more, got {value}")
+
+
+def shares(table: str, settings: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ConfigError(
+                f"{table}.{name}: want a number in [0, 1), got {getattr(settings, name)}"
+            )
