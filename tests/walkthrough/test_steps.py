@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -327,10 +328,31 @@ def test_colours_only_where_they_are_wanted(tiny_walk: Walk) -> None:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_rows_that_are_no_whole_blocks_are_rounded_too(kind: Any) -> None:
-    matrix = np.random.default_rng(3).normal(size=(64, 96)).astype(np.float32)
+    matrix = torch.randn(600, 96, generator=torch.Generator().manual_seed(3))
     back = rounded(matrix[:, :70], kind)
-    assert back.shape == (64, 70)
-    assert np.array_equal(back[:, :64], rounded(matrix[:, :64], kind))
+    assert back.shape == (600, 70)
+    assert torch.equal(back[:, :64], rounded(matrix[:, :64], kind))
+    theirs = gguf.quantize(matrix.numpy(), gguf.GGMLQuantizationType[kind])
+    expected = gguf.dequantize(theirs, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(rounded(matrix, kind).numpy(), expected)
+    assert torch.equal(
+        rounded(matrix.bfloat16(), kind), rounded(matrix.bfloat16().float(), kind).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.5, 4.0])
+@pytest.mark.parametrize("size", [37, 50_000])
+def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
+    """bfloat16 leaves few different logits: thousands of tokens may be equally likely."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
+    for kept in (logits.bfloat16().float(), logits, torch.zeros(size)):
+        cooled, theirs = choosing.softmax_by_hand(kept, 0.6), choosing.sampled(kept)
+        nucleus = choosing.nucleus_by_hand(cooled, 0.9)
+        ours = choosing.cut(cooled, nucleus, theirs)
+        compare("probs", torch.from_numpy(ours).float(), torch.from_numpy(theirs).float())
+        assert abs(len(nucleus) - np.count_nonzero(theirs)) <= size // 10_000
+        below = np.setdiff1d(np.arange(size), nucleus)
+        assert cooled[below].max(initial=0.0) < cooled[nucleus].min()
 
 
 def test_one_model_many_walks(tiny_walk: Walk) -> None:

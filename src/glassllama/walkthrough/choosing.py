@@ -24,6 +24,7 @@ from glassllama.walkthrough.walk import Walk
 TEMPERATURE, TOP_P = 0.6, 0.9  # of the example programs that Meta published with Llama 3
 SHOWN = 10
 DRAWS = 8
+BORDER = 1e-5  # how near to each other, relatively, ids are nearly equal
 
 Probs = NDArray[np.float64]
 
@@ -37,10 +38,11 @@ def softmax_by_hand(logits: Tensor, temperature: float) -> Probs:
 
 
 def nucleus_by_hand(probs: Probs, p: float) -> NDArray[np.intp]:
-    """The likeliest ids that together reach probability p, likeliest first."""
+    """The likeliest ids that together reach probability p, likeliest first; ties stay together."""
     order = np.argsort(-probs, kind="stable")
-    count = int(np.searchsorted(np.cumsum(probs[order]), p)) + 1
-    return order[:count]
+    sums = np.cumsum(probs[order])
+    last = min(int(np.searchsorted(sums, p)), len(order) - 1)
+    return order[probs[order] >= probs[order[last]]]
 
 
 def sampled(logits: Tensor) -> Probs:
@@ -50,6 +52,18 @@ def sampled(logits: Tensor) -> Probs:
     weights = unscaled_probs(kept).astype(np.float64)
     probs: Probs = weights / weights.sum()
     return probs
+
+
+def cut(probs: Probs, nucleus: NDArray[np.intp], theirs: Probs) -> Probs:
+    """Probabilities (V,) of the nucleus alone.
+
+    Where the sum meets p, rounding decides which of nearly equal ids are the last: float32 in the
+    sampler, float64 here. There, and only there, ours are the ids that it has kept.
+    """
+    border = probs[nucleus[-1]]
+    kept = np.where(np.abs(probs - border) <= BORDER * border, theirs > 0, probs >= border)
+    left = np.where(kept, probs, 0.0)
+    return left / left.sum()
 
 
 def draws_of(walk: Walk, logits: Tensor) -> list[int]:
@@ -62,10 +76,8 @@ def draws_of(walk: Walk, logits: Tensor) -> list[int]:
 def sampling(walk: Walk) -> Step:
     logits = walk.logits[0, -1]
     plain, cooled = softmax_by_hand(logits, 1.0), softmax_by_hand(logits, TEMPERATURE)
-    nucleus = nucleus_by_hand(cooled, TOP_P)
-    by_hand = np.zeros_like(cooled)
-    by_hand[nucleus] = cooled[nucleus] / cooled[nucleus].sum()
-    both = (torch.from_numpy(probs).float() for probs in (by_hand, sampled(logits)))
+    nucleus, theirs = nucleus_by_hand(cooled, TOP_P), sampled(logits)
+    both = (torch.from_numpy(probs).float() for probs in (cut(cooled, nucleus, theirs), theirs))
     draws = draws_of(walk, logits)
     drawn = ", ".join(walk.piece(id) for id in draws)
     return Step(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from glassllama.formats.blocks import BLOCK, BLOCKS, dequantise, unpack_q4_0, unpack_q8_0
@@ -20,6 +18,7 @@ from glassllama.walkthrough.trace import Edit, run_with_trace
 from glassllama.walkthrough.walk import Walk, shape
 
 Kind = Literal["Q8_0", "Q4_0"]
+ROWS = 512  # of a matrix that may have a quarter of a gigabyte, taken at a time
 KINDS: tuple[Kind, ...] = ("Q8_0", "Q4_0")
 
 
@@ -36,11 +35,14 @@ class Moved:
     says: int
 
 
-def rounded(matrix: NDArray[np.float32], kind: Kind) -> NDArray[np.float32]:
+def rounded(matrix: Tensor, kind: Kind) -> Tensor:
     """The matrix as it comes back from such a file; rows are filled up to whole blocks first."""
-    columns = matrix.shape[1]
-    filled = np.pad(matrix, ((0, 0), (0, -columns % BLOCK)))
-    return dequantise(QUANTISE[kind](filled), kind, filled.shape)[:, :columns]
+    columns, back = matrix.shape[1], torch.empty_like(matrix)
+    for ours, theirs in zip(back.split(ROWS), matrix.split(ROWS), strict=True):
+        filled = F.pad(theirs.float(), (0, -columns % BLOCK)).numpy()
+        unpacked = dequantise(QUANTISE[kind](filled), kind, filled.shape)
+        ours.copy_(torch.from_numpy(unpacked)[:, :columns])
+    return back
 
 
 def bits_each(kind: Kind) -> float:
@@ -49,13 +51,17 @@ def bits_each(kind: Kind) -> float:
 
 
 def relative_error(ours: Tensor, right: Tensor) -> float:
-    return float((ours.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
+    """The length of the difference, in lengths of what is right."""
+    parts = zip(ours.split(ROWS), right.split(ROWS), strict=True)
+    apart = [(a.float() - b.float()).norm() for a, b in parts]
+    whole = [b.float().norm() for b in right.split(ROWS)]
+    return float(torch.stack(apart).norm() / torch.stack(whole).norm().clamp(min=1e-30))
 
 
 def moved(walk: Walk, kind: Kind, matrix: Tensor) -> Moved:
     """Run the model with the chosen layer's `down` as it would come back from such a file."""
     place = f"{walk.prefix}.feed_forward.down"
-    coarse = torch.from_numpy(rounded(matrix.float().numpy(), kind)).to(matrix.dtype)
+    coarse = rounded(matrix, kind)
     gated, down = walk.trace[f"{walk.prefix}.feed_forward.gated"], walk.trace[place]
     output = F.linear(gated, coarse)
     logits = with_output(walk, place, output)

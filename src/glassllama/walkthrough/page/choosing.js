@@ -14,7 +14,8 @@ function distribution({ temperature, topK, topP }) {
   const alive = before.map((p, i) => (topK && logits[i] < logits[topK - 1] ? 0 : p));
   const mass = alive.reduce((a, b) => a + b, beyond / total);
   let [sum, kept] = [0, 0];
-  while (kept < alive.length && alive[kept] > 0 && (kept === 0 || sum < topP * mass))
+  const tied = (i) => i > 0 && logits[i] === logits[i - 1]; // as the last one kept: it stays, too
+  while (kept < alive.length && alive[kept] > 0 && (!kept || sum < topP * mass || tied(kept)))
     sum += alive[kept++];
   const open = topP === 1 ? beyond > 0 : sum < topP * mass; // the cut lies among tokens that are not listed
   const final = alive.map((p, i) =>
