@@ -82,7 +82,7 @@ def test_q5_is_said_to_be_computed_as_q8(tmp_path: Path) -> None:
 
 def test_qk_norm(tiny: Checkpoint) -> None:
     """The norm without weights after RoPE, which transformers' Llama does not have."""
-    checkpoint = replace(tiny, config=replace(tiny.config, qk_norm=True))
+    checkpoint = replace(tiny, model_config=replace(tiny.config, qk_norm=True))
     ours = logits(pack(checkpoint, exact=True), IDS)
     reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
     assert np.abs(ours - reference).max() <= 1e-4
