@@ -61,14 +61,15 @@ def relative_error(ours: Tensor, right: Tensor) -> float:
 def moved(walk: Walk, kind: Kind, matrix: Tensor) -> Moved:
     """Run the model with the chosen layer's `down` as it would come back from such a file."""
     place = f"{walk.prefix}.feed_forward.down"
-    coarse = rounded(matrix, kind)
     gated, down = walk.trace[f"{walk.prefix}.feed_forward.gated"], walk.trace[place]
-    output = F.linear(gated, coarse)
+    coarse = rounded(matrix, kind)
+    apart, output = relative_error(coarse, matrix), F.linear(gated, coarse)
+    del coarse  # before the model runs, which may need the room
     logits = with_output(walk, place, output)
     return Moved(
         kind=kind,
         bits=bits_each(kind),
-        weights=relative_error(coarse, matrix),
+        weights=apart,
         output=relative_error(output, down),
         logits=float((logits - walk.plain_logits)[0, -1].abs().max()),
         divergence=divergence(walk.plain_logits[0, -1], logits[0, -1]),
