@@ -36,6 +36,8 @@ from glassllama.weights.open import Checkpoint, open_weights
 
 DEFAULT_MODEL = "smollm2-135m"
 Backend = Literal["auto", "engine", "torch"]
+Dtype = Literal["float32", "bfloat16"]
+Quantise = Literal["none", "q8_0", "q4_0"]
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Message | Mapping[str, str]]  # a str is one message of the user
 
@@ -259,8 +261,9 @@ def load(
     *,
     backend: Backend = "auto",
     device: str = "cpu",
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Dtype | None = None,
     exact: bool = False,
+    quantize: Quantise | None = None,
     threads: int | None = None,
     offline: bool = False,
     prefer_pth: bool = False,
@@ -271,29 +274,29 @@ def load(
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
     "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
-    `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `stream_layers`
-    reads the weights anew for every step, one layer at a time: slow, but any model in little
-    memory (PyTorch). Raises GlassError: what is wrong, in one line.
+    `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `quantize` is what
+    the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
+    say then. `stream_layers` reads the weights anew for every step, one layer at a time: slow, but
+    any model in little memory (PyTorch). Raises GlassError: what is wrong, in one line.
     """
     path = hub.resolve(
         str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
     )
     chosen = choose_backend("torch" if stream_layers else backend, device, dtype)
-    if exact and dtype == "bfloat16":
-        raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
     started = time.perf_counter()
     checkpoint = open_weights(path)
     if backend == "auto" and checkpoint.torch_only:
         chosen = "torch"  # and the checkpoint's notes say why
+    check_precision(chosen, dtype, exact, quantize)
     if chosen == "engine":
         from glassllama.weights.pack import pack
 
-        executor: Executor = pack(checkpoint, exact=exact, threads=threads, progress=load_progress)
-    else:
-        wanted = "float32" if exact else dtype
-        executor = torch_executor(
-            checkpoint, device, wanted, threads, load_progress, stream_layers=stream_layers
+        executor: Executor = pack(
+            checkpoint, exact=exact, quantize=quantize, threads=threads, progress=load_progress
         )
+    else:
+        kept = "float32" if exact else dtype
+        executor = torch_executor(checkpoint, device, kept, threads, load_progress, stream_layers)
     return LLM(
         name=str(name),
         checkpoint=checkpoint,
@@ -315,14 +318,21 @@ def choose_backend(backend: Backend, device: str, dtype: str | None) -> Literal[
     return "torch" if backend == "torch" or needs_torch else "engine"
 
 
+def check_precision(chosen: str, dtype: str | None, exact: bool, quantize: str | None) -> None:
+    """ConfigError where two precisions are asked for, or one that the backend does not have."""
+    if exact and dtype == "bfloat16":
+        raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
+    if chosen == "torch" and quantize not in (None, "none"):
+        raise ConfigError(f"quantize {quantize} is for the engine, not for the torch backend")
+
+
 def torch_executor(
     checkpoint: Checkpoint,
     device: str,
     dtype: str | None,
     threads: int | None,
     progress: Progress | None,
-    *,
-    stream_layers: bool = False,
+    stream_layers: bool,
 ) -> Executor:
     """The reference model, loaded or streamed. Raises MissingExtraError without PyTorch."""
     try:

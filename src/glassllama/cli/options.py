@@ -35,6 +35,12 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Quantise(StrEnum):
+    none = "none"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
 def model_names(incomplete: str) -> Iterator[str]:
     """What the shell offers for a model: short names; it adds files by itself."""
     from glassllama.hub import SHORT_NAMES
@@ -106,6 +112,15 @@ class How:
         bool,
         model_option("--exact", help="Unpack the weights and compute in float32: slow, exact."),
     ] = False
+    quantize: Annotated[
+        Quantise | None,
+        model_option(
+            metavar="TYPE",
+            help="What the engine makes of float weights while loading: q8_0 (half of bfloat16), "
+            "q4_0 (a third) or none.",
+            show_default="none, unless memory is too short",
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),
@@ -129,6 +144,7 @@ class How:
                 device=self.device,
                 dtype=None if self.dtype is None else self.dtype.value,
                 exact=self.exact,
+                quantize=None if self.quantize is None else self.quantize.value,
                 threads=self.threads,
                 offline=which.offline,
                 prefer_pth=which.pth,

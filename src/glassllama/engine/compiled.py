@@ -18,6 +18,7 @@ import numba
 from numba import njit
 from numba.extending import intrinsic
 
+from glassllama.base import sealed
 from glassllama.base.errors import GlassError
 from glassllama.base.machine import cache_home
 
@@ -29,6 +30,7 @@ STRICT = {"contract"}
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
 notes: list[str] = []
+DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 KEPT_VERSIONS = 3  # of compiled engines on disk: this one and the latest others
 
 
@@ -44,12 +46,21 @@ def code_folder() -> Path | None:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent)
         writable = os.access(folder, os.W_OK)
+        if writable and (damaged := sealed.discard_damaged(folder)):
+            notes.append(DAMAGED.format(damaged))
     except (OSError, GlassError):  # GlassError: no home folder at all
         writable = False
     if not writable:
         notes.append("the cache folder is read-only: compiling in memory, at every start")
         return None
     return folder
+
+
+def seal() -> None:
+    """What was compiled so far is whole: let other processes use it (base/sealed.py)."""
+    folder = code_folder()
+    if folder is not None:
+        sealed.seal(folder)
 
 
 def sweep(parent: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.interfaces import Progress
+from glassllama.engine.compiled import seal
 from glassllama.engine.crew import processors
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import GROUP, Arena, Matrix, empty_matrix
@@ -60,7 +61,9 @@ def pack(
         embeddings=matrices[EMBEDDINGS],
         norms=read_norms(checkpoint),
     )
-    return Engine(checkpoint.config, weights, exact=exact, threads=threads, notes=notes)
+    engine = Engine(checkpoint.config, weights, exact=exact, threads=threads, notes=notes)
+    seal()
+    return engine
 
 
 def fill_all(
