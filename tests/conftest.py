@@ -47,6 +47,27 @@ def llama3_ranks() -> Path:
     return wheel_file("llama_models", "llama3/tokenizer.model")
 
 
+@pytest.fixture(scope="session")
+def tinyshakespeare() -> Path:
+    """The canonical file, in the cache: downloaded before, or laid beside the checkout for CI."""
+    from glassllama import hub
+
+    beside = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+    if not hub.has_text("tinyshakespeare"):
+        if not beside.is_file():
+            pytest.skip("Tiny Shakespeare is not here: run glassllama download tinyshakespeare")
+        hub.keep_text("tinyshakespeare", beside)
+    return hub.place_of_text("tinyshakespeare")
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """Shakespeare's plays, as `glassllama download shakespeare` fetches them."""
+    from glassllama import hub
+
+    return hub.fetch_text("shakespeare")
+
+
 class Parity:
     """What was measured against an independent implementation, claim by claim."""
 

