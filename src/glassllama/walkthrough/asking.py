@@ -78,7 +78,7 @@ def queries_keys_values(walk: Walk) -> Step:
         ),
         pictures=(
             HeatMap(
-                f"q of head {h}: tokens down, its numbers across; - is below zero",
+                f"q of head {h}: tokens down, its numbers across",
                 hand.q[0, h, walk.shown.start :].float().numpy(),
                 [walk.pieces[n] for n in walk.shown],
             ),

@@ -42,7 +42,8 @@ def nucleus_by_hand(probs: Probs, p: float) -> NDArray[np.intp]:
     order = np.argsort(-probs, kind="stable")
     sums = np.cumsum(probs[order])
     last = min(int(np.searchsorted(sums, p)), len(order) - 1)
-    return order[probs[order] >= probs[order[last]]]
+    nucleus: NDArray[np.intp] = order[probs[order] >= probs[order[last]]]
+    return nucleus
 
 
 def sampled(logits: Tensor) -> Probs:
@@ -62,8 +63,9 @@ def cut(probs: Probs, nucleus: NDArray[np.intp], theirs: Probs) -> Probs:
     """
     border = probs[nucleus[-1]]
     kept = np.where(np.abs(probs - border) <= BORDER * border, theirs > 0, probs >= border)
-    left = np.where(kept, probs, 0.0)
-    return left / left.sum()
+    left: Probs = np.where(kept, probs, 0.0)
+    left /= left.sum()
+    return left
 
 
 def draws_of(walk: Walk, logits: Tensor) -> list[int]:

@@ -90,8 +90,7 @@ def lines(done: Experiment, page: Page) -> Iterator[str]:
     yield from page.wrap(done.mistake.explanation)
     yield ""
     yield from source_lines(done.source, page)
-    pictures: tuple[Picture, ...] = (position_table(done), top_table(done), *maps(done))
-    for picture in pictures:
+    for picture in pictures(done):
         yield ""
         yield from (MARGIN + line for line in picture.lines(width))
     yield ""
@@ -99,6 +98,10 @@ def lines(done: Experiment, page: Page) -> Iterator[str]:
         yield from page.wrap(f"{name} goes on:  " + "".join(walk.piece(id) for id in written.ids))
     yield ""
     yield from check_lines((done.check,), page)
+
+
+def pictures(done: Experiment) -> tuple[Picture, ...]:
+    return position_table(done), top_table(done), *maps(done)
 
 
 def position_table(done: Experiment) -> Table:

@@ -281,7 +281,7 @@ def embedding(walk: Walk) -> Step:
         numbers=(Numbers(f"row of {last}", x[0, -1], "tok_embeddings"),),
         pictures=(
             HeatMap(
-                "the first channels of every token; - is below zero",
+                "the first channels of every token",
                 x[0, walk.shown.start :, :64].float().numpy(),
                 [walk.pieces[n] for n in walk.shown],
             ),

@@ -35,7 +35,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers from 0 to `top` as shades, two columns each: darker is more. Negative ones as −."""
+    """Numbers from 0 to `top` as shades, two columns each: darker is more. Negative ones as -."""
 
     title: str
     values: NDArray[Any]  # (rows, columns)
@@ -49,7 +49,7 @@ class HeatMap:
         rows, columns = self.values.shape
         first = max(columns - room, 0) if self.triangle else 0
         top = float(np.abs(self.values).max()) if self.top is None else self.top
-        drawn = [self.title]
+        drawn = [self.title + ("; - is below zero" if (self.values < 0).any() else "")]
         if columns > room:
             drawn.append(f"(the {'last' if self.triangle else 'first'} {room} of {columns})")
         for row in range(first, rows):

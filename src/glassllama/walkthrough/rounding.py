@@ -38,7 +38,7 @@ class Moved:
 def rounded(matrix: Tensor, kind: Kind) -> Tensor:
     """The matrix as it comes back from such a file; rows are filled up to whole blocks first."""
     columns, back = matrix.shape[1], torch.empty_like(matrix)
-    for ours, theirs in zip(back.split(ROWS), matrix.split(ROWS), strict=True):
+    for ours, theirs in zip(torch.split(back, ROWS), torch.split(matrix, ROWS), strict=True):
         filled = F.pad(theirs.float(), (0, -columns % BLOCK)).numpy()
         unpacked = dequantise(QUANTISE[kind](filled), kind, filled.shape)
         ours.copy_(torch.from_numpy(unpacked)[:, :columns])
@@ -52,9 +52,9 @@ def bits_each(kind: Kind) -> float:
 
 def relative_error(ours: Tensor, right: Tensor) -> float:
     """The length of the difference, in lengths of what is right."""
-    parts = zip(ours.split(ROWS), right.split(ROWS), strict=True)
+    parts = zip(torch.split(ours, ROWS), torch.split(right, ROWS), strict=True)
     apart = [(a.float() - b.float()).norm() for a, b in parts]
-    whole = [b.float().norm() for b in right.split(ROWS)]
+    whole = [b.float().norm() for b in torch.split(right, ROWS)]
     return float(torch.stack(apart).norm() / torch.stack(whole).norm().clamp(min=1e-30))
 
 

@@ -1,0 +1,60 @@
+"""Run the notebooks and write them with their results: FOLDER/NAME.ipynb and FOLDER/NAME.html.
+
+python docs/make_notebooks.py [FOLDER] [--model PATH]          (FOLDER: build/notebooks)
+
+A kernel of its own runs every cell. A cell that ends in an error, a failed check among them, ends
+this with exit code 1. `--model` is put in place of the one path that a reader would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 300  # for one cell, at most
+MODEL = re.compile(r'^MODEL = ".*"$', re.MULTILINE)
+
+
+def opened(source: Path, model: str | None) -> nbformat.NotebookNode:
+    text = source.read_text(encoding="utf-8")
+    if model is not None:
+        text, changed = MODEL.subn(lambda _: f"MODEL = {model!r}", text)
+        assert changed == 1, f"{source.name}: expected one line MODEL = "
+    return jupytext.reads(text, fmt="py:percent")
+
+
+def make(source: Path, folder: Path, model: str | None) -> None:
+    notebook = opened(source, model)
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute()
+    notebook.metadata["title"] = "One prompt through a real Llama"
+    nbformat.write(notebook, folder / f"{source.stem}.ipynb")
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    (folder / f"{source.stem}.html").write_text(html, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "notebooks")
+    parser.add_argument("--model")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted((ROOT / "notebooks").glob("*.py")):
+        try:
+            make(source, arguments.folder, arguments.model)
+        except CellExecutionError as error:
+            print(f"{source.name}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
