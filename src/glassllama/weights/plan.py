@@ -1,7 +1,8 @@
 """What running a checkpoint would take here, said before anything is allocated.
 
-Four ways: the CPU engine with packed weights, the reference model whole in bfloat16 or in float32,
-and the same model streamed, one layer in memory at a time (weights/stream.py). Each has a price in
+The ways: the CPU engine with packed weights, float weights quantised on the way or not; the
+reference model whole in bfloat16 or in float32; and the same model streamed, one layer in memory
+at a time (weights/stream.py). Each has a price in
 memory, in bytes read from the disk and in time. At most 64 megabytes of the file are read here,
 to learn how fast it comes. No PyTorch is needed to plan for it.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +23,11 @@ from glassllama.base.interfaces import TensorInfo
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.weights.open import Checkpoint
 
-WayName = Literal["engine", "bfloat16", "float32", "streamed"]
+WayName = Literal["engine", "q8_0", "q4_0", "bfloat16", "float32", "streamed"]
 HOW: dict[WayName, str] = {
     "engine": "backend engine",
+    "q8_0": "backend engine, quantize q8_0",
+    "q4_0": "backend engine, quantize q4_0",
     "bfloat16": "backend torch, dtype bfloat16",
     "float32": "backend torch, dtype float32",
     "streamed": "layer by layer from the file (stream_layers)",
@@ -111,7 +115,7 @@ def plan(checkpoint: Checkpoint, *, tokens: int, memory: int | None = None) -> P
     `memory` is what may be used, in bytes; None asks the system.
     """
     ways = (
-        engine_way(checkpoint, tokens),
+        *engine_ways(checkpoint, tokens),
         whole_way(checkpoint, tokens, "bfloat16"),
         whole_way(checkpoint, tokens, "float32"),
         streamed_way(checkpoint, tokens, kept_itemsize(checkpoint)),
@@ -125,17 +129,18 @@ def plan(checkpoint: Checkpoint, *, tokens: int, memory: int | None = None) -> P
     )
 
 
-def engine_way(checkpoint: Checkpoint, tokens: int) -> Way:
-    """Packed weights (weights/pack.py), bfloat16 cache."""
-    from glassllama.engine.layout import packed_bytes
+def engine_ways(checkpoint: Checkpoint, tokens: int) -> Iterator[Way]:
+    """Packed weights (weights/pack.py), as they are or quantised; bfloat16 cache."""
     from glassllama.weights import kinds
 
-    packed = 0
-    for name in kinds.matrix_names(checkpoint.config):
-        rows, columns = checkpoint.info(name).shape
-        packed += packed_bytes(kinds.packed_kind(checkpoint, name, False), rows, columns)
-    memory = packed + kinds.WORKING_MEMORY + ENGINE_ITSELF + cache_bytes(checkpoint.config, tokens)
-    return Way(name="engine", memory=memory, reads_once=stored_bytes(checkpoint), reads_per_pass=0)
+    beside = kinds.WORKING_MEMORY + ENGINE_ITSELF + cache_bytes(checkpoint.config, tokens)
+    reads, last = stored_bytes(checkpoint), 0
+    names: dict[kinds.Quantise, WayName] = {"none": "engine", "q8_0": "q8_0", "q4_0": "q4_0"}
+    for choice, name in names.items():
+        size = kinds.as_packed(checkpoint, exact=False, quantize=choice).nbytes
+        if size != last:  # a file that is quantised already stays as it is
+            yield Way(name=name, memory=size + beside, reads_once=reads, reads_per_pass=0)
+        last = size
 
 
 def whole_way(checkpoint: Checkpoint, tokens: int, dtype: Literal["bfloat16", "float32"]) -> Way:

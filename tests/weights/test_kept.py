@@ -1,0 +1,302 @@
+"""Packed weights on disk: served only as long as they are what packing would make."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from glassllama.engine.executor import Engine
+from glassllama.weights import kept, pack
+from glassllama.weights.open import open_weights
+from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf
+
+WIDE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
+IDS = [5, 99, 3, 7]
+AN_HOUR = 3600
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is worth keeping, in a cache of this test's own."""
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "packed")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(tmp_path / "x.gguf", seed=0)
+
+
+def write(path: Path, seed: int) -> Path:
+    write_gguf(hf_model(seed, **WIDE), path, gguf.GGMLQuantizationType.Q4_0)
+    return aged(path)
+
+
+def aged(path: Path) -> Path:
+    """As if written an hour ago. The inode's own time cannot be set: see `old_inode`."""
+    then = time.time() - AN_HOUR
+    os.utime(path, (then, then))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def old_inode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "RECENT", -AN_HOUR * 10**9)
+
+
+def logits(engine: Engine) -> Any:
+    return engine.all_logits(IDS, engine.new_cache(1, len(IDS)))
+
+
+class Counted:
+    """How often weights were really packed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = 0
+        really = pack.fill_all
+
+        def counting(*arguments: Any) -> None:
+            self.times += 1
+            really(*arguments)
+
+        monkeypatch.setattr(pack, "fill_all", counting)
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def kept_notes(engine: Engine) -> list[str]:
+    return [note for note in engine.notes if "not kept" in note]
+
+
+def test_the_second_start_maps_what_the_first_packed(model: Path, packings: Counted) -> None:
+    first, second = pack.pack(open_weights(model)), pack.pack(open_weights(model))
+    assert packings.times == 1
+    assert (logits(first) == logits(second)).all()
+    assert not kept_notes(first)
+    assert not kept_notes(second)
+    assert not second.weights.matrices[0].values.flags.writeable
+    assert len(kept.entries()) == 1
+
+
+def test_small_models_are_not_kept(
+    model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 10**9)
+    for _ in range(2):
+        pack.pack(open_weights(model))
+    assert packings.times == 2
+    assert kept.entries() == []
+
+
+def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: Counted) -> None:
+    """Same size, same inode, same modification time: the inode's own time tells."""
+    before, facts = logits(pack.pack(open_weights(model))), model.stat()
+    changed = write(model.parent / "y.gguf", seed=1).read_bytes()
+    with model.open("r+b") as file:
+        file.write(changed)
+    os.utime(model, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    now = model.stat()
+    assert (now.st_size, now.st_ino, now.st_mtime_ns) == (
+        facts.st_size, facts.st_ino, facts.st_mtime_ns
+    )  # fmt: skip
+    engine = pack.pack(open_weights(model))
+    assert packings.times == 2
+    assert np.abs(logits(engine) - before).max() > 0.1
+    assert len(kept.entries()) == 1  # the old one is of no use to anybody
+
+
+def test_where_the_system_keeps_no_times_the_contents_tell(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_weights(model)
+    packed = pack.choose(checkpoint, exact=False, quantize=None)
+    seen = []
+    for place in (10, model.stat().st_size // 2, model.stat().st_size - 1):
+        facts = model.stat()
+        seen.append(kept.digest(checkpoint, packed))
+        with model.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
+        monkeypatch.setattr(Path, "stat", lambda _path, facts=facts, **_: facts)
+        seen.append(kept.digest(checkpoint, packed))
+        monkeypatch.undo()
+        monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
+    assert len(set(seen[0:2])) == len(set(seen[2:4])) == len(set(seen[4:6])) == 2
+
+
+def test_other_kinds_or_other_code_are_other_entries(
+    model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pack.pack(open_weights(model))
+    pack.pack(open_weights(model), exact=True)
+    assert packings.times == 2
+    source = tmp_path / "layout.py"
+    source.write_text("# another layout")
+    monkeypatch.setattr(kept, "CODE", (type("module", (), {"__file__": str(source)}),))
+    pack.pack(open_weights(model))
+    assert packings.times == 3
+    assert len(kept.entries()) == 2  # the exact one, and the newest of the others
+
+
+def test_a_file_that_may_be_changing_is_not_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "RECENT", 2 * 10**9)
+    os.utime(model)
+    assert "changed a moment ago" in kept_notes(pack.pack(open_weights(model)))[0]
+    assert kept.entries() == []
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = pack.fill_all
+
+    def changing(*arguments: Any) -> None:
+        really(*arguments)
+        os.utime(model)
+
+    monkeypatch.setattr(pack, "fill_all", changing)
+    engine = pack.pack(open_weights(model))
+    assert "changed while" in kept_notes(engine)[0]
+    assert np.isfinite(logits(engine)).all()
+    assert list((model.parent / "packed").glob("*.pa*")) == []
+
+
+@pytest.mark.parametrize("damage", ["shorter", "longer", "empty", "magic", "digest", "length"])
+def test_entries_that_are_not_whole_are_made_anew(
+    damage: str, model: Path, packings: Counted
+) -> None:
+    right = logits(pack.pack(open_weights(model)))
+    [entry] = kept.entries()
+    data = entry.read_bytes()
+    at = {"magic": 0, "digest": 20, "length": len(kept.MAGIC) + 33}
+    if damage in at:
+        data = data[: at[damage]] + bytes([data[at[damage]] ^ 1]) + data[at[damage] + 1 :]
+    entry.write_bytes({"shorter": data[:-1], "longer": data + b"x", "empty": b""}.get(damage, data))
+    assert (logits(pack.pack(open_weights(model))) == right).all()
+    assert packings.times == 2
+    pack.pack(open_weights(model))
+    assert packings.times == 2
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from glassllama.weights import kept, pack
+from glassllama.weights.open import open_weights
+kept.WORTH_KEEPING, kept.RECENT = 0, -10**15
+kept.folder = lambda: Path(sys.argv[2])
+kept.KeptPlace.keep = lambda self: os._exit(9)
+pack.pack(open_weights(sys.argv[1]))
+"""
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_is_used(
+    model: Path, packings: Counted
+) -> None:
+    folder = kept.folder()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(folder)])
+    assert done.returncode == 9
+    assert len(list(folder.glob("*.part"))) == 1
+    engine = pack.pack(open_weights(model))
+    assert packings.times == 1
+    assert list(folder.glob("*.part")) == []
+    assert (logits(engine) == logits(pack.pack(open_weights(model)))).all()
+
+
+def test_several_processes_at_once_pack_once(model: Path) -> None:
+    script = KILLED.replace("kept.KeptPlace.keep = lambda self: os._exit(9)", "").replace(
+        "pack.pack(open", "really = pack.fill_all\n"
+        "pack.fill_all = lambda *a: (print('packed'), really(*a))\n"
+        "engine = pack.pack(open"
+    ) + "print(engine.all_logits([1, 2, 3], engine.new_cache(1, 3)).sum())"  # fmt: skip
+    arguments = [sys.executable, "-c", script, str(model), str(kept.folder())]
+    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    lines = [process.communicate()[0].split() for process in running]
+    assert sum("packed" in words for words in lines) == 1
+    assert len({words[-1] for words in lines}) == 1
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write(tmp_path / "x.gguf", seed=0)
+    occupied = tmp_path / "file"
+    occupied.write_text("not a folder")
+    monkeypatch.setattr(kept, "folder", lambda: occupied / "packed")
+    engine = pack.pack(open_weights(model))
+    assert len(kept_notes(engine)) == 1
+    assert np.isfinite(logits(engine)).all()
+
+
+def test_a_full_disk_is_said_before_or_while_room_is_reserved(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "free_on_disk", lambda: 1_000_000_000)
+    engine = pack.pack(open_weights(model))
+    assert "1.00 GB of the disk" in kept_notes(engine)[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(kept, "RECENT", -AN_HOUR * 10**9)
+    monkeypatch.setattr(kept, "folder", lambda: model.parent / "packed")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    engine = pack.pack(open_weights(model))
+    assert "No space left" in kept_notes(engine)[0]
+    assert np.isfinite(logits(engine)).all()
+    assert list((model.parent / "packed").glob("*.pa*")) == []
+
+
+def test_the_least_recently_used_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [write(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
+    for number, path in enumerate(models[:2]):
+        pack.pack(open_weights(path))
+        newest = max(kept.entries(), key=lambda entry: entry.stat().st_ctime_ns)
+        os.utime(newest, (number, number))
+    pack.pack(open_weights(models[0]))  # used again: it is not the oldest any more
+    size = kept.entries()[0].stat().st_size
+    monkeypatch.setattr(kept, "KEPT_BYTES", 2 * size + 100)
+    pack.pack(open_weights(models[2]))
+    assert sorted(entry.name[0] for entry in kept.entries()) == ["0", "2"]
+
+
+def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
+    folder = write_hf(hf_model(**WIDE), tmp_path / "hf", max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    first = logits(pack.pack(open_weights(folder), quantize="q8_0"))
+    second = logits(pack.pack(open_weights(folder), quantize="q8_0"))
+    assert packings.times == 1
+    assert (first == second).all()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    pack.pack(open_weights(copy), quantize="q8_0")
+    assert packings.times == 2
+
+
+def test_waiting_for_another_process_has_an_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "PATIENCE", 0.1)
+    kept.folder().mkdir()
+    with kept.FileLock(kept.folder() / ".lock"):
+        engine = pack.pack(open_weights(model))
+    assert "another process" in kept_notes(engine)[0]
+    assert np.isfinite(logits(engine)).all()

@@ -1,0 +1,196 @@
+"""Float checkpoints of any format, quantised on the way into the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+
+from glassllama.base.errors import ConfigError, MemoryShortError
+from glassllama.base.interfaces import TensorFile, TensorInfo
+from glassllama.engine.executor import Engine
+from glassllama.formats.blocks import dequantise
+from glassllama.llm import load
+from glassllama.weights import kinds
+from glassllama.weights.kinds import CHOICES, WORKING_MEMORY, as_packed, choose
+from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.pack import pack
+from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
+
+# What Meta's params.json can say; rows of whole blocks; every size another.
+WIDE = {**META_SHAPE, "hidden_size": 192, "intermediate_size": 544, "vocab_size": 203}
+IDS = [5, 99, 3, 7, 120, 11, 64]
+F16, BF16 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights as Meta, Hugging Face and GGUF write them."""
+    base = tmp_path_factory.mktemp("floats")
+    model = hf_model(**WIDE)
+    return {
+        "pth": write_meta(model.bfloat16(), base / "pth", multiple_of=272),
+        "hf": write_hf(model.bfloat16(), base / "hf"),
+        "bf16": write_gguf(model, base / "bf16.gguf", BF16),
+        "f16": write_gguf(model, base / "f16.gguf", F16),
+        "f32": write_gguf(model, base / "f32.gguf"),
+        "q8_0": write_gguf(model, base / "q8_0.gguf", gguf.GGMLQuantizationType.Q8_0),
+        "q4_0": write_gguf(model, base / "q4_0.gguf", gguf.GGMLQuantizationType.Q4_0),
+    }
+
+
+def logits(engine: Engine) -> Any:
+    return engine.all_logits(IDS, engine.new_cache(1, len(IDS)))
+
+
+def packed_as(engine: Engine) -> set[str]:
+    weights = engine.weights
+    return {matrix.kind.name for matrix in (*weights.matrices, weights.embeddings)}
+
+
+@pytest.mark.parametrize("form", ["pth", "bf16", "f16", "f32"])
+def test_q8_0_at_load_is_the_q8_0_file_to_the_bit(form: str, models: dict[str, Path]) -> None:
+    """The file was quantised by the gguf package. (bfloat16 numbers are exact in all forms.)"""
+    at_load = pack(open_weights(models[form]), quantize="q8_0")
+    file = pack(open_weights(models["q8_0"]))
+    assert packed_as(at_load) == {"Q8_0"}
+    assert (logits(at_load) == logits(file)).all()
+    assert any("as Q8_0" in note for note in at_load.notes)
+
+
+def test_hugging_face_folders_too(models: dict[str, Path]) -> None:
+    """Rows of q and k come in another order there, so sums round differently."""
+    ours = logits(pack(open_weights(models["hf"]), quantize="q8_0"))
+    theirs = logits(pack(open_weights(models["pth"]), quantize="q8_0"))
+    assert np.abs(ours - theirs).max() <= 0.02 * theirs.std()
+
+
+def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]) -> None:
+    engine, file = (
+        pack(open_weights(models["f32"]), quantize="q4_0"),
+        pack(open_weights(models["q4_0"])),
+    )
+    assert packed_as(engine) == {"Q4_0", "Q8_0"}
+    assert engine.weights.embeddings.kind.name == engine.weights.matrices[-1].kind.name == "Q8_0"
+    for ours, theirs in zip(engine.weights.matrices[:-1], file.weights.matrices[:-1], strict=True):
+        assert (ours.scales.view(np.float16) == theirs.scales.view(np.float16)).all()
+        full = ours.rows // 16  # codes of padding rows differ, their scales are zero
+        assert (ours.values[:full] == theirs.values[:full]).all()
+
+
+def test_none_is_the_default_where_memory_is_plenty(models: dict[str, Path]) -> None:
+    assert packed_as(pack(open_weights(models["bf16"]))) == {"BF16"}
+    assert packed_as(pack(open_weights(models["bf16"]), quantize="none")) == {"BF16"}
+
+
+def test_rows_that_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:
+    checkpoint = open_weights(write_hf(hf_model().bfloat16(), tmp_path))  # 48 and 140 columns
+    engine = pack(checkpoint, quantize="q8_0")
+    assert packed_as(engine) == {"BF16"}
+
+
+def test_a_quantised_file_stays_as_it_is_and_that_is_said(models: dict[str, Path]) -> None:
+    engine = pack(open_weights(models["q4_0"]), quantize="q8_0")
+    assert packed_as(engine) == {"Q4_0"}
+    assert any("quantised already" in note for note in engine.notes)
+
+
+def sizes(checkpoint: Checkpoint) -> list[int]:
+    return [as_packed(checkpoint, exact=False, quantize=choice).nbytes for choice in CHOICES]
+
+
+@pytest.mark.parametrize(("short_by", "kind"), [(0, "none"), (1, "q8_0"), (2, "q4_0")])
+def test_memory_decides_and_it_is_said(
+    short_by: int, kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_weights(models["bf16"])
+    free = sizes(checkpoint)[short_by] + WORKING_MEMORY
+    monkeypatch.setattr(kinds, "available_memory", lambda: free)
+    packed = choose(checkpoint, exact=False, quantize=None)
+    assert packed.nbytes == free - WORKING_MEMORY
+    if kind == "none":
+        assert packed.notes == []
+        return
+    [note] = packed.notes
+    assert note.startswith("BF16 weights need ")
+    assert f"GB are free: quantised to {kind} (" in note
+
+
+@pytest.mark.parametrize("form", ["bf16", "q4_0"])
+def test_too_large_even_so(
+    form: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says what would do, by the planner's figures."""
+    checkpoint = open_weights(models[form])
+    monkeypatch.setattr(kinds, "available_memory", lambda: 10_000_000)
+    with pytest.raises(MemoryShortError, match=r"of memory, 10\.0 MB are free; nothing fits"):
+        choose(checkpoint, exact=False, quantize=None)
+    monkeypatch.setattr(kinds, "available_memory", lambda: 500_000_000)
+    big = kinds.Packed({}, 10**9, [])
+    assert "use backend engine" in str(kinds.too_large(checkpoint, big, 500_000_000))
+
+
+def test_what_cannot_be_had_together(models: dict[str, Path]) -> None:
+    checkpoint = open_weights(models["bf16"])
+    with pytest.raises(ConfigError, match="exact arithmetic keeps every weight"):
+        pack(checkpoint, exact=True, quantize="q8_0")
+    with pytest.raises(ConfigError, match="must be one of none, q8_0, q4_0, got 'q5_0'"):
+        choose(checkpoint, exact=False, quantize="q5_0")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="quantize q8_0 is for the engine"):
+        load(models["bf16"], backend="torch", quantize="q8_0")
+
+
+class InFloats:
+    """A quantised file as if it had been stored in bfloat16."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def info(self, name: str) -> TensorInfo:
+        info = self.file.info(name)
+        return info if info.dtype == "F32" else replace(info, dtype="BF16")
+
+    def read(self, name: str, rows: slice | None = None) -> Any:
+        info, raw = self.file.info(name), self.file.read(name, rows)
+        if info.dtype == "F32":
+            return raw
+        shape = (len(raw), *info.shape[1:])
+        return dequantise(raw, info.dtype, shape).astype(ml_dtypes.bfloat16)
+
+
+def log_softmax(logits: Any) -> Any:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+# Upper bound of the mean divergence in nats, lower bound of how often the likeliest token is the
+# same. llama.cpp's figures for small models are of this size: 0.001 and 0.1.
+@pytest.mark.parametrize(
+    ("quantize", "divergence", "agreement"), [("q8_0", 0.02, 0.95), ("q4_0", 0.3, 0.75)]
+)
+def test_quality_on_real_text(
+    quantize: Any, divergence: float, agreement: float, default_model: Path
+) -> None:
+    """The default model in bfloat16, quantised again, on the first pages of this package's docs."""
+    checkpoint = open_weights(default_model)
+    floats = replace(checkpoint, file=InFloats(checkpoint.file))
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
+    ids = checkpoint.tokenizer.encode(text)
+    results = []
+    for choice in ("none", quantize):
+        engine = pack(floats, quantize=choice)
+        results.append(log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids)))))
+    p, q = results
+    measured = (np.exp(p) * (p - q)).sum(-1).mean()
+    same = (p.argmax(-1) == q.argmax(-1)).mean()
+    print(f"{quantize}: divergence {measured:.4f}, same likeliest token {same:.3f}")
+    assert 0 < measured <= divergence
+    assert same >= agreement
