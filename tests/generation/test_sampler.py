@@ -22,7 +22,6 @@ from transformers import (
 
 from glassllama.base.errors import GenerationError
 from glassllama.generation.sampler import (
-    BLOCK,
     History,
     Logits,
     MinP,
@@ -32,12 +31,14 @@ from glassllama.generation.sampler import (
     TopK,
     TopP,
     draw,
+    exponential,
     likeliest,
     logprobs_of,
     make_sampler,
+    weights_of,
 )
 
-V = 1009  # more than one block of the draw, and a multiple of nothing
+V = 1009  # a multiple of nothing
 PROMPT = [3, 5, 5, 900]
 HUGE = float(np.finfo(np.float32).max)
 
@@ -149,17 +150,17 @@ def test_ids_are_drawn_as_often_as_they_are_likely() -> None:
     assert chi_square(counts, draws * probs(logits / np.float32(0.9))) < 43.8
 
 
-def test_draws_of_a_large_vocabulary_reach_every_block() -> None:
-    """The same over 64 groups of ids that cut across blocks: 63 degrees of freedom, 103.4."""
-    size, draws = 5 * BLOCK + 17, 20_000
+def test_draws_of_a_large_vocabulary_reach_every_part() -> None:
+    """The same over 64 groups of ids: 63 degrees of freedom, 103.4."""
+    size, draws = 2577, 20_000
     logits, generator = random_logits(3, 1.0, size), np.random.default_rng(5)
     group = np.arange(size) % 64
     counts = np.bincount([group[draw(logits, generator)] for _ in range(draws)], minlength=64)
     assert chi_square(counts, draws * np.bincount(group, weights=probs(logits))) < 103.4
 
 
-@pytest.mark.parametrize("size", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 4321])
-def test_the_draw_in_two_strides_is_the_plain_one(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 511, 4321])
+def test_the_draw_is_where_a_number_falls_in_the_sum_of_probabilities(size: int) -> None:
     logits = random_logits(4, 2.0, size)
     logits[1::3] = -np.inf
     cumulative = np.cumsum(probs(logits))
@@ -178,7 +179,7 @@ class LastNumber(np.random.Generator):
 
 @pytest.mark.parametrize("tail", [-np.inf, -200.0])
 def test_the_end_of_the_sum_is_no_id_of_probability_zero(tail: float) -> None:
-    for size in (10, 3 * BLOCK):
+    for size in (10, 1536):
         logits = np.full(size, tail, dtype=np.float32)
         logits[:4] = 0.1, 0.7, -3.0, 0.2
         assert draw(logits, LastNumber(np.random.PCG64(0))) == 3
@@ -275,3 +276,28 @@ def test_the_likeliest_of_equals_are_the_first() -> None:
     assert likeliest(logits, 4) == [1, 3, 4, 2]
     assert likeliest(logits, 99) == [1, 3, 4, 2, 0, 5]
     assert likeliest(logits, 0) == []
+
+
+def test_the_exponential_is_numpys_to_two_units_in_the_last_place() -> None:
+    x = -np.abs(random_logits(11, 30.0, 100_000))
+    x = np.concatenate([x[x > -87], np.zeros(1, np.float32)])
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(exponential(x) - exact) <= 2 * np.spacing(exact.astype(np.float32))).all()
+    assert exponential(np.zeros(1, np.float32)) == 1
+
+
+def test_weights_are_whole_numbers_whose_sums_are_exact() -> None:
+    """However they are added up, for half a million ids as likely as each other."""
+    weights = weights_of(random_logits(12, 0.1, 1 << 19))
+    assert (weights == np.rint(weights)).all()
+    assert weights.sum() == weights[::-1].cumsum()[-1] == sum(map(int, weights))
+    assert weights_of(np.zeros(1 << 19, np.float32)).sum() == 2.0**53
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 0, 1], [np.inf, 0, 1], [-np.inf] * 3])
+def test_nothing_is_chosen_by_logits_that_are_no_numbers(bad: list[float]) -> None:
+    for settings in ({}, {"temperature": 1.0}):
+        sampling = make_sampler(**settings, seed=1).start([0], 3)
+        with pytest.raises(GenerationError, match="the logits hold"):
+            sampling.choose(np.array(bad, np.float32))
+        assert not sampling.history.said.any()

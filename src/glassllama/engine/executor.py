@@ -22,6 +22,7 @@ from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
 from glassllama.engine.packing import read_rows
 from glassllama.engine.room import TILE, Room
+from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
 from glassllama.engine.tiers import tier
 
@@ -111,7 +112,7 @@ class Engine:
             for row, new in enumerate(ids)
             for n, id in enumerate(new)
         ]
-        logits = np.zeros((len(ids), self._logit_columns), np.float32)
+        logits = np.empty((len(ids), self._logit_columns), np.float32)
         self._feed(tokens, cache, logits)
         return logits[:, : self.config.vocab_size]
 
@@ -122,9 +123,13 @@ class Engine:
             raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
         past = cache.lengths[0]
         tokens = [Token(id, 0, past + n, n) for n, id in enumerate(ids)]
-        logits = np.zeros((len(ids), self._logit_columns), np.float32)
+        logits = np.empty((len(ids), self._logit_columns), np.float32)
         self._feed(tokens, cache, logits)
         return logits[:, : self.config.vocab_size]
+
+    def chooser(self, **settings: float) -> Chooser:
+        """For one request: logits (V,) -> an id, in one native call. Settings: sampling.Choice."""
+        return Chooser(self.config.vocab_size, Choice(**settings))
 
     def describe(self) -> list[str]:
         """Lines for `show`: what the weights were packed as, and what was noted on the way."""
@@ -175,7 +180,8 @@ class Engine:
             self._run(len(tokens), tiles, len(targets), *layers, *shared)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * len(tokens))
-        logits[targets] = self._room.tables["logits"][: len(targets)]
+        for n, target in enumerate(targets):
+            logits[target] = self._room.tables["logits"][n]
 
     def _set_out(self, tokens: list[Token]) -> int:
         """Write what a step is about into the room that the crew works in -> tiles."""

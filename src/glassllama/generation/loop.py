@@ -25,6 +25,7 @@ from glassllama.generation.sampler import (
     likeliest,
     logprobs_of,
     require_whole,
+    trouble,
 )
 
 FinishReason = Literal["stop", "length"]
@@ -181,14 +182,15 @@ class Generation(Iterator[Step]):
 
 
 def _next_step(number: int, row: Row, logits: Logits) -> Step:
-    if not np.isfinite(logits.max()):  # NaN and +inf anywhere show here, so do -inf alone
+    try:
+        row.last = row.sampling.choose(logits)
+    except GenerationError:
         raise GenerationError(
             f"row {number}: the logits after position {len(row.prompt) + row.new - 1} hold "
-            f"{_trouble(logits)}; the weights are damaged or overflow in this precision "
+            f"{trouble(logits)}; the weights are damaged or overflow in this precision "
             "(validate the file, or load it with exact=True)"
-        )
+        ) from None
     settings = row.settings
-    row.last = row.sampling.choose(logits)
     row.new += 1
     reason: FinishReason | None = None
     if row.last in settings.stop_ids and not settings.ignore_eos:
@@ -202,11 +204,6 @@ def _next_step(number: int, row: Row, logits: Logits) -> Step:
     chosen, *others = logprobs_of(logits, [row.last, *top])
     pairs = tuple(map(TokenLogprob, top, others))
     return Step(row=number, id=row.last, logprob=chosen, top=pairs, finish_reason=reason)
-
-
-def _trouble(logits: Logits) -> str:
-    nan, inf = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
-    return f"{nan} NaN and {inf} Inf of {len(logits)}" if nan or inf else "-Inf alone"
 
 
 def generate(
@@ -247,7 +244,8 @@ def _row(
             "answer; shorten the prompt"
         )
     limit = room if settings.max_tokens is None else min(settings.max_tokens, room)
-    sampling = settings.sampler.start(ids, config.vocab_size)
+    native = getattr(executor, "chooser", None)
+    sampling = settings.sampler.start(ids, config.vocab_size, native)
     return Row(prompt=ids, settings=settings, sampling=sampling, limit=limit)
 
 

@@ -6,18 +6,21 @@ order, which is also transformers':
 
     repetition → presence and frequency → temperature → top-k → top-p → min-p → draw
 
-Letters: V vocabulary. Steps compute in float32, as the logits come; sums of probabilities and the
-draw, which decide, are float64. Ties at the border of top-k and top-p are kept: no id is preferred
-for its number.
+Letters: V vocabulary. Steps compute in float32, as the logits come. Where probabilities are added
+up, in top-p and the draw, they are whole numbers (`weights_of`), so that a sum is the same in any
+order, and a seed draws the same ids on every processor. Ties at the border of top-k and top-p are
+kept: no id is preferred for its number.
+
+The engine has the same in compiled loops, engine/sampling.py, the same to the id.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,11 @@ from glassllama.base.errors import GenerationError
 
 Logits = NDArray[np.float32]  # (V,)
 
-BLOCK = 512  # ids summed together when drawing: about the square root of a large vocabulary
+UNIT = float(2**34)  # the likeliest id's weight: 2**19 of them add up without rounding
+LOG2_E = np.float32(1.4426950408889634)
+LN2_UPPER = np.float32(0.693359375)  # few bits: its product with a whole number is exact
+LN2_LOWER = np.float32(-2.12194440e-4)
+LOWEST = np.float32(-87.3)  # e^x below this is no normal float32
 OPENAI_PENALTY = 2.0  # presence and frequency penalties lie between -2 and 2 in OpenAI's API
 
 
@@ -41,6 +48,16 @@ class History:
     def add(self, id: int) -> None:
         self.seen[id] = True
         self.said[id] += 1
+
+
+class Chooser(Protocol):
+    """All steps and the draw at once, as an executor may offer them."""
+
+    def __call__(
+        self, logits: Logits, seen: NDArray[np.bool_], said: NDArray[np.int32], uniform: float
+    ) -> int:
+        """The id, or -1; `seen` and `said` are those of History, `uniform` is in [0, 1)."""
+        ...
 
 
 class LogitsStep(Protocol):
@@ -158,13 +175,13 @@ class TopP:
     def __call__(self, logits: Logits, history: History) -> Logits:
         if self.p == 1:
             return logits
-        weights = unscaled_probs(logits)
-        total = weights.sum(dtype=np.float64)
+        weights = weights_of(logits)
+        total = weights.sum()
         # All ids below this weight together have less than 1 - p, so none of them is needed: only
         # the few above it are sorted.
         needless = (1 - self.p) * total / len(weights)
         ordered = np.sort(np.compress(weights >= needless, weights))[::-1]
-        border = ordered[reach(ordered, self.p * total, "left")]
+        border = ordered[min(np.searchsorted(ordered.cumsum(), self.p * total), len(ordered) - 1)]
         return keep(logits, weights >= border)
 
 
@@ -178,8 +195,12 @@ class MinP:
         require("min_p", self.p, "at least 0 and at most 1", 0 <= self.p <= 1)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        distance = -math.log(self.p) if self.p > 0 else math.inf
-        return keep(logits, logits >= logits.max() - distance)
+        return keep(logits, logits >= logits.max() - self.distance)
+
+    @property
+    def distance(self) -> float:
+        """From the largest logit, at most."""
+        return -math.log(self.p) if self.p > 0 else math.inf
 
 
 def below_largest(logits: Logits) -> Logits:
@@ -192,6 +213,26 @@ def below_largest(logits: Logits) -> Logits:
 def unscaled_probs(logits: Logits) -> Logits:
     """Probabilities times a constant: 1 for the likeliest, 0 for what was removed."""
     return np.exp(below_largest(logits))
+
+
+def weights_of(logits: Logits) -> NDArray[np.float64]:
+    """Probabilities times a constant, as whole numbers: 2**34 for the likeliest."""
+    return np.rint(exponential(below_largest(logits)).astype(np.float64) * UNIT)
+
+
+def exponential(x: Logits) -> Logits:
+    """e^x for x ≤ 0, to 2 units in the last place, in operations that every processor rounds alike.
+
+    x = n·ln 2 + r with |r| ≤ ln(2)/2; e^r by its Taylor polynomial of degree 7 (remainder 5e-9).
+    """
+    x = np.maximum(x, LOWEST)
+    n = np.rint(x * LOG2_E)
+    r = (x - n * LN2_UPPER) - n * LN2_LOWER
+    power = np.full_like(r, 1 / math.factorial(7))
+    for degree in range(6, -1, -1):
+        power = power * r + np.float32(1 / math.factorial(degree))
+    out: Logits = np.ldexp(power, n.astype(np.int32))
+    return out
 
 
 def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
@@ -213,10 +254,39 @@ class Sampler:
         if self.seed is not None:
             require_whole("seed", self.seed, 0)
 
-    def start(self, prompt: Sequence[int], vocab_size: int) -> Sampling:
-        """The sampling of one request, with a history and a generator of its own."""
+    def start(
+        self, prompt: Sequence[int], vocab_size: int, native: Callable[..., Chooser] | None = None
+    ) -> Sampling:
+        """The sampling of one request, with a history and a generator of its own.
+
+        `native` is an executor's way to do all the steps at once; without it numpy takes them.
+        """
         history = History(prompt, vocab_size)
-        return Sampling(self, history, np.random.Generator(np.random.PCG64(self.seed)))
+        generator = np.random.Generator(np.random.PCG64(self.seed))
+        settings = self._settings()
+        chooser = None if native is None or settings is None else native(**settings)
+        return Sampling(self, history, generator, chooser)
+
+    def _settings(self) -> dict[str, float] | None:
+        """The steps as plain numbers, for `native`; None where they are not those of this file."""
+        kinds = [type(step) for step in self.steps]
+        if kinds != [kind for kind in NUMBERS if kind in kinds]:
+            return None
+        named = [(NUMBERS[type(step)], step) for step in self.steps]
+        settings = {name: getattr(step, field) for (name, field), step in named}
+        return settings | {"temperature": 0.0} if self.greedy else settings
+
+
+# What each step is to a native chooser, and which field of it; in the order they are taken.
+NUMBERS: dict[type, tuple[str, str]] = {
+    Repetition: ("repetition", "penalty"),
+    Presence: ("presence", "penalty"),
+    Frequency: ("frequency", "penalty"),
+    Temperature: ("temperature", "value"),
+    TopK: ("top_k", "k"),
+    TopP: ("top_p", "p"),
+    MinP: ("distance", "distance"),
+}
 
 
 def make_sampler(
@@ -263,38 +333,44 @@ class Sampling:
     sampler: Sampler
     history: History
     generator: np.random.Generator = field(repr=False)
+    native: Chooser | None = None
 
     def choose(self, logits: Logits) -> int:
-        """The next id for logits (V,), remembered. They must hold a finite largest value."""
-        for step in self.sampler.steps:
-            logits = step(logits, self.history)
-        id = int(logits.argmax()) if self.sampler.greedy else draw(logits, self.generator)
+        """The next id for logits (V,), remembered.
+
+        Raises GenerationError where they hold NaN, +inf or -inf alone: nothing is chosen then.
+        """
+        native = self.native
+        id = self._plain(logits) if native is None else self._compiled(logits, native)
+        if id < 0:
+            raise GenerationError(f"the logits hold {trouble(logits)}")
         self.history.add(id)
         return id
+
+    def _plain(self, logits: Logits) -> int:
+        if not np.isfinite(logits.max()):  # NaN and +inf anywhere show here, so do -inf alone
+            return -1
+        for step in self.sampler.steps:
+            logits = step(logits, self.history)
+        return int(logits.argmax()) if self.sampler.greedy else draw(logits, self.generator)
+
+    def _compiled(self, logits: Logits, native: Chooser) -> int:
+        uniform = 0.0 if self.sampler.greedy else self.generator.random()
+        return native(logits, self.history.seen, self.history.said, uniform)
+
+
+def trouble(logits: Logits) -> str:
+    """What is in logits that no id can be chosen by."""
+    nan, inf = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
+    return f"{nan} NaN and {inf} Inf of {len(logits)}" if nan or inf else "-Inf alone"
 
 
 def draw(logits: Logits, generator: np.random.Generator) -> int:
     """An id by its probability: where one uniform number falls in the cumulative sum."""
     ids = np.flatnonzero(logits > -np.inf)
-    weights = unscaled_probs(logits[ids])
-    total = weights.sum(dtype=np.float64)
-    return int(ids[reach(weights, generator.random() * total, "right")])
-
-
-def reach(weights: Logits, target: float, side: Literal["left", "right"]) -> int:
-    """Where the running sum of weights first is at least ("left") or above ("right") a target.
-
-    In two strides, over the sums of blocks and then inside one, so that no running sum of the whole
-    length is made. Rounding never leads to a weight of 0 behind the last other one.
-    """
-    exact = weights.astype(np.float64)
-    starts = np.arange(0, len(exact), BLOCK)
-    blocks = np.cumsum(np.add.reduceat(exact, starts))
-    block = int(np.searchsorted(blocks, min(target, np.nextafter(blocks[-1], 0)), side))
-    inside = exact[starts[block] : starts[block] + BLOCK]
-    before = blocks[block - 1] if block > 0 else 0.0
-    place = int(np.searchsorted(np.cumsum(inside), target - before, side))
-    return int(starts[block]) + min(place, int(np.flatnonzero(inside)[-1]))
+    sums = weights_of(logits[ids]).cumsum()
+    goal = min(math.floor(generator.random() * sums[-1]), sums[-1] - 1)
+    return int(ids[np.searchsorted(sums, goal, "right")])
 
 
 def logprobs_of(logits: Logits, ids: Iterable[int]) -> list[float]:
