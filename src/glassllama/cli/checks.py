@@ -12,6 +12,7 @@ import numpy as np
 from glassllama.base.errors import GlassError
 from glassllama.hub import PACKAGE_MODELS
 from glassllama.hub.cache import place_of
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
 from glassllama.weights.open import Checkpoint, open_weights
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SLICE_NUMBERS = 1 << 22  # numbers looked at together: 16 MiB as float32
 CHUNK = 1 << 20  # bytes hashed at a time
-SAMPLES = (
+SAMPLES: tuple[str, ...] = (
     "Hello, world! It's 3.14 o'clock.",
     "Straße, naïve café, Ελληνικά, русский, עברית, العربية, हिन्दी, 日本語, 한국어",
     "def f(x):\n\treturn x  # 10000000\n",
@@ -51,7 +52,7 @@ def findings(path: Path, bars: Bars) -> Iterator[Finding]:
     except GlassError as error:
         yield Finding(False, f"tokenizer: {error}")
     else:
-        yield from vocabulary(tokenizer, checkpoint.config.vocab_size)
+        yield from vocabulary(tokenizer, checkpoint.model_config.vocab_size)
         yield chat(checkpoint, tokenizer)
     checkpoint.close()
 
@@ -65,7 +66,7 @@ def checksums(checkpoint: Checkpoint, progress: Progress | None) -> Finding:
         same = came == known[0].sha256
         return Finding(same, f"sha256: {came}" + ("" if same else f", expected {known[0].sha256}"))
     if not hasattr(file, "verify"):
-        return Finding(True, f"checksums: none in {Path(checkpoint.path).suffix or 'this'} files")
+        return Finding(True, f"checksums: none in {Path(checkpoint.path).suffix or 'these'} files")
     try:
         file.verify(progress)
     except GlassError as error:
@@ -110,7 +111,8 @@ def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
     checkpoint.drop(name)
     if nan or infinite:
         return f"{nan} NaN and {infinite} infinite numbers"
-    return "all zeros" if zeros else None
+    untrained = name.endswith(".bias")  # a bias begins as zeros, and may stay so
+    return "all zeros" if zeros and not untrained else None
 
 
 def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
@@ -120,14 +122,15 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
     outside = sorted(id for id in tokenizer.stop_ids if id >= rows)
     if outside or not tokenizer.stop_ids:
         yield Finding(False, f"stop ids: {outside or 'none, so answers never end by themselves'}")
-    changed = [text for text in SAMPLES if tokenizer.decode(tokenizer.encode(text)) != text]
+    what, samples = f"{len(SAMPLES)} texts in a dozen scripts", SAMPLES
+    if isinstance(tokenizer, CharTokenizer):
+        what, samples = "all its characters", ("".join(tokenizer.characters),)
+    changed = [text for text in samples if tokenizer.decode(tokenizer.encode(text)) != text]
     for text in changed:
         came = tokenizer.decode(tokenizer.encode(text))
         yield Finding(False, f"tokenizer: {text!r} comes back as {came!r}")
     if not changed:
-        yield Finding(
-            True, f"tokenizer: {len(SAMPLES)} texts in a dozen scripts come back the same"
-        )
+        yield Finding(True, f"tokenizer: {what} come back the same")
 
 
 def chat(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Finding:

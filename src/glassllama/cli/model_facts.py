@@ -31,13 +31,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.family,
         "parameters": sum(math.prod(info.shape) for info in infos),
         "bytes": sum(info.nbytes for info in infos),
-        "config": asdict(checkpoint.config) | {"rope_scaling": scaling(checkpoint.config)},
+        "architecture": checkpoint.architecture,
+        "config": config_facts(checkpoint),
         "stored_as": stored_as(checkpoint),
         "tokenizer": tokenizer_facts(checkpoint),
         "memory": memory_needs(checkpoint),
         "memory_free": available_memory(),
         "notes": checkpoint.notes,
     }
+
+
+def config_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    facts = asdict(checkpoint.model_config)
+    return facts if checkpoint.torch_only else facts | {"rope_scaling": scaling(checkpoint.config)}
 
 
 def scaling(config: LlamaConfig) -> dict[str, Any] | None:
@@ -82,7 +88,12 @@ def tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
-    """Bytes that the engine takes for one conversation of various lengths, up to the longest."""
+    """Bytes that the engine takes for one conversation of various lengths, up to the longest.
+
+    Nothing for models that the engine does not run.
+    """
+    if checkpoint.torch_only:
+        return []
     c = checkpoint.config
     per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * CACHE_BYTES  # a key and a value each
     weights, contexts = (

@@ -8,6 +8,8 @@ from glassllama.cli.model_facts import describe
 from glassllama.cli.options import Json, ModelArgument, Offline, PreferPth, find
 from glassllama.cli.screen import print_json, print_table
 
+LLAMA = "Llama"
+
 
 def show(
     model: ModelArgument,
@@ -27,7 +29,8 @@ def show(
     print()
     print_stored(facts)
     print()
-    print_memory(facts)
+    if facts["memory"]:
+        print_memory(facts)
     for line in facts["notes"]:
         print(f"note: {line}")
 
@@ -36,14 +39,25 @@ def architecture(facts: dict[str, Any]) -> list[tuple[str, str]]:
     from glassllama.base.machine import gigabytes
 
     c = facts["config"]
-    scaling = f", scaled ({c['rope_scaling']['rule']})" if c["rope_scaling"] else ""
-    return [
+    lines = [
+        ("architecture", facts["architecture"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", gigabytes(facts["bytes"])),
+    ]
+    if facts["architecture"] == LLAMA:
+        return lines + llama_lines(c)
+    return lines + [(name.replace("_", " "), str(value)) for name, value in c.items()]
+
+
+def llama_lines(c: dict[str, Any]) -> list[tuple[str, str]]:
+    scaling = f", scaled ({c['rope_scaling']['rule']})" if c["rope_scaling"] else ""
+    norm = [("q and k", "normed after the rotation")] if c["qk_norm"] else []
+    return [
         ("layers", f"{c['n_layers']}"),
         ("width", f"{c['dim']:,}, in the feed-forward {c['ffn_dim']:,}"),
         ("heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, each {c['head_dim']} wide"),
         ("rotations", f"base {c['rope_theta']:,.0f}, {c['rope_layout']}{scaling}"),
+        *norm,
         ("context", f"{c['max_seq_len']:,} tokens"),
         ("output", "tied to the embeddings" if c["tie_embeddings"] else "a matrix of its own"),
     ]

@@ -60,11 +60,18 @@ class Checkpoint:
         return self.model_config
 
     @property
+    def architecture(self) -> str:
+        """Llama, GPT or bigram."""
+        if isinstance(self.model_config, LlamaConfig):
+            return "Llama"
+        return architecture_of(self.model_config).title
+
+    @property
     def torch_only(self) -> str | None:
         """Why neither the engine nor anything else made for Llamas can run this; None: it can."""
         if isinstance(self.model_config, LlamaConfig):
             return None
-        return f"a {architecture_of(self.model_config).title} runs on the torch backend only"
+        return f"a {self.architecture} runs on the torch backend only"
 
     def info(self, ours: str) -> TensorInfo:
         return self.file.info(self.names[ours])
