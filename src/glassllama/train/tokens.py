@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from glassllama.base.interfaces import Tokenizer
 
 FORMAT = "glassllama tokens 1"
 SMALL_VOCABULARY = 1 << 16  # up to here an id fits 16 bits
-HASH_AT_ONCE = 1 << 24  # bytes
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -77,41 +79,49 @@ class Tokens:
 def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerFacts) -> Tokens:
     """Write `path` (….bin) and its sidecar, holding one piece at a time in memory.
 
-    Both appear at once when all is written; what was there before stays until then. Raises
-    GlassError: an id outside the vocabulary, no ids at all, or a folder that cannot be written.
+    Both appear when all is written; what was there before stays until then. Raises GlassError: an
+    id outside the vocabulary, no ids at all, or a folder that cannot be written.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= SMALL_VOCABULARY else "<u4")
-    digest, count, starts = hashlib.sha256(), 0, []
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            for ids, begins in pieces:
-                require_inside(ids, tokenizer.vocab_size)
-                if begins and len(ids):
-                    starts.append(count)
-                raw = ids.astype(dtype).tobytes()
-                file.write(raw)
-                digest.update(raw)
-                count += len(ids)
-            file.flush()
-            os.fsync(file.fileno())
-        if count == 0:
-            raise GlassError(f"{path}: the corpus is empty, there are no ids to write")
-        about = {
-            "format": FORMAT,
-            "tokenizer": asdict(tokenizer),
-            "dtype": {"<u2": "uint16", "<u4": "uint32"}[dtype.str],
-            "count": count,
-            "sha256": digest.hexdigest(),
-            "starts": starts,
-        }
-        write_pair(partial, path, about)
+        try:
+            with partial.open("wb") as file:
+                about = write_ids(file, pieces, tokenizer)
+            if not about["count"]:
+                raise GlassError(f"{path}: the corpus is empty, there are no ids to write")
+            write_pair(partial, path, about)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise GlassError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return open_tokens(path, verify=False)
+
+
+def write_ids(file: BinaryIO, pieces: Iterable[Piece], tokenizer: TokenizerFacts) -> dict[str, Any]:
+    """All ids to the file and to the disk -> what the sidecar will say of them."""
+    name = "uint16" if tokenizer.vocab_size <= SMALL_VOCABULARY else "uint32"
+    digest, count, starts = hashlib.sha256(), 0, [0]
+    for ids, begins in pieces:
+        require_inside(ids, tokenizer.vocab_size)
+        if begins and count > starts[-1]:  # what has no ids is no document
+            starts.append(count)
+        raw = ids.astype(DTYPES[name]).tobytes()
+        file.write(raw)
+        digest.update(raw)
+        count += len(ids)
+    if count == starts[-1] > 0:  # nothing came after the last beginning
+        starts.pop()
+    file.flush()
+    os.fsync(file.fileno())
+    return {
+        "format": FORMAT,
+        "tokenizer": asdict(tokenizer),
+        "dtype": name,
+        "count": count,
+        "sha256": digest.hexdigest(),
+        "starts": starts,
+    }
 
 
 def write_pair(partial: Path, path: Path, about: dict[str, Any]) -> None:
@@ -138,11 +148,11 @@ def open_tokens(path: Path, *, verify: bool = True) -> Tokens:
 
     Raises FormatError: what is missing, damaged or of another kind.
     """
-    about = read_sidecar(path)
-    dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[about["dtype"]])
-    count, size = about["count"], path.stat().st_size if path.is_file() else -1
+    about = read_sidecar(path.with_suffix(".json"))
+    dtype, count = DTYPES[about["dtype"]], about["count"]
+    size = path.stat().st_size if path.is_file() else None
     if size != count * dtype.itemsize:
-        came = "is missing" if size < 0 else f"has {size} bytes"
+        came = "is missing" if size is None else f"has {size} bytes"
         raise FormatError(
             f"{path}: {came}, its sidecar says {count} ids of {dtype.itemsize}; tokenize again"
         )
@@ -159,17 +169,47 @@ def open_tokens(path: Path, *, verify: bool = True) -> Tokens:
     )
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    sidecar = path.with_suffix(".json")
+def read_sidecar(sidecar: Path) -> dict[str, Any]:
+    """The sidecar's object, every field as this file writes it. Raises FormatError."""
     try:
         about = json.loads(sidecar.read_text("utf-8"))
     except OSError as error:
         raise FormatError(f"{sidecar}: {error.strerror or error}; tokenize again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{sidecar}: not valid JSON ({error}); tokenize again") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise FormatError(f"{sidecar}: expected a sidecar of format {FORMAT!r}; tokenize again")
+    for field, is_fine in SIDECAR.items():
+        if not is_fine(about.get(field)):
+            came = reprlib.repr(about.get(field))
+            raise FormatError(f"{sidecar}: {field} is {came}; tokenize again")
+    if about["starts"][-1] >= about["count"]:
+        raise FormatError(f"{sidecar}: starts go beyond the {about['count']} ids; tokenize again")
     return about
+
+
+def are_starts(value: object) -> bool:
+    """Whether these can be the starts of documents: whole numbers that grow, from 0."""
+    return (
+        isinstance(value, list)
+        and all(type(start) is int for start in value)
+        and value[:1] == [0]
+        and all(a < b for a, b in pairwise(value))
+    )
+
+
+def are_facts(value: object) -> bool:
+    names = {field.name for field in fields(TokenizerFacts)}
+    return isinstance(value, dict) and set(value) == names
+
+
+SIDECAR: dict[str, Callable[[Any], bool]] = {
+    "tokenizer": are_facts,
+    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
+    "count": lambda value: type(value) is int and value > 0,
+    "sha256": lambda value: isinstance(value, str),
+    "starts": are_starts,
+}
 
 
 def file_hash(path: Path) -> str:

@@ -1,0 +1,217 @@
+"""Corpora: what is read, what is held out, and what is said of files that are no text."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glassllama.base.errors import ConfigError, GlassError
+from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.train import corpus as corpora
+from glassllama.train.corpus import (
+    PARTS,
+    Corpus,
+    CorpusError,
+    Part,
+    Shares,
+    char_tokenizer,
+    open_corpus,
+    tokenize,
+)
+
+HELD_OUT = Shares(val=0.1, test=0.1)
+
+
+def parts_of(corpus: Corpus, shares: Shares) -> dict[Part, list[str]]:
+    """Each part's documents, whole again."""
+    out: dict[Part, list[str]] = {}
+    for part in PARTS:
+        documents: dict[int, str] = {}
+        for document, _, characters in corpus.texts(part, shares):
+            documents[document] = documents.get(document, "") + characters
+        out[part] = list(documents.values())
+    return out
+
+
+def test_tiny_shakespeare_is_split_as_nanogpt_does(tinyshakespeare: Path, tmp_path: Path) -> None:
+    text = tinyshakespeare.read_text("ascii")
+    corpus = open_corpus(tinyshakespeare)
+    tokenizer = char_tokenizer(corpus)
+    assert "".join(tokenizer.characters) == "".join(sorted(set(text)))
+    written = tokenize(corpus, tokenizer, tmp_path)
+    assert {part: len(tokens) for part, tokens in written.items()} == {
+        "train": 1_003_854,  # the figures that nanoGPT's prepare.py prints
+        "val": 111_540,
+    }
+    together = np.concatenate([written["train"].ids, written["val"].ids])
+    assert tokenizer.decode(together.tolist()) == text
+    assert [tokens.documents for tokens in written.values()] == [1, 1]
+    assert tokenizer.bos is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "train.bin", "train.json", "val.bin", "val.json"
+    ]  # fmt: skip
+
+
+def test_a_few_documents_give_their_ends(tmp_path: Path) -> None:
+    texts = [chr(97 + n) * (10 * n + 10) for n in range(9)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n}.txt").write_text(text)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"\xff")
+    (tmp_path / ".hidden.txt").write_bytes(b"\xff")
+    corpus = open_corpus(tmp_path)
+    assert list(corpus.lengths) == [len(text) for text in texts]
+    parts = parts_of(corpus, HELD_OUT)
+    assert [a + b + c for a, b, c in zip(*parts.values(), strict=True)] == texts
+    assert [len(text) for text in parts["val"]] == [n + 1 for n in range(9)]
+
+
+def many(tmp_path: Path, count: int = 2000) -> list[str]:
+    texts = [f"document {n % 1500}, " + "ab" * (n % 7) for n in range(count)]
+    lines = [json.dumps({"text": text, "id": n}) for n, text in enumerate(texts)]
+    (tmp_path / "many.jsonl").write_text("\n\n".join([*lines, ""]))
+    return texts
+
+
+def test_of_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
+    texts = many(tmp_path)
+    parts = parts_of(open_corpus(tmp_path / "many.jsonl"), HELD_OUT)
+    assert sorted(chain.from_iterable(parts.values())) == sorted(texts)
+    assert 0.08 < len(parts["val"]) / len(texts) < 0.12
+    assert 0.08 < len(parts["test"]) / len(texts) < 0.12
+    for one in PARTS:
+        for other in PARTS:
+            assert one == other or not set(parts[one]) & set(parts[other]), "a copy leaks"
+    assert parts == parts_of(open_corpus(tmp_path), HELD_OUT)
+
+
+def test_documents_begin_and_end_in_the_ids(tmp_path: Path) -> None:
+    texts = many(tmp_path)
+    corpus = open_corpus(tmp_path)
+    tokenizer = char_tokenizer(corpus)
+    assert tokenizer.bos is not None
+    told: list[tuple[int, int]] = []
+    written = tokenize(
+        corpus, tokenizer, tmp_path / "out", shares=HELD_OUT,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told[-1] == (sum(map(len, texts)), sum(map(len, texts)))
+    for part, expected in parts_of(corpus, HELD_OUT).items():
+        tokens = written[part]
+        pieces = np.split(tokens.ids, tokens.starts[1:])
+        assert [tokenizer.decode(ids[1:-1].tolist()) for ids in pieces] == expected
+        assert {int(ids[0]) for ids in pieces} == {tokenizer.bos}
+        assert {int(ids[-1]) for ids in pieces} == {tokenizer.end}
+
+
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, llama3_ranks: Path) -> None:
+    (tmp_path / "a.txt").write_text("Straße, naïve café, 日本語, 한국어 🙂\n" * 20, "utf-8")
+    tokenizer = read_meta_tokenizer(llama3_ranks)
+    written = tokenize(open_corpus(tmp_path), tokenizer, tmp_path / "out")
+    assert written["train"].ids.dtype == np.uint32
+    text = "".join(tokenizer.decode(written[part].ids.tolist()) for part in ("train", "val"))
+    assert text.replace("<|begin_of_text|>", "") == (tmp_path / "a.txt").read_text("utf-8")
+
+
+def test_cuts_change_no_token(
+    tmp_path: Path, llama3_ranks: Path, shakespeare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shakespeare.read_text()[:60_000]
+    text += "\n \n\n\tx\r\n\r\n  y  \n(z" * 400
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    tokenizer = read_meta_tokenizer(llama3_ranks)
+    tokenizer.bos = None
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(corpora, "LONG_TEXT", 1000)
+    monkeypatch.setattr(corpora, "READ_BYTES", 777)
+    no_val = Shares(val=0.0)
+    corpus = open_corpus(tmp_path / "a.txt")
+    assert len(list(corpus.texts("train", no_val))) > 30
+    written = tokenize(corpus, tokenizer, tmp_path / "out", shares=no_val)
+    assert list(written) == ["train"]
+    assert written["train"].ids.tolist() == whole
+
+
+def test_a_text_without_lines_is_cut_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "LONG_TEXT", 100)
+    monkeypatch.setattr(corpora, "READ_BYTES", 7)
+    text = "日本語é" * 500 + "\n" * 700
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    pieces = [t.characters for t in open_corpus(tmp_path).texts("train", Shares(val=0.0))]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 200
+
+
+def test_memory_stays_small(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("w") as file:
+        for n in range(600_000):
+            file.write(f"line {n}, all work and no play makes Jack a dull boy\n")
+    size = (tmp_path / "a.txt").stat().st_size
+    assert size > 30_000_000
+    tracemalloc.start()
+    corpus = open_corpus(tmp_path)
+    for _ in corpus.texts("train", Shares()):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size * 0.8
+
+
+FAULTS: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "no text in it"),
+    "mark.txt": (b"\xef\xbb\xbf", "no text in it"),
+    "latin.txt": (b"a" * 3_000_000 + "\xe9".encode("latin-1") + b"b", "byte 3000000 is no UTF-8"),
+    "cut.txt": ("abc日".encode()[:-1], "byte 3 is no UTF-8"),
+    "utf16.txt": ("abc".encode("utf-16"), "byte 0 is no UTF-8"),
+    "blank.jsonl": (b"\n\n  \n", "no text in it"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "line 2: no JSON"),
+    "list.jsonl": (b'{"text": "a"}\n\n["b"]\n', "line 3: expected an object.*'text'"),
+    "field.jsonl": (b'{"body": "a"}\n', "line 1: expected an object.*'text'"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1: expected an object.*'text'"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1: .*UTF-16"),
+    "bytes.jsonl": (b'{"text": "\xff"}\n', "line 1: no JSON"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_no_text_is_said_with_its_place(tmp_path: Path, name: str) -> None:
+    content, words = FAULTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=words) as error:
+        open_corpus(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        open_corpus(tmp_path / "missing")
+    with pytest.raises(CorpusError, match=r"no texts in this folder.*\.jsonl"):
+        open_corpus(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\r\n")
+    assert open_corpus(tmp_path).characters == frozenset("ab\r\n")
+
+
+def test_shares_that_cannot_be() -> None:
+    for val, test in ((-0.1, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        with pytest.raises(ConfigError, match="shares"):
+            Shares(val=val, test=test)
+
+
+def test_a_text_too_short_to_hold_anything_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab")
+    corpus = open_corpus(tmp_path)
+    with pytest.raises(GlassError, match=r"test\.bin|val\.bin|train\.bin"):
+        tokenize(corpus, CharTokenizer("ab"), tmp_path / "out", shares=Shares(val=0.1, test=0.1))

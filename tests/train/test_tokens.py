@@ -1,0 +1,152 @@
+"""Ids on disk: what is written is read, and what does not belong together is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glassllama.base.errors import FormatError, GlassError
+from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.train.tokens import (
+    Piece,
+    TokenizerFacts,
+    Tokens,
+    open_tokens,
+    tokenizer_facts,
+    write_tokens,
+)
+
+
+def facts(vocab_size: int) -> TokenizerFacts:
+    return TokenizerFacts(name="none", vocab_size=vocab_size, sha256="0" * 64)
+
+
+def written(path: Path, vocab_size: int = 300) -> Tokens:
+    """Three documents, the second in two pieces, one piece empty."""
+    chance = np.random.default_rng(0)
+    draw = [chance.integers(vocab_size, size=n) for n in (5, 7, 2, 0, 9)]
+    begins = (True, True, False, True, True)
+    pieces = [Piece(ids, first) for ids, first in zip(draw, begins, strict=True)]
+    tokens = write_tokens(path, pieces, facts(vocab_size))
+    assert tokens.ids.tolist() == np.concatenate(draw).tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "width"), [(300, 2), (65_536, 2), (65_537, 4), (128_256, 4)]
+)
+def test_the_vocabulary_decides_how_wide_an_id_is(
+    tmp_path: Path, vocab_size: int, width: int
+) -> None:
+    path = tmp_path / "a" / "tokens.bin"
+    tokens = written(path, vocab_size)
+    assert path.stat().st_size == 23 * width
+    assert tokens.starts.tolist() == [0, 5, 14]
+    assert (len(tokens), tokens.documents) == (23, 3)
+    again = open_tokens(path)
+    assert isinstance(again.ids, np.memmap)
+    assert again.ids.tolist() == np.fromfile(path, f"<u{width}").tolist()
+    assert (again.starts.tolist(), again.tokenizer) == ([0, 5, 14], facts(vocab_size))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["tokens.bin", "tokens.json"]
+
+
+def test_same_vocabulary_same_facts() -> None:
+    one, same = tokenizer_facts(CharTokenizer("abc")), tokenizer_facts(CharTokenizer("cba"))
+    assert one == same
+    assert one.vocab_size == 7
+    assert tokenizer_facts(CharTokenizer("abd")).sha256 != one.sha256
+
+
+def spoil(path: Path, name: str) -> None:
+    """One kind of damage to tokens.bin or its sidecar."""
+    sidecar = path.with_suffix(".json")
+    about = json.loads(sidecar.read_text())
+    raw = bytearray(path.read_bytes())
+    if name == "short":
+        path.write_bytes(raw[:-2])
+    elif name == "bit":
+        raw[7] ^= 1
+        path.write_bytes(raw)
+    elif name == "no bin":
+        path.unlink()
+    elif name == "no sidecar":
+        sidecar.unlink()
+    elif name == "cut sidecar":
+        sidecar.write_text(sidecar.read_text()[:40])
+    else:
+        field, value = {
+            "other format": ("format", "glassllama tokens 2"),
+            "unknown dtype": ("dtype", "float16"),
+            "starts": ("starts", [0, 5, 99]),
+            "starts order": ("starts", [5, 0]),
+            "starts text": ("starts", "0"),
+            "count": ("count", "23"),
+            "tokenizer": ("tokenizer", {"name": "x"}),
+            "hash": ("sha256", 3),
+        }[name]
+        sidecar.write_text(json.dumps({**about, field: value}))
+
+
+DAMAGE = {
+    "short": "45|44 bytes|has 44",
+    "bit": "sha256 is",
+    "no bin": "is missing",
+    "no sidecar": "No such file",
+    "cut sidecar": "not valid JSON",
+    "other format": "glassllama tokens 1",
+    "unknown dtype": "dtype.*float16",
+    "starts": "starts",
+    "starts order": "starts",
+    "starts text": "starts",
+    "count": "count",
+    "tokenizer": "tokenizer",
+    "hash": "sha256",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_does_not_belong_together_is_not_opened(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "tokens.bin"
+    written(path)
+    spoil(path, damage)
+    with pytest.raises(FormatError, match=DAMAGE[damage]) as error:
+        open_tokens(path)
+    assert "tokenize again" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_corpus_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GlassError, match="empty"):
+        write_tokens(tmp_path / "tokens.bin", [Piece(np.array([], int), True)], facts(9))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_outside_the_vocabulary_are_not_written(tmp_path: Path) -> None:
+    for bad in (9, -1):
+        with pytest.raises(GlassError, match=f"id {bad} is outside the vocabulary of 9"):
+            write_tokens(tmp_path / "tokens.bin", [Piece(np.array([1, bad]), True)], facts(9))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    before = written(path).ids.tolist()
+
+    def broken() -> Iterator[Piece]:
+        yield Piece(np.arange(5), True)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_tokens(path, broken(), facts(300))
+    assert open_tokens(path).ids.tolist() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GlassError, match="cannot be written"):
+        write_tokens(tmp_path / "file" / "tokens.bin", [Piece(np.arange(3), True)], facts(9))
