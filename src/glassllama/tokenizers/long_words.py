@@ -11,12 +11,12 @@ touches its two neighbours only: n log n. Compiled with Numba, on ids instead of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.bpe import Vocabulary
@@ -25,30 +25,48 @@ Ints = NDArray[np.int32]
 Keys = NDArray[np.int64]
 
 EMPTY = -1  # a free slot, a dead position, a pair that does not merge
+PERHAPS_BITS = 22  # of a hash: half a megabyte
 SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: Fibonacci hashing (Knuth, vol. 3, 6.4)
 
 
-@dataclass(frozen=True)
-class PairTable:
+class PairTable(NamedTuple):
     """Which pairs of ids merge: an open-addressing hash table, its size a power of two.
 
-    keys (slots,) int64: left << 32 | right, or EMPTY; ranks and joined (slots,) int32.
+    slots (slots, 2) int64: left << 32 | right, or EMPTY; rank << 32 | id of the joined. `perhaps`
+    is a bit for every hash, set if some pair has it: small enough to stay near the processor, it
+    answers for nearly all pairs that do not merge.
     """
 
-    keys: Keys
-    ranks: Ints
-    joined: Ints
+    slots: Keys
+    perhaps: NDArray[np.uint64]
+
+
+def table_of(rows: NDArray[np.int64]) -> PairTable:
+    """The table of pairs given as (left, right, rank, joined), (M, 4)."""
+    slots = 1 << max(4, (2 * len(rows)).bit_length())  # at most half full
+    perhaps = np.zeros(2**PERHAPS_BITS // 64, np.uint64)
+    table = PairTable(np.full((slots, 2), EMPTY, np.int64), perhaps)
+    fill(table, rows)
+    return table
+
+
+class Room(NamedTuple):
+    """What merging works in: a linked list, ranks and a heap for words of up to n symbols."""
+
+    after: Ints
+    before: Ints
+    current: Ints  # the rank of the pair that begins here
+    heap: Keys  # (2n,): every merge takes one entry and adds two at most
+
+
+def room(n: int) -> Room:
+    lists = np.empty((3, n), np.int32)
+    return Room(lists[0], lists[1], lists[2], np.empty(2 * n, np.int64))
 
 
 def pair_table(vocabulary: Vocabulary) -> PairTable:
     """All pairs that merge, from a list of merges or from all ways to halve a token."""
-    rows = np.fromiter(pairs(vocabulary), np.dtype((np.int64, 4)))  # (M, 4)
-    slots = 1 << max(4, (2 * len(rows)).bit_length())  # at most half full
-    table = PairTable(
-        np.full(slots, EMPTY, np.int64), np.empty(slots, np.int32), np.empty(slots, np.int32)
-    )
-    fill(table.keys, table.ranks, table.joined, rows)
-    return table
+    return table_of(np.fromiter(pairs(vocabulary), np.dtype((np.int64, 4))))
 
 
 def pairs(vocabulary: Vocabulary) -> Iterator[tuple[int, int, int, int]]:
@@ -67,40 +85,59 @@ def pairs(vocabulary: Vocabulary) -> Iterator[tuple[int, int, int, int]]:
 
 def merge_ids(symbols: Ints, table: PairTable) -> Ints:
     """The ids (T,) that the bytes of a word, given as their ids (n,), merge into."""
-    merged: Ints = merge_linked(symbols.copy(), table.keys, table.ranks, table.joined)
-    return merged
+    merged = symbols.copy()
+    size = merge_linked(merged, len(merged), room(len(merged)), table)
+    return merged[:size]
 
 
-def compiled(function: Any) -> Any:
-    """Machine code at the first call, kept on disk where there is a folder that can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # Numba found no such folder
-        return numba.njit(nogil=True)(function)
-
-
-@compiled
-def slot_of(keys: Keys, left: int, right: int) -> int:
+@inlined
+def slot_of(table: PairTable, left: Int, right: Int) -> Int:
     """Where a pair is in the table, or the free slot where it would be."""
+    slots = table.slots
     key = (np.int64(left) << 32) | np.int64(right)
-    mask = np.uint64(len(keys) - 1)
+    mask = np.uint64(len(slots) - 1)
     slot = ((np.uint64(key) * np.uint64(SPREAD)) >> np.uint64(32)) & mask
-    while keys[slot] != key and keys[slot] != EMPTY:
+    while slots[slot, 0] != key and slots[slot, 0] != EMPTY:
         slot = (slot + np.uint64(1)) & mask
-    return int(slot)
+    return slot
+
+
+@inlined
+def perhaps_of(left: Int, right: Int) -> tuple[Int, Int]:
+    """A pair's bit in `perhaps`: in which word, and the word with this bit alone."""
+    key = np.uint64((np.int64(left) << 32) | np.int64(right))
+    hashed = (key * np.uint64(SPREAD)) >> np.uint64(64 - PERHAPS_BITS)
+    return hashed >> np.uint64(6), np.uint64(1) << (hashed & np.uint64(63))
+
+
+@entry
+def fill(table: PairTable, rows: NDArray[np.int64]) -> None:
+    for k in range(len(rows)):
+        left, right, rank, joined = rows[k, 0], rows[k, 1], rows[k, 2], rows[k, 3]
+        slot = slot_of(table, left, right)
+        table.slots[slot, 0] = (left << 32) | right
+        table.slots[slot, 1] = (rank << 32) | joined
+        place, bit = perhaps_of(left, right)
+        table.perhaps[place] |= bit
+
+
+@inlined
+def rank_of(left: Int, right: Int, table: PairTable) -> Int:
+    """The rank of a pair, or EMPTY."""
+    place, bit = perhaps_of(left, right)
+    if table.perhaps[place] & bit == 0:
+        return EMPTY
+    return table.slots[slot_of(table, left, right), 1] >> 32  # of EMPTY this is EMPTY again
+
+
+@inlined
+def joined_of(left: Int, right: Int, table: PairTable) -> Int:
+    """What a pair merges into; the pair must be there."""
+    return table.slots[slot_of(table, left, right), 1] & 0xFFFFFFFF
 
 
 @compiled
-def fill(keys: Keys, ranks: Ints, joined: Ints, rows: NDArray[np.int64]) -> None:
-    for left, right, rank, id in rows:
-        slot = slot_of(keys, left, right)
-        keys[slot] = (left << 32) | right
-        ranks[slot] = rank
-        joined[slot] = id
-
-
-@compiled
-def sift_down(heap: Keys, size: int, at: int) -> None:
+def sift_down(heap: Keys, size: Int, at: Int) -> None:
     item = heap[at]
     while 2 * at + 1 < size:
         child = 2 * at + 1
@@ -114,7 +151,7 @@ def sift_down(heap: Keys, size: int, at: int) -> None:
 
 
 @compiled
-def sift_up(heap: Keys, at: int) -> None:
+def sift_up(heap: Keys, at: Int) -> None:
     item = heap[at]
     while at > 0 and heap[(at - 1) // 2] > item:
         heap[at] = heap[(at - 1) // 2]
@@ -122,8 +159,8 @@ def sift_up(heap: Keys, at: int) -> None:
     heap[at] = item
 
 
-@compiled
-def push(heap: Keys, size: int, rank: int, at: int) -> int:
+@entry
+def push(heap: Keys, size: Int, rank: Int, at: Int) -> Int:
     """Add (rank, position), unless the pair does not merge; the heap's new size."""
     if rank == EMPTY:
         return size
@@ -133,26 +170,24 @@ def push(heap: Keys, size: int, rank: int, at: int) -> int:
 
 
 @compiled
-def rank_at(symbols: Ints, after: Ints, at: int, keys: Keys, ranks: Ints) -> int:
+def rank_at(symbols: Ints, n: Int, after: Ints, at: Int, table: PairTable) -> Int:
     """The rank of the pair that begins at a position, or EMPTY."""
-    if at < 0 or after[at] >= len(symbols):
+    if at < 0 or after[at] >= n:
         return EMPTY
-    slot = slot_of(keys, symbols[at], symbols[after[at]])
-    return EMPTY if keys[slot] == EMPTY else int(ranks[slot])
+    return rank_of(symbols[at], symbols[after[at]], table)
 
 
-@compiled
-def merge_linked(symbols: Ints, keys: Keys, ranks: Ints, joined: Ints) -> Ints:
-    """Merge in place, then keep the living. A heap entry whose rank no longer holds is passed."""
-    n = len(symbols)
-    after = np.empty(n, np.int32)
-    before = np.empty(n, np.int32)
-    current = np.empty(n, np.int32)  # the rank of the pair that begins here
-    heap = np.empty(2 * n, np.int64)  # every merge takes one entry and adds two at most
+@entry
+def merge_linked(symbols: Ints, n: Int, room: Room, table: PairTable) -> Int:
+    """Merge the first n symbols in place and move the living to the front; how many they are.
+
+    A heap entry whose rank no longer holds is passed.
+    """
+    after, before, current, heap = room.after, room.before, room.current, room.heap
     size = 0
     for at in range(n):
         before[at], after[at] = at - 1, at + 1
-        current[at] = rank_at(symbols, after, at, keys, ranks)
+        current[at] = rank_at(symbols, n, after, at, table)
         size = push(heap, size, current[at], at)
     while size > 0:
         rank, at = heap[0] >> 32, heap[0] & 0xFFFFFFFF
@@ -162,14 +197,18 @@ def merge_linked(symbols: Ints, keys: Keys, ranks: Ints, joined: Ints) -> Ints:
         if current[at] != rank:
             continue
         gone = after[at]
-        symbols[at] = joined[slot_of(keys, symbols[at], symbols[gone])]
+        symbols[at] = joined_of(symbols[at], symbols[gone], table)
         symbols[gone], current[gone] = EMPTY, EMPTY
         after[at] = after[gone]
         if after[at] < n:
             before[after[at]] = at
         for begin in (np.int64(before[at]), at):
             if begin >= 0:
-                current[begin] = rank_at(symbols, after, begin, keys, ranks)
+                current[begin] = rank_at(symbols, n, after, begin, table)
                 size = push(heap, size, current[begin], begin)
-    living: Ints = symbols[symbols != EMPTY]
+    living = 0
+    for at in range(n):
+        if symbols[at] != EMPTY:
+            symbols[living] = symbols[at]
+            living += 1
     return living

@@ -35,6 +35,7 @@ CHUNK_CHARS = 400_000
 LONGEST_RUN = 25_000  # blanks, or non-blanks, in a row
 # Each long run whole; looked for only where a run begins, so that the search stays linear.
 LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
+BLANK, SIGN = re.compile(r"\s"), re.compile(r"\S")
 
 
 def read_meta_tokenizer(path: Path) -> BytePairTokenizer:
@@ -95,8 +96,15 @@ def chunks(text: str) -> Iterator[str]:
     for start in range(0, len(text), CHUNK_CHARS):
         chunk = text[start : start + CHUNK_CHARS]
         begin = 0
-        for run in LONG_RUN.finditer(chunk):
+        for run in LONG_RUN.finditer(chunk) if may_hold_long_run(chunk) else ():
             for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
                 yield chunk[begin:cut]
                 begin = cut
         yield chunk[begin:]
+
+
+def may_hold_long_run(chunk: str) -> bool:
+    """A look at a few places instead of all: a long run fills one of the windows half its size."""
+    half = LONGEST_RUN // 2
+    windows = [(at, at + half) for at in range(0, len(chunk) - half + 1, half)]
+    return any(not (BLANK.search(chunk, *w) and SIGN.search(chunk, *w)) for w in windows)

@@ -245,14 +245,9 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _pairs(self) -> PairTable:
-        from glassllama.tokenizers.long_words import EMPTY, PairTable, fill
+        from glassllama.tokenizers.long_words import table_of
 
-        rows = np.fromiter(self._pair_rows(), np.dtype((np.int64, 4)))  # (M, 4)
-        slots = 1 << max(4, (2 * len(rows)).bit_length())  # at most half full
-        keys, values = np.full(slots, EMPTY, np.int64), np.empty((2, slots), np.int32)
-        table = PairTable(keys, values[0], values[1])
-        fill(table.keys, table.ranks, table.joined, rows)
-        return table
+        return table_of(np.fromiter(self._pair_rows(), np.dtype((np.int64, 4))))
 
     def _pair_rows(self) -> Iterator[tuple[int, int, int, int]]:
         """(left, right, rank, joined) of all ways to halve a piece."""

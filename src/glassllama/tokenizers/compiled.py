@@ -1,0 +1,89 @@
+"""How the tokenizers' functions become machine code: once, kept on disk, without the GIL.
+
+Numba keeps compiled code per source file; ours call each other across files. So the folder that
+keeps them is named after the digest of them all: other sources, another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba.extending import intrinsic
+
+from glassllama.base.errors import GlassError
+from glassllama.base.machine import cache_home
+
+F = TypeVar("F", bound=Callable[..., Any])
+Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
+
+KEPT_VERSIONS = 3  # on disk: these sources and the latest others
+
+
+@lru_cache(maxsize=1)
+def code_folder() -> Path | None:
+    """Where machine code is kept, or None where nothing can be written."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    try:
+        folder = cache_home() / "compiled-tokenizers" / digest.hexdigest()[:16]
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder.parent)
+        return folder if os.access(folder, os.W_OK) else None
+    except (OSError, GlassError):  # GlassError: no home folder at all
+        return None
+
+
+def sweep(parent: Path) -> None:
+    """Delete what older sources compiled, but for the latest: nobody else would."""
+    folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[:-KEPT_VERSIONS]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def native(function: F, **more: bool) -> F:
+    """Without Numba's reference counts, which cost a loop over bytes half its time.
+
+    So compiled code may not make arrays: it works in those that Python hands in.
+    """
+    folder = code_folder()
+    options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False, **more}
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
+    try:
+        settings.CACHE_DIR = before if folder is None else str(folder)
+        return cast(F, numba.njit(cache=folder is not None, **options)(function))
+    finally:
+        settings.CACHE_DIR = before
+
+
+# Python does not call these: the way in and out of each one would double its time to compile.
+INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def entry(function: F) -> F:
+    """Machine code that Python calls, compiled at the first call."""
+    return native(function)
+
+
+def compiled(function: F) -> F:
+    """Machine code for other compiled functions."""
+    return native(function, **INSIDE)
+
+
+def inlined(function: F) -> F:
+    """A function that vanishes into its callers: a call would hand on whole array descriptions."""
+    return native(function, **INSIDE, forceinline=True)
+
+
+def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function written in LLVM's own words: see eight_bytes.py."""
+    return cast(Callable[..., Any], intrinsic(function))

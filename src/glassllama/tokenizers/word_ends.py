@@ -1,0 +1,218 @@
+"""Where words end: the split patterns of split.py by hand, for compiled code.
+
+A pattern of alternatives that is tried at every place becomes a decision on the kinds of the next
+characters: letter, number, blank, line end, other. The kinds are those of Python's `regex`, asked
+once, so that both ways of splitting know the same Unicode; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import regex  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
+from glassllama.tokenizers.eight_bytes import eight_bytes, letters_in
+from glassllama.tokenizers.split import EACH_DIGIT, GPT2, LLAMA3, QWEN2
+
+Bytes = NDArray[np.uint8]
+
+OTHER, LETTER, NUMBER, BLANK, LINE_END, NOTHING = range(6)  # \p{L} \p{N} \s [\r\n], behind the end
+KIND = 7  # mask: three bits of kind, and above them how many bytes the character has
+WIDTH = 3  # shift
+N_CODE_POINTS = 0x110000
+UTF8_WIDTHS = ((0, 1), (0x80, 2), (0x800, 3), (0x10000, 4))  # first code point, bytes
+
+LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE = range(4)
+RULES = {
+    (LLAMA3,): LLAMA3_RULE,
+    (QWEN2,): QWEN2_RULE,
+    (GPT2,): GPT2_RULE,
+    (EACH_DIGIT, GPT2): SMOLLM_RULE,
+}
+LONGEST_NUMBER = 3  # Llama 3: \p{N}{1,3}
+
+SPACE, APOSTROPHE = 0x20, 0x27
+TO_LOWER = 0x20  # the bit between a capital and its small letter in ASCII
+S, T, R, E, V, M, L, D = (ord(letter) for letter in "strevmld")
+LONG_S = (0xC5, 0xBF)  # UTF-8 of ſ, which is an s where case does not matter
+
+
+@cache
+def character_kinds() -> Bytes:
+    """(0x110000,) uint8: of each code point the kind, and its bytes in UTF-8 << WIDTH."""
+    every = "".join(map(chr, range(N_CODE_POINTS)))
+    kinds = np.zeros(N_CODE_POINTS, np.uint8)
+    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
+        for run in regex.finditer(pattern, every):
+            kinds[run.start() : run.end()] = kind
+    kinds[[ord("\r"), ord("\n")]] = LINE_END
+    for first, width in UTF8_WIDTHS:
+        kinds[first:] = (kinds[first:] & KIND) | (width << WIDTH)
+    return kinds
+
+
+@inlined
+def kind_at(text: Bytes, at: Int, end: Int, kinds: Bytes) -> Int:
+    """Kind and width of the character that begins at a byte of valid UTF-8."""
+    if at >= end:
+        return NOTHING
+    byte = np.int64(text[at])
+    if byte < 0x80:
+        return np.int64(kinds[byte])
+    point = np.int64(text[at + 1]) & 0x3F  # six bits in every byte but the first
+    if byte < 0xE0:
+        return np.int64(kinds[(byte & 0x1F) << 6 | point])
+    point = point << 6 | (np.int64(text[at + 2]) & 0x3F)
+    if byte < 0xF0:
+        return np.int64(kinds[(byte & 0x0F) << 12 | point])
+    return np.int64(kinds[(byte & 0x07) << 18 | point << 6 | (np.int64(text[at + 3]) & 0x3F)])
+
+
+@inlined
+def run_end(text: Bytes, at: Int, end: Int, kinds: Bytes, kind: Int) -> Int:
+    """Behind all characters of one kind that follow each other from here."""
+    while True:
+        found = kind_at(text, at, end, kinds)
+        if found & KIND != kind:
+            return at
+        at += found >> WIDTH
+
+
+@inlined
+def letters_end(text: Bytes, at: Int, end: Int, kinds: Bytes) -> Int:
+    """Behind all letters that follow each other from here: run_end, eight at once in ASCII."""
+    while True:
+        run = letters_in(eight_bytes(text, at))
+        at += run
+        if run < 8:
+            if text[at] < 0x80:
+                return at
+            found = kind_at(text, at, end, kinds)
+            if found & KIND != LETTER:
+                return at
+            at += found >> WIDTH
+
+
+@inlined
+def ending_size(text: Bytes, at: Int, end: Int, any_case: bool) -> Int:
+    """Bytes of an English ending ('s 't 're 've 'm 'll 'd) that begins here; 0: there is none."""
+    if at + 1 >= end:
+        return 0
+    lower = TO_LOWER if any_case else 0
+    first = np.int64(text[at + 1]) | lower
+    if first in (S, T, M, D):
+        return 2
+    if at + 2 >= end:
+        return 0
+    if any_case and text[at + 1] == LONG_S[0] and text[at + 2] == LONG_S[1]:
+        return 3
+    second = np.int64(text[at + 2]) | lower
+    is_ending = second == E if first in (R, V) else first == L and second == L
+    return 3 if is_ending else 0
+
+
+@compiled
+def blanks_end(text: Bytes, at: Int, end: Int, kinds: Bytes, line_ends: bool) -> Int:
+    """Blanks are one word, up to the last line end; else all but one that the next word takes."""
+    begin, last, behind_line_end = at, at, 0
+    while True:
+        found = kind_at(text, at, end, kinds)
+        kind = found & KIND
+        if kind != BLANK and kind != LINE_END:
+            break
+        last = at
+        at += found >> WIDTH
+        if kind == LINE_END:
+            behind_line_end = at
+    if line_ends and behind_line_end > 0:
+        return behind_line_end
+    return at if at >= end or last == begin else last
+
+
+@inlined
+def number_end(text: Bytes, at: Int, end: Int, kinds: Bytes, longest: Int) -> Int:
+    for _ in range(longest):
+        found = kind_at(text, at, end, kinds)
+        if found & KIND != NUMBER:
+            break
+        at += found >> WIDTH
+    return at
+
+
+@inlined
+def llama3_end(text: Bytes, at: Int, end: Int, kinds: Bytes, longest_number: Int) -> Int:
+    """The end of the word that begins here, by the pattern LLAMA3 (or QWEN2)."""
+    first = kind_at(text, at, end, kinds)
+    kind, after = first & KIND, at + (first >> WIDTH)
+    if kind == LETTER:
+        return letters_end(text, after, end, kinds)
+    if kind == NUMBER:
+        return number_end(text, at, end, kinds, longest_number)
+    if text[at] == APOSTROPHE:
+        size = ending_size(text, at, end, True)
+        if size > 0:
+            return at + size
+    second = kind_at(text, after, end, kinds) & KIND
+    if kind != LINE_END and second == LETTER:
+        return letters_end(text, after, end, kinds)
+    if kind == OTHER or (text[at] == SPACE and second == OTHER):
+        signs = run_end(text, after, end, kinds, OTHER)
+        return run_end(text, signs, end, kinds, LINE_END)
+    return blanks_end(text, at, end, kinds, True)
+
+
+@compiled
+def gpt2_end(text: Bytes, at: Int, end: Int, kinds: Bytes) -> Int:
+    """The end of the word that begins here, by the pattern GPT2."""
+    if text[at] == APOSTROPHE:
+        size = ending_size(text, at, end, False)
+        if size > 0:
+            return at + size
+    begin = at + 1 if text[at] == SPACE else at
+    kind = kind_at(text, begin, end, kinds) & KIND
+    if kind == LETTER:
+        return letters_end(text, begin, end, kinds)
+    if kind in (NUMBER, OTHER):
+        return run_end(text, begin, end, kinds, kind)
+    return blanks_end(text, at, end, kinds, False)
+
+
+@inlined
+def piece_end(text: Bytes, at: Int, end: Int, kinds: Bytes, rule: Int) -> Int:
+    """The end of the piece within which words are looked for; SMOLLM isolates numbers first."""
+    if rule != SMOLLM_RULE:
+        return end
+    found = kind_at(text, at, end, kinds)
+    while True:
+        at += found >> WIDTH
+        if found & KIND == NUMBER:
+            return at
+        found = kind_at(text, at, end, kinds)
+        if found & KIND == NUMBER or at >= end:
+            return at
+
+
+@inlined
+def word_end(text: Bytes, at: Int, end: Int, kinds: Bytes, rule: Int) -> Int:
+    """The end of the word that begins here in a piece that reaches to `end`; at < end."""
+    if rule == LLAMA3_RULE:
+        return llama3_end(text, at, end, kinds, LONGEST_NUMBER)
+    if rule == QWEN2_RULE:
+        return llama3_end(text, at, end, kinds, 1)
+    return gpt2_end(text, at, end, kinds)
+
+
+@entry
+def word_ends(text: Bytes, size: Int, rule: Int, kinds: Bytes, ends: NDArray[np.int64]) -> Int:
+    """The ends of all words of text[:size], padded UTF-8, into `ends`; how many they are."""
+    at, stop, n = 0, 0, 0
+    while at < size:
+        if at == stop:
+            stop = piece_end(text, at, size, kinds, rule)
+        at = word_end(text, at, stop, kinds, rule)
+        ends[n] = at
+        n += 1
+    return n
