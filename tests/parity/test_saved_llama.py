@@ -1,0 +1,109 @@
+"""A Llama of our own as a folder: for transformers, for the engine, not for mistaken readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from glassllama import load
+from glassllama.base.config import GivenDivisors, LinearScaling, Llama3Scaling, LlamaConfig
+from glassllama.base.errors import ConfigError
+from glassllama.models.llama import Llama
+from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.weights.save import save_model
+
+BAR = 1e-5
+CHARACTERS = "".join(chr(33 + n) for n in range(60)) + " \n日é🙂"
+TOKENIZER = CharTokenizer(CHARACTERS)
+V = TOKENIZER.vocab_size
+SIZES: dict[str, Any] = {
+    "dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "ffn_dim": 72,
+    "vocab_size": V, "max_seq_len": 128, "norm_eps": 1e-5, "rope_theta": 20_000.0,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_embeddings": True},
+    "scaled": {"rope_scaling": Llama3Scaling(factor=8.0, original_max_seq_len=32)},
+    "linear": {"rope_scaling": LinearScaling(factor=3.0)},
+    "qk norm": {"qk_norm": True},
+}
+IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % V
+
+
+def llama(**change: Any) -> Llama:
+    model = Llama(LlamaConfig(**{**SIZES, **change}))
+    model.initialise(torch.Generator().manual_seed(1))
+    for name, parameter in model.named_parameters():
+        parameter.data *= 1.0 if "norm" in name else 7.0
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "qk norm"])
+def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> None:
+    model = llama(**VARIANTS[variant])
+    save_model(tmp_path, model, TOKENIZER)
+    theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), "nothing missing, nothing left over"
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    difference = (theirs(IDS).logits - model(IDS)).abs().max().item()
+    parity("logits, our Llama folder", "transformers LlamaForCausalLM", BAR, difference)
+    assert difference <= BAR
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (V - 4, V - 3)
+
+
+def test_transformers_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    save_model(tmp_path, llama(qk_norm=True), TOKENIZER)
+    with pytest.raises((ValueError, KeyError), match="glass_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_both_backends_load_it(variant: str, tmp_path: Path, parity: Any) -> None:
+    model = llama(**VARIANTS[variant])
+    save_model(tmp_path, model, TOKENIZER)
+    expected = model(IDS)[0].numpy()
+    ids = IDS[0].tolist()
+    torch_llm = load(tmp_path, backend="torch")
+    assert np.abs(torch_llm.logits(ids) - expected).max() <= 2e-6  # another order of sums
+    engine = load(tmp_path, exact=True)
+    assert engine.backend == "engine"
+    assert engine.checkpoint.config == model.config
+    difference = float(np.abs(engine.logits(ids) - expected).max())
+    parity("logits, our Llama folder, engine exact", "models/llama.py", 2e-5, difference)
+    assert difference <= 2e-5
+    written = [llm.generate("日é", max_tokens=20).ids for llm in (torch_llm, engine)]
+    assert written[0] == written[1]
+
+
+@pytest.mark.identical("ids and text of character vocabularies", "tokenizers")
+@pytest.mark.filterwarnings("ignore")
+def test_their_tokenizers_read_our_characters(tmp_path: Path) -> None:
+    save_model(tmp_path, llama(), TOKENIZER)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (CHARACTERS, "\n\n 日日  é🙂\n", "unknown: {|}~ ö", ""):
+        ids = TOKENIZER.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        if TOKENIZER.unknown not in ids:
+            assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert theirs.convert_tokens_to_ids(list(TOKENIZER.specials)) == list(
+        TOKENIZER.specials.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_layout": "pairs"}, "pairs"),
+        ({"rope_scaling": GivenDivisors(values=(1.0,) * 5)}, "divisors"),
+    ],
+)
+def test_what_the_form_has_no_words_for(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        save_model(tmp_path / "x", llama(**change), TOKENIZER)
+    assert not (tmp_path / "x").exists()
