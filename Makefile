@@ -17,6 +17,7 @@ notebooks: .venv/dev.done
 	$(BIN)/python docs/make_notebooks.py
 
 screenshots: .venv/dev.done
+	mkdir -p build
 	$(BIN)/glassllama walkthrough "The capital of France is" --layer 3 --html build/page.html
 	$(BIN)/python docs/make_screenshots.py build/page.html build/screenshots
 

@@ -155,23 +155,29 @@ def test_one_file_of_decent_size(walk: Walk, file: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_every_step_by_click(page: Browser, walk: Walk, file: Path) -> None:
-    from glassllama.walkthrough.steps import take_step
+def document_of(file: Path) -> dict[str, Any]:
+    """The data in a page; test_as_object.py compares it with the steps."""
+    found = re.search('id="document">(.*?)</script>', file.read_text(encoding="utf-8"))
+    assert found is not None
+    document: dict[str, Any] = json.loads(found[1])
+    return document
 
-    assert len(page.all("[data-step]")) == len(STEPS)
-    for number in range(len(STEPS)):
+
+def test_every_step_by_click(page: Browser, file: Path) -> None:
+    steps = document_of(file)["walk"]["steps"]
+    assert len(page.all("[data-step]")) == len(steps) == len(STEPS)
+    for number, step in enumerate(steps):
         page.step(number)
-        step = take_step(walk, number)
-        assert page.text("#title") == f"{number}. {step.title}"
-        assert page.text(".question") == step.question
+        assert page.text("#title") == f"{number}. {step['title']}"
+        assert page.text(".question") == step["question"]
         assert page.one("[aria-current=step]").get_attribute("data-step") == str(number)
         shown = page.text("#step")
-        for source in step.sources:
-            assert "\n".join(source.lines) in shown
-        for check in step.checks:
-            assert f"✓ {check.what}" in shown
-        assert step.what_if.shows in shown
-        assert all(numbers.name in shown for numbers in step.numbers)
+        for source in step["sources"]:
+            assert "\n".join(source["lines"]) in shown
+        for check in step["checks"]:
+            assert f"✓ {check['what']}" in shown
+        assert step["what_if"]["shows"] in shown
+        assert all(numbers["name"] in shown for numbers in step["numbers"])
     assert page.complaints() == []
     assert page.requests() == {file.as_uri()}
 
@@ -364,9 +370,7 @@ def test_the_verb_writes_and_opens_it(with_text: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}\n", "")
     assert opened.read_text().strip() == path.as_uri()
-    found = re.search('id="document">(.*?)</script>', path.read_text(encoding="utf-8"))
-    assert found is not None
-    document = json.loads(found[1])
+    document = document_of(path)
     assert document["start"] == 9
     assert list(document["walk"]["layers"]) == ["0", "1", "2"]
     assert [done["name"] for done in document["walk"]["experiments"]] == ["no-mask"]

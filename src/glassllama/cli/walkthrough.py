@@ -136,6 +136,9 @@ def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) ->
     """The model, loaded, and a walk through it; bad input is refused before anything is loaded."""
     if find_spec("torch") is None:
         raise MissingExtraError("the walkthrough", "torch")
+    # Threads that wait by spinning take the core from those they wait for: on a machine with other
+    # work to do a walk took five times as long. Must be said before PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from glassllama.walkthrough.steps import require_step
     from glassllama.walkthrough.walk import open_walk
 

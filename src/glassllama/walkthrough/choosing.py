@@ -87,7 +87,7 @@ def sampling(walk: Walk) -> Step:
         name="sampling",
         title="Sampling: temperature and top-p",
         question="How is one token chosen?",
-        shapes=f"logits ({len(logits)},) → probabilities → {len(nucleus)} candidates → one id",
+        shapes=f"logits ({len(logits)},) → probabilities → {many(len(nucleus))} → one id",
         sources=(
             source(Temperature.__call__, "out:"),
             source(below_largest, "out:"),
@@ -111,6 +111,10 @@ def sampling(walk: Walk) -> Step:
             "draws": draws,
         },
     )
+
+
+def many(candidates: int) -> str:
+    return f"{candidates:,} candidate{'' if candidates == 1 else 's'}"
 
 
 def candidate_bars(walk: Walk, plain: Probs, cooled: Probs, nucleus: NDArray[np.intp]) -> Bars:

@@ -149,7 +149,9 @@ const checkOf = (check) =>
   el(
     'p',
     { class: 'check' },
-    `✓ ${check.what}: equal to the running model, largest difference ${exact(check.error)} (relative ${exact(check.relative)}, allowed ${exact(check.allowed)})`,
+    check.allowed
+      ? `✓ ${check.what}: equal to the running model, largest difference ${exact(check.error)} (relative ${exact(check.relative)}, allowed ${exact(check.allowed)})`
+      : `✓ ${check.what}: equal`,
   );
 
 // What was worked out by hand on the way, begun.

@@ -6,8 +6,12 @@ const coordinates = (i) =>
 
 const turnBy = (angle) => `rotate(${(-angle * 180) / Math.PI})`;
 
+// From the middle to the right, `tip` wide at its point.
+const arrowOf = (length, tip) =>
+  `M0 0H${length}M${length - 1.4 * tip} ${-tip}L${length} 0L${length - 1.4 * tip} ${tip}`;
+
 function clock(i, angle) {
-  const hand = svg('line', { class: 'hand', x1: 0, y1: 0, x2: 15, y2: 0 });
+  const hand = svg('path', { class: 'hand', d: arrowOf(15, 4) });
   hand.style.transform = `rotate(${-angle}rad)`;
   return el(
     'button',
@@ -74,9 +78,14 @@ function turnedPair(angle) {
   const [a, b] = coordinates(state.pair);
   const read = (place) => [a, b].map((c) => matrix(layer[place], state.head).at(state.token, c));
   const [before, after] = [read('attention.q'), read('attention.q_rope')];
-  const size = Math.max(Math.hypot(...before), 1e-9) / 70;
+  const size = Math.max(Math.hypot(...before), Math.hypot(...after), 1e-9) / 70;
   const arrow = ([x, y], kind) =>
-    svg('line', { class: kind, x1: 0, y1: 0, x2: x / size, y2: -y / size, 'stroke-width': 3 });
+    svg('path', {
+      class: kind,
+      d: arrowOf(Math.hypot(x, y) / size, 5),
+      transform: turnBy(Math.atan2(y, x)),
+      'stroke-width': 3,
+    });
   return [
     el(
       'div',
@@ -104,7 +113,11 @@ function turnedPair(angle) {
           `Pair ${state.pair} of q, head ${state.head}, at position ${state.token} (${piece(state.token)}), coordinates ${a} and ${b}:`,
         ),
         el('p', { class: 'mono' }, `before  ${exact(before[0])}, ${exact(before[1])}`),
-        el('p', { class: 'mono' }, `turned by ${exact(angle)} radians`),
+        el(
+          'p',
+          { class: 'mono' },
+          `turned by ${exact(angle)} radians${config.qk_norm ? ', head brought to one length' : ''}`,
+        ),
         el('p', { class: 'mono' }, `after   ${exact(after[0])}, ${exact(after[1])}`),
       ),
     ),
