@@ -97,9 +97,8 @@ def prune(home: Path, keep: int, best: int | None) -> None:
 
 def publish(checkpoint: Path, folder: Path) -> None:
     """Let the run's own folder hold this checkpoint's model, file by file, each at once."""
-    for file in checkpoint.iterdir():
-        if file.name in OWN_FILES:
-            continue
+    files = [file for file in checkpoint.iterdir() if file.name not in OWN_FILES]
+    for file in sorted(files, key=lambda file: file.name == "config.json"):  # makes it a model
         partial = folder / f".{file.name}"
         partial.unlink(missing_ok=True)
         try:

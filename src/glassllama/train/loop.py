@@ -79,16 +79,17 @@ def one_step(run: Run) -> Made:
 def judged(run: Run) -> Score:
     """The model, or its running mean, on the validation split."""
     with averaged(run):
-        return evaluate(run.model, run.held_out, run.settings.data.context, run.tokenizer)
+        context = run.settings.data.context
+        return evaluate(run.model, run.data.held_out, context, run.data.tokenizer)
 
 
 def sample_text(run: Run) -> str:
     """What the model, or its running mean, makes of `run.prompt` now."""
-    s = run.settings.run
-    prompt = run.tokenizer.encode(s.prompt)
+    s, tokenizer = run.settings.run, run.data.tokenizer
+    prompt = tokenizer.encode(s.prompt, bos=tokenizer.bos is not None)
     with averaged(run):
         ids = sample(run.model, prompt, count=s.sample_tokens, seed=s.seed)
-    return s.prompt + run.tokenizer.decode(ids)
+    return s.prompt + tokenizer.decode(ids)
 
 
 def due(run: Run, every: int) -> bool:

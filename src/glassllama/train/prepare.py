@@ -25,11 +25,10 @@ def prepare(settings: Settings, data: Data, folder: Path) -> Run:
     return Run(
         settings=settings,
         folder=folder,
-        tokenizer=data.tokenizer,
+        data=data,
         model=model,
         optimisers=Optimisers(module, settings.optimiser),
         batches=Batches(data.learnt, settings.data.context, settings.data.batch, settings.run.seed),
-        held_out=data.held_out,
         average=Average(module, settings.optimiser.ema) if settings.optimiser.ema else None,
     )
 

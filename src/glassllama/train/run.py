@@ -14,16 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches
 from glassllama.train.build import as_module
 from glassllama.train.checkpoints import prune, publish, write_checkpoint
+from glassllama.train.data import Data
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.settings import Settings
-from glassllama.train.tokens import Tokens
 from glassllama.weights.open import read_json
 from glassllama.weights.save import save_model
 
@@ -53,11 +52,10 @@ class Run:
 
     settings: Settings
     folder: Path
-    tokenizer: Tokenizer
+    data: Data
     model: LanguageModel
     optimisers: Optimisers
     batches: Batches
-    held_out: Tokens  # the validation split
     average: Average | None = None
     progress: Progress = field(default_factory=Progress)
     rank: int = 0
@@ -77,11 +75,9 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be halves of one."""
-        data = {
-            "training text": self.batches.tokens.sha256,
-            "validation text": self.held_out.sha256,
-        }
-        return data | essential(self.settings)
+        learnt, held_out = self.data.learnt.sha256, self.data.held_out.sha256
+        texts = {"training text": learnt, "validation text": held_out}
+        return texts | essential(self.settings)
 
 
 # What may change between two halves of the same run: it has no influence on the weights.
@@ -114,7 +110,7 @@ def save(run: Run) -> Path:
         state = {"format": FORMAT, "progress": asdict(run.progress), "identity": run.identity()}
         (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         with averaged(run):
-            save_model(folder, run.model, run.tokenizer)
+            save_model(folder, run.model, run.data.tokenizer, vocabulary=run.data.vocabulary)
 
     checkpoint = write_checkpoint(run.checkpoints, run.progress.step, write)
     if run.progress.best_step in (None, run.progress.step):

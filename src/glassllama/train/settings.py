@@ -14,6 +14,7 @@ from typing import Any
 from glassllama.base.errors import ConfigError
 
 KINDS = ("bigram", "gpt", "llama")
+CHARACTERS, BPE = "characters", "bpe:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +36,31 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """What is learnt from: `corpus` is a name or a path, `tokenizer` "characters" or a path.
+    """What is learnt from: `corpus` is a name or a path of a text, a folder, or JSON lines.
 
-    `batch` counts rows of one optimiser step, over all ranks and all `run.accumulate` parts.
+    `tokenizer` is "characters", "bpe:N" for N tokens learnt from the text itself, or the path of a
+    folder with a vocabulary. `batch` counts rows of one optimiser step, over all ranks and all
+    `run.accumulate` parts; each row is a window of `context` tokens.
     """
 
     corpus: str
-    tokenizer: str = "characters"
-    context: int  # tokens that the model sees at once
+    tokenizer: str = CHARACTERS
+    held_out: float = 0.1  # share of the text for validation
+    context: int
     batch: int
 
     def __post_init__(self) -> None:
-        positive("data", self, "context", "batch")
+        positive("data", self, "context", "batch", "held_out")
+        shares("data", self, "held_out")
+        if self.tokenizer.startswith(BPE) and self.bpe_size is None:
+            raise ConfigError(
+                f"data.tokenizer: want bpe:N with a number of tokens, got {self.tokenizer!r}"
+            )
+
+    @property
+    def bpe_size(self) -> int | None:
+        size = self.tokenizer.removeprefix(BPE)
+        return int(size) if self.tokenizer.startswith(BPE) and size.isdecimal() else None
 
 
 @dataclass(frozen=True, kw_only=True)
