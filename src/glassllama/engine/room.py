@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
 from glassllama.engine.attention import PAGE
-from glassllama.engine.layout import BLOCK, Matrix
+from glassllama.engine.layout import ALIGNMENT, BLOCK, Matrix
 from glassllama.engine.rows import FACTORS
 from glassllama.engine.tiers import kernel_address, tier
 
@@ -148,7 +148,14 @@ def blocked(columns: int) -> int:
 
 
 def zeros(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-    return {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+    """Tables that begin at a cache line."""
+    tables = {}
+    for name, shape in shapes.items():
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        tables[name] = memory[start : start + nbytes].view(dtype).reshape(shape)
+    return tables
 
 
 def table_of(matrices: list[Matrix]) -> NDArray[np.int64]:

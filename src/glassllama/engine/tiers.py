@@ -1,5 +1,6 @@
 """Which kernels this processor runs: machine code and addresses, made when a model needs them.
 
+    amx      the next, and matrix registers for sixteen tokens and more
     vnni     AVX-512 with VNNI          neon   ARMv8.2's dot product
     avxvnni  the same on 32 bytes       plain  loops that LLVM vectorises, on any processor
     avx2     without dot products
@@ -19,14 +20,17 @@ import numba
 from numba import cfunc
 
 from glassllama.base.errors import GlassError
-from glassllama.engine import integer_kernels, kernels
+from glassllama.engine import amx_kernels, integer_kernels, kernels
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.float_kernels import FLOAT_KERNELS
 from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
 
 SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
+VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
+AMX = frozenset({"amx-tile", "amx-int8"})
 TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
-    "vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"}),
+    "amx": VNNI | AMX,
+    "vnni": VNNI,
     "avxvnni": frozenset({"avxvnni", "avx2", "fma", "f16c"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "neon": frozenset({"neon", "dotprod"}),
@@ -36,12 +40,16 @@ KEPT: list[object] = []  # compiled kernels live as long as the process
 
 
 def features() -> frozenset[str]:
-    """What this processor can do, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
+    """What this process may use, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
     settings: Any = numba.config
     forced: str | None = settings.CPU_FEATURES
     if forced is not None:
-        return frozenset(name[1:] for name in forced.split(",") if name.startswith("+"))
-    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+        able = {name[1:] for name in forced.split(",") if name.startswith("+")}
+    else:
+        able = {name for name, there in llvm.get_host_cpu_features().items() if there}
+    if able & AMX and not amx_kernels.permitted():
+        able -= AMX
+    return frozenset(able)
 
 
 def tier() -> str:
@@ -57,7 +65,9 @@ def kernel(kind: str, tier: str) -> Callable[..., None]:
     """The function to compile for a packed format: plain loops, or a tier's vectors."""
     if tier == "plain":
         return kernels.PLAIN[kind]
-    return FLOAT_KERNELS[kind] if kind in FLOAT_KERNELS else integer_kernels.kernel(tier, kind)
+    if kind in FLOAT_KERNELS:
+        return FLOAT_KERNELS[kind]
+    return amx_kernels.kernel(kind) if tier == "amx" else integer_kernels.kernel(tier, kind)
 
 
 @cache
