@@ -137,6 +137,7 @@ class StreamedLlama(Llama):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
+        config = checkpoint.config  # of a Llama: raises ConfigError for any other model
         kept = kept_dtype(checkpoint) if dtype is None else dtype
         source = Source(checkpoint, kept, torch.device(device))
         if source.device.type == "cpu":
@@ -146,15 +147,13 @@ class StreamedLlama(Llama):
                 instead="close other programs, or use a smaller model",
             )
         with torch.device("meta"):
-            super().__init__(checkpoint.config)  # shapes only
-            self.layers = nn.ModuleList(
-                StreamedLayer(source, n) for n in range(checkpoint.config.n_layers)
-            )
+            super().__init__(config)  # shapes only
+            self.layers = nn.ModuleList(StreamedLayer(source, n) for n in range(config.n_layers))
         self.to(kept)
         self.tok_embeddings = StreamedEmbedding(source)
         place(self, "norm.weight", source.tensor("norm.weight"))
         self.source = source
-        if not checkpoint.config.tie_embeddings:
+        if not config.tie_embeddings:
             self.add_module("output", StreamedOutput(source))
         self.requires_grad_(False).eval()
 
