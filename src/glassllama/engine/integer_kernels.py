@@ -25,7 +25,7 @@ from glassllama.engine.vectors import AHEAD, F32, I8, I16, I32, Vectors, number,
 
 ROWS = 16
 LANES = {"vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
-TILE = {"vnni": 12, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once: what registers hold
+TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once: what registers hold
 SIGNED = ("neon", "avx2")  # these want Q8_0's bytes without the 128 that layout.py adds
 
 
