@@ -16,6 +16,9 @@ import torch
 from rich.cells import cell_len
 
 from glassllama.base.errors import ConfigError, GenerationError, GlassError, TokenizerError
+from glassllama.models.bigram import Bigram, BigramConfig
+from glassllama.models.gpt import GPT, GPTConfig
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.walkthrough import by_hand, choosing
 from glassllama.walkthrough import step as step_module
 from glassllama.walkthrough.edits import MISTAKES
@@ -26,8 +29,9 @@ from glassllama.walkthrough.steps import STEPS, step_of, take_step
 from glassllama.walkthrough.text import Page, render
 from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
 from glassllama.weights.open import open_weights
+from glassllama.weights.save import save_model
 from tiny_models import VARIANTS
-from walkthrough.conftest import IDS, write_checkpoint
+from walkthrough.conftest import IDS, random_llama, write_checkpoint
 
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 WITHOUT_A_CHECK = {0, 1}  # where ids are given, there is no text to compare with
@@ -81,6 +85,36 @@ def test_odd_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     written = json.loads((path / "config.json").read_text()) | changes
     (path / "config.json").write_text(json.dumps(written))
     walk_all(open_walk(path, IDS, layer=1))
+
+
+@pytest.mark.parametrize("text", ["to be, or not", "to bé 🙂"], ids=["known", "unknown"])
+def test_a_model_trained_here(text: str, tmp_path: Path) -> None:
+    """Of characters, with qk_norm: what `train` writes."""
+    tokenizer = CharTokenizer("to be, or not to be: that is the question")
+    shape = {"vocab_size": tokenizer.vocab_size, "qk_norm": True}
+    save_model(tmp_path, random_llama(**shape), tokenizer)
+    walk = open_walk(tmp_path, text, layer=2, head=5)
+    steps = walk_all(walk)
+    assert walk.config.qk_norm
+    assert walk.ids[0] == tokenizer.bos
+    assert "Every character is a token" in steps[0].text[0]
+    assert f"becomes {tokenizer.unknown}" in steps[1].text[0]
+    assert [check.what for check in steps[1].checks] == ["ids, looked up by hand"]
+    lengths = walk.by_hand.q_rope[0].square().mean(-1)
+    assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["GPT", "bigram"])
+def test_another_architecture_is_named(kind: str, tmp_path: Path) -> None:
+    tokenizer = CharTokenizer("abc")
+    size = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 8}
+    models: dict[str, Any] = {
+        "GPT": lambda: GPT(GPTConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=64, **size)),
+        "bigram": lambda: Bigram(BigramConfig(**size)),
+    }
+    save_model(tmp_path, models[kind](), tokenizer)
+    with pytest.raises(ConfigError, match=f"is for Llamas and this is a {kind}; expected"):
+        open_walk(tmp_path, "abc")
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
@@ -293,8 +327,10 @@ def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
 def test_no_llama(tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**written, "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel, supported are LlamaForCausalLM"):
+    (path / "config.json").write_text(
+        json.dumps({**written, "architectures": ["MambaForCausalLM"]})
+    )
+    with pytest.raises(ConfigError, match=r"Mamba.*, supported are LlamaForCausalLM"):
         open_walk(path, [1])
 
 

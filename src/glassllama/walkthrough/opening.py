@@ -14,6 +14,7 @@ from glassllama.base.config import rope_frequencies
 from glassllama.base.interfaces import Tokenizer
 from glassllama.formats.blocks import dequantise
 from glassllama.tokenizers.bpe import BYTES, NEVER, BytePairTokenizer, Vocabulary, merge
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
 from glassllama.walkthrough.step import Check, Numbers, Source, Step, WhatIf, same, source
@@ -46,8 +47,8 @@ def prompt_bytes(walk: Walk) -> Step:
         text=(
             "Ids were given, there is no text to look at."
             if given
-            else f"{len(raw)} bytes of UTF-8, in {len(words)} pieces that are cut before anything "
-            "else happens. ␣ is a blank, ↵ a line end. No token reaches across a cut.",
+            else f"{len(raw)} bytes of UTF-8, in {len(words)} pieces. ␣ is a blank, ↵ a line end. "
+            + cuts(walk),
         ),
         pictures=(Drawing(tuple(drawn)),),
         checks=(same("the pieces joined", "".join(words), joined(walk)),),
@@ -59,10 +60,18 @@ def prompt_bytes(walk: Walk) -> Step:
     )
 
 
+def cuts(walk: Walk) -> str:
+    if isinstance(walk.tokenizer, CharTokenizer):
+        return "Every character is a token of its own."
+    return "They are cut before anything else happens: no token reaches across a cut."
+
+
 def split_words(walk: Walk) -> list[str]:
     """The pieces between which nothing merges, as far as this kind of vocabulary has any."""
     if isinstance(walk.tokenizer, BytePairTokenizer):
         return walk.tokenizer.vocabulary.split.words(walk.prompt or "")
+    if isinstance(walk.tokenizer, CharTokenizer):
+        return list(walk.prompt or "")
     return [walk.prompt] if walk.prompt else []
 
 
@@ -96,11 +105,8 @@ def token_ids(walk: Walk) -> Step:
         title="Merges: from bytes to ids",
         question="How do bytes become numbers of a vocabulary?",
         shapes=f"text → ids ({len(walk.ids)},), each from 0 to {walk.config.vocab_size - 1:,}",
-        sources=(source(merge, "while ranks", "at =", "parts[at", "del ranks"),),
-        text=(
-            "Neighbours are joined pair by pair, the pair with the lowest rank first: it was "
-            "learned first, because it was the most frequent in the training text.",
-        ),
+        sources=(id_source(walk),),
+        text=(how_ids(walk),),
         pictures=(Drawing(history), Table(["position>", "id>", "token", "bytes"], rows)),
         checks=checks,
         what_if=WhatIf(
@@ -108,6 +114,25 @@ def token_ids(walk: Walk) -> Step:
             shows="add a blank at the end of the prompt, or take it away: other ids, other answer",
         ),
         data={"ids": list(walk.ids), "pieces": walk.pieces, "merges": list(history)},
+    )
+
+
+def id_source(walk: Walk) -> Source:
+    if isinstance(walk.tokenizer, CharTokenizer):
+        return source(CharTokenizer.encode, "return ids + [")
+    return source(merge, "while ranks", "at =", "parts[at", "del ranks")
+
+
+def how_ids(walk: Walk) -> str:
+    if isinstance(walk.tokenizer, CharTokenizer):
+        return (
+            f"The {len(walk.tokenizer.characters)} characters of the training text have an id "
+            "each, in the order of their code points. Any other character becomes "
+            f"{walk.tokenizer.unknown}, the unknown."
+        )
+    return (
+        "Neighbours are joined pair by pair, the pair with the lowest rank first: it was "
+        "learned first, because it was the most frequent in the training text."
     )
 
 
@@ -120,6 +145,8 @@ def merging(walk: Walk) -> tuple[tuple[str, ...], tuple[Check, ...]]:
     tokenizer = walk.tokenizer
     if walk.prompt is None or tokenizer is None:
         return (), ()
+    if isinstance(tokenizer, CharTokenizer):
+        return (), (same("ids, looked up by hand", char_ids(tokenizer, walk.prompt), walk.ids),)
     if not isinstance(tokenizer, BytePairTokenizer):
         return (), decoded(walk, tokenizer)
     words = [word.encode() for word in split_words(walk)]
@@ -131,6 +158,12 @@ def merging(walk: Walk) -> tuple[tuple[str, ...], tuple[Check, ...]]:
     ids = [id for word in words for id in word_ids(tokenizer.vocabulary, word)]
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     return told, (same("ids, merged by hand", [*begin, *ids], list(walk.ids)),)
+
+
+def char_ids(tokenizer: CharTokenizer, text: str) -> tuple[int, ...]:
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    order = {char: id for id, char in enumerate(sorted(tokenizer.characters))}
+    return (*begin, *(order.get(char, tokenizer.unknown) for char in text))
 
 
 def decoded(walk: Walk, tokenizer: Tokenizer) -> tuple[Check, ...]:

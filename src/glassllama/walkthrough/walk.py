@@ -14,7 +14,13 @@ from rich.cells import cell_len
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import GenerationError, GlassError, TokenizerError, WeightsError
+from glassllama.base.errors import (
+    ConfigError,
+    GenerationError,
+    GlassError,
+    TokenizerError,
+    WeightsError,
+)
 from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.base.machine import require_memory
 from glassllama.models.llama import Llama
@@ -277,6 +283,12 @@ def checked(
     checkpoint: Checkpoint, prompt: str | Sequence[int], layer: int, head: int
 ) -> tuple[Tokenizer | None, list[int]]:
     """The vocabulary and the prompt's ids, if all that was asked for is there."""
+    if not isinstance(checkpoint.model_config, LlamaConfig):
+        raise ConfigError(
+            f"{checkpoint.path}: the walkthrough is for Llamas and this is a "
+            f"{checkpoint.architecture}; expected Hugging Face's LlamaForCausalLM, Meta's "
+            "params.json or a GGUF file of the architecture llama"
+        )
     require_inside("--layer", layer, checkpoint.config.n_layers)
     require_inside("--head", head, checkpoint.config.n_heads)
     tokenizer, ids = encoded(checkpoint, prompt)
