@@ -59,6 +59,7 @@ class PackageText(Text):
         return f"{self.package}=={self.version}"
 
 
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 POEMS = frozenset(
     {
         *("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle"),
@@ -72,7 +73,7 @@ TEXTS: dict[str, WebText | PackageText] = {
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         licence="public domain",
         about="40,000 lines of Shakespeare, as in char-rnn and nanoGPT",
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        url=f"{CHAR_RNN}/data/tinyshakespeare/input.txt",
     ),
     "shakespeare": PackageText(
         short="shakespeare",
