@@ -240,7 +240,9 @@ def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
     return 1 / math.sqrt(shape[1] * (2 * config.n_layers if adds else 1))
 
 
-def write(path: Path, config: LlamaConfig, kind: str, words: Words | None = None) -> Path:
+def write(
+    path: Path, config: LlamaConfig, kind: str, words: Words | None = None, pool: int = POOL
+) -> Path:
     """A model of that shape and type; without `words` a file that knows ids only."""
     writer = gguf.GGUFWriter(str(path), "llama")
     describe(writer, config)
@@ -248,7 +250,7 @@ def write(path: Path, config: LlamaConfig, kind: str, words: Words | None = None
         add_words(writer, words)
     shapes, theirs = expected_shapes(config), foreign_names("gguf", config.n_layers)
     kinds = {name: type_of(name, kind, config) for name, size in shapes.items() if len(size) > 1}
-    pools = {name: Pool(name) for name in sorted(set(kinds.values()))}
+    pools = {name: Pool(name, numbers=pool) for name in sorted(set(kinds.values()))}
     divisors = rope_divisors(config)
     if divisors is not None:
         writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)

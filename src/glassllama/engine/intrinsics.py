@@ -171,10 +171,12 @@ def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
 
 @inlined
 def float_from_half(half: int) -> Any:
-    """The float32 of an IEEE half's 16 bits; infinities become 65536 and more, and do not occur."""
+    """The float32 of an IEEE half's 16 bits; infinities and NaN stay what they are."""
     bits = np.int32(half)
-    magnitude = float_from_bits(np.int32((bits & np.int32(0x7FFF)) << np.int32(13)))
-    magnitude *= np.float32(2.0**112)  # the exponents' zeros differ by 127 - 15
+    shifted = np.int32((bits & np.int32(0x7FFF)) << np.int32(13))
+    magnitude = float_from_bits(shifted) * np.float32(2.0**112)  # exponents' zeros: 127 - 15 apart
+    if shifted >= np.int32(0x0F800000):  # a half's largest exponent
+        magnitude = float_from_bits(np.int32(shifted | np.int32(0x7F800000)))
     return -magnitude if bits & np.int32(0x8000) else magnitude
 
 

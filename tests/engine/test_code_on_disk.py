@@ -1,0 +1,127 @@
+"""Compiled code on disk: damage is found before it is run; every processor gets the same answer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from glassllama.base import sealed
+from glassllama.base.machine import cache_home
+from glassllama.engine.compiled import code_folder
+from glassllama.engine.tiers import TIERS, features
+from tiny_models import META_SHAPE, hf_model, write_gguf
+
+SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
+ANSWER = """
+import sys
+import numpy as np
+from glassllama.engine.tiers import tier
+from glassllama.weights.open import open_weights
+from glassllama.weights.pack import pack
+engine = pack(open_weights(sys.argv[1]))
+np.save(sys.argv[2], engine.all_logits([5, 99, 3, 7, 11], engine.new_cache(1, 5)))
+print(tier(), *engine.notes, sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiers") / "x.gguf"
+    return write_gguf(hf_model(**SHAPE), path, gguf.GGMLQuantizationType.Q4_1)
+
+
+def answer(model: Path, home: Path, **environment: str) -> tuple[list[str], np.ndarray]:
+    """What a process of its own prints, and its logits."""
+    out = home / "logits.npy"
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, str(model), str(out)],
+        env={**os.environ, "GLASSLLAMA_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1], np.load(out)
+
+
+def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    answer(model, tmp_path, GLASSLLAMA_HOME=str(cache_home()))  # where it may be compiled already
+    now = code_folder()
+    assert now is not None
+    folder = Path(shutil.copytree(now, tmp_path / "compiled" / now.name))
+    first, right = answer(model, tmp_path)
+    assert not any("compiled" in line for line in first)
+    files = [path for _, path in sealed.files(folder)]
+    objects = [path for path in files if path.suffix == ".nbc"]
+    indexes = [path for path in files if path.suffix == ".nbi"]
+    assert len(objects) >= 8
+    assert len(indexes) >= 8
+    for damaged, data in (
+        (objects[0], b""),
+        (objects[1], os.urandom(200)),
+        (objects[2], flipped(objects[2].read_bytes())),  # machine code that would be run
+        (indexes[-1], b""),
+        (indexes[-2], b"\x80\x04not a pickle"),
+    ):
+        damaged.write_bytes(data)
+    again, logits = answer(model, tmp_path)
+    assert "5 files of compiled code on disk were damaged: compiled anew" in again
+    assert np.abs(logits - right).max() <= 0.02 * right.std()
+    assert not any("damaged" in line for line in answer(model, tmp_path)[0])
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+
+
+def test_seals(tmp_path: Path) -> None:
+    """Written files are sealed; changed, unknown and all files of a broken seal are deleted."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    sealed.seal(tmp_path)
+    assert sealed.discard_damaged(tmp_path) == 0
+    facts = (tmp_path / "b").stat()
+    (tmp_path / "b").write_text("x")
+    os.utime(tmp_path / "b", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    sealed.seal(tmp_path)  # does not make damage the rule
+    (tmp_path / "d").write_text("half writ")
+    assert sealed.discard_damaged(tmp_path) == 1  # d never was whole as far as we know
+    assert [name for name, _ in sealed.files(tmp_path)] == ["a", "c"]
+    (tmp_path / sealed.SEAL).write_text('{"a": 7')
+    assert sealed.discard_damaged(tmp_path) == 0
+    assert list(sealed.files(tmp_path)) == []
+
+
+# Numba is told of a processor that has a tier's features and no others. The tiers of AVX-512 are
+# what test_layout_and_kernels.py runs; here everything else is compiled for the processor, too.
+LEAST = "+cx16,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx"
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The answer of a processor that is not known at all."""
+    home = tmp_path_factory.mktemp("plain")
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse2,+cx16"}
+    lines, logits = answer(model, home, **environment)
+    assert lines[0] == "plain"
+    return logits
+
+
+@pytest.mark.parametrize("wanted", ["avxvnni", "avx2"])
+def test_a_lesser_processor_gives_the_same_answer(
+    wanted: str, model: Path, plain: np.ndarray, tmp_path: Path
+) -> None:
+    if not TIERS[wanted] <= features():
+        pytest.skip(f"tier {wanted}: this processor lacks it")
+    able = ",".join([LEAST, *(f"+{name}" for name in sorted(TIERS[wanted]))])
+    lines, logits = answer(model, tmp_path, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=able)
+    assert lines[0] == wanted
+    assert np.abs(logits - plain).max() <= 0.1 * plain.std()  # roundings may tip a code
+    assert np.sqrt(np.mean((logits - plain) ** 2)) <= 0.02 * plain.std()

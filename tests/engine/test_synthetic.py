@@ -1,0 +1,121 @@
+"""Models of benchmarks/synthetic.py at tiny size: a mix of K types, and what a broken one does."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from glassllama.base.config import Llama3Scaling, LlamaConfig
+from glassllama.base.errors import FormatError, GenerationError
+from glassllama.generation import GenerationSettings, generate, make_sampler
+from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.open import open_weights
+from glassllama.weights.pack import pack
+
+CONFIG = LlamaConfig(
+    dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
+    max_seq_len=512, norm_eps=1e-5, rope_theta=500_000.0, rope_layout="pairs",
+    tie_embeddings=True, rope_scaling=Llama3Scaling(factor=32.0),
+)  # fmt: skip
+POOL = 1 << 17
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, 303, 40)]
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("synthetic", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["synthetic"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def logits(executor: Any) -> Any:
+    return executor.all_logits(IDS, executor.new_cache(1, len(IDS)))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_K", "Q6_K", "Q5_0", "Q8_0"])
+def test_a_whole_model_from_file_to_logits(
+    kind: str, synthetic: ModuleType, tmp_path: Path
+) -> None:
+    """Engine against reference. Exact: 1e-4. Default: what eight-bit inputs and bf16 keys cost,
+    at most 5 % of the logits' width, root mean square."""
+    checkpoint = open_weights(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
+    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)))
+    assert 1 < reference.std() < 4  # of ordinary size, as `LOGIT_WIDTH` wants
+    assert np.abs(logits(pack(checkpoint, exact=True)) - reference).max() <= 1e-4
+    engine = pack(checkpoint)
+    packed = {matrix.kind.name for matrix in engine.weights.matrices}
+    assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
+    off = logits(engine) - reference
+    assert np.sqrt(np.mean(off**2)) <= 0.05 * reference.std()
+
+
+def test_q4_k_m_mixes_as_llama_cpp_does(synthetic: ModuleType, tmp_path: Path) -> None:
+    synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_K_M", pool=POOL)
+    tensors = gguf.GGUFReader(str(tmp_path / "x.gguf")).tensors
+    six = {t.name for t in tensors if t.tensor_type == gguf.GGMLQuantizationType.Q6_K}
+    assert "token_embd.weight" in six
+    layers = {int(name.split(".")[1]) for name in six if "ffn_down" in name}
+    assert layers == {0, 3, 6, 7}  # of eight: the first and last eighth, and every third between
+    assert {int(name.split(".")[1]) for name in six if "attn_v" in name} == layers
+
+
+def test_blocks_mean_what_the_gguf_package_says(synthetic: ModuleType) -> None:
+    for kind in ("Q4_K", "Q6_K", "Q4_0", "BF16"):
+        pool = synthetic.Pool(kind, numbers=1 << 16)
+        raw = pool.cut(3, (64, 512), 0.05)
+        numbers = gguf.quants.dequantize(raw.reshape(64, -1), pool.kind)
+        assert numbers.shape == (64, 512)
+        assert abs(numbers.mean()) < 2e-3
+        assert 0.045 < numbers.std() < 0.055
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "Q5_0"])
+@pytest.mark.parametrize("tier", ["best", "plain"])
+def test_nan_weights_end_generation_with_an_error(
+    kind: str, tier: str, tmp_path: Path, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault G1, in every format: a block whose scale is NaN is noticed."""
+    if tier == "plain":
+        monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
+    path = synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL)
+    spoil(path, "blk.3.ffn_up.weight")
+    engine = pack(open_weights(path))
+    settings = GenerationSettings(sampler=make_sampler(), max_tokens=4)
+    with pytest.raises(GenerationError, match=r"(?i)nan"):
+        list(generate(engine, [IDS], settings))
+
+
+def spoil(path: Path, name: str) -> None:
+    """Make the first scale, or number, of a tensor NaN."""
+    reader = gguf.GGUFReader(str(path), "r+")
+    [tensor] = [tensor for tensor in reader.tensors if tensor.name == name]
+    data = tensor.data.reshape(-1).view(np.uint8)
+    at = 208 if tensor.tensor_type == gguf.GGMLQuantizationType.Q6_K else 0
+    bits = 0x7FC0 if tensor.tensor_type.name == "BF16" else 0x7E00
+    data[at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
+    reader.data.flush()
+
+
+def test_a_type_that_nobody_here_knows_is_a_clean_error(
+    tmp_path: Path, synthetic: ModuleType
+) -> None:
+    path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q8_0", pool=POOL)
+    data = path.read_bytes()
+    name = b"blk.0.ffn_up.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
+    path.write_bytes(data[:at] + (21).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(FormatError, match=r"IQ3_S.*cannot be read.*such as Q8_0"):
+        open_weights(path)
