@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glassllama.base.errors import MissingExtraError
-from glassllama.cli.screen import note
+from glassllama.cli.options import Offline
+from glassllama.cli.screen import note, progress_bars, write
+from glassllama.cli.training import View
 
 if TYPE_CHECKING:
-    from glassllama.train.journal import Record
+    from glassllama.train.run import Run
     from glassllama.train.settings import Settings
 
 
@@ -21,16 +24,38 @@ class Resume(StrEnum):
     auto = "auto"
 
 
+def presets(incomplete: str) -> Iterator[str]:
+    """What the shell offers; it adds files by itself."""
+    from glassllama.train.resolve import preset_names
+
+    return (name for name in preset_names() if name.startswith(incomplete))
+
+
+What = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PRESET|FILE.toml",
+        help="A preset's name, or a file of settings like those that every run prints.",
+        show_default="lists the presets",
+        autocompletion=presets,
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Change a setting, e.g. schedule.steps=500; may be given several times.",
+    ),
+]
+
+
 def train(
-    source: Annotated[
-        str, typer.Argument(metavar="PRESET|FILE.toml", help="What to train, and how.")
-    ],
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Change one setting; may be repeated."),
-    ] = None,
+    what: What = None,
+    change: Changes = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Learn from this text instead.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Learn from this text, .jsonl file or folder of them."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -38,53 +63,99 @@ def train(
     ] = None,
     resume: Annotated[
         Resume | None,
-        typer.Option(metavar="auto", help="Go on from the last checkpoint, if there is one."),
+        typer.Option(
+            metavar="auto",
+            help="auto: go on from the folder's last checkpoint; begin where there is none.",
+        ),
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Check everything first, in seconds.")
+    ] = True,
+    offline: Offline = False,
 ) -> None:
-    """Train a model: from a preset, or from settings of your own in a TOML file."""
+    """Train a model on a text: a bigram, a GPT or a Llama.
+
+    The run's folder holds its settings, its log, its curve, checkpoints, and the best model so far:
+    'glassllama generate -m FOLDER' runs it. Ctrl-C finishes the step, saves and leaves.
+    """
+    from glassllama.train.resolve import preset_names, resolve, to_toml
+
+    if what is None:
+        print("\n".join(preset_names()))
+        return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
-    from glassllama.train.resolve import resolve, to_toml
-
     changes = [*(change or []), *([] if data is None else [f"data.corpus={data}"])]
-    settings = resolve(source, changes)
+    settings = resolve(what, changes)
     folder = out or Path("runs") / settings.name
     note(to_toml(settings))
-    if code := carry_out(settings, folder, resuming=resume is not None):
+    if code := carry_out(settings, folder, resume is not None, preflight, offline):
         raise typer.Exit(code)
 
 
-def carry_out(settings: Settings, folder: Path, *, resuming: bool) -> int:
-    """Train in that folder -> the exit code."""
+def carry_out(
+    settings: Settings, folder: Path, resuming: bool, checked: bool, offline: bool
+) -> int:
+    """The whole run, in that folder -> the exit code."""
     from glassllama.train.data import open_data
-    from glassllama.train.journal import Journal
-    from glassllama.train.loop import train as make_steps
-    from glassllama.train.prepare import occupy, prepare, take_up
-    from glassllama.train.stopping import listening
+    from glassllama.train.preflight import preflight
+    from glassllama.train.prepare import occupy, prepare, require_free, take_up
 
     with occupy(folder):
-        run = prepare(settings, open_data(settings.data, folder), folder)
-        take_up(run, resuming=resuming)
-        journal = Journal(folder, run.progress.step, tensorboard=settings.run.tensorboard)
-        with listening() as wish:
-            make_steps(run, journal, Lines(settings), wish)
+        require_free(folder, resuming)
+        with progress_bars() as bar:
+            progress = bar(f"downloading {settings.data.corpus}", "bytes")
+            data = open_data(settings.data, folder, offline=offline, progress=progress)
+        run = prepare(settings, data, folder)
+        if take_up(run):
+            note(f"going on after step {run.progress.step:,}")
+        elif checked:
+            for line in preflight(run):
+                note(f"checked {line}")
+        code = go(run)
+        finish(run)
+    return code
+
+
+def go(run: Run) -> int:
+    """Make the steps, with a view -> the exit code: that of the signal which stopped them."""
+    from glassllama.train.bands import Watchman, band_of
+    from glassllama.train.journal import Journal
+    from glassllama.train.loop import train as make_steps
+    from glassllama.train.speed import flops_per_token, peak_flops
+    from glassllama.train.stopping import listening
+
+    s, done, band = run.settings, run.progress.step, band_of(run.settings)
+    note("band: none for these settings" if band is None else f"band: of {band.seeds} seeds")
+    view = View(
+        steps=s.schedule.steps,
+        first=done,
+        flops=flops_per_token(run.model, s.data.context),
+        peak=peak_flops(s.run.device, s.run.precision),
+        watchman=None if band is None else Watchman(band, done),
+    )
+    journal = Journal(run.folder, done, tensorboard=s.run.tensorboard)
+    try:
+        with listening() as wish, view:
+            make_steps(run, journal, view, wish)
+    finally:
         journal.close()
+    if wish:
+        note(f"stopped and saved after step {run.progress.step:,}; go on with --resume auto")
     return wish.exit_code
 
 
-class Lines:
-    """Progress as plain lines."""
+def finish(run: Run) -> None:
+    """The curve, and where the model is; a sample where the run is complete."""
+    from glassllama.train.bands import band_of
+    from glassllama.train.curve import draw_curve
+    from glassllama.train.journal import read_records
+    from glassllama.train.loop import sample_text
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def on_step(self, record: Record) -> None:
-        if record.step % 50 == 0:
-            note(f"step {record.step} loss {record.loss:.4f} {record.tok_s:,.0f} tok/s")
-        if record.val_loss is not None:
-            note(
-                f"step {record.step} validation loss {record.val_loss:.4f} ± {record.val_error:.4f}"
-            )
-
-    def on_sample(self, step: int, text: str) -> None:
-        note(text)
+    try:
+        draw_curve(read_records(run.folder), run.folder, run.settings.name, band_of(run.settings))
+    except MissingExtraError as error:
+        note(f"note: {error}")
+    if run.complete:
+        write(sample_text(run).strip() + "\n")
+        note(f"complete: try it with 'glassllama generate -m {run.folder} TEXT'")

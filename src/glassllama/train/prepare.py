@@ -14,7 +14,7 @@ from glassllama.train.data import Data
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.resolve import to_toml
-from glassllama.train.run import Run, resume
+from glassllama.train.run import CHECKPOINTS, Run, resume
 from glassllama.train.settings import Settings
 
 
@@ -49,18 +49,20 @@ def occupy(folder: Path) -> FileLock:
     return lock
 
 
-def take_up(run: Run, *, resuming: bool) -> bool:
-    """Begin in the run's folder, or go on from its last checkpoint -> whether there was one.
-
-    Raises TrainingError where the folder holds a run that nobody asked to go on with.
-    """
-    sweep(run.checkpoints)
-    steps = complete_steps(run.checkpoints)
-    if not resuming and (steps or (run.folder / "log.jsonl").exists()):
+def require_free(folder: Path, resuming: bool) -> None:
+    """Raise TrainingError where the folder holds a run that nobody asked to go on with."""
+    begun = complete_steps(folder / CHECKPOINTS) or (folder / "log.jsonl").exists()
+    if begun and not resuming:
         raise TrainingError(
-            f"{run.folder}: holds a run already; go on with it by --resume auto, or begin another "
+            f"{folder}: holds a run already; go on with it by --resume auto, or begin another "
             "with --out FOLDER"
         )
+
+
+def take_up(run: Run) -> bool:
+    """Go on from the folder's last checkpoint -> whether there was one; sweep what is half done."""
+    sweep(run.checkpoints)
+    steps = complete_steps(run.checkpoints)
     if steps:
         resume(run, steps[max(steps)])
     (run.folder / "settings.toml").write_text(to_toml(run.settings), encoding="utf-8")

@@ -26,6 +26,7 @@ from glassllama.train.settings import Settings
 from glassllama.weights.open import read_json
 from glassllama.weights.save import save_model
 
+CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
 FORMAT = "glassllama training 1"
 
 
@@ -63,7 +64,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def complete(self) -> bool:
