@@ -20,9 +20,8 @@ from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers import array_encoder
-from glassllama.tokenizers.array_encoder import padded
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.eight_bytes import PADDING
+from glassllama.tokenizers.eight_bytes import PADDING, padded
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
 from glassllama.tokenizers.word_ends import RULES, character_kinds, word_ends

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from glassllama.tokenizers.bpe import BYTES
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
-from glassllama.tokenizers.eight_bytes import PADDING
+from glassllama.tokenizers.eight_bytes import PADDING, padded
 from glassllama.tokenizers.long_words import (
     EMPTY,
     PairTable,
@@ -122,11 +122,6 @@ class ArrayEncoder:
                 if place[AT] == before:  # the next word is longer than the desk
                     self._desk = desk(2 * len(self._desk.out))
         return np.concatenate(parts)
-
-
-def padded(text: str) -> Bytes:
-    """The UTF-8 of a text, and PADDING zeros."""
-    return np.frombuffer(text.encode() + bytes(PADDING), np.uint8)
 
 
 def has_rule(vocabulary: Vocabulary) -> bool:

@@ -22,6 +22,11 @@ FROM_A = np.uint64(0x0101010101010101 * (0x80 - ord("a")))  # added: the sign sa
 BEHIND_Z = np.uint64(0x0101010101010101 * (0x80 - ord("z") - 1))
 
 
+def padded(text: str) -> Bytes:
+    """The UTF-8 of a text, and PADDING zeros."""
+    return np.frombuffer(text.encode() + bytes(PADDING), np.uint8)
+
+
 @instruction
 def eight_bytes(typing: Any, text: Any, at: Any) -> Any:
     """eight_bytes(text, at) -> uint64: text[at : at + 8], the first in the lowest place."""
