@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +17,7 @@ from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
+from synthetic_models import synthetic_module
 
 CONFIG = LlamaConfig(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
@@ -31,14 +30,7 @@ IDS = [int(i) for i in np.random.default_rng(5).integers(0, 303, 40)]
 
 @pytest.fixture(scope="module")
 def synthetic() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "synthetic.py"
-    spec = importlib.util.spec_from_file_location("synthetic", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["synthetic"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return synthetic_module()
 
 
 def logits(executor: Any) -> Any:

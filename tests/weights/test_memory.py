@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from synthetic_models import synthetic_module
 from tiny_models import hf_model, write_gguf, write_hf, write_meta
 
 SHAPE = {
@@ -72,3 +73,40 @@ def test_peak_is_the_model_and_one_tensor(form: str, folders: dict[str, Path]) -
     in_bfloat16, in_float32 = 2 * sum(sizes), 4 * sum(sizes)
     assert peak(TORCH, folders[form]) <= in_bfloat16 + 4 * max(sizes) + ALLOWED
     assert peak(ENGINE, folders[form]) <= in_float32 + 4 * max(sizes) + ALLOWED_COMPILING
+
+
+PACKED = """
+import sys
+import numba
+from pathlib import Path
+from glassllama.weights import kept, pack
+from glassllama.weights.open import open_weights
+kept.WORTH_KEEPING, kept.RECENT = int(sys.argv[2]), -1e18
+kept.folder = lambda: Path(sys.argv[1]).parent / "packed"
+engine = pack.pack(open_weights(sys.argv[1]))
+engine.next_logits([[1, 2, 3]], engine.new_cache(1, 8))
+with open("/proc/self/status") as status:
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+print(peak, engine.weights.nbytes, *engine.notes)
+"""
+MOST_BESIDE = 450e6  # of the 600 MB that a large model may take beside its file; compiling included
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("worth_keeping", [0, 10**12], ids=["on disk", "in memory"])
+def test_a_large_quantised_model_takes_its_file_and_little_more(
+    worth_keeping: int, tmp_path: Path
+) -> None:
+    """Half a gigabyte: were source pages or a copy kept, the peak would be twice that."""
+    synthetic = synthetic_module()
+    config = synthetic.shape("1b", vocab_size=32_000, layers=7)
+    path = synthetic.write(tmp_path / "x.gguf", config, "Q8_0")
+    size = path.stat().st_size
+    assert size > MOST_BESIDE
+    code = [sys.executable, "-c", PACKED, str(path), str(worth_keeping)]
+    for _ in range(2):  # packed, and then mapped
+        done = subprocess.run(code, capture_output=True, text=True, check=True)
+        peak, nbytes, *notes = done.stdout.split()
+        assert not notes
+        assert int(nbytes) <= 1.01 * size
+        assert int(peak) <= size + MOST_BESIDE

@@ -35,6 +35,22 @@ def list_models(json: Json = False) -> None:
         "gated: accept the licence on the model's Hugging Face page before the download\n"
         "besides these, any Hub id org/name[@revision][:FILE.gguf] and any path"
     )
+    if line := packed_line():
+        note(line)
+
+
+def packed_line() -> str:
+    """What the engine keeps of large models, so that nobody has to wonder where the disk went."""
+    from glassllama.base.machine import cache_home, gigabytes
+
+    entries = list((cache_home() / "packed").glob("*.packed"))
+    if not entries:
+        return ""
+    size = gigabytes(sum(entry.stat().st_size for entry in entries))
+    return (
+        f"the engine keeps {size} of packed weights of large models in {entries[0].parent}; they "
+        "are made again where they are missing"
+    )
 
 
 def everything() -> list[Listed]:
