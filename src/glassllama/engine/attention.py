@@ -4,8 +4,10 @@ A page keeps the keys and values of 64 consecutive tokens of one row, for all la
 
     keys   (layers, K, D, 64)   transposed: one vector holds one coordinate of many tokens
     values (layers, K, 64, D)
+    scales (layers, K, 2, 64)   float32, of keys and of values, where they are int8
 
-in bfloat16, or float32 where the engine is exact. A row's pages are found by their addresses.
+in bfloat16, in int8 with a scale for each token and head, or in float32 where the engine is exact.
+A row's pages are found by their addresses.
 """
 
 from __future__ import annotations
@@ -15,13 +17,29 @@ from typing import Any
 import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined
-from glassllama.engine.intrinsics import bfloat_from_float, float_from_bfloat, floats, words16
-from glassllama.engine.pages import mix_tile, score_tile
-from glassllama.engine.row_kernels import weigh_page
+from glassllama.engine.intrinsics import (
+    bfloat_from_float,
+    floats,
+    integers8,
+    words16,
+)
+from glassllama.engine.pages import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    LANES,
+    PAGE,
+    mix_tile,
+    score_tile,
+    unpack_numbers,
+)
+from glassllama.engine.row_kernels import STEPS, weigh_page
 from glassllama.engine.rows import exponential, inverse_rms
+from glassllama.engine.tiers import features
 
 F32 = np.float32
-PAGE = 64  # tokens
+# Queries of the largest tile, and tokens or columns across it: as many sums as there are registers.
+MOST, ACROSS = (6, 64) if "avx512f" in features() else (4, 16)
 
 
 @compiled
@@ -57,19 +75,46 @@ def place(head: Any, cos: Any, sin: Any, pairs: int, unit: int, eps: float) -> N
 
 
 @compiled
-def store(key: Any, value: Any, keys: int, values: int, slot: int, wide: int) -> None:
+def store(key: Any, value: Any, keys: int, values: int, scales: int, slot: int, kind: int) -> None:
     """Write one token's key and value (D,) into its slot of a page."""
     width = len(key)
-    if wide:
+    if kind == FLOAT32:
         k, v = floats(keys, (width, PAGE)), floats(values, (PAGE, width))
         for i in range(width):
             k[i, slot] = key[i]
             v[slot, i] = value[i]
+    elif kind == INT8:
+        small_k, small_v = integers8(keys, (width, PAGE)), integers8(values, (PAGE, width))
+        of_keys, of_values = floats(scales, PAGE), floats(scales + PAGE * 4, PAGE)
+        of_keys[slot], of_values[slot] = step_size(key), step_size(value)
+        for i in range(width):
+            small_k[i, slot] = steps_of(key[i], of_keys[slot])
+            small_v[slot, i] = steps_of(value[i], of_values[slot])
     else:
         narrow_k, narrow_v = words16(keys, (width, PAGE)), words16(values, (PAGE, width))
         for i in range(width):
             narrow_k[i, slot] = bfloat_from_float(key[i])
             narrow_v[slot, i] = bfloat_from_float(value[i])
+
+
+@inlined
+def step_size(numbers: Any) -> Any:
+    """What one step of an int8 stands for: the largest magnitude / 127; NaN where there is one."""
+    largest = F32(0)
+    for i in range(len(numbers)):
+        magnitude = abs(numbers[i])
+        if not magnitude <= largest:  # larger, or NaN
+            largest = magnitude
+            if magnitude != magnitude:
+                break
+    return largest / F32(STEPS)
+
+
+@inlined
+def steps_of(number: float, size: float) -> Any:
+    """A number in whole steps; where they are no numbers, their size says so by itself."""
+    usable = size > F32(0) and size < F32(np.inf)
+    return np.int8(np.rint(number / size)) if usable else np.int8(0)
 
 
 @compiled
@@ -89,84 +134,100 @@ def begin(query: Any, seat: Any, part: Any) -> None:
 
 
 @compiled
-def score(queries: int, count: int, keys: int, wide: int, width: int, scores: int) -> None:
-    """Dot products of `count` queries with all keys of a page -> (count, PAGE) at `scores`.
+def unpack(source: int, count: int, target: int, ahead: int, kind: int) -> Any:
+    """`count` of a page's keys or values as float32 -> where they are, `target` if not already.
 
-    Those of empty slots mean nothing.
+    What is `ahead` bytes further on is asked for from memory meanwhile.
+    """
+    if kind == FLOAT32:
+        return source
+    if kind == INT8:
+        unpack_numbers(INT8, source, count, target, ahead)
+    else:
+        unpack_numbers(BFLOAT16, source, count, target, ahead)
+    return target
+
+
+@compiled
+def score(queries: int, count: int, keys: int, width: int, scores: int) -> None:
+    """Dot products of `count` queries with all keys of a page, float32 (D, 64) -> (count, 64).
+
+    Those of empty slots mean nothing. A query's own sums are the same in tiles of any size.
     """
     n = 0
-    if not wide and width % 16 == 0:
-        while n + 4 <= count:
-            score_tile(4, queries + n * width * 4, keys, width, scores + n * PAGE * 4)
-            n += 4
-        while n < count:
-            score_tile(1, queries + n * width * 4, keys, width, scores + n * PAGE * 4)
-            n += 1
     while n < count:
-        score_plainly(floats(queries + n * width * 4, width), keys, wide,
-                      floats(scores + n * PAGE * 4, PAGE))  # fmt: skip
-        n += 1
+        query, out, left = queries + n * width * 4, scores + n * PAGE * 4, count - n
+        for part in range(0, PAGE * 4, ACROSS * 4):
+            if left >= MOST:
+                score_tile(MOST, ACROSS, query, keys + part, width, out + part)
+            elif left >= 4:
+                score_tile(4, ACROSS, query, keys + part, width, out + part)
+            elif left == 3:
+                score_tile(3, ACROSS, query, keys + part, width, out + part)
+            elif left == 2:
+                score_tile(2, ACROSS, query, keys + part, width, out + part)
+            else:
+                score_tile(1, ACROSS, query, keys + part, width, out + part)
+        n += tile_size(left)
+
+
+@inlined
+def tile_size(left: int) -> Any:
+    """How many of the queries that are left go into the next tile."""
+    return MOST if left >= MOST else min(left, 4)
 
 
 @compiled
-def score_plainly(query: Any, keys: int, wide: int, scores: Any) -> None:
-    """Plain loops: for float32 pages and odd widths, and the twin of the vector kernels."""
-    width = len(query)
-    for s in range(PAGE):
-        scores[s] = F32(0)
-    if wide:
-        k = floats(keys, (width, PAGE))
-        for i in range(width):
-            for s in range(PAGE):
-                scores[s] += query[i] * k[i, s]
-    else:
-        narrow = words16(keys, (width, PAGE))
-        for i in range(width):
-            for s in range(PAGE):
-                scores[s] += query[i] * float_from_bfloat(narrow[i, s])
-
-
-@compiled
-def mix(weights: int, count: int, values: int, wide: int, width: int, parts: int) -> None:
-    """Add a page's values, each times its weight, to `count` queries' parts (D + 2,)."""
+def mix(weights: int, count: int, values: int, width: int, parts: int) -> None:
+    """Add a page's values, float32 (64, D), times their weights to `count` parts (D + 2,)."""
     n, row = 0, (width + 2) * 4
-    if not wide and width % 16 == 0:
-        while n + 4 <= count:
-            mix_columns(4, weights + n * PAGE * 4, values, width, parts + n * row)
-            n += 4
-        while n < count:
-            mix_columns(1, weights + n * PAGE * 4, values, width, parts + n * row)
-            n += 1
     while n < count:
-        mix_plainly(floats(weights + n * PAGE * 4, PAGE), values, wide, width,
-                    floats(parts + n * row, width))  # fmt: skip
-        n += 1
+        some, out, left = weights + n * PAGE * 4, parts + n * row, count - n
+        if left >= MOST:
+            mix_columns(MOST, some, values, width, out)
+        elif left >= 4:
+            mix_columns(4, some, values, width, out)
+        elif left == 3:
+            mix_columns(3, some, values, width, out)
+        elif left == 2:
+            mix_columns(2, some, values, width, out)
+        else:
+            mix_columns(1, some, values, width, out)
+        n += tile_size(left)
 
 
 @inlined
 def mix_columns(queries: int, weights: int, values: int, width: int, parts: int) -> None:
-    """All columns of a page's values: 32 at a time, then 16."""
+    """All columns of a page's values: many at a time, then 16, then one."""
     i = 0
-    while i + 32 <= width:
-        mix_tile(queries, 32, weights, values + 2 * i, width, parts + 4 * i)
-        i += 32
+    while i + ACROSS <= width:
+        mix_tile(queries, ACROSS, weights, values + 4 * i, width, parts + 4 * i)
+        i += ACROSS
+    while i + LANES <= width:
+        mix_tile(queries, LANES, weights, values + 4 * i, width, parts + 4 * i)
+        i += LANES
     if i < width:
-        mix_tile(queries, 16, weights, values + 2 * i, width, parts + 4 * i)
+        for n in range(queries):
+            mix_plainly(floats(weights + n * PAGE * 4, PAGE), floats(values, (PAGE, width)), i,
+                        floats(parts + n * (width + 2) * 4, width))  # fmt: skip
 
 
 @compiled
-def mix_plainly(weights: Any, values: int, wide: int, width: int, out: Any) -> None:
-    """Plain loops, as `score_plainly`."""
-    if wide:
-        v = floats(values, (PAGE, width))
+def mix_plainly(weights: Any, values: Any, first: int, sums: Any) -> None:
+    """What `mix_tile` does, for one query and its columns from `first` on."""
+    for s in range(PAGE):
+        for i in range(first, len(sums)):
+            sums[i] += weights[s] * values[s, i]
+
+
+@compiled
+def times_scales(rows: int, count: int, scales: int) -> None:
+    """Scores or weights (count, 64) times what a step of each token's int8 stands for."""
+    each = floats(scales, PAGE)
+    for n in range(count):
+        row = floats(rows + n * PAGE * 4, PAGE)
         for s in range(PAGE):
-            for i in range(width):
-                out[i] += weights[s] * v[s, i]
-    else:
-        narrow = words16(values, (PAGE, width))
-        for s in range(PAGE):
-            for i in range(width):
-                out[i] += weights[s] * float_from_bfloat(narrow[s, i])
+            row[s] *= each[s]
 
 
 @compiled

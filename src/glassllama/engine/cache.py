@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
-from glassllama.engine.attention import PAGE
+from glassllama.engine.pages import BFLOAT16, INT8, ITEM_BYTES, PAGE
+
+CacheType = Literal["bf16", "int8"]
+CACHE_KINDS: dict[CacheType, int] = {"bf16": BFLOAT16, "int8": INT8}
+SCALE_BYTES = 4
+
+
+def bytes_per_token(config: LlamaConfig, kind: int) -> int:
+    """Memory of one token's keys and values in all layers; scales come with int8."""
+    head = config.head_dim * ITEM_BYTES[kind] + (SCALE_BYTES if kind == INT8 else 0)
+    return 2 * config.n_layers * config.n_kv_heads * head
 
 
 class PagedCache:
@@ -16,12 +28,11 @@ class PagedCache:
     Memory is taken page by page, so that a long context costs nothing until it is used.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, max_len: int, *, wide: bool) -> None:
+    def __init__(self, config: LlamaConfig, batch: int, max_len: int, kind: int) -> None:
         self.max_len = max_len
         self.lengths = [0] * batch
-        self.wide = wide  # float32 instead of bfloat16
-        numbers = config.n_layers * config.n_kv_heads * config.head_dim * PAGE
-        self.page_words = 2 * numbers  # keys, then values
+        self.kind = kind  # of its numbers: pages.BFLOAT16, FLOAT32, INT8
+        self.page_bytes = PAGE * bytes_per_token(config, kind)
         self._pages: list[list[NDArray[np.generic]]] = [[] for _ in range(batch)]
         self.table = np.zeros((batch, -(-max_len // PAGE)), np.int64)
 
@@ -43,7 +54,7 @@ class PagedCache:
             )
         pages = self._pages[row]
         while len(pages) * PAGE < length:
-            page = np.zeros(self.page_words, np.float32 if self.wide else np.uint16)
+            page = np.zeros(self.page_bytes, np.uint8)
             self.table[row, len(pages)] = page.ctypes.data
             pages.append(page)
 

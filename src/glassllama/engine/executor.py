@@ -15,12 +15,13 @@ from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import Cache
 from glassllama.engine import model
-from glassllama.engine.cache import PagedCache
+from glassllama.engine.cache import CACHE_KINDS, CacheType, PagedCache
 from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import Crew, announce, processors
 from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
 from glassllama.engine.packing import read_rows
+from glassllama.engine.pages import FLOAT32
 from glassllama.engine.room import TILE, Room
 from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
@@ -69,16 +70,19 @@ class Engine:
         weights: Weights,
         *,
         exact: bool = False,
+        cache: CacheType = "bf16",
         threads: int | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """`exact` keeps keys and values in float32; the weights' kinds are the caller's choice.
+        """`exact` keeps keys and values in float32, else `cache` says how; the weights' kinds are
+        the caller's choice.
 
         `threads` is how many processors to use, all that this process may use if None.
         """
         self.config = config
         self.weights = weights
         self.exact = exact
+        self.cache_kind = FLOAT32 if exact else CACHE_KINDS[cache]
         available = processors()
         self.threads = min(threads or available, available)
         self.notes = list(notes)
@@ -96,7 +100,7 @@ class Engine:
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
         """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used."""
-        return PagedCache(self.config, batch, max_len, wide=self.exact)
+        return PagedCache(self.config, batch, max_len, self.cache_kind)
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids -> (B, V) float32 logits after each row's last.
@@ -173,7 +177,7 @@ class Engine:
             cache.table.ctypes.data,
             cache.table.shape[1],
             last // SPAN + 1,
-            int(cache.wide),
+            cache.kind,
         )
         for layers in self._calls(len(tokens)):
             started = time.perf_counter()

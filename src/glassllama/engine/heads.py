@@ -7,24 +7,57 @@ taken in the same order in any company.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from glassllama.engine.attention import PAGE, begin, finish, merge, mix, place, score, store, weigh
+from glassllama.engine.attention import (
+    begin,
+    finish,
+    merge,
+    mix,
+    place,
+    score,
+    store,
+    times_scales,
+    unpack,
+    weigh,
+)
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.crew import complete, done, take
 from glassllama.engine.intrinsics import integers64
+from glassllama.engine.pages import FLOAT32, INT8, PAGE
 from glassllama.engine.room import GROUPS, LANES, MATRICES, WK, WQ
 from glassllama.engine.step import encode_blocks, field, inputs_of, row
 
 SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
 
 
+class Places(NamedTuple):
+    """Bytes from a page's start."""
+
+    keys: int
+    values: int
+    scales: int
+
+
+class Seat(NamedTuple):
+    """Where one thread keeps what it looks at: addresses."""
+
+    queries: int  # of a tile
+    scores: int
+    opened: int  # a page's keys, then its values, unpacked
+
+
+@inlined
+def item_bytes(kind: int) -> Any:
+    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+
+
 @compiled
-def page_offsets(room: Any, layer: int, kv_head: int, wide: int) -> Any:
-    """Bytes from a page's start to the keys and to the values of one layer and kv head."""
-    head_bytes = room.head_dim * PAGE * (4 if wide else 2)
-    keys = (layer * room.kv_heads + kv_head) * head_bytes
-    return keys, keys + room.layers * room.kv_heads * head_bytes
+def page_offsets(room: Any, layer: int, kv_head: int, kind: int) -> Any:
+    """Bytes from a page's start to the keys, the values and the scales of a layer and kv head."""
+    heads, head = room.layers * room.kv_heads, layer * room.kv_heads + kv_head
+    size = room.head_dim * PAGE * item_bytes(kind)
+    return Places(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
 
 
 @compiled
@@ -54,8 +87,8 @@ def place_token(room: Any, layer: int, step: Any, t: int) -> None:
     for head in range(room.kv_heads):
         key, value = row(first_key, head, width), row(first_value, head, width)
         place(key, cos, sin, pairs, unit, room.eps)
-        keys, values = page_offsets(room, layer, head, step.wide)
-        store(key, value, page + keys, page + values, slot, step.wide)
+        at = page_offsets(room, layer, head, step.kind)
+        store(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kind)
 
 
 @compiled
@@ -71,16 +104,25 @@ def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
 
 
 @inlined
-def look_at_page(room: Any, page: int, past: int, t: int, count: int, queries: int, part: int,
-                 scores: int, keys: int, values: int, wide: int) -> None:  # fmt: skip
-    """A tile's queries look at one page, which `past` tokens come before."""
-    group, width = room.group_size, room.head_dim
-    score(queries, count * group, page + keys, wide, width, scores)
+def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int, count: int,
+                 part: int, at: Any, kind: int) -> None:  # fmt: skip
+    """A tile's queries look at one page, which `past` tokens come before.
+
+    The page that is `ahead` bytes away comes next, and is asked for.
+    """
+    group, width, scores = room.group_size, room.head_dim, seat.scores
+    keys = unpack(page + at.keys, width * PAGE, seat.opened, ahead, kind)
+    score(seat.queries, count * group, keys, width, scores)
+    if kind == INT8:
+        times_scales(scores, count * group, page + at.scales)
     for n in range(count):
         visible = min(PAGE, position_of(room, t + n) + 1 - past)
         for g in range(n * group, (n + 1) * group):
             weigh(scores + g * PAGE * 4, visible, part + g * (width + 2) * 4, width)
-    mix(scores, count * group, page + values, wide, width, part)
+    if kind == INT8:
+        times_scales(scores, count * group, page + at.scales + PAGE * 4)
+    values = unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
+    mix(scores, count * group, values, width, part)
 
 
 @compiled
@@ -91,18 +133,21 @@ def look_at_span(
     t = integers64(room.tile_first + tile * 8, 1)[0]
     count = integers64(room.tile_count + tile * 8, 1)[0]
     group, width, seats = room.group_size, room.head_dim, room.tile_queries
-    queries = room.queries + me.thread * seats * width * 4
-    scores = room.scores + me.thread * seats * PAGE * 4
+    seat = Seat(
+        room.queries + me.thread * seats * width * 4,
+        room.scores + me.thread * seats * PAGE * 4,
+        room.opened + me.thread * width * PAGE * 4,
+    )
     for n in range(count):
         own = room.qkv + (t + n) * room.qkv_width * 4
         for g in range(group):
-            begin(row(own, kv_head * group + g, width), row(queries, n * group + g, width),
+            begin(row(own, kv_head * group + g, width), row(seat.queries, n * group + g, width),
                   row(part, n * group + g, width + 2))  # fmt: skip
-    keys, values = page_offsets(room, layer, kv_head, step.wide)
-    pages, last = row_pages(room, step, t), position_of(room, t + count - 1)
-    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN - 1, last) // PAGE + 1):
-        look_at_page(room, pages[page], page * PAGE, t, count, queries, part, scores,
-                     keys, values, step.wide)  # fmt: skip
+    at = page_offsets(room, layer, kv_head, step.kind)
+    pages, last = row_pages(room, step, t), position_of(room, t + count - 1) // PAGE
+    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN // PAGE - 1, last) + 1):
+        ahead = pages[min(page + 1, last)] - pages[page]
+        look_at_page(room, seat, pages[page], ahead, page * PAGE, t, count, part, at, step.kind)
 
 
 @inlined

@@ -1,7 +1,10 @@
 """Vector kernels over a page of the cache: several queries at once share every key and value.
 
+A page's numbers are unpacked to float32 first, into a few kilobytes that stay in the nearest cache:
+once for all queries that look at them. While that is done, the next page is asked for.
+
 Written in LLVM's own vectors without any processor's instructions, so that they run everywhere;
-their twins are `score_plainly` and `mix_plainly` (attention.py).
+their twins in plain loops are in tests/engine/test_pages.py.
 """
 
 from __future__ import annotations
@@ -10,43 +13,81 @@ from typing import Any
 
 from glassllama.engine.compiled import instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.vectors import F32, I16, I32, Vectors, number, vector
+from glassllama.engine.vectors import F32, I8, I16, I32, LINE, Vectors, number, vector
 
 PAGE = 64  # tokens
+LANES = 16  # float32 in a vector of 64 bytes
+BFLOAT16, FLOAT32, INT8 = range(3)  # how keys and values are kept
+ITEM_BYTES = {BFLOAT16: 2, FLOAT32: 4, INT8: 1}
 
 
-def widen(v: Vectors, address: Any, lanes: int) -> Any:
-    """bfloat16 in memory as float32: they are its upper halves."""
-    words = v.builder.zext(v.load(address, vector(I16, lanes), 2), vector(I32, lanes))
-    shifted = v.builder.shl(words, v.same(words.type, 16))
-    return v.builder.bitcast(shifted, vector(F32, lanes))
+def widen(v: Vectors, address: Any, kind: int) -> Any:
+    """Numbers in memory as float32. The 16 bits of a bfloat16 are a float32's upper half."""
+    b, floats = v.builder, vector(F32, LANES)
+    if kind == INT8:
+        codes = v.load(address, vector(I8, LANES), 1)
+        return b.sitofp(b.sext(codes, vector(I32, LANES)), floats)
+    words = b.zext(v.load(address, vector(I16, LANES), 2), vector(I32, LANES))
+    return b.bitcast(b.shl(words, v.same(words.type, 16)), floats)
 
 
 @instruction_for_constants
-def score_tile(context, count, query, keys, width, scores):  # type: ignore[no-untyped-def]
-    """Dot products of some queries (a constant number) with the 64 keys of a page."""
-    queries, parts = count.literal_value, PAGE // 16
+def unpack_numbers(context, kind, source, count, target, ahead):  # type: ignore[no-untyped-def]
+    """`count` numbers, a multiple of 64, as float32; those `ahead` bytes further are asked for.
+
+    `kind` is a constant, BFLOAT16 or INT8.
+    """
+    form = kind.literal_value
+    size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query, keys, width, scores = arguments[1:]
+        source, count, target, ahead = arguments[1:]
+        v = Vectors(builder)
+
+        def some(i: Any, nothing: list[Any]) -> list[Any]:
+            place, to = v.step(source, i, PAGE * size), v.step(target, i, PAGE * 4)
+            v.prefetch(builder.add(place, ahead), PAGE * size)
+            for n in range(0, PAGE, LANES):
+                v.store(widen(v, v.at(place, n * size), form), v.at(to, n * 4), 4)
+            return nothing
+
+        v.count_up(builder.sdiv(count, number(PAGE)), [], some)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), emit
+
+
+@instruction_for_constants
+def score_tile(  # type: ignore[no-untyped-def]
+    context, count, tokens, query, keys, width, scores
+):
+    """Dot products of some queries with some of the 64 keys of a page, in float32 (width, 64).
+
+    How many queries and tokens are constants.
+    """
+    queries, parts = count.literal_value, tokens.literal_value // LANES
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        query, keys, width, scores = arguments[2:]
         v = Vectors(builder)
         row = builder.mul(width, number(4))
+        places = [builder.add(query, builder.mul(row, number(n))) for n in range(queries)]
 
         def coordinate(i: Any, sums: list[Any]) -> list[Any]:
-            k = [widen(v, v.at(v.step(keys, i, 2 * PAGE), 32 * p), 16) for p in range(parts)]
+            line = v.step(keys, i, 4 * PAGE)
+            k = [v.load(v.at(line, LINE * p), vector(F32, LANES), 4) for p in range(parts)]
             results = []
             for n in range(queries):
-                address = v.step(builder.add(query, builder.mul(row, number(n))), i, 4)
-                q = v.splat(v.load(address, F32, 4), 16)
+                q = v.splat(v.load(v.step(places[n], i, 4), F32, 4), LANES)
                 results += [v.fused(q, k[p], sums[n * parts + p]) for p in range(parts)]
             return results
 
-        start = [v.same(vector(F32, 16), 0.0)] * (queries * parts)
+        start = [v.same(vector(F32, LANES), 0.0)] * (queries * parts)
         for n, total in enumerate(v.count_up(width, start, coordinate)):
-            v.store(total, v.at(scores, 64 * n), 4)
+            v.store(total, v.at(scores, 4 * PAGE * (n // parts) + LINE * (n % parts)), 4)
         return context.get_dummy_value()
 
-    return types.void(count, *[types.int64] * 4), emit
+    return types.void(count, tokens, *[types.int64] * 4), emit
 
 
 @instruction_for_constants
@@ -55,25 +96,33 @@ def mix_tile(  # type: ignore[no-untyped-def]
 ):
     """Some columns of a page's 64 values, weighted and added to some queries' sums.
 
-    How many columns and queries are constants.
+    How many queries and columns are constants; the values are float32 (64, width).
     """
-    queries, lanes = count.literal_value, columns.literal_value
+    queries, vectors = count.literal_value, columns.literal_value // LANES
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weights, values, width, parts = arguments[2:]
-        v = Vectors(builder)
+        v, floats = Vectors(builder), vector(F32, LANES)
         row = builder.mul(builder.add(width, number(2)), number(4))
-        places = [builder.add(parts, builder.mul(row, number(n))) for n in range(queries)]
+        stride = builder.mul(width, number(4))
+        places = [
+            v.at(builder.add(parts, builder.mul(row, number(n))), LINE * c)
+            for n in range(queries)
+            for c in range(vectors)
+        ]
 
         def token(s: Any, sums: list[Any]) -> list[Any]:
-            place = builder.add(values, builder.mul(s, builder.mul(width, number(2))))
-            value, results = widen(v, place, lanes), []
+            line = builder.add(values, builder.mul(s, stride))
+            value = [v.load(v.at(line, LINE * c), floats, 4) for c in range(vectors)]
+            results = []
             for n in range(queries):
-                weight = v.load(v.at(v.step(weights, s, 4), 4 * PAGE * n), F32, 4)
-                results.append(v.fused(v.splat(weight, lanes), value, sums[n]))
+                weight = v.splat(v.load(v.at(v.step(weights, s, 4), 4 * PAGE * n), F32, 4), LANES)
+                results += [
+                    v.fused(weight, value[c], sums[n * vectors + c]) for c in range(vectors)
+                ]
             return results
 
-        start = [v.load(place, vector(F32, lanes), 4) for place in places]
+        start = [v.load(place, floats, 4) for place in places]
         for total, place in zip(v.count_up(number(PAGE), start, token), places, strict=True):
             v.store(total, place, 4)
         return context.get_dummy_value()

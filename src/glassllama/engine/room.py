@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.engine.attention import PAGE
 from glassllama.engine.layout import ALIGNMENT, BLOCK, Matrix
+from glassllama.engine.pages import PAGE
 from glassllama.engine.rows import FACTORS
 from glassllama.engine.tiers import kernel_address, tier
 
@@ -46,6 +46,7 @@ PLACES = (
     "added",  # (N, padded C): what a layer adds to the residual stream
     "hidden",  # (N, 2 · padded F): gates and ups side by side
     "queries", "scores",  # (threads, tile queries, D), (threads, tile queries, PAGE)
+    "opened",  # (threads, D · PAGE): keys or values of a page, unpacked
     "part",  # (threads, 2, tile queries, D + 2): see attention.begin
     "parts",  # (spans, H, D + 2), where threads share the spans of one token
 )  # fmt: skip
@@ -137,6 +138,7 @@ def attention_tables(config: LlamaConfig, threads: int) -> dict[str, NDArray[Any
     return {
         **zeros(np.float32, queries=(threads, queries, config.head_dim)),
         **zeros(np.float32, scores=(threads, queries, PAGE)),
+        **zeros(np.float32, opened=(threads, config.head_dim * PAGE)),
         **zeros(np.float32, part=(threads, 2, queries, config.head_dim + 2)),
         **zeros(np.float32, parts=(pages, config.n_heads, config.head_dim + 2)),
     }

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import instruction
 from glassllama.engine.intrinsics import types
-from glassllama.engine.vectors import F32, I8, I32, I64, Vectors, vector
+from glassllama.engine.vectors import F32, I8, I32, Vectors, vector
 
 BLOCK = 32
 PAGE = 64
@@ -86,12 +86,11 @@ def weigh_page(context, scores, visible, part, width):  # type: ignore[no-untype
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, visible, part, width = arguments
         v, b, page = Vectors(builder), builder, vector(F32, PAGE)
-        slots = ir.Constant(vector(I64, PAGE), list(range(PAGE)))
-        seen = b.icmp_signed("<", slots, v.splat(visible, PAGE))
+        seen = b.icmp_signed("<", lanes(0, PAGE), v.splat(b.trunc(visible, I32), PAGE))
         scores = v.load(address, page, 4)
         ends = v.step(part, width, 4)
         before = v.load(ends, F32, 4)
-        here = v.reduce("fmax", b.select(seen, scores, v.same(page, float("-inf"))))
+        here = v.largest(b.select(seen, scores, v.same(page, float("-inf"))))
         top = b.select(b.fcmp_ordered(">", before, here), before, here)
         weights = exponential(v, b.fsub(scores, v.splat(top, PAGE)))
         weights = b.select(seen, weights, v.same(page, 0.0))

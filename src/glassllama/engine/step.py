@@ -35,7 +35,7 @@ class Step(NamedTuple):
     table: int  # address of the cache's table of pages
     pages: int  # columns of that table
     spans: int  # of the longest row, SPAN tokens each
-    wide: int  # pages of float32 instead of bfloat16
+    kind: int  # of the numbers in the cache: pages.BFLOAT16, FLOAT32, INT8
 
 
 class Inputs(NamedTuple):

@@ -127,23 +127,31 @@ class Vectors:
         return results
 
     def reduce(self, name: str, x: Any) -> Any:
-        """All lanes into one: umax or add of integers, fmax of floats."""
+        """All lanes into one: umax or add of integers."""
         letter = "f" if isinstance(x.type.element, ir.FloatType) else "i"
         suffix = f"v{x.type.count}{letter}32"
         return self.call(f"llvm.vector.reduce.{name}.{suffix}", x.type.element, x)
 
-    def total(self, x: Any) -> Any:
-        """The sum of all lanes, halving: lane n with lane n + half, until one is left."""
+    def folded(self, x: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """All lanes into one, halving: lane n with lane n + half, until one is left."""
         while x.type.count > 1:
             half = x.type.count // 2
             low, high = (
                 ir.Constant(vector(I32, half), list(range(start, start + half)))
                 for start in (0, half)
             )
-            nothing = ir.Constant(x.type, ir.Undefined)
-            b = self.builder
-            x = b.fadd(b.shuffle_vector(x, nothing, low), b.shuffle_vector(x, nothing, high))
+            nothing, b = ir.Constant(x.type, ir.Undefined), self.builder
+            x = join(b.shuffle_vector(x, nothing, low), b.shuffle_vector(x, nothing, high))
         return self.builder.extract_element(x, ir.Constant(I32, 0))
+
+    def total(self, x: Any) -> Any:
+        """The sum of all lanes."""
+        return self.folded(x, self.builder.fadd)
+
+    def largest(self, x: Any) -> Any:
+        """The largest of all lanes, one instruction a step: what it says of NaN is no matter."""
+        b = self.builder
+        return self.folded(x, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
     def rounded(self, x: Any) -> Any:
         """To the nearest whole number, ties to even."""
