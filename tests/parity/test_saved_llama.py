@@ -15,6 +15,7 @@ from glassllama.base.config import GivenDivisors, LinearScaling, Llama3Scaling, 
 from glassllama.base.errors import ConfigError
 from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.weights.open import open_weights
 from glassllama.weights.save import save_model
 
 BAR = 1e-5
@@ -31,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scaled": {"rope_scaling": Llama3Scaling(factor=8.0, original_max_seq_len=32)},
     "linear": {"rope_scaling": LinearScaling(factor=3.0)},
     "qk norm": {"qk_norm": True},
+    "qk norm, scaled": {
+        "qk_norm": True,
+        "rope_scaling": Llama3Scaling(factor=8.0, original_max_seq_len=32),
+    },
 }
 IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % V
 
@@ -44,7 +49,7 @@ def llama(**change: Any) -> Llama:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "qk norm"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "qk" not in v])
 def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> None:
     model = llama(**VARIANTS[variant])
     save_model(tmp_path, model, TOKENIZER)
@@ -57,10 +62,17 @@ def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> Non
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (V - 4, V - 3)
 
 
-def test_transformers_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    save_model(tmp_path, llama(qk_norm=True), TOKENIZER)
+@pytest.mark.parametrize("scaling", [None, LinearScaling(factor=3.0)])
+def test_transformers_refuses_what_it_does_not_know(
+    scaling: LinearScaling | None, tmp_path: Path
+) -> None:
+    save_model(tmp_path, llama(qk_norm=True, rope_scaling=scaling), TOKENIZER)
     with pytest.raises((ValueError, KeyError), match="glass_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(KeyError, match=r"\+qk_norm"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    ours = open_weights(tmp_path).config
+    assert (ours.qk_norm, ours.rope_scaling) == (True, scaling)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

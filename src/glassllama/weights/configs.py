@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     ModelConfig = LlamaConfig | GPTConfig | BigramConfig
 
 OLD_THETA = 10_000.0  # what RoPE was born with; files before Llama 3 leave it out
-# transformers knows no Llama with `qk_norm`: under our own name it refuses, and computes nothing
-# else instead.
+# transformers knows no Llama with `qk_norm`. For somebody who names the class it would still build
+# a plain one, whatever the architecture's name, but not with a kind of RoPE that it does not know.
 WITH_QK_NORM = "GlassLlamaForCausalLM"
+AND_QK_NORM = "+qk_norm"
 LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", WITH_QK_NORM)
 GPT2, BIGRAM = "GPT2LMHeadModel", "GlassBigramForCausalLM"  # weights/gpt2.py, weights/bigram.py
 
@@ -127,27 +128,28 @@ def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_to_hf(config.rope_scaling),
+        "rope_scaling": _rope_to_hf(config),
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
         **ours,
     }
 
 
-def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _rope_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
+    scaling, norm = config.rope_scaling, AND_QK_NORM if config.qk_norm else ""
     if isinstance(scaling, Llama3Scaling):
         return {
-            "rope_type": "llama3",
+            "rope_type": "llama3" + norm,
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_seq_len,
         }
     if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": scaling.factor}
+        return {"rope_type": "linear" + norm, "factor": scaling.factor}
     if scaling is not None:
         raise ConfigError("config.json has no place for RoPE divisors given one by one (GGUF's)")
-    return None
+    return {"rope_type": "default" + norm} if norm else None
 
 
 def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> None:
@@ -171,6 +173,7 @@ def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = rope.get("rope_theta", values.get("rope_theta"))
     get = Fields("config.json: rope_parameters", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(kind).removesuffix(AND_QK_NORM) if values.get("qk_norm") else kind
     scaling: RopeScaling | None = None
     if kind == "llama3":
         scaling = Llama3Scaling(
