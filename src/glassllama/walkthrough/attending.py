@@ -26,6 +26,7 @@ def rope(walk: Walk) -> Step:
     complex_q = rotate_complex(hand.q, walk.angles, c.rope_layout)
     complex_q = rms_norm(complex_q, c.norm_eps) if c.qk_norm else complex_q
     scaled = "" if c.rope_scaling is None else ", stretched by the configuration's scaling"
+    normed = " Then the whole head is brought to one length (qk_norm)." if c.qk_norm else ""
     q, q_rope = (f"{walk.prefix}.attention.{name}" for name in ("q", "q_rope"))
     return Step(
         number=8,
@@ -38,8 +39,8 @@ def rope(walk: Walk) -> Step:
             source(ROTATE[c.rope_layout], "a, b =", "turned =", "return"),
         ),
         text=(
-            f"{one_pair(walk)} Later pairs turn more slowly (theta {c.rope_theta:,.0f}{scaled}). "
-            "Only the difference of two positions is left when q meets k.",
+            f"{one_pair(walk)}{normed} Later pairs turn more slowly (theta {c.rope_theta:,.0f}"
+            f"{scaled}). Only the difference of two positions is left when q meets k.",
         ),
         numbers=(
             Numbers("angles, last token", walk.angles[0, -1]),

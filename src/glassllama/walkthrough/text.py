@@ -57,8 +57,8 @@ def lines(step: Step, page: Page) -> Iterator[str]:
         yield ""
         yield from number_lines(step.numbers, page)
     for picture in step.pictures:
-        yield ""
-        yield from (MARGIN + line for line in picture.lines(page.width - 2 * len(MARGIN)))
+        if drawn := picture.lines(page.width - 2 * len(MARGIN)):
+            yield from ("", *(MARGIN + line for line in drawn))
     yield ""
     yield from check_lines(step.checks, page)
     yield ""

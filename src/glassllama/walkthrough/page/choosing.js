@@ -45,9 +45,11 @@ function drawDistribution(target) {
         ? `More than ${kept} tokens can be drawn, some of them not listed in this file.`
         : `${kept} of ${whole(config.vocab_size)} tokens can be drawn.`,
     ),
-    caption(
-      `Before the cuts the ${whole(walk.probabilities.others.count)} tokens that are not listed here have ${percent(Math.max(beyond, 0))} together.`,
-    ),
+    walk.probabilities.others.count
+      ? caption(
+          `Before the cuts the ${whole(walk.probabilities.others.count)} tokens that are not listed here have ${percent(Math.max(beyond, 0))} together.`,
+        )
+      : '',
   );
 }
 
