@@ -58,9 +58,10 @@ class Options(TypedDict, total=False):
     logprobs: int | None  # None: none; n: of the chosen token and of the n likeliest
     ignore_eos: bool  # go on after the model's own end: for measuring
     context: int | None  # fewer tokens than the model could hold
+    speculation: bool  # False: never several tokens in one step; the answer is the same
 
 
-LOOP_OPTIONS = ("max_tokens", "ignore_eos", "logprobs", "context")
+LOOP_OPTIONS = ("max_tokens", "ignore_eos", "logprobs", "context", "speculation")
 OPTIONS = frozenset(Options.__annotations__)
 
 

@@ -104,7 +104,7 @@ def first_of(logits: Any, largest: Any, top: float) -> Any:
 def gather(logits: Any, largest: Any, top: float, cool: float, least: float, out: Any) -> Any:
     """Ids of a weight above 0 and a logit of at least `least` -> how many; values and weights."""
     ids, values, weights = out
-    count, lowest = 0, (least - top) / cool
+    lowest, count = (least - top) / cool, 0
     for block in range(len(largest)):
         best = (largest[block] - top) / cool
         if best < lowest or weigh(best) == 0:
@@ -118,7 +118,7 @@ def gather(logits: Any, largest: Any, top: float, cool: float, least: float, out
             wanted = I32(weight[i] > 0) & I32(below[i] >= lowest)
             ids[count], weights[count] = first + i, weight[i]
             values[count] = some[i] if cool == F32(1) else below[i]
-            count += wanted
+            count += int(wanted)
     return count
 
 

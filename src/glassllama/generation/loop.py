@@ -27,6 +27,7 @@ from glassllama.generation.sampler import (
     require_whole,
     trouble,
 )
+from glassllama.generation.speculation import Lookup, Speculation
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,6 +52,7 @@ class GenerationSettings:
     ignore_eos: bool = False  # go on after a stop id: for measuring
     logprobs: int | None = None
     context: int | None = None
+    speculation: bool = True  # where it can, see `can_speculate`: faster, the same ids
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("logprobs", 0), ("context", 2)):
@@ -88,6 +90,8 @@ class Timings:
     new_tokens: int = 0
     decode_tokens: int = 0  # of new_tokens, those made in decode_s
     decode_s: float = 0.0
+    drafted: int = 0  # ids guessed, see speculation.py
+    accepted: int = 0  # of them, those that the model chose too
 
     @property
     def prefill_rate(self) -> float | None:
@@ -124,6 +128,7 @@ class Generation(Iterator[Step]):
     def __init__(self, executor: Executor, rows: list[Row], progress: Progress | None) -> None:
         self.timings = Timings(prompt_tokens=sum(len(row.prompt) for row in rows))
         self._executor, self._rows, self._progress = executor, rows, progress
+        self._speculation: Speculation | None = None
         self._steps = self._run()
 
     def __next__(self) -> Step:
@@ -145,13 +150,51 @@ class Generation(Iterator[Step]):
         steps = self._choose(self._prefill(cache))
         self.timings.prefill_s = time.perf_counter() - started
         yield from self._deliver(steps)
+        if can_speculate(self._executor, self._rows):
+            [row] = self._rows
+            self._speculation = Speculation(Lookup([*row.prompt, row.last]))
         while any(row.live for row in self._rows):
-            started = time.perf_counter()
+            yield from self._deliver(self._round(cache))
+
+    def _round(self, cache: Cache) -> list[Step]:
+        """The next id of every living row; of an only row sometimes several."""
+        started, guess = time.perf_counter(), self._guess()
+        if guess:
+            steps = self._verify(guess, cache)
+        else:
             ids = [[row.last] if row.live else [] for row in self._rows]
             steps = self._choose(self._executor.next_logits(ids, cache))
-            self.timings.decode_s += time.perf_counter() - started
-            self.timings.decode_tokens += len(steps)
-            yield from self._deliver(steps)
+        seconds = time.perf_counter() - started
+        self.timings.decode_s += seconds
+        self.timings.decode_tokens += len(steps)
+        if self._speculation is not None:
+            self._speculation.learn([step.id for step in steps], 1 + len(guess), seconds)
+        return steps
+
+    def _guess(self) -> list[int]:
+        if self._speculation is None:
+            return []
+        return self._speculation.guess(self._rows[0].limit - self._rows[0].new - 1)
+
+    def _verify(self, guess: list[int], cache: Cache) -> list[Step]:
+        """Read the guess with the last id; the steps up to the first that differs from it."""
+        [row], past, steps = self._rows, cache.lengths[0], list[Step]()
+        logits = self._executor.all_logits([row.last, *guess], cache)  # (1 + guess, V)
+        for n, guessed in enumerate([*guess, None]):
+            try:
+                steps.append(_next_step(0, row, logits[n]))
+            except GenerationError:
+                if not steps:
+                    raise
+                break  # that id is read again by itself, after those before it were delivered
+            if row.last != guessed:
+                break
+            self.timings.accepted += 1
+            if not row.live:
+                break
+        self.timings.drafted += len(guess)
+        cache.truncate(0, past + len(steps))
+        return steps
 
     def _prefill(self, cache: Cache) -> list[Logits]:
         """Feed the prompts in chunks -> the logits after each row's last id, (V,) each."""
@@ -204,6 +247,12 @@ def _next_step(number: int, row: Row, logits: Logits) -> Step:
     chosen, *others = logprobs_of(logits, [row.last, *top])
     pairs = tuple(map(TokenLogprob, top, others))
     return Step(row=number, id=row.last, logprob=chosen, top=pairs, finish_reason=reason)
+
+
+def can_speculate(executor: Executor, rows: Sequence[Row]) -> bool:
+    """One row only, and an executor whose logits are the same to the bit, however ids are fed."""
+    alone = len(rows) == 1 and rows[0].settings.speculation
+    return alone and getattr(executor, "same_in_pieces", False)
 
 
 def generate(
