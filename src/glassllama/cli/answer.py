@@ -71,6 +71,8 @@ def as_object(llm: LLM, completion: Completion) -> dict[str, Any]:
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
+            "drafted_tokens": timings.drafted,  # guessed, see generation/speculation.py
+            "accepted_tokens": timings.accepted,  # of them, those that were right
         },
         "timings": {
             "load_s": llm.load_seconds,

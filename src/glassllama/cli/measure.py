@@ -114,7 +114,7 @@ def in_turns(
     """Our rates and the peer's, run by run, so that a machine that slows down slows both."""
     ours, theirs = [], []
     for run in range(runs):
-        t = llm.generate(ids, max_tokens=new, ignore_eos=True).timings
+        t = llm.generate(ids, max_tokens=new, ignore_eos=True, speculation=False).timings
         ours.append(Rates(t.prompt_tokens / t.prefill_s, t.decode_tokens / t.decode_s))
         if peer is not None:
             theirs.append(peer.run(ids, new))

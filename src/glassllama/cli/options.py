@@ -269,6 +269,13 @@ class SamplingOptions:
             "--ignore-eos", help="Go on after the model's own end, to --max-tokens: for measuring."
         ),
     ] = False
+    speculation: Annotated[
+        bool,
+        sampling_option(
+            " /--no-speculation",
+            help="Never guess several tokens ahead: slower, the same answer.",
+        ),
+    ] = True
 
     def options(self, logprobs: int | None = None) -> Options:
         """As the facade takes them (glassllama.llm.Options)."""

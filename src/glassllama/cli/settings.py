@@ -13,7 +13,7 @@ from glassllama.generation.loop import GenerationSettings
 from glassllama.generation.sampler import make_sampler
 
 SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "stop")
+NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "speculation", "stop")
 
 
 def option_names() -> list[str]:

@@ -10,13 +10,13 @@ Letters: V vocabulary, M candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.engine.compiled import INSIDE, inlined, loosely, native
+from glassllama.engine.compiled import INSIDE, inlined, loosely, native, seal
 from glassllama.engine.intrinsics import float_from_bits
 from glassllama.engine.rows import exponential
 
@@ -283,14 +283,23 @@ class Chooser:
         `seen` and `said` (V,): whether prompt or answer hold an id, how often the answer does.
         `uniform` is a number in [0, 1) and decides which id is drawn.
         """
-        return self._choose(logits, seen, said, self._choice, uniform, self._tables, self._rows)
+        id: int = self._choose(logits, seen, said, self._choice, uniform, self._tables, self._rows)
+        return id
 
 
-_compiled: list[Callable[..., int]] = []
+@lru_cache(maxsize=1)
+def compiled_choose() -> Any:
+    """`choose` as machine code, from disk or made now: only where somebody samples."""
+    machine_code: Any = native(choose, set())
+    machine_code(*example())
+    if machine_code.stats.cache_misses:
+        seal()
+    return machine_code
 
 
-def compiled_choose() -> Callable[..., int]:
-    """`choose` as machine code: only where somebody samples."""
-    if not _compiled:
-        _compiled.append(native(choose, set()))
-    return _compiled[0]
+def example() -> tuple[Any, ...]:
+    """Arguments of `choose` for a vocabulary of one."""
+    one, (a, b, c) = np.zeros(1, np.float32), np.zeros((3, 1))
+    seen, said = np.zeros(1, np.bool_), np.zeros(1, np.int32)
+    tables = (np.zeros(1, np.int32), one.copy(), a, b, c)
+    return one, seen, said, Choice(), 0.0, tables, (one.copy(), one[:0])
