@@ -56,6 +56,8 @@ def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
         "prompt_tokens": len(answer["prompt_ids"]),
         "completion_tokens": 8,
         "total_tokens": len(answer["prompt_ids"]) + 8,
+        "drafted_tokens": 0,  # nothing in this answer was said before
+        "accepted_tokens": 0,
     }
     assert set(answer["timings"]) == {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s"}
     assert all(value > 0 for value in answer["timings"].values())

@@ -63,7 +63,7 @@ def parameter_sections(parameters: Sequence[Any]) -> list[tuple[str, list[tuple[
 
 def option_names(option: Any) -> str:
     """`-n, --max-tokens N`."""
-    names = ", ".join(sorted(option.opts, key=len))
+    names = ", ".join(sorted(option.secondary_opts or option.opts, key=len))
     return names if option.is_flag else f"{names} {option.metavar}"
 
 

@@ -272,8 +272,9 @@ class SamplingOptions:
     speculation: Annotated[
         bool,
         sampling_option(
-            " /--no-speculation",
+            "--speculation/--no-speculation",
             help="Never guess several tokens ahead: slower, the same answer.",
+            show_default="guess where it is faster",
         ),
     ] = True
 
