@@ -193,7 +193,8 @@ def test_offline_touches_nothing_and_says_what_to_do(
 def test_no_network(sandbox: Sandbox) -> None:
     sandbox.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     error = sandbox.run(name="org/single")["error"]
-    assert error.startswith("org/single: could not be fetched from http://127.0.0.1:9 (")
+    here = "org/single: no file or folder here, and "
+    assert error.startswith(f"{here}could not be fetched from http://127.0.0.1:9 (")
     assert "check the network" in error
     assert "\n" not in error
 

@@ -190,6 +190,6 @@ def _reason(id: HubId, error: Exception) -> str:
     words = str(error).strip().splitlines()
     detail = f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
     return (
-        f"no file or folder here, and could not be fetched from {constants.ENDPOINT} ({detail}); check the network and try "
-        "again: files that are whole are kept"
+        f"no file or folder here, and could not be fetched from {constants.ENDPOINT} ({detail}); "
+        "check the network and try again: files that are whole are kept"
     )
