@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiktoken
 
-from byte_level_families import LLAMA3, mixed_text, young
+from byte_level_families import LLAMA3, mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers import train
 from glassllama.tokenizers.bpe import BytePairTokenizer
@@ -26,17 +26,16 @@ ENDS = ("<|begin_of_text|>", "<|end_of_text|>")
 SEEDS = 100
 
 
+PAGES = [page.read_text("utf-8") for page in sorted(DOCS.glob("*.md"))]
+
+
 def texts() -> list[str]:
-    return [mixed_text(seed) for seed in range(SEEDS)] + [page.read_text() for page in pages()]
-
-
-def pages() -> list[Path]:
-    return sorted(DOCS.glob("*.md"))
+    return [*map(mixed_text, range(SEEDS)), *PAGES]
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    return [page.read_text() for page in pages()] + [mixed_text(seed) for seed in range(1000, 1010)]
+    return [*PAGES, *map(mixed_text, range(1000, 1010))]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_hugging_faces_form(learned: TrainedBPE, tmp_path: Path) -> None:
     theirs = Tokenizer.from_file(str(paths[0]))
     theirs.encode_special_tokens = True
     auto = transformers_tokenizer(folder)
-    assert (auto.vocab_size, auto.bos_token, auto.eos_token) == (1498, *ENDS) or len(auto) == 1500
+    assert (len(auto), auto.bos_token, auto.eos_token) == (1500, *ENDS)
     for text in texts():
         ids = learned.tokenizer.encode(text)
         assert ours.encode(text) == ids
@@ -118,7 +117,7 @@ def test_metas_form(metas: TrainedBPE, tmp_path: Path) -> None:
 
 
 def test_metas_form_has_its_own_control_tokens(learned: TrainedBPE, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="256 control tokens of its own, got .* 2 control"):
+    with pytest.raises(TokenizerError, match=r"256 control tokens of its own, got .* 2 c"):
         learned.save(tmp_path / "none", "meta")
     assert not (tmp_path / "none").exists()
 
@@ -147,7 +146,6 @@ def test_the_table_for_human_eyes(learned: TrainedBPE, tmp_path: Path) -> None:
             words = re.findall(r'"[^"]*"', examples)
             assert words
             assert all(from_visible(token) in from_visible(word) for word in words)
-    assert rows[256][1:5] == ['"  "', '" "', '" "', rows[256][4]] or rows[256][1]
     assert [row[4] for row in rows[-2:]] == ["control token"] * 2
 
 
@@ -156,7 +154,6 @@ def test_what_is_visible() -> None:
     assert visible("é😀".encode()) == '"é😀"'
     assert visible(b'\n\t\\"\xff') == r'"\x0a\x09\x5c\x22\xff"'
     assert visible("\u200b".encode()) == r'"\xe2\x80\x8b"'
-    assert not young() & {"é"}
 
 
 def test_damaged_files_are_named(learned: TrainedBPE, tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
 from glassllama.cli.train import train
+from glassllama.cli.train_tokenizer import train_tokenizer
 from glassllama.cli.validate import validate
 from glassllama.cli.walkthrough import walkthrough
 
+NAMES = {list_models: "list", next_tokens: "next", train_tokenizer: "train-tokenizer"}
 USE, MAKE, LOOK = "Use a model", "Make one", "Look at one"
 
 
@@ -92,6 +94,7 @@ for verb, panel in (
     (download, USE),
     (list_models, USE),
     (train, MAKE),
+    (train_tokenizer, MAKE),
     (walkthrough, LOOK),
     (show, LOOK),
     (validate, LOOK),
@@ -100,5 +103,5 @@ for verb, panel in (
     (perplexity, LOOK),
     (bench, LOOK),
 ):
-    name = verb.__name__.partition("_")[0]  # list_models is `list`
+    name = NAMES.get(verb, verb.__name__)
     app.command(name, cls=Verb, rich_help_panel=panel)(spread(verb))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,10 @@ from glassllama.cli.screen import note, print_json, print_table, text_or_stdin
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
+
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model"}
+MODEL_FILES = {"config.json", "params.json"}
+MODEL_ENDINGS = {".safetensors", ".gguf", ".pth"}
 
 
 def tokenize(
@@ -36,10 +41,8 @@ def tokenize(
     json: Json = False,
 ) -> None:
     """Show the tokens of a text: id, piece and bytes of each."""
-    from glassllama.weights.open import open_weights
-
     text = text_or_stdin(text, "TEXT")
-    tokenizer = open_weights(which.path()).tokenizer
+    tokenizer = tokenizer_at(which.path())
     if decode:
         ids = read_ids(text)
         text = tokenizer.decode(ids)
@@ -54,6 +57,18 @@ def tokenize(
     else:
         print_table(["id>", "piece", "bytes"], rows)
         note(f"\n{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+
+
+def tokenizer_at(path: Path) -> Tokenizer:
+    """A model's tokenizer, or that of a folder which holds nothing else (train-tokenizer)."""
+    from glassllama.weights.open import open_weights
+    from glassllama.weights.tokenizer import tokenizer_from_folder
+
+    files = list(path.iterdir()) if path.is_dir() else []
+    has_model = any(f.name in MODEL_FILES or f.suffix in MODEL_ENDINGS for f in files)
+    if not has_model and any(file.name in TOKENIZER_FILES for file in files):
+        return tokenizer_from_folder(path)
+    return open_weights(path).tokenizer
 
 
 def piece(tokenizer: Tokenizer, id: int) -> str:

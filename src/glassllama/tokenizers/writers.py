@@ -17,7 +17,7 @@ from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
 from glassllama.tokenizers.long_words import pairs
 from glassllama.tokenizers.meta import control_names
-from glassllama.tokenizers.split import GPT2, SPLITS, Split
+from glassllama.tokenizers.split import EACH_DIGIT, GPT2, SPLITS, Split
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.bpe import BytePairTokenizer
@@ -44,10 +44,19 @@ def write_folder(trained: TrainedBPE, folder: Path, form: Form) -> list[Path]:
     files["vocabulary.tsv"] = table(trained).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        part = folder / f"{name}.part"
-        part.write_bytes(content)
-        os.replace(part, folder / name)
+        write_whole(folder / name, content)
     return [folder / name for name in files]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def as_json(document: dict[str, Any], indent: int) -> bytes:
@@ -105,8 +114,11 @@ def pre_tokenizers(split: Split) -> list[dict[str, Any]]:
     for pattern in split.patterns:
         if pattern == GPT2:
             return [*stages, byte_level(use_regex=True)]
-        split_stage = {"type": "Split", "pattern": {"Regex": pattern}}
-        stages.append({**split_stage, "behavior": "Isolated", "invert": False})
+        if pattern == EACH_DIGIT:
+            stages.append({"type": "Digits", "individual_digits": True})
+        else:
+            split_stage = {"type": "Split", "pattern": {"Regex": pattern}}
+            stages.append({**split_stage, "behavior": "Isolated", "invert": False})
     return [*stages, byte_level(use_regex=False)]
 
 
