@@ -76,6 +76,27 @@ def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
 
 
 @instruction
+def squares(context, x, count):  # type: ignore[no-untyped-def]
+    """The sum of the squares of 16 · `count` ≥ 16 numbers: sixteen running sums, then halving.
+
+    The order is written out. Left to the compiler, it differs between code just compiled and the
+    same code from disk, and so would every logit.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, count = arguments
+        v, some = Vectors(builder), vector(F32, 16)
+
+        def add(n: Any, sums: list[Any]) -> list[Any]:
+            x = v.load(v.step(address, n, 64), some, 4)
+            return [v.fused(x, x, sums[0])]
+
+        return v.total(v.count_up(count, [v.same(some, 0.0)], add)[0])
+
+    return types.float32(types.int64, types.int64), emit
+
+
+@instruction
 def weigh_page(context, scores, visible, part, width):  # type: ignore[no-untyped-def]
     """A page's scores become weights e^(score − largest so far), 0 where not visible.
 

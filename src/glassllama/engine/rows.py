@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from glassllama.engine.compiled import compiled, inlined, loosely
+from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.intrinsics import float_from_bits
-from glassllama.engine.row_kernels import encode_block
+from glassllama.engine.row_kernels import encode_block, squares
 
 F32 = np.float32
 I32 = np.int32
@@ -46,13 +46,15 @@ def exponential(x: Any) -> Any:
     return p * float_from_bits(I32((I32(n) + I32(127)) << I32(23)))
 
 
-@loosely
+@compiled
 def inverse_rms(x: Any, eps: float) -> Any:
     """1 / √(mean of squares + eps) of a row. Source: Zhang & Sennrich, 2019."""
-    squares = F32(0)
-    for i in range(len(x)):
-        squares += x[i] * x[i]
-    return F32(1) / np.sqrt(squares / F32(len(x)) + F32(eps))
+    whole, total = len(x) // 16, F32(0)
+    if whole > 0:
+        total = squares(x.ctypes.data, whole)
+    for i in range(16 * whole, len(x)):
+        total += x[i] * x[i]
+    return F32(1) / np.sqrt(total / F32(len(x)) + F32(eps))
 
 
 @compiled
