@@ -20,7 +20,7 @@ from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers import array_encoder
-from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
 from glassllama.tokenizers.eight_bytes import PADDING, padded
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
@@ -171,6 +171,24 @@ def test_threads_share_a_tokenizer(meta: BytePairTokenizer) -> None:
     with ThreadPoolExecutor(4) as pool:
         arrays = list(pool.map(meta.encode_array, texts))
     assert [ids.tolist() for ids in arrays] == [meta.encode(text) for text in texts]
+
+
+def test_many_ids_are_decoded_as_few_are(tokenizer: BytePairTokenizer) -> None:
+    text = "".join(map(mixed_text, range(20)))
+    ids = tokenizer.encode(text)
+    many = ids * (MANY_IDS // len(ids) + 1)
+    few = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert tokenizer.decode(many) == few * (MANY_IDS // len(ids) + 1)
+    assert tokenizer.decode(np.array(many, np.uint32)) == tokenizer.decode(many)
+    cut = [*many, *tokenizer.encode("😀")[:1]]
+    assert tokenizer.decode(cut).endswith("\ufffd")
+
+
+@pytest.mark.parametrize("id", [-1, 128_256, 2**31, 2**32, 2**64])
+def test_one_wrong_id_among_many(meta: BytePairTokenizer, id: int) -> None:
+    """FAULTS.md, T4."""
+    with pytest.raises(TokenizerError, match=f"id {id}: not in .* 0 … 128255"):
+        meta.decode([5] * MANY_IDS + [id])
 
 
 HOSTILE = (" ", "\n", "^", "a", "0", "😀", "\u0301", " \n", "\r\n \t", "a\u0301")

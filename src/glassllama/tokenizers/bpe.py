@@ -23,11 +23,13 @@ from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.split import Split
 
 if TYPE_CHECKING:
+    from glassllama.tokenizers.array_decoder import ArrayDecoder
     from glassllama.tokenizers.array_encoder import ArrayEncoder
     from glassllama.tokenizers.long_words import PairTable
 
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
 LONG_WORD = 512  # bytes; the plain loop needs time with the square of the length, the heap hardly
+MANY_IDS = 2**16  # so many are decoded in a compiled loop, which takes a moment to load
 CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
 CACHED_LENGTH = 64  # characters; longer words seldom come twice
 
@@ -141,7 +143,10 @@ class BytePairTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; a character that is cut in two, or no UTF-8, becomes U+FFFD."""
-        return b"".join([self.token_bytes(id) for id in ids]).decode("utf-8", "replace")
+        data = self._array_decoder(ids) if len(ids) >= MANY_IDS else None
+        if data is None:  # few, or one of them is not in the vocabulary
+            data = b"".join([self.token_bytes(id) for id in ids])
+        return data.decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; a control token's are its text."""
@@ -188,6 +193,12 @@ class BytePairTokenizer:
         from glassllama.tokenizers.array_encoder import ArrayEncoder, has_rule
 
         return ArrayEncoder(self.vocabulary) if has_rule(self.vocabulary) else None
+
+    @cached_property
+    def _array_decoder(self) -> ArrayDecoder:
+        from glassllama.tokenizers.array_decoder import ArrayDecoder
+
+        return ArrayDecoder(self.vocabulary)
 
     @cached_property
     def _pairs(self) -> PairTable:

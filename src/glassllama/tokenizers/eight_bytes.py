@@ -42,6 +42,20 @@ def eight_bytes(typing: Any, text: Any, at: Any) -> Any:
 
 
 @instruction
+def put_eight_bytes(typing: Any, text: Any, at: Any, word: Any) -> Any:
+    """put_eight_bytes(text, at, uint64): text[at : at + 8] becomes what eight_bytes reads."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        place = builder.gep(array.data, [values[1]])
+        stored = builder.store(values[2], builder.bitcast(place, ir.IntType(64).as_pointer()))
+        stored.align = 1
+        return context.get_dummy_value()
+
+    return types.void(text, types.int64, types.uint64), build
+
+
+@instruction
 def trailing_zeros(typing: Any, word: Any) -> Any:
     """trailing_zeros(uint64) -> int64; 64 of zero."""
 
