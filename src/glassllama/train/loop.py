@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glassllama.train.arithmetic import arithmetic
 from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.evaluate import Score, evaluate
 from glassllama.train.faults import TrainingError
@@ -78,8 +79,8 @@ def one_step(run: Run) -> Made:
 
 def judged(run: Run) -> Score:
     """The model, or its running mean, on the validation split."""
-    with averaged(run):
-        context = run.settings.data.context
+    context = run.settings.data.context
+    with averaged(run), arithmetic(run.model, run.settings.run):
         return evaluate(run.model, run.data.held_out, context, run.data.tokenizer)
 
 
@@ -101,8 +102,9 @@ def loss_and_gradients(run: Run, batch: Batch) -> float:
     s, counted = run.settings.run, max(1, int((batch.targets != IGNORED).sum()))
     total = torch.zeros((), device=s.device)
     for ids, targets, segments in parts(batch, s.accumulate, s.device):
-        h = run.model.hidden(ids, segments=segments)  # (B, T, C)
-        loss = summed_loss(run.model, h, targets, s.loss_chunk) / counted
+        with arithmetic(run.model, s):
+            h = run.model.hidden(ids, segments=segments)  # (B, T, C)
+            loss = summed_loss(run.model, h, targets, s.loss_chunk) / counted
         loss.backward()
         total += loss.detach()
     return float(total)

@@ -25,7 +25,7 @@ UPDATE_RMS = 0.2  # Liu et al.: what AdamW's steps measure, root mean square per
 
 
 def orthogonalise(x: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """(…, R, C) with R ≤ C -> about U·Vᵀ of each matrix, in x's dtype.
+    """(N, R, C) with R ≤ C -> about U·Vᵀ of each matrix, in x's dtype.
 
     Source: Newton–Schulz as in Jordan et al.; dividing by the Frobenius norm puts every singular
     value into (0, 1] first.
@@ -33,8 +33,9 @@ def orthogonalise(x: Tensor, rounds: int = ROUNDS) -> Tensor:
     a, b, c = COEFFICIENTS
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + TINY)
     for _ in range(rounds):
-        squares = x @ x.mT  # (…, R, R)
-        x = a * x + (b * squares + c * squares @ squares) @ x  # (…, R, C)
+        squares = torch.bmm(x, x.mT)  # (N, R, R)
+        polynomial = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)  # b·S + c·S²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # (N, R, C): a·X + (b·S + c·S²)·X
     return x
 
 

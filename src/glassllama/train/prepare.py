@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from glassllama.train.arithmetic import choose_arithmetic
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches
 from glassllama.train.build import as_module, make_model
@@ -21,6 +22,7 @@ from glassllama.train.settings import Settings
 def prepare(settings: Settings, data: Data, folder: Path) -> Run:
     """A new run, nothing made yet."""
     model = make_model(settings, data.tokenizer.vocab_size)
+    choose_arithmetic(model, settings.run)
     module = as_module(model).train()
     return Run(
         settings=settings,
