@@ -24,8 +24,8 @@ from glassllama.base.machine import cache_home
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The arithmetic that is written and no other. Not even contraction (fused multiply-add): of a·b − c·d
-# either product may be fused, and code just compiled and code from disk chose differently.
+# The arithmetic that is written and no other. Not even contraction (fused multiply-add): either
+# product of a·b − c·d may be fused, and code just compiled and code from disk chose differently.
 STRICT: set[str] = set()
 # Reassociation lets sums go in parallel: for plain kernels, and sums that are exact in any order.
 # Never `nnan` or `ninf`: a NaN in the weights must come out in the logits.

@@ -72,32 +72,41 @@ def position_of(room: Any, t: int) -> Any:
     return integers64(room.positions + t * 8, 1)[0]
 
 
-@inlined
-def place_token(room: Any, layer: int, step: Any, t: int) -> None:
-    """Turn a token's queries and keys by its position; keys and values go into the cache."""
-    width, pairs, unit, m = room.head_dim, room.pairs, room.qk_norm, layer * MATRICES
+@compiled
+def place_heads(room: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
+    """Turn a token's key of one kv head, and the queries that look at it, by the token's position;
+    key and value go into the cache."""
+    width, group, m = room.head_dim, room.group_size, layer * MATRICES
     cos, sin = row(room.cos, t, width // 2), row(room.sin, t, width // 2)
     queries = room.qkv + t * room.qkv_width * 4
-    for head in range(room.heads):
-        place(row(queries, head, width), cos, sin, pairs, unit, room.eps)
-    position = position_of(room, t)
-    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        place(row(queries, head, width), cos, sin, room.pairs, room.qk_norm, room.eps)
     first_key = queries + field(room, m + WQ, GROUPS) * LANES * 4
     first_value = first_key + field(room, m + WK, GROUPS) * LANES * 4
-    for head in range(room.kv_heads):
-        key, value = row(first_key, head, width), row(first_value, head, width)
-        place(key, cos, sin, pairs, unit, room.eps)
-        at = page_offsets(room, layer, head, step.kind)
-        store(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kind)
+    key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
+    place(key, cos, sin, room.pairs, room.qk_norm, room.eps)
+    position = position_of(room, t)
+    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
+    at = page_offsets(room, layer, kv_head, step.kind)
+    store(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kind)
+
+
+@inlined
+def spans_shared(room: Any, step: Any) -> Any:
+    """Whether spans are items of their own: for one token that looks at several."""
+    return step.tokens == 1 and step.spans > 1
 
 
 @compiled
 def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
-    """`place_token` for all tokens."""
+    """`place_heads` for all tokens and kv heads; a token alone is placed by who looks at it."""
+    if step.tokens == 1 and not spans_shared(room, step):
+        return
     first, last = take(me, phase, step.tokens, 1)
     while first < last:
         for t in range(first, last):
-            place_token(room, layer, step, t)
+            for kv_head in range(room.kv_heads):
+                place_heads(room, layer, step, t, kv_head)
         done(me, phase, last - first)
         first, last = take(me, phase, step.tokens, 1)
     complete(me, phase, step.tokens)
@@ -171,12 +180,6 @@ def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: i
             finish(row(whole, n * group + g, width + 2), row(out, kv_head * group + g, width))
 
 
-@inlined
-def spans_shared(room: Any, step: Any) -> Any:
-    """Whether spans are items of their own: for one token that looks at several."""
-    return step.tokens == 1 and step.spans > 1
-
-
 @compiled
 def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     """Every query head of every token looks at its row's keys up to its own position."""
@@ -188,6 +191,8 @@ def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
         for item in range(first, last):
             tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
             if spans == 1:
+                if step.tokens == 1:
+                    place_heads(room, layer, step, 0, kv_head)
                 look_at_row(me, room, layer, step, tile, kv_head)
             else:
                 part = room.parts + (span * kv_heads + kv_head) * group * (room.head_dim + 2) * 4
