@@ -199,7 +199,8 @@ class Engine:
         tables["x"][:count] = read_rows(self.weights.embeddings, ids)
         tables["rows"][:count] = [token.row for token in tokens]
         tables["positions"][:count] = positions
-        tables["cos"][:count], tables["sin"][:count] = np.cos(angles), np.sin(angles)
+        np.cos(angles, out=tables["cos"][:count])
+        np.sin(angles, out=tables["sin"][:count])
         tables["wanted"][: len(wanted)] = wanted
         tiles = tiles_of([token.row for token in tokens])
         for n, (first, size) in enumerate(tiles):
