@@ -114,6 +114,7 @@ def test_order_of_words_and_texts_does_not_matter(monkeypatch: pytest.MonkeyPatc
     assert train_bpe(shuffled, 700) == result
     monkeypatch.setattr(counting, "FIRST_SLOTS", 4)
     monkeypatch.setattr(counting, "FIRST_LONG_BYTES", 8)
+    monkeypatch.setattr(counting, "AT_ONCE", 1000)
     monkeypatch.setattr(train, "FIRST_PAIRS", 4)
     monkeypatch.setattr(train, "PART", 50)
     assert train_bpe(shuffled, 700) == result
@@ -130,6 +131,36 @@ def test_words_are_counted() -> None:
     assert dict(words) == plain
     counts = [count for _, count in words]
     assert counts == sorted(counts, reverse=True)
+
+
+def test_texts_do_not_run_into_each_other() -> None:
+    """Each is split by itself: no word, blank or line end joins with what the next one begins."""
+    texts = [
+        "ab",
+        "cd",
+        "",
+        "1",
+        "23",
+        " ",
+        " x",
+        "\n",
+        "\n",
+        "don",
+        "'t",
+        "é",
+        "é",
+        "\x00",
+        "!!",
+    ] * 2
+    for name, split in SPLITS.items():
+        words = WordCounts(split)
+        for text in texts:
+            words.add(text)
+        plain: dict[bytes, int] = {}
+        for text in texts:
+            for word in split.words(text):
+                plain[word.encode()] = plain.get(word.encode(), 0) + 1
+        assert dict(words) == plain, name
 
 
 def test_a_tokenizer_of_ones_own() -> None:

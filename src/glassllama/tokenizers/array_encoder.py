@@ -123,6 +123,13 @@ class ArrayEncoder:
                     self._desk = desk(2 * len(self._desk.out))
         return np.concatenate(parts)
 
+    def forget(self) -> None:
+        """Empty the table of words, as it is at the beginning."""
+        with self._lock:
+            self._seen.words.slots[:] = 0
+            self._seen.words.used[:] = 0
+            self._seen.used[:] = 0
+
 
 def has_rule(vocabulary: Vocabulary) -> bool:
     """Whether the vocabulary's split is one that is compiled here, and its ids have a place."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from glassllama.tokenizers.bpe import surrogate_error
 from glassllama.tokenizers.compiled import Int, entry
-from glassllama.tokenizers.eight_bytes import PADDING, padded
+from glassllama.tokenizers.eight_bytes import PADDING
 from glassllama.tokenizers.split import Split
 from glassllama.tokenizers.word_ends import RULES, character_kinds, piece_end, word_end
 from glassllama.tokenizers.word_table import (
@@ -37,26 +37,39 @@ Longs = NDArray[np.int64]
 
 FIRST_SLOTS = 2**16
 FIRST_LONG_BYTES = 2**16
-AT, STOP = range(2)  # where the compiled loop is: in the text, and where the piece ends
+AT_ONCE = 2**20  # bytes of texts that are counted in one go
+TEXT, AT, STOP = range(3)  # where the compiled loop is: which text, where, where the piece ends
 
 
 class WordCounts:
-    """Counts the words of one text after another."""
+    """Counts the words of one text after another; small texts are counted many at once."""
 
     def __init__(self, split: Split) -> None:
         """KeyError: a split that is not compiled (word_ends.RULES)."""
         self._rule = RULES[split.patterns]
         self._normal_form = split.normal_form
         self._table = word_table(FIRST_SLOTS, FIRST_LONG_BYTES)
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
 
     def add(self, text: str) -> None:
         """TokenizerError: half of a surrogate pair is in the text."""
         try:
-            data = padded(normalize("NFC", text) if self._normal_form else text)
+            data = (normalize("NFC", text) if self._normal_form else text).encode()
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
-        place = np.zeros(2, np.int64)
-        while needed := count_words(data, place, self._rule, character_kinds(), self._table):
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """Count the texts that wait; a NUL between two keeps the first from running on."""
+        ends = np.cumsum([len(text) + 1 for text in self._waiting], dtype=np.int64) - 1
+        data = np.frombuffer(b"\0".join([*self._waiting, bytes(PADDING)]), np.uint8)
+        self._waiting, self._waiting_bytes = [], 0
+        place = np.zeros(3, np.int64)
+        while needed := count_words(data, ends, place, self._rule, character_kinds(), self._table):
             self._table = larger(self._table, needed)
 
     def arrays(self) -> tuple[Bytes, Longs, Longs]:
@@ -64,6 +77,7 @@ class WordCounts:
 
         The most frequent come first, and the order does not depend on that of the texts.
         """
+        self._count()
         slots = self._table.slots[self._table.slots[:, HI] != 0]
         slots = slots[np.lexsort((slots[:, HI], slots[:, LO], ~slots[:, VALUE]))]
         text = np.empty(n_bytes(slots, self._table.used[LONG_BYTES]), np.uint8)
@@ -102,25 +116,30 @@ def move_words(old: WordTable, new: WordTable) -> None:
 
 
 @entry
-def count_words(text: Bytes, place: Longs, rule: Int, kinds: Bytes, table: WordTable) -> Int:
-    """Count the words of a text from `place` on; 0, or how many bytes the table has no room for."""
-    at, stop, size = place[AT], place[STOP], len(text) - PADDING
-    needed = 0
-    while at < size:
-        if at == stop:
-            stop = piece_end(text, at, size, kinds, rule)
-        end = word_end(text, at, stop, kinds, rule)
-        found = find(table, text, at, end)
-        if found.known:
-            table.slots[found.slot, VALUE] += np.uint64(1)
-        elif has_room(table, end - at):
-            add(table, found, text, at, end, 1)
-        else:
-            needed = end - at + LENGTH_BYTES
-            break
-        at = end
-    place[AT], place[STOP] = at, stop
-    return needed
+def count_words(
+    data: Bytes, ends: Longs, place: Longs, rule: Int, kinds: Bytes, table: WordTable
+) -> Int:
+    """Count the words of texts that end at `ends`, from `place` on.
+
+    0: all are counted; else how many bytes the table has no room for.
+    """
+    for text in range(place[TEXT], len(ends)):
+        at, stop, end_of_text = place[AT], place[STOP], ends[text]
+        while at < end_of_text:
+            if at == stop:
+                stop = piece_end(data, at, end_of_text, kinds, rule)
+            end = word_end(data, at, stop, kinds, rule)
+            found = find(table, data, at, end)
+            if found.known:
+                table.slots[found.slot, VALUE] += np.uint64(1)
+            elif has_room(table, end - at):
+                add(table, found, data, at, end, 1)
+            else:
+                place[TEXT], place[AT], place[STOP] = text, at, stop
+                return end - at + LENGTH_BYTES
+            at = end
+        place[AT] = place[STOP] = end_of_text + 1
+    return 0
 
 
 def n_bytes(slots: NDArray[np.uint64], long_bytes: int) -> int:

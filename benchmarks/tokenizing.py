@@ -1,0 +1,160 @@
+"""How fast text becomes ids, ids become text, and a vocabulary is learned: ours beside others.
+
+    python benchmarks/tokenizing.py TEXT... [--ranks tokenizer.model] [--merges 8192] [--repeats 5]
+
+TEXT are files or folders of plain text. Encoding and decoding use Llama 3's vocabulary on one
+thread; `first` is a tokenizer that has seen no word yet, `again` one that has seen the text. Prints
+a table and one line of JSON: medians of the repeats, in turns, in wall-clock time and in the
+processor's (which does not count waiting for a busy core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["RAYON_NUM_THREADS"] = "1"  # tokenizers' own threads
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import tiktoken
+
+import glassllama
+import tokenizers
+from glassllama.tokenizers.array_encoder import ArrayEncoder
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.meta import chunks, read_meta_tokenizer
+from glassllama.tokenizers.split import LLAMA3
+from glassllama.tokenizers.train import train_bpe
+from glassllama.tokenizers.writers import hf_document
+
+Work = dict[str, Callable[[], Any]]
+
+
+def llama3_ranks() -> Path:
+    """The file in the llama-models wheel, found without importing it."""
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("--ranks: name Meta's tokenizer.model, or pip install llama-models")
+    return Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+
+
+def read(paths: list[Path]) -> str:
+    files = [
+        f for path in paths for f in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])
+    ]
+    return "".join(file.read_bytes().decode("utf-8", "replace") for file in files)
+
+
+def medians(work: Work, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of each piece of work, by the clock on the wall and by the processor's."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, call in work.items():
+            wall, core = time.perf_counter(), time.process_time()
+            call()
+            taken[name].append((time.perf_counter() - wall, time.process_time() - core))
+    return {
+        name: {kind: statistics.median(t[at] for t in times) for at, kind in enumerate(KINDS)}
+        for name, times in taken.items()
+    }
+
+
+KINDS = ("wall", "core")
+
+
+def hf_of(ours: BytePairTokenizer) -> tokenizers.Tokenizer:
+    """Llama 3's vocabulary in Hugging Face's library."""
+    from glassllama.tokenizers.train import TrainedBPE
+
+    tokens = tuple(token for token in ours.vocabulary.tokens if token in ours.vocabulary.ids)
+    as_learned = TrainedBPE(tokens, (), tuple(ours.specials), "llama3")
+    return tokenizers.Tokenizer.from_str(json.dumps(hf_document(as_learned)))
+
+
+def translating(ours: BytePairTokenizer, text: str) -> Work:
+    tik = tiktoken.Encoding(
+        "llama3", pat_str=LLAMA3, mergeable_ranks=dict(ours.vocabulary.ids), special_tokens={}
+    )
+    hf = hf_of(ours)
+    pieces = list(chunks(text))  # as Meta's tokenizer cuts, for all
+    ids = ours.encode_array(text)
+    numbers = ids.tolist()
+    encoder = ArrayEncoder(ours.vocabulary)
+    assert [id for piece in pieces for id in tik.encode_ordinary(piece)] == numbers
+    assert tik.decode(numbers) == ours.decode(numbers) == text
+
+    def first() -> None:
+        encoder.forget()
+        for piece in pieces:
+            encoder(piece)
+
+    return {
+        "encode ours first": first,
+        "encode ours again": lambda: ours.encode_array(text),
+        "encode tiktoken": lambda: [tik.encode_ordinary(piece) for piece in pieces],
+        "encode tokenizers": lambda: hf.encode(text, add_special_tokens=False),
+        "decode ours": lambda: ours.decode(numbers),
+        "decode ours array": lambda: ours.decode(ids),
+        "decode tiktoken": lambda: tik.decode(numbers),
+        "decode tokenizers": lambda: hf.decode(numbers, skip_special_tokens=False),
+    }
+
+
+def learning(text: str, merges: int) -> Work:
+    """The same merges by both, from the same words."""
+    lines = text.splitlines(keepends=True)
+    size = 256 + merges
+
+    def theirs() -> tokenizers.Tokenizer:
+        stages = tokenizers.pre_tokenizers
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        split = stages.Split(tokenizers.Regex(LLAMA3), "isolated")
+        byte_level = stages.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = stages.Sequence([split, byte_level])
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            initial_alphabet=stages.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(lines, trainer)
+        return tokenizer
+
+    return {"train ours": lambda: train_bpe(lines, size), "train tokenizers": theirs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
+    parser.add_argument("--ranks", type=Path, help="Meta's tokenizer.model of Llama 3")
+    parser.add_argument("--merges", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    text = read(flags.texts)
+    megabytes = len(text.encode()) / 1e6
+    ours = read_meta_tokenizer(flags.ranks or llama3_ranks())
+    train_bpe(["compiled before the clock runs"], 256)
+    seconds = medians(translating(ours, text) | learning(text, flags.merges), flags.repeats)
+    print(f"{megabytes:.2f} MB\n{'':20} {'wall s':>8} {'core s':>8} {'MB/s':>8} {'MB/s core':>10}")
+    for name, taken in seconds.items():
+        rates = [megabytes / taken[kind] for kind in KINDS]
+        print(
+            f"{name:20} {taken['wall']:8.3f} {taken['core']:8.3f} {rates[0]:8.1f} {rates[1]:10.1f}"
+        )
+    versions = {m.__name__: m.__version__ for m in (glassllama, tiktoken, tokenizers)}
+    facts = {"megabytes": round(megabytes, 2), "merges": flags.merges, "repeats": flags.repeats}
+    rounded = {n: {k: round(s, 4) for k, s in taken.items()} for n, taken in seconds.items()}
+    machine = {"machine": platform.machine(), "python": platform.python_version(), **versions}
+    print(json.dumps({"benchmark": "tokenizing", **machine, **facts, "seconds": rounded}))
+
+
+if __name__ == "__main__":
+    main()
