@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from glassllama import hub
 from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError
-from glassllama.base.interfaces import Executor, Progress, Tokenizer
+from glassllama.base.interfaces import Cache, CacheType, Executor, Progress, Tokenizer
 from glassllama.generation import (
     FinishReason,
     Generation,
@@ -147,7 +147,11 @@ class TextStream(Iterator[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class LLM:
-    """A loaded model with its tokenizer. Holds no conversation: every call is on its own."""
+    """A loaded model with its tokenizer. Holds no conversation: every call is on its own.
+
+    The engine's keys and values of the latest chat stay in memory until the next one has begun, so
+    that a conversation's next turn reads only what is new; answers are the same to the bit.
+    """
 
     name: str
     checkpoint: Checkpoint
@@ -155,6 +159,7 @@ class LLM:
     backend: Literal["engine", "torch"]
     load_seconds: float
     notes: list[str]
+    _latest_chat: list[Cache] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -254,7 +259,9 @@ class LLM:
             Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
             for ids in rows
         ]
-        return generate(self.executor, rows, settings, progress=progress), answers
+        held = self._latest_chat if self.backend == "engine" and not continues else None
+        generation = generate(self.executor, rows, settings, progress=progress, held=held)
+        return generation, answers
 
 
 def load(
@@ -265,6 +272,7 @@ def load(
     dtype: Dtype | None = None,
     exact: bool = False,
     quantize: Quantise | None = None,
+    cache: CacheType = "bf16",
     threads: int | None = None,
     offline: bool = False,
     prefer_pth: bool = False,
@@ -277,8 +285,9 @@ def load(
     "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
     `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `quantize` is what
     the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
-    say then. `stream_layers` reads the weights anew for every step, one layer at a time: slow, but
-    any model in little memory (PyTorch). Raises GlassError: what is wrong, in one line.
+    say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
+    reads the weights anew for every step, one layer at a time: slow, but any model in little memory
+    (PyTorch). Raises GlassError: what is wrong, in one line.
     """
     path = hub.resolve(
         str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
@@ -288,13 +297,12 @@ def load(
     checkpoint = open_weights(path)
     if backend == "auto" and checkpoint.torch_only:
         chosen = "torch"  # and the checkpoint's notes say why
-    check_precision(chosen, dtype, exact, quantize)
+    check_precision(chosen, dtype, exact, quantize, cache)
     if chosen == "engine":
         from glassllama.weights.pack import pack
 
-        executor: Executor = pack(
-            checkpoint, exact=exact, quantize=quantize, threads=threads, progress=load_progress
-        )
+        executor: Executor = pack(checkpoint, exact=exact, quantize=quantize, cache=cache,
+                                  threads=threads, progress=load_progress)  # fmt: skip
     else:
         kept = "float32" if exact else dtype
         executor = torch_executor(checkpoint, device, kept, threads, load_progress, stream_layers)
@@ -319,12 +327,19 @@ def choose_backend(backend: Backend, device: str, dtype: str | None) -> Literal[
     return "torch" if backend == "torch" or needs_torch else "engine"
 
 
-def check_precision(chosen: str, dtype: str | None, exact: bool, quantize: str | None) -> None:
+def check_precision(
+    chosen: str, dtype: str | None, exact: bool, quantize: str | None, cache: str
+) -> None:
     """ConfigError where two precisions are asked for, or one that the backend does not have."""
     if exact and dtype == "bfloat16":
         raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
     if chosen == "torch" and quantize not in (None, "none"):
         raise ConfigError(f"quantize {quantize} is for the engine, not for the torch backend")
+    if cache not in ("bf16", "int8"):
+        raise ConfigError(f"cache must be bf16 or int8, got {cache!r}")
+    if cache == "int8" and (exact or chosen == "torch"):
+        why = "exact arithmetic keeps float32" if exact else "the torch backend has its own"
+        raise ConfigError(f"cache int8 is for the engine: {why}")
 
 
 def torch_executor(

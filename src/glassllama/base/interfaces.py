@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,9 @@ class Progress(Protocol):
     """Told how far a long piece of work has come, in units of its own choosing."""
 
     def __call__(self, done: int, total: int) -> None: ...
+
+
+CacheType = Literal["bf16", "int8"]  # how an engine keeps keys and values, if not exact
 
 
 class Cache(Protocol):

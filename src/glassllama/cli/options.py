@@ -30,6 +30,11 @@ class Backend(StrEnum):
     torch = "torch"
 
 
+class CacheType(StrEnum):
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -121,6 +126,13 @@ class How:
             show_default="none, unless memory is too short",
         ),
     ] = None
+    cache_type: Annotated[
+        CacheType,
+        model_option(
+            metavar="TYPE",
+            help="How the engine keeps keys and values: bf16, or int8 for half the memory.",
+        ),
+    ] = CacheType.bf16
     threads: Annotated[
         int | None,
         model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),
@@ -145,6 +157,7 @@ class How:
                 dtype=None if self.dtype is None else self.dtype.value,
                 exact=self.exact,
                 quantize=None if self.quantize is None else self.quantize.value,
+                cache=self.cache_type.value,
                 threads=self.threads,
                 offline=which.offline,
                 prefer_pth=which.pth,

@@ -1,19 +1,28 @@
-"""Keys and values of the tokens already seen: pages of 64 tokens, taken as rows grow."""
+"""Keys and values of the tokens already seen: pages of 64 tokens, taken as rows grow.
+
+A page knows its ids and the page before it, so the pages of all caches of an engine are a tree of
+texts. A row that begins as another one did finds that beginning there: whole pages are shared, of
+the page where the two part the row gets a copy. What no row uses any more is gone at once.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import CacheType
 from glassllama.engine.pages import BFLOAT16, INT8, ITEM_BYTES, PAGE
 
-CacheType = Literal["bf16", "int8"]
 CACHE_KINDS: dict[CacheType, int] = {"bf16": BFLOAT16, "int8": INT8}
 SCALE_BYTES = 4
+WORTH_WAITING = 32  # ids in common with a row of the same batch: it goes first, others find them
 
 
 def bytes_per_token(config: LlamaConfig, kind: int) -> int:
@@ -22,19 +31,68 @@ def bytes_per_token(config: LlamaConfig, kind: int) -> int:
     return 2 * config.n_layers * config.n_kv_heads * head
 
 
+@dataclass(eq=False)
+class Page:
+    """Up to 64 tokens that follow those of the page before. Whole pages may have many users."""
+
+    memory: NDArray[np.uint8]
+    before: Page | None = None
+    ids: list[int] = field(default_factory=list)
+    users: int = 1  # rows
+    after: set[Page] = field(default_factory=set)
+
+
+class Pages:
+    """The pages of all caches of one engine. `root` is the empty beginning of every text."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.root = Page(np.zeros(0, np.uint8))
+        self.lock = threading.RLock()  # the collector may release pages anywhere
+
+    def new(self, before: Page) -> Page:
+        """An empty page after another. All zeros: weight 0 times what is never written is 0."""
+        page = Page(np.zeros(self.page_bytes, np.uint8), before)
+        with self.lock:
+            before.after.add(page)
+        return page
+
+    def copy(self, page: Page, count: int) -> Page:
+        """A page of one's own with the first `count` tokens of another."""
+        assert page.before is not None
+        fresh = self.new(page.before)
+        fresh.memory[:] = page.memory
+        fresh.ids = page.ids[:count]
+        return fresh
+
+    def release(self, pages: Sequence[Page]) -> None:
+        """One user less; pages without users leave the tree."""
+        with self.lock:
+            for page in reversed(pages):
+                page.users -= 1
+                if page.users == 0 and page.before is not None:
+                    page.before.after.discard(page)
+
+    def release_rows(self, rows: list[list[Page]]) -> None:
+        for pages in rows:
+            self.release(pages)
+
+
 class PagedCache:
     """The engine's cache: `table` (B, pages) int64 holds the address of every row's pages.
 
     Memory is taken page by page, so that a long context costs nothing until it is used.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, max_len: int, kind: int) -> None:
+    def __init__(self, pages: Pages, batch: int, max_len: int, kind: int) -> None:
         self.max_len = max_len
         self.lengths = [0] * batch
         self.kind = kind  # of its numbers: pages.BFLOAT16, FLOAT32, INT8
-        self.page_bytes = PAGE * bytes_per_token(config, kind)
-        self._pages: list[list[NDArray[np.generic]]] = [[] for _ in range(batch)]
+        self.recalled = 0  # tokens that were found instead of computed
         self.table = np.zeros((batch, -(-max_len // PAGE)), np.int64)
+        self._all = pages
+        self._pages: list[list[Page]] = [[] for _ in range(batch)]
+        weakref.finalize(self, pages.release_rows, self._pages)
 
     @property
     def batch(self) -> int:
@@ -42,21 +100,32 @@ class PagedCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory taken so far."""
-        return sum(page.nbytes for pages in self._pages for page in pages)
+        """Memory taken so far; what rows share counts once."""
+        distinct = {id(page): page.memory.nbytes for pages in self._pages for page in pages}
+        return sum(distinct.values())
 
-    def reserve(self, row: int, length: int) -> None:
-        """See to it that the row has pages for `length` tokens; GenerationError if it may not."""
+    def require_room(self, row: int, more: int) -> None:
+        """Raise GenerationError if the row may not grow by so many tokens."""
+        length = self.lengths[row] + more
         if length > self.max_len:
             raise GenerationError(
                 f"context full: row {row} would have {length} tokens, the cache holds "
                 f"{self.max_len}; ask for a longer context or a shorter text"
             )
-        pages = self._pages[row]
+
+    def reserve(self, row: int, length: int) -> None:
+        """See to it that the row has pages for `length` tokens, and that its last is its own."""
+        pages, used = self._pages[row], self.lengths[row] % PAGE
+        if used and len(pages[self.lengths[row] // PAGE].ids) > used:
+            self._own_last(row, used)
         while len(pages) * PAGE < length:
-            page = np.zeros(self.page_bytes, np.uint8)
-            self.table[row, len(pages)] = page.ctypes.data
-            pages.append(page)
+            self._put(row, self._all.new(pages[-1] if pages else self._all.root))
+
+    def remember(self, row: int, id: int) -> None:
+        """The row has grown by this token, whose keys and values are in its page now."""
+        length = self.lengths[row]
+        self._pages[row][length // PAGE].ids.append(id)
+        self.lengths[row] = length + 1
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all after the first `length` tokens of a row, and give their pages back."""
@@ -65,4 +134,90 @@ class PagedCache:
                 f"truncate: row {row} has {self.lengths[row]} tokens, cannot keep {length}"
             )
         self.lengths[row] = length
-        del self._pages[row][-(-length // PAGE) :]
+        self._cut(row)
+
+    def next_to_feed(
+        self, rest: list[list[int]], waiting: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Which of the waiting rows to feed now -> (they, those who wait for their pages).
+
+        What the tree already has of a row's new ids is taken over and leaves `rest[row]`, all but
+        the last: someone wants its logits.
+        """
+        if all(len(rest[row]) == 1 for row in waiting):
+            return waiting, []
+        for row in waiting:
+            del rest[row][: self._recall(row, rest[row])]
+        now: list[int] = []
+        later: list[int] = []
+        for row in waiting:
+            (later if any(self._alike(rest, row, other) for other in now) else now).append(row)
+        return now, later
+
+    def _alike(self, rest: list[list[int]], row: int, other: int) -> bool:
+        """Whether two rows go on from the same page with the same ids, for a while."""
+        if min(len(rest[row]), len(rest[other])) <= WORTH_WAITING or self.lengths[row] % PAGE:
+            return False
+        start, same = slice(WORTH_WAITING), self._last(row) is self._last(other)
+        return same and rest[row][start] == rest[other][start]
+
+    def _last(self, row: int) -> Page:
+        return self._pages[row][-1] if self._pages[row] else self._all.root
+
+    def _recall(self, row: int, ids: list[int]) -> int:
+        """Take over what the tree has of `ids`, but for the last -> how many tokens."""
+        self._cut(row)
+        if self.lengths[row] % PAGE:
+            return 0
+        known, whole = 0, True
+        with self._all.lock:
+            while whole:
+                page, count = longest(self._last(row).after, ids[known : len(ids) - 1][:PAGE])
+                whole = count == PAGE
+                if page is not None and whole:
+                    page.users += 1
+                    self._put(row, page)
+                elif page is not None:
+                    self._put(row, self._all.copy(page, count))
+                known += count
+        self.lengths[row] += known
+        self.recalled += known
+        return known
+
+    def _put(self, row: int, page: Page) -> None:
+        self.table[row, len(self._pages[row])] = page.memory.ctypes.data
+        self._pages[row].append(page)
+
+    def _cut(self, row: int) -> None:
+        """Give back pages behind the row's length."""
+        pages, needed = self._pages[row], -(-self.lengths[row] // PAGE)
+        if len(pages) > needed:
+            self._all.release(pages[needed:])
+            del pages[needed:]
+
+    def _own_last(self, row: int, used: int) -> None:
+        """Before the row writes where its last page holds other tokens: they are forgotten, or, if
+        other rows use them, the row goes on in a copy."""
+        self._cut(row)
+        with self._all.lock:
+            page = self._pages[row][-1]
+            if page.users == 1:
+                del page.ids[used:]
+                return
+            fresh = self._all.copy(page, used)
+            self._all.release([self._pages[row].pop()])
+            self._put(row, fresh)
+
+
+def longest(pages: set[Page], ids: list[int]) -> tuple[Page | None, int]:
+    """The page with most of the ids in common from its first on -> (page or None, how many)."""
+    best, most = None, 0
+    for page in [*pages]:
+        count = 0
+        for mine, theirs in zip(ids, page.ids, strict=False):
+            if mine != theirs:
+                break
+            count += 1
+        if count > most:
+            best, most = page, count
+    return best, most

@@ -13,15 +13,20 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.base.errors import GenerationError
-from glassllama.base.interfaces import Cache
+from glassllama.base.interfaces import Cache, CacheType
 from glassllama.engine import model
-from glassllama.engine.cache import CACHE_KINDS, CacheType, PagedCache
+from glassllama.engine.cache import (
+    CACHE_KINDS,
+    PagedCache,
+    Pages,
+    bytes_per_token,
+)
 from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import Crew, announce, processors
 from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
 from glassllama.engine.packing import read_rows
-from glassllama.engine.pages import FLOAT32
+from glassllama.engine.pages import FLOAT32, PAGE
 from glassllama.engine.room import TILE, Room
 from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
@@ -91,6 +96,7 @@ class Engine:
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
         self._turn = threading.Lock()
+        self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._frequencies = rope_frequencies(config)
         self._room = Room(
@@ -101,8 +107,12 @@ class Engine:
         self.notes += compiler_notes
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used."""
-        return PagedCache(self.config, batch, max_len, self.cache_kind)
+        """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used.
+
+        Rows that begin alike, in this cache or another one that is still there, share memory and
+        work.
+        """
+        return PagedCache(self._pages, batch, max_len, self.cache_kind)
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids -> (B, V) float32 logits after each row's last.
@@ -113,13 +123,17 @@ class Engine:
         assert isinstance(cache, PagedCache)
         if len(ids) != cache.batch:
             raise GenerationError(f"{len(ids)} rows of ids for a cache of {cache.batch} rows")
-        tokens = [
-            Token(id, row, cache.lengths[row] + n, row if n == len(new) - 1 else None)
-            for row, new in enumerate(ids)
-            for n, id in enumerate(new)
-        ]
+        self._check(ids, cache)
+        rest, waiting = [list(new) for new in ids], [row for row, new in enumerate(ids) if new]
         logits = np.empty((len(ids), self._logit_columns), np.float32)
-        self._feed(tokens, cache, logits)
+        while waiting:
+            now, waiting = cache.next_to_feed(rest, waiting)
+            tokens = [
+                Token(id, row, cache.lengths[row] + n, row if n == len(rest[row]) - 1 else None)
+                for row in now
+                for n, id in enumerate(rest[row])
+            ]
+            self._feed(tokens, cache, logits)
         return logits[:, : self.config.vocab_size]
 
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
@@ -127,6 +141,7 @@ class Engine:
         assert isinstance(cache, PagedCache)
         if cache.batch != 1:
             raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
+        self._check([ids], cache)
         past = cache.lengths[0]
         tokens = [Token(id, 0, past + n, n) for n, id in enumerate(ids)]
         logits = np.empty((len(ids), self._logit_columns), np.float32)
@@ -153,22 +168,22 @@ class Engine:
         return self.weights.matrices[-1].padded_rows
 
     def _feed(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
-        self._check_ids(tokens)
-        grown = list(cache.lengths)
-        for token in tokens:
-            grown[token.row] = token.position + 1
-        for row, length in enumerate(grown):
+        for row, length in {token.row: token.position + 1 for token in tokens}.items():
             cache.reserve(row, length)
         for first in range(0, len(tokens), CHUNK):
             with self._turn:
                 self._step(tokens[first : first + CHUNK], cache, logits)
-        cache.lengths[:] = grown
+        for token in tokens:
+            cache.remember(token.row, token.id)
 
-    def _check_ids(self, tokens: list[Token]) -> None:
+    def _check(self, ids: Sequence[Sequence[int]], cache: PagedCache) -> None:
+        """Raise GenerationError if these ids cannot be fed, before anything is done."""
         last = self.config.vocab_size - 1
-        bad = [token.id for token in tokens if not 0 <= token.id <= last]
-        if bad:
-            raise GenerationError(IDS.format(last=last, bad=bad[0]))
+        for row, new in enumerate(ids):
+            bad = [id for id in new if not 0 <= id <= last]
+            if bad:
+                raise GenerationError(IDS.format(last=last, bad=bad[0]))
+            cache.require_room(row, len(new))
 
     def _step(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""

@@ -86,6 +86,7 @@ class Timings:
     """Seconds and ids so far; the first id of each row comes out of the prefill."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of prompt_tokens, those that the executor had already computed
     prefill_s: float = 0.0
     new_tokens: int = 0
     decode_tokens: int = 0  # of new_tokens, those made in decode_s
@@ -95,8 +96,9 @@ class Timings:
 
     @property
     def prefill_rate(self) -> float | None:
-        """Prompt ids per second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else None
+        """Prompt ids computed per second."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_s if self.prefill_s > 0 else None
 
     @property
     def decode_rate(self) -> float | None:
@@ -125,10 +127,17 @@ class Generation(Iterator[Step]):
     Iterating raises GenerationError when the logits hold no number to choose by.
     """
 
-    def __init__(self, executor: Executor, rows: list[Row], progress: Progress | None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        rows: list[Row],
+        progress: Progress | None,
+        held: list[Cache] | None,
+    ) -> None:
         self.timings = Timings(prompt_tokens=sum(len(row.prompt) for row in rows))
         self._executor, self._rows, self._progress = executor, rows, progress
         self._speculation: Speculation | None = None
+        self._held = held
         self._steps = self._run()
 
     def __next__(self) -> Step:
@@ -149,6 +158,9 @@ class Generation(Iterator[Step]):
         cache = self._executor.new_cache(len(self._rows), longest)
         steps = self._choose(self._prefill(cache))
         self.timings.prefill_s = time.perf_counter() - started
+        self.timings.reused_tokens = getattr(cache, "recalled", 0)
+        if self._held is not None:
+            self._held[:] = [cache]
         yield from self._deliver(steps)
         if can_speculate(self._executor, self._rows):
             [row] = self._rows
@@ -261,12 +273,15 @@ def generate(
     settings: GenerationSettings | Sequence[GenerationSettings],
     *,
     progress: Progress | None = None,
+    held: list[Cache] | None = None,
 ) -> Generation:
     """Continue every prompt (ids) -> its steps, as an iterator with `cancel`, `close`, `timings`.
 
     `settings` are for all rows, or one for each. A row's ids depend on its prompt, settings and
     seed, and not on its neighbours (as far as the executor's arithmetic does not). `progress` is
-    told the prompt ids read, of all, while the prompts are long. Raises GenerationError at once:
+    told the prompt ids read, of all, while the prompts are long. `held` receives the cache once the
+    prompts are read, in place of what it held: an executor that shares beginnings between caches
+    finds there what the next call begins with. Raises GenerationError at once:
     no prompt, an empty one, one that leaves no room in the context, an id outside the vocabulary.
     """
     if not prompts:
@@ -275,7 +290,7 @@ def generate(
     if len(each) != len(prompts):
         raise GenerationError(f"{len(each)} settings for {len(prompts)} prompts: expected as many")
     rows = [_row(n, executor, *both) for n, both in enumerate(zip(prompts, each, strict=True))]
-    return Generation(executor, rows, progress)
+    return Generation(executor, rows, progress, held)
 
 
 def _row(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.interfaces import Progress
+from glassllama.base.interfaces import CacheType, Progress
 from glassllama.engine.compiled import seal
 from glassllama.engine.crew import processors
 from glassllama.engine.executor import Engine, Weights
@@ -33,14 +33,15 @@ def pack(
     *,
     exact: bool = False,
     quantize: Quantise | None = None,
+    cache: CacheType = "bf16",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """The engine with this checkpoint's weights. `exact` keeps everything in float32.
 
     `quantize` makes float weights Q8_0 or Q4_0 on the way, or leaves them ("none"); None takes the
-    richest form that fits into memory. Peak memory is the packed model and little more. Raises
-    MemoryShortError before it allocates, ConfigError.
+    richest form that fits into memory. `cache` is how keys and values are kept. Peak memory is the
+    packed model and little more. Raises MemoryShortError before it allocates, ConfigError.
     """
     packed = choose(checkpoint, exact=exact, quantize=quantize)
     notes = list(packed.notes)
@@ -61,7 +62,9 @@ def pack(
         embeddings=matrices[EMBEDDINGS],
         norms=read_norms(checkpoint),
     )
-    engine = Engine(checkpoint.config, weights, exact=exact, threads=threads, notes=notes)
+    engine = Engine(
+        checkpoint.config, weights, exact=exact, cache=cache, threads=threads, notes=notes
+    )
     seal()
     return engine
 

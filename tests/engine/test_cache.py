@@ -1,0 +1,197 @@
+"""Rows that begin alike share pages: same numbers to the bit, less memory, less work."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from glassllama.base.errors import GenerationError
+from glassllama.engine.cache import bytes_per_token
+from glassllama.engine.executor import Engine
+from glassllama.engine.pages import BFLOAT16, FLOAT32, INT8, PAGE
+from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.pack import pack
+from tiny_models import META_SHAPE, hf_model, write_gguf
+
+SHAPE = {
+    **META_SHAPE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 40, "intermediate_size": 160, "vocab_size": 203,
+}  # fmt: skip
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, 203, 700)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("q8") / "tiny.gguf"
+    return open_weights(write_gguf(hf_model(**SHAPE), path, gguf.GGMLQuantizationType.Q8_0))
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8"])
+def engine(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Engine:
+    return pack(checkpoint, cache=request.param)
+
+
+KNOWN: dict[tuple[int, tuple[int, ...]], Any] = {}
+
+
+def alone(engine: Engine, ids: list[int]) -> Any:
+    """Logits after the last of these ids, from an engine that has nothing to share."""
+    text = (engine.cache_kind, tuple(ids))
+    if text not in KNOWN:
+        gc.collect()
+        assert not engine._pages.root.after, "something of another test is still there"
+        KNOWN[text] = engine.next_logits([ids], engine.new_cache(1, len(ids)))[0]
+    return KNOWN[text]
+
+
+SAME = IDS[:300]
+BATCHES = {
+    "one system prompt": [SAME + IDS[300 + 20 * n : 310 + 27 * n] for n in range(4)],
+    "one prompt": [SAME] * 5,
+    "whole pages": [SAME[: 2 * PAGE]] * 3,
+    "one is the beginning of another": [SAME, SAME[:100], SAME[:65], SAME[:64], SAME[:1]],
+    "a fork in a fork": [SAME, SAME[:200] + IDS[400:500], SAME[:200] + IDS[400:450] + IDS[:9]],
+    "little in common": [IDS[:20] + IDS[100:200], IDS[:20] + IDS[300:400], [], IDS[:21]],
+    "nothing in common": [IDS[:80], IDS[80:160], IDS[160:400]],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_sharing_changes_no_bit(engine: Engine, name: str) -> None:
+    rows = BATCHES[name]
+    cache = engine.new_cache(len(rows), 700)
+    first = engine.next_logits(rows, cache)
+    assert cache.lengths == [len(row) for row in rows]
+    new = [[n + 1] for n in range(len(rows))]
+    second = engine.next_logits(new, cache)
+    del cache
+    for row, ids in enumerate(rows):
+        if ids:
+            assert (first[row] == alone(engine, ids)).all()
+        assert (second[row] == alone(engine, ids + new[row])).all()
+
+
+def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
+    cache = engine.new_cache(5, 700)
+    engine.next_logits([SAME] * 5, cache)  # four whole pages and 44 tokens
+    page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
+    assert cache.recalled == 4 * (len(SAME) - 1)
+    assert cache.nbytes == (4 + 5) * page
+    for row in range(1, 5):
+        cache.truncate(row, 0)
+    assert cache.nbytes == 5 * page
+    cache.truncate(0, 64)
+    assert cache.nbytes == page
+
+
+def test_memory_is_given_back(engine: Engine) -> None:
+    cache, other = engine.new_cache(2, 700), engine.new_cache(1, 700)
+    engine.next_logits([SAME, SAME], cache)
+    engine.next_logits([SAME], other)
+    assert other.recalled == len(SAME) - 1
+    pages = [page.memory for page in engine._pages.root.after]
+    assert len(pages) == 1
+    del cache
+    gc.collect()
+    assert len(engine._pages.root.after) == 1, "the other cache goes on using it"
+    del other
+    gc.collect()
+    assert not engine._pages.root.after
+
+
+def test_a_shared_page_is_copied_before_it_is_written(engine: Engine) -> None:
+    cache = engine.new_cache(2, 700)
+    engine.next_logits([SAME, SAME], cache)
+    cache.truncate(1, 100)  # within a page that row 0 goes on using
+    changed = engine.next_logits([[7], IDS[500:520]], cache)
+    cache.truncate(0, 299)
+    again = engine.next_logits([[8], []], cache)
+    del cache
+    assert (changed[0] == alone(engine, [*SAME, 7])).all()
+    assert (changed[1] == alone(engine, SAME[:100] + IDS[500:520])).all()
+    assert (again[0] == alone(engine, [*SAME[:299], 8])).all()
+
+
+def test_random_histories(engine: Engine) -> None:
+    """Feeding, forgetting and forking in any order: always the same as from scratch."""
+    chance = np.random.default_rng(11)
+    for _ in range(2):
+        cache, texts = engine.new_cache(3, 700), [[], [], []]
+        checks: list[tuple[list[int], Any]] = []
+        for _ in range(8):
+            news = []
+            for row, text in enumerate(texts):
+                keep = int(chance.integers(0, len(text) + 1)) if chance.random() < 0.4 else None
+                if keep is not None:
+                    cache.truncate(row, keep)
+                    del text[keep:]
+                source = texts[chance.integers(0, 3)] if chance.random() < 0.5 else IDS
+                start, count = len(text), int(chance.integers(1, 130))
+                news.append((source[start:] or IDS[start:])[:count])
+            logits = engine.next_logits(news, cache)
+            for text, new, out in zip(texts, news, logits, strict=True):
+                text += new
+                checks.append(([*text], out))
+            assert cache.lengths == [len(text) for text in texts]
+        del cache
+        for ids, out in checks[::4]:
+            assert (out == alone(engine, ids)).all()
+
+
+def test_all_logits_and_perplexity_recall_nothing(engine: Engine) -> None:
+    held = engine.new_cache(1, 200)
+    whole = engine.all_logits(IDS[:150], held)
+    cache = engine.new_cache(1, 200)
+    assert (engine.all_logits(IDS[:150], cache) == whole).all()
+    assert cache.recalled == 0
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was(engine: Engine) -> None:
+    cache = engine.new_cache(2, 100)
+    engine.next_logits([IDS[:90], IDS[:90]], cache)
+    for rows, words in (([[1], [1] * 11], "101 tokens"), ([[1], [999]], "got 999")):
+        with pytest.raises(GenerationError, match=words):
+            engine.next_logits(rows, cache)
+        assert cache.lengths == [90, 90]
+
+
+def test_bytes_per_token(engine: Engine) -> None:
+    """Two layers' worth of keys and values, as a page has them."""
+    config = engine.config
+    numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    assert bytes_per_token(config, BFLOAT16) == 2 * numbers
+    assert bytes_per_token(config, FLOAT32) == 4 * numbers
+    assert bytes_per_token(config, INT8) == numbers + 4 * numbers // config.head_dim
+
+
+def test_int8_differs_a_little(tmp_path: Path) -> None:
+    """With float32 weights, so that nothing else is rounded: 127 steps against bfloat16's 256."""
+    path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.F32)
+    checkpoint = open_weights(path)
+    exact, bf16, int8 = (
+        e.all_logits(IDS[:200], e.new_cache(1, 200))
+        for e in (pack(checkpoint, exact=True), pack(checkpoint), pack(checkpoint, cache="int8"))
+    )
+    errors = [np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() for ours in (bf16, int8)]
+    assert 0 < errors[0] < errors[1] <= 5 * errors[0], errors
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(default_model: Path) -> None:
+    from glassllama import load
+    from glassllama.tokenizers.chat import Message
+
+    llm = load(default_model)
+    turns = [Message("user", "Name three colours. " * 20)]
+    first = llm.chat(turns, max_tokens=12)
+    assert first.timings.reused_tokens == 0
+    turns += [Message("assistant", first.text), Message("user", "And three more.")]
+    second = llm.chat(turns, max_tokens=12)
+    assert second.timings.reused_tokens >= len(first.prompt_ids)
+    fresh = load(default_model).chat(turns, max_tokens=12)
+    assert fresh.timings.reused_tokens == 0
+    assert fresh.ids == second.ids
