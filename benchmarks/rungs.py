@@ -1,0 +1,208 @@
+"""The rungs between a GPT and a Llama: each class changes one thing of the class before it.
+
+The parts are those of nn/ and models/; no cache, because a rung is only trained. Tests prove that
+the first rung computes what models/gpt.py does and the last ones what models/llama.py does, on the
+same weights.
+
+Shapes: B batch, T tokens, C model width, H query heads, K kv heads, D head width, F ffn width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassllama.nn.attention import (
+    causal_mask,
+    fused_attention,
+    join_heads,
+    positions_in_segments,
+    same_segment,
+    split_heads,
+)
+from glassllama.nn.feed_forward import FeedForward as SwiGLU
+from glassllama.nn.initial import initialise
+from glassllama.nn.norm import RMSNorm, rms_norm
+from glassllama.nn.rope import Rotation, rope_angles, rotate_halves, rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the rungs are made of, in elements; a GPT has as many kv heads as heads."""
+
+    vocab_size: int
+    max_seq_len: int
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    ffn_dim: int = 512
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians per token of each rotation, (D/2,): RoFormer (Su et al., 2021), section 3.2.2."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        return (self.rope_theta**-exponents).float()
+
+
+class Step(NamedTuple):
+    """What all layers share in one forward pass."""
+
+    turn: Rotation
+    mask: Tensor | None  # (B, 1, T, T), True where seen; None: causal
+
+
+# --- the parts that are exchanged -----------------------------------------------------------
+
+
+def layer_norm(dim: int, eps: float) -> nn.Module:
+    """A GPT's norm: subtract the mean, divide by the deviation."""
+    return nn.LayerNorm(dim, eps, bias=False)
+
+
+class GELU(nn.Module):
+    """A GPT's feed-forward part: down(gelu(up(x)))."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # (B, T, C)
+
+
+class Attention(nn.Module):
+    """A GPT's attention: where a token stands was already added to its embedding."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes, keys = sizes, sizes.n_kv_heads * sizes.head_dim
+        self.wq = nn.Linear(sizes.dim, sizes.dim, bias=False)
+        self.wk = nn.Linear(sizes.dim, keys, bias=False)
+        self.wv = nn.Linear(sizes.dim, keys, bias=False)
+        self.wo = nn.Linear(sizes.dim, sizes.dim, bias=False)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q = split_heads(self.wq(x), self.sizes.n_heads)  # (B, H, T, D)
+        k = split_heads(self.wk(x), self.sizes.n_kv_heads)  # (B, K, T, D)
+        v = split_heads(self.wv(x), self.sizes.n_kv_heads)  # (B, K, T, D)
+        q, k = self.place(q, step.turn), self.place(k, step.turn)
+        return self.wo(join_heads(fused_attention(q, k, v, step.mask)))  # (B, T, C)
+
+    def place(self, x: Tensor, turn: Rotation) -> Tensor:
+        return x
+
+
+class Turned(Attention):
+    """Queries and keys are turned by their position."""
+
+    def place(self, x: Tensor, turn: Rotation) -> Tensor:
+        return rotate_halves(x, turn)
+
+
+class TurnedAndNormed(Turned):
+    """And all have the same length, so that only their directions are compared."""
+
+    def place(self, x: Tensor, turn: Rotation) -> Tensor:
+        return rms_norm(super().place(x, turn), self.sizes.norm_eps)
+
+
+# --- the rungs ------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Two additions to the residual stream, of whatever parts the rung is made of."""
+
+    def __init__(self, rung: GPT, sizes: Sizes) -> None:
+        super().__init__()
+        self.attention_norm = rung.Norm(sizes.dim, sizes.norm_eps)
+        self.attention = rung.Attention(sizes)
+        self.ffn_norm = rung.Norm(sizes.dim, sizes.norm_eps)
+        self.feed_forward = rung.FeedForward(sizes.dim, sizes.ffn_dim)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step)  # (B, T, C)
+        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """Learned positions, LayerNorm, GELU, a key and a value for every query: models/gpt.py."""
+
+    Norm: Callable[[int, float], nn.Module] = staticmethod(layer_norm)
+    Attention: type[Attention] = Attention
+    FeedForward: type[nn.Module] = GELU
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = sizes
+        self.tok_embeddings = nn.Embedding(sizes.vocab_size, sizes.dim)
+        self.pos_embeddings = nn.Embedding(sizes.max_seq_len, sizes.dim)
+        self.layers = nn.ModuleList(Layer(self, sizes) for _ in range(sizes.n_layers))
+        self.norm = self.Norm(sizes.dim, sizes.norm_eps)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        initialise(self, generator, self.config.n_layers)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.tok_embeddings(ids) + self.pos_embeddings(positions)  # (B, T, C)
+
+    def hidden(self, ids: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C); `segments` as in models/llama.py."""
+        positions = torch.arange(ids.shape[1])[None]  # (1, T)
+        mask = None
+        if segments is not None:
+            mask = causal_mask(positions, ids.shape[1]) & same_segment(segments)  # (B, 1, T, T)
+            positions = positions_in_segments(segments)  # (B, T)
+        step = Step(rotation(rope_angles(positions, self.config.frequencies)), mask)
+        x = self.embed(ids, positions)
+        for layer in self.layers:
+            x = layer(x, step)
+        return self.norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(…, C) -> (…, V): the embeddings' table, used once more."""
+        return F.linear(h, self.tok_embeddings.weight).float()
+
+
+class WithRMSNorm(GPT):
+    """No mean is subtracted."""
+
+    Norm = RMSNorm
+
+
+class WithRoPE(WithRMSNorm):
+    """No table of positions: queries and keys are turned instead."""
+
+    Attention = Turned
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        del self.pos_embeddings
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.tok_embeddings(ids)  # (B, T, C)
+
+
+class WithSwiGLU(WithRoPE):
+    """A gate decides how much of each feature passes. With fewer kv heads this is a Llama."""
+
+    FeedForward = SwiGLU
+
+
+class WithQKNorm(WithSwiGLU):
+    """Queries and keys of one length: the Llama of the preset."""
+
+    Attention = TurnedAndNormed
