@@ -1,0 +1,287 @@
+"""The vector kernels of attention and of rows against the same in NumPy and in plain loops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numba import njit
+from numpy.typing import NDArray
+
+from glassllama.engine import attention, row_kernels
+from glassllama.engine.pages import BFLOAT16, FLOAT32, INT8, ITEM_BYTES, LANES, PAGE, score_tile
+from glassllama.engine.tiers import features
+
+COUNTS = [1, 2, 3, 4, 5, 6, 7, 9, 11, 24, 25]
+WIDTHS = [1, 16, 20, 40, 48, 64, 80, 96, 128, 130, 256]
+VISIBLE = [*range(4), 15, 16, 17, 31, 40, 63, 64]
+
+
+@njit
+def unpack(source, count, target, ahead, kind):  # type: ignore[no-untyped-def]
+    return attention.unpack(source, count, target, ahead, kind)
+
+
+@njit
+def score(queries, count, keys, width, scores):  # type: ignore[no-untyped-def]
+    attention.score(queries, count, keys, width, scores)
+
+
+@njit
+def score_few_registers(queries, keys, width, scores):  # type: ignore[no-untyped-def]
+    for part in range(0, PAGE * 4, LANES * 4):
+        score_tile(4, LANES, queries, keys + part, width, scores + part)
+
+
+@njit
+def mix(weights, count, values, width, parts):  # type: ignore[no-untyped-def]
+    attention.mix(weights, count, values, width, parts)
+
+
+@njit
+def weigh(scores, visible, part, width):  # type: ignore[no-untyped-def]
+    attention.weigh(scores, visible, part, width)
+
+
+@njit
+def store(key, value, keys, values, scales, slot, kind):  # type: ignore[no-untyped-def]
+    attention.store(key, value, keys, values, scales, slot, kind)
+
+
+@njit
+def times_scales(rows, count, scales):  # type: ignore[no-untyped-def]
+    attention.times_scales(rows, count, scales)
+
+
+@njit
+def encode_block(x, codes, factors):  # type: ignore[no-untyped-def]
+    row_kernels.encode_block(x, codes, factors)
+
+
+def random(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def at(array: NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+def close(ours: NDArray[Any], theirs: NDArray[Any], scale: float) -> bool:
+    """Equal to rounding of float32 sums, and not a number in the same places."""
+    same_trouble = (np.isnan(ours) == np.isnan(theirs)).all()
+    return bool(same_trouble and np.nanmax(np.abs(ours - theirs), initial=0) <= 4e-7 * scale)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", [BFLOAT16, INT8, FLOAT32])
+def test_unpack(kind: int, width: int) -> None:
+    count = width * PAGE
+    stored = {
+        BFLOAT16: random(2 * count).astype(ml_dtypes.bfloat16),
+        INT8: np.random.default_rng(width).integers(-127, 128, 2 * count).astype(np.int8),
+        FLOAT32: random(2 * count),
+    }[kind]
+    target = np.full(count, np.nan, np.float32)
+    ahead = count * ITEM_BYTES[kind]
+    place = unpack(at(stored), count, at(target), ahead, kind)
+    assert place == at(stored if kind == FLOAT32 else target)
+    ours = stored[:count] if kind == FLOAT32 else target
+    assert (ours == stored[:count].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_score(count: int, width: int) -> None:
+    queries, keys = random(count, width), random(width, PAGE)
+    scores = np.full((count + 1, PAGE), 7.0, np.float32)
+    score(at(queries), count, at(keys), width, at(scores))
+    plain = np.zeros((count, PAGE), np.float64)
+    for i in range(width):
+        plain += queries[:, i, None].astype(np.float64) * keys[i]
+    assert close(scores[:count], plain, width)
+    assert (scores[count] == 7).all(), "written beyond the last query"
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_query_scores_and_mixes_the_same_in_any_company(count: int) -> None:
+    width = 80
+    queries, keys, values = random(count, width), random(width, PAGE), random(PAGE, width)
+    together, alone = np.zeros((2, count, PAGE), np.float32)
+    score(at(queries), count, at(keys), width, at(together))
+    for n in range(count):
+        score(at(queries[n]), 1, at(keys), width, at(alone[n]))
+    assert (together == alone).all()
+    parts, single = np.zeros((2, count, width + 2), np.float32)
+    mix(at(together), count, at(values), width, at(parts))
+    for n in range(count):
+        mix(at(together[n]), 1, at(values), width, at(single[n]))
+    assert (parts == single).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tiles_for_processors_of_few_registers(width: int) -> None:
+    queries, keys = random(4, width), random(width, PAGE)
+    wide, narrow = np.zeros((2, 4, PAGE), np.float32)
+    score(at(queries), 4, at(keys), width, at(wide))
+    score_few_registers(at(queries), at(keys), width, at(narrow))
+    assert (wide == narrow).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_mix(count: int, width: int) -> None:
+    weights, values = random(count, PAGE), random(PAGE, width)
+    parts = random(count + 1, width + 2)
+    before = parts.copy()
+    mix(at(weights), count, at(values), width, at(parts))
+    plain = before[:count, :width].astype(np.float64)
+    for s in range(PAGE):
+        plain += weights[:, s, None].astype(np.float64) * values[s]
+    assert close(parts[:count, :width], plain, PAGE)
+    assert (parts[:, width:] == before[:, width:]).all()
+    assert (parts[count] == before[count]).all(), "written beyond the last query"
+
+
+def weigh_plainly(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
+    """Softmax with a running maximum, one page on, in float64."""
+    sums, top, total = part[:-2].astype(np.float64), float(part[-2]), float(part[-1])
+    weights = np.zeros(PAGE)
+    for s in range(visible):
+        top = max(top, float(scores[s]))
+    shrink = np.exp(float(part[-2]) - top) if visible > 0 else 1.0
+    for s in range(visible):
+        weights[s] = np.exp(float(scores[s]) - top)
+    return weights, np.array([*sums * shrink, top, total * shrink + weights.sum()])
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("first", [True, False])
+def test_weigh(visible: int, first: bool) -> None:
+    width = 40
+    scores, part = 4 * random(PAGE), np.abs(random(width + 2))
+    if first:  # nothing has been seen yet
+        part[:] = 0
+        part[width] = -np.inf
+    ours, ended = scores.copy(), part.copy()
+    weigh(at(ours), visible, at(ended), width)
+    weights, theirs = weigh_plainly(scores, visible, part)
+    assert (ours[visible:] == 0).all()
+    assert close(ours, weights, 4)
+    if visible or not first:
+        assert close(ended, theirs, 4 * float(np.abs(theirs).max()))
+    else:
+        assert (ended == part).all()
+
+
+@pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("slot", [0, 17, 63])
+def test_weigh_does_not_lose_what_is_no_number(trouble: float, slot: int) -> None:
+    scores, part = random(PAGE), np.zeros(18, np.float32)
+    part[16] = -np.inf
+    scores[slot] = trouble
+    weigh(at(scores), PAGE, at(part), 16)
+    if trouble == -np.inf:
+        assert scores[slot] <= 1e-37
+        assert np.isfinite(part).all()
+    else:
+        assert np.isnan(part[17]), "the sum of weights divides what comes out"
+        assert np.isnan(scores[slot])
+
+
+def test_weigh_ignores_what_is_no_number_where_nobody_looks() -> None:
+    scores, part = random(PAGE), np.zeros(18, np.float32)
+    part[16] = -np.inf
+    scores[20:] = np.nan
+    weigh(at(scores), 20, at(part), 16)
+    assert np.isfinite(scores).all()
+    assert np.isfinite(part).all()
+
+
+@pytest.mark.parametrize("width", [1, 40, 64, 130])
+@pytest.mark.parametrize("kind", [BFLOAT16, INT8, FLOAT32])
+def test_store_then_unpack(kind: int, width: int) -> None:
+    """Every slot of a page, read back: exact, to 8 bits of mantissa, or to half a step of 127."""
+    keys, values = random(PAGE, width), 3 * random(PAGE, width)
+    raw = np.zeros((2, width * PAGE * ITEM_BYTES[kind]), np.uint8)
+    scales = np.zeros((2, PAGE), np.float32)
+    for slot in range(PAGE):
+        places = (at(raw[0]), at(raw[1]), at(scales))
+        store(keys[slot], values[slot], *places, slot, kind)
+    for number, (stored, wanted) in enumerate(zip(raw, (keys, values), strict=True)):
+        out = np.zeros(width * PAGE, np.float32)
+        if unpack(at(stored), width * PAGE, at(out), 0, kind) == at(stored):
+            out = stored.view(np.float32)
+        got = out.reshape(width, PAGE).T if number == 0 else out.reshape(PAGE, width)
+        if kind == INT8:
+            largest = np.abs(wanted).max(axis=1)
+            assert np.allclose(scales[number], largest / 127, rtol=1e-6)
+            steps = np.ascontiguousarray(got.T)
+            times_scales(at(steps), width, at(scales[number]))
+            assert (np.abs(steps.T - wanted) <= largest[:, None] / 254 * 1.00001).all()
+        elif kind == BFLOAT16:
+            assert (got == wanted.astype(ml_dtypes.bfloat16).astype(np.float32)).all()
+        else:
+            assert (got == wanted).all()
+
+
+@pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf])
+def test_int8_keeps_what_is_no_number(trouble: float) -> None:
+    key, value = random(16), np.zeros(16, np.float32)
+    key[5] = trouble
+    raw, scales = np.zeros((2, 16 * PAGE), np.int8), np.zeros((2, PAGE), np.float32)
+    store(key, value, at(raw[0]), at(raw[1]), at(scales), 3, INT8)
+    assert not np.isfinite(scales[0, 3])
+    assert scales[1, 3] == 0
+    scores = np.zeros((1, PAGE), np.float32)
+    times_scales(at(scores), 1, at(scales[0]))
+    assert np.isnan(scores[0, 3])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+def test_encode_block(size: float) -> None:
+    for seed in range(20):
+        x = np.random.default_rng(seed).standard_normal(32).astype(np.float32) * np.float32(size)
+        codes, factors = np.zeros(32, np.int8), np.zeros(4, np.float32)
+        encode_block(at(x), at(codes), at(factors))
+        inverse = np.float32(127) / np.abs(x).max()
+        assert (codes == np.rint(x * inverse)).all()
+        assert factors[0] == np.abs(x).max() / np.float32(127)
+        sums = [codes.sum(dtype=int), codes[:16].sum(dtype=int), codes[16:].sum(dtype=int)]
+        assert (factors[1:] == factors[0] * np.array(sums, np.float32)).all()
+
+
+@pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf, 0.0])
+def test_encode_block_of_odd_numbers(trouble: float) -> None:
+    x = np.full(32, trouble, np.float32) if trouble == 0 else random(32)
+    x[9] = trouble
+    codes, factors = np.zeros(32, np.int8), np.zeros(4, np.float32)
+    encode_block(at(x), at(codes), at(factors))
+    if trouble == 0:
+        assert not codes.any()
+        assert not factors.any()
+    else:
+        assert not np.isfinite(factors[0]), "the scale carries it into every product"
+
+
+LESSER = {"haswell": "+avx2,+fma,+f16c,+sse4.2", "x86-64": "+sse2"}
+
+
+@pytest.mark.parametrize("processor", LESSER)
+def test_on_lesser_processors(processor: str) -> None:
+    """All of this file once more, compiled for less than this processor."""
+    if "GLASSLLAMA_LESSER" in os.environ:
+        pytest.skip("this is the lesser processor's run")
+    if "sse2" not in features():
+        pytest.skip("this machine is no x86-64: its lesser processors are not known here")
+    environment = {
+        **os.environ, "GLASSLLAMA_LESSER": "1",
+        "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": LESSER[processor],
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:]
