@@ -21,7 +21,7 @@ from glassllama.train.settings import RunSettings
 COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which torch.compile needs on a CPU
 
 
-def choose_arithmetic(model: LanguageModel, run: RunSettings) -> None:
+def choose_arithmetic(model: LanguageModel, run: RunSettings, dropout: float) -> None:
     """Let the model compute as the settings say. Raises TrainingError: nothing to compile with."""
     on_cpu = run.device == "cpu"
     if run.compile:
@@ -30,7 +30,7 @@ def choose_arithmetic(model: LanguageModel, run: RunSettings) -> None:
         for layer in as_module(model).get_submodule("layers").children():
             layer.compile(dynamic=False)
     elif on_cpu and run.precision == "bfloat16" and isinstance(model, Llama):
-        accelerate(model)
+        accelerate(model, dropout)
 
 
 def arithmetic(model: LanguageModel, run: RunSettings) -> AbstractContextManager[object]:

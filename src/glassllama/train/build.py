@@ -47,10 +47,22 @@ def make_model(settings: Settings, vocab_size: int) -> LanguageModel:
         raise ConfigError(f"model: a {kind} also needs {', '.join(missing)}") from None
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from None
+    require_device(settings.run.device)
     model = model_class(config)
     model.initialise(torch.Generator().manual_seed(settings.run.seed))
     add_dropout(model, settings.model.dropout)
     return cast(LanguageModel, model.to(settings.run.device))
+
+
+def require_device(name: str) -> None:
+    """Raise ConfigError where PyTorch knows no such device, or this machine has none."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"run.device: {name!r} cannot be used here ({reason}); try --set run.device=cpu"
+        ) from None
 
 
 def parameters(model: LanguageModel) -> int:

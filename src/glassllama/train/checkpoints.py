@@ -43,10 +43,11 @@ def write_checkpoint(home: Path, step: int, write: Callable[[Path], None]) -> Pa
         new.rename(final)
         force_to_disk(home)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise TrainingError(
             f"{final}: cannot be saved ({error.strerror or error}); earlier checkpoints are intact"
         ) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return final
 
 

@@ -31,15 +31,22 @@ BF16 = torch.bfloat16
 NO_NORM = -1.0  # instead of an epsilon: queries and keys keep their lengths
 
 
-def accelerate(model: Llama) -> None:
-    """Let the model's layers compute this way from now on; its weights are as they were."""
+def accelerate(model: Llama, dropout: float = 0.0) -> None:
+    """Let the model's layers compute this way from now on; its weights are as they were.
+
+    `dropout` is what nn/dropout.py hung onto the parts of a layer, which are not called here.
+    """
     for layer in model.layers:
         layer.__class__ = FastLayer
+        assert isinstance(layer, FastLayer)
+        layer.dropout = dropout
     seal()
 
 
 class FastLayer(Layer):
     """A drop-in for models.llama.Layer wherever no cache is in play."""
+
+    dropout: float
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         if step.cache is not None:
@@ -48,9 +55,12 @@ class FastLayer(Layer):
         x, normed = AddNorm.apply(x, None, eps)  # (B, T, C) float32, bfloat16
         qkv = product(normed, self.attention_norm.weight, a.wq, a.wk, a.wv)  # (B, T, (H+K+K)·D)
         heads = attend(qkv, step, a.config)  # (B, T, H·D)
-        x, normed = AddNorm.apply(x, product(heads, None, a.wo), eps)
+        x, normed = AddNorm.apply(x, self.drop(product(heads, None, a.wo)), eps)
         both = product(normed, self.ffn_norm.weight, f.gate, f.up)  # (B, T, 2F)
-        return x + product(Gate.apply(both), None, f.down)  # (B, T, C)
+        return x + self.drop(product(Gate.apply(both), None, f.down))  # (B, T, C)
+
+    def drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training)
 
 
 def product(x: Tensor, scale: Tensor | None, *maps: torch.nn.Linear) -> Tensor:

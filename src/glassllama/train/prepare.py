@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from glassllama.train.arithmetic import choose_arithmetic
 from glassllama.train.average import Average
-from glassllama.train.batches import Batches
+from glassllama.train.batches import Batches, require_window
 from glassllama.train.build import as_module, make_model
 from glassllama.train.checkpoints import complete_steps, sweep
 from glassllama.train.data import Data
@@ -20,9 +20,10 @@ from glassllama.train.settings import Settings
 
 
 def prepare(settings: Settings, data: Data, folder: Path) -> Run:
-    """A new run, nothing made yet."""
+    """A new run, nothing made yet. Raises GlassError: sizes or texts that cannot be."""
+    require_window(data.held_out, settings.data.context)
     model = make_model(settings, data.tokenizer.vocab_size)
-    choose_arithmetic(model, settings.run)
+    choose_arithmetic(model, settings.run, settings.model.dropout)
     module = as_module(model).train()
     return Run(
         settings=settings,

@@ -107,7 +107,10 @@ def save(run: Run) -> Path:
     """Write a checkpoint of this moment; the best so far becomes what the run's folder holds."""
 
     def write(folder: Path) -> None:
-        save_file(training_state(run), folder / "training.safetensors")
+        try:
+            save_file(training_state(run), folder / "training.safetensors")
+        except SafetensorError as error:  # how its writer says that the disk is full
+            raise OSError(str(error)) from None
         state = {"format": FORMAT, "progress": asdict(run.progress), "identity": run.identity()}
         (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         with averaged(run):

@@ -1,0 +1,310 @@
+"""Every check before a run, by planting the bug that it is there for; and the faults of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
+from glassllama.nn import attention
+from glassllama.train import data as data_room
+from glassllama.train import estimate, fast, loop
+from glassllama.train.bands import Band, Watchman, band_of, make_band
+from glassllama.train.batches import Batch, Batches
+from glassllama.train.build import as_module
+from glassllama.train.checkpoints import complete_steps
+from glassllama.train.curve import draw_curve
+from glassllama.train.data import open_data
+from glassllama.train.faults import PreflightError, TrainingError
+from glassllama.train.journal import Journal, Record, read_records
+from glassllama.train.preflight import check_targets, preflight
+from glassllama.train.resolve import resolve
+from glassllama.train.run import Run
+from glassllama.train.settings import DataSettings
+from train.recipes import make_steps, new_run, write_text
+
+KINDS = ("llama", "gpt", "bigram")
+
+
+@pytest.fixture
+def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
+    return write_text(tmp_path, tinyshakespeare)
+
+
+@pytest.fixture
+def run(tmp_path: Path, text: Path) -> Run:
+    return new_run(tmp_path / "run", text)
+
+
+def fails(run: Run, *words: str) -> None:
+    with pytest.raises(PreflightError) as error:
+        list(preflight(run))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_sound_run_passes_and_is_left_as_it_was(
+    kind: str, precision: str, tmp_path: Path, text: Path
+) -> None:
+    run = new_run(tmp_path / "run", text, kind, f"run.precision={precision}", "data.context=32")
+    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    lines = list(preflight(run))
+    topics = [line.partition(":")[0] for line in lines]
+    assert topics == ["data", "targets", "future", "beginning", "learning", "this machine"]
+    after = dict(as_module(run.model).named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert run.progress.step == 0
+    assert not run.optimisers.adamw.state
+
+
+class Wrong(Batches):
+    """Batches whose targets are shifted by `shift` instead of one."""
+
+    shift = 2
+
+    def at(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        wide = Batches(self.tokens, self.context + self.shift, self.batch, self.seed)
+        ids = wide.at(step).ids
+        stop = ids.shape[1] - self.shift
+        return Batch(ids[:, :stop], ids[:, self.shift : self.shift + stop], None)
+
+
+def test_targets_shifted_by_two(run: Run) -> None:
+    """The bug of a published tutorial: its model learns to skip every other letter."""
+    wrong = Wrong(run.batches.tokens, 16, 6, 1)
+    fails(replace(run, batches=wrong), "targets", "shifted by 2, not by 1", "skip 1 of 2 tokens")
+
+
+def test_targets_not_shifted_or_of_other_rows(run: Run) -> None:
+    batch = run.batches.at(0)
+    with pytest.raises(PreflightError, match=r"shifted by 0, not by 1: .* copy its input"):
+        check_targets(batch._replace(targets=batch.ids))
+    with pytest.raises(PreflightError, match="not the inputs of any later position"):
+        check_targets(batch._replace(targets=batch.targets[::-1]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any) -> None:
+    def seeing_all(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    from glassllama.models import gpt
+
+    run = new_run(tmp_path / "run", text, kind)
+    for place in (attention, gpt, fast):
+        monkeypatch.setattr(place, "fused_attention", seeing_all)
+    fails(run, "future", "its causal mask is missing")
+
+
+def test_no_mask_between_documents(tmp_path: Path, tinyshakespeare: Path, monkeypatch: Any) -> None:
+    lines = tinyshakespeare.read_text(encoding="utf-8").split("\n\n")[:300]
+    import json
+
+    file = tmp_path / "plays.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    run = new_run(tmp_path / "run", file, "llama")
+    assert run.batches.at(0).segments is not None
+    list(preflight(run))
+    from glassllama.models import llama
+
+    monkeypatch.setattr(llama, "same_segment", lambda segments: torch.tensor(True))
+    fails(run, "documents", "mask of packed documents is missing")
+
+
+def test_initial_weights_too_large(run: Run) -> None:
+    with torch.no_grad():
+        run.model.tok_embeddings.weight.mul_(50)  # type: ignore[attr-defined]
+    fails(run, "beginning", "the initial weights are too large")
+
+
+def test_a_model_that_knows_already(run: Run, monkeypatch: Any) -> None:
+    from glassllama.train import preflight as room
+
+    monkeypatch.setattr(room, "mean_loss", lambda *_: torch.tensor(0.5))
+    fails(run, "beginning", "knows the answers already")
+
+
+@pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "layers.0.ffn_norm.weight"])
+def test_a_frozen_parameter(run: Run, name: str) -> None:
+    as_module(run.model).get_parameter(name).requires_grad_(False)
+    fails(run, "learning", name, "did not move: frozen")
+
+
+def test_gradients_that_do_not_arrive(run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    fails(run, "learning", "did not move")
+
+
+def test_nothing_is_learnt(run: Run, monkeypatch: Any) -> None:
+    """Steps uphill, as with the sign of the loss wrong."""
+    honest = torch.optim.AdamW.step
+
+    def uphill(self: Any, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.neg_()
+        return honest(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", uphill)
+    fails(run, "learning", "gradients do not reach the weights as they should")
+
+
+def test_text_that_is_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "aaa.txt"
+    path.write_text("a" * 3000)
+    fails(new_run(tmp_path / "run", path), "data", "one token over and over")
+
+
+def test_validation_text_that_is_learnt_from(tmp_path: Path, tinyshakespeare: Path) -> None:
+    path = tmp_path / "twice.txt"
+    path.write_text(tinyshakespeare.read_text(encoding="utf-8")[:700] * 10)
+    fails(new_run(tmp_path / "run", path), "stands in the training text too")
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_is_tried(run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 100_000)
+    monkeypatch.setattr(estimate, "one_step", lambda run: pytest.fail("a step was made"))
+    with pytest.raises(MemoryShortError, match=r"raise run\.accumulate, or lower data\.batch"):
+        list(preflight(run))
+
+
+def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
+    """Twice the rows keep twice as much, weights apart; parts keep a part."""
+    sizes = {}
+    for rows, parts in ((6, 1), (12, 1), (12, 2)):
+        more = (f"data.batch={rows}", f"run.accumulate={parts}", "run.loss_chunk=1")
+        run = new_run(tmp_path / f"{rows}-{parts}", text, "llama", *more)
+        sizes[rows, parts] = estimate.memory_of_step(run)
+    row = (sizes[12, 1] - sizes[6, 1]) / 6
+    assert sizes[12, 2] == sizes[6, 1]
+    assert 16 * 24 * 4 * 10 < row < 16 * 24 * 4 * 200  # some tens of (T, C) tensors a layer
+
+
+# --- faults while running -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_numbers_that_are_not_finite_stop_before_the_weights_move(
+    where: str, kind: str, tmp_path: Path, text: Path, monkeypatch: Any
+) -> None:
+    run = new_run(tmp_path / "run", text, kind)
+    make_steps(run, stop_after=5)
+    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    honest = loop.loss_and_gradients
+
+    def broken(run: Run, batch: Batch) -> float:
+        loss = honest(run, batch)
+        if run.progress.step < 6:
+            return loss
+        if where == "loss":
+            return float("inf")
+        next(iter(run.optimisers.named.values())).grad.view(-1)[3] = float("nan")  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(loop, "loss_and_gradients", broken)
+    with pytest.raises(TrainingError) as error:
+        make_steps(run)
+    words = str(error.value)
+    assert words.startswith("step 7: loss is ")
+    assert "gradient norm" in words
+    assert "learning rate 0.00" in words
+    assert list(complete_steps(run.checkpoints)) == [4, 5]
+    after = dict(as_module(run.model).named_parameters())
+    assert all(torch.isfinite(p).all() for p in after.values())
+    assert [r.step for r in read_records(run.folder)] == list(range(1, 7))
+    assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was made
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "no text"),
+        ("short.txt", b"To be or not to be, that is the question." * 2, "too few for a context"),
+        ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2"),
+        ("latin.txt", b"caf\xe9 " * 1000, "byte 3 is no UTF-8"),
+    ],
+)
+def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(GlassError) as error:
+        new_run(tmp_path / "run", file)
+    assert words in str(error.value)
+    assert name in str(error.value) or "val.bin" in str(error.value)
+
+
+def test_without_a_network_the_error_says_what_works(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "empty"))
+    settings = DataSettings(corpus="tinyshakespeare", context=8, batch=2)
+    with pytest.raises(DownloadError) as error:
+        open_data(settings, tmp_path, offline=True)
+    assert "--data FILE" in str(error.value)
+    assert "llama-shakespeare-bpe" in str(error.value)
+    assert data_room.find_text("some/file.txt") == Path("some/file.txt")
+
+
+# --- is it normal? --------------------------------------------------------------------------
+
+
+def test_bands_hold_normal_runs_and_name_others() -> None:
+    chance = np.random.default_rng(4)
+    falling = 4.0 * np.exp(-np.arange(100) / 40)
+
+    def losses() -> list[float]:
+        return list(falling + chance.normal(0, 0.02, 100))
+
+    band = make_band([25, 50, 75, 100], [losses() for _ in range(3)])
+    assert band.seeds == 3
+
+    def heard(values: Any) -> list[str]:
+        watchman = Watchman(band)
+        return [said for n, x in enumerate(values, 1) if (said := watchman.hear(n, x))]
+
+    assert heard(losses()) == []
+    (slow,) = heard(np.maximum(losses(), 3.5))
+    assert slow.startswith("step 25: loss 3.5")
+    assert "slow from the beginning" in slow
+    (late,) = heard([*falling[:60], *falling[60:] + 1])
+    assert late.startswith("step 75")
+    assert "fell behind" in late
+    (good,) = heard(falling * 0.8)
+    assert "sees what it is to predict" in good
+    resumed = Watchman(band, first_step=40)
+    assert resumed.hear(50, 9.0) is None  # half a block says nothing
+    assert isinstance(band, Band)
+
+
+def test_a_band_is_for_the_presets_own_settings_only() -> None:
+    assert band_of(resolve("llama-tinyshakespeare-cpu", ["optimiser.lr=0.5"])) is None
+    assert band_of(resolve("llama-tinyshakespeare-cpu", ["data.corpus=mine.txt"])) is None
+
+
+# --- what is written down -------------------------------------------------------------------
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(1, 30):
+        val = {"val_loss": 3.0, "val_error": 0.1, "bits_per_byte": 4.3} if step % 10 == 0 else {}
+        journal.write(
+            Record(step=step, loss=4 - step / 30, lr=0.1, grad_norm=1.0, tokens=step * 8,
+                   tok_s=100.0, seconds=step * 0.1, **val)
+        )  # fmt: skip
+    journal.close()
+    records = read_records(tmp_path)
+    assert len(records) == 29
+    assert records[9].val_loss == 3.0
+    paths = draw_curve(records, tmp_path, "a run", Band(seeds=3, steps=(15,), low=(3,), high=(4,)))
+    assert [path.name for path in paths] == ["loss.svg", "loss.png"]
+    assert b"<svg" in paths[0].read_bytes()[:1000]
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0].startswith("step,loss,lr,grad_norm,tokens,tok_s,seconds,val_loss")
+    assert len(rows) == 30

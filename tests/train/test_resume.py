@@ -1,0 +1,177 @@
+"""A run that was interrupted is the run that was not: weights, optimiser, losses, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glassllama.base.errors import ConfigError, GlassError
+from glassllama.llm import load
+from glassllama.train.checkpoints import complete_steps
+from glassllama.train.faults import TrainingError
+from glassllama.train.journal import Journal, read_records
+from glassllama.train.prepare import occupy, require_free
+from train.recipes import Listener, make_steps, new_run, write_text
+
+STEPS = 12
+WAYS = {
+    "llama": ("llama", "optimiser.ema=0.9", "model.dropout=0.2", "run.precision=bfloat16"),
+    "llama in float32, in parts": ("llama", "run.accumulate=3", "run.loss_chunk=10"),
+    "gpt": ("gpt", "model.dropout=0.1", "optimiser.weight_decay=0.1"),
+    "bigram": ("bigram",),
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
+    return write_text(tmp_path, tinyshakespeare)
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "training.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    left, right = tensors(one, step), tensors(other, step)
+    assert set(left) == set(right)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    timeless = [
+        [dataclasses.replace(r, seconds=0.0, tok_s=0.0) for r in read_records(folder)]
+        for folder in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [record.step for record in timeless[0]] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stopped_and_resumed_is_never_stopped(way: str, tmp_path: Path, text: Path) -> None:
+    kind, *more = WAYS[way]
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    make_steps(new_run(straight, text, kind, *more))
+    make_steps(new_run(halves, text, kind, *more), stop_after=7)
+    second = new_run(halves, text, kind, *more)
+    assert second.progress.step == 7
+    make_steps(second)
+    assert_same_run(straight, halves, STEPS)
+    begin = load_file(straight / "checkpoints" / f"step-{STEPS:06d}" / "training.safetensors")
+    moved = new_run(tmp_path / "fresh", text, kind, *more).optimisers.named
+    assert not all(torch.equal(begin[f"weights.{n}"], p) for n, p in moved.items())
+
+
+def test_steps_after_the_last_checkpoint_are_made_again(tmp_path: Path, text: Path) -> None:
+    """What kill -9 leaves: a log that is ahead of the checkpoint, its last line cut."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    make_steps(new_run(straight, text))
+    make_steps(new_run(killed, text), stop_after=6)
+    log = killed / "log.jsonl"
+    lines = (straight / "log.jsonl").read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:8]) + lines[8][:20])
+    make_steps(new_run(killed, text))
+    assert_same_run(straight, killed, STEPS)
+    assert (killed / "log.csv").read_text().count("\n") == STEPS + 1
+
+
+def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, text: Path) -> None:
+    whole = make_steps(new_run(tmp_path / "whole", text))
+    parts = make_steps(new_run(tmp_path / "parts", text, "llama", "run.accumulate=3"))
+    assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], abs=2e-3)
+    assert parts[0].loss == pytest.approx(whole[0].loss, abs=1e-6)
+    assert parts[0].grad_norm == pytest.approx(whole[0].grad_norm, rel=1e-4)
+
+
+def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
+    one = make_steps(new_run(tmp_path / "one", text))
+    two = make_steps(new_run(tmp_path / "two", text, "llama", "run.seed=2"))
+    assert [r.loss for r in one] != [r.loss for r in two]
+
+
+def test_another_run_is_not_taken_up(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    make_steps(new_run(folder, text), stop_after=4)
+    with pytest.raises(TrainingError, match=r"another run: optimiser\.lr was .*, is 0\.5"):
+        new_run(folder, text, "llama", "optimiser.lr=0.5")
+    text.write_text(text.read_text() + "More.")
+    with pytest.raises(TrainingError, match="text was"):
+        new_run(folder, text)
+
+
+def test_what_is_only_reported_may_change(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    make_steps(new_run(folder, text), stop_after=4)
+    run = new_run(folder, text, "llama", "run.eval_every=3", "run.sample_every=5", "run.keep=5")
+    assert make_steps(run)[-1].step == STEPS
+
+
+def test_a_folder_is_one_runs_and_one_processes(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    make_steps(new_run(folder, text), stop_after=4)
+    with pytest.raises(TrainingError, match="holds a run already; go on with it by --resume auto"):
+        require_free(folder, resuming=False)
+    require_free(folder, resuming=True)
+    with occupy(folder), pytest.raises(TrainingError, match="another process is training there"):
+        occupy(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        occupy(tmp_path / "file" / "run")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    make_steps(new_run(folder, text), stop_after=4)
+    checkpoint = folder / "checkpoints" / "step-000004"
+    whole = (checkpoint / "training.safetensors").read_bytes()
+    (checkpoint / "training.safetensors").write_bytes(whole[:500])
+    with pytest.raises(TrainingError, match=r"training\.safetensors"):
+        new_run(folder, text)
+    (checkpoint / "training.safetensors").write_bytes(whole)
+    (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(GlassError, match="another run"):
+        new_run(folder, text)
+    (checkpoint / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"state\.json: not valid JSON"):
+        new_run(folder, text)
+
+
+# --- what a run leaves behind ---------------------------------------------------------------
+
+
+def test_the_last_and_the_best_are_kept_and_the_best_is_the_runs_model(
+    tmp_path: Path, text: Path
+) -> None:
+    run = new_run(tmp_path / "run", text, "llama", "run.eval_every=1", "run.save_every=1")
+    losses = {r.step: r.val_loss for r in make_steps(run)}
+    best = min(losses, key=lambda step: losses[step] or 9.0)
+    assert run.progress.best_step == best
+    assert sorted({best, STEPS - 1, STEPS}) == list(complete_steps(run.checkpoints))
+    model = run.checkpoints / f"step-{best:06d}" / "model.safetensors"
+    assert (run.folder / "model.safetensors").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt", "bigram"])
+def test_the_runs_folder_is_a_model_that_load_reads(kind: str, tmp_path: Path, text: Path) -> None:
+    run = new_run(tmp_path / "run", text, kind, "optimiser.ema=0.5", "schedule.steps=4")
+    make_steps(run)
+    llm = load(str(run.folder), backend="torch")
+    ids = llm.tokenizer.encode("To be, or not")
+    with torch.inference_mode(), run.average.in_place():  # type: ignore[union-attr]
+        expected = run.model(torch.tensor([ids]))[0].numpy()
+    assert np.allclose(llm.logits(ids), expected, atol=1e-4)
+
+
+def test_samples_and_tensorboard(tmp_path: Path, text: Path) -> None:
+    run = new_run(tmp_path / "run", text, "gpt", "run.sample_every=6", "run.sample_tokens=40")
+    listener = Listener()
+    from glassllama.train.loop import train
+    from glassllama.train.stopping import Wish
+
+    journal = Journal(run.folder, tensorboard=True)
+    train(run, journal, listener, Wish())
+    journal.close()
+    assert len(listener.samples) == 2
+    assert all(sample.startswith("\n") and len(sample) > 40 for sample in listener.samples)
+    assert any(run.folder.glob("events.out.tfevents*"))

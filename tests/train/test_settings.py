@@ -1,0 +1,113 @@
+"""Presets, TOML files and --set: what is wrong is named, what is right survives a round trip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glassllama.base.errors import ConfigError
+from glassllama.train.build import make_model, parameters
+from glassllama.train.resolve import preset_names, resolve, to_toml
+from glassllama.train.schedule import rate_factor
+from glassllama.train.settings import ScheduleSettings
+
+NANOGPT_CPU_PARAMETERS = 804_096  # as its own code counts them, positions included: 4·196,608 + …
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_builds_and_survives_being_written(name: str, tmp_path: Path) -> None:
+    settings = resolve(name)
+    file = tmp_path / "again.toml"
+    file.write_text(to_toml(settings), encoding="utf-8")
+    assert replace(resolve(str(file)), name=name) == settings
+    here = replace(settings, run=replace(settings.run, device="cpu"))
+    assert parameters(make_model(here, vocab_size=69)) > 0
+
+
+def test_presets_are_as_large_as_they_say() -> None:
+    ours = parameters(make_model(resolve("llama-tinyshakespeare-cpu"), vocab_size=69))
+    gpt = parameters(make_model(resolve("gpt-tinyshakespeare-cpu"), vocab_size=65))
+    assert ours <= 810_000
+    assert gpt == NANOGPT_CPU_PARAMETERS
+    for name, size in (("llama-tinyshakespeare-10m", 10.8e6), ("llama-tinyshakespeare-25m", 25e6)):
+        count = parameters(make_model(resolve(name, ["run.device=cpu"]), vocab_size=69))
+        assert abs(count - size) < 0.03 * size, name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("schedule.stebs=5", "schedule.stebs: no such setting; did you mean steps"),
+        ("shedule.steps=5", "unknown table; did you mean schedule"),
+        ("steps=5", "want table.field=value"),
+        ("schedule.steps=many", 'schedule.steps: want a whole number, got "many"'),
+        ("schedule.steps=2.5", "schedule.steps: want a whole number, got 2.5"),
+        ("schedule.steps=0", "schedule.steps: want a number above 0, got 0"),
+        ("schedule.warmup=5000", "schedule.warmup: 5000 steps of warmup"),
+        ("schedule.kind=linear", "schedule.kind: want one of cosine, wsd, got 'linear'"),
+        ("optimiser.lr=nan", "optimiser.lr: want a number above 0, got nan"),
+        ("optimiser.beta1=1", "optimiser.beta1: want a number in [0, 1), got 1.0"),
+        ("run.precision=float16", "run.precision: want one of float32, bfloat16"),
+        ("run.accumulate=7", "run.accumulate: 32 rows (data.batch) cannot be cut into 7"),
+        ("run.compile=yes", 'run.compile: want true or false, got "yes"'),
+        ("run.prompt=", "run.prompt: want at least one character"),
+        ("model.kind=mamba", "model.kind: want one of bigram, gpt, llama"),
+        ("data.tokenizer=bpe:many", "data.tokenizer: want bpe:N"),
+    ],
+)
+def test_a_bad_setting_is_named(change: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve("llama-tinyshakespeare-cpu", ["data.batch=32", change])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.n_head=4", "model.n_head: a llama has no such setting; did you mean n_heads?"),
+        ("model.vocab_size=99", "model.vocab_size: a llama has no such setting"),
+        ("model.n_kv_heads=3", "model.n_heads must be a multiple of n_kv_heads"),
+        ("model.head_dim=7", "model.head_dim must be even"),
+        ("run.device=abacus", "run.device: 'abacus' cannot be used here"),
+    ],
+)
+def test_a_bad_size_is_named(change: str, words: str) -> None:
+    settings = resolve("llama-tinyshakespeare-cpu", ["model.n_heads=4", change])
+    with pytest.raises(ConfigError) as error:
+        make_model(settings, vocab_size=69)
+    assert words in str(error.value)
+
+
+def test_files_that_are_no_settings(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    for text, words in (
+        ("[model", "not valid TOML"),
+        ("[modell]", "unknown table [modell]; did you mean model?"),
+        ("model = 3", "model: want a table"),
+        ("[model]\nkind = 'gpt'", "table [data] is missing"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as error:
+            resolve(str(file))
+        assert words in str(error.value)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 0"):
+        resolve(str(file))
+    with pytest.raises(ConfigError, match="did you mean llama-tinyshakespeare-cpu"):
+        resolve("lama-tinyshakespeare-cpu")
+
+
+def test_schedules_rise_stay_and_fall() -> None:
+    wsd = ScheduleSettings(kind="wsd", steps=100, warmup=10, decay=0.5, floor=0.1)
+    factors = [rate_factor(step, wsd) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[49] == 1.0
+    assert factors[99] == pytest.approx(0.1 + 0.9 / 50)
+    assert factors[49:] == sorted(factors[49:], reverse=True)
+    cosine = ScheduleSettings(kind="cosine", steps=100, warmup=10, floor=0.1)
+    assert rate_factor(10, cosine) == 1.0
+    assert rate_factor(55, cosine) == pytest.approx(0.55)
+    assert all(0.1 <= rate_factor(step, cosine) <= 1 for step in range(9, 100))
