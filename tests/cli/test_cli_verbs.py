@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,36 +159,6 @@ def test_show_knows_the_default_model(verb: Verb) -> None:
     table = verb("show", "smollm2-135m").out
     for words in ("134,515,008", "Q4_1", "9 query, 3 key/value", "8,192", "fits"):
         assert words in table
-
-
-def test_bench_measures_and_bounds(verb: Verb, loaded: LLM) -> None:
-    ran = verb("bench", "smollm2-135m", "--prompt", "16", "--new", "4", "--runs", "1", "--json")
-    measured = json.loads(ran.out)
-    weights = sum(m.nbytes for m in loaded.executor.weights.matrices)  # type: ignore[attr-defined]
-    assert weights <= measured["bytes_per_token"] <= 1.01 * weights  # alignment
-    bound = measured["bandwidth"] / measured["bytes_per_token"]
-    assert math.isclose(measured["bound_tok_s"], bound)
-    rates = ("load_s", "first_token_s", "prefill_tok_s", "decode_tok_s", "peak_memory")
-    assert all(measured[name] > 0 for name in rates)
-    table = verb("bench", "smollm2-135m", "--prompt", "16", "--new", "4", "--runs", "1").out
-    assert "bound" in table
-
-
-def test_bench_adds_a_line_to_a_file(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
-    small = ("--prompt", "4", "--new", "2", "--runs", "1")
-    for _ in range(2):
-        verb("bench", "smollm2-135m", *small, "--out", out)
-    assert [json.loads(line)["prefill_tokens"] for line in out.read_text().splitlines()] == [4, 4]
-
-
-def test_bench_without_the_peer_says_what_to_install(
-    verb: Verb, loaded: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    ran = verb("bench", "smollm2-135m", "--vs", "llama.cpp")
-    assert ran.code == 1
-    assert "pip install 'glassllama[bench]'" in ran.err
 
 
 def test_download_prints_where_the_model_is(verb: Verb, default_model: Path) -> None:

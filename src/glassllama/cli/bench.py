@@ -3,41 +3,75 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glassllama.base.errors import GlassError, MissingExtraError
+from glassllama.base.errors import GenerationError, GlassError, MissingExtraError
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
-from glassllama.cli.screen import note, print_json, print_table, progress_bars
+from glassllama.cli.screen import print_json, progress_bars
 
 if TYPE_CHECKING:
-    from glassllama.cli.measure import Measured, Rates
+    from glassllama.cli.measure import Contestant
+
+WHOLE_GRID = {"prompt": "128,512,2048", "context": "0,1024,4096", "batch": "1,4,8"}
 
 
 class PeerName(StrEnum):
     llama_cpp = "llama.cpp"
+    as_stored = "llama.cpp-as-stored"
+
+
+def numbers(text: str) -> str:
+    """`128,512` -> the same; anything that is no list of whole numbers is a usage error."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise typer.BadParameter(f"expected whole numbers with commas between, got {text!r}")
+    return text
 
 
 def bench(
     model: ModelArgument,
     how: How,
     prompt: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of the prompt, for the prefill.")
-    ] = 512,
+        str, typer.Option(metavar="N,…", callback=numbers, help="Tokens of a prompt: prefill.")
+    ] = "512",
+    context: Annotated[
+        str,
+        typer.Option(
+            metavar="N,…", callback=numbers, help="Tokens already there before those: decode."
+        ),
+    ] = "0",
+    batch: Annotated[
+        str,
+        typer.Option(metavar="N,…", callback=numbers, help="Rows made side by side: decode."),
+    ] = "1",
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid",
+            help="Prompts of {prompt}, contexts of {context}, batches of {batch}.".format(
+                **WHOLE_GRID
+            ),
+        ),
+    ] = False,
     new: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens made, for the decode.")
-    ] = 128,
+        int, typer.Option(min=1, metavar="N", help="Tokens made one by one, for the decode.")
+    ] = 64,
     runs: Annotated[
         int, typer.Option(min=1, metavar="N", help="Runs, of which the median counts.")
     ] = 3,
     vs: Annotated[
-        PeerName | None,
-        typer.Option(metavar="PEER", help="llama.cpp: in turns with it, on the same GGUF file."),
+        list[PeerName] | None,
+        typer.Option(
+            metavar="PEER",
+            help="llama.cpp: in turns with it, on the same GGUF file. llama.cpp-as-stored: the "
+            "same without repacking the weights for this CPU. May be given twice.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -49,15 +83,20 @@ def bench(
 ) -> None:
     """Measure a model on this machine: load, first token, prefill, decode, memory.
 
-    The bound is the memory's speed, measured at the same time: every new token has to read all
-    weights once, so decode cannot be faster than that.
+    The bounds are measured at the same time. Every new token has to read all weights once, so
+    decode of one row cannot be faster than memory gives them; a prefill cannot be faster than the
+    processor multiplies. Prompts are random tokens, and no token is guessed (no speculation).
     """
-    from glassllama.cli.measure import measure, threads_of
+    from glassllama.cli.bench_table import print_measured
+    from glassllama.cli.measure import Grid, measure, threads_of
 
+    cells = WHOLE_GRID if grid else {"prompt": prompt, "context": context, "batch": batch}
+    prompts, contexts, batches = ([*map(int, text.split(","))] for text in cells.values())
+    wanted = Grid(prompts=prompts, contexts=contexts, batches=batches, new=new, runs=runs)
     llm = how.load(Which(model=model, offline=offline, pth=pth))
-    peer = None if vs is None else LlamaCpp(llm.path, threads_of(how), room=prompt + new)
+    peers: list[Contestant] = [LlamaCpp(llm.path, threads_of(how), peer) for peer in vs or ()]
     with progress_bars() as bar:
-        measured = measure(llm, how, prompt, new, runs, bar("measuring", "runs"), peer)
+        measured = measure(llm, how, wanted, peers, bar("measuring", "cells"))
     if out is not None:
         with out.open("a", encoding="utf-8") as file:
             file.write(dumps(asdict(measured)) + "\n")
@@ -67,65 +106,86 @@ def bench(
         print_measured(measured)
 
 
-def print_measured(m: Measured) -> None:
-    from glassllama.base.machine import gigabytes
-
-    rows = [
-        ("load", f"{m.load_s:.2f} s"),
-        ("first token", f"{m.first_token_s:.2f} s"),
-        ("prefill", f"{m.prefill_tok_s:,.0f} tok/s, {m.prefill_tokens} tokens"),
-        ("decode", f"{m.decode_tok_s:,.1f} tok/s, {m.decode_tokens} tokens"),
-        ("read per token", gigabytes(m.bytes_per_token)),
-    ]
-    if m.bandwidth is not None and m.bound_tok_s is not None:
-        share = m.decode_tok_s / m.bound_tok_s
-        rows += [
-            ("memory reads", f"{m.bandwidth / 1e9:.1f} GB/s"),
-            ("bound", f"{m.bound_tok_s:,.0f} tok/s, of which decode reaches {share:.0%}"),
-        ]
-    if m.peak_memory is not None:
-        rows.append(("peak memory", gigabytes(m.peak_memory)))
-    if m.peer and m.peer_prefill_tok_s and m.peer_decode_tok_s:
-        prefill, decode = m.peer_prefill_tok_s, m.peer_decode_tok_s
-        rows += [
-            (m.peer, f"prefill {prefill:,.0f} tok/s, decode {decode:,.1f} tok/s"),
-            (
-                "ours to theirs",
-                f"prefill {m.prefill_tok_s / prefill:.2f}, decode {m.decode_tok_s / decode:.2f}",
-            ),
-        ]
-    print_table(["", ""], rows)
-    note(f"\n{m.model} on the {m.backend}, {m.threads} threads, medians of {m.runs} runs")
-
-
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on the same file with as many threads."""
+    """llama.cpp by way of llama-cpp-python's bindings, on the same file with as many threads.
 
-    def __init__(self, path: Path, threads: int, *, room: int) -> None:
+    Its defaults otherwise. Rows are sequences of one context: llama_decode takes them together.
+    """
+
+    def __init__(self, path: Path, threads: int, kind: PeerName = PeerName.llama_cpp) -> None:
+        """Raises MissingExtraError; GlassError where it cannot read the file."""
+        started = time.perf_counter()
         try:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("the comparison with llama.cpp", "bench") from None
         if path.suffix != ".gguf":
             raise GlassError(f"{path}: llama.cpp reads GGUF files only, leave out --vs")
-        self.name = f"llama.cpp ({llama_cpp.__version__})"
-        self._model = llama_cpp.Llama(
-            str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self._logits = llama_cpp.llama_get_logits_ith
+        self._cpp: Any = llama_cpp
+        self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silent, None)
+        llama_cpp.llama_backend_init()
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_extra_bufts = kind is PeerName.llama_cpp  # repack what it can
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        if not self._model:
+            raise GlassError(f"{path}: llama.cpp {llama_cpp.__version__} cannot load it")
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self._words = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        self._threads, self._at_once = threads, 0  # tokens of a call
+        self._context: Any = None
+        self._pieces: Any = None  # the tokens of a call, in their own words
+        self._lengths: list[int] = []  # tokens of each row
+        self.name = f"{kind.value} {llama_cpp.__version__}"
+        self.load_s = time.perf_counter() - started
 
-    def run(self, ids: list[int], new: int) -> Rates:
-        """One prompt, then `new` tokens one by one."""
+    def begin(self, batch: int, room: int) -> None:
+        if self._context is not None:
+            self._cpp.llama_free(self._context)
+            self._cpp.llama_batch_free(self._pieces)
+        settings = self._cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = room * batch, batch
+        settings.n_threads = settings.n_threads_batch = self._threads
+        self._context = self._cpp.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise GenerationError(f"{self.name} has no room for {batch} rows of {room} tokens")
+        self._at_once = int(settings.n_batch)
+        self._pieces = self._cpp.llama_batch_init(self._at_once, 0, 1)
+        self._lengths = [0] * batch
+
+    def feed(self, ids: list[int]) -> None:
+        for first in range(0, len(ids), self._at_once):
+            some = [*enumerate(ids)][first : first + self._at_once]
+            self._decode([(id, 0, n == len(ids) - 1) for n, id in some])
+
+    def rewind(self, length: int) -> None:
+        memory = self._cpp.llama_get_memory(self._context)
+        for row in range(len(self._lengths)):
+            self._cpp.llama_memory_seq_rm(memory, row, length, -1)
+            self._lengths[row] = length
+
+    def decode(self, new: int) -> None:
+        from glassllama.cli.measure import FIRST
+
+        ids = [FIRST + row for row in range(len(self._lengths))]
+        for _ in range(new):
+            self._decode([(id, row, True) for row, id in enumerate(ids)])
+            ids = list(self._likeliest())
+
+    def _decode(self, tokens: list[tuple[int, int, bool]]) -> None:
+        """(id, row, whether its logits are wanted) of each, in one call."""
+        pieces = self._pieces
+        pieces.n_tokens = len(tokens)
+        for n, (id, row, wanted) in enumerate(tokens):
+            pieces.token[n], pieces.pos[n], pieces.logits[n] = id, self._lengths[row], wanted
+            pieces.n_seq_id[n], pieces.seq_id[n][0] = 1, row
+            self._lengths[row] += 1
+        if self._cpp.llama_decode(self._context, pieces) != 0:
+            raise GenerationError(f"{self.name} failed on {len(tokens)} tokens")
+
+    def _likeliest(self) -> Iterator[int]:
         import numpy as np
 
-        from glassllama.cli.measure import Rates
-
-        self._model.n_tokens = 0  # the next eval forgets what came before
-        started = time.perf_counter()
-        self._model.eval(ids)
-        read = time.perf_counter()
-        for _ in range(new):
-            logits = self._logits(self._model.ctx, -1)
-            likeliest = int(np.ctypeslib.as_array(logits, (self._model.n_vocab(),)).argmax())
-            self._model.eval([likeliest])
-        return Rates(len(ids) / (read - started), new / (time.perf_counter() - read))
+        for row in range(len(self._lengths)):
+            logits = self._cpp.llama_get_logits_ith(self._context, row)
+            yield int(np.ctypeslib.as_array(logits, (self._words,)).argmax())

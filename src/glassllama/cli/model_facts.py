@@ -96,21 +96,19 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
         return []
     c = checkpoint.config
     per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * CACHE_BYTES  # a key and a value each
-    weights, contexts = (
-        sum(packed_weights(checkpoint).values()),
-        [min(FIRST_CONTEXT, c.max_seq_len)],
-    )
+    weights = sum(packed_weights(checkpoint).values())
+    contexts = [min(FIRST_CONTEXT, c.max_seq_len)]
     while contexts[-1] < c.max_seq_len:
         contexts.append(min(contexts[-1] * CONTEXT_STEP, c.max_seq_len))
     return [{"context": n, "weights": weights, "cache": n * per_token} for n in contexts]
 
 
-def packed_weights(checkpoint: Checkpoint, *, exact: bool = False) -> dict[str, int]:
+def packed_weights(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each matrix as the engine keeps it, by our names."""
     from glassllama.engine.layout import packed_bytes
     from glassllama.weights.kinds import matrix_names, packed_kind
 
     return {
-        name: packed_bytes(packed_kind(checkpoint, name, exact), *checkpoint.info(name).shape)
+        name: packed_bytes(packed_kind(checkpoint, name), *checkpoint.info(name).shape)
         for name in matrix_names(checkpoint.config)
     }

@@ -1,0 +1,131 @@
+"""`glassllama bench`: what it measures is what was run, and the bounds belong to this model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.conftest import Verb
+from glassllama.cli.measure import (
+    Cell,
+    Grid,
+    Needs,
+    Ours,
+    prepare,
+    random_ids,
+    seconds_of,
+)
+from glassllama.llm import LLM, load
+
+SMALL = ("--prompt", "6,3", "--new", "2", "--runs", "1", "--context", "0,5", "--batch", "1,2")
+
+
+@pytest.fixture(autouse=True)
+def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory's speed is read from a few megabytes here, not from a model's weights."""
+    monkeypatch.setattr("glassllama.cli.measure.LARGEST_STRETCH", 1 << 22)
+
+
+def test_bench_measures_the_grid_and_its_bounds(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    measured = json.loads(verb("bench", "smollm2-135m", *SMALL, "--json", "--out", out).out)
+    cells = [(row["what"], row["tokens"], row["context"], row["batch"]) for row in measured["rows"]]
+    assert cells == [
+        ("prefill", 6, 0, 1), ("prefill", 3, 0, 1),
+        ("decode", 2, 0, 1), ("decode", 2, 5, 1), ("decode", 2, 0, 2),
+    ]  # fmt: skip
+    weights = sum(m.nbytes for m in loaded.executor.weights.matrices)  # type: ignore[attr-defined]
+    assert measured["bytes_per_token"] == weights
+    assert math.isclose(measured["bound_tok_s"], measured["bandwidth"] / weights)
+    assert measured["peak"] in measured["peaks"]
+    assert all(row["tok_s"] > 0 and row["peers"] == [] for row in measured["rows"])
+    assert json.loads(out.read_text()) == measured
+    assert measured["tier"]
+    assert measured["machine"]["cores"] >= measured["threads"] >= 1
+
+
+def test_bench_prints_a_line_a_cell(verb: Verb, loaded: LLM) -> None:
+    table = verb("bench", "smollm2-135m", *SMALL).out
+    for words in ("prefill 6", "decode 2 after 5", "decode 2, 2 rows", "bound of decode", "GOP/s"):
+        assert words in table
+
+
+def test_cells_that_do_not_fit_are_left_out_and_none_is_an_error(verb: Verb, loaded: LLM) -> None:
+    grid = Grid(prompts=[8, 9], contexts=[0, 7], batches=[1, 4], new=2, runs=1)
+    assert grid.cells(8) == [Cell("prefill", 8), Cell("decode", 2), Cell("decode", 2, 0, 4)]
+    ran = verb("bench", "smollm2-135m", "--prompt", "9000", "--new", "9000")
+    assert ran.code == 1
+    assert "8192" in ran.err
+
+
+@pytest.mark.parametrize("value", ["", "1,", "a", "-1"])
+def test_lists_are_whole_numbers(verb: Verb, loaded: LLM, value: str) -> None:
+    assert verb("bench", "smollm2-135m", "--prompt", value).code == 2
+
+
+def test_needs_are_those_of_the_matrices(loaded: LLM) -> None:
+    """SmolLM2-135M by hand: thirty layers of 576 × (576 + 2·192 + 576 + 3·1536), tied output."""
+    layer = 576 * (576 + 2 * 192 + 576 + 3 * 1536)
+    needs = Needs.of(loaded)
+    assert needs.ops == 2 * (30 * layer + 576 * 49_152)
+    assert needs.output_ops == 2 * 576 * 49_152
+    assert needs.cache_bytes == 2 * 30 * 3 * 64 * 2
+    assert needs.numbers == "int8"
+    prefill = needs.row(Cell("prefill", 10), 1.0, [])
+    assert prefill.ops_s == pytest.approx(2 * 30 * layer + 2 * 576 * 49_152 / 10)
+    decode = needs.row(Cell("decode", 4, 100, batch=2), 6.0, [2.0, 3.0])
+    assert decode.bytes_s == pytest.approx(6 * (needs.bytes / 2 + 102 * needs.cache_bytes))
+    assert decode.ratio == 2.0
+
+
+def test_what_is_timed_is_done(loaded: LLM) -> None:
+    """All that a cell asks for is computed: nothing is found again that was read before."""
+    ours, words = Ours(loaded), loaded.executor.config.vocab_size
+    for cell in (Cell("prefill", 70), Cell("decode", 4, 66), Cell("decode", 66, 0, 3)):
+        prepare(ours, cell, words)
+        for run in range(2):
+            seconds_of(ours, cell, random_ids(cell.tokens, words, run))
+            assert list(ours._cache.lengths) == [cell.context + cell.tokens] * cell.batch
+            assert ours._cache.recalled == 0
+
+
+def test_the_torch_backend_is_measured_too(default_model: Path) -> None:
+    pytest.importorskip("torch")
+    llm = load("smollm2-135m", backend="torch", dtype="float32")
+    engine = load("smollm2-135m", exact=True)
+    assert Needs.of(llm).numbers == Needs.of(engine).numbers == "float32"
+    norms = 2 * (2 * 30 + 1) * 576  # the engine counts matrices only
+    assert Needs.of(llm).ops - norms == Needs.of(engine).ops
+
+
+def test_bench_without_the_peer_says_what_to_install(
+    verb: Verb, loaded: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    ran = verb("bench", "smollm2-135m", "--vs", "llama.cpp")
+    assert ran.code == 1
+    assert "pip install 'glassllama[bench]'" in ran.err
+
+
+def test_llama_cpp_reads_the_same_logits_row_by_row(loaded: LLM) -> None:
+    """The peer does the work that it is timed for: its likeliest tokens are mostly ours."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: the bench extra")
+    from glassllama.cli.bench import LlamaCpp
+
+    peer: Any = LlamaCpp(loaded.path, 2)
+    ours = loaded.executor
+    ids = loaded.encode("The capital of France is")
+    peer.begin(2, 16)
+    peer.feed(ids[:2])
+    peer.rewind(0)
+    for row in range(2):
+        peer._decode([(id, row, False) for id in ids[:-1]])
+    peer._decode([(ids[-1], row, True) for row in range(2)])
+    likeliest = int(loaded.logits(ids)[-1].argmax())
+    assert list(peer._likeliest()) == [likeliest, likeliest]
+    assert ours.config.vocab_size == peer._words
