@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
@@ -17,7 +17,7 @@ from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth,
 from glassllama.cli.screen import print_json, progress_bars
 
 if TYPE_CHECKING:
-    from glassllama.cli.measure import Contestant
+    from glassllama.cli.measure import Contestant, Grid
 
 WHOLE_GRID = {"prompt": "128,512,2048", "context": "0,1024,4096", "batch": "1,4,8"}
 
@@ -34,37 +34,54 @@ def numbers(text: str) -> str:
     return text
 
 
-def bench(
-    model: ModelArgument,
-    how: How,
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is to be measured."""
+
     prompt: Annotated[
         str, typer.Option(metavar="N,…", callback=numbers, help="Tokens of a prompt: prefill.")
-    ] = "512",
+    ] = "512"
     context: Annotated[
         str,
         typer.Option(
-            metavar="N,…", callback=numbers, help="Tokens already there before those: decode."
+            metavar="N,…", callback=numbers, help="Tokens that are there already: decode."
         ),
-    ] = "0",
+    ] = "0"
     batch: Annotated[
-        str,
-        typer.Option(metavar="N,…", callback=numbers, help="Rows made side by side: decode."),
-    ] = "1",
+        str, typer.Option(metavar="N,…", callback=numbers, help="Rows side by side: decode.")
+    ] = "1"
     grid: Annotated[
         bool,
         typer.Option(
             "--grid",
-            help="Prompts of {prompt}, contexts of {context}, batches of {batch}.".format(
+            help="Instead: prompts of {prompt}, contexts of {context}, batches of {batch}.".format(
                 **WHOLE_GRID
             ),
         ),
-    ] = False,
+    ] = False
     new: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens made one by one, for the decode.")
-    ] = 64,
+        int, typer.Option(min=1, metavar="N", help="Tokens made one by one, for a decode.")
+    ] = 64
     runs: Annotated[
         int, typer.Option(min=1, metavar="N", help="Runs, of which the median counts.")
-    ] = 3,
+    ] = 3
+
+    def as_grid(self) -> Grid:
+        from glassllama.cli.measure import Grid
+
+        texts = WHOLE_GRID if self.grid else asdict(self)
+        prompts, contexts, batches = (
+            [*map(int, texts[name].split(","))] for name in ("prompt", "context", "batch")
+        )
+        return Grid(
+            prompts=prompts, contexts=contexts, batches=batches, new=self.new, runs=self.runs
+        )
+
+
+def bench(
+    model: ModelArgument,
+    how: How,
+    questions: Questions,
     vs: Annotated[
         list[PeerName] | None,
         typer.Option(
@@ -88,15 +105,12 @@ def bench(
     processor multiplies. Prompts are random tokens, and no token is guessed (no speculation).
     """
     from glassllama.cli.bench_table import print_measured
-    from glassllama.cli.measure import Grid, measure, threads_of
+    from glassllama.cli.measure import measure, threads_of
 
-    cells = WHOLE_GRID if grid else {"prompt": prompt, "context": context, "batch": batch}
-    prompts, contexts, batches = ([*map(int, text.split(","))] for text in cells.values())
-    wanted = Grid(prompts=prompts, contexts=contexts, batches=batches, new=new, runs=runs)
     llm = how.load(Which(model=model, offline=offline, pth=pth))
     peers: list[Contestant] = [LlamaCpp(llm.path, threads_of(how), peer) for peer in vs or ()]
     with progress_bars() as bar:
-        measured = measure(llm, how, wanted, peers, bar("measuring", "cells"))
+        measured = measure(llm, how, questions.as_grid(), peers, bar("measuring", "cells"))
     if out is not None:
         with out.open("a", encoding="utf-8") as file:
             file.write(dumps(asdict(measured)) + "\n")
