@@ -6,8 +6,8 @@
     python benchmarks/ladder.py --render             (docs/ladder.md and docs/ladder.svg)
 
 Every rung of benchmarks/rungs.py is trained with the package's own training step on the same
-batches: one pass over the text, a few seeds. Each run takes one thread, as many go at a time as
-there are processors, and each leaves a JSON line in benchmarks/results/.
+batches, from a few seeds. Each run takes one thread, as many go at a time as there are processors,
+and each leaves a JSON line in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from ladder_page import RESULTS, SEEDS, read_lines, render
 from rungs import GPT, Sizes, WithQKNorm, WithRMSNorm, WithRoPE, WithSwiGLU
 
 from glassllama import __version__
@@ -46,19 +47,18 @@ from glassllama.train.settings import (
     Settings,
 )
 
-RESULTS = Path(__file__).parent / "results"
-CONTEXT, BATCH = 64, 32
+CONTEXT, BATCH, STEPS = 64, 32, 300
 DATA = {
     "characters": DataSettings(corpus="tinyshakespeare", context=CONTEXT, batch=BATCH),
     "bpe": DataSettings(corpus="shakespeare", tokenizer="bpe:1024", context=CONTEXT, batch=BATCH),
 }
-WARMUP = 40  # steps
+WARMUP = 30  # steps
 CURVE = 10  # steps over which a point of the curve is a mean
 BFLOAT16_BYTES = 2  # what a cache keeps a number in
 SPEED_STEPS, SPEED_ROUNDS = 8, 7
 
-ADAMW = OptimiserSettings(kind="adamw", lr=2e-3, weight_decay=0.1)
-MUON = OptimiserSettings(kind="muon", lr=2e-3, matrix_lr=0.02, weight_decay=0.1)
+ADAMW = OptimiserSettings(kind="adamw", lr=4e-3, weight_decay=0.1)
+MUON = OptimiserSettings(kind="muon", lr=4e-3, matrix_lr=0.02, weight_decay=0.1)
 # A table has no depth: it takes large steps, and a large weight in it is no fault.
 TABLE = OptimiserSettings(kind="adamw", lr=0.1)
 
@@ -100,14 +100,14 @@ class Task:
     rung: str
     seed: int
     data: str
-    steps: int  # 0: one pass over the text
+    steps: int
     folder: str  # for ids, of this process and its children
 
     def identity(self) -> dict[str, Any]:
         """What a result must say of itself to be this task's."""
-        rung, steps = BY_NAME[self.rung], settings(self).schedule.steps
+        rung = BY_NAME[self.rung]
         return {
-            "rung": self.rung, "seed": self.seed, "data": self.data, "steps": steps,
+            "rung": self.rung, "seed": self.seed, "data": self.data, "steps": self.steps,
             "batch": BATCH, "context": CONTEXT, "sizes": dict(rung.sizes),
             "optimiser": asdict(rung.optimiser),
         }  # fmt: skip
@@ -118,19 +118,15 @@ def data_of(name: str, folder: str) -> Data:
     return open_data(DATA[name], Path(folder) / f"{name}-{os.getpid()}")
 
 
-def one_pass(data: Data) -> int:
-    """Steps in which every token is seen once."""
-    return Batches(data.learnt, CONTEXT, BATCH, seed=0).windows // BATCH
-
-
 def settings(task: Task) -> Settings:
-    steps = task.steps or one_pass(data_of(task.data, task.folder))
     return Settings(
         name=task.rung,
         model=ModelSettings(kind="bigram" if task.rung == "bigram" else "llama"),
         data=DATA[task.data],
         optimiser=BY_NAME[task.rung].optimiser,
-        schedule=ScheduleSettings(kind="cosine", steps=steps, warmup=min(WARMUP, steps // 2)),
+        schedule=ScheduleSettings(
+            kind="cosine", steps=task.steps, warmup=min(WARMUP, task.steps // 2)
+        ),
         run=RunSettings(seed=task.seed),
     )
 
@@ -160,8 +156,7 @@ def kv_bytes(task: Task) -> int:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Train one rung from one seed on one thread -> its line of results."""
-    torch.set_num_threads(1)
+    """Train one rung from one seed -> its line of results."""
     run, started, worked = make_run(task), time.perf_counter(), time.process_time()
     losses = [one_step(run).loss for _ in range(run.settings.schedule.steps)]
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
@@ -179,16 +174,8 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far; a last line that was cut off while being written is left out."""
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def append(path: Path, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
-    """Write all anew, so that half a line of a killed run does not stay."""
+    """Add a result; the file is there whole or as before, whatever stops the writer."""
     lines.append(line)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
@@ -215,7 +202,10 @@ def climb(tasks: list[Task], path: Path, at_once: int) -> None:
     lines = read_lines(path)
     left = missing(tasks, lines, path)
     print(f"{path}: {len(tasks) - len(left)} of {len(tasks)} runs are there", file=sys.stderr)
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        at_once, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    with pool:
         for done in as_completed([pool.submit(measure, task) for task in left]):
             line = done.result()
             append(path, lines, line)
@@ -229,7 +219,7 @@ def speeds(data: str, folder: str) -> Iterator[dict[str, Any]]:
     The rungs take turns, so that what else the machine does disturbs all alike.
     """
     torch.set_num_threads(1)
-    runs = {rung.name: make_run(Task(rung.name, 1, data, 0, folder)) for rung in RUNGS}
+    runs = {rung.name: make_run(Task(rung.name, 1, data, STEPS, folder)) for rung in RUNGS}
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(1 + SPEED_ROUNDS):  # in the first round everything is slow, and it never wins
         for name, run in runs.items():
@@ -245,8 +235,9 @@ def speeds(data: str, folder: str) -> Iterator[dict[str, Any]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=DATA, default="characters")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="instead of one pass over the text")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rungs", nargs="+", choices=BY_NAME, default=list(BY_NAME))
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, help="the file of results")
     parser.add_argument("--speed", action="store_true", help="measure tokens per second instead")
@@ -257,9 +248,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     if given.render:
-        from ladder_page import render
-
-        return render(RESULTS)
+        return render()
     with tempfile.TemporaryDirectory(prefix="ladder-") as folder:
         if given.speed:
             path = given.out or RESULTS / f"ladder-{given.data}-speed.jsonl"
@@ -268,9 +257,9 @@ def main() -> None:
             return print(path.read_text(encoding="utf-8"), end="")
         seeds = range(1, given.seeds + 1)
         tasks = [
-            Task(rung.name, seed, given.data, given.steps, folder)
+            Task(rung, seed, given.data, given.steps, folder)
             for seed in seeds
-            for rung in RUNGS
+            for rung in given.rungs
         ]
         climb(tasks, given.out or RESULTS / f"ladder-{given.data}.jsonl", given.at_once)
 
