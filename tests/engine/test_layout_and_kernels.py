@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from numba import njit
@@ -13,7 +14,7 @@ from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_
 from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded, read_rows
 from glassllama.engine.rows import encode as encode_native
 from glassllama.engine.rows import exponential
-from glassllama.engine.tiers import TIERS, features, kernel_address
+from glassllama.engine.tiers import BFLOAT_TILES, TIERS, features, kernel_address
 from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
 
 RUNNABLE = [
@@ -80,11 +81,12 @@ def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
 
 
 def multiply(
-    matrix: Matrix, tier: str, inputs: NDArray, factors: NDArray, first: int, last: int
-) -> NDArray:
+    matrix: Matrix, tier: str, inputs: NDArray, factors: NDArray, first: int, last: int,
+    kernel: str | None = None,
+) -> NDArray:  # fmt: skip
     out = np.full((len(inputs), matrix.padded_rows), np.nan, np.float32)
     call(
-        kernel_address(matrix.kind.name, tier),
+        kernel_address(kernel or matrix.kind.name, tier),
         (
             matrix.values.ctypes.data, matrix.scales.ctypes.data,
             matrix.kind.blocks(matrix.columns), inputs.ctypes.data, inputs.strides[0],
@@ -245,3 +247,25 @@ def test_exponential() -> None:
     assert np.isnan(out[0])
     assert (out[1:3] < 2e-38).all()
     assert out[3] == 1
+
+
+@pytest.mark.skipif(
+    not TIERS["amx"] | {"amx-bf16"} <= features(), reason="this processor lacks AMX for bfloat16"
+)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (37, 96), (50, 32 * 7)])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 70])
+def test_bfloat_tiles_against_float64(rows: int, columns: int, tokens: int) -> None:
+    """Within float32 rounding of the exact sum, and to the bit the same in any company."""
+    raw, numbers = stored("BF16", rows, columns)
+    matrix = packed("BF16", raw, columns)
+    x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(ml_dtypes.bfloat16)
+    seen = x.astype(np.float64)
+    out = multiply(matrix, "amx", x, x, 0, matrix.groups, kernel=BFLOAT_TILES)
+    size = np.abs(seen) @ np.abs(numbers.T).astype(np.float64)
+    assert (np.abs(out[:, :rows] - seen @ numbers.T.astype(np.float64)) <= 1e-6 * size).all()
+    for t in range(tokens):
+        some = x[t : t + 1]
+        alone = multiply(matrix, "amx", some, some, 0, matrix.groups, kernel=BFLOAT_TILES)
+        assert (alone == out[t : t + 1]).all()
+    last = multiply(matrix, "amx", x, x, matrix.groups - 1, matrix.groups, kernel=BFLOAT_TILES)
+    assert np.isnan(last[:, : matrix.padded_rows - 16]).all()  # touches its groups only

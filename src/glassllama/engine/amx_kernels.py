@@ -13,24 +13,18 @@ blocks before they are used, or every instruction would wait for the last.
 
 The sums are whole numbers and what follows is in the order of integer_kernels.py, so a token's
 numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there.
-Source: Intel Architecture Instruction Set Extensions Programming Reference, chapter 3 (AMX).
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
-import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
-
-from llvmlite import ir
 
 from glassllama.engine.compiled import inlined, instruction, instruction_for_constants
 from glassllama.engine.float_kernels import clear
 from glassllama.engine.integer_kernels import FORMATS, HALVES, ROWS, TILE, sweep
 from glassllama.engine.intrinsics import cgutils, types
+from glassllama.engine.matrix_registers import SHAPES, begin_tiles, end_tiles, tile_call
 from glassllama.engine.vectors import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
 
 TOKENS = 16
@@ -40,59 +34,9 @@ FEW = 32  # blocks at a time: their bytes and some sums take half of a core's ne
 LEAD = 1  # blocks from products to their use
 RING = 2  # places for the sums of a block
 SUMS, INPUTS, WEIGHTS, HALF_INPUTS, HALF_WEIGHTS = range(5)
-SHAPES = ((16, 64), (16, 32), (8, 64), (16, 16), (4, 64))  # rows and bytes of a row, of each tile
 BYTES = vector(I8, 64)
 SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
 SCRATCH_LINES = (FEW * BLOCK_BYTES + RING * 2 * SUM_BYTES) // LINE
-
-ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
-
-
-@cache
-def permitted() -> bool:
-    """Ask the system for the registers: they are large, so Linux wants to be asked."""
-    if not sys.platform.startswith("linux"):
-        return False
-    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0)
-
-
-def shapes_as_words() -> list[int]:
-    """The 64 bytes of a tile configuration: palette 1, bytes of a row, rows."""
-    rows = [rows for rows, _ in SHAPES] + [0] * (16 - len(SHAPES))
-    widths = [width for _, width in SHAPES] + [0] * (16 - len(SHAPES))
-    return list(struct.unpack("<16I", struct.pack("<BB14x16H16B", 1, 0, *widths, *rows)))
-
-
-def tile_call(builder: Any, name: str, *arguments: Any) -> None:
-    """An AMX instruction; tiles are named by constants of eight bits."""
-    values = [ir.Constant(I8, a) if isinstance(a, int) else a for a in arguments]
-    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), values)
-
-
-@instruction
-def begin_tiles(context: Any) -> Any:
-    """Give the tile registers their shapes."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        words = vector(I32, 16)
-        place = cgutils.alloca_once(builder, words)
-        builder.store(ir.Constant(words, shapes_as_words()), place)
-        tile_call(builder, "ldtilecfg", builder.bitcast(place, I8.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@instruction
-def end_tiles(context: Any) -> Any:
-    """Give them up: the system need not save them any more."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_call(builder, "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(), emit
 
 
 @instruction
@@ -130,7 +74,8 @@ def unpack(context, kind, values, count, out):  # type: ignore[no-untyped-def]
 def multiply_block(v: Vectors, kind: str, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
     """Products of one block: sums of sixteen tokens and outputs at `out`, int32, one or two."""
     left, right = (HALF_INPUTS, HALF_WEIGHTS) if kind in HALVES else (INPUTS, WEIGHTS)
-    vectors, width, parts = SHAPES[right][0], SHAPES[left][1], 2 if kind in HALVES else 1
+    vectors, width = SHAPES["integers"][right][0], SHAPES["integers"][left][1]
+    parts = 2 if kind in HALVES else 1
     b, byte, line = v.builder, I8.as_pointer(), number(LINE)
     for part in range(parts):
         x, w = v.at(inputs, part * width), v.at(weights, part * vectors * LINE)
@@ -206,7 +151,7 @@ def sweep_sixteens(
     """All whole sixteens of tokens, for some groups; a few blocks at a time, which stay near."""
     space = scratch()
     ring = space + FEW * BLOCK_BYTES
-    begin_tiles()
+    begin_tiles("integers", TOKENS)
     for group in range(first, last):
         out = y + group * LINE
         for t in range(tokens):

@@ -21,22 +21,32 @@ CHAINS = 4
 F32_ZERO = np.float32(0)
 
 
-def widen_bfloat(v: Vectors, address: Any) -> Any:
-    """Sixteen bfloat16 in memory as float32: they are its upper halves."""
-    words = v.builder.zext(v.load(address, vector(I16, 16), 32), vector(I32, 16))
-    return v.builder.bitcast(v.builder.shl(words, v.same(words.type, 16)), FLOATS)
+def widen_bfloats(v: Vectors, address: Any, ways: int) -> list[Any]:
+    """Bfloat16 are the upper halves of float32: pairs are a mask and a shift away."""
+    b, words = v.builder, vector(I32, 16)
+    if ways == 1:
+        alone = b.zext(v.load(address, vector(I16, 16), 32), words)
+        return [b.bitcast(b.shl(alone, v.same(words, 16)), FLOATS)]
+    numbers = []
+    for pair in range(ways // 2):
+        both = v.load(v.at(address, 64 * pair), words, 32)  # after an odd group
+        numbers.append(b.bitcast(b.shl(both, v.same(words, 16)), FLOATS))
+        numbers.append(b.bitcast(b.and_(both, v.same(words, 0xFFFF0000)), FLOATS))
+    return numbers
 
 
-def widen_half(v: Vectors, address: Any) -> Any:
-    return v.builder.fpext(v.load(address, vector(F16, 16), 32), FLOATS)
+def widen_halves(v: Vectors, address: Any, ways: int) -> list[Any]:
+    places = [v.at(address, 32 * way) for way in range(ways)]
+    return [v.builder.fpext(v.load(place, vector(F16, 16), 32), FLOATS) for place in places]
 
 
-def as_they_are(v: Vectors, address: Any) -> Any:
-    return v.load(address, FLOATS, 64)
+def as_they_are(v: Vectors, address: Any, ways: int) -> list[Any]:
+    return [v.load(v.at(address, 64 * way), FLOATS, 64) for way in range(ways)]
 
 
-WIDEN: dict[str, Callable[[Vectors, Any], Any]] = {
-    "F32": as_they_are, "BF16": widen_bfloat, "F16": widen_half,
+# The weights of the next inputs, `ways` of them: one (the last) or an even number.
+WIDEN: dict[str, Callable[[Vectors, Any, int], list[Any]]] = {
+    "F32": as_they_are, "BF16": widen_bfloats, "F16": widen_halves,
 }  # fmt: skip
 
 
@@ -58,14 +68,13 @@ def tile(  # type: ignore[no-untyped-def]
         outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(many)]
 
         def some(index: Any, sums: list[Any]) -> list[Any]:
-            results = list(sums)
-            v.prefetch(v.at(v.step(values, index, width * ways), AHEAD), width * ways)
-            for way in range(ways):
-                w = widen(v, v.at(v.step(values, index, width * ways), width * way))
+            results, place = list(sums), v.step(values, index, width * ways)
+            v.prefetch(v.at(place, AHEAD), width * ways)
+            for way, w in enumerate(widen(v, place, ways)):
                 for t, address in enumerate(inputs):
                     one = v.load(v.at(v.step(address, index, 4 * ways), 4 * way), F32, 4)
-                    place = t * ways + way
-                    results[place] = v.fused(w, v.splat(one, 16), results[place])
+                    chain = t * ways + way
+                    results[chain] = v.fused(w, v.splat(one, 16), results[chain])
             return results
 
         rounds = builder.udiv(count, number(ways))
@@ -93,28 +102,33 @@ def sweep(
     y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Groups and tokens of a kernel: tiles of four tokens, then one by one."""
-    even = columns // CHAINS * CHAINS
     for group in range(first, last):
         w, out, t = values + group * columns * 16 * size, y + group * 64, 0
-        rest = w + even * 16 * size
+        while t + 4 <= tokens:
+            some(kind, size, 4, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
+                 y_stride)  # fmt: skip
+            t += 4
         while t < tokens:
-            inputs, outputs = x + t * x_stride, out + t * y_stride
-            more = 4 if t + 4 <= tokens else 1
-            for n in range(more):
-                clear(outputs + n * y_stride)
-            if more == 4:
-                if even > 0:
-                    tile(kind, size, 4, CHAINS, w, even, inputs, x_stride, outputs, y_stride)
-                if even < columns:
-                    tile(kind, size, 4, 1, rest, columns - even, inputs + even * 4, x_stride,
-                         outputs, y_stride)  # fmt: skip
-            else:
-                if even > 0:
-                    tile(kind, size, 1, CHAINS, w, even, inputs, x_stride, outputs, y_stride)
-                if even < columns:
-                    tile(kind, size, 1, 1, rest, columns - even, inputs + even * 4, x_stride,
-                         outputs, y_stride)  # fmt: skip
-            t += more
+            some(kind, size, 1, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
+                 y_stride)  # fmt: skip
+            t += 1
+
+
+@inlined
+def some(
+    kind: str, size: int, tokens: int, w: int, columns: int, x: int, x_stride: int, y: int,
+    y_stride: int,
+) -> None:  # fmt: skip
+    """All inputs of one group and a tile of tokens: by fours, then two, then one."""
+    for n in range(tokens):
+        clear(y + n * y_stride)
+    fours, twos = columns // CHAINS * CHAINS, columns // 2 * 2
+    if fours > 0:
+        tile(kind, size, tokens, CHAINS, w, fours, x, x_stride, y, y_stride)
+    if fours < twos:
+        tile(kind, size, tokens, 2, w + fours * 16 * size, 2, x + fours * 4, x_stride, y, y_stride)
+    if twos < columns:
+        tile(kind, size, tokens, 1, w + twos * 16 * size, 1, x + twos * 4, x_stride, y, y_stride)
 
 
 def f32(

@@ -26,7 +26,7 @@ from glassllama.engine.crew import complete, done, take
 from glassllama.engine.intrinsics import integers64
 from glassllama.engine.pages import FLOAT32, INT8, PAGE
 from glassllama.engine.room import GROUPS, LANES, MATRICES, WK, WQ
-from glassllama.engine.step import encode_blocks, field, inputs_of, row
+from glassllama.engine.step import convert, field, inputs_of, row
 
 SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
 
@@ -217,7 +217,7 @@ def merge_spans(me: Any, room: Any, step: Any, out: int) -> None:
 
 
 @compiled
-def merge_token(me: Any, room: Any, step: Any, t: int, integers: int, slot: int) -> None:
+def merge_token(me: Any, room: Any, step: Any, t: int, reads: int, slot: int) -> None:
     """What a token's heads saw becomes inputs."""
     inputs, width = inputs_of(room), room.heads * room.head_dim
     numbers, seen = row(inputs.numbers, slot, inputs.width), row(room.mixed, t, width)
@@ -226,20 +226,19 @@ def merge_token(me: Any, room: Any, step: Any, t: int, integers: int, slot: int)
     else:
         for i in range(width):
             numbers[i] = seen[i]
-    if integers:
-        encode_blocks(inputs, slot, numbers, 0, width)
+    convert(reads, inputs, slot, numbers, 0, width)
 
 
 @compiled
-def prepare_mixed(me: Any, phase: int, room: Any, integers: int, step: Any) -> Any:
+def prepare_mixed(me: Any, phase: int, room: Any, reads: int, step: Any) -> Any:
     """What the heads saw becomes inputs -> slot of the first token's: see `prepare_norms`."""
     if step.tokens == 1:
-        merge_token(me, room, step, 0, integers, room.slots + me.thread)
+        merge_token(me, room, step, 0, reads, room.slots + me.thread)
         return room.slots + me.thread
     first, last = take(me, phase, step.tokens, 1)
     while first < last:
         for t in range(first, last):
-            merge_token(me, room, step, t, integers, t)
+            merge_token(me, room, step, t, reads, t)
         done(me, phase, last - first)
         first, last = take(me, phase, step.tokens, 1)
     complete(me, phase, step.tokens)

@@ -86,10 +86,10 @@ def bf16(
     values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
     factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Bfloat16 weights, float32 inputs."""
+    """Bfloat16 weights in pairs (an odd last one alone), float32 inputs."""
     part = carray(stack_words(), 16, np.float32)
     for group in range(first, last):
-        w = words16(values + group * blocks * 32, (blocks, 16))
+        w, pairs = words16(values + group * blocks * 32, blocks * 16), blocks // 2
         for t in range(tokens):
             x = floats(inputs + t * input_stride, blocks)
             y = floats(outputs + t * output_stride + group * 64, 16)
@@ -99,8 +99,9 @@ def bf16(
                 for row in range(16):
                     part[row] = np.float32(0)
                 for k in range(start, min(start + 32, blocks)):
+                    start_of_pair, step = (k // 2 * 32 + k % 2, 2) if k < 2 * pairs else (k * 16, 1)
                     for row in range(16):
-                        part[row] += float_from_bfloat(w[k, row]) * x[k]
+                        part[row] += float_from_bfloat(w[start_of_pair + row * step]) * x[k]
                 for row in range(16):
                     y[row] += part[row]
 

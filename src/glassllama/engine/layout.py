@@ -15,7 +15,8 @@ A block is 32 inputs of the sixteen rows, and has its scales beside it:
     Q4_1  values as Q4_0
           scales (G, blocks, 2, 16) half       value = d · nibble + m, first d then m
     F32   values (G, columns, 16) float32      one input of sixteen rows is a vector already
-    F16   values (G, columns, 16) half         BF16 likewise
+    F16   values (G, columns, 16) half
+    BF16  values (G, columns/2, 16, 2) bf16    inputs in pairs; an odd last one alone, as F16's
 
     Q4_K  values as Q4_0                       value = d · scale · nibble − dmin · minimum
           scales (G, blocks/8, 320) bytes      16 halves d, 16 dmin; for each of eight blocks
@@ -43,6 +44,9 @@ BLOCK = 32  # inputs that share a scale, in every format of the file that we kee
 QUAD = 4  # inputs per lane
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
+
+# What a kernel reads its inputs as; flags, where several kernels read the same inputs.
+FLOAT32, INT8, BFLOAT16 = 0, 1, 2
 # Python maps shared memory where nothing is said, and that gets no huge pages.
 PRIVATE: dict[str, Any] = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

@@ -18,9 +18,9 @@ from glassllama.engine.room import (
     DOWN,
     GATE,
     GROUPS,
-    INTEGERS,
     LANES,
     MATRICES,
+    READS,
     UP,
     WK,
     WO,
@@ -30,7 +30,7 @@ from glassllama.engine.room import (
 from glassllama.engine.rows import BLOCK, add, gate
 from glassllama.engine.step import (
     Step,
-    encode_blocks,
+    convert,
     field,
     inputs_of,
     inputs_of_down,
@@ -100,8 +100,7 @@ def gate_groups(room: Any, layer: int, slot: int, step: Any, groups: Any) -> Non
     for t in range(step.tokens):
         numbers = row(down.numbers, t, down.width)
         gate(row(room.hidden, t, width), row(ups, t, width), first, last, numbers)
-        if field(room, m + DOWN, INTEGERS):
-            encode_blocks(down, t, numbers, first, last)
+        convert(field(room, m + DOWN, READS), down, t, numbers, first, last)
 
 
 @compiled
@@ -121,13 +120,13 @@ def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -
 def attention(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += wo · heads(norm(x))."""
     m, phase = layer * MATRICES, layer * PHASES
-    integers = field(room, m + WQ, INTEGERS) | field(room, m + WK, INTEGERS)
-    integers |= field(room, m + WV, INTEGERS)
-    slot = prepare_norms(me, phase + NORM, room, 2 * layer, integers, room.everyone, step.tokens)
+    reads = field(room, m + WQ, READS) | field(room, m + WK, READS)
+    reads |= field(room, m + WV, READS)
+    slot = prepare_norms(me, phase + NORM, room, 2 * layer, reads, room.everyone, step.tokens)
     project(me, phase + QKV, room, layer, slot, step)
     place_all(me, phase + PLACE, room, layer, step)
     attend_heads(me, phase + HEADS, room, layer, step)
-    slot = prepare_mixed(me, phase + MERGE, room, field(room, m + WO, INTEGERS), step)
+    slot = prepare_mixed(me, phase + MERGE, room, field(room, m + WO, READS), step)
     add_product(me, phase + OUT, room, m + WO, inputs_of(room), slot, step)
 
 
@@ -135,9 +134,9 @@ def attention(me: Any, room: Any, layer: int, step: Any) -> None:
 def feed_forward(me: Any, room: Any, layer: int, step: Any) -> None:
     """x += down · (silu(gate · norm(x)) · (up · norm(x)))."""
     m, phase = layer * MATRICES, layer * PHASES
-    integers = field(room, m + GATE, INTEGERS) | field(room, m + UP, INTEGERS)
+    reads = field(room, m + GATE, READS) | field(room, m + UP, READS)
     slot = prepare_norms(
-        me, phase + FFN_NORM, room, 2 * layer + 1, integers, room.everyone, step.tokens
+        me, phase + FFN_NORM, room, 2 * layer + 1, reads, room.everyone, step.tokens
     )
     gate_all(me, phase + HIDDEN, room, layer, slot, step)
     add_product(me, phase + DOWNWARD, room, m + DOWN, inputs_of_down(room), 0, step)
@@ -148,8 +147,8 @@ def output(me: Any, room: Any, step: Any) -> None:
     """Logits of the wanted tokens: output · norm(x)."""
     layers = room.layers
     m, phase = layers * MATRICES, layers * PHASES
-    integers, groups = field(room, m, INTEGERS), field(room, m, GROUPS)
-    slot = prepare_norms(me, phase, room, 2 * layers, integers, room.wanted, step.wanted)
+    reads, groups = field(room, m, READS), field(room, m, GROUPS)
+    slot = prepare_norms(me, phase, room, 2 * layers, reads, room.wanted, step.wanted)
     inputs, width = inputs_of(room), groups * LANES
     first, last = take(me, phase + 1, groups, FEW_GROUPS)
     while first < last:

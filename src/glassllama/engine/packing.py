@@ -37,6 +37,15 @@ def pack_floats(raw: Raw, values: Raw, scales: Raw) -> None:
     values.view(raw.dtype)[:] = lanes
 
 
+def pack_bfloats(raw: Raw, values: Raw, scales: Raw) -> None:
+    """In pairs: (G, columns/2, 16, 2); an odd last column by itself."""
+    even = raw.shape[1] // 2 * 2
+    pairs = raw[:, :even].reshape(len(values), GROUP, -1, 2).transpose(0, 2, 1, 3)
+    place = values.view(raw.dtype)  # (G, columns, 16)
+    place[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
+    place[:, even:] = raw[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+
+
 def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
     """File block: half d, 32 signed bytes."""
     blocks = raw.reshape(len(raw), -1, 34)
@@ -114,7 +123,7 @@ def pack_q6_k(raw: Raw, values: Raw, scales: Raw) -> None:
 
 
 PACK: dict[str, Callable[[Raw, Raw, Raw], None]] = {
-    "F32": pack_floats, "F16": pack_floats, "BF16": pack_floats,
+    "F32": pack_floats, "F16": pack_floats, "BF16": pack_bfloats,
     "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
     "Q4_K": pack_q4_k, "Q6_K": pack_q6_k,
 }  # fmt: skip
@@ -130,7 +139,7 @@ def fill(matrix: Matrix, first: int, raw: Raw) -> None:
     if matrix.kind.name in MOVE:
         move(matrix, place, raw)
     else:
-        pack_floats(raw, matrix.values[place], matrix.scales[place])
+        PACK[matrix.kind.name](raw, matrix.values[place], matrix.scales[place])
 
 
 def fill_plainly(matrix: Matrix, first: int, raw: Raw) -> None:
@@ -161,13 +170,21 @@ def read_rows(matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     group, lane = np.divmod(rows, GROUP)
     name = matrix.kind.name
     if name in FLOAT_TYPES:
-        lanes = matrix.values.view(FLOAT_TYPES[name])[group, :, lane]
-        return np.asarray(lanes, np.float32)
+        values = matrix.values.view(FLOAT_TYPES[name])  # (G, columns, 16)
+        return np.asarray(read_floats(values, group, lane, name == "BF16"), np.float32)
     vectors = matrix.values.reshape(*matrix.values.shape[:2], -1, GROUP, QUAD)
     quads = vectors[group, :, :, lane]  # (n, blocks, vectors, 4)
     own = matrix.scales[group]  # (n, blocks, scale bytes)
     numbers = READ[name](quads, own, lane)  # (n, blocks, 32)
     return numbers.reshape(len(rows), -1)[:, : matrix.columns]
+
+
+def read_floats(values: Raw, group: Raw, lane: Raw, paired: bool) -> Raw:
+    """The stored numbers of some rows; paired ones lie beside each other."""
+    even = values.shape[1] // 2 * 2 if paired else 0
+    pairs = values[:, :even].reshape(len(values), -1, GROUP, 2)[group, :, lane]
+    alone = values[group, even:, lane]
+    return np.concatenate([pairs.reshape(len(group), even), alone], 1)
 
 
 def from_nibbles(quads: Raw) -> NDArray[np.float32]:

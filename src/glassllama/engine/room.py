@@ -11,12 +11,12 @@ from glassllama.base.config import LlamaConfig
 from glassllama.engine.layout import ALIGNMENT, BLOCK, Matrix
 from glassllama.engine.pages import PAGE
 from glassllama.engine.rows import FACTORS
-from glassllama.engine.tiers import kernel_address, tier
+from glassllama.engine.tiers import choose, kernel_address, tier
 
 # Matrices of a layer in the room's table, and the columns of that table.
 WQ, WK, WV, WO, GATE, UP, DOWN = range(7)
 MATRICES = 7
-KERNEL, VALUES, SCALES, BLOCKS, GROUPS, INTEGERS = range(6)
+KERNEL, VALUES, SCALES, BLOCKS, GROUPS, READS = range(6)
 FIELDS = 6
 LANES = 16  # rows of a group
 TILE = 8  # tokens of one row whose queries look at the cache together
@@ -39,8 +39,9 @@ PLACES = (
     "everyone",  # (N,) int64: 0, 1, …
     "wanted",  # (N,) int64, tokens whose logits are wanted
     "logits",  # (N, padded V)
-    "numbers", "codes", "factors",  # inputs of the matrices that read C or H·D numbers
-    "hidden_numbers", "hidden_codes", "hidden_factors",  # of `down`
+    # Inputs of the matrices that read C or H·D numbers: float32, int8 with factors, bfloat16.
+    "numbers", "codes", "factors", "bfloats",
+    "hidden_numbers", "hidden_codes", "hidden_factors", "hidden_bfloats",  # of `down`
     "qkv",  # (N, padded H·D + K·D + K·D)
     "mixed",  # (N, H·D): what the heads saw
     "added",  # (N, padded C): what a layer adds to the residual stream
@@ -125,6 +126,7 @@ def matrix_tables(
         **zeros(np.float32, hidden_numbers=(slots, hidden)),
         **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
         **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
+        **zeros(np.uint16, bfloats=(seats, width), hidden_bfloats=(slots, hidden)),
         **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows)),
         **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows)),
         **zeros(np.float32, hidden=(slots, 2 * gate.padded_rows)),
@@ -164,10 +166,10 @@ def table_of(matrices: list[Matrix]) -> NDArray[np.int64]:
     """What compiled code must know of each matrix: (matrices, FIELDS)."""
     table = np.zeros((len(matrices), FIELDS), np.int64)
     for row, matrix in zip(table, matrices, strict=True):
-        row[KERNEL] = kernel_address(matrix.kind.name, tier())
+        kernel, row[READS] = choose(matrix.kind, matrix.columns)
+        row[KERNEL] = kernel_address(kernel, tier())
         row[VALUES] = matrix.values.ctypes.data
         row[SCALES] = matrix.scales.ctypes.data
         row[BLOCKS] = matrix.kind.blocks(matrix.columns)
         row[GROUPS] = matrix.groups
-        row[INTEGERS] = matrix.kind.integer_inputs
     return table

@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 
 from glassllama.engine.compiled import compiled
 from glassllama.engine.crew import complete, done, take
-from glassllama.engine.intrinsics import call_kernel, floats, integers8, integers64
+from glassllama.engine.intrinsics import (
+    bfloat_from_float,
+    call_kernel,
+    floats,
+    integers8,
+    integers64,
+    words16,
+)
+from glassllama.engine.layout import BFLOAT16, INT8
 from glassllama.engine.room import (
     BLOCKS,
     FIELDS,
-    INTEGERS,
     KERNEL,
+    READS,
     SCALES,
     VALUES,
 )
@@ -39,23 +47,27 @@ class Step(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Rows that go into a matrix, `width` numbers each: float32 and, where wanted, int8."""
+    """Rows that go into a matrix, `width` numbers each: float32 and, where wanted, more."""
 
     numbers: int
     codes: int
     factors: int
+    bfloats: int
     width: int
 
 
 @compiled
 def inputs_of(room: Any) -> Any:
     """Inputs of the matrices that read C or H·D numbers."""
-    return Inputs(room.numbers, room.codes, room.factors, room.width)
+    return Inputs(room.numbers, room.codes, room.factors, room.bfloats, room.width)
 
 
 @compiled
 def inputs_of_down(room: Any) -> Any:
-    return Inputs(room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_width)
+    return Inputs(
+        room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_bfloats,
+        room.hidden_width,
+    )  # fmt: skip
 
 
 @compiled
@@ -77,8 +89,11 @@ def multiply(
     """Groups (first, last + 1) of a matrix times the inputs from `slot` on -> rows at `out`."""
     w = inputs.width
     address, stride = inputs.numbers + slot * w * 4, w * 4
-    if field(room, matrix, INTEGERS):
+    reads = field(room, matrix, READS)
+    if reads == INT8:
         address, stride = inputs.codes + slot * w, w
+    elif reads == BFLOAT16:
+        address, stride = inputs.bfloats + slot * w * 2, w * 2
     factor_stride = w // BLOCK * FACTORS * 4
     arguments = (
         field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
@@ -89,27 +104,31 @@ def multiply(
 
 
 @compiled
-def encode_blocks(inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
-    """Columns first … last-1 of a row become int8 inputs."""
-    codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
-    blocks = inputs.width // BLOCK
-    factors = floats(inputs.factors + slot * blocks * FACTORS * 4, (blocks, FACTORS))
-    encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
+def convert(reads: int, inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
+    """Columns first … last-1 of a row, whole blocks, in the forms that matrices read."""
+    if reads & INT8:
+        codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
+        blocks = inputs.width // BLOCK
+        factors = floats(inputs.factors + slot * blocks * FACTORS * 4, (blocks, FACTORS))
+        encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
+    if reads & BFLOAT16:
+        bfloats = words16(inputs.bfloats + slot * inputs.width * 2, inputs.width)
+        for i in range(first, last):
+            bfloats[i] = bfloat_from_float(numbers[i])
 
 
 @compiled
-def norm_row(room: Any, norm: int, t: int, integers: int, slot: int) -> None:
+def norm_row(room: Any, norm: int, t: int, reads: int, slot: int) -> None:
     """RMSNorm of one row of the residual stream becomes inputs."""
     inputs = inputs_of(room)
     numbers = row(inputs.numbers, slot, inputs.width)
     normalise(row(room.x, t, room.dim), row(room.norms, norm, room.dim), room.eps, numbers)
-    if integers:
-        encode_blocks(inputs, slot, numbers, 0, room.dim)
+    convert(reads, inputs, slot, numbers, 0, room.dim)
 
 
 @compiled
 def prepare_norms(
-    me: Any, phase: int, room: Any, norm: int, integers: int, tokens: int, count: int
+    me: Any, phase: int, room: Any, norm: int, reads: int, tokens: int, count: int
 ) -> Any:
     """RMSNorm at `count` tokens, whose numbers are at `tokens` -> slot of the first one's inputs.
 
@@ -118,12 +137,12 @@ def prepare_norms(
     """
     which = integers64(tokens, count)
     if count == 1:
-        norm_row(room, norm, which[0], integers, room.slots + me.thread)
+        norm_row(room, norm, which[0], reads, room.slots + me.thread)
         return room.slots + me.thread
     first, last = take(me, phase, count, 1)
     while first < last:
         for t in range(first, last):
-            norm_row(room, norm, which[t], integers, t)
+            norm_row(room, norm, which[t], reads, t)
         done(me, phase, last - first)
         first, last = take(me, phase, count, 1)
     complete(me, phase, count)

@@ -20,14 +20,16 @@ import numba
 from numba import cfunc
 
 from glassllama.base.errors import GlassError
-from glassllama.engine import amx_kernels, integer_kernels, kernels
+from glassllama.engine import amx_floats, amx_kernels, integer_kernels, kernels, matrix_registers
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.float_kernels import FLOAT_KERNELS
 from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
+from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, Kind
 
 SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
 VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 AMX = frozenset({"amx-tile", "amx-int8"})
+BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx, where the processor has amx-bf16
 TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "amx": VNNI | AMX,
     "vnni": VNNI,
@@ -47,7 +49,7 @@ def features() -> frozenset[str]:
         able = {name[1:] for name in forced.split(",") if name.startswith("+")}
     else:
         able = {name for name, there in llvm.get_host_cpu_features().items() if there}
-    if able & AMX and not amx_kernels.permitted():
+    if able & AMX and not matrix_registers.permitted():
         able -= AMX
     return frozenset(able)
 
@@ -61,8 +63,18 @@ def tier() -> str:
     return asked
 
 
+def choose(kind: Kind, columns: int) -> tuple[str, int]:
+    """Which kernel multiplies a packed matrix, and what its inputs must be."""
+    bfloats = kind.name == "BF16" and columns % amx_floats.STEP == 0
+    if bfloats and tier() == "amx" and "amx-bf16" in features():
+        return BFLOAT_TILES, BFLOAT16
+    return kind.name, INT8 if kind.integer_inputs else FLOAT32
+
+
 def kernel(kind: str, tier: str) -> Callable[..., None]:
     """The function to compile for a packed format: plain loops, or a tier's vectors."""
+    if kind == BFLOAT_TILES:
+        return amx_floats.bf16
     if tier == "plain":
         return kernels.PLAIN[kind]
     if kind in FLOAT_KERNELS:

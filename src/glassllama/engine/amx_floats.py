@@ -1,0 +1,103 @@
+"""Bfloat16 weights in matrix registers: products summed where they are made, in float32.
+
+Two groups of sixteen outputs meet up to 32 tokens, whose inputs are bfloat16 as well:
+
+    tile 0 … 3  sums of tokens' tile n // 2 and group n % 2
+    tile 4, 5   tokens × 32 inputs
+    tile 6, 7   32 inputs × 16 outputs: sixteen vectors of pairs, as layout.py has them
+
+Four sums at a time, for one instruction must not wait for the last. A token's sum goes through its
+inputs from first to last, 32 at a time, in any company; so it is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glassllama.engine.compiled import inlined, instruction_for_constants
+from glassllama.engine.intrinsics import types
+from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
+from glassllama.engine.vectors import AHEAD, I8, LINE, Vectors, number
+
+TOKENS, STEP = 16, 32  # of a tile; inputs of one product
+STEP_BYTES = 1024  # of a group's weights
+
+
+@instruction_for_constants
+def products(  # type: ignore[no-untyped-def]
+    context, tiles, groups, values, group_bytes, steps, x, x_stride, y, y_stride
+):
+    """Sums of one or two tiles of tokens and one or two groups (constants), stored at y."""
+    token_tiles, both = range(tiles.literal_value), range(groups.literal_value)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, group_bytes, steps, x, x_stride, y, y_stride = arguments[2:]
+        v, byte, line = Vectors(builder), I8.as_pointer(), number(LINE)
+        rows = number(TOKENS)
+
+        def load(tile: int, address: Any, stride: Any) -> None:
+            tile_call(builder, "tileloadd64", tile, builder.inttoptr(address, byte), stride)
+
+        def one(n: Any, nothing: list[Any]) -> list[Any]:
+            for g in both:
+                w = v.step(builder.add(values, builder.mul(group_bytes, number(g))), n, STEP_BYTES)
+                v.prefetch(v.at(w, AHEAD), STEP_BYTES)
+                load(6 + g, w, line)
+            for t in token_tiles:
+                own = builder.add(x, builder.mul(x_stride, builder.mul(rows, number(t))))
+                load(4 + t, v.step(own, n, 2 * STEP), x_stride)
+                for g in both:
+                    tile_call(builder, "tdpbf16ps", 2 * t + g, 4 + t, 6 + g)
+            return nothing
+
+        for t in token_tiles:
+            for g in both:
+                tile_call(builder, "tilezero", 2 * t + g)
+        v.count_up(steps, [], one)
+        for t in token_tiles:
+            for g in both:
+                out = builder.add(y, builder.mul(y_stride, builder.mul(rows, number(t))))
+                place = builder.inttoptr(v.at(out, g * LINE), byte)
+                tile_call(builder, "tilestored64", 2 * t + g, place, y_stride)
+        return context.get_dummy_value()
+
+    return types.void(tiles, groups, *[types.int64] * 7), emit
+
+
+@inlined
+def sweep_groups(
+    tiles: int, values: int, size: int, steps: int, x: int, x_stride: int, y: int, y_stride: int,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """All groups for one or two tiles of tokens: groups in twos, and one that is left."""
+    group = first
+    while group + 2 <= last:
+        products(tiles, 2, values + group * size, size, steps, x, x_stride, y + group * LINE,
+                 y_stride)  # fmt: skip
+        group += 2
+    if group < last:
+        products(tiles, 1, values + group * size, size, steps, x, x_stride, y + group * LINE,
+                 y_stride)  # fmt: skip
+
+
+def bf16(
+    values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """The kernel, for `cfunc`: see kernels.py. Inputs are bfloat16, a multiple of 32 of them."""
+    size, steps, t = columns * 32, columns // STEP, 0
+    if tokens >= TOKENS:
+        begin_tiles("floats", TOKENS)
+        while t + 2 * TOKENS <= tokens:
+            sweep_groups(2, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                         y_stride, first, last)  # fmt: skip
+            t += 2 * TOKENS
+        if t + TOKENS <= tokens:
+            sweep_groups(1, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                         y_stride, first, last)  # fmt: skip
+            t += TOKENS
+    if t < tokens:
+        begin_tiles("floats of few", tokens - t)
+        sweep_groups(1, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                     y_stride, first, last)  # fmt: skip
+    end_tiles()
