@@ -6,10 +6,8 @@ that keeps them is named after the digest of the whole engine: another engine, a
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,8 +17,7 @@ from numba import njit
 from numba.extending import intrinsic
 
 from glassllama.base import sealed
-from glassllama.base.errors import GlassError
-from glassllama.base.machine import cache_home
+from glassllama.base.code_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,28 +30,18 @@ LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
 notes: list[str] = []
 DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
-KEPT_VERSIONS = 3  # of compiled engines on disk: this one and the latest others
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
     """Where machine code is kept, or None (and a note) where nothing can be written."""
-    digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    try:
-        folder = cache_home() / "compiled" / digest.hexdigest()[:16]
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder.parent)
-        writable = os.access(folder, os.W_OK)
-        if writable and (damaged := sealed.discard_damaged(folder)):
-            notes.append(DAMAGED.format(damaged))
-    except (OSError, GlassError):  # GlassError: no home folder at all
-        writable = False
-    if not writable:
+    folder = folder_for("compiled", Path(__file__).parent, numba.__version__)
+    if folder is not None:
+        with suppress(OSError):
+            if damaged := sealed.discard_damaged(folder):
+                notes.append(DAMAGED.format(damaged))
+    else:
         notes.append("the cache folder is read-only: compiling in memory, at every start")
-        return None
     return folder
 
 
@@ -63,13 +50,6 @@ def seal() -> None:
     folder = code_folder()
     if folder is not None:
         sealed.seal(folder)
-
-
-def sweep(parent: Path) -> None:
-    """Delete what older engines compiled, but for the latest: nobody else would."""
-    folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
-    for folder in folders[:-KEPT_VERSIONS]:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:

@@ -6,9 +6,6 @@ keeps them is named after the digest of them all: other sources, another folder.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,36 +14,16 @@ from typing import Any, TypeVar, cast
 import numba
 from numba.extending import intrinsic
 
-from glassllama.base.errors import GlassError
-from glassllama.base.machine import cache_home
+from glassllama.base.code_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., Any])
 Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
-
-KEPT_VERSIONS = 3  # on disk: these sources and the latest others
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
     """Where machine code is kept, or None where nothing can be written."""
-    digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    try:
-        folder = cache_home() / "compiled-tokenizers" / digest.hexdigest()[:16]
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder.parent)
-        return folder if os.access(folder, os.W_OK) else None
-    except (OSError, GlassError):  # GlassError: no home folder at all
-        return None
-
-
-def sweep(parent: Path) -> None:
-    """Delete what older sources compiled, but for the latest: nobody else would."""
-    folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
-    for folder in folders[:-KEPT_VERSIONS]:
-        shutil.rmtree(folder, ignore_errors=True)
+    return folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
 
 
 def native(function: F, **more: bool) -> F:
