@@ -1,56 +1,138 @@
-"""How far quantised arithmetic moves the answer: mean KL to exact mode, llama.cpp's beside ours.
+"""How far quantised arithmetic moves the answer: ours and llama.cpp's beside exact mode.
 
-    python benchmarks/fidelity.py [MODEL.gguf]          (needs the bench extra)
+    python benchmarks/fidelity.py [MODEL.gguf] [--new 80] [--out FILE]      (needs the bench extra)
 
-The exact mode answers three questions greedily; both read the same ids, and at every position the
-divergence of their distribution from the exact one is taken. Prints a table and one line of JSON.
+The exact mode answers eight questions greedily; all read the same ids, and at every position the
+divergence (KL) of their distribution from the exact one is taken. Then all read the LICENSE file in
+windows of 512 ids, the first of which is not scored: perplexity. Differences between ours and
+llama.cpp's come with their standard error over questions (KL) and over tokens (perplexity): what is
+not well beyond it is luck of rounding. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama import load
+from glassllama.cli.machine_facts import machine, versions
+from glassllama.llm import LLM
 
 QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue?",
     "Write a short story about a fox.",
+    "How do I reverse a list in Python? Give an example.",
+    "Explain photosynthesis to a child.",
+    "List five animals that live in the sea.",
+    "What is 17 times 23? Think step by step.",
+    "Translate into French: The weather is nice today.",
 )
-NEW = 80  # tokens of each answer
+TEXT = Path(__file__).parent.parent / "LICENSE"
+WINDOW = 512  # ids that are read together
+Floats = NDArray[np.float64]
 
 
-def log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+class Readers:
+    """The exact mode, ours, and llama.cpp: each reads ids -> (T, V) logits."""
+
+    def __init__(self, model: str) -> None:
+        self.exact, self.ours = load(model, exact=True), load(model)
+        self.peer = llama_cpp.Llama(
+            str(self.exact.path), n_ctx=2 * WINDOW, verbose=False, logits_all=True
+        )
+
+    def log_probs(self, ids: list[int]) -> dict[str, Floats]:
+        """Natural logarithms of probabilities, (T, V), of each reader."""
+        self.peer.n_tokens = 0
+        self.peer.eval(ids)
+        return {
+            "exact": log_probs(self.exact.logits(ids)),
+            "ours": log_probs(self.ours.logits(ids)),
+            "llama.cpp": log_probs(np.array(self.peer.scores[: len(ids)])),
+        }
+
+
+def log_probs(logits: NDArray[np.float32]) -> Floats:
     """(T, V) logits -> natural logarithms of probabilities."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-    exact, ours = load(model, exact=True), load(model)
-    peer = llama_cpp.Llama(str(exact.path), n_ctx=1024, verbose=False, logits_all=True)
-    rows = []
+def divergence(truth: Floats, other: Floats) -> float:
+    """Mean KL of the positions, in nats."""
+    return float((np.exp(truth) * (truth - other)).sum(-1).mean())
+
+
+def with_error(differences: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error."""
+    return float(np.mean(differences)), float(np.std(differences, ddof=1) / len(differences) ** 0.5)
+
+
+def answers(readers: Readers, new: int) -> Iterator[dict[str, Any]]:
+    """For every question: how many ids question and answer have, and both divergences."""
     for question in QUESTIONS:
-        answer = exact.chat(question, max_tokens=NEW)
+        answer = readers.exact.chat(question, max_tokens=new)
         ids = [*answer.prompt_ids, *answer.ids]
-        truth = log_probs(exact.logits(ids))
-        peer.n_tokens = 0
-        peer.eval(ids)
-        both = {"ours": ours.logits(ids), "llama.cpp": np.array(peer.scores[: len(ids)])}
-        row = {
-            name: float((np.exp(truth) * (truth - log_probs(logits))).sum(-1).mean())
-            for name, logits in both.items()
-        }
-        rows.append({"ids": len(ids), **row})
-        print(f"{len(ids):4} ids   ours {row['ours']:.4f}   llama.cpp {row['llama.cpp']:.4f}")
-    print(json.dumps({"model": model, "mean_kl": rows}))
+        read = readers.log_probs(ids)
+        row = {name: divergence(read["exact"], read[name]) for name in ("ours", "llama.cpp")}
+        print(f"{len(ids):4} ids   ours {row['ours']:.5f}   llama.cpp {row['llama.cpp']:.5f}")
+        yield {"ids": len(ids), **row}
+
+
+def costs(readers: Readers, ids: list[int]) -> dict[str, Floats]:
+    """Nats that every scored id of a text cost each reader."""
+    found: dict[str, list[Floats]] = {}
+    for start in range(0, len(ids) - 1, WINDOW):
+        window = ids[start : start + WINDOW]
+        following, at = window[1:], np.arange(len(window) - 1)
+        for name, probs in readers.log_probs(window).items():
+            found.setdefault(name, []).append(-probs[at, following])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def text_ids(llm: LLM) -> list[int]:
+    return llm.tokenizer.encode(TEXT.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--new", type=int, default=80, help="tokens of each answer")
+    parser.add_argument("--out", type=Path)
+    flags = parser.parse_args()
+    around, readers = machine(), Readers(flags.model)
+    rows = list(answers(readers, flags.new))
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("ours", "llama.cpp")}
+    more, error = with_error([row["ours"] - row["llama.cpp"] for row in rows])
+    print(f"mean KL    ours {means['ours']:.5f}   llama.cpp {means['llama.cpp']:.5f}   "
+          f"ours - theirs {more:+.5f} ± {error:.5f}")  # fmt: skip
+    nats = costs(readers, text_ids(readers.exact))
+    perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
+    longer, slack = with_error(list(nats["ours"] - nats["llama.cpp"]))
+    print(f"perplexity of {TEXT.name}, {len(nats['ours'])} tokens:   "
+          + "   ".join(f"{name} {each:.4f}" for name, each in perplexity.items())
+          + f"   ours to theirs {longer:+.2%} ± {slack:.2%}")  # fmt: skip
+    line = {
+        "model": Path(flags.model).name, "machine": around,
+        "versions": versions() | {"llama.cpp": llama_cpp.__version__},
+        "answers": rows, "mean_kl": means, "kl_more": more, "kl_error": error,
+        "tokens": len(nats["ours"]), "perplexity": perplexity,
+        "nats_more": longer, "nats_error": slack,
+    }  # fmt: skip
+    print(json.dumps(line))
+    if flags.out:
+        with flags.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """GGUF models of Llama 3's shapes with random weights, to measure what no licence lets us carry.
 
-    python benchmarks/synthetic.py FOLDER [--shape 1b|8b] [--type Q4_K_M] [--layers N]
+    python benchmarks/synthetic.py FOLDER [--shape 135m|1b|8b] [--type Q4_K_M] [--layers N]
 
 Writes FOLDER/SHAPE-TYPE.gguf tensor by tensor with the `gguf` package and prints its path. The
 vocabulary is Meta's for Llama 3 where the `llama-models` wheel is installed, else SmolLM2's out of
@@ -43,18 +43,20 @@ Raw = NDArray[Any]
 
 
 def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
-    """Llama 3.2 1B or Llama 3.1 8B, with another vocabulary or number of layers if asked for."""
+    """SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B, with another vocabulary or number of layers if
+    asked for."""
     sizes: dict[str, dict[str, Any]] = {
+        "135m": {"dim": 576, "n_layers": 30, "head_dim": 64, "ffn_dim": 1536, "n_heads": 9,
+                 "n_kv_heads": 3, "tie_embeddings": True, "rope_theta": 100_000.0,
+                 "max_seq_len": 8192},
         "1b": {"dim": 2048, "n_layers": 16, "head_dim": 64, "ffn_dim": 8192,
                "tie_embeddings": True, "rope_scaling": Llama3Scaling(factor=32.0)},
         "8b": {"dim": 4096, "n_layers": 32, "head_dim": 128, "ffn_dim": 14336,
                "rope_scaling": Llama3Scaling(factor=8.0)},
     }  # fmt: skip
-    values = sizes[name] | ({} if layers is None else {"n_layers": layers})
-    return LlamaConfig(
-        n_heads=32, n_kv_heads=8, vocab_size=vocab_size, max_seq_len=131_072, norm_eps=1e-5,
-        rope_theta=500_000.0, rope_layout="pairs", **values,
-    )  # fmt: skip
+    llama3 = {"n_heads": 32, "n_kv_heads": 8, "rope_theta": 500_000.0, "max_seq_len": 131_072}
+    values = llama3 | sizes[name] | ({} if layers is None else {"n_layers": layers})
+    return LlamaConfig(vocab_size=vocab_size, norm_eps=1e-5, rope_layout="pairs", **values)
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
@@ -315,12 +317,12 @@ def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=("1b", "8b"), default="1b")
+    parser.add_argument("--shape", choices=("135m", "1b", "8b"), default="1b")
     parser.add_argument("--type", choices=TYPES, default="Q4_0")
     parser.add_argument("--layers", type=int, help="fewer, for a smaller file")
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True, exist_ok=True)
-    words = best_words()
+    words = smollm_words() if flags.shape == "135m" else best_words()
     config = shape(flags.shape, len(words.tokens), flags.layers)
     print(write(flags.folder / f"{flags.shape}-{flags.type}.gguf", config, flags.type, words))
 

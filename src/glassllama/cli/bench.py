@@ -151,6 +151,7 @@ class LlamaCpp:
         self._pieces: Any = None  # the tokens of a call, in their own words
         self._lengths: list[int] = []  # tokens of each row
         self.name = f"{kind.value} {llama_cpp.__version__}"
+        self.built_with = llama_cpp.llama_print_system_info().decode().strip(" |")
         self.load_s = time.perf_counter() - started
 
     def begin(self, batch: int, room: int) -> None:

@@ -38,6 +38,9 @@ class Contestant(Protocol):
     def name(self) -> str: ...  # with its version
 
     @property
+    def built_with(self) -> str: ...  # of what the processor has
+
+    @property
     def load_s(self) -> float: ...
 
     def begin(self, batch: int, room: int) -> None:
@@ -64,7 +67,7 @@ class Ours:
     """
 
     def __init__(self, llm: LLM) -> None:
-        self.name, self.load_s = "glassllama", llm.load_seconds
+        self.name, self.built_with, self.load_s = "glassllama", "", llm.load_seconds
         self._executor = llm.executor
         self._batch = 0
         self._cache: Any = None
@@ -163,7 +166,7 @@ class Measured:
     peaks: dict[str, float]  # operations per second, by dot product; CPU only
     peak: str | None  # the one of them that this model's numbers are for
     peak_memory: int | None
-    peers: list[dict[str, Any]]  # name, load_s, first_token_s
+    peers: list[dict[str, Any]]  # name, built_with, load_s, first_token_s
     rows: list[Row]
 
 
@@ -201,7 +204,12 @@ def measure(
         peak=next((name for name in peaks if name.startswith(needs.numbers)), None),
         peak_memory=peak,
         peers=[
-            {"name": peer.name, "load_s": peer.load_s, "first_token_s": first}
+            {
+                "name": peer.name,
+                "built_with": peer.built_with,
+                "load_s": peer.load_s,
+                "first_token_s": first,
+            }
             for peer, first in zip(peers, firsts[1:], strict=True)
         ],
         rows=rows,
