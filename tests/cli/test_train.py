@@ -1,0 +1,245 @@
+"""`glassllama train`: to a model that `generate` runs; faults, signals, resumption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cli.programs import COMMAND, PATIENCE, run
+from glassllama.cli.training import View, curve
+from glassllama.train.bands import Band, Watchman
+from glassllama.train.journal import Record, read_records
+from train.recipes import PRESET, changes, write_text
+
+LONG = ["schedule.steps=150", "run.eval_every=50", "run.save_every=5"]
+
+
+@pytest.fixture
+def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
+    return write_text(tmp_path, tinyshakespeare)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in the same order here as in a process that is told to use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def options(folder: Path, text: Path, kind: str = "llama", *more: str) -> list[str]:
+    sets = [word for change in changes(kind, text, *more) for word in ("--set", change)]
+    return ["train", PRESET[kind], *sets, "--out", str(folder)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt", "bigram"])
+def test_trained_models_generate(kind: str, verb: Any, tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    ran = verb(*options(folder, text, kind, "run.sample_every=6"))
+    assert ran.code == 0, ran.err
+    assert len(ran.out) > 100  # the sample, and nothing else
+    for words in (
+        "[schedule]\n", "checked targets: the inputs, shifted by one", "checked this machine:",
+        "step 12: validation ", "bits a byte", "tok/s", "a sample:", "complete: try it with",
+    ):  # fmt: skip
+        assert words in ran.err, words
+    for name in ("settings.toml", "log.jsonl", "log.csv", "loss.svg", "loss.png", "config.json"):
+        assert (folder / name).is_file(), name
+    assert verb("train", str(folder / "settings.toml"), "--out", tmp_path / "again").code == 0
+    said = verb("generate", "-m", folder, "To be", "-n", 5, "--backend", "torch", "--seed", 1)
+    assert said.code == 0, said.err
+    assert len(said.out) > 1
+    done = verb(*options(folder, text, kind), "--resume", "auto")
+    assert done.code == 0
+    assert "going on after step 12" in done.err
+
+
+def test_presets_are_listed(verb: Any) -> None:
+    names = verb("train").out.split()
+    assert "llama-tinyshakespeare-cpu" in names
+    assert len(names) == len(set(names)) >= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["llama-tinyshakespear-cpu"], 1, "did you mean llama-tinyshakespeare-cpu"),
+        (["nowhere.toml"], 1, "nowhere.toml: No such file"),
+        (["bigram-tinyshakespeare", "--set", "schedule.step=5"], 1, "did you mean steps"),
+        (["bigram-tinyshakespeare", "--data", "nowhere.txt"], 1, "nowhere.txt: no such file"),
+        (["bigram-tinyshakespeare", "--resume", "always"], 2, "always"),
+        (["bigram-tinyshakespeare", "--set", "run.device=abacus"], 1, "run.device: 'abacus'"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: list[str], code: int, words: str, verb: Any, tmp_path: Path,
+    tinyshakespeare: Path, monkeypatch: Any,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ran = verb("train", *arguments)
+    assert ran.code == code
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+
+
+def test_a_second_run_in_the_folder_is_refused(verb: Any, tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    assert verb(*options(folder, text, "bigram"), "--no-preflight").code == 0
+    again = verb(*options(folder, text, "bigram"))
+    assert again.code == 1
+    assert "holds a run already" in again.err
+    (tmp_path / "file").write_text("")
+    assert verb(*options(tmp_path / "file" / "run", text, "bigram")).code == 1
+
+
+def test_without_torch_the_line_names_the_extra(verb: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("glassllama.cli.train.find_spec", lambda name: None)
+    ran = verb("train", "bigram-tinyshakespeare")
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1] == (
+        "error: training needs an extra: pip install 'glassllama[train]'"
+    )
+
+
+def test_without_matplotlib_the_run_ends_well(verb: Any, tmp_path: Path, text: Path) -> None:
+    hidden = {name: sys.modules.get(name) for name in ("matplotlib", "matplotlib.figure")}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        ran = verb(*options(tmp_path / "run", text, "bigram"))
+    finally:
+        for name, module in hidden.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+    assert ran.code == 0
+    assert "note: loss.svg needs an extra: pip install 'glassllama[train]'" in ran.err
+    assert not (tmp_path / "run" / "loss.svg").exists()
+
+
+# --- interrupted ----------------------------------------------------------------------------
+
+
+def begin(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not any(record.step >= step for record in read_records(folder)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.01)
+
+
+def test_killed_interrupted_and_resumed_is_never_interrupted(
+    verb: Any, tmp_path: Path, text: Path, one_thread: None
+) -> None:
+    """kill -9, then SIGTERM: in the end every bit is that of a run without them."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    more = [*LONG, "model.dropout=0.1", "run.precision=bfloat16", "optimiser.ema=0.9"]
+    assert verb(*options(straight, text, "llama", *more), "--no-preflight").code == 0
+
+    arguments = [*options(broken, text, "llama", *more), "--no-preflight", "--resume", "auto"]
+    ends = ((12, signal.SIGKILL, -9), (40, signal.SIGTERM, 143))
+    for step, number, code in ends:
+        process = begin(arguments)
+        wait_for_step(process, broken, step)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+        assert out == ""
+        if number != signal.SIGKILL:
+            assert "stopped and saved after step" in err
+    assert verb(*arguments).code == 0
+
+    last = Path("checkpoints") / "step-000150" / "training.safetensors"
+    left, right = load_file(straight / last), load_file(broken / last)
+    assert set(left) == set(right)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    losses = [
+        [(r.loss, r.grad_norm, r.val_loss) for r in read_records(folder)]
+        for folder in (straight, broken)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, text: Path) -> None:
+    """Steps of seconds: the first Ctrl-C waits for the step, the second does not."""
+    folder = tmp_path / "run"
+    slow = ["data.context=512", "data.batch=16", "model.dim=240", "model.n_layers=8",
+            "model.ffn_dim=800", "model.head_dim=60"]  # fmt: skip
+    process = begin([*options(folder, text, "llama", *slow), "--no-preflight"])
+    wait_for_step(process, folder, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves(tmp_path: Path, text: Path) -> None:
+    words = " ".join(options(tmp_path / "run", text, "bigram"))
+    shell = f"{' '.join(COMMAND)} {words} --no-preflight | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode in (0, 141), ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_does_not_import_torch() -> None:
+    ran = run("train", "--help")
+    assert ran.returncode == 0
+    assert "--resume" in ran.stdout
+    code = "import sys; import glassllama.cli.app; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "False"
+
+
+# --- what is seen ---------------------------------------------------------------------------
+
+
+def record(step: int, loss: float, **more: float) -> Record:
+    return Record(step=step, loss=loss, lr=0.003, grad_norm=1.0, tokens=step * 100, tok_s=5000.0,
+                  seconds=1.0, **more)  # fmt: skip
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
+    watchman = Watchman(Band(seeds=3, steps=(2, 4), low=(3.0, 2.0), high=(4.0, 3.0)))
+    with View(steps=4, first=0, flops=4e6, peak=1e11, watchman=watchman) as view:
+        for step, loss in enumerate((3.6, 3.4, 3.3, 3.2), start=1):
+            view.on_step(record(step, loss))
+        view.on_step(record(4, 2.0, val_loss=2.5, val_error=0.01, bits_per_byte=3.6))
+        view.on_sample(4, "Thus spake")
+    err = capsys.readouterr().err
+    assert "step 1/4  loss 3.600  lr 3.0e-03  5,000 tok/s  MFU 20%" in err
+    assert "step 4: loss 3.250 is outside the usual 2.000 … 3.000" in err
+    assert "step 4: validation 2.5000 ± 0.0100, 3.600 bits a byte" in err
+    assert "Thus spake" in err
+
+
+def test_the_curve_falls_as_the_loss_does() -> None:
+    assert curve([], 5) == ""
+    assert curve([4.0], 5) == "▁"
+    assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
+    assert len(curve([float(n) for n in range(1000)], 60)) == 60
