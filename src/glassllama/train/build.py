@@ -30,6 +30,17 @@ NOT_LEARNT = ("rope_scaling", "rope_layout")  # of other people's checkpoints
 def make_model(settings: Settings, vocab_size: int) -> LanguageModel:
     """A new model on `run.device`, its weights drawn from `run.seed`, in float32.
 
+    Raises ConfigError as `new_model` does.
+    """
+    model = new_model(settings, vocab_size)
+    require_device(settings.run.device)
+    model.initialise(torch.Generator().manual_seed(settings.run.seed))
+    return cast(LanguageModel, as_module(model).to(settings.run.device))
+
+
+def new_model(settings: Settings, vocab_size: int) -> LanguageModel:
+    """A model whose weights mean nothing yet, on PyTorch's default device.
+
     Raises ConfigError naming `model.field`: unknown, missing, or a size that cannot be.
     """
     kind, (config_class, model_class) = settings.model.kind, MODELS[settings.model.kind]
@@ -47,11 +58,9 @@ def make_model(settings: Settings, vocab_size: int) -> LanguageModel:
         raise ConfigError(f"model: a {kind} also needs {', '.join(missing)}") from None
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from None
-    require_device(settings.run.device)
     model = model_class(config)
-    model.initialise(torch.Generator().manual_seed(settings.run.seed))
     add_dropout(model, settings.model.dropout)
-    return cast(LanguageModel, model.to(settings.run.device))
+    return cast(LanguageModel, model)
 
 
 def require_device(name: str) -> None:

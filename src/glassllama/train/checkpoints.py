@@ -21,7 +21,7 @@ from glassllama.train.faults import TrainingError
 
 COMPLETE = re.compile(r"step-(\d{6,})")
 ORPHAN = ".unfinished-"
-OWN_FILES = ("training.safetensors", "state.json")  # of training; the rest is the model's
+OWN_FILES = ("training.safetensors", "training", "state.json")  # the rest is the model's
 
 
 def write_checkpoint(home: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -30,13 +30,13 @@ def write_checkpoint(home: Path, step: int, write: Callable[[Path], None]) -> Pa
     Raises TrainingError where the disk is full or the folder cannot be written; what was complete
     stays.
     """
-    final, new = home / f"step-{step:06d}", home / f"{ORPHAN}step-{step:06d}"
+    final, new = home / f"step-{step:06d}", unfinished(home, step)
     try:
         home.mkdir(parents=True, exist_ok=True)
         remove(new)
         new.mkdir()
         write(new)
-        for file in new.iterdir():
+        for file in new.rglob("*"):
             force_to_disk(file)
         force_to_disk(new)
         remove(final)
@@ -49,6 +49,11 @@ def write_checkpoint(home: Path, step: int, write: Callable[[Path], None]) -> Pa
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return final
+
+
+def unfinished(home: Path, step: int) -> Path:
+    """Where the checkpoint of that step is while it is being written."""
+    return home / f"{ORPHAN}step-{step:06d}"
 
 
 def remove(folder: Path) -> None:

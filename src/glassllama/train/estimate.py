@@ -84,7 +84,7 @@ def memory_of_step(run: Run) -> int:
     s = run.settings
     numbers = parameters(run.model)
     copies = 2 + 2 + (s.optimiser.ema > 0)  # weights, gradients, AdamW's two means (Muon: one)
-    rows = s.data.batch // s.run.accumulate // run.world
+    rows = s.data.batch // s.run.accumulate
     positions = min(s.run.loss_chunk, rows * s.data.context)
     logits = LOGIT_COPIES * positions * run.model.config.vocab_size
     return FLOAT * (copies * numbers + logits) + rows * kept_for_backward(run)
@@ -101,7 +101,7 @@ def kept_for_backward(run: Run) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = run.batches.at(0, run.rank, run.world)
+    batch = run.batches.at(0)
     segments = None if batch.segments is None else batch.segments[:1]
     row = type(batch)(batch.ids[:1], batch.targets[:1], segments)
     ids, _, documents = next(iter(parts(row, 1, run.settings.run.device)))

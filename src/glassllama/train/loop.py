@@ -12,14 +12,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from glassllama.train.arithmetic import arithmetic
 from glassllama.train.batches import IGNORED, Batch
+from glassllama.train.distributed import whole
 from glassllama.train.evaluate import Score, evaluate
 from glassllama.train.faults import TrainingError
-from glassllama.train.journal import Journal, Made, Record
+from glassllama.train.journal import Made, Record
 from glassllama.train.loss import summed_loss
-from glassllama.train.run import Run, averaged, save
+from glassllama.train.run import Run, save, used
 from glassllama.train.sample import sample
 from glassllama.train.schedule import rate_factor
 from glassllama.train.stopping import Wish
@@ -32,13 +34,32 @@ class Listener(Protocol):
     def on_sample(self, step: int, text: str) -> None: ...
 
 
-def train(run: Run, journal: Journal, listener: Listener, wish: Wish) -> None:
+class Book(Protocol):
+    """Where it is written down: train/journal.py."""
+
+    def write(self, record: Record) -> None: ...
+
+
+class Nobody:
+    """For ranks that do not lead: neither told nor written, because the leader does."""
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def on_step(self, record: Record) -> None:
+        pass
+
+    def on_sample(self, step: int, text: str) -> None:
+        pass
+
+
+def train(run: Run, journal: Book, listener: Listener, wish: Wish) -> None:
     """Make the steps that are left, or stop, saved, after the one in which `wish` came true.
 
     Raises TrainingError at the first number that is not finite, before it reaches the weights.
     """
-    every, progress = run.settings.run, run.progress
-    while not (run.complete or wish):
+    every, progress, stopping = run.settings.run, run.progress, wish.agreed(run.team)
+    while not (run.complete or stopping):
         made = one_step(run)
         score = judged(run) if due(run, every.eval_every) or run.complete else None
         record = Record(**vars(made), **({} if score is None else vars(score)))
@@ -46,17 +67,19 @@ def train(run: Run, journal: Journal, listener: Listener, wish: Wish) -> None:
         listener.on_step(record)
         if due(run, every.sample_every):
             listener.on_sample(progress.step, sample_text(run))
+        stopping = wish.agreed(run.team)
         best = score is not None and progress.note_score(score.val_loss)
-        if best or wish or run.complete or due(run, every.save_every):
+        if best or stopping or run.complete or due(run, every.save_every):
             save(run)
 
 
 def one_step(run: Run) -> Made:
     """Batch, loss, gradients, weights: what training consists of."""
     s, progress, started = run.settings, run.progress, time.perf_counter()
-    torch.manual_seed(s.run.seed << 32 | progress.step)  # dropout is a function of the step
+    # Dropout is a function of the step, and of the rank, whose rows are others.
+    torch.manual_seed(s.run.seed << 32 | run.team.rank << 24 | progress.step)
     factor = rate_factor(progress.step, s.schedule)
-    batch = run.batches.at(progress.step, run.rank, run.world)
+    batch = run.batches.at(progress.step, run.team.rank, run.team.world)
     loss = loss_and_gradients(run, batch)
     norm = gradient_norm(run, s.optimiser.clip)
     require_finite(progress.step + 1, loss, norm, s.optimiser.lr * factor)
@@ -80,15 +103,15 @@ def one_step(run: Run) -> Made:
 def judged(run: Run) -> Score:
     """The model, or its running mean, on the validation split."""
     context = run.settings.data.context
-    with averaged(run), arithmetic(run.model, run.settings.run):
-        return evaluate(run.model, run.data.held_out, context, run.data.tokenizer)
+    with used(run), arithmetic(run.model, run.settings.run):
+        return evaluate(run.model, run.data.held_out, context, run.data.tokenizer, team=run.team)
 
 
 def sample_text(run: Run) -> str:
     """What the model, or its running mean, makes of `run.prompt` now."""
     s, tokenizer = run.settings.run, run.data.tokenizer
     prompt = tokenizer.encode(s.prompt, bos=tokenizer.bos is not None)
-    with averaged(run):
+    with used(run):
         ids = sample(run.model, prompt, count=s.sample_tokens, seed=s.seed)
     return s.prompt + tokenizer.decode(ids)
 
@@ -98,8 +121,12 @@ def due(run: Run, every: int) -> bool:
 
 
 def loss_and_gradients(run: Run, batch: Batch) -> float:
-    """The mean loss per target of a batch; its gradients are left in the weights' `grad`."""
-    s, counted = run.settings.run, max(1, int((batch.targets != IGNORED).sum()))
+    """The mean loss per target of a batch; its gradients are left in the weights' `grad`.
+
+    Every rank has other rows, and fewer targets than they have together: the mean is over all.
+    """
+    s, mine = run.settings.run, torch.tensor((batch.targets != IGNORED).sum())
+    counted = max(1, int(run.team.total(mine)))
     total = torch.zeros((), device=s.device)
     for ids, targets, segments in parts(batch, s.accumulate, s.device):
         with arithmetic(run.model, s):
@@ -107,7 +134,7 @@ def loss_and_gradients(run: Run, batch: Batch) -> float:
             loss = summed_loss(run.model, h, targets, s.loss_chunk) / counted
         loss.backward()
         total += loss.detach()
-    return float(total)
+    return float(run.team.total(total))
 
 
 def parts(batch: Batch, count: int, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -121,7 +148,9 @@ def parts(batch: Batch, count: int, device: str) -> Iterator[tuple[Tensor, Tenso
 def gradient_norm(run: Run, limit: float) -> float:
     """The norm of all gradients together; above `limit` (0: none) they are scaled down to it."""
     weights = list(run.optimisers.named.values())
-    return float(torch.nn.utils.clip_grad_norm_(weights, limit if limit > 0 else math.inf))
+    norm = whole(get_total_norm([w.grad for w in weights if w.grad is not None]))
+    clip_grads_with_norm_(weights, limit if limit > 0 else math.inf, norm)
+    return float(norm)
 
 
 def require_finite(step: int, loss: float, norm: float, lr: float) -> None:

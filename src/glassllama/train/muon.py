@@ -16,6 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from glassllama.train.distributed import is_sharded
+
 # The odd polynomial a·x + b·x³ + c·x⁵ of Jordan et al.: lifts every singular value in (0, 1] into
 # about 0.7 … 1.2 within five rounds; its slope at zero, 3.4, matters more than landing on one.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -37,6 +39,15 @@ def orthogonalise(x: Tensor, rounds: int = ROUNDS) -> Tensor:
         polynomial = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)  # b·S + c·S²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # (N, R, C): a·X + (b·S + c·S²)·X
     return x
+
+
+def orthogonalised(stack: Tensor) -> Tensor:
+    """`orthogonalise`, also where each rank holds some rows of every matrix."""
+    if not is_sharded(stack):
+        return orthogonalise(stack)
+    from glassllama.train.sharding import by_matrix
+
+    return by_matrix(orthogonalise, stack)
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,7 +84,7 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.stack([flat(m.grad) for m in matrices if m.grad is not None])
             momentum = self.momenta[shape].lerp_(gradient, 1 - share)  # (N, R, C)
             ahead = gradient.lerp_(momentum, share)  # Nesterov: where momentum will have led
-            update = orthogonalise(ahead.bfloat16()).float()  # (N, R, C)
+            update = orthogonalised(ahead.bfloat16()).float()  # (N, R, C)
             steps = [like(u, m) for u, m in zip(update, matrices, strict=True)]
             scale = UPDATE_RMS * max(shape) ** 0.5  # U·Vᵀ of (R, C) measures 1/√C, as R ≤ C
             torch._foreach_mul_(matrices, 1 - rate * decay)

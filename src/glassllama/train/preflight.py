@@ -34,7 +34,7 @@ PROBES, PROBE_TOKENS = 16, 48  # pieces of held-out text that are looked for in 
 
 def preflight(run: Run) -> Iterator[str]:
     """What each check found, one line at a time. Raises PreflightError, MemoryShortError."""
-    batch = run.batches.at(0, run.rank, run.world)
+    batch = run.batches.at(0)
     yield f"data: {check_data(run.data)}"
     check_targets(batch)
     yield "targets: the inputs, shifted by one"

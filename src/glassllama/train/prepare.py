@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from glassllama.models.language_model import LanguageModel
 from glassllama.train.arithmetic import choose_arithmetic
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches, require_window
-from glassllama.train.build import as_module, make_model
+from glassllama.train.build import as_module, make_model, new_model
 from glassllama.train.checkpoints import complete_steps, sweep
 from glassllama.train.data import Data
+from glassllama.train.distributed import ALONE, Team
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.resolve import to_toml
@@ -19,11 +22,14 @@ from glassllama.train.run import CHECKPOINTS, Run, resume
 from glassllama.train.settings import Settings
 
 
-def prepare(settings: Settings, data: Data, folder: Path) -> Run:
-    """A new run, nothing made yet. Raises GlassError: sizes or texts that cannot be."""
+def prepare(settings: Settings, data: Data, folder: Path, team: Team = ALONE) -> Run:
+    """A new run, or this rank's share of it, nothing made yet.
+
+    Raises GlassError: sizes or texts that cannot be.
+    """
+    team.require_even(settings.data.batch, settings.run.accumulate)
     require_window(data.held_out, settings.data.context)
-    model = make_model(settings, data.tokenizer.vocab_size)
-    choose_arithmetic(model, settings.run, settings.model.dropout)
+    model = first_weights(settings, data.tokenizer.vocab_size, team)
     module = as_module(model).train()
     return Run(
         settings=settings,
@@ -33,7 +39,23 @@ def prepare(settings: Settings, data: Data, folder: Path) -> Run:
         optimisers=Optimisers(module, settings.optimiser),
         batches=Batches(data.learnt, settings.data.context, settings.data.batch, settings.run.seed),
         average=Average(module, settings.optimiser.ema) if settings.optimiser.ema else None,
+        team=team,
     )
+
+
+def first_weights(settings: Settings, vocab_size: int, team: Team) -> LanguageModel:
+    """A new model; of several ranks each never holds more than its share and one tensor."""
+    if team.alone:
+        model = make_model(settings, vocab_size)
+        choose_arithmetic(model, settings.run, settings.model.dropout)
+        return model
+    from glassllama.train.sharding import shard
+
+    with torch.device("meta"):
+        model = new_model(settings, vocab_size)
+    choose_arithmetic(model, settings.run, settings.model.dropout)
+    shard(model, settings, team)
+    return model
 
 
 def occupy(folder: Path) -> FileLock:
@@ -64,9 +86,10 @@ def require_free(folder: Path, resuming: bool) -> None:
 
 def take_up(run: Run) -> bool:
     """Go on from the folder's last checkpoint -> whether there was one; sweep what is half done."""
-    sweep(run.checkpoints)
+    if run.team.leads:
+        sweep(run.checkpoints)
+        (run.folder / "settings.toml").write_text(to_toml(run.settings), encoding="utf-8")
     steps = complete_steps(run.checkpoints)
     if steps:
         resume(run, steps[max(steps)])
-    (run.folder / "settings.toml").write_text(to_toml(run.settings), encoding="utf-8")
     return bool(steps)

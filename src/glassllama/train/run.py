@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from glassllama.models.language_model import LanguageModel
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches
 from glassllama.train.build import as_module
-from glassllama.train.checkpoints import prune, publish, write_checkpoint
+from glassllama.train.checkpoints import prune, publish, unfinished, write_checkpoint
 from glassllama.train.data import Data
+from glassllama.train.distributed import ALONE, Team
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.settings import Settings
@@ -27,6 +28,8 @@ from glassllama.weights.open import read_json
 from glassllama.weights.save import save_model
 
 CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
+TENSORS = "training.safetensors"  # in a checkpoint: the tensors of a process alone
+SHARDS = "training"  # or the folder of those of several ranks
 FORMAT = "glassllama training 1"
 
 
@@ -59,8 +62,7 @@ class Run:
     batches: Batches
     average: Average | None = None
     progress: Progress = field(default_factory=Progress)
-    rank: int = 0
-    world: int = 1
+    team: Team = ALONE
 
     @property
     def checkpoints(self) -> Path:
@@ -103,24 +105,66 @@ def averaged(run: Run) -> AbstractContextManager[None]:
     return nullcontext() if run.average is None else run.average.in_place()
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint of this moment; the best so far becomes what the run's folder holds."""
+@contextmanager
+def used(run: Run) -> Iterator[None]:
+    """Within, that model may be run; forward passes are not followed by backward ones."""
+    with averaged(run):
+        if run.team.alone:
+            yield
+            return
+        from glassllama.train.sharding import asked
 
-    def write(folder: Path) -> None:
+        with asked(run.model):
+            yield
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this moment; the best so far becomes what the run's folder holds.
+
+    Every rank writes its share of the tensors, and the leader all the rest.
+    """
+    state, step = training_state(run), run.progress.step
+    with averaged(run):
+        model = whole_model(run)
+
+        def write(folder: Path) -> None:
+            write_tensors(run, state, folder)
+            about = {"format": FORMAT, "progress": asdict(run.progress), "identity": run.identity()}
+            text = json.dumps(about, indent=1) + "\n"
+            (folder / "state.json").write_text(text, encoding="utf-8")
+            save_model(folder, model, run.data.tokenizer, vocabulary=run.data.vocabulary)
+
+        if run.team.leads:
+            checkpoint = write_checkpoint(run.checkpoints, step, write)
+            if run.progress.best_step in (None, step):
+                publish(checkpoint, run.folder)
+            prune(run.checkpoints, run.settings.run.keep, run.progress.best_step)
+        else:
+            write_tensors(run, state, unfinished(run.checkpoints, step))
+    run.team.wait()
+
+
+def whole_model(run: Run) -> LanguageModel:
+    """The model, with all its weights where they are written."""
+    if run.team.alone:
+        return run.model
+    from glassllama.train import sharding
+
+    return sharding.whole_model(run.model, run.settings, run.team)
+
+
+def write_tensors(run: Run, state: Mapping[str, Tensor], folder: Path) -> None:
+    """`training_state` into the folder of a checkpoint that is being written."""
+    if run.team.alone:
         try:
-            save_file(training_state(run), folder / "training.safetensors")
+            save_file(dict(state), folder / TENSORS)
         except SafetensorError as error:  # how its writer says that the disk is full
             raise OSError(str(error)) from None
-        state = {"format": FORMAT, "progress": asdict(run.progress), "identity": run.identity()}
-        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        with averaged(run):
-            save_model(folder, run.model, run.data.tokenizer, vocabulary=run.data.vocabulary)
+        return
+    from glassllama.train.shards import write_shards
 
-    checkpoint = write_checkpoint(run.checkpoints, run.progress.step, write)
-    if run.progress.best_step in (None, run.progress.step):
-        publish(checkpoint, run.folder)
-    prune(run.checkpoints, run.settings.run.keep, run.progress.best_step)
-    return checkpoint
+    run.team.wait()  # for the leader to make the folder
+    write_shards(folder / SHARDS, state)
 
 
 def training_state(run: Run) -> dict[str, Tensor]:
@@ -140,11 +184,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     """
     state = read_json(checkpoint / "state.json")
     require_same(checkpoint, state.get("identity", {}), run.identity())
-    tensors = read_tensors(checkpoint / "training.safetensors", run.settings.run.device)
-    if odd := sorted(set(training_names(run)) ^ set(tensors)):
-        raise TrainingError(
-            f"{checkpoint}/training.safetensors: missing or not expected: {', '.join(odd[:5])}"
-        )
+    tensors = stored_state(run, checkpoint)
     with torch.no_grad():
         for name, weight in as_module(run.model).named_parameters():
             weight.copy_(tensors[f"weights.{name}"])
@@ -152,6 +192,49 @@ def resume(run: Run, checkpoint: Path) -> None:
     if run.average is not None:
         run.average.load_state(tensors)
     run.progress = Progress(**state["progress"])
+
+
+def stored_state(run: Run, checkpoint: Path) -> dict[str, Tensor]:
+    """What `training_state` was then: whole, or this rank's share; whoever wrote it, and how many.
+
+    Raises TrainingError: damage, other tensors than this run's, somebody else's format.
+    """
+    refuse_pickles(checkpoint)
+    whole, shards = checkpoint / TENSORS, checkpoint / SHARDS
+    if run.team.alone and not shards.exists():
+        tensors = read_tensors(whole, run.settings.run.device)
+        if odd := sorted(set(training_names(run)) ^ set(tensors)):
+            raise TrainingError(f"{whole}: missing or not expected: {', '.join(odd[:5])}")
+        return tensors
+    from glassllama.train.shards import read_shards, read_whole
+
+    tensors = empty_state(run)
+    if shards.exists():
+        read_shards(shards, tensors, alone=run.team.alone)
+    else:
+        read_whole(whole, tensors)
+    return tensors
+
+
+def refuse_pickles(checkpoint: Path) -> None:
+    """Raise TrainingError where a folder holds PyTorch's own form of a distributed checkpoint."""
+    for folder in (checkpoint, checkpoint / SHARDS):
+        if (folder / ".metadata").exists() or list(folder.glob("*.distcp")):
+            raise TrainingError(
+                f"{folder}: a checkpoint of torch.distributed by another program: its pickles can "
+                "run anything, so they are not opened; bring models here as safetensors"
+            )
+
+
+def empty_state(run: Run) -> dict[str, Tensor]:
+    """Tensors to be filled, like those of `training_state`."""
+    parameters = dict(as_module(run.model).named_parameters())
+    empty = {}
+    for name in training_names(run):
+        ours = max((each for each in parameters if name.endswith(f".{each}")), key=len)
+        alike = torch.empty_like(parameters[ours].detach())
+        empty[name] = torch.zeros(()) if name.startswith("adamw.step.") else alike
+    return empty
 
 
 def training_names(run: Run) -> Iterator[str]:

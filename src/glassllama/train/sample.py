@@ -13,7 +13,7 @@ from glassllama.train.build import as_module
 TEMPERATURE = 0.8
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights gathered in it cannot be trained after
 def sample(model: LanguageModel, prompt: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` ids that follow the prompt, however small the model's context is.
 

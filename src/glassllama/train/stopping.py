@@ -6,23 +6,34 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from signal import Signals
 from types import FrameType
+
+from glassllama.train.distributed import Team
 
 HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 class Wish:
-    """Whether somebody asked to stop, and by which signal."""
+    """Whether somebody asked to stop, and by which signal: this process, or another rank."""
 
-    signal: signal.Signals | None = None
+    signal: Signals | None = None
+    heard_elsewhere: Signals | None = None
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return bool(self.signal or self.heard_elsewhere)
+
+    def agreed(self, team: Team) -> bool:
+        """Whether any rank was asked to stop: the same answer on all, at the same step."""
+        if number := team.greatest(self.signal or 0):
+            self.heard_elsewhere = Signals(number)
+        return number > 0
 
     @property
     def exit_code(self) -> int:
         """What shells expect of a program that a signal ended; 0 where none came."""
-        return 0 if self.signal is None else 128 + self.signal
+        came = self.signal or self.heard_elsewhere
+        return 0 if came is None else 128 + came
 
 
 @contextmanager
@@ -34,9 +45,9 @@ def listening() -> Iterator[Wish]:
     wish = Wish()
 
     def heard(number: int, _: FrameType | None) -> None:
-        if wish:
+        if wish.signal:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        wish.signal = signal.Signals(number)
+        wish.signal = Signals(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield wish
