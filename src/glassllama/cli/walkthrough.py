@@ -139,6 +139,7 @@ def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) ->
     # Threads that wait by spinning take the core from those they wait for: on a machine with other
     # work to do a walk took five times as long. Must be said before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for all that is kept
     from glassllama.walkthrough.steps import require_step
     from glassllama.walkthrough.walk import open_walk
 

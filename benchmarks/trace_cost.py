@@ -1,0 +1,60 @@
+"""What watching costs: a forward pass with every place kept, with one, and with none.
+
+    python benchmarks/trace_cost.py [MODEL] [--rounds 7]          (needs the torch extra)
+
+One thread, processor time, in turns, medians. Prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from glassllama import load
+from glassllama.walkthrough.trace import run_with_trace
+
+LENGTHS = (17, 128, 512)  # tokens
+WATCHED = {"all places": ["*"], "attention weights": ["layers.*.attention.weights"]}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=7)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load(chosen.model, backend="torch").executor.model
+    rows = []
+    for length in LENGTHS:
+        ids = torch.arange(1, length + 1)
+        ways: dict[str, Callable[[], object]] = {"none": lambda ids=ids: model(ids[None])}
+        for name, watch in WATCHED.items():
+            ways[name] = lambda ids=ids, watch=watch: run_with_trace(
+                model, ids.tolist(), watch=watch
+            )
+        spent: dict[str, list[float]] = {name: [] for name in ways}
+        with torch.inference_mode():
+            for _ in range(chosen.rounds):
+                for name, work in ways.items():
+                    spent[name].append(seconds(work))
+        base = median(spent["none"])
+        row = {name: median(times) / base - 1 for name, times in spent.items() if name != "none"}
+        rows.append({"tokens": length, "forward_s": base, **row})
+        shares = "   ".join(f"{name} +{share:.0%}" for name, share in row.items())
+        print(f"{length:4} tokens   {base * 1000:6.0f} ms   {shares}")
+    print(json.dumps({"model": chosen.model, "added": rows}))
+
+
+if __name__ == "__main__":
+    main()
