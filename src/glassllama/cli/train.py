@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,11 @@ from glassllama.cli.screen import note, progress_bars, write
 from glassllama.cli.training import View
 
 if TYPE_CHECKING:
+    from glassllama.train.data import Data
+    from glassllama.train.distributed import Team
     from glassllama.train.run import Run
     from glassllama.train.settings import Settings
+    from glassllama.train.stopping import Wish
 
 
 class Resume(StrEnum):
@@ -77,6 +81,7 @@ def train(
 
     The run's folder holds its settings, its log, its curve, checkpoints, and the best model so far:
     'glassllama generate -m FOLDER' runs it. Ctrl-C finishes the step, saves and leaves.
+    On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
     """
     from glassllama.train.resolve import preset_names, resolve, to_toml
 
@@ -85,10 +90,13 @@ def train(
         return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
+    from glassllama.train.distributed import torchrun_rank
+
     changes = [*(change or []), *([] if data is None else [f"data.corpus={data}"])]
     settings = resolve(what, changes)
     folder = out or Path("runs") / settings.name
-    note(to_toml(settings))
+    if torchrun_rank()[0] == 0:
+        note(to_toml(settings))
     if code := carry_out(settings, folder, resume is not None, preflight, offline):
         raise typer.Exit(code)
 
@@ -97,33 +105,78 @@ def carry_out(
     settings: Settings, folder: Path, resuming: bool, checked: bool, offline: bool
 ) -> int:
     """The whole run, in that folder -> the exit code."""
-    from glassllama.train.data import open_data
-    from glassllama.train.preflight import preflight
+    from glassllama.train.distributed import together
     from glassllama.train.prepare import occupy, prepare, require_free, take_up
 
-    with occupy(folder):
-        require_free(folder, resuming)
-        with progress_bars() as bar:
-            progress = bar(f"downloading {settings.data.corpus}", "bytes")
-            data = open_data(settings.data, folder, offline=offline, progress=progress)
-        run = prepare(settings, data, folder)
+    with together(settings.run.device) as team, ExitStack() as held:
+
+        def begin() -> Data:
+            if team.leads:
+                held.enter_context(occupy(folder))
+                require_free(folder, resuming)
+            team.require_even(settings.data.batch, settings.run.accumulate)
+            return opened(settings, folder, team, offline)
+
+        data = team.lead_first(begin)
+        run = prepare(settings, data, folder, team)
         if take_up(run):
-            note(f"going on after step {run.progress.step:,}")
+            tell(run, f"going on after step {run.progress.step:,}")
         elif checked:
-            for line in preflight(run):
-                note(f"checked {line}")
+            team.lead_first(lambda: check(run))
         code = go(run)
         finish(run)
     return code
 
 
+def opened(settings: Settings, folder: Path, team: Team, offline: bool) -> Data:
+    """The text as ids: written by the leader, read by all ranks."""
+    from glassllama.train.data import open_data
+
+    if not team.leads:
+        return open_data(settings.data, folder, offline=offline, written=True)
+    with progress_bars() as bar:
+        progress = bar(f"downloading {settings.data.corpus}", "bytes")
+        return open_data(settings.data, folder, offline=offline, progress=progress)
+
+
+def check(run: Run) -> None:
+    """The checks before a run; of several ranks the leader makes them, as if it were alone."""
+    from glassllama.train.preflight import preflight
+    from glassllama.train.prepare import rehearsal
+
+    if run.team.leads:
+        alone = run if run.team.alone else rehearsal(run.settings, run.data, run.folder, run.team)
+        for line in preflight(alone):
+            note(f"checked {line}")
+
+
+def tell(run: Run, text: str) -> None:
+    """Say it once, however many ranks there are."""
+    if run.team.leads:
+        note(text)
+
+
 def go(run: Run) -> int:
-    """Make the steps, with a view -> the exit code: that of the signal which stopped them."""
+    """Make the steps -> the exit code: that of the signal which stopped them, or 0."""
+    from glassllama.train.loop import Nobody, train
+    from glassllama.train.stopping import listening
+
+    with listening() as wish:
+        if run.team.leads:
+            watched(run, wish)
+        else:
+            train(run, Nobody(), Nobody(), wish)
+    if wish:
+        tell(run, f"stopped and saved after step {run.progress.step:,}; go on with --resume auto")
+    return wish.exit_code
+
+
+def watched(run: Run, wish: Wish) -> None:
+    """Make the steps, with a view and a journal of them."""
     from glassllama.train.bands import Watchman, band_of
     from glassllama.train.journal import Journal
-    from glassllama.train.loop import train as make_steps
+    from glassllama.train.loop import train
     from glassllama.train.speed import flops_per_token, peak_flops
-    from glassllama.train.stopping import listening
 
     s, done, band = run.settings, run.progress.step, band_of(run.settings)
     note("band: none for these settings" if band is None else f"band: of {band.seeds} seeds")
@@ -131,18 +184,15 @@ def go(run: Run) -> int:
         steps=s.schedule.steps,
         first=done,
         flops=flops_per_token(run.model, s.data.context),
-        peak=peak_flops(s.run.device, s.run.precision),
+        peak=peak_flops(s.run.device, s.run.precision) * run.team.world,
         watchman=None if band is None else Watchman(band, done),
     )
     journal = Journal(run.folder, done, tensorboard=s.run.tensorboard)
     try:
-        with listening() as wish, view:
-            make_steps(run, journal, view, wish)
+        with view:
+            train(run, journal, view, wish)
     finally:
         journal.close()
-    if wish:
-        note(f"stopped and saved after step {run.progress.step:,}; go on with --resume auto")
-    return wish.exit_code
 
 
 def finish(run: Run) -> None:
@@ -152,10 +202,13 @@ def finish(run: Run) -> None:
     from glassllama.train.journal import read_records
     from glassllama.train.loop import sample_text
 
+    text = sample_text(run) if run.complete else ""  # by all ranks together
+    if not run.team.leads:
+        return
     try:
         draw_curve(read_records(run.folder), run.folder, run.settings.name, band_of(run.settings))
     except MissingExtraError as error:
         note(f"note: {error}")
     if run.complete:
-        write(sample_text(run).strip() + "\n")
+        write(text.strip() + "\n")
         note(f"complete: try it with 'glassllama generate -m {run.folder} TEXT'")

@@ -11,7 +11,7 @@ from glassllama.base.errors import DownloadError
 from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.train.corpus import Corpus, Shares, char_tokenizer, open_corpus, tokenize
 from glassllama.train.settings import CHARACTERS, DataSettings
-from glassllama.train.tokens import Tokens
+from glassllama.train.tokens import Tokens, open_tokens
 from glassllama.weights.tokenizer import tokenizer_from_folder
 
 
@@ -26,20 +26,27 @@ class Data:
 
 
 def open_data(
-    settings: DataSettings, folder: Path, *, offline: bool = False, progress: Progress | None = None
+    settings: DataSettings,
+    folder: Path,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    written: bool = False,
 ) -> Data:
     """Read the corpus, and write its ids into `folder`/data. Progress is told in bytes.
 
+    `written`: another rank has just written them, with a vocabulary if there is one to learn.
     Raises GlassError: text that is not there, empty, damaged or too short, a bad vocabulary.
     """
     corpus = open_corpus(find_text(settings.corpus, offline=offline, progress=progress))
     vocabulary = find_vocabulary(settings, corpus, folder / "tokenizer")
     tokenizer = char_tokenizer(corpus) if vocabulary is None else tokenizer_from_folder(vocabulary)
-    shares = Shares(val=settings.held_out)
-    parts = tokenize(corpus, tokenizer, folder / "data", shares=shares)
-    return Data(
-        tokenizer=tokenizer, vocabulary=vocabulary, learnt=parts["train"], held_out=parts["val"]
+    if not written:
+        tokenize(corpus, tokenizer, folder / "data", shares=Shares(val=settings.held_out))
+    learnt, held_out = (
+        open_tokens(folder / "data" / f"{part}.bin", verify=False) for part in ("train", "val")
     )
+    return Data(tokenizer=tokenizer, vocabulary=vocabulary, learnt=learnt, held_out=held_out)
 
 
 def find_text(corpus: str, *, offline: bool = False, progress: Progress | None = None) -> Path:

@@ -12,11 +12,15 @@ of the step relative to AdamW's is Moonshot's (Liu et al., "Muon is scalable for
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from glassllama.train.distributed import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # The odd polynomial a·x + b·x³ + c·x⁵ of Jordan et al.: lifts every singular value in (0, 1] into
 # about 0.7 … 1.2 within five rounds; its slope at zero, 3.4, matters more than landing on one.
@@ -47,7 +51,7 @@ def orthogonalised(stack: Tensor) -> Tensor:
         return orthogonalise(stack)
     from glassllama.train.sharding import by_matrix
 
-    return by_matrix(orthogonalise, stack)
+    return by_matrix(orthogonalise, cast("DTensor", stack))
 
 
 class Muon(torch.optim.Optimizer):

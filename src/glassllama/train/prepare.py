@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,12 @@ def first_weights(settings: Settings, vocab_size: int, team: Team) -> LanguageMo
     choose_arithmetic(model, settings.run, settings.model.dropout)
     shard(model, settings, team)
     return model
+
+
+def rehearsal(settings: Settings, data: Data, folder: Path, team: Team) -> Run:
+    """A run by one rank alone, on its share of a batch: what preflight.py looks at."""
+    share = settings.data.batch // team.world
+    return prepare(replace(settings, data=replace(settings.data, batch=share)), data, folder)
 
 
 def occupy(folder: Path) -> FileLock:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 from glassllama.models.language_model import LanguageModel
@@ -76,14 +76,21 @@ def whole_model(model: LanguageModel, settings: Settings, team: Team) -> Languag
     return copy
 
 
-def by_matrix(function: Callable[[Tensor], Tensor], stack: Any) -> DTensor:
+def by_matrix(function: Callable[[Tensor], Tensor], stack: DTensor) -> DTensor:
     """`function` of a stack of sharded matrices (N, R, C), each whole on one rank while it works.
 
     The ranks exchange rows for matrices, work each on its own N / world, and exchange back.
     """
-    apart = stack.redistribute(placements=[Shard(0)])
+    apart = exchanged(stack, Shard(0))
     done = function(apart.to_local())  # (n, R, C)
     made = DTensor.from_local(
         done, stack.device_mesh, [Shard(0)], shape=stack.shape, stride=apart.stride()
     )
-    return made.redistribute(placements=stack.placements)
+    return exchanged(made, stack.placements[0])
+
+
+def exchanged(stack: DTensor, placement: Placement) -> DTensor:
+    """The same numbers, shared out along another axis."""
+    if stack.device.type == "cpu":  # gloo cannot send each rank its own: all is sent to all
+        stack = stack.redistribute(placements=[Replicate()])
+    return stack.redistribute(placements=[placement])
