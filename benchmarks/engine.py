@@ -4,7 +4,7 @@
 
 Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
 of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
-Prints a table; machine, threads and bandwidth (a plain copy by numpy, twice its bytes) come first.
+Prints a table; machine, threads and what one thread can do at best (engine/peaks.py) come first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from glassllama.engine.crew import processors
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
 from glassllama.engine.packing import FLOAT_TYPES
+from glassllama.engine.peaks import peaks, read_bandwidth
 from glassllama.engine.tiers import TIERS, features, kernel_address
 
 ROUNDS = 7
+STRETCH = 1 << 29  # bytes, larger than most caches
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -115,11 +117,9 @@ def steps(path: str) -> None:
 
 
 def main() -> None:
-    block = np.ones(1 << 26)
-    target = np.empty_like(block)
-    bandwidth = 2 * block.nbytes / seconds(lambda: np.copyto(target, block)) / 1e9
-    print(f"{platform.processor() or platform.machine()}, {processors()} processors, copy on one "
-          f"thread {bandwidth:.1f} GB/s")  # fmt: skip
+    best = ", ".join(f"{name} {rate / 1e9:.0f} GOP/s" for name, rate in peaks(1).items())
+    print(f"{platform.processor() or platform.machine()}, {processors()} processors; one thread "
+          f"reads {read_bandwidth(STRETCH, 1) / 1e9:.1f} GB/s; {best}")  # fmt: skip
     kernels()
     if len(sys.argv) > 1:
         steps(sys.argv[1])

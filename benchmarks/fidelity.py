@@ -65,7 +65,8 @@ def log_probs(logits: NDArray[np.float32]) -> Floats:
     """(T, V) logits -> natural logarithms of probabilities."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    probs: Floats = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    return probs
 
 
 def divergence(truth: Floats, other: Floats) -> float:

@@ -117,7 +117,7 @@ def test_llama_cpp_reads_the_same_logits_row_by_row(loaded: LLM) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: the bench extra")
     from glassllama.cli.bench import LlamaCpp
 
-    peer: Any = LlamaCpp(loaded.path, 2)
+    peer: Any = LlamaCpp(loaded.path, 1)
     ours = loaded.executor
     ids = loaded.encode("The capital of France is")
     peer.begin(2, 16)

@@ -1,0 +1,269 @@
+"""What the record consists of, what is aimed at, and the page that says so (see record.py)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results" / "record", HERE / "RECORD.md"
+DEFAULT = "smollm2-135m"
+BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
+MORE = "--prompt 512 --batch 1,8"
+LONG = "--prompt 512 --context 4096 --runs 2 --new 32 --vs llama.cpp"
+LARGE = "--prompt 512 --batch 1,8 --runs 2 --new 16 --vs llama.cpp"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing to be measured. `model` is a short name, or SHAPE-TYPE for random weights."""
+
+    name: str
+    model: str
+    command: str  # MODEL stands for the file
+    title: str
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+
+def bench(model: str, options: str, *, more: str = "") -> Line:
+    shape, _, kind = model.partition("-")
+    title = "The default model, Q4_1" if model == DEFAULT else f"{shape.upper()} shape, {kind}"
+    name, title = (f"{model}-{more}", f"{title}, {more}") if more else (model, title)
+    return Line(name, model, f"glassllama bench MODEL {options}", title)
+
+
+LINES = (
+    bench(DEFAULT, "--grid --vs llama.cpp"),  # its Q4_1 is not repacked by llama.cpp
+    *(bench(f"135m-{kind}", f"{MORE} {BOTH}") for kind in ("Q4_0", "Q8_0")),
+    bench("135m-BF16", f"{MORE} --vs llama.cpp"),
+    *(bench(f"1b-{kind}", f"{MORE} --new 32 {BOTH}") for kind in ("Q4_0", "Q8_0", "Q4_K_M")),
+    bench("1b-BF16", f"{MORE} --new 32 --vs llama.cpp"),
+    bench("1b-Q4_0", LONG, more="long"),
+    *(bench(f"8b-{kind}", LARGE) for kind in ("Q4_0", "Q4_K_M")),
+    Line("neighbour", DEFAULT, "python benchmarks/neighbour.py MODEL", "A busy neighbour"),
+    Line("fidelity", DEFAULT, "python benchmarks/fidelity.py MODEL", "Fidelity"),
+)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ours to the best of theirs, and the share of a bound. A decode meets either of the two."""
+
+    ratio: float
+    share: float | None = None
+    either: bool = False
+
+    def said(self) -> str:
+        share = "" if self.share is None else f"{self.share:.0%} of the bound"
+        join = " or " if self.either else ", "
+        return join.join(part for part in (f"{self.ratio:g}×", share) if part)
+
+    def verdict(self, ratio: float | None, share: float | None) -> str:
+        held = {}
+        if ratio is not None:
+            held["ratio"] = ratio >= self.ratio
+        if self.share is not None and share is not None:
+            held["bound"] = share >= self.share
+        if not held:
+            return "–"
+        if self.either or len(set(held.values())) == 1:
+            met = any(held.values()) if self.either else all(held.values())
+            return "met" if met else "**not met**"
+        return ", ".join(f"{k} {'met' if met else '**not met**'}" for k, met in held.items())
+
+
+RATIOS_135M = {"Q4_1": 3.0, "Q4_0": 2.5, "Q8_0": 2.0, "BF16": 1.6}
+CONTEXT_TARGET, BATCH_TARGET = Target(1.5), Target(2.0)
+FIRST_TOKEN_S = 0.6
+LONGEST_CONTEXT, MANY_ROWS, LONG_PROMPT = 4096, 8, 512
+PERPLEXITY_SLACK = 0.001
+
+
+def target(line: Line, row: dict[str, Any]) -> Target | None:
+    """What is aimed at for this row, if anything."""
+    small = line.model in (DEFAULT, *(f"135m-{kind}" for kind in RATIOS_135M))
+    kind = "Q4_1" if line.model == DEFAULT else line.model.partition("-")[2]
+    if row["what"] == "prefill":
+        if row["tokens"] != LONG_PROMPT:
+            return None
+        return Target(1.2, 0.65) if kind == "BF16" else Target(2.0, 0.55)
+    if row["batch"] == MANY_ROWS:
+        return None if line.model.startswith("8b") else BATCH_TARGET
+    if row["context"] == LONGEST_CONTEXT:
+        return CONTEXT_TARGET
+    if row["context"] or row["batch"] > 1 or (kind == "BF16" and not small):
+        return None
+    if small:
+        return Target(RATIOS_135M[kind], 0.75, either=True)
+    return Target(1.4, 0.90, either=True)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+HEAD = """# The record
+
+Written by `python benchmarks/record.py` from the lines in `benchmarks/results/record/`;
+`python benchmarks/record.py --measure` takes those that are missing.
+
+Tokens per second, medians; prompts are random tokens, no token is guessed. In every line llama.cpp
+reads the same file with as many threads in the same process, in turns with us; *as stored* is
+llama.cpp without repacking weights for the processor, and a ratio is to the better of the two. The
+bound of a decode is the speed at which these threads read memory, measured in the same run with a
+compiled loop; the bound of a prefill is the processor's best dot product for such numbers, the
+first that is named, on data in the nearest cache. Files named by a shape hold random weights of
+that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
+
+A decode's target is met by its ratio **or** by its share of the bound, because memory that is
+shared with other machines drifts. ik_llama.cpp, the fastest engine known, was not at hand: targets
+against it are not judged here.
+"""
+MISSING = "\nNot measured yet: {}.\n"
+
+
+def page() -> str:
+    """The whole page, from the lines that are there."""
+    kept = {
+        line.name: json.loads(line.result.read_text()) for line in LINES if line.result.exists()
+    }
+    there = [line for line in LINES if line.name in kept]
+    missing = [line.name for line in LINES if line.name not in kept]
+    parts = [HEAD, MISSING.format(", ".join(missing)) if missing else ""]
+    parts += [machine_part(there, kept)] if there else []
+    benches = [line for line in there if "rows" in kept[line.name]["result"]]
+    benches = [line for line in benches if line.name != "neighbour"]
+    parts += [bench_part(line, kept[line.name]["result"]) for line in benches]
+    if "neighbour" in kept:
+        parts.append(neighbour_part(kept["neighbour"]["result"]))
+    if "fidelity" in kept:
+        parts.append(fidelity_part(kept["fidelity"]["result"]))
+    return "".join(parts)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown; a column whose title ends in `>` is aligned to the right."""
+    lines = [[title.rstrip(">") for title in columns]]
+    lines.append(["--:" if title.endswith(">") else "---" for title in columns])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [*lines, *rows])
+
+
+def machine_part(there: list[Line], kept: dict[str, dict[str, Any]]) -> str:
+    results = [kept[line.name]["result"] for line in there]
+    cpus = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in results})
+    flags = sorted({flag for r in results for flag in r["machine"]["flags"]})
+    versions = sorted({f"{k} {v}" for r in results for k, v in r["versions"].items()})
+    peers = sorted({peer["built_with"] for r in results for peer in r.get("peers", [])})
+    speeds = [r["bandwidth"] / 1e9 for r in results if r.get("bandwidth")]
+    text = f"\n## Machine\n\n{'; '.join(cpus)}; of its flags these matter: {', '.join(flags)}.\n"
+    if speeds:
+        text += f"Memory was read at {min(speeds):.1f} to {max(speeds):.1f} GB/s.\n"
+    text += f"Versions: {', '.join(versions)}.\n"
+    text += "".join(f"llama.cpp was built with: {features}.\n" for features in peers)
+    rows = [
+        [line.name, f"`{line.command.replace('MODEL', model_word(line))}`", kept[line.name]["date"],
+         kept[line.name]["code"], f"{kept[line.name]['result']['machine']['load_average']}"]
+        for line in there
+    ]  # fmt: skip
+    return text + "\n" + table(["line", "command", "date", "code", "load average before>"], rows)
+
+
+def model_word(line: Line) -> str:
+    return line.model if line.model == DEFAULT else f"{line.model}.gguf"
+
+
+def bench_part(line: Line, r: dict[str, Any]) -> str:
+    titles = ["", "tok/s>", "used>", "of the bound>", *(f"{p['name']}>" for p in r["peers"])]
+    rows = [bench_cells(line, r, row) for row in r["rows"]]
+    peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in r["peaks"].items())
+    tail = (
+        f"\n{r['bytes_per_token'] / 1e6:,.1f} MB read per token, memory {r['bandwidth'] / 1e9:.1f} "
+        f"GB/s: bound {r['bound_tok_s']:,.0f} tok/s. Tier {r['tier']}, {r['threads']} threads, "
+        f"medians of {r['runs']}. GOP/s at best: {peaks}.\n"
+    )
+    first = f"Load {r['load_s']:.2f} s, first token {r['first_token_s']:.2f} s"
+    for peer in r["peers"]:
+        first += f"; {peer['name']} {peer['load_s']:.2f} s and {peer['first_token_s']:.2f} s"
+    return (
+        f"\n## {line.title}\n\n"
+        + table([*titles, "ratio>", "target", ""], rows)
+        + tail
+        + first
+        + (first_token_verdict(r) if line.model == DEFAULT else ".\n")
+    )
+
+
+def first_token_verdict(r: dict[str, Any]) -> str:
+    ours = r["load_s"] + r["first_token_s"]
+    theirs = min(peer["load_s"] + peer["first_token_s"] for peer in r["peers"])
+    met = ours <= FIRST_TOKEN_S and ours <= theirs
+    return (
+        f". Target: at most {FIRST_TOKEN_S} s in all, and llama.cpp's {theirs:.2f} s or less: "
+        f"{ours:.2f} s, {'met' if met else '**not met**'}.\n"
+    )
+
+
+def bench_cells(line: Line, r: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    what = f"{row['what']} {row['tokens']:,}"
+    what += f" after {row['context']:,}" if row["context"] else ""
+    what += f", {row['batch']} rows" if row["batch"] > 1 else ""
+    if row["bytes_s"] is not None:
+        used, share = f"{row['bytes_s'] / 1e9:.1f} GB/s", row["bytes_s"] / r["bandwidth"]
+        shown = f"{share:.0%}"
+    else:
+        used, share = f"{row['ops_s'] / 1e9:,.0f} GOP/s", row["ops_s"] / r["peaks"][r["peak"]]
+        alike = [name for name in r["peaks"] if name.split()[0] == r["peak"].split()[0]]
+        shown = ", ".join(f"{row['ops_s'] / r['peaks'][name]:.0%} of {name}" for name in alike)
+    ratio = row["tok_s"] / max(row["peers"]) if row["peers"] else None
+    aim = target(line, row)
+    said = ["", ""] if aim is None else [aim.said(), aim.verdict(ratio, share)]
+    return [
+        what, f"{row['tok_s']:,.1f}", used, shown, *(f"{rate:,.1f}" for rate in row["peers"]),
+        "" if ratio is None else f"{ratio:.2f}", *said,
+    ]  # fmt: skip
+
+
+def neighbour_part(r: dict[str, Any]) -> str:
+    rows = [
+        [row["name"], f"{row['alone']:,.1f}", f"{row['beside']:,.1f}", f"{row['lost']:.0%}"]
+        for row in r["rows"]
+    ]
+    ours, *theirs = (row["lost"] for row in r["rows"])
+    met = "met" if ours <= min(theirs) else "**not met**"
+    return (
+        "\n## A busy neighbour\n\nDecode of the default model, with another process that keeps one "
+        "of the two cores busy.\n\n"
+        + table(["", "alone, tok/s>", "beside it, tok/s>", "lost>"], rows)
+        + f"\nTarget: a share lost no larger than llama.cpp's: {met}.\n"
+    )
+
+
+def fidelity_part(r: dict[str, Any]) -> str:
+    kl, perplexity = r["mean_kl"], r["perplexity"]
+    rows = [
+        [str(n), str(row["ids"]), f"{row['ours']:.5f}", f"{row['llama.cpp']:.5f}"]
+        for n, row in enumerate(r["answers"], 1)
+    ]
+    rows.append(["mean", "", f"{kl['ours']:.5f}", f"{kl['llama.cpp']:.5f}"])
+    near = r["nats_more"] <= PERPLEXITY_SLACK
+    no_worse = "met" if r["kl_more"] <= 0 else "**not met**"
+    if 0 < r["kl_more"] <= r["kl_error"]:
+        no_worse += ", by less than one standard error"
+    return (
+        "\n## Fidelity\n\nMean divergence (KL, nats) from exact float32 arithmetic over questions "
+        "and their answers.\n\n"
+        + table(["question", "ids>", "glassllama>", "llama.cpp>"], rows)
+        + f"\nOurs less theirs: {r['kl_more']:+.5f}, standard error {r['kl_error']:.5f}. Target: "
+        f"no worse: {no_worse}.\n\n"
+        f"Perplexity of the LICENSE file, {r['tokens']:,} tokens in windows of 512: exact "
+        f"{perplexity['exact']:.4f}, glassllama {perplexity['ours']:.4f}, llama.cpp "
+        f"{perplexity['llama.cpp']:.4f}. Ours to theirs {r['nats_more']:+.2%}, standard error "
+        f"{r['nats_error']:.2%}. Target: within 0.1 % or better: "
+        f"{'met' if near else '**not met**'}.\n"
+    )
