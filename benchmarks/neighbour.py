@@ -1,6 +1,6 @@
 """What a busy neighbour costs: decode speed beside a busy process, and alone.
 
-    python benchmarks/neighbour.py [MODEL] [--new 64] [--rounds 5] [--out FILE]     (the bench extra)
+    python benchmarks/neighbour.py [MODEL] [--new 64] [--rounds 5] [--out FILE]    (bench extra)
 
 The process keeps one of two cores busy and does nothing else; it is stopped and let go on in turns,
 and each time both engines decode, one after the other, on both cores. A perfect scheduler would
