@@ -110,11 +110,11 @@ the first rung with layers is `models/gpt.py` and the last ones are `models/llam
 weights. This page is written by `python benchmarks/ladder.py --render` from the lines in
 `benchmarks/results/`; `make ladder` measures what is missing there and writes it again.
 
-**The same for all:** Tiny Shakespeare, {steps} steps of {batch} × {context} characters: {tokens:,}
-of the million there are to learn from, none of them twice. Four layers, width 128, about 0.8
-million parameters: as near to each other as the parts allow. One learning rate for all rungs with
-AdamW ({lr:g}), chosen where the *GPT* does best, so that no later rung is favoured; warmup, then
-half a cosine to zero; clipping at 1; no dropout. Seed *n* means the same batches in every rung.
+**The same for all:** Tiny Shakespeare, {steps} steps of {batch} × {context}: {tokens:,} characters,
+which is one pass over the text. Four layers, width 128, about 0.8 million parameters: as near to
+each other as the parts allow. One learning rate for all rungs with AdamW ({lr:g}), tuned on the
+*GPT* alone, so that no later rung is favoured; warmup, then half a cosine to zero; clipping at 1;
+no dropout. Seed *n* means the same batches in every rung.
 
 **Loss** is that of the whole validation split ({held_out:,} characters), in nats per character,
 mean ± standard deviation over seeds. **Against the rung below** is the mean of the differences
@@ -144,7 +144,7 @@ READING = """
 LIMITS = """
 ## What this does not show
 
-A model of 0.8 million parameters that has read 0.6 megabytes, at one learning rate: seconds of
+A model of 0.8 million parameters after one pass over one megabyte, at one learning rate: seconds of
 training where real models take months. RMSNorm, GQA and QK-norm were made for problems of size
 (speed, memory, stability) that hardly exist here; where a rung gains nothing in this table, that is
 what was measured, and no proof that it is useless. What lasts is the way of asking: one change at a
