@@ -8,6 +8,7 @@ which runs whatever its writer put there: it is neither written nor read here.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def read_shards(folder: Path, into: Mapping[str, Tensor], *, alone: bool) -> Non
     try:
         found = reader.read_metadata().state_dict_metadata
         require_complete(folder, found, into)
-        load(dict(into), storage_reader=reader, no_dist=alone)
+        with warnings.catch_warnings():  # one process reads alone on purpose
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(dict(into), storage_reader=reader, no_dist=alone)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise TrainingError(f"{folder}: {error}") from None
     except CheckpointException as error:
