@@ -32,6 +32,7 @@ WAYS = {
     "adamw": ("llama", "optimiser.kind=adamw"),
     "gpt": ("gpt", "optimiser.weight_decay=0.1"),
     "bigram": ("bigram",),
+    "bfloat16": ("llama", "optimiser.kind=adamw", "run.precision=bfloat16"),
 }  # fmt: skip
 HALF, STEPS = 8, 12  # checkpoints of a run that are kept
 

@@ -38,8 +38,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 ENDED_WITHIN = 60  # seconds after a rank was killed
 PATIENCE = 120  # until something that never comes is given up
 # Relative, losses and gradient norms of 12 steps: float32 sums in another order. (Measured: 2e-7;
-# Muon's products are in bfloat16, which takes other sides of its coarse steps: 2e-4.)
-ROUNDING = {"muon": 2e-3, "adamw": 5e-6, "gpt": 5e-6, "bigram": 5e-6}
+# Muon's products are in bfloat16, which falls on other sides of its coarse steps: 2e-4; so do a
+# whole model's: 3e-3.)
+ROUNDING = {"muon": 2e-3, "adamw": 5e-6, "gpt": 5e-6, "bigram": 5e-6, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def furthest(ours: list[float], theirs: list[float]) -> float:
 def test_two_ranks_have_the_losses_of_one(way: str, home: Path, report: dict[str, Any]) -> None:
     one = json.loads((home / f"one-{way}.json").read_text())
     assert len(one) == 2 * STEPS + 3  # losses and norms of all steps, and three scores
-    assert furthest(report[way][:2], one[:2]) < 1e-6
+    assert furthest(report[way][:2], one[:2]) < (2e-3 if way == "bfloat16" else 1e-6)
     assert furthest(report[way], one) < ROUNDING[way]
 
 

@@ -182,6 +182,7 @@ def resume(run: Run, checkpoint: Path) -> None:
 
     Raises TrainingError naming what differs, where it was written by another run.
     """
+    refuse_pickles(checkpoint)
     state = read_json(checkpoint / "state.json")
     require_same(checkpoint, state.get("identity", {}), run.identity())
     tensors = stored_state(run, checkpoint)
@@ -197,9 +198,8 @@ def resume(run: Run, checkpoint: Path) -> None:
 def stored_state(run: Run, checkpoint: Path) -> dict[str, Tensor]:
     """What `training_state` was then: whole, or this rank's share; whoever wrote it, and how many.
 
-    Raises TrainingError: damage, other tensors than this run's, somebody else's format.
+    Raises TrainingError: damage, other tensors than this run's.
     """
-    refuse_pickles(checkpoint)
     whole, shards = checkpoint / TENSORS, checkpoint / SHARDS
     if run.team.alone and not shards.exists():
         tensors = read_tensors(whole, run.settings.run.device)
