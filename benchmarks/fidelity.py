@@ -2,11 +2,12 @@
 
     python benchmarks/fidelity.py [MODEL.gguf] [--new 80] [--out FILE]      (needs the bench extra)
 
-The exact mode answers eight questions greedily; all read the same ids, and at every position the
-divergence (KL) of their distribution from the exact one is taken. Then all read the LICENSE file in
-windows of 512 ids, the first of which is not scored: perplexity. Differences between ours and
-llama.cpp's come with their standard error over questions (KL) and over tokens (perplexity): what is
-not well beyond it is luck of rounding. Prints a table and one line of JSON.
+The exact mode answers eight questions greedily; all read the same ids, and at every id of the
+answer the divergence (KL) of their distribution from the exact one is taken. (Not in the prompts:
+most of them is one template, whose few positions would count eight times.) Then all read the
+LICENSE file in windows of 512 ids, the first of which is not scored: divergence, and perplexity.
+Differences between ours and llama.cpp's come with their standard error, over questions or over the
+text's tokens: what is not well beyond it is luck of rounding. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ QUESTIONS = (
     "Translate into French: The weather is nice today.",
 )
 TEXT = Path(__file__).parent.parent / "LICENSE"
+BOTH = ("ours", "llama.cpp")
 WINDOW = 512  # ids that are read together
 Floats = NDArray[np.float64]
 
@@ -69,35 +71,40 @@ def log_probs(logits: NDArray[np.float32]) -> Floats:
     return probs
 
 
-def divergence(truth: Floats, other: Floats) -> float:
-    """Mean KL of the positions, in nats."""
-    return float((np.exp(truth) * (truth - other)).sum(-1).mean())
+def divergence(truth: Floats, other: Floats) -> Floats:
+    """KL at every position, in nats: (T, V) twice -> (T,)."""
+    each: Floats = (np.exp(truth) * (truth - other)).sum(-1)
+    return each
 
 
-def with_error(differences: list[float]) -> tuple[float, float]:
+def with_error(differences: Sequence[float] | Floats) -> tuple[float, float]:
     """Mean, and its standard error."""
     return float(np.mean(differences)), float(np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
 def answers(readers: Readers, new: int) -> Iterator[dict[str, Any]]:
-    """For every question: how many ids question and answer have, and both divergences."""
+    """For every question: how many ids the answer has, and both mean divergences."""
     for question in QUESTIONS:
         answer = readers.exact.chat(question, max_tokens=new)
         ids = [*answer.prompt_ids, *answer.ids]
-        read = readers.log_probs(ids)
-        row = {name: divergence(read["exact"], read[name]) for name in ("ours", "llama.cpp")}
-        print(f"{len(ids):4} ids   ours {row['ours']:.5f}   llama.cpp {row['llama.cpp']:.5f}")
-        yield {"ids": len(ids), **row}
+        chosen = slice(len(answer.prompt_ids) - 1, len(ids) - 1)  # where the answer's ids came from
+        read = {name: probs[chosen] for name, probs in readers.log_probs(ids).items()}
+        row = {name: float(divergence(read["exact"], read[name]).mean()) for name in BOTH}
+        count = len(answer.ids)
+        print(f"{count:4} ids   ours {row['ours']:.5f}   llama.cpp {row['llama.cpp']:.5f}")
+        yield {"ids": count, **row}
 
 
 def costs(readers: Readers, ids: list[int]) -> dict[str, Floats]:
-    """Nats that every scored id of a text cost each reader."""
+    """Nats that every scored id of a text cost each reader; `KL NAME`: divergences there."""
     found: dict[str, list[Floats]] = {}
     for start in range(0, len(ids) - 1, WINDOW):
         window = ids[start : start + WINDOW]
         following, at = window[1:], np.arange(len(window) - 1)
-        for name, probs in readers.log_probs(window).items():
+        read = readers.log_probs(window)
+        for name, probs in read.items():
             found.setdefault(name, []).append(-probs[at, following])
+            found.setdefault(f"KL {name}", []).append(divergence(read["exact"], probs)[at])
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -112,28 +119,52 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
     around, readers = machine(), Readers(flags.model)
-    rows = list(answers(readers, flags.new))
-    means = {name: float(np.mean([row[name] for row in rows])) for name in ("ours", "llama.cpp")}
-    more, error = with_error([row["ours"] - row["llama.cpp"] for row in rows])
-    print(f"mean KL    ours {means['ours']:.5f}   llama.cpp {means['llama.cpp']:.5f}   "
-          f"ours - theirs {more:+.5f} ± {error:.5f}")  # fmt: skip
-    nats = costs(readers, text_ids(readers.exact))
-    perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
-    longer, slack = with_error(list(nats["ours"] - nats["llama.cpp"]))
-    print(f"perplexity of {TEXT.name}, {len(nats['ours'])} tokens:   "
-          + "   ".join(f"{name} {each:.4f}" for name, each in perplexity.items())
-          + f"   ours to theirs {longer:+.2%} ± {slack:.2%}")  # fmt: skip
+    found = compare(readers, flags.new)
     line = {
-        "model": Path(flags.model).name, "machine": around,
+        "model": Path(flags.model).name,
+        "machine": around,
         "versions": versions() | {"llama.cpp": llama_cpp.__version__},
-        "answers": rows, "mean_kl": means, "kl_more": more, "kl_error": error,
-        "tokens": len(nats["ours"]), "perplexity": perplexity,
-        "nats_more": longer, "nats_error": slack,
-    }  # fmt: skip
+        **found,
+    }
     print(json.dumps(line))
     if flags.out:
         with flags.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def compare(readers: Readers, new: int) -> dict[str, Any]:
+    """Everything that is measured, printed on the way. `more` and `error`: ours less theirs."""
+    rows = list(answers(readers, new))
+    means = {name: float(np.mean([row[name] for row in rows])) for name in BOTH}
+    answered = {**means, **differing([row["ours"] - row["llama.cpp"] for row in rows])}
+    print(said("answers, mean KL", answered))
+    nats = costs(readers, text_ids(readers.exact))
+    divergences = {name: float(nats[f"KL {name}"].mean()) for name in BOTH}
+    read = {**divergences, **differing(nats["KL ours"] - nats["KL llama.cpp"])}
+    print(said(f"{TEXT.name}, mean KL", read))
+    perplexity = {name: math.exp(nats[name].mean()) for name in ("exact", *BOTH)}
+    print(f"{TEXT.name}, perplexity: " + ", ".join(f"{n} {p:.4f}" for n, p in perplexity.items()))
+    cost = differing(nats["ours"] - nats["llama.cpp"])
+    print(f"ours to theirs {cost['more']:+.2%} ± {cost['error']:.2%}")
+    return {
+        "answers": rows,
+        "answers_kl": answered,
+        "text_kl": read,
+        "tokens": len(nats["ours"]),
+        "perplexity": {**perplexity, **cost},
+    }
+
+
+def differing(differences: Sequence[float] | Floats) -> dict[str, float]:
+    more, error = with_error(differences)
+    return {"more": more, "error": error}
+
+
+def said(what: str, kl: dict[str, float]) -> str:
+    return (
+        f"{what}: ours {kl['ours']:.5f}, llama.cpp {kl['llama.cpp']:.5f}, "
+        f"difference {kl['more']:+.5f} ± {kl['error']:.5f}"
+    )
 
 
 if __name__ == "__main__":
