@@ -176,9 +176,9 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def append(path: Path, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
+def append(path: Path, line: dict[str, Any]) -> None:
     """Add a result; the file is there whole or as before, whatever stops the writer."""
-    lines.append(line)
+    lines = [*read_lines(path), line]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
     os.replace(partial, path)
@@ -214,13 +214,12 @@ def end_with_parent() -> None:
 
 def climb(tasks: list[Task], path: Path, at_once: int) -> None:
     """Run what is missing, seed after seed, and keep every result as soon as it is there."""
-    lines = read_lines(path)
-    left = missing(tasks, lines, path)
+    left = missing(tasks, read_lines(path), path)
     print(f"{path}: {len(tasks) - len(left)} of {len(tasks)} runs are there", file=sys.stderr)
     with ProcessPoolExecutor(at_once, get_context("spawn"), initializer=begin_worker) as pool:
         for done in as_completed([pool.submit(measure, task) for task in left]):
             line = done.result()
-            append(path, lines, line)
+            append(path, line)
             print(f"{line['rung']:14} seed {line['seed']}  val loss {line['val_loss']:.4f}  "
                   f"{line['seconds']:.0f} s", flush=True)  # fmt: skip
 

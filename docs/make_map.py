@@ -27,6 +27,9 @@ corpus → tokens → batches → training step → checkpoint folder → open_w
 Its sizes are [`base/config.py`](../src/glassllama/base/config.py). The same pass without PyTorch is
 [`engine/model.py`](../src/glassllama/engine/model.py).
 
+What each part of a Llama is good for is measured, one change at a time, from a bigram on:
+[the ladder](ladder.md).
+
 Imports only go down, and parts on one floor do not know each other (a test checks it).
 """
 FLOORS = [

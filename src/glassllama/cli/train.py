@@ -82,6 +82,7 @@ def train(
     The run's folder holds its settings, its log, its curve, checkpoints, and the best model so far:
     'glassllama generate -m FOLDER' runs it. Ctrl-C finishes the step, saves and leaves.
     On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
+    What each part of a Llama brings, measured on the way up from a bigram: docs/ladder.md.
     """
     from glassllama.train.resolve import preset_names, resolve, to_toml
 
