@@ -203,17 +203,18 @@ def measure(
         peaks=peaks,
         peak=next((name for name in peaks if name.startswith(needs.numbers)), None),
         peak_memory=peak,
-        peers=[
-            {
-                "name": peer.name,
-                "built_with": peer.built_with,
-                "load_s": peer.load_s,
-                "first_token_s": first,
-            }
-            for peer, first in zip(peers, firsts[1:], strict=True)
-        ],
+        peers=[peer_facts(*both) for both in zip(peers, firsts[1:], strict=True)],
         rows=rows,
     )
+
+
+def peer_facts(peer: Contestant, first_token_s: float) -> dict[str, Any]:
+    return {
+        "name": peer.name,
+        "built_with": peer.built_with,
+        "load_s": peer.load_s,
+        "first_token_s": first_token_s,
+    }
 
 
 def first_token(contestant: Contestant) -> float:
