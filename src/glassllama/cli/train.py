@@ -126,6 +126,7 @@ def carry_out(
             team.lead_first(lambda: check(run))
         code = go(run)
         finish(run)
+        team.wait()  # torchrun ends the leader where another rank has left with a signal's code
     return code
 
 

@@ -233,7 +233,8 @@ def empty_state(run: Run) -> dict[str, Tensor]:
     for name in training_names(run):
         ours = max((each for each in parameters if name.endswith(f".{each}")), key=len)
         alike = torch.empty_like(parameters[ours].detach())
-        empty[name] = torch.zeros(()) if name.startswith("adamw.step.") else alike
+        counts = name.startswith("adamw.step.")
+        empty[name] = torch.zeros((), device=alike.device) if counts else alike
     return empty
 
 

@@ -7,6 +7,7 @@ which runs whatever its writer put there: it is neither written nor read here.
 
 from __future__ import annotations
 
+import errno
 import math
 import warnings
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         )
     except CheckpointException as error:
-        raise OSError(None, reason(error), str(folder)) from None
+        raise OSError(errno.EIO, reason(error), str(folder)) from None
 
 
 def read_shards(folder: Path, into: Mapping[str, Tensor], *, alone: bool) -> None:
