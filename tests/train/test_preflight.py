@@ -215,7 +215,7 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
     words = str(error.value)
     assert words.startswith("step 7: loss is ")
     assert "gradient norm" in words
-    assert "learning rate 0.00" in words
+    assert "at learning rate 0.0" in words
     assert list(complete_steps(run.checkpoints)) == [4, 5]
     after = dict(as_module(run.model).named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())

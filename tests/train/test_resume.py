@@ -21,7 +21,12 @@ from train.recipes import Listener, make_steps, new_run, write_text
 STEPS = 12
 WAYS = {
     "llama": ("llama", "optimiser.ema=0.9", "model.dropout=0.2", "run.precision=bfloat16"),
-    "llama in float32, in parts": ("llama", "run.accumulate=3", "run.loss_chunk=10"),
+    "llama in float32, in parts": (
+        "llama",
+        "run.precision=float32",
+        "run.accumulate=3",
+        "run.loss_chunk=10",
+    ),
     "gpt": ("gpt", "model.dropout=0.1", "optimiser.weight_decay=0.1"),
     "bigram": ("bigram",),
 }
@@ -154,7 +159,8 @@ def test_the_last_and_the_best_are_kept_and_the_best_is_the_runs_model(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt", "bigram"])
 def test_the_runs_folder_is_a_model_that_load_reads(kind: str, tmp_path: Path, text: Path) -> None:
-    run = new_run(tmp_path / "run", text, kind, "optimiser.ema=0.5", "schedule.steps=4")
+    more = ("run.precision=float32", "optimiser.ema=0.5", "schedule.steps=4")
+    run = new_run(tmp_path / "run", text, kind, *more)
     make_steps(run)
     llm = load(str(run.folder), backend="torch")
     ids = llm.tokenizer.encode("To be, or not")
