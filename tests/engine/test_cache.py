@@ -89,6 +89,20 @@ def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
     assert cache.nbytes == page
 
 
+@pytest.mark.parametrize("piece", [100, 128])
+def test_prompts_in_pieces_are_shared_all_along(engine: Engine, piece: int) -> None:
+    """Each piece ends in an id that every row reads itself: its page then joins the others'."""
+    cache, logits = engine.new_cache(3, 700), None
+    for start in range(0, 700, piece):
+        logits = engine.next_logits([IDS[start : start + piece]] * 3, cache)
+    assert logits is not None
+    page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
+    assert cache.nbytes == (700 // PAGE + 3) * page
+    assert cache.recalled == 2 * (700 - -(-700 // piece))  # all but the last of each piece
+    del cache
+    assert (logits == alone(engine, IDS)).all()
+
+
 def test_memory_is_given_back(engine: Engine) -> None:
     cache, other = engine.new_cache(2, 700), engine.new_cache(1, 700)
     engine.next_logits([SAME, SAME], cache)

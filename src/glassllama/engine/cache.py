@@ -124,8 +124,11 @@ class PagedCache:
     def remember(self, row: int, id: int) -> None:
         """The row has grown by this token, whose keys and values are in its page now."""
         length = self.lengths[row]
-        self._pages[row][length // PAGE].ids.append(id)
+        page = self._pages[row][length // PAGE]
+        page.ids.append(id)
         self.lengths[row] = length + 1
+        if len(page.ids) == PAGE:
+            self._unite(row, length // PAGE)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all after the first `length` tokens of a row, and give their pages back."""
@@ -155,11 +158,14 @@ class PagedCache:
         return now, later
 
     def _alike(self, rest: list[list[int]], row: int, other: int) -> bool:
-        """Whether two rows go on from the same page with the same ids, for a while."""
-        if min(len(rest[row]), len(rest[other])) <= WORTH_WAITING or self.lengths[row] % PAGE:
+        """Whether two rows have seen the same and go on with the same ids, for a while."""
+        if min(len(rest[row]), len(rest[other])) <= WORTH_WAITING:
             return False
-        start, same = slice(WORTH_WAITING), self._last(row) is self._last(other)
-        return same and rest[row][start] == rest[other][start]
+        start, mine, theirs = slice(WORTH_WAITING), self._last(row), self._last(other)
+        used = self.lengths[row] % PAGE
+        in_page = used > 0 and mine.before is theirs.before and mine.ids[:used] == theirs.ids[:used]
+        same_past = self.lengths[row] == self.lengths[other] and (mine is theirs or in_page)
+        return same_past and rest[row][start] == rest[other][start]
 
     def _last(self, row: int) -> Page:
         return self._pages[row][-1] if self._pages[row] else self._all.root
@@ -167,22 +173,40 @@ class PagedCache:
     def _recall(self, row: int, ids: list[int]) -> int:
         """Take over what the tree has of `ids`, but for the last -> how many tokens."""
         self._cut(row)
-        if self.lengths[row] % PAGE:
-            return 0
-        known, whole = 0, True
+        used, pages = self.lengths[row] % PAGE, self._pages[row]
         with self._all.lock:
-            while whole:
-                page, count = longest(self._last(row).after, ids[known : len(ids) - 1][:PAGE])
+            own = pages[-1:] if used else []  # not full: perhaps there is a page with more
+            text = [*own[0].ids[:used], *ids[:-1]] if own else ids[:-1]
+            found = find(own[0].before if own else self._last(row), text)
+            known = sum(count for _, count in found) - used
+            if known <= 0:
+                return 0
+            del pages[len(pages) - len(own) :]
+            for page, count in found:
                 whole = count == PAGE
-                if page is not None and whole:
-                    page.users += 1
-                    self._put(row, page)
-                elif page is not None:
-                    self._put(row, self._all.copy(page, count))
-                known += count
+                page.users += whole
+                self._put(row, page if whole else self._all.copy(page, count))
+            self._all.release(own)
         self.lengths[row] += known
         self.recalled += known
         return known
+
+    def _unite(self, row: int, n: int) -> None:
+        """If another row has filled a page alike, to the bit, both go on with that one."""
+        pages = self._pages[row]
+        page, before = pages[n], pages[n].before
+        with self._all.lock:
+            alike = [p for p in before.after if p.ids == page.ids] if before is not None else []
+            twin = next((p for p in alike if p is not page), None)
+            if twin is None:
+                return
+            twin.users += 1
+            pages[n] = twin
+            self.table[row, n] = twin.memory.ctypes.data
+            for following in pages[n + 1 : n + 2]:  # reserved already
+                following.before = twin
+                twin.after.add(following)
+            self._all.release([page])
 
     def _put(self, row: int, page: Page) -> None:
         self.table[row, len(self._pages[row])] = page.memory.ctypes.data
@@ -209,15 +233,24 @@ class PagedCache:
             self._put(row, fresh)
 
 
-def longest(pages: set[Page], ids: list[int]) -> tuple[Page | None, int]:
-    """The page with most of the ids in common from its first on -> (page or None, how many)."""
-    best, most = None, 0
-    for page in [*pages]:
-        count = 0
-        for mine, theirs in zip(ids, page.ids, strict=False):
-            if mine != theirs:
-                break
-            count += 1
-        if count > most:
-            best, most = page, count
-    return best, most
+def find(before: Page | None, text: list[int]) -> list[tuple[Page, int]]:
+    """Pages that hold the beginning of a text which follows `before` -> (page, how many ids)."""
+    found: list[tuple[Page, int]] = []
+    while before is not None:
+        ids = text[len(found) * PAGE :][:PAGE]
+        counts = {page: common(ids, page.ids) for page in [*before.after]}
+        before, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+        if before is None or count == 0:
+            break
+        found.append((before, count))
+        if count < PAGE:
+            break
+    return found
+
+
+def common(ids: list[int], others: list[int]) -> int:
+    """How many ids two texts have in common, from their first on."""
+    differ = (
+        n for n, (mine, theirs) in enumerate(zip(ids, others, strict=False)) if mine != theirs
+    )
+    return next(differ, min(len(ids), len(others)))
