@@ -287,7 +287,11 @@ def section(results: Path, data: str) -> tuple[Ladder, Mapping[str, float], str]
     speeds = {line["rung"]: line["tok_s"] for line in speed_lines}
     if not ladder:
         return ladder, speeds, ""
-    return ladder, speeds, unfinished(ladder) + table(ladder, speeds, bits=data == "bpe")
+    rows = unfinished(ladder) + table(ladder, speeds, bits=data == "bpe")
+    if speed_lines:
+        load = speed_lines[0]["load"]
+        rows += f"\nSpeeds were measured while the machine had a load average of {load:.1f}.\n"
+    return ladder, speeds, rows
 
 
 def page(results: Path = RESULTS) -> str:
