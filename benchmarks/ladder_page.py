@@ -120,7 +120,10 @@ no dropout. Seed *n* means the same batches in every rung.
 mean ± standard deviation over seeds. **Against the rung below** is the mean of the differences
 between runs of the same seed, with a 95 % interval (Student's t): where it holds 0, so few seeds
 cannot tell the two apart. **KV** is what a cache keeps of each token in bfloat16. **Speed** of
-training is relative to the GPT, by processor time of one thread, the best of some short turns.
+training is relative to the GPT, by processor time of one thread, the best of some short turns in
+plain PyTorch. There LayerNorm is one fused operation, while RMSNorm and the rotation are several in
+plain sight: what is less arithmetic is not less time yet. Fused by hand, they are in
+[`train/fast.py`](../src/glassllama/train/fast.py).
 """
 HELD_OUT = 111_540  # characters of Tiny Shakespeare's validation split
 
@@ -290,7 +293,7 @@ def section(results: Path, data: str) -> tuple[Ladder, Mapping[str, float], str]
     rows = unfinished(ladder) + table(ladder, speeds, bits=data == "bpe")
     if speed_lines:
         load = speed_lines[0]["load"]
-        rows += f"\nSpeeds were measured while the machine had a load average of {load:.1f}.\n"
+        rows += f"\nSpeeds were measured at a load average of {load:.1f}: ratios, not records.\n"
     return ladder, speeds, rows
 
 
