@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from glassllama.cli.conversation import Conversation
 from glassllama.cli.exits import foreseen
 from glassllama.cli.help import two_columns
 from glassllama.cli.options import SamplingOptions
-from glassllama.cli.screen import amount
+from glassllama.cli.screen import AfterAWhile, amount
 from glassllama.cli.settings import changed
 from glassllama.cli.talk import Talk
 from glassllama.cli.tokenize import read_ids
@@ -146,3 +147,25 @@ def test_ids_are_read_in_every_usual_form() -> None:
 def test_an_answer_that_was_cut_says_so(llm: LLM) -> None:
     assert "cut off" in speed_line(llm.generate("Once", max_tokens=2))
     assert "cut off" not in speed_line(llm.chat("What is photosynthesis?"))
+
+
+def test_a_bar_comes_only_to_work_that_lasts() -> None:
+    told: list[tuple[int, int]] = []
+    arrived = Event()
+
+    def show(done: int, total: int) -> None:
+        told.append((done, total))
+        arrived.set()
+
+    soon_over = AfterAWhile(show, 60)
+    soon_over(0, 9)
+    soon_over(9, 9)
+    soon_over.stop()
+    assert told == []
+    lasting = AfterAWhile(show, 0.01)
+    lasting(0, 9)
+    assert arrived.wait(30), "it shows itself, although nothing more was told"
+    lasting(5, 9)
+    lasting.stop()
+    lasting(6, 9)
+    assert told == [(0, 9), (5, 9)]

@@ -202,7 +202,7 @@ def test_long_prompts_are_read_in_chunks_with_progress() -> None:
         )
     )
     assert executor.fed == [[512, 4], [512, 0], [276, 0], [1, 1], [1, 1]]
-    assert told == [(516, 1304), (1028, 1304), (1304, 1304)]
+    assert told == [(0, 1304), (516, 1304), (1028, 1304), (1304, 1304)]
     assert [ids_of(steps, row) for row in (0, 1)] == [greedy(prompt, 3) for prompt in prompts]
 
 

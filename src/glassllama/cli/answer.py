@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
     from glassllama.llm import LLM, Completion, TextStream
 
+PATIENCE_SECONDS = 2.0  # a prompt that is read sooner needs no bar
+
 
 def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]) -> Completion:
     """Print the pieces as they are made, and a line end -> the whole answer.
@@ -24,7 +26,7 @@ def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]
     the pieces, for the caller whose stream is stopped halfway.
     """
     with progress_bars() as bar:
-        stream = start(bar("reading the prompt", "tokens"))
+        stream = start(bar("reading the prompt", "tokens", after=PATIENCE_SECONDS))
         shown += itertools.islice(stream, 1)
     lines = WordWrap(console("stdout").width) if is_terminal(sys.stdout) else Unwrapped()
     write(lines.push("".join(shown)))

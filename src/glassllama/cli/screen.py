@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock, Timer
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import GlassError
@@ -98,9 +99,14 @@ class Bars:
 
     def __init__(self) -> None:
         self._live: RichProgress | None = None
+        self._waiting: list[AfterAWhile] = []
 
-    def __call__(self, title: str, unit: str) -> Progress | None:
-        """What to tell the work's progress to, which is counted in `unit`."""
+    def __call__(self, title: str, unit: str, *, after: float = 0) -> Progress | None:
+        """What to tell the work's progress to, which is counted in `unit`.
+
+        The bar appears when the work has lasted for `after` seconds, if it says at its beginning
+        that it begins.
+        """
         if not is_terminal(sys.stderr):
             return None
         task: TaskID | None = None
@@ -120,11 +126,46 @@ class Bars:
                 self._live.update(task, description="getting ready")
                 self._live.tasks[task].total = None
 
-        return show
+        if after == 0:
+            return show
+        self._waiting.append(AfterAWhile(show, after))
+        return self._waiting[-1]
 
     def stop(self) -> None:
+        for waiting in self._waiting:
+            waiting.stop()
         if self._live is not None:
             self._live.stop()
+
+
+class AfterAWhile:
+    """Passes progress on when some seconds have gone by: at that moment, whatever the work does."""
+
+    def __init__(self, show: Progress, seconds: float) -> None:
+        self._show, self._latest = show, (0, 0)
+        self._turn = Lock()
+        self._open = False
+        self._timer = Timer(seconds, self._begin)
+        self._timer.daemon = True
+
+    def __call__(self, done: int, total: int) -> None:
+        with self._turn:
+            self._latest = (done, total)
+            if self._open:
+                self._show(done, total)
+            elif self._timer.ident is None:
+                self._timer.start()
+
+    def _begin(self) -> None:
+        with self._turn:
+            if not self._timer.finished.is_set():  # stop() came first
+                self._open = True
+                self._show(*self._latest)
+
+    def stop(self) -> None:
+        with self._turn:
+            self._timer.cancel()
+            self._open = False
 
 
 def new_bars() -> RichProgress:

@@ -238,7 +238,7 @@ def find(before: Page | None, text: list[int]) -> list[tuple[Page, int]]:
     found: list[tuple[Page, int]] = []
     while before is not None:
         ids = text[len(found) * PAGE :][:PAGE]
-        counts = {page: common(ids, page.ids) for page in [*before.after]}
+        counts = {page: agreement(ids, page.ids) for page in [*before.after]}
         before, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
         if before is None or count == 0:
             break
@@ -248,7 +248,7 @@ def find(before: Page | None, text: list[int]) -> list[tuple[Page, int]]:
     return found
 
 
-def common(ids: list[int], others: list[int]) -> int:
+def agreement(ids: list[int], others: list[int]) -> int:
     """How many ids two texts have in common, from their first on."""
     differ = (
         n for n, (mine, theirs) in enumerate(zip(ids, others, strict=False)) if mine != theirs

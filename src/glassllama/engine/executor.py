@@ -69,6 +69,8 @@ class Token:
 class Engine:
     """A Llama on this machine's processors. Several callers at once wait for each other."""
 
+    prefill_chunk = CHUNK
+
     same_in_pieces = True  # logits are equal to the bit, however a row's ids are cut into calls
 
     def __init__(

@@ -32,7 +32,8 @@ from glassllama.generation.speculation import Lookup, Speculation
 FinishReason = Literal["stop", "length"]
 
 # Ids of one row fed at once: enough to keep the matrix products busy, few enough that progress
-# moves and Ctrl-C is heard. Fixed, so that a row is cut the same way alone and in a batch.
+# moves and Ctrl-C is heard. Fixed, so that a row is cut the same way alone and in a batch. An
+# executor to whom smaller chunks cost nothing says so: `prefill_chunk`.
 PREFILL_CHUNK = 512
 
 
@@ -213,8 +214,11 @@ class Generation(Iterator[Step]):
         prompts = [row.prompt if row.live else [] for row in self._rows]
         total, done = sum(map(len, prompts)), 0
         last = [np.empty(0, dtype=np.float32)] * len(prompts)
-        for start in range(0, max(map(len, prompts)), PREFILL_CHUNK):
-            chunks = [prompt[start : start + PREFILL_CHUNK] for prompt in prompts]
+        size = getattr(self._executor, "prefill_chunk", PREFILL_CHUNK)
+        if self._progress is not None:
+            self._progress(0, total)
+        for start in range(0, max(map(len, prompts)), size):
+            chunks = [prompt[start : start + size] for prompt in prompts]
             logits = self._executor.next_logits(chunks, cache)  # (B, V)
             for row, chunk in enumerate(chunks):
                 if chunk:
