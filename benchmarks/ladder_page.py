@@ -188,16 +188,18 @@ class Change:
 
     def __str__(self) -> str:
         if math.isinf(self.within):
-            return f"{signed(self.mean)} (one seed)"
+            return signed(self.mean)
         return f"{signed(self.mean)} ± {self.within:.3f}"
 
     @property
     def verdict(self) -> str:
+        if math.isinf(self.within):
+            return "from one seed, so nobody knows how much of it is chance"
         if self.mean + self.within < 0:
             return "it helps here"
         if self.mean - self.within > 0:
             return "it hurts here"
-        return f"no difference that {self.seeds} seed{'s' * (self.seeds > 1)} can show"
+        return f"no difference that {self.seeds} seeds can show"
 
 
 def signed(number: float) -> str:
