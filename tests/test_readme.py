@@ -48,6 +48,8 @@ def test_there_is_something_to_run() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in HUB])
 def test_command(command: str, default_model: Path, tmp_path: Path) -> None:
     (tmp_path / "my-model").symlink_to(default_model.parent)
+    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    (tmp_path / "my-text.txt").write_text("".join(pages))
     done = subprocess.run(
         shlex.split(command), cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
