@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import StrEnum
@@ -106,6 +107,9 @@ def carry_out(
     settings: Settings, folder: Path, resuming: bool, checked: bool, offline: bool
 ) -> int:
     """The whole run, in that folder -> the exit code."""
+    # PyTorch's threads are to sleep where they would spin: the loops between its products run in
+    # threads of ours (train/fast.py), and small steps have many ends of parallel work to wait at.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is loaded
     from glassllama.train.distributed import together
     from glassllama.train.prepare import occupy, prepare, require_free, take_up
 
