@@ -27,8 +27,10 @@ VERBS = {
     "validate": ["{model}"],
     "perplexity": ["{model}", "--file", "{text}"],
     "bench": ["{model}"],
+    "train": ["bigram-tinyshakespeare", "--data", "{model}", "--out", "{model}.run"],
+    "train-tokenizer": ["{model}", "--vocab-size", "300", "--out", "{model}.out"],
 }
-WITH_MODEL = [name for name in VERBS if name != "list"]
+WITH_MODEL = [name for name in VERBS if name not in ("list", "train")]  # train: its settings first
 
 
 def arguments(name: str, model: object, text: object = __file__) -> list[str]:

@@ -60,13 +60,18 @@ def test_generate(verb: Verb, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("generate", "--backend", "engine", "abc", "-m"), ("walkthrough", "abc", "-m")],
+    ("arguments", "said"),
+    [
+        (("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only"),
+        (("walkthrough", "abc", "-m"), "the walkthrough is for Llamas and this is a {}"),
+    ],
 )
-def test_what_is_for_llamas_only(verb: Verb, folder: Path, arguments: tuple[str, ...]) -> None:
+def test_what_is_for_llamas_only(
+    verb: Verb, folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
     refused = verb(*arguments, folder)
     assert refused.code == 1
-    assert f"a {folder.name} runs on the torch backend only" in refused.err
+    assert said.format(folder.name) in refused.err
     assert "Traceback" not in refused.err
 
 
