@@ -14,7 +14,7 @@ from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
 from glassllama.nn import attention
 from glassllama.train import data as data_room
 from glassllama.train import estimate, fast, loop
-from glassllama.train.bands import Band, Watchman, band_of, make_band
+from glassllama.train.bands import BANDS, Band, Watchman, band_of, make_band
 from glassllama.train.batches import Batch, Batches
 from glassllama.train.build import as_module
 from glassllama.train.checkpoints import complete_steps
@@ -23,11 +23,15 @@ from glassllama.train.data import open_data
 from glassllama.train.faults import PreflightError, TrainingError
 from glassllama.train.journal import Journal, Record, read_records
 from glassllama.train.preflight import check_targets, preflight
+from glassllama.train.prepare import prepare
 from glassllama.train.resolve import resolve
 from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings
 from train.recipes import make_steps, new_run, write_text
 
+STORED = sorted(
+    entry.name.removesuffix(".json") for entry in BANDS.iterdir() if entry.name.endswith(".json")
+)
 KINDS = ("llama", "gpt", "bigram")
 
 
@@ -285,6 +289,38 @@ def test_bands_hold_normal_runs_and_name_others() -> None:
 def test_a_band_is_for_the_presets_own_settings_only() -> None:
     assert band_of(resolve("llama-tinyshakespeare-cpu", ["optimiser.lr=0.5"])) is None
     assert band_of(resolve("llama-tinyshakespeare-cpu", ["data.corpus=mine.txt"])) is None
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_bands_are_of_the_presets_as_they_are(name: str) -> None:
+    settings = resolve(name)
+    band = band_of(settings)
+    assert band is not None, "the preset was changed: run benchmarks/train_bands.py"
+    assert band.seeds >= 3
+    assert band.steps[-1] == settings.schedule.steps
+    assert len(band.steps) == len(band.low) == len(band.high)
+    assert all(low < high for low, high in zip(band.low, band.high, strict=True))
+    assert band_of(replace(settings, run=replace(settings.run, seed=99))) == band
+
+
+def test_a_whole_run_is_inside_its_band_and_a_slower_one_is_not(
+    tmp_path: Path, tinyshakespeare: Path
+) -> None:
+    """The bigram preset as it stands, with a seed that its band was not made of."""
+    heard = {}
+    for rate in (0.1, 0.02):
+        settings = resolve("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
+        optimiser = replace(settings.optimiser, lr=rate)
+        folder = tmp_path / str(rate)
+        folder.mkdir()
+        data = open_data(settings.data, folder)
+        records = make_steps(prepare(replace(settings, optimiser=optimiser), data, folder))
+        watchman = Watchman(band_of(settings))  # type: ignore[arg-type]
+        said = [watchman.hear(record.step, record.loss) for record in records]
+        heard[rate] = [line for line in said if line]
+    assert heard[0.1] == []
+    assert len(heard[0.02]) == 1
+    assert "slow from the beginning" in heard[0.02][0]
 
 
 # --- what is written down -------------------------------------------------------------------
