@@ -24,15 +24,18 @@ from glassllama.train.run import Run, training_state
 from glassllama.train.stopping import Wish
 from train.recipes import PRESET, Listener, changes
 
+# The preset's own rate is Muon's; of AdamW for every matrix it is so large that gradients leap
+# from step to step, and a rounding of the first grows a hundredfold by the twelfth.
+CALM = "optimiser.lr=0.002"
 WAYS = {
     "muon": (
         "llama", "optimiser.ema=0.9", "run.accumulate=3", "run.loss_chunk=10",
         "model.tie_embeddings=false",
     ),
-    "adamw": ("llama", "optimiser.kind=adamw"),
+    "adamw": ("llama", "optimiser.kind=adamw", CALM),
     "gpt": ("gpt", "optimiser.weight_decay=0.1"),
     "bigram": ("bigram",),
-    "bfloat16": ("llama", "optimiser.kind=adamw", "run.precision=bfloat16"),
+    "bfloat16": ("llama", "optimiser.kind=adamw", CALM, "run.precision=bfloat16"),
 }  # fmt: skip
 HALF, STEPS = 8, 12  # checkpoints of a run that are kept
 
