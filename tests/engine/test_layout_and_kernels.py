@@ -9,9 +9,10 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
+from engine.unpacked import read_rows
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded, read_rows
+from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded
 from glassllama.engine.rows import encode as encode_native
 from glassllama.engine.rows import exponential
 from glassllama.engine.tiers import BFLOAT_TILES, TIERS, features, kernel_address
@@ -101,7 +102,7 @@ def multiply(
 def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: int) -> None:
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
-    assert (read_rows(matrix, np.arange(rows)) == numbers).all()
+    assert (read_rows(matrix) == numbers).all()
     assert matrix.values.ctypes.data % 64 == 0
     assert matrix.scales.ctypes.data % 64 == 0
 
@@ -115,6 +116,7 @@ def test_float_kernels_take_any_width(kind: str, rows: int, columns: int, tier: 
     x = np.random.default_rng(7).standard_normal((6, columns)).astype(np.float32)
     out = multiply(matrix, tier, x, x, 0, matrix.groups)
     assert np.allclose(out[:, :rows], x @ numbers.T, rtol=1e-5, atol=1e-5)
+    assert (read_rows(matrix) == numbers).all()
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
@@ -223,7 +225,7 @@ def test_rounding_at_load_loses_no_bad_number(kind: str, bad: float) -> None:
     matrix = packed(kind, np.zeros((0, 0), np.uint8), 64, 16)
     fill_rounded(matrix, 0, numbers)
     with np.errstate(invalid="ignore"):
-        finite = np.isfinite(read_rows(matrix, np.arange(16)))
+        finite = np.isfinite(read_rows(matrix, 16))
     assert not finite[3, 32:].all()
     assert finite[3, :32].all()
     assert finite[:3].all()

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from engine.unpacked import read_rows
 from glassllama.base.errors import ConfigError, MemoryShortError
 from glassllama.base.interfaces import TensorFile, TensorInfo
 from glassllama.engine.executor import Engine
 from glassllama.engine.layout import Matrix
-from glassllama.engine.packing import read_rows
 from glassllama.formats.blocks import dequantise
 from glassllama.llm import load
 from glassllama.weights import kinds
@@ -51,7 +51,7 @@ def logits(engine: Engine) -> Any:
 
 
 def rows_of(matrix: Matrix) -> Any:
-    return read_rows(matrix, np.arange(matrix.rows))
+    return read_rows(matrix)
 
 
 def packed_as(engine: Engine) -> set[str]:

@@ -90,6 +90,7 @@ class PagedCache:
         self.kind = kind  # of its numbers: pages.BFLOAT16, FLOAT32, INT8
         self.recalled = 0  # tokens that were found instead of computed
         self.table = np.zeros((batch, -(-max_len // PAGE)), np.int64)
+        self.address: int = self.table.ctypes.data
         self._all = pages
         self._pages: list[list[Page]] = [[] for _ in range(batch)]
         weakref.finalize(self, pages.release_rows, self._pages)

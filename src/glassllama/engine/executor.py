@@ -7,14 +7,17 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig, rope_frequencies
+from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import Cache, CacheType
 from glassllama.engine import model
+from glassllama.engine.beginning import set_out
 from glassllama.engine.cache import (
     CACHE_KINDS,
     PagedCache,
@@ -25,9 +28,8 @@ from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import Crew, announce, processors
 from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
-from glassllama.engine.packing import read_rows
 from glassllama.engine.pages import FLOAT32, PAGE
-from glassllama.engine.room import TILE, Room
+from glassllama.engine.room import Room
 from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
 from glassllama.engine.tiers import tier
@@ -56,14 +58,12 @@ class Weights:
         return sum(distinct.values()) + self.norms.nbytes
 
 
-@dataclass
-class Token:
-    """One id on its way through a step."""
+class Token(NamedTuple):
+    """One id on its way through a step, told as room.py's ID, ROW, POSITION."""
 
     id: int
     row: int
     position: int
-    wanted: int | None  # which row of the logits it fills, if any
 
 
 class Engine:
@@ -100,10 +100,10 @@ class Engine:
         self._turn = threading.Lock()
         self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
-        self._frequencies = rope_frequencies(config)
         self._room = Room(
-            config, weights.matrices, weights.norms, slots=CHUNK, threads=self.threads
-        )
+            config, weights.matrices, weights.embeddings, weights.norms,
+            slots=CHUNK, threads=self.threads,
+        )  # fmt: skip
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
         self._start()
         self.notes += compiler_notes
@@ -127,16 +127,18 @@ class Engine:
             raise GenerationError(f"{len(ids)} rows of ids for a cache of {cache.batch} rows")
         self._check(ids, cache)
         rest, waiting = [list(new) for new in ids], [row for row, new in enumerate(ids) if new]
-        logits = np.empty((len(ids), self._logit_columns), np.float32)
+        logits, fed = self._new_logits(len(waiting)), list[int]()
         while waiting:
             now, waiting = cache.next_to_feed(rest, waiting)
             tokens = [
-                Token(id, row, cache.lengths[row] + n, row if n == len(rest[row]) - 1 else None)
+                Token(id, row, cache.lengths[row] + n)
                 for row in now
                 for n, id in enumerate(rest[row])
             ]
-            self._feed(tokens, cache, logits)
-        return logits[:, : self.config.vocab_size]
+            ends = [end - 1 for end in accumulate(len(rest[row]) for row in now)]
+            self._feed(tokens, ends, cache, logits[len(fed) :])
+            fed += now
+        return self._in_order(logits, fed, cache.batch)
 
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
         """Feed the only row -> (T, V) float32 logits after every one of its new ids."""
@@ -145,9 +147,9 @@ class Engine:
             raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
         self._check([ids], cache)
         past = cache.lengths[0]
-        tokens = [Token(id, 0, past + n, n) for n, id in enumerate(ids)]
-        logits = np.empty((len(ids), self._logit_columns), np.float32)
-        self._feed(tokens, cache, logits)
+        tokens = [Token(id, 0, past + n) for n, id in enumerate(ids)]
+        logits = self._new_logits(len(ids))
+        self._feed(tokens, range(len(ids)), cache, logits)
         return logits[:, : self.config.vocab_size]
 
     def chooser(self, **settings: float) -> Chooser:
@@ -165,16 +167,34 @@ class Engine:
         how = f"engine: {self.threads} threads, kernels of tier {tier()}, packed as {packed}"
         return [how, *self.notes]
 
-    @property
-    def _logit_columns(self) -> int:
-        return self.weights.matrices[-1].padded_rows
+    def _new_logits(self, count: int) -> NDArray[np.float32]:
+        return np.empty((count, self.weights.matrices[-1].padded_rows), np.float32)
 
-    def _feed(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+    def _in_order(
+        self, logits: NDArray[np.float32], fed: list[int], batch: int
+    ) -> NDArray[np.float32]:
+        """Logits of rows in the order in which they were fed -> (B, V)."""
+        if fed != list(range(batch)):
+            every = np.empty((batch, logits.shape[1]), np.float32)
+            every[fed] = logits
+            logits = every
+        return logits[:, : self.config.vocab_size]
+
+    def _feed(
+        self,
+        tokens: list[Token],
+        wanted: Sequence[int],
+        cache: PagedCache,
+        logits: NDArray[np.float32],
+    ) -> None:
+        """Feed tokens; those whose numbers are `wanted`, in order, fill the rows of `logits`."""
         for row, length in {token.row: token.position + 1 for token in tokens}.items():
             cache.reserve(row, length)
         for first in range(0, len(tokens), CHUNK):
+            some = [n - first for n in wanted if first <= n < first + CHUNK]
             with self._turn:
-                self._step(tokens[first : first + CHUNK], cache, logits)
+                self._step(tokens[first : first + CHUNK], some, cache, logits)
+            logits = logits[len(some) :]
         for token in tokens:
             cache.remember(token.row, token.id)
 
@@ -187,42 +207,25 @@ class Engine:
                 raise GenerationError(IDS.format(last=last, bad=bad[0]))
             cache.require_room(row, len(new))
 
-    def _step(self, tokens: list[Token], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+    def _step(
+        self,
+        tokens: list[Token],
+        wanted: list[int],
+        cache: PagedCache,
+        logits: NDArray[np.float32],
+    ) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
-        targets = [token.wanted for token in tokens if token.wanted is not None]
-        tiles = self._set_out(tokens)
-        last = max(token.position for token in tokens)
-        shared = (
-            cache.table.ctypes.data,
-            cache.table.shape[1],
-            last // SPAN + 1,
-            cache.kind,
-        )
-        for layers in self._calls(len(tokens)):
-            started = time.perf_counter()
-            self._run(len(tokens), tiles, len(targets), *layers, *shared)
-            spent = time.perf_counter() - started
-            self._layer_seconds = spent / ((layers[1] - layers[0]) * len(tokens))
-        for n, target in enumerate(targets):
-            logits[target] = self._room.tables["logits"][n]
-
-    def _set_out(self, tokens: list[Token]) -> int:
-        """Write what a step is about into the room that the crew works in -> tiles."""
         tables, count = self._room.tables, len(tokens)
-        positions = np.array([token.position for token in tokens])
-        angles = positions[:, None].astype(np.float32) * self._frequencies
-        wanted = [n for n, token in enumerate(tokens) if token.wanted is not None]
-        ids = np.array([token.id for token in tokens])
-        tables["x"][:count] = read_rows(self.weights.embeddings, ids)
-        tables["rows"][:count] = [token.row for token in tokens]
-        tables["positions"][:count] = positions
-        np.cos(angles, out=tables["cos"][:count])
-        np.sin(angles, out=tables["sin"][:count])
+        tables["told"][:count] = tokens
         tables["wanted"][: len(wanted)] = wanted
-        tiles = tiles_of([token.row for token in tokens])
-        for n, (first, size) in enumerate(tiles):
-            tables["tile_first"][n], tables["tile_count"][n] = first, size
-        return len(tiles)
+        tiles = set_out(self._room.record, count)
+        spans = max(token.position for token in tokens) // SPAN + 1
+        shared = (cache.address, cache.table.shape[1], spans, cache.kind, logits.ctypes.data)
+        for layers in self._calls(count):
+            started = time.perf_counter()
+            self._run(count, tiles, len(wanted), *layers, *shared)
+            spent = time.perf_counter() - started
+            self._layer_seconds = spent / ((layers[1] - layers[0]) * count)
 
     def _run(self, *orders: int) -> None:
         """One native call, on all threads; `orders` are the fields of model.Step."""
@@ -243,17 +246,7 @@ class Engine:
     def _start(self) -> None:
         """Compile everything on this thread, then let the others in: one that waits for the
         compiler while another waits for it would wait for ever."""
+        set_out(self._room.record, 0)
         self._run(*[0] * len(Step._fields))
         self._crew.start(model.serve, self._room.record, keep=(self._room, self.weights))
         weakref.finalize(self, self._crew.stop)
-
-
-def tiles_of(rows: list[int]) -> list[tuple[int, int]]:
-    """Tokens that may look at the cache together -> (first, how many): of one row, not too many."""
-    tiles: list[tuple[int, int]] = []
-    for t, row in enumerate(rows):
-        if tiles and rows[t - 1] == row and tiles[-1][1] < TILE:
-            tiles[-1] = (tiles[-1][0], tiles[-1][1] + 1)
-        else:
-            tiles.append((t, 1))
-    return tiles

@@ -25,8 +25,8 @@ from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.crew import complete, done, take
 from glassllama.engine.intrinsics import integers64
 from glassllama.engine.pages import FLOAT32, INT8, PAGE
-from glassllama.engine.room import GROUPS, LANES, MATRICES, WK, WQ
-from glassllama.engine.step import convert, field, inputs_of, row
+from glassllama.engine.room import GROUPS, LANES, MATRICES, POSITION, ROW, WK, WQ
+from glassllama.engine.step import convert, field, inputs_of, row, told
 
 SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
 
@@ -63,13 +63,13 @@ def page_offsets(room: Any, layer: int, kv_head: int, kind: int) -> Any:
 @compiled
 def row_pages(room: Any, step: Any, t: int) -> Any:
     """Addresses of the pages of a token's row."""
-    batch_row = integers64(room.rows, step.tokens)[t]
+    batch_row = told(room, t)[ROW]
     return integers64(step.table + batch_row * step.pages * 8, step.pages)
 
 
 @compiled
 def position_of(room: Any, t: int) -> Any:
-    return integers64(room.positions + t * 8, 1)[0]
+    return told(room, t)[POSITION]
 
 
 @compiled

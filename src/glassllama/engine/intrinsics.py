@@ -22,7 +22,6 @@ WORD = ir.IntType(64)
 cgutils: Any = untyped_cgutils
 types: Any = untyped_types
 carray: Any = numba.carray  # type: ignore[attr-defined]
-KERNEL_ARGUMENTS = 12
 
 
 @instruction
@@ -156,17 +155,16 @@ def call_system(context: Any, address: Any) -> Any:
 
 @instruction
 def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
-    """Call a matrix kernel (kernels.py) by its address, with its twelve integers as a tuple."""
-    if len(arguments) != KERNEL_ARGUMENTS:
-        return None
+    """Call a kernel (kernels.py, reading.py) by its address, with a tuple of its integers."""
+    count = len(arguments)
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        words = cgutils.unpack_tuple(builder, values[1], KERNEL_ARGUMENTS)
-        kind = ir.FunctionType(ir.VoidType(), [WORD] * KERNEL_ARGUMENTS)
+        words = cgutils.unpack_tuple(builder, values[1], count)
+        kind = ir.FunctionType(ir.VoidType(), [WORD] * count)
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.UniTuple(types.int64, KERNEL_ARGUMENTS)), emit
+    return types.void(types.int64, types.UniTuple(types.int64, count)), emit
 
 
 @inlined

@@ -152,7 +152,7 @@ def output(me: Any, room: Any, step: Any) -> None:
     inputs, width = inputs_of(room), groups * LANES
     first, last = take(me, phase + 1, groups, FEW_GROUPS)
     while first < last:
-        multiply(room, m, inputs, slot, step.wanted, (first, last), room.logits, width)
+        multiply(room, m, inputs, slot, step.wanted, (first, last), step.logits, width)
         done(me, phase + 1, last - first)
         first, last = take(me, phase + 1, groups, FEW_GROUPS)
     complete(me, phase + 1, groups)
@@ -178,6 +178,7 @@ def take_part(
         atomic_load(orders), atomic_load(orders + 8), atomic_load(orders + 16),
         atomic_load(orders + 24), atomic_load(orders + 32), atomic_load(orders + 40),
         atomic_load(orders + 48), atomic_load(orders + 56), atomic_load(orders + 64),
+        atomic_load(orders + 72),
     )  # fmt: skip
     if atomic_load(board) == epoch:
         offer = atomic_load(board + YIELD * 8)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig
-from glassllama.engine.layout import ALIGNMENT, BLOCK, Matrix
+from glassllama.base.config import LlamaConfig, rope_frequencies
+from glassllama.engine.layout import ALIGNMENT, BLOCK, FLOAT32, Matrix
 from glassllama.engine.pages import PAGE
+from glassllama.engine.reading import reader_address
 from glassllama.engine.rows import FACTORS
 from glassllama.engine.tiers import choose, kernel_address, tier
 
@@ -19,6 +20,8 @@ MATRICES = 7
 KERNEL, VALUES, SCALES, BLOCKS, GROUPS, READS = range(6)
 FIELDS = 6
 LANES = 16  # rows of a group
+ID, ROW, POSITION = range(3)  # what a step is told of each token
+TOLD = 3
 TILE = 8  # tokens of one row whose queries look at the cache together
 
 SIZES = (
@@ -29,16 +32,16 @@ SIZES = (
     "qkv_width", "hidden_columns", "added_width",  # columns of outputs
 )  # fmt: skip
 PLACES = (
-    "matrices",  # (7·layers + 1, FIELDS) int64: where each packed matrix is, and its kernel
+    "matrices",  # (7·layers + 2, FIELDS) int64: where each packed matrix is, and its kernel; the
+    # last one, the embeddings, has a reader instead
     "norms",  # (2·layers + 1, C)
     "x",  # (N, C), the residual stream: embeddings at first
-    "rows",  # (N,) int64, of the batch
-    "positions",  # (N,) int64
+    "told",  # (N, 3) int64: id, row of the batch, position
+    "frequencies",  # (D/2,), of RoPE
     "cos", "sin",  # (N, D/2)
     "tile_first", "tile_count",  # (tiles,) int64: tokens of one row, next to each other
     "everyone",  # (N,) int64: 0, 1, …
     "wanted",  # (N,) int64, tokens whose logits are wanted
-    "logits",  # (N, padded V)
     # Inputs of the matrices that read C or H·D numbers: float32, int8 with factors, bfloat16.
     "numbers", "codes", "factors", "bfloats",
     "hidden_numbers", "hidden_codes", "hidden_factors", "hidden_bfloats",  # of `down`
@@ -65,13 +68,15 @@ class Room:
         self,
         config: LlamaConfig,
         matrices: list[Matrix],
+        embeddings: Matrix,
         norms: NDArray[np.float32],
         *,
         slots: int,
         threads: int,
     ) -> None:
         self.tables: dict[str, NDArray[Any]] = {
-            "matrices": table_of(matrices),
+            "matrices": table_of(matrices, embeddings),
+            "frequencies": rope_frequencies(config),
             "norms": norms,
             "everyone": np.arange(slots),
             **token_tables(config, slots),
@@ -106,8 +111,9 @@ def sizes_of(config: LlamaConfig, tables: dict[str, NDArray[Any]]) -> dict[str, 
 def token_tables(config: LlamaConfig, slots: int) -> dict[str, NDArray[Any]]:
     """What a step is told of its tokens."""
     half = config.head_dim // 2
-    words = ("rows", "positions", "wanted", "tile_first", "tile_count")
+    words = ("wanted", "tile_first", "tile_count")
     return {
+        "told": np.zeros((slots, TOLD), np.int64),
         **zeros(np.float32, x=(slots, config.dim), cos=(slots, half), sin=(slots, half)),
         **{name: np.zeros(slots, np.int64) for name in words},
     }
@@ -130,7 +136,6 @@ def matrix_tables(
         **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows)),
         **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows)),
         **zeros(np.float32, hidden=(slots, 2 * gate.padded_rows)),
-        **zeros(np.float32, logits=(slots, matrices[-1].padded_rows)),
     }
 
 
@@ -162,14 +167,16 @@ def zeros(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, NDArray[Any]]:
     return tables
 
 
-def table_of(matrices: list[Matrix]) -> NDArray[np.int64]:
-    """What compiled code must know of each matrix: (matrices, FIELDS)."""
-    table = np.zeros((len(matrices), FIELDS), np.int64)
-    for row, matrix in zip(table, matrices, strict=True):
-        kernel, row[READS] = choose(matrix.kind, matrix.columns)
-        row[KERNEL] = kernel_address(kernel, tier())
-        row[VALUES] = matrix.values.ctypes.data
-        row[SCALES] = matrix.scales.ctypes.data
-        row[BLOCKS] = matrix.kind.blocks(matrix.columns)
-        row[GROUPS] = matrix.groups
-    return table
+def table_of(matrices: list[Matrix], embeddings: Matrix) -> NDArray[np.int64]:
+    """What compiled code must know of each matrix, embeddings last: (matrices + 1, FIELDS)."""
+    kernels = [choose(matrix.kind, matrix.columns) for matrix in matrices]
+    rows = [
+        entry_of(matrix, kernel_address(kernel, tier()), reads)
+        for matrix, (kernel, reads) in zip(matrices, kernels, strict=True)
+    ]
+    return np.array([*rows, entry_of(embeddings, reader_address(embeddings.kind.name), FLOAT32)])
+
+
+def entry_of(matrix: Matrix, kernel: int, reads: int) -> list[int]:
+    values, scales = matrix.values.ctypes.data, matrix.scales.ctypes.data
+    return [kernel, values, scales, matrix.kind.blocks(matrix.columns), matrix.groups, reads]

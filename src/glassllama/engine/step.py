@@ -27,6 +27,7 @@ from glassllama.engine.room import (
     KERNEL,
     READS,
     SCALES,
+    TOLD,
     VALUES,
 )
 from glassllama.engine.rows import BLOCK, FACTORS, encode, normalise
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     pages: int  # columns of that table
     spans: int  # of the longest row, SPAN tokens each
     kind: int  # of the numbers in the cache: pages.BFLOAT16, FLOAT32, INT8
+    logits: int  # address of the table that takes them: (wanted, padded V)
 
 
 class Inputs(NamedTuple):
@@ -80,6 +82,12 @@ def row(address: int, t: int, width: int) -> Any:
 def field(room: Any, matrix: int, name: int) -> Any:
     """What the room's table says of a matrix."""
     return integers64(room.matrices + (matrix * FIELDS + name) * 8, 1)[0]
+
+
+@compiled
+def told(room: Any, t: int) -> Any:
+    """What the step was told of a token: id, row, position."""
+    return integers64(room.told + t * TOLD * 8, TOLD)
 
 
 @compiled

@@ -23,10 +23,10 @@ from glassllama.base.errors import GlassError
 from glassllama.engine import amx_floats, amx_kernels, integer_kernels, kernels, matrix_registers
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.float_kernels import FLOAT_KERNELS
-from glassllama.engine.intrinsics import KERNEL_ARGUMENTS, types
+from glassllama.engine.intrinsics import types
 from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, Kind
 
-SIGNATURE = types.void(*[types.int64] * KERNEL_ARGUMENTS)
+SIGNATURE = types.void(*[types.int64] * 12)  # see kernels.py
 VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 AMX = frozenset({"amx-tile", "amx-int8"})
 BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx, where the processor has amx-bf16
