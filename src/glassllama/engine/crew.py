@@ -1,10 +1,10 @@
 """The threads that compute a step together, and the board on which they share out its work.
 
 A step is a fixed list of phases; a phase is a number of items (groups of rows, tokens, heads) that
-may be done in any order. Threads take items from the board and note what is done; a phase is over
-when all its items are, not when all threads have been there. So a thread that has lost its
-processor to another program holds up nobody, unless in the middle of an item, and one that comes
-late finds nothing to take and walks on to where the others are.
+may be done in any order. Every thread has a share of them, and helps the others when it is through;
+a phase is over when all its items are done, not when all threads have been there. So a thread that
+has lost its processor to another program holds up nobody, unless with items in hand, and one that
+comes late finds nothing to take and walks on to where the others are.
 
 Every word of the board carries the number of the step (its epoch) in its upper half: what a late
 thread tries to take from a step that is over is refused.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glassllama.base.machine import usable_cores
-from glassllama.engine.compiled import compiled, entry
+from glassllama.engine.compiled import compiled, entry, inlined
 from glassllama.engine.intrinsics import (
     atomic_add,
     atomic_load,
@@ -52,40 +52,49 @@ class Member(NamedTuple):
     thread: int
     threads: int
     phases: int  # address of the first phase's words
+    words: int  # from one row of the phases' words to the next: see Crew
     epoch: int
     offer: int  # address of the system's function that gives the processor to others
+
+
+@inlined
+def share_of(thread: int, threads: int, items: int) -> Any:
+    """Which of a phase's items are a thread's own -> first, last + 1."""
+    return items * thread // threads, items * (thread + 1) // threads
 
 
 @compiled
 def take(me: Any, phase: int, items: int, least: int) -> Any:
     """Take some items of a phase -> first, last + 1; (0, 0) where none are left.
 
-    The first to come get large pieces, later ones smaller, never less than `least`: few trips to
-    the board, and nobody waits long at the end.
+    Every thread begins with its own share, and then helps the others with theirs. Half of what is
+    left of a share at a time, but never less than `least`: few trips to the board, and nobody waits
+    long at the end.
     """
-    word = me.phases + phase * LINE * 8
-    while True:
-        seen = atomic_load(word)
-        first = seen & COUNT_MASK
-        if seen >> EPOCH_SHIFT != me.epoch or first >= items:
-            return 0, 0
-        count = min(items - first, max(least, (items - first) // (2 * me.threads)))
-        if me.threads == 1:
-            count = items - first
-        if compare_and_swap(word, seen, seen + count):
-            return first, first + count
+    for n in range(me.threads):
+        owner = (me.thread + n) % me.threads
+        start, end = share_of(owner, me.threads, items)
+        word = me.phases + ((1 + owner) * me.words + phase) * 8
+        while True:
+            seen = atomic_load(word)
+            if seen >> EPOCH_SHIFT != me.epoch:
+                return 0, 0
+            first = start + (seen & COUNT_MASK)
+            if first >= end:
+                break
+            count = min(end - first, max(least, (end - first) // 2))
+            if compare_and_swap(word, seen, seen + count):
+                return first, first + count
+    return 0, 0
 
 
 @compiled
-def done(me: Any, phase: int, count: int) -> None:
-    """Note that `count` items of a phase are finished; what they wrote is visible to all."""
-    atomic_add(me.phases + phase * LINE * 8 + 8, count)
-
-
-@compiled
-def complete(me: Any, phase: int, items: int) -> None:
-    """Wait until all items of a phase are done, or until the step is over and it never mattered."""
-    word = me.phases + phase * LINE * 8 + 8
+def complete(me: Any, phase: int, items: int, mine: int) -> None:
+    """Note that `mine` of a phase's items are done, what they wrote is visible to all; and wait for
+    the others, or until the step is over and it never mattered."""
+    word = me.phases + phase * 8
+    if mine > 0:
+        atomic_add(word, mine)
     goal = (me.epoch << EPOCH_SHIFT) + items
     looks = 0
     while True:
@@ -100,15 +109,14 @@ def complete(me: Any, phase: int, items: int) -> None:
 
 
 @entry
-def announce(board: int, orders: Any, phases: int, first_phase: int) -> Any:
+def announce(board: int, orders: Any, first_phase: int, words: int) -> Any:
     """Begin a new step on the board -> its epoch.
 
     The words first: from then on late threads take nothing, whatever they read of the orders.
     """
     epoch = (atomic_load(board + EPOCH * 8) + 1) & 0x7FFFFFFF
-    for phase in range(phases):
-        atomic_store(board + (first_phase + phase * LINE) * 8, epoch << EPOCH_SHIFT)
-        atomic_store(board + (first_phase + phase * LINE + 1) * 8, epoch << EPOCH_SHIFT)
+    for word in range(words):
+        atomic_store(board + (first_phase + word) * 8, epoch << EPOCH_SHIFT)
     for n in range(len(orders)):
         atomic_store(board + (ORDERS + n) * 8, orders[n])
     atomic_swap(board + EPOCH * 8, epoch)
@@ -165,15 +173,17 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 class Crew:
     """The caller's thread and some more that stay: they wait for steps, then sleep if none come.
 
-    `serve(thread, threads, board address, first_phase, last_epoch, *rest)` is the compiled function
-    that the others run; it returns the last epoch it has seen, when it may sleep.
+    `serve(thread, threads, board address, first_phase, words, last_epoch, *rest)` is the compiled
+    function that the others run; it returns the last epoch it has seen, when it may sleep.
     """
 
     def __init__(self, threads: int, phases: int) -> None:
         self.threads = threads
-        self.phases = phases
         self.first_phase = PARKED + threads * LINE
-        words = self.first_phase + (phases + 1) * LINE
+        # For every phase how many items are done; then, thread by thread, so that they do not
+        # write to each other's cache lines, how many of its share are taken.
+        self.words = -(-phases // LINE) * LINE
+        words = self.first_phase + (1 + threads) * self.words
         memory = np.zeros(words + LINE, np.int64)
         start = -memory.ctypes.data // 8 % LINE
         self.board = memory[start : start + words]
@@ -191,7 +201,7 @@ class Crew:
         atomically_clear(self.address + PARKED * 8)  # compiled now, not when first needed
         for thread in range(1, self.threads):
             self._beds[thread].acquire()
-            place = (thread, self.threads, self.address, self.first_phase)
+            place = (thread, self.threads, self.address, self.first_phase, self.words)
             member = threading.Thread(
                 target=serve_or_sleep, name=f"engine-{thread}", daemon=True,
                 args=(self._beds[thread], self.board, serve, place, rest, keep),

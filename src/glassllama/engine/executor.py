@@ -230,9 +230,9 @@ class Engine:
     def _run(self, *orders: int) -> None:
         """One native call, on all threads; `orders` are the fields of model.Step."""
         crew = self._crew
-        epoch = announce(crew.address, orders, crew.phases, crew.first_phase)
+        epoch = announce(crew.address, orders, crew.first_phase, crew.words * (1 + crew.threads))
         crew.wake()
-        place = (0, crew.threads, crew.address, crew.first_phase)
+        place = (0, crew.threads, crew.address, crew.first_phase, crew.words)
         model.serve(*place, epoch, self._room.record)
 
     def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:

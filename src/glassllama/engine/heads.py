@@ -22,7 +22,7 @@ from glassllama.engine.attention import (
     weigh,
 )
 from glassllama.engine.compiled import compiled, inlined
-from glassllama.engine.crew import complete, done, take
+from glassllama.engine.crew import complete, take
 from glassllama.engine.intrinsics import integers64
 from glassllama.engine.pages import FLOAT32, INT8, PAGE
 from glassllama.engine.room import GROUPS, LANES, MATRICES, POSITION, ROW, WK, WQ
@@ -103,13 +103,14 @@ def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     if step.tokens == 1 and not spans_shared(room, step):
         return
     first, last = take(me, phase, step.tokens, 1)
+    mine = 0
     while first < last:
         for t in range(first, last):
             for kv_head in range(room.kv_heads):
                 place_heads(room, layer, step, t, kv_head)
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, step.tokens, 1)
-    complete(me, phase, step.tokens)
+    complete(me, phase, step.tokens, mine)
 
 
 @inlined
@@ -187,6 +188,7 @@ def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
     spans = step.spans if spans_shared(room, step) else 1
     items = step.tiles * kv_heads * spans
     first, last = take(me, phase, items, 1)
+    mine = 0
     while first < last:
         for item in range(first, last):
             tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
@@ -197,9 +199,9 @@ def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
             else:
                 part = room.parts + (span * kv_heads + kv_head) * group * (room.head_dim + 2) * 4
                 look_at_span(me, room, layer, step, tile, kv_head, span, part)
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, items, 1)
-    complete(me, phase, items)
+    complete(me, phase, items, mine)
 
 
 @inlined
@@ -236,10 +238,11 @@ def prepare_mixed(me: Any, phase: int, room: Any, reads: int, step: Any) -> Any:
         merge_token(me, room, step, 0, reads, room.slots + me.thread)
         return room.slots + me.thread
     first, last = take(me, phase, step.tokens, 1)
+    mine = 0
     while first < last:
         for t in range(first, last):
             merge_token(me, room, step, t, reads, t)
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, step.tokens, 1)
-    complete(me, phase, step.tokens)
+    complete(me, phase, step.tokens, mine)
     return 0

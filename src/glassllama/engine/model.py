@@ -11,7 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 from glassllama.engine.compiled import compiled, entry, inlined
-from glassllama.engine.crew import ORDERS, STOP, YIELD, Member, complete, done, next_epoch, take
+from glassllama.engine.crew import (
+    ORDERS,
+    STOP,
+    YIELD,
+    Member,
+    complete,
+    next_epoch,
+    take,
+)
 from glassllama.engine.heads import attend_heads, place_all, prepare_mixed
 from glassllama.engine.intrinsics import atomic_load, floats
 from glassllama.engine.room import (
@@ -58,6 +66,7 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
     groups = wv + field(room, m + WV, GROUPS)
     starts = (0, wk, wv, groups)
     first, last = take(me, phase, groups, FEW_GROUPS)
+    mine = 0
     while first < last:
         for n in range(3):
             low, high = max(first, starts[n]), min(last, starts[n + 1])
@@ -66,9 +75,9 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
                 out = room.qkv + starts[n] * LANES * 4
                 width = room.qkv_width
                 multiply(room, m + n, inputs_of(room), slot, step.tokens, some, out, width)
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, groups, FEW_GROUPS)
-    complete(me, phase, groups)
+    complete(me, phase, groups, mine)
 
 
 @compiled
@@ -78,15 +87,16 @@ def add_product(
     """x += matrix · inputs, at all tokens."""
     groups, width = field(room, matrix, GROUPS), room.added_width
     first, last = take(me, phase, groups, FEW_GROUPS)
+    mine = 0
     while first < last:
         multiply(room, matrix, inputs, slot, step.tokens, (first, last), room.added, width)
         start, count = first * LANES * 4, min(last * LANES, room.dim) - first * LANES
         for t in range(step.tokens):
             x = floats(room.x + t * room.dim * 4 + start, count)
             add(x, floats(room.added + t * width * 4 + start, count))
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, groups, FEW_GROUPS)
-    complete(me, phase, groups)
+    complete(me, phase, groups, mine)
 
 
 @inlined
@@ -109,11 +119,12 @@ def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -
     groups = field(room, layer * MATRICES + GATE, GROUPS)
     pairs = (groups + PAIR - 1) // PAIR
     first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
+    mine = 0
     while first < last:
         gate_groups(room, layer, slot, step, (first * PAIR, min(last * PAIR, groups)))
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
-    complete(me, phase, pairs)
+    complete(me, phase, pairs, mine)
 
 
 @inlined
@@ -151,11 +162,12 @@ def output(me: Any, room: Any, step: Any) -> None:
     slot = prepare_norms(me, phase, room, 2 * layers, reads, room.wanted, step.wanted)
     inputs, width = inputs_of(room), groups * LANES
     first, last = take(me, phase + 1, groups, FEW_GROUPS)
+    mine = 0
     while first < last:
         multiply(room, m, inputs, slot, step.wanted, (first, last), step.logits, width)
-        done(me, phase + 1, last - first)
+        mine += last - first
         first, last = take(me, phase + 1, groups, FEW_GROUPS)
-    complete(me, phase + 1, groups)
+    complete(me, phase + 1, groups, mine)
 
 
 @inlined
@@ -170,7 +182,7 @@ def forward(me: Any, room: Any, step: Any) -> None:
 
 @inlined
 def take_part(
-    thread: int, threads: int, board: int, first_phase: int, epoch: int, room: Any
+    thread: int, threads: int, board: int, first_phase: int, words: int, epoch: int, room: Any
 ) -> None:
     """One thread's part of the step on the board, unless that is over already."""
     orders = board + ORDERS * 8
@@ -182,12 +194,14 @@ def take_part(
     )  # fmt: skip
     if atomic_load(board) == epoch:
         offer = atomic_load(board + YIELD * 8)
-        me = Member(thread, threads, board + first_phase * 8, epoch, offer)
+        me = Member(thread, threads, board + first_phase * 8, words, epoch, offer)
         forward(me, room, step)
 
 
 @entry
-def serve(thread: int, threads: int, board: int, first_phase: int, epoch: int, room: Any) -> int:
+def serve(
+    thread: int, threads: int, board: int, first_phase: int, words: int, epoch: int, room: Any
+) -> int:
     """A crew thread's life between two sleeps -> the last epoch it has seen.
 
     Thread 0 is the caller, who has just announced the step `epoch`, and returns when it is done.
@@ -198,7 +212,7 @@ def serve(thread: int, threads: int, board: int, first_phase: int, epoch: int, r
             if following < 0:
                 break
             epoch = following
-        take_part(thread, threads, board, first_phase, epoch, room)
+        take_part(thread, threads, board, first_phase, words, epoch, room)
         if thread == 0:
             break
     return epoch

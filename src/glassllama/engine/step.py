@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from glassllama.engine.compiled import compiled
-from glassllama.engine.crew import complete, done, take
+from glassllama.engine.crew import complete, take
 from glassllama.engine.intrinsics import (
     bfloat_from_float,
     call_kernel,
@@ -148,10 +148,11 @@ def prepare_norms(
         norm_row(room, norm, which[0], reads, room.slots + me.thread)
         return room.slots + me.thread
     first, last = take(me, phase, count, 1)
+    mine = 0
     while first < last:
         for t in range(first, last):
             norm_row(room, norm, which[t], reads, t)
-        done(me, phase, last - first)
+        mine += last - first
         first, last = take(me, phase, count, 1)
-    complete(me, phase, count)
+    complete(me, phase, count, mine)
     return 0
