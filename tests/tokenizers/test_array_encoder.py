@@ -21,7 +21,7 @@ from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers import array_encoder
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
-from glassllama.tokenizers.eight_bytes import PADDING, padded
+from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
 from glassllama.tokenizers.word_ends import RULES, character_kinds, word_ends
@@ -50,7 +50,7 @@ def tokenizer(
 
 def compiled_words(text: str, split: Split) -> list[str]:
     data = padded(text)
-    ends = np.empty(len(data), np.int64)
+    ends = np.empty(len(data) + WINDOW, np.int64)
     n = word_ends(data, len(data) - PADDING, RULES[split.patterns], character_kinds(), ends)
     cuts = [0, *ends[:n].tolist()]
     return [bytes(data[a:b]).decode() for a, b in pairwise(cuts)]
@@ -100,6 +100,21 @@ def test_words_of_mixed_texts(name: str) -> None:
         assert compiled_words(text, split) == split.words(text)
 
 
+ODDS = ("a", "b", "x" * 9, " ", "  ", "\n", "\r", "\t", "'", "'s", "'ll", "'LL", ",", ".", "-", "1",
+        "23", "\u2003", "\xa0", "é", "—", "ſ", "日", "²", "\x0b", "\x1c", "\0", "_")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_words_of_odd_mixtures(name: str) -> None:
+    """Kinds of characters in all orders, at all places of the windows of 64 bytes."""
+    split = replace(SPLITS[name], normal_form=False)
+    chance = random.Random(11)
+    for _ in range(1000):
+        few = chance.sample(ODDS, chance.choice([3, 6, 12, len(ODDS)]))
+        text = "".join(chance.choices(few, k=200))
+        assert compiled_words(text, split) == split.words(text)
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="ab 1'slé\n\r\t-日\u2003", max_size=40), st.sampled_from(list(SPLITS)))
 def test_words_of_short_texts(text: str, name: str) -> None:
@@ -131,10 +146,14 @@ def test_words_of_every_length(tokenizer: BytePairTokenizer) -> None:
 
 
 def test_a_full_table_is_emptied(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_encoder, "WORD_SLOTS", 64)
-    monkeypatch.setattr(array_encoder, "KEPT_BYTES", 400)
-    monkeypatch.setattr(array_encoder, "KEPT_IDS", 100)
+    """… a desk too small for a word grows, and a text too long for its place gets another."""
+    monkeypatch.setattr(array_encoder, "WORDS", 2)  # and up to 64 that are found together
+    monkeypatch.setattr(array_encoder, "WORD_SLOTS", 128)
+    monkeypatch.setattr(array_encoder, "KEPT_BYTES", 72 * 66)
+    monkeypatch.setattr(array_encoder, "KEPT_IDS", 64 * 66)
     monkeypatch.setattr(array_encoder, "DESK", 128)
+    monkeypatch.setattr(array_encoder, "LONGEST_COPIED", 1500)
+    monkeypatch.setattr(array_encoder, "PIECE", 100)
     small = tokenizer_from_gguf(open_gguf(default_model).metadata)
     for seed in range(20):
         text = mixed_text(seed) + "x" * 1000

@@ -112,10 +112,9 @@ def test_heap_is_the_plain_loop_on_real_vocabularies(
 def test_no_folder_for_machine_code() -> None:
     """A read-only installation and home: long words compile in memory."""
     script = (
-        "from glassllama.tokenizers.long_words import push\n"
+        "from glassllama.tokenizers.array_decoder import total_size\n"
         "import numpy\n"
-        "heap = numpy.zeros(4, numpy.int64)\n"
-        "assert push(heap, 0, 3, 1) == 1 and heap[0] == (3 << 32) + 1\n"
+        "assert total_size(numpy.uint32([1, 1]), numpy.int64([5, 3])) == 6\n"
     )
     # Only the folder of NUMBA_CACHE_DIR is allowed, and there is none.
     environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}

@@ -1,4 +1,4 @@
-"""What loops over text cannot say: eight bytes at once, and where in them something begins."""
+"""What loops over text cannot say: many bytes at once, and where in them something begins."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, inlined, instruction
 
+cgutils: Any = untyped_cgutils
 Bytes = NDArray[np.uint8]
 
 PADDING = 16  # bytes behind a text, so that reading eight at its end stays within it
+WINDOW = 64  # bytes that are looked at together: one bit of a machine word for each
 # In each of eight bytes: the sign bit, all others, the bit between a capital and its small letter.
 SIGNS, OTHERS = np.uint64(0x8080808080808080), np.uint64(0x7F7F7F7F7F7F7F7F)
 TO_LOWER = np.uint64(0x2020202020202020)
@@ -24,7 +26,7 @@ BEHIND_Z = np.uint64(0x0101010101010101 * (0x80 - ord("z") - 1))
 
 def padded(text: str) -> Bytes:
     """The UTF-8 of a text, and PADDING zeros."""
-    return np.frombuffer(text.encode() + bytes(PADDING), np.uint8)
+    return np.frombuffer(b"".join([text.encode(), bytes(PADDING)]), np.uint8)
 
 
 @instruction
@@ -53,6 +55,43 @@ def put_eight_bytes(typing: Any, text: Any, at: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(text, types.int64, types.uint64), build
+
+
+@instruction
+def bytes_within(typing: Any, text: Any, at: Any, first: Any, count: Any) -> Any:
+    """bytes_within(text, at, first, count) -> uint64: a bit for each byte of text[at : at + 64],
+    the first in the lowest place, set where it is one of `count` values from `first` on."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        byte = ir.IntType(8)
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        place = builder.gep(array.data, [values[1]])
+        window = builder.load(builder.bitcast(place, ir.VectorType(byte, WINDOW).as_pointer()))
+        window.align = 1
+        first, count = (builder.trunc(value, byte) for value in values[2:])
+        above = builder.sub(window, everywhere(builder, first, byte, WINDOW))
+        inside = builder.icmp_unsigned("<", above, everywhere(builder, count, byte, WINDOW))
+        return builder.bitcast(inside, ir.IntType(WINDOW))
+
+    return types.uint64(text, types.int64, types.int64, types.int64), build
+
+
+def everywhere(builder: Any, number: Any, kind: Any, times: int) -> Any:
+    """A vector of the same number."""
+    empty = ir.Constant(ir.VectorType(kind, times), ir.Undefined)
+    one = builder.insert_element(empty, number, ir.Constant(ir.IntType(32), 0))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), times), [0] * times)
+    return builder.shuffle_vector(one, empty, places)
+
+
+@instruction
+def leading_zeros(typing: Any, word: Any) -> Any:
+    """leading_zeros(uint64) -> int64; 64 of zero."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.ctlz(values[0], cgutils.false_bit)
+
+    return types.int64(types.uint64), build
 
 
 @instruction

@@ -10,13 +10,16 @@ touches its two neighbours only: n log n. Compiled with Numba, on ids instead of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
+from glassllama.tokenizers.lines import LINE, slot_of_key, table_of_zeros
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.bpe import Vocabulary
@@ -24,29 +27,47 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int32]
 Keys = NDArray[np.int64]
 
-EMPTY = -1  # a free slot, a dead position, a pair that does not merge
-PERHAPS_BITS = 22  # of a hash: half a megabyte
-SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: Fibonacci hashing (Knuth, vol. 3, 6.4)
+EMPTY = -1  # a dead position, a pair that does not merge
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing (Knuth, 3, 6.4)
+PERHAPS_BITS = 22  # of a hash
+FULLEST = 0.7  # of all slots: nearly all lines have one that is free
+# Of a slot: 2^21 ids are more than any vocabulary and all characters of Unicode beside it.
+ID_BITS, ORDER_BITS = np.uint64(21), np.uint64(22)
+LARGEST_ID, ORDER = 2**21 - 1, np.uint64(2**22 - 1)
 
 
 class PairTable(NamedTuple):
-    """Which pairs of ids merge: an open-addressing hash table, its size a power of two.
+    """Which pairs of ids merge: a hash table in lines of LINE slots, their number a power of two.
 
-    slots (slots, 2) int64: left << 32 | right, or EMPTY; rank << 32 | id of the joined. `perhaps`
-    is a bit for every hash, set if some pair has it: small enough to stay near the processor, it
-    answers for nearly all pairs that do not merge.
+    A slot is left << 43 | right << 22 | order + 1, or 0. `order` counts the different (rank,
+    joined) from the lowest on: it leads to both, and where ranks differ it says which goes first.
+    `perhaps` is a bit for every hash, set if some pair has it: small enough to stay near the
+    processor, it answers for nearly all pairs that do not merge.
     """
 
-    slots: Keys
-    perhaps: NDArray[np.uint64]
+    slots: NDArray[np.uint64]  # (lines, LINE)
+    perhaps: NDArray[np.uint64]  # half a megabyte of bits
+    ranks: Ints  # of each order
+    joined: Ints  # of each order: the id of the two joined
 
 
 def table_of(rows: NDArray[np.int64]) -> PairTable:
-    """The table of pairs given as (left, right, rank, joined), (M, 4)."""
-    slots = 1 << max(4, (2 * len(rows)).bit_length())  # at most half full
-    perhaps = np.zeros(2**PERHAPS_BITS // 64, np.uint64)
-    table = PairTable(np.full((slots, 2), EMPTY, np.int64), perhaps)
-    fill(table, rows)
+    """The table of pairs given as (left, right, rank, joined), (M, 4).
+
+    TokenizerError: a vocabulary so large that its ids have no place in a slot.
+    """
+    rows = rows.reshape(-1, 4)
+    if len(rows) and max(rows[:, 0].max(), rows[:, 1].max(), rows[:, 3].max()) >= LARGEST_ID:
+        raise TokenizerError(f"vocabulary: ids from {LARGEST_ID} on have no place here")
+    merges, orders = np.unique(rows[:, 2] << 32 | rows[:, 3], return_inverse=True)
+    lines = 1 << max(1, math.ceil(math.log2(len(rows) / FULLEST / LINE + 1)))
+    table = PairTable(
+        table_of_zeros(lines, LINE),
+        np.zeros(2**PERHAPS_BITS // 64, np.uint64),
+        (merges >> 32).astype(np.int32),
+        (merges & 0xFFFFFFFF).astype(np.int32),
+    )
+    fill(table, rows[:, 0], rows[:, 1], orders.reshape(-1).astype(np.int64))
     return table
 
 
@@ -55,7 +76,7 @@ class Room(NamedTuple):
 
     after: Ints
     before: Ints
-    current: Ints  # the rank of the pair that begins here
+    current: Ints  # the order of the pair that begins here
     heap: Keys  # (2n,): every merge takes one entry and adds two at most
 
 
@@ -91,49 +112,46 @@ def merge_ids(symbols: Ints, table: PairTable) -> Ints:
 
 
 @inlined
-def slot_of(table: PairTable, left: Int, right: Int) -> Int:
-    """Where a pair is in the table, or the free slot where it would be."""
-    slots = table.slots
-    key = (np.int64(left) << 32) | np.int64(right)
-    mask = np.uint64(len(slots) - 1)
-    slot = ((np.uint64(key) * np.uint64(SPREAD)) >> np.uint64(32)) & mask
-    while slots[slot, 0] != key and slots[slot, 0] != EMPTY:
-        slot = (slot + np.uint64(1)) & mask
-    return slot
+def line_of(slots: NDArray[np.uint64], spread: Int) -> Int:
+    """Where the search for a pair begins."""
+    return (spread >> np.uint64(32)) & np.uint64(len(slots) - 1)
 
 
 @inlined
-def perhaps_of(left: Int, right: Int) -> tuple[Int, Int]:
+def perhaps_of(spread: Int) -> tuple[Int, Int]:
     """A pair's bit in `perhaps`: in which word, and the word with this bit alone."""
-    key = np.uint64((np.int64(left) << 32) | np.int64(right))
-    hashed = (key * np.uint64(SPREAD)) >> np.uint64(64 - PERHAPS_BITS)
-    return hashed >> np.uint64(6), np.uint64(1) << (hashed & np.uint64(63))
+    place = spread >> np.uint64(64 - PERHAPS_BITS)
+    return place >> np.uint64(6), np.uint64(1) << (place & np.uint64(63))
 
 
 @entry
-def fill(table: PairTable, rows: NDArray[np.int64]) -> None:
-    for k in range(len(rows)):
-        left, right, rank, joined = rows[k, 0], rows[k, 1], rows[k, 2], rows[k, 3]
-        slot = slot_of(table, left, right)
-        table.slots[slot, 0] = (left << 32) | right
-        table.slots[slot, 1] = (rank << 32) | joined
-        place, bit = perhaps_of(left, right)
+def fill(table: PairTable, lefts: Keys, rights: Keys, orders: Keys) -> None:
+    slots = table.slots
+    for k in range(len(orders)):
+        key = np.uint64(lefts[k]) << ID_BITS | np.uint64(rights[k])
+        line, at = line_of(slots, key * SPREAD), 0
+        while slots[line, at] != 0 and slots[line, at] >> ORDER_BITS != key:
+            at += 1
+            if at == LINE:
+                line, at = (line + np.uint64(1)) & np.uint64(len(slots) - 1), 0
+        slots[line, at] = key << ORDER_BITS | np.uint64(orders[k] + 1)
+        place, bit = perhaps_of(key * SPREAD)
         table.perhaps[place] |= bit
 
 
 @inlined
-def rank_of(left: Int, right: Int, table: PairTable) -> Int:
-    """The rank of a pair, or EMPTY."""
-    place, bit = perhaps_of(left, right)
+def order_of(left: Int, right: Int, table: PairTable) -> Int:
+    """The order of a pair, or EMPTY."""
+    key = np.uint64(left) << ID_BITS | np.uint64(right)
+    place, bit = perhaps_of(key * SPREAD)
     if table.perhaps[place] & bit == 0:
         return EMPTY
-    return table.slots[slot_of(table, left, right), 1] >> 32  # of EMPTY this is EMPTY again
-
-
-@inlined
-def joined_of(left: Int, right: Int, table: PairTable) -> Int:
-    """What a pair merges into; the pair must be there."""
-    return table.slots[slot_of(table, left, right), 1] & 0xFFFFFFFF
+    line = line_of(table.slots, key * SPREAD)
+    while True:
+        found = slot_of_key(table.slots, line, key, ORDER_BITS) & ORDER
+        if found != 0 or table.slots[line, LINE - 1] == 0:
+            return np.int64(found) - 1
+        line = (line + np.uint64(1)) & np.uint64(len(table.slots) - 1)
 
 
 @compiled
@@ -159,22 +177,22 @@ def sift_up(heap: Keys, at: Int) -> None:
     heap[at] = item
 
 
-@entry
-def push(heap: Keys, size: Int, rank: Int, at: Int) -> Int:
+@compiled
+def push(heap: Keys, size: Int, order: Int, at: Int, table: PairTable) -> Int:
     """Add (rank, position), unless the pair does not merge; the heap's new size."""
-    if rank == EMPTY:
+    if order == EMPTY:
         return size
-    heap[size] = (np.int64(rank) << 32) | at
+    heap[size] = (np.int64(table.ranks[order]) << 32) | at
     sift_up(heap, size)
     return size + 1
 
 
 @compiled
-def rank_at(symbols: Ints, n: Int, after: Ints, at: Int, table: PairTable) -> Int:
-    """The rank of the pair that begins at a position, or EMPTY."""
+def order_at(symbols: Ints, n: Int, after: Ints, at: Int, table: PairTable) -> Int:
+    """The order of the pair that begins at a position, or EMPTY."""
     if at < 0 or after[at] >= n:
         return EMPTY
-    return rank_of(symbols[at], symbols[after[at]], table)
+    return order_of(symbols[at], symbols[after[at]], table)
 
 
 @entry
@@ -187,25 +205,25 @@ def merge_linked(symbols: Ints, n: Int, room: Room, table: PairTable) -> Int:
     size = 0
     for at in range(n):
         before[at], after[at] = at - 1, at + 1
-        current[at] = rank_at(symbols, n, after, at, table)
-        size = push(heap, size, current[at], at)
+        current[at] = order_at(symbols, n, after, at, table)
+        size = push(heap, size, current[at], at, table)
     while size > 0:
         rank, at = heap[0] >> 32, heap[0] & 0xFFFFFFFF
         size -= 1
         heap[0] = heap[size]
         sift_down(heap, size, 0)
-        if current[at] != rank:
+        if current[at] == EMPTY or table.ranks[current[at]] != rank:
             continue
         gone = after[at]
-        symbols[at] = joined_of(symbols[at], symbols[gone], table)
+        symbols[at] = table.joined[current[at]]
         symbols[gone], current[gone] = EMPTY, EMPTY
         after[at] = after[gone]
         if after[at] < n:
             before[after[at]] = at
         for begin in (np.int64(before[at]), at):
             if begin >= 0:
-                current[begin] = rank_at(symbols, n, after, begin, table)
-                size = push(heap, size, current[begin], begin)
+                current[begin] = order_at(symbols, n, after, begin, table)
+                size = push(heap, size, current[begin], begin, table)
     living = 0
     for at in range(n):
         if symbols[at] != EMPTY:

@@ -14,8 +14,9 @@ import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
-from glassllama.tokenizers.eight_bytes import eight_bytes, letters_in
+from glassllama.tokenizers.eight_bytes import WINDOW, eight_bytes, letters_in, trailing_zeros
 from glassllama.tokenizers.split import EACH_DIGIT, GPT2, LLAMA3, QWEN2
+from glassllama.tokenizers.windows import ONE, words_after
 
 Bytes = NDArray[np.uint8]
 
@@ -205,14 +206,33 @@ def word_end(text: Bytes, at: Int, end: Int, kinds: Bytes, rule: Int) -> Int:
     return gpt2_end(text, at, end, kinds)
 
 
+@inlined
+def next_ends(
+    text: Bytes, at: Int, stop: Int, rule: Int, kinds: Bytes, ends: NDArray[np.int64], n: Int
+) -> Int:
+    """The ends of one to 64 words from text[at] on into ends[n:]; the new n. at < stop."""
+    if rule <= QWEN2_RULE and at + WINDOW <= stop and text[at] < 0x80 and text[at + 1] < 0x80:
+        begins = words_after(text, at, rule == QWEN2_RULE)
+        if begins != 0:
+            while begins != 0:
+                ends[n] = at + trailing_zeros(begins)
+                begins &= begins - ONE
+                n += 1
+            return n
+    ends[n] = word_end(text, at, stop, kinds, rule)
+    return n + 1
+
+
 @entry
 def word_ends(text: Bytes, size: Int, rule: Int, kinds: Bytes, ends: NDArray[np.int64]) -> Int:
-    """The ends of all words of text[:size], padded UTF-8, into `ends`; how many they are."""
+    """The ends of all words of text[:size], padded UTF-8, into `ends`; how many they are.
+
+    `ends` has room for as many as the text has bytes, and 64.
+    """
     at, stop, n = 0, 0, 0
     while at < size:
         if at == stop:
             stop = piece_end(text, at, size, kinds, rule)
-        at = word_end(text, at, stop, kinds, rule)
-        ends[n] = at
-        n += 1
+        n = next_ends(text, at, stop, rule, kinds, ends, n)
+        at = ends[n - 1]
     return n

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, compiled, inlined
 from glassllama.tokenizers.eight_bytes import eight_bytes
+from glassllama.tokenizers.lines import table_of_zeros
 
 Bytes = NDArray[np.uint8]
 
@@ -55,7 +56,7 @@ class Found(NamedTuple):
 def word_table(slots: int, long_bytes: int) -> WordTable:
     """An empty table; `slots` is a power of two."""
     return WordTable(
-        np.zeros((slots, 3), np.uint64), np.empty(long_bytes, np.uint8), np.zeros(2, np.int64)
+        table_of_zeros(slots, 3), np.empty(long_bytes, np.uint8), np.zeros(2, np.int64)
     )
 
 
