@@ -27,7 +27,13 @@ RUNNABLE = [
     )
     for name, needed in TIERS.items()
 ]
-ODD_SHAPES = [(1, 32), (37, 96), (16, 256), (50, 32 * 7)]
+ODD_SHAPES = [
+    (1, 32),
+    (37, 96),
+    (16, 256),
+    (50, 32 * 7),
+    (90, 32 * 65),
+]  # the last: groups go four by four
 CASES = [
     (kind, rows, columns * 8 if kind.endswith("_K") else columns)
     for kind in KINDS

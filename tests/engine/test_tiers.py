@@ -8,7 +8,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from glassllama.engine.integer_kernels import FORMATS, write_tile
+from glassllama.engine.integer_kernels import FORMATS, SIDE_BY_SIDE, write_tile
 
 MACHINES = {
     "vnni": ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+fma,+f16c", r"vpdpbusd.*zmm"),
@@ -18,13 +18,15 @@ MACHINES = {
 }
 
 
-def assembly(target: str, kind: str, tokens: int, architecture: str, features: str) -> str:
+def assembly(
+    target: str, kind: str, groups: int, tokens: int, architecture: str, features: str
+) -> str:
     """The tile of a kernel as a function of its nine integers, compiled for that processor."""
     module = ir.Module()
     signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 9)
     function = ir.Function(module, signature, "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    write_tile(builder, target, kind, tokens, function.args)
+    write_tile(builder, target, kind, groups, tokens, function.args)
     builder.ret_void()
     triple = f"{architecture}-unknown-linux-gnu"
     machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=3)
@@ -44,7 +46,9 @@ def test_the_intended_instruction_does_the_work(target: str, kind: str) -> None:
         llvm.Target.from_triple(f"{architecture}-unknown-linux-gnu")
     except RuntimeError:
         pytest.skip(f"this LLVM was built without {architecture}: its kernels are not compiled")
-    text = assembly(target, kind, 4, architecture, features)
+    alone = assembly(target, kind, SIDE_BY_SIDE.get((target, kind), 1), 1, architecture, features)
+    assert re.search(wanted, alone)
+    text = assembly(target, kind, 1, 4, architecture, features)
     dots = re.findall(wanted, text)
     assert len(dots) >= 8  # eight times four inputs of a block, at least once for every token
     assert "call" not in text

@@ -22,7 +22,7 @@ from typing import Any
 
 from glassllama.engine.compiled import inlined, instruction, instruction_for_constants
 from glassllama.engine.float_kernels import clear
-from glassllama.engine.integer_kernels import FORMATS, HALVES, ROWS, TILE, sweep
+from glassllama.engine.integer_kernels import FORMATS, HALVES, ROWS, SIDE_BY_SIDE, TILE, sweep
 from glassllama.engine.intrinsics import cgutils, types
 from glassllama.engine.matrix_registers import SHAPES, begin_tiles, end_tiles, tile_call
 from glassllama.engine.vectors import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
@@ -171,6 +171,7 @@ def kernel(kind: str) -> Callable[..., None]:
     """The kernel of a packed format, for `cfunc`: see kernels.py."""
     value_bytes, scale_bytes = FORMATS[kind][:2]
     target, many = SAME_AS, TILE[SAME_AS]
+    beside = SIDE_BY_SIDE.get((target, kind), 1)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
@@ -181,7 +182,7 @@ def kernel(kind: str) -> Callable[..., None]:
             sweep_sixteens(kind, value_bytes, scale_bytes, values, scales, blocks, x, x_stride,
                            f, f_stride, t, y, y_stride, first, last)  # fmt: skip
         if t < tokens:
-            sweep(target, kind, many, value_bytes, scale_bytes, values, scales, blocks,
+            sweep(target, kind, beside, many, value_bytes, scale_bytes, values, scales, blocks,
                   x + t * x_stride, x_stride, f + t * f_stride, f_stride,
                   tokens - t, y + t * y_stride, y_stride, first, last)  # fmt: skip
 

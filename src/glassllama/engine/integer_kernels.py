@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.vectors import AHEAD, F32, I8, I16, I32, Vectors, number, vector
+from glassllama.engine.vectors import AHEAD, F32, I8, I16, I32, SOON, Vectors, number, vector
 
 ROWS = 16
 LANES = {"vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
@@ -164,6 +164,10 @@ def scale_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Ap
 Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
 Scale = Callable[[Vectors, str, Any, Any, int], Apply]
 HALVES = ("Q6_K",)  # sixteen inputs have a scale, not 32
+# Groups that a single token meets at once, where they are small and long: memory is read faster in
+# several places, and their products need not wait for each other.
+SIDE_BY_SIDE = {("vnni", kind): 4 for kind in ("Q4_0", "Q4_1", "Q4_K", "Q6_K")}
+LONG = 64  # blocks. Below, what is won is lost again on pieces of a few groups (docs/log.md)
 # kind: bytes of values and of scales per block, how to unpack, how to scale
 FORMATS: dict[str, tuple[int, int, Unpack, Scale]] = {
     "Q8_0": (512, 32, quads_of_bytes, scale_bytes),
@@ -188,16 +192,27 @@ def block_sums(v: Vectors, target: str, kind: str, values: Any, inputs: list[Any
     return sums if chains == 1 or kind in HALVES else [[v.builder.add(*s)] for s in sums]
 
 
+def blocks_ahead(v: Vectors, kind: str, groups: int, block: Any, blocks: Any) -> Any:
+    """From a block in use to the one that is asked for. Of groups side by side it is near, and
+    after their last blocks come the groups after them."""
+    value_bytes, b = FORMATS[kind][0], v.builder
+    if groups == 1:
+        return number(AHEAD // value_bytes)
+    few = number(SOON // value_bytes)
+    inside = b.icmp_signed("<", b.add(block, few), blocks)
+    return b.add(few, b.select(inside, number(0), b.mul(blocks, number(groups - 1))))
+
+
 def block_step(
-    v: Vectors, target: str, kind: str, addresses: Any, block: Any, ys: list[Any]
+    v: Vectors, target: str, kind: str, addresses: Any, block: Any, ahead: Any, ys: list[Any]
 ) -> list[Any]:
     """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
     values, scales, inputs, factors = addresses
     value_bytes, scale_bytes, _, scale = FORMATS[kind]
     lanes, floats = LANES[target], vector(F32, LANES[target])
-    v.prefetch(v.at(v.step(values, block, value_bytes), AHEAD), value_bytes)
-    scales_ahead = AHEAD * scale_bytes // value_bytes
-    v.prefetch(v.at(v.step(scales, block, scale_bytes), scales_ahead), scale_bytes)
+    later = v.builder.add(block, ahead)
+    v.prefetch(v.step(values, later, value_bytes), value_bytes)
+    v.prefetch(v.step(scales, later, scale_bytes), scale_bytes)
     inputs = [v.step(address, block, 32) for address in inputs]
     factors = [v.step(address, block, 16) for address in factors]
     wanted = (0, 2, 3) if kind in HALVES else (0, 1)
@@ -212,59 +227,79 @@ def block_step(
     return results
 
 
-def write_tile(builder: Any, target: str, kind: str, tokens: int, arguments: Any) -> None:
-    """Instructions for one group of sixteen rows times some tokens."""
+def write_tile(
+    builder: Any, target: str, kind: str, groups: int, tokens: int, arguments: Any
+) -> None:
+    """Instructions for some groups of sixteen rows, side by side, times some tokens."""
     values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
     v, lanes = Vectors(builder), LANES[target]
+    value_bytes, scale_bytes = FORMATS[kind][:2]
+    size = tokens * ROWS // lanes  # vectors of sums, of one group
 
     def rows(address: Any, stride: Any) -> list[Any]:
         return [builder.add(address, builder.mul(stride, number(t))) for t in range(tokens)]
 
-    where = (values, scales, rows(x, x_stride), rows(f, f_stride))
-    start = [v.same(vector(F32, lanes), 0.0)] * (tokens * ROWS // lanes)
-    sums = v.count_up(blocks, start, lambda k, ys: block_step(v, target, kind, where, k, ys))
-    places = [v.at(a, 4 * n) for n in range(0, ROWS, lanes) for a in rows(y, y_stride)]
-    for total, place in zip(sums, places, strict=True):
+    def some(block: Any, ys: list[Any]) -> list[Any]:
+        ahead, results = blocks_ahead(v, kind, groups, block, blocks), list[Any]()
+        for g in range(groups):
+            own = (v.step(values, cells[g], value_bytes), v.step(scales, cells[g], scale_bytes))
+            mine = ys[g * size : (g + 1) * size]
+            results += block_step(v, target, kind, (*own, *inputs), block, ahead, mine)
+        return results
+
+    cells = [builder.mul(blocks, number(g)) for g in range(groups)]
+    inputs = (rows(x, x_stride), rows(f, f_stride))
+    sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
+    starts = [v.at(a, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
+              for a in rows(y, y_stride)]  # fmt: skip
+    for total, place in zip(sums, starts, strict=True):
         v.store(total, place, 4)
 
 
 @instruction_for_constants
 def tile(  # type: ignore[no-untyped-def]
-    context, target, kind, tokens, values, scales, blocks, x, x_stride, f, f_stride, y, y_stride
-):
-    """`write_tile` as a function for compiled loops; the first three arguments are constants.
+    context, target, kind, groups, tokens, values, scales, blocks, x, x_stride, f, f_stride, y,
+    y_stride
+):  # fmt: skip
+    """`write_tile` as a function for compiled loops; the first four arguments are constants.
 
-    Everything else is of the group and of the first token, as in kernels.py.
+    Everything else is of the first group and token, as in kernels.py.
     """
-    constants = (target.literal_value, kind.literal_value, tokens.literal_value)
+    form = (target.literal_value, kind.literal_value)
+    size = (groups.literal_value, tokens.literal_value)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        write_tile(builder, *constants, arguments[3:])
+        write_tile(builder, *form, *size, arguments[4:])
         return context.get_dummy_value()
 
-    return types.void(target, kind, tokens, *[types.int64] * 9), emit
+    return types.void(target, kind, groups, tokens, *[types.int64] * 9), emit
 
 
 @inlined
 def sweep(
-    target: str, kind: str, many: int, value_bytes: int, scale_bytes: int,
+    target: str, kind: str, beside: int, many: int, value_bytes: int, scale_bytes: int,
     values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Groups and tokens of a kernel: tiles of `many` tokens, then one by one."""
+    """Groups and tokens of a kernel: tiles of `many` tokens, then one by one; of a single token
+    `beside` groups at once, where they are long."""
+    while tokens == 1 and blocks >= LONG and first + beside <= last:
+        w, d = values + first * blocks * value_bytes, scales + first * blocks * scale_bytes
+        tile(target, kind, beside, 1, w, d, blocks, x, 0, f, 0, y + first * 64, 0)
+        first += beside
     for group in range(first, last):
         w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
         out, t = y + group * 64, 0
         while t + many <= tokens:
-            tile(target, kind, many, w, d, blocks, x + t * x_stride, x_stride,
+            tile(target, kind, 1, many, w, d, blocks, x + t * x_stride, x_stride,
                  f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
             t += many
         while t + 4 <= tokens:
-            tile(target, kind, 4, w, d, blocks, x + t * x_stride, x_stride,
+            tile(target, kind, 1, 4, w, d, blocks, x + t * x_stride, x_stride,
                  f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
             t += 4
         while t < tokens:
-            tile(target, kind, 1, w, d, blocks, x + t * x_stride, x_stride,
+            tile(target, kind, 1, 1, w, d, blocks, x + t * x_stride, x_stride,
                  f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
             t += 1
 
@@ -275,12 +310,13 @@ def kernel(target: str, kind: str) -> Callable[..., None]:
     What it closes over is strings and numbers, so that Numba can tell on disk which one it is.
     """
     value_bytes, scale_bytes, many = *FORMATS[kind][:2], TILE[target]
+    beside = SIDE_BY_SIDE.get((target, kind), 1)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
         tokens: int, y: int, y_stride: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        sweep(target, kind, many, value_bytes, scale_bytes, values, scales, blocks, x, x_stride,
-              f, f_stride, tokens, y, y_stride, first, last)  # fmt: skip
+        sweep(target, kind, beside, many, value_bytes, scale_bytes, values, scales, blocks,
+              x, x_stride, f, f_stride, tokens, y, y_stride, first, last)  # fmt: skip
 
     return run

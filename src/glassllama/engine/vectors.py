@@ -12,6 +12,7 @@ from glassllama.engine.intrinsics import cgutils
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 LINE = 64  # bytes of a cache line
+SOON = 1024  # the same, where memory is read in several places
 AHEAD = 8192  # bytes from a weight in use to one asked for: two small pages, where hardware stops
 
 
