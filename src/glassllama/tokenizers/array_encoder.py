@@ -18,7 +18,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.tokenizers.compiled import Int, entry, inlined
+from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
 from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
 from glassllama.tokenizers.lines import fetch_soon
 from glassllama.tokenizers.long_words import Room, room
@@ -153,7 +153,7 @@ def has_rule(vocabulary: Vocabulary) -> bool:
     return vocabulary.split.patterns in RULES and len(vocabulary.tokens) <= LARGEST_ID
 
 
-@inlined
+@compiled
 def next_words(text: Bytes, place: Longs, rule: Int, kinds: Bytes, desk: Desk) -> Int:
     """The ends of the next words into desk.ends; how many they are. Moves `place`."""
     at, stop, size = place[AT], place[STOP], len(text) - PADDING
@@ -169,7 +169,7 @@ def next_words(text: Bytes, place: Longs, rule: Int, kinds: Bytes, desk: Desk) -
     return n
 
 
-@inlined
+@compiled
 def make_room(seen: Seen, words: Int) -> None:
     """See to it that so many words can be added: where there is no room, forget all others."""
     table = seen.words
@@ -181,7 +181,7 @@ def make_room(seen: Seen, words: Int) -> None:
         seen.used[0] = 0
 
 
-@inlined
+@compiled
 def look_up(text: Bytes, words: Int, table: WordTable, tokens: WordTable, desk: Desk) -> Int:
     """The words' slots; those not found are added, without a value, and listed: how many."""
     n = 0
@@ -193,14 +193,14 @@ def look_up(text: Bytes, words: Int, table: WordTable, tokens: WordTable, desk: 
         found = find(table, text, at, end)
         desk.slots[k] = found.slot
         if not found.known:
-            add(table, found, text, at, end, 0)
+            add(table, found, text, at, end, np.uint64(0))
             fetch_soon(tokens.slots, slot_after(found.lo, found.hi, tokens.slots))
             desk.new[n] = k
             n += 1
     return n
 
 
-@inlined
+@compiled
 def learn(text: Bytes, new: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> None:
     """Give the new words their values; out[n:] is free to work in."""
     slots, merging = seen.words.slots, 0
@@ -249,7 +249,7 @@ def recall(seen: Seen, slot: Int, out: Ids, n: Int) -> Int:
     return n + count
 
 
-@inlined
+@compiled
 def write(text: Bytes, words: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> Int:
     """The ids of all words into out[n:]; the new n."""
     for k in range(words):
@@ -264,7 +264,7 @@ def write(text: Bytes, words: Int, known: Known, seen: Seen, desk: Desk, n: Int)
 @entry
 def encode_words(text: Bytes, place: Longs, rule: Int, known: Known, seen: Seen, desk: Desk) -> Int:
     """The ids of the next words into desk.out, until it may be full; how many they are."""
-    n, room = 0, len(desk.out) - INLINE
+    n, room = np.int64(0), len(desk.out) - INLINE
     while place[AT] < len(text) - PADDING:
         at, stop = place[AT], place[STOP]
         words = next_words(text, place, rule, known.kinds, desk)

@@ -1,12 +1,15 @@
 """How the tokenizers' functions become machine code: once, kept on disk, without the GIL.
 
 Numba keeps compiled code per source file; ours call each other across files. So the folder that
-keeps them is named after the digest of them all: other sources, another folder.
+keeps them is named after the digest of them all: other sources, another folder. Code is read from
+it only as it was written (base/sealed.py): what is damaged is compiled anew.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,6 +17,7 @@ from typing import Any, TypeVar, cast
 import numba
 from numba.extending import intrinsic
 
+from glassllama.base import sealed
 from glassllama.base.code_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,8 +26,16 @@ Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 t
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
-    """Where machine code is kept, or None where nothing can be written."""
-    return folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
+    """Where machine code is kept, or None where nothing can be written.
+
+    Sealed when the process ends: what it compiled is then whole, whatever its functions were.
+    """
+    folder = folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
+    if folder is not None:
+        with suppress(OSError):
+            sealed.discard_damaged(folder)
+        atexit.register(sealed.seal, folder)
+    return folder
 
 
 def native(function: F, **more: bool) -> F:
@@ -42,13 +54,15 @@ def native(function: F, **more: bool) -> F:
         settings.CACHE_DIR = before
 
 
-# Python does not call these: the way in and out of each one would double its time to compile.
+# What nobody uses is not made. The way in and out of a function that Python does not call would
+# double its time to compile; nothing here is called from C.
+ONLY_FROM_PYTHON = {"no_cfunc_wrapper": True}
 INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def entry(function: F) -> F:
     """Machine code that Python calls, compiled at the first call."""
-    return native(function)
+    return native(function, **ONLY_FROM_PYTHON)
 
 
 def compiled(function: F) -> F:

@@ -25,8 +25,11 @@ BEHIND_Z = np.uint64(0x0101010101010101 * (0x80 - ord("z") - 1))
 
 
 def padded(text: str) -> Bytes:
-    """The UTF-8 of a text, and PADDING zeros."""
-    return np.frombuffer(b"".join([text.encode(), bytes(PADDING)]), np.uint8)
+    """The UTF-8 of a text, and PADDING zeros; writable, as all texts of compiled loops.
+
+    (A loop is compiled for each kind of array that it is given.)
+    """
+    return np.frombuffer(bytearray().join([text.encode(), bytes(PADDING)]), np.uint8)
 
 
 @instruction

@@ -202,7 +202,7 @@ def merge_linked(symbols: Ints, n: Int, room: Room, table: PairTable) -> Int:
     A heap entry whose rank no longer holds is passed.
     """
     after, before, current, heap = room.after, room.before, room.current, room.heap
-    size = 0
+    size = np.int64(0)
     for at in range(n):
         before[at], after[at] = at - 1, at + 1
         current[at] = order_at(symbols, n, after, at, table)
@@ -211,7 +211,7 @@ def merge_linked(symbols: Ints, n: Int, room: Room, table: PairTable) -> Int:
         rank, at = heap[0] >> 32, heap[0] & 0xFFFFFFFF
         size -= 1
         heap[0] = heap[size]
-        sift_down(heap, size, 0)
+        sift_down(heap, size, np.int64(0))
         if current[at] == EMPTY or table.ranks[current[at]] != rank:
             continue
         gone = after[at]

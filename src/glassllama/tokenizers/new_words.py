@@ -72,7 +72,7 @@ def fill_byte_orders(orders: Ints, byte_ids: Ints, pairs: PairTable) -> None:
 def token_table(vocabulary: Vocabulary) -> WordTable:
     """The vocabulary's tokens → their ids."""
     tokens = list(vocabulary.ids)
-    text = np.frombuffer(b"".join([*tokens, bytes(PADDING)]), np.uint8)
+    text = np.frombuffer(bytearray().join([*tokens, bytes(PADDING)]), np.uint8)
     ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
     slots = 1 << max(4, (2 * len(tokens)).bit_length())
     table = word_table(slots, len(text) + 8 * len(tokens))
@@ -85,9 +85,9 @@ def fill_tokens(
     table: WordTable, text: Bytes, ends: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> None:
     """Add every token, text[ends[k - 1] : ends[k]], with its id."""
-    at = 0
+    at = np.int64(0)
     for k in range(len(ends)):
-        add(table, find(table, text, at, ends[k]), text, at, ends[k], ids[k])
+        add(table, find(table, text, at, ends[k]), text, at, ends[k], np.uint64(ids[k]))
         at = ends[k]
 
 
@@ -112,7 +112,7 @@ def put_key(keys: Ints, at: Int, order: Int) -> None:
     keys[at] = np.int32(order << PLACE_BITS | at)
 
 
-@inlined
+@compiled
 def merge_short(text: Bytes, at: Int, end: Int, known: Known, desk: Desk, n: Int) -> Int:
     """Merge a word of at most SHORT_WORD bytes: ids into out[n:]; the new n.
 
@@ -156,7 +156,7 @@ def merge_short(text: Bytes, at: Int, end: Int, known: Known, desk: Desk, n: Int
 @compiled
 def merge_long(text: Bytes, at: Int, end: Int, known: Known, desk: Desk, n: Int) -> Int:
     """Merge any word, bytes without a token left out: ids into out[n:]; the new n."""
-    symbols, size = desk.symbols, 0
+    symbols, size = desk.symbols, np.int64(0)
     for k in range(at, end):
         id = known.byte_ids[text[k]]
         if id != EMPTY:

@@ -66,7 +66,7 @@ class WordCounts:
     def _count(self) -> None:
         """Count the texts that wait; a NUL between two keeps the first from running on."""
         ends = np.cumsum([len(text) + 1 for text in self._waiting], dtype=np.int64) - 1
-        data = np.frombuffer(b"\0".join([*self._waiting, bytes(PADDING)]), np.uint8)
+        data = np.frombuffer(bytearray(1).join([*self._waiting, bytes(PADDING)]), np.uint8)
         self._waiting, self._waiting_bytes = [], 0
         place = np.zeros(3, np.int64)
         while needed := count_words(data, ends, place, self._rule, character_kinds(), self._table):
@@ -133,7 +133,7 @@ def count_words(
             if found.known:
                 table.slots[found.slot, VALUE] += np.uint64(1)
             elif has_room(table, end - at):
-                add(table, found, data, at, end, 1)
+                add(table, found, data, at, end, np.uint64(1))
             else:
                 place[TEXT], place[AT], place[STOP] = text, at, stop
                 return end - at + LENGTH_BYTES

@@ -199,10 +199,9 @@ def piece_end(text: Bytes, at: Int, end: Int, kinds: Bytes, rule: Int) -> Int:
 @inlined
 def word_end(text: Bytes, at: Int, end: Int, kinds: Bytes, rule: Int) -> Int:
     """The end of the word that begins here in a piece that reaches to `end`; at < end."""
-    if rule == LLAMA3_RULE:
-        return llama3_end(text, at, end, kinds, LONGEST_NUMBER)
-    if rule == QWEN2_RULE:
-        return llama3_end(text, at, end, kinds, 1)
+    if rule <= QWEN2_RULE:
+        longest_number = LONGEST_NUMBER if rule == LLAMA3_RULE else 1
+        return llama3_end(text, at, end, kinds, longest_number)
     return gpt2_end(text, at, end, kinds)
 
 

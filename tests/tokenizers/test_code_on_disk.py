@@ -1,0 +1,86 @@
+"""The tokenizers' compiled code on disk: damage is found before it is run; ids stay right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glassllama.base import sealed
+
+IDS = """
+from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary
+from glassllama.tokenizers.split import SPLITS
+tokens = (*BYTES, b"th", b"the", b" the", b"in", b"an")
+tokenizer = BytePairTokenizer(
+    Vocabulary(
+        tokens=tokens,
+        ids={token: id for id, token in enumerate(tokens)},
+        merges=None,
+        split=SPLITS["llama3"],
+        whole_words=False,
+        controls={},
+    ),
+    bos=None,
+)
+text = "In the beginning, the llama; and then another: " * 20 + "an" * 200
+ids = tokenizer.encode_array(text).tolist()
+assert ids == tokenizer.encode(text)
+print(sum(ids), len(ids))
+"""
+
+
+def ids(home: Path) -> str:
+    """What a process of its own makes of a text."""
+    done = subprocess.run(
+        [sys.executable, "-c", IDS],
+        env={**os.environ, "GLASSLLAMA_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def facts(folder: Path) -> dict[str, int]:
+    return {name: path.stat().st_mtime_ns for name, path in sealed.files(folder)}
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a user whose first process has compiled everything."""
+    home = tmp_path_factory.mktemp("home")
+    ids(home)
+    return home
+
+
+def test_damaged_code_is_compiled_anew(home: Path) -> None:
+    (folder,) = (home / "compiled-tokenizers").iterdir()
+    before = facts(folder)
+    right = ids(home)
+    assert facts(folder) == before  # whole code is read, not made
+    objects = [folder / name for name in before if name.endswith(".nbc")]
+    indexes = [folder / name for name in before if name.endswith(".nbi")]
+    assert len(objects) >= 5
+    largest = max(objects, key=lambda path: path.stat().st_size)
+    others = [path for path in objects if path != largest]
+    for path, data in (
+        (largest, flipped(largest.read_bytes())),  # machine code that would be run
+        (others[0], others[0].read_bytes()[:1000]),
+        (others[1], b""),
+        (indexes[0], b""),
+        (indexes[-1], b"\x80\x04not a pickle"),
+    ):
+        path.write_bytes(data)
+    assert ids(home) == right
+    assert facts(folder).keys() >= before.keys()  # all are there again
+    assert sealed.discard_damaged(folder) == 0
+    assert ids(home) == right
