@@ -119,7 +119,10 @@ def scores_and_weights(walk: Walk) -> Step:
         title="Scores, mask, softmax",
         question="Whom does each token listen to?",
         shapes=f"q_rope {shape(hand.q_rope)}, k_rope {shape(hand.k_rope)} → {shape(hand.weights)}",
-        sources=(source(attention_scores, "return"), source(attention_weights, "return")),
+        sources=(
+            source(attention_scores, "return"),
+            source(attention_weights, "hidden =", "return"),
+        ),
         text=(
             "Each query meets each key; what lies in the future becomes -∞ and so weight 0; the "
             f"rest is made to sum to one. Head {h}, last token: {seen}. It spreads over "

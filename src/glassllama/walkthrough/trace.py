@@ -100,7 +100,7 @@ def run_with_trace(
     def keep(place: str, out: Tensor) -> None:
         # An index copies, so that the unwanted rest is not held by a view.
         wanted = out if chosen is None else out.index_select(TOKEN_AXIS, chosen)
-        kept[place] = wanted.detach() if wanted.device.type == "cpu" else wanted.detach().cpu()
+        kept[place] = wanted if wanted.is_cpu else wanted.cpu()
 
     sights: list[tuple[str, See]] = [(edit.place, partial(edited, edit)) for edit in edits]
     with looking(model, [*sights, *((pattern, keep) for pattern in watch)]):
