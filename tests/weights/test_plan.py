@@ -8,9 +8,12 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 
 from glassllama.base import machine
 from glassllama.base.errors import MemoryShortError
+from glassllama.weights import load
+from glassllama.weights import plan as plans
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.plan import Plan, Way, WayName, plan
 from glassllama.weights.stream import StreamedLlama
@@ -152,3 +155,29 @@ def test_streaming_refuses_before_it_allocates(
         MemoryShortError, match=r"^one layer of hf in bfloat16 needs .* 50\.0 MB are"
     ):
         StreamedLlama(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (399e6, r"use backend engine, quantize q4_0: it takes \d"),
+        (100e6, r"nothing fits; the least is \d.*, backend engine, quantize q4_0"),
+    ],
+)
+def test_loading_whole_refuses_with_the_planners_advice(
+    free: float, advice: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "available_memory", lambda: int(free))
+    with pytest.raises(MemoryShortError, match=rf"^hf in float32 needs 0\.40 GB .*free; {advice}"):
+        load.load_model(checkpoint, dtype=torch.float32)
+
+
+def test_streaming_is_advised_where_only_a_layer_fits(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "ENGINE_ITSELF", 10**9)  # as if the packed weights were too large
+    streamed = plan(checkpoint, tokens=1, memory=1).way("streamed").memory
+    monkeypatch.setattr(load, "available_memory", lambda: streamed)
+    monkeypatch.setattr(load, "WORKING_MEMORY", streamed)
+    with pytest.raises(MemoryShortError, match=r"use layer by layer .*stream_layers"):
+        load.load_model(checkpoint, dtype=torch.float32)

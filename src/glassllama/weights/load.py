@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import GenerationError
+from glassllama.base.errors import GenerationError, MemoryShortError
 from glassllama.base.interfaces import Cache, Progress
-from glassllama.base.machine import require_memory
+from glassllama.base.machine import available_memory, gigabytes
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
 from glassllama.weights.open import Checkpoint
+from glassllama.weights.plan import plan
 
 WORKING_MEMORY = 100_000_000  # activations and PyTorch's own needs beside weights and cache
 
@@ -60,11 +61,7 @@ def load_model(
     kept = kept_dtype(checkpoint) if dtype is None else dtype
     if torch.device(device).type == "cpu":
         elements = sum(int(np.prod(checkpoint.info(ours).shape)) for ours in checkpoint.names)
-        require_memory(
-            elements * kept.itemsize + WORKING_MEMORY,
-            what=f"{checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
-            instead="use the engine, which keeps quantised weights packed, or stream the layers",
-        )
+        require_room(checkpoint, kept, elements * kept.itemsize + WORKING_MEMORY)
     with torch.device("meta"):
         model = MODELS[type(checkpoint.model_config)](checkpoint.model_config).to(kept)  # shapes
     for done, ours in enumerate(checkpoint.names, start=1):
@@ -73,6 +70,20 @@ def load_model(
         if progress is not None:
             progress(done, len(checkpoint.names))
     return model.requires_grad_(False).eval()
+
+
+def require_room(checkpoint: Checkpoint, kept: torch.dtype, needed: int) -> None:
+    """Raise MemoryShortError where `needed` bytes are not free: with what the planner advises."""
+    free = available_memory()
+    if free is None or needed <= free:
+        return
+    advice = "use a smaller model"
+    if isinstance(checkpoint.model_config, LlamaConfig):  # others are neither packed nor streamed
+        advice = plan(checkpoint, tokens=1, memory=free).advice()
+    raise MemoryShortError(
+        f"{checkpoint.path.name} in {str(kept).removeprefix('torch.')} needs {gigabytes(needed)} "
+        f"of memory, {gigabytes(free)} are free; {advice}"
+    )
 
 
 def kept_dtype(checkpoint: Checkpoint) -> torch.dtype:
