@@ -122,20 +122,24 @@ def token_tables(config: LlamaConfig, slots: int) -> dict[str, NDArray[Any]]:
 def matrix_tables(
     config: LlamaConfig, matrices: list[Matrix], slots: int, threads: int
 ) -> dict[str, NDArray[Any]]:
-    """What goes into the matrices and what comes out of them."""
+    """What goes into the matrices and what comes out of them.
+
+    Rows are a little longer than they must be. A kernel writes a few columns of many rows; where
+    those are whole pages apart, they meet in the same few places of the nearest cache.
+    """
     wq, wk, wv, wo, gate, _up, _down = matrices[:7]
     seats = slots + threads  # of inputs: each thread has one of its own
     mixed = config.n_heads * config.head_dim
-    width, hidden = blocked(max(config.dim, mixed)), blocked(config.ffn_dim)
+    width, hidden = blocked(max(config.dim, mixed)) + BLOCK, blocked(config.ffn_dim) + BLOCK
     return {
         **zeros(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, FACTORS)),
         **zeros(np.float32, hidden_numbers=(slots, hidden)),
         **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
         **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
         **zeros(np.uint16, bfloats=(seats, width), hidden_bfloats=(slots, hidden)),
-        **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows)),
-        **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows)),
-        **zeros(np.float32, hidden=(slots, 2 * gate.padded_rows)),
+        **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows + LANES)),
+        **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows + LANES)),
+        **zeros(np.float32, hidden=(slots, 2 * (gate.padded_rows + LANES))),
     }
 
 
