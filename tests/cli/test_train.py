@@ -243,3 +243,16 @@ def test_the_curve_falls_as_the_loss_does() -> None:
     assert curve([4.0], 5) == "▁"
     assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
     assert len(curve([float(n) for n in range(1000)], 60)) == 60
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(verb: Any, tmp_path: Path) -> None:
+    told = (PRESET["bigram"], "--data", tmp_path / "MISSING")
+    ran = verb("train", *told, "--out", tmp_path / "runs" / "one")
+    assert ran.code == 1
+    assert "MISSING: no such file or folder" in ran.err
+    assert not (tmp_path / "runs").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("kept")
+    assert verb("train", *told, "--out", mine / "one").code == 1
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]

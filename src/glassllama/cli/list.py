@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from glassllama.cli.options import Json
-from glassllama.cli.screen import note, print_json, print_table
+from glassllama.cli.screen import note, print_json, print_table, write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +20,21 @@ class Listed:
     licence: str | None
     gated: bool
     source: str  # where it comes from, or where it is
+    kind: Literal["model", "text"] = "model"
 
 
 def list_models(json: Json = False) -> None:
-    """List the models that have a short name, and all that are on this machine already."""
+    """List the models that have a short name, and models and texts on this machine already."""
     from glassllama.base.machine import cache_home
 
     listed = everything()
     if json:
-        print_json([asdict(model) for model in listed])
+        print_json([asdict(entry) for entry in (*listed, *texts_here())])
         return
     print_table(["name", "here", "size>", "licence"], [_row(model) for model in listed])
+    if texts := texts_here():
+        write("\n")
+        print_table(["text", "size>", "licence"], [_text_row(text) for text in texts])
     note(
         f"\nhere: on this machine, in {cache_home()} or the Hugging Face cache\n"
         "gated: accept the licence on the model's Hugging Face page before the download\n"
@@ -37,6 +42,20 @@ def list_models(json: Json = False) -> None:
     )
     if line := packed_line():
         note(line)
+
+
+def texts_here() -> list[Listed]:
+    """The texts to learn from that were downloaded."""
+    from glassllama.hub import TEXTS, has_text, place_of_text
+
+    return [
+        Listed(
+            name=name, here=True, bytes=text.bytes, parameters=None, licence=text.licence,
+            gated=False, source=str(place_of_text(name)), kind="text",
+        )
+        for name, text in TEXTS.items()
+        if has_text(name)
+    ]  # fmt: skip
 
 
 def packed_line() -> str:
@@ -94,3 +113,9 @@ def _row(model: Listed) -> list[str]:
         gigabytes(model.bytes),
         f"{model.licence}{gated}" if model.licence else "",
     ]
+
+
+def _text_row(text: Listed) -> list[str]:
+    from glassllama.base.machine import gigabytes
+
+    return [text.name, gigabytes(text.bytes), text.licence or ""]

@@ -111,12 +111,20 @@ def carry_out(
     # threads of ours (train/fast.py), and small steps have many ends of parallel work to wait at.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is loaded
     from glassllama.train.distributed import together
-    from glassllama.train.prepare import occupy, prepare, require_free, take_up
+    from glassllama.train.prepare import (
+        folders_to_make,
+        occupy,
+        prepare,
+        remove_unused,
+        require_free,
+        take_up,
+    )
 
     with together(settings.run.device) as team, ExitStack() as held:
 
         def begin() -> Data:
             if team.leads:
+                held.callback(remove_unused, folders_to_make(folder))
                 held.enter_context(occupy(folder))
                 require_free(folder, resuming)
             team.require_even(settings.data.batch, settings.run.accumulate)

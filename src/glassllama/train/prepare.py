@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from glassllama.train.optimisers import Optimisers
 from glassllama.train.resolve import to_toml
 from glassllama.train.run import CHECKPOINTS, Run, resume
 from glassllama.train.settings import Settings
+
+LOCK = ".lock"  # keeps other processes out of a run's folder
 
 
 def prepare(settings: Settings, data: Data, folder: Path, team: Team = ALONE) -> Run:
@@ -72,13 +75,27 @@ def occupy(folder: Path) -> FileLock:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise TrainingError(f"{folder}: another process is training there") from None
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return lock
+
+
+def folders_to_make(folder: Path) -> list[Path]:
+    """This folder and those around it that are not there yet, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_unused(made: list[Path]) -> None:
+    """Take a run's new folders away again if the run never began: there is only the lock."""
+    for path in made:
+        with suppress(OSError):
+            if [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+            path.rmdir()  # refused where anything is in it
 
 
 def require_free(folder: Path, resuming: bool) -> None:
