@@ -101,13 +101,30 @@ def spoil(path: Path, name: str) -> None:
     reader.data.flush()
 
 
+def call_it(path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Say of one tensor that it is of another type."""
+    data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
+    path.write_bytes(data[:at] + int(kind).to_bytes(4, "little") + data[at + 4 :])
+
+
+def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) -> None:
+    """IQ4_NL has Q4_0's bytes, which stand for other numbers: packed as Q8_0, and said."""
+    path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
+    call_it(path, gguf.GGMLQuantizationType.IQ4_NL)
+    checkpoint = open_weights(path)
+    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)))
+    engine = pack(checkpoint)
+    assert {matrix.kind.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
+    assert any("IQ4_NL" in line and "Q8_0" in line for line in engine.describe())
+    off = logits(engine) - reference
+    assert np.sqrt(np.mean(off**2)) <= 0.05 * reference.std()
+
+
 def test_a_type_that_nobody_here_knows_is_a_clean_error(
     tmp_path: Path, synthetic: ModuleType
 ) -> None:
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q8_0", pool=POOL)
-    data = path.read_bytes()
-    name = b"blk.0.ffn_up.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
-    path.write_bytes(data[:at] + (21).to_bytes(4, "little") + data[at + 4 :])
+    call_it(path, gguf.GGMLQuantizationType.IQ3_S)
     with pytest.raises(FormatError, match=r"IQ3_S.*cannot be read.*such as Q8_0"):
         open_weights(path)

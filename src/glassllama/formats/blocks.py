@@ -1,8 +1,8 @@
 """Stored numbers -> float32: plain element types, and blocks of numbers that share a scale.
 
 A quantised tensor is cut along its rows into blocks of 32. A block holds small whole numbers q, a
-half-precision scale d and with some types an offset m: x = d·q, or x = d·q + m. Superblocks of
-256 are in k_blocks.py. docs/formats/gguf.md draws the bytes.
+half-precision scale d and with some types an offset m: x = d·q, or x = d·q + m. In IQ4_NL q is
+looked up in a table. Superblocks of 256 are in k_blocks.py. docs/formats/gguf.md draws the bytes.
 
 Source: the block_* structures of ggml (ggml-common.h). The arithmetic is float32, in the order
 written here, which makes results equal to the `gguf` package's bit for bit.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
 from glassllama.formats.elements import ELEMENT_TYPES
-from glassllama.formats.k_blocks import K_BLOCKS, Blocks, Codes, Floats
+from glassllama.formats.k_blocks import K_BLOCKS, STEPS, Blocks, Codes, Floats
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -32,6 +32,7 @@ Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("codes", "u1", 16)])
 Q5_0 = np.dtype([("d", "<f2"), ("high", "u1", 4), ("codes", "u1", 16)])
 Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("codes", "u1", 16)])
 Q8_0 = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
+IQ4_NL = Q4_0
 
 CHUNK = 2**16  # elements unpacked at a time: what is in the making (512 KiB) stays in the cache
 
@@ -63,6 +64,13 @@ def unpack_q5_1(blocks: Blocks, out: Floats) -> None:
 
 def unpack_q8_0(blocks: Blocks, out: Floats) -> None:
     out[...] = blocks["codes"]
+    out *= column(blocks["d"])
+
+
+def unpack_iq4_nl(blocks: Blocks, out: Floats) -> None:
+    """Codes 0 … 15 stand for the steps of a table, close together around 0 -> out (n, 32)."""
+    out[:, :16] = STEPS[blocks["codes"] & 15]
+    out[:, 16:] = STEPS[blocks["codes"] >> 4]
     out *= column(blocks["d"])
 
 
@@ -109,6 +117,7 @@ BLOCKS = {
     "Q5_0": BlockType(BLOCK, Q5_0, unpack_q5_0),
     "Q5_1": BlockType(BLOCK, Q5_1, unpack_q5_1),
     "Q8_0": BlockType(BLOCK, Q8_0, unpack_q8_0),
+    "IQ4_NL": BlockType(BLOCK, IQ4_NL, unpack_iq4_nl),
     **{name: BlockType(*parts) for name, parts in K_BLOCKS.items()},
 }
 SUPPORTED = (*FLOATS, *BLOCKS)  # what `dequantise` takes

@@ -42,6 +42,13 @@ Q5_K = np.dtype(
 Q6_K = np.dtype(
     [("low", "u1", (2, 2, 32)), ("high", "u1", (2, 32)), ("scales", "i1", 16), ("d", "<f2")]
 )
+IQ4_XS = np.dtype(
+    [("d", "<f2"), ("scales_high", "<u2"), ("scales_low", "u1", 4), ("codes", "u1", (8, 16))]
+)
+# What the codes of IQ4_NL and IQ4_XS stand for (kvalues_iq4nl of ggml-common.h).
+STEPS = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
 
 
 def unpack_q2_k(blocks: Blocks, out: Floats) -> None:
@@ -91,6 +98,17 @@ def unpack_q6_k(blocks: Blocks, out: Floats) -> None:
     out -= np.float32(32)
     groups = out.reshape(-1, SUPERBLOCK // GROUP, GROUP)
     groups *= times(blocks["d"], blocks["scales"])
+
+
+def unpack_iq4_xs(blocks: Blocks, out: Floats) -> None:
+    """Eight lanes of 16 bytes, low halves first, whose codes stand for STEPS -> out (n, 256)."""
+    lanes = out.reshape(-1, LANES, LANE)
+    lanes[:, :, :16] = STEPS[blocks["codes"] & 15]
+    lanes[:, :, 16:] = STEPS[blocks["codes"] >> 4]
+    low, lane = blocks["scales_low"], np.arange(LANES)
+    scales = low[:, lane // 2] >> lane % 2 * 4 & 15
+    scales = scales | (blocks["scales_high"][:, None] >> lane * 2 & 3) << 4  # −32 … 31, plus 32
+    lanes *= times(blocks["d"], scales.astype(np.int64) - 32)
 
 
 def words(field: NDArray[np.uint8]) -> Words:
@@ -156,4 +174,5 @@ K_BLOCKS = {
     "Q4_K": (SUPERBLOCK, Q4_K, unpack_q4_k),
     "Q5_K": (SUPERBLOCK, Q5_K, unpack_q5_k),
     "Q6_K": (SUPERBLOCK, Q6_K, unpack_q6_k),
+    "IQ4_XS": (SUPERBLOCK, IQ4_XS, unpack_iq4_xs),
 }
