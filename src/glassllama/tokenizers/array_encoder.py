@@ -90,7 +90,7 @@ def desk(longest: int) -> Desk:
         np.empty(words, np.int32),
         np.empty(longest, np.int32),
         room(longest),
-        np.empty(longest, np.uint32),
+        np.full(longest, 0, np.uint32),
     )
 
 
@@ -108,7 +108,7 @@ class ArrayEncoder:
             np.zeros(1, np.int64),
         )
         self._desk = desk(DESK)
-        self._text = np.empty(UTF8_BYTES * LONGEST_COPIED + PADDING, np.uint8)
+        self._text = np.full(UTF8_BYTES * LONGEST_COPIED + PADDING, 0, np.uint8)
         self._lock = threading.Lock()
 
     def __call__(self, text: str) -> Ids:
@@ -139,13 +139,6 @@ class ArrayEncoder:
             size += len(piece)
         self._text[size : size + PADDING] = 0
         return self._text[: size + PADDING]
-
-    def forget(self) -> None:
-        """Empty the table of words, as it is at the beginning."""
-        with self._lock:
-            self._seen.words.slots[:] = 0
-            self._seen.words.used[:] = 0
-            self._seen.used[:] = 0
 
 
 def has_rule(vocabulary: Vocabulary) -> bool:

@@ -25,8 +25,9 @@ def table_of_zeros(rows: int, columns: int) -> NDArray[np.uint64]:
     size = rows * columns * 8
     if size < HUGE_PAGE:
         return np.zeros((rows, columns), np.uint64)
-    memory = np.zeros(-(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, np.uint8)
+    memory = np.empty(-(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, np.uint8)
     start = -memory.ctypes.data % HUGE_PAGE
+    memory.fill(0)  # now, not page by page in the middle of a text
     return memory[start : start + size].view(np.uint64).reshape(rows, columns)
 
 

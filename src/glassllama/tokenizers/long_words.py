@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
-from glassllama.tokenizers.lines import LINE, slot_of_key, table_of_zeros
+from glassllama.tokenizers.lines import LINE, fetch_soon, slot_of_key, table_of_zeros
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.bpe import Vocabulary
@@ -144,9 +144,10 @@ def order_of(left: Int, right: Int, table: PairTable) -> Int:
     """The order of a pair, or EMPTY."""
     key = np.uint64(left) << ID_BITS | np.uint64(right)
     place, bit = perhaps_of(key * SPREAD)
+    line = line_of(table.slots, key * SPREAD)
+    fetch_soon(table.slots, line)  # while the answer of `perhaps` is on its way
     if table.perhaps[place] & bit == 0:
         return EMPTY
-    line = line_of(table.slots, key * SPREAD)
     while True:
         found = slot_of_key(table.slots, line, key, ORDER_BITS) & ORDER
         if found != 0 or table.slots[line, LINE - 1] == 0:
