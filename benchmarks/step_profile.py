@@ -1,0 +1,120 @@
+"""Where the time of a step goes: matrices, what is between them, and Python.
+
+    python benchmarks/step_profile.py [MODEL]       (default: smollm2-135m)
+
+The same steps are taken twice: as they are, and with every matrix kernel replaced by one that does
+nothing. What is left then are norms, attention, quantisation, and the threads' meetings. Medians,
+all threads; beside the matrices stands their bound, bytes by bandwidth or operations by peak.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numba
+import numpy as np
+
+from glassllama import load
+from glassllama.engine.peaks import peaks, read_bandwidth
+from glassllama.engine.room import KERNEL
+
+TOKENS, RUNS = 64, 5
+KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see engine/kernels.py
+
+
+@numba.cfunc(KERNEL_FORM)
+def nothing(a, b, c, d, e, f, g, h, i, j, k, m):
+    pass
+
+
+class Watched:
+    """An engine whose native calls are timed."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.native = engine, 0.0
+        self._run, engine._run = engine._run, self._timed
+
+    def _timed(self, *orders: int) -> None:
+        started = time.perf_counter()
+        self._run(*orders)
+        self.native += time.perf_counter() - started
+
+    def seconds(self, work: Callable[[Any], None], runs: int) -> tuple[float, float]:
+        """Medians of the whole and of the native calls in it; nothing is found in the cache."""
+        whole, native = [], []
+        for _ in range(runs):
+            self.native, started = 0.0, time.perf_counter()
+            work(self.engine)
+            whole.append(time.perf_counter() - started)
+            native.append(self.native)
+        return median(whole), median(native)
+
+
+def fresh(engine: Any, count: int) -> list[int]:
+    return np.random.default_rng().integers(0, engine.config.vocab_size, count).tolist()
+
+
+def decoding(after: int) -> Callable[[Any], Callable[[Any], None]]:
+    def prepare(engine: Any) -> Callable[[Any], None]:
+        cache = engine.new_cache(1, after + TOKENS * 8 * RUNS)
+        engine.next_logits([fresh(engine, after)], cache)
+
+        def one(engine: Any) -> None:
+            engine.next_logits([[7]], cache)
+            cache.truncate(0, after)
+
+        return one
+
+    return prepare
+
+
+def reading(count: int) -> Callable[[Any], Callable[[Any], None]]:
+    def prepare(engine: Any) -> Callable[[Any], None]:
+        return lambda engine: engine.next_logits([fresh(engine, count)], engine.new_cache(1, count))
+
+    return prepare
+
+
+def main() -> None:
+    engine: Any = load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m").executor
+    weights = engine.weights.matrices
+    size, numbers = sum(m.nbytes for m in weights), sum(m.rows * m.columns for m in weights)
+    layers = sum(m.rows * m.columns for m in weights[:-1])  # logits are wanted of the last token
+    bandwidth, best = read_bandwidth(min(size, 1 << 30), engine.threads), peaks(engine.threads)
+    integers = all(m.kind.integer_inputs for m in weights)
+    peak = {name: rate for name, rate in best.items() if name.startswith("int8") == integers}
+    fastest = max(peak, key=lambda name: peak[name])
+    works = {
+        "a token after 64": (decoding(64), TOKENS, size / bandwidth),
+        "a token after 1,024": (decoding(1024), TOKENS, size / bandwidth),
+        "a prompt of 512": (
+            reading(512), RUNS, 2 * (512 * layers + numbers - layers) / peak[fastest],
+        ),
+    }  # fmt: skip
+    watched, table = Watched(engine), engine._room.tables["matrices"]
+    print(f"{engine.threads} threads, {size / 1e6:.0f} MB of matrices, memory read at "
+          f"{bandwidth / 1e9:.1f} GB/s, {fastest} {peak[fastest] / 1e9:.0f} GOP/s")  # fmt: skip
+    print(f"{'milliseconds':22}{'whole':>9}{'Python':>9}{'between':>9}{'matrices':>10}{'bound':>9}")
+    for name, (prepare, runs, bound) in works.items():
+        work = prepare(engine)
+        work(engine)
+        whole, native = watched.seconds(work, runs)
+        kept = table[:-1, KERNEL].copy()
+        table[:-1, KERNEL] = nothing.address
+        _, between = watched.seconds(work, runs)
+        table[:-1, KERNEL] = kept
+        parts = (whole, whole - native, between, native - between, bound)
+        print(
+            f"{name:22}"
+            + "".join(
+                f"{part * 1e3:>{w}.2f}" for part, w in zip(parts, (9, 9, 9, 10, 9), strict=True)
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
