@@ -133,42 +133,66 @@ def begin(query: Any, seat: Any, part: Any) -> None:
     part[width], part[width + 1] = F32(-np.inf), F32(0)
 
 
+@inlined
+def item_bytes(kind: int) -> Any:
+    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+
+
+@inlined
+def worth_unpacking(queries: int, width: int, kind: int) -> Any:
+    """Whether numbers that are not float32 are made that first: they are read more than once, or
+    columns are left over from whole vectors."""
+    return kind != FLOAT32 and (queries > MOST or width % LANES > 0)
+
+
 @compiled
-def unpack(source: int, count: int, target: int, ahead: int, kind: int) -> Any:
-    """`count` of a page's keys or values as float32 -> where they are, `target` if not already.
+def unpack(source: int, count: int, target: int, ahead: int, kind: int) -> None:
+    """`count` of a page's keys or values as float32 at `target`.
 
     What is `ahead` bytes further on is asked for from memory meanwhile.
     """
-    if kind == FLOAT32:
-        return source
     if kind == INT8:
         unpack_numbers(INT8, source, count, target, ahead)
     else:
         unpack_numbers(BFLOAT16, source, count, target, ahead)
-    return target
 
 
-@compiled
-def score(queries: int, count: int, keys: int, width: int, scores: int) -> None:
-    """Dot products of `count` queries with all keys of a page, float32 (D, 64) -> (count, 64).
+@inlined
+def score_as(
+    kind: int, queries: int, count: int, keys: int, width: int, scores: int, ahead: int
+) -> None:
+    """Dot products of `count` queries with all keys of a page (D, 64) -> (count, 64).
 
     Those of empty slots mean nothing. A query's own sums are the same in tiles of any size.
     """
-    n = 0
+    n, step = 0, ACROSS * item_bytes(kind)
     while n < count:
         query, out, left = queries + n * width * 4, scores + n * PAGE * 4, count - n
-        for part in range(0, PAGE * 4, ACROSS * 4):
+        for part in range(PAGE // ACROSS):
+            some, to = keys + part * step, out + part * ACROSS * 4
             if left >= MOST:
-                score_tile(MOST, ACROSS, query, keys + part, width, out + part)
+                score_tile(kind, MOST, ACROSS, query, some, width, to, ahead)
             elif left >= 4:
-                score_tile(4, ACROSS, query, keys + part, width, out + part)
+                score_tile(kind, 4, ACROSS, query, some, width, to, ahead)
             elif left == 3:
-                score_tile(3, ACROSS, query, keys + part, width, out + part)
+                score_tile(kind, 3, ACROSS, query, some, width, to, ahead)
             elif left == 2:
-                score_tile(2, ACROSS, query, keys + part, width, out + part)
+                score_tile(kind, 2, ACROSS, query, some, width, to, ahead)
             else:
-                score_tile(1, ACROSS, query, keys + part, width, out + part)
+                score_tile(kind, 1, ACROSS, query, some, width, to, ahead)
         n += tile_size(left)
+
+
+@compiled
+def score(
+    queries: int, count: int, keys: int, width: int, scores: int, ahead: int, kind: int
+) -> None:
+    if kind == FLOAT32:
+        score_as(FLOAT32, queries, count, keys, width, scores, ahead)
+    elif kind == INT8:
+        score_as(INT8, queries, count, keys, width, scores, ahead)
+    else:
+        score_as(BFLOAT16, queries, count, keys, width, scores, ahead)
 
 
 @inlined
@@ -177,44 +201,62 @@ def tile_size(left: int) -> Any:
     return MOST if left >= MOST else min(left, 4)
 
 
-@compiled
-def mix(weights: int, count: int, values: int, width: int, parts: int) -> None:
-    """Add a page's values, float32 (64, D), times their weights to `count` parts (D + 2,)."""
+@inlined
+def mix_as(
+    kind: int, weights: int, count: int, values: int, width: int, parts: int, ahead: int
+) -> None:
+    """Add a page's values (64, D), times their weights, to `count` parts (D + 2,)."""
     n, row = 0, (width + 2) * 4
     while n < count:
         some, out, left = weights + n * PAGE * 4, parts + n * row, count - n
         if left >= MOST:
-            mix_columns(MOST, some, values, width, out)
+            mix_columns(kind, MOST, some, values, width, out, ahead)
         elif left >= 4:
-            mix_columns(4, some, values, width, out)
+            mix_columns(kind, 4, some, values, width, out, ahead)
         elif left == 3:
-            mix_columns(3, some, values, width, out)
+            mix_columns(kind, 3, some, values, width, out, ahead)
         elif left == 2:
-            mix_columns(2, some, values, width, out)
+            mix_columns(kind, 2, some, values, width, out, ahead)
         else:
-            mix_columns(1, some, values, width, out)
+            mix_columns(kind, 1, some, values, width, out, ahead)
         n += tile_size(left)
 
 
+@compiled
+def mix(
+    weights: int, count: int, values: int, width: int, parts: int, ahead: int, kind: int
+) -> None:
+    if kind == FLOAT32:
+        mix_as(FLOAT32, weights, count, values, width, parts, ahead)
+        for n in range(count if width % LANES > 0 else 0):
+            own, sums = (
+                floats(weights + n * PAGE * 4, PAGE),
+                floats(parts + n * (width + 2) * 4, width),
+            )
+            mix_plainly(own, floats(values, (PAGE, width)), width // LANES * LANES, sums)
+    elif kind == INT8:
+        mix_as(INT8, weights, count, values, width, parts, ahead)
+    else:
+        mix_as(BFLOAT16, weights, count, values, width, parts, ahead)
+
+
 @inlined
-def mix_columns(queries: int, weights: int, values: int, width: int, parts: int) -> None:
-    """All columns of a page's values: many at a time, then 16, then one."""
-    i = 0
+def mix_columns(
+    kind: int, queries: int, weights: int, values: int, width: int, parts: int, ahead: int
+) -> None:
+    """All columns of a page's values: many at a time, then 16; fewer are left to `mix_plainly`."""
+    i, size = 0, item_bytes(kind)
     while i + ACROSS <= width:
-        mix_tile(queries, ACROSS, weights, values + 4 * i, width, parts + 4 * i)
+        mix_tile(kind, queries, ACROSS, weights, values + size * i, width, parts + 4 * i, ahead)
         i += ACROSS
     while i + LANES <= width:
-        mix_tile(queries, LANES, weights, values + 4 * i, width, parts + 4 * i)
+        mix_tile(kind, queries, LANES, weights, values + size * i, width, parts + 4 * i, ahead)
         i += LANES
-    if i < width:
-        for n in range(queries):
-            mix_plainly(floats(weights + n * PAGE * 4, PAGE), floats(values, (PAGE, width)), i,
-                        floats(parts + n * (width + 2) * 4, width))  # fmt: skip
 
 
 @compiled
 def mix_plainly(weights: Any, values: Any, first: int, sums: Any) -> None:
-    """What `mix_tile` does, for one query and its columns from `first` on."""
+    """What `mix_tile` does, for one query and its columns from `first` on: few, or none."""
     for s in range(PAGE):
         for i in range(first, len(sums)):
             sums[i] += weights[s] * values[s, i]

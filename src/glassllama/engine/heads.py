@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from glassllama.engine.attention import (
     begin,
     finish,
+    item_bytes,
     merge,
     mix,
     place,
@@ -20,6 +21,7 @@ from glassllama.engine.attention import (
     times_scales,
     unpack,
     weigh,
+    worth_unpacking,
 )
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.crew import complete, take
@@ -45,11 +47,6 @@ class Seat(NamedTuple):
     queries: int  # of a tile
     scores: int
     opened: int  # a page's keys, then its values, unpacked
-
-
-@inlined
-def item_bytes(kind: int) -> Any:
-    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
 
 
 @compiled
@@ -121,8 +118,12 @@ def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int,
     The page that is `ahead` bytes away comes next, and is asked for.
     """
     group, width, scores = room.group_size, room.head_dim, seat.scores
-    keys = unpack(page + at.keys, width * PAGE, seat.opened, ahead, kind)
-    score(seat.queries, count * group, keys, width, scores)
+    keys, values, form = page + at.keys, page + at.values, kind
+    apart = worth_unpacking(count * group, width, kind)
+    if apart:
+        unpack(keys, width * PAGE, seat.opened, ahead, kind)
+        keys, values, form = seat.opened, seat.opened, FLOAT32
+    score(seat.queries, count * group, keys, width, scores, ahead, form)
     if kind == INT8:
         times_scales(scores, count * group, page + at.scales)
     for n in range(count):
@@ -131,8 +132,9 @@ def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int,
             weigh(scores + g * PAGE * 4, visible, part + g * (width + 2) * 4, width)
     if kind == INT8:
         times_scales(scores, count * group, page + at.scales + PAGE * 4)
-    values = unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
-    mix(scores, count * group, values, width, part)
+    if apart:
+        unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
+    mix(scores, count * group, values, width, part, ahead, form)
 
 
 @compiled

@@ -1,7 +1,8 @@
 """Vector kernels over a page of the cache: several queries at once share every key and value.
 
-A page's numbers are unpacked to float32 first, into a few kilobytes that stay in the nearest cache:
-once for all queries that look at them. While that is done, the next page is asked for.
+Where many queries look at a page, its numbers are unpacked to float32 first, into a few kilobytes
+that stay in the nearest cache, once for all of them. Few queries widen them on the way. Either way
+the next page is asked for meanwhile.
 
 Written in LLVM's own vectors without any processor's instructions, so that they run everywhere;
 their twins in plain loops are in tests/engine/test_pages.py.
@@ -24,6 +25,8 @@ ITEM_BYTES = {BFLOAT16: 2, FLOAT32: 4, INT8: 1}
 def widen(v: Vectors, address: Any, kind: int) -> Any:
     """Numbers in memory as float32. The 16 bits of a bfloat16 are a float32's upper half."""
     b, floats = v.builder, vector(F32, LANES)
+    if kind == FLOAT32:
+        return v.load(address, floats, 4)
     if kind == INT8:
         codes = v.load(address, vector(I8, LANES), 1)
         return b.sitofp(b.sext(codes, vector(I32, LANES)), floats)
@@ -59,23 +62,27 @@ def unpack_numbers(context, kind, source, count, target, ahead):  # type: ignore
 
 @instruction_for_constants
 def score_tile(  # type: ignore[no-untyped-def]
-    context, count, tokens, query, keys, width, scores
+    context, kind, count, tokens, query, keys, width, scores, ahead
 ):
-    """Dot products of some queries with some of the 64 keys of a page, in float32 (width, 64).
+    """Dot products of some queries with some of the 64 keys of a page, (width, 64).
 
-    How many queries and tokens are constants.
+    What the keys are kept as, and how many queries and tokens are constants. Keys `ahead` bytes
+    further are asked for, where they are not float32.
     """
-    queries, parts = count.literal_value, tokens.literal_value // LANES
+    form, queries, parts = kind.literal_value, count.literal_value, tokens.literal_value // LANES
+    size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query, keys, width, scores = arguments[2:]
+        query, keys, width, scores, ahead = arguments[3:]
         v = Vectors(builder)
         row = builder.mul(width, number(4))
         places = [builder.add(query, builder.mul(row, number(n))) for n in range(queries)]
 
         def coordinate(i: Any, sums: list[Any]) -> list[Any]:
-            line = v.step(keys, i, 4 * PAGE)
-            k = [v.load(v.at(line, LINE * p), vector(F32, LANES), 4) for p in range(parts)]
+            line = v.step(keys, i, size * PAGE)
+            if form != FLOAT32:
+                v.prefetch(builder.add(line, ahead), size * LANES * parts)
+            k = [widen(v, v.at(line, size * LANES * p), form) for p in range(parts)]
             results = []
             for n in range(queries):
                 q = v.splat(v.load(v.step(places[n], i, 4), F32, 4), LANES)
@@ -87,24 +94,25 @@ def score_tile(  # type: ignore[no-untyped-def]
             v.store(total, v.at(scores, 4 * PAGE * (n // parts) + LINE * (n % parts)), 4)
         return context.get_dummy_value()
 
-    return types.void(count, tokens, *[types.int64] * 4), emit
+    return types.void(kind, count, tokens, *[types.int64] * 5), emit
 
 
 @instruction_for_constants
 def mix_tile(  # type: ignore[no-untyped-def]
-    context, count, columns, weights, values, width, parts
+    context, kind, count, columns, weights, values, width, parts, ahead
 ):
-    """Some columns of a page's 64 values, weighted and added to some queries' sums.
+    """Some columns of a page's 64 values (64, width), weighted and added to some queries' sums.
 
-    How many queries and columns are constants; the values are float32 (64, width).
+    What the values are kept as, and how many queries and columns are constants. `ahead` as above.
     """
-    queries, vectors = count.literal_value, columns.literal_value // LANES
+    form, queries, vectors = kind.literal_value, count.literal_value, columns.literal_value // LANES
+    size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, values, width, parts = arguments[2:]
+        weights, values, width, parts, ahead = arguments[3:]
         v, floats = Vectors(builder), vector(F32, LANES)
         row = builder.mul(builder.add(width, number(2)), number(4))
-        stride = builder.mul(width, number(4))
+        stride = builder.mul(width, number(size))
         places = [
             v.at(builder.add(parts, builder.mul(row, number(n))), LINE * c)
             for n in range(queries)
@@ -113,7 +121,9 @@ def mix_tile(  # type: ignore[no-untyped-def]
 
         def token(s: Any, sums: list[Any]) -> list[Any]:
             line = builder.add(values, builder.mul(s, stride))
-            value = [v.load(v.at(line, LINE * c), floats, 4) for c in range(vectors)]
+            if form != FLOAT32:
+                v.prefetch(builder.add(line, ahead), size * LANES * vectors)
+            value = [widen(v, v.at(line, size * LANES * c), form) for c in range(vectors)]
             results = []
             for n in range(queries):
                 weight = v.splat(v.load(v.at(v.step(weights, s, 4), 4 * PAGE * n), F32, 4), LANES)
@@ -127,4 +137,4 @@ def mix_tile(  # type: ignore[no-untyped-def]
             v.store(total, place, 4)
         return context.get_dummy_value()
 
-    return types.void(count, columns, *[types.int64] * 4), emit
+    return types.void(kind, count, columns, *[types.int64] * 5), emit
