@@ -20,7 +20,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: the verb d
 import torch
 
 from glassllama import load
-from glassllama.walkthrough.trace import run_with_trace
+from glassllama.walkthrough.trace import keep_freed_memory, run_with_trace
 
 LENGTHS = (17, 128, 512)  # tokens
 WATCHED = {"all places": ["*"], "attention weights": ["layers.*.attention.weights"]}
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a walk does
     model = load(chosen.model, backend="torch").executor.model
     rows = []
     for length in LENGTHS:

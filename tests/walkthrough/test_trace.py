@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,3 +249,27 @@ def test_mistakes_are_undone_after_an_error(llama: Llama) -> None:
     with pytest.raises(KeyboardInterrupt), mistaken(llama, MISTAKES["no-mask"]):
         raise KeyboardInterrupt
     assert torch.equal(llama(torch.tensor([IDS])), right)
+
+
+TWICE = """
+import resource
+import torch
+from glassllama.walkthrough.trace import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(100, 1000) for _ in range(200)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_what_a_pass_freed_serves_the_next_one() -> None:
+    """80 MB in pieces: new pages the first time, hardly any the second."""
+    said = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    first, second = map(int, said.split())
+    assert first > 10_000
+    assert second < first / 20

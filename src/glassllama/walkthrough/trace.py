@@ -12,6 +12,8 @@ vocabulary. Every place has the tokens on its last axis but one: (B, T, C), (B, 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
 
 TOKEN_AXIS = -2
+# What keep_freed_memory tells glibc, by malloc.h's numbers: blocks up to 32 MiB (its limit) are
+# no mappings of their own, and up to 2 GiB that are free at the end are not given back.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_MEMORY = ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, (1 << 31) - 1))
 See = Callable[[str, Tensor], Tensor | None]  # a place, and what came out of it
 
 
@@ -106,6 +112,18 @@ def run_with_trace(
     with looking(model, [*sights, *((pattern, keep) for pattern in watch)]):
         logits: Tensor = model(rows, cache)
     return logits, Trace(kept)
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps what a pass has freed, up to 2 GiB, for the next pass.
+
+    Otherwise it goes back to the system and comes again page by page, which is most of what
+    watching costs (docs/log.md). Where the C library is not glibc, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in KEPT_MEMORY:
+            mallopt(option, value)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
 from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
 from glassllama.walkthrough.pictures import visible
 from glassllama.walkthrough.step import WHOLE_MODEL, Check, compare
-from glassllama.walkthrough.trace import Trace, first_non_finite, run_with_trace
+from glassllama.walkthrough.trace import Trace, first_non_finite, keep_freed_memory, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.stream import StreamedLayer, StreamedLlama
@@ -250,9 +250,12 @@ def open_walk(
     """
     checkpoint = open_weights(path)
     checked(checkpoint, prompt, layer, head)
-    model = (
-        StreamedLlama(checkpoint) if stream_layers else load_llama(checkpoint, progress=progress)
-    )
+    model: Llama
+    if stream_layers:
+        model = StreamedLlama(checkpoint)
+    else:
+        model = load_llama(checkpoint, progress=progress)
+        keep_freed_memory()
     return start_walk(checkpoint, model, prompt, name=name, layer=layer, head=head)
 
 
