@@ -260,7 +260,7 @@ def test_exponential() -> None:
 @pytest.mark.skipif(
     not TIERS["amx"] | {"amx-bf16"} <= features(), reason="this processor lacks AMX for bfloat16"
 )
-@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (37, 96), (50, 32 * 7)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (37, 96), (50, 32 * 7), (130, 32 * 65)])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 70])
 def test_bfloat_tiles_against_float64(rows: int, columns: int, tokens: int) -> None:
     """Within float32 rounding of the exact sum, and to the bit the same in any company."""

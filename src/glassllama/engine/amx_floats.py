@@ -6,6 +6,9 @@ Two groups of sixteen outputs meet up to 32 tokens, whose inputs are bfloat16 as
     tile 4, 5   tokens × 32 inputs
     tile 6, 7   32 inputs × 16 outputs: sixteen vectors of pairs, as layout.py has them
 
+Up to sixteen tokens may meet four groups, whose sums are tiles 0 … 3 then. Of long groups that is
+faster: see SIDE_BY_SIDE of integer_kernels.py.
+
 Four sums at a time, for one instruction must not wait for the last. A token's sum goes through its
 inputs from first to last, 32 at a time, in any company; so it is the same to the bit.
 """
@@ -17,17 +20,18 @@ from typing import Any
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
 from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
-from glassllama.engine.vectors import AHEAD, I8, LINE, Vectors, number
+from glassllama.engine.vectors import AHEAD, I8, LINE, SOON, Vectors, number
 
 TOKENS, STEP = 16, 32  # of a tile; inputs of one product
 STEP_BYTES = 1024  # of a group's weights
+MANY, LONG = 4, 64  # groups side by side, where they have so many steps
 
 
 @instruction_for_constants
 def products(  # type: ignore[no-untyped-def]
     context, tiles, groups, values, group_bytes, steps, x, x_stride, y, y_stride
 ):
-    """Sums of one or two tiles of tokens and one or two groups (constants), stored at y."""
+    """Sums of one or two tiles of tokens and some groups (constants), stored at y."""
     token_tiles, both = range(tiles.literal_value), range(groups.literal_value)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -38,22 +42,38 @@ def products(  # type: ignore[no-untyped-def]
         def load(tile: int, address: Any, stride: Any) -> None:
             tile_call(builder, "tileloadd64", tile, builder.inttoptr(address, byte), stride)
 
+        def inputs(n: Any, t: int) -> None:
+            own = builder.add(x, builder.mul(x_stride, builder.mul(rows, number(t))))
+            load(4 + t, v.step(own, n, 2 * STEP), x_stride)
+
+        def weights(n: Any, g: int, ahead: Any) -> None:
+            w = v.step(builder.add(values, builder.mul(group_bytes, number(g))), n, STEP_BYTES)
+            v.prefetch(builder.add(w, ahead), STEP_BYTES)
+            load(6 + g % 2, w, line)
+
         def one(n: Any, nothing: list[Any]) -> list[Any]:
             for g in both:
-                w = v.step(builder.add(values, builder.mul(group_bytes, number(g))), n, STEP_BYTES)
-                v.prefetch(v.at(w, AHEAD), STEP_BYTES)
-                load(6 + g, w, line)
+                weights(n, g, number(AHEAD))
             for t in token_tiles:
-                own = builder.add(x, builder.mul(x_stride, builder.mul(rows, number(t))))
-                load(4 + t, v.step(own, n, 2 * STEP), x_stride)
+                inputs(n, t)
                 for g in both:
                     tile_call(builder, "tdpbf16ps", 2 * t + g, 4 + t, 6 + g)
+            return nothing
+
+        def one_of_many(n: Any, nothing: list[Any]) -> list[Any]:
+            inside = builder.icmp_signed("<", builder.add(n, number(SOON // STEP_BYTES)), steps)
+            others = builder.mul(group_bytes, number(MANY - 1))
+            ahead = builder.add(number(SOON), builder.select(inside, number(0), others))
+            inputs(n, 0)
+            for g in both:
+                weights(n, g, ahead)
+                tile_call(builder, "tdpbf16ps", g, 4, 6 + g % 2)
             return nothing
 
         for t in token_tiles:
             for g in both:
                 tile_call(builder, "tilezero", 2 * t + g)
-        v.count_up(steps, [], one)
+        v.count_up(steps, [], one_of_many if len(both) == MANY else one)
         for t in token_tiles:
             for g in both:
                 out = builder.add(y, builder.mul(y_stride, builder.mul(rows, number(t))))
@@ -69,8 +89,12 @@ def sweep_groups(
     tiles: int, values: int, size: int, steps: int, x: int, x_stride: int, y: int, y_stride: int,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """All groups for one or two tiles of tokens: groups in twos, and one that is left."""
+    """All groups for one or two tiles of tokens: in twos, and one that is left; or in fours."""
     group = first
+    while tiles == 1 and steps >= LONG and group + MANY <= last:
+        products(1, MANY, values + group * size, size, steps, x, x_stride, y + group * LINE,
+                 y_stride)  # fmt: skip
+        group += MANY
     while group + 2 <= last:
         products(tiles, 2, values + group * size, size, steps, x, x_stride, y + group * LINE,
                  y_stride)  # fmt: skip

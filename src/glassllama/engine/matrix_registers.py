@@ -24,7 +24,7 @@ ROWS_OFFSET = 48  # of the rows of tile 0 in a configuration
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "integers": ((16, 64), (16, 32), (8, 64), (16, 16), (4, 64)),  # see amx_kernels.py
     "floats": ((16, 64),) * 8,  # see amx_floats.py
-    "floats of few": ((0, 64), (0, 64), (16, 64), (16, 64), (0, 64), *((16, 64),) * 3),
+    "floats of few": (*((0, 64),) * 5, *((16, 64),) * 3),
 }
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
