@@ -27,6 +27,18 @@ STEP_BYTES = 1024  # of a group's weights
 MANY, LONG = 4, 64  # groups side by side, where they have so many steps
 
 
+def soon(v: Vectors, n: Any, steps: Any, group_bytes: Any) -> Any:
+    """From a step in use to the one that is asked for: near, then the first of the groups after."""
+    inside = v.builder.icmp_signed("<", v.builder.add(n, number(SOON // STEP_BYTES)), steps)
+    others = v.builder.mul(group_bytes, number(MANY - 1))
+    return v.builder.add(number(SOON), v.builder.select(inside, number(0), others))
+
+
+def tile_at(v: Vectors, name: str, tile: int, address: Any, stride: Any) -> None:
+    """Load or store a tile, whose rows are so far apart."""
+    tile_call(v.builder, name, tile, v.builder.inttoptr(address, I8.as_pointer()), stride)
+
+
 @instruction_for_constants
 def products(  # type: ignore[no-untyped-def]
     context, tiles, groups, values, group_bytes, steps, x, x_stride, y, y_stride
@@ -36,20 +48,16 @@ def products(  # type: ignore[no-untyped-def]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         values, group_bytes, steps, x, x_stride, y, y_stride = arguments[2:]
-        v, byte, line = Vectors(builder), I8.as_pointer(), number(LINE)
-        rows = number(TOKENS)
-
-        def load(tile: int, address: Any, stride: Any) -> None:
-            tile_call(builder, "tileloadd64", tile, builder.inttoptr(address, byte), stride)
+        v, rows = Vectors(builder), number(TOKENS)
 
         def inputs(n: Any, t: int) -> None:
             own = builder.add(x, builder.mul(x_stride, builder.mul(rows, number(t))))
-            load(4 + t, v.step(own, n, 2 * STEP), x_stride)
+            tile_at(v, "tileloadd64", 4 + t, v.step(own, n, 2 * STEP), x_stride)
 
         def weights(n: Any, g: int, ahead: Any) -> None:
             w = v.step(builder.add(values, builder.mul(group_bytes, number(g))), n, STEP_BYTES)
             v.prefetch(builder.add(w, ahead), STEP_BYTES)
-            load(6 + g % 2, w, line)
+            tile_at(v, "tileloadd64", 6 + g % 2, w, number(LINE))
 
         def one(n: Any, nothing: list[Any]) -> list[Any]:
             for g in both:
@@ -61,12 +69,9 @@ def products(  # type: ignore[no-untyped-def]
             return nothing
 
         def one_of_many(n: Any, nothing: list[Any]) -> list[Any]:
-            inside = builder.icmp_signed("<", builder.add(n, number(SOON // STEP_BYTES)), steps)
-            others = builder.mul(group_bytes, number(MANY - 1))
-            ahead = builder.add(number(SOON), builder.select(inside, number(0), others))
             inputs(n, 0)
             for g in both:
-                weights(n, g, ahead)
+                weights(n, g, soon(v, n, steps, group_bytes))
                 tile_call(builder, "tdpbf16ps", g, 4, 6 + g % 2)
             return nothing
 
@@ -77,8 +82,7 @@ def products(  # type: ignore[no-untyped-def]
         for t in token_tiles:
             for g in both:
                 out = builder.add(y, builder.mul(y_stride, builder.mul(rows, number(t))))
-                place = builder.inttoptr(v.at(out, g * LINE), byte)
-                tile_call(builder, "tilestored64", 2 * t + g, place, y_stride)
+                tile_at(v, "tilestored64", 2 * t + g, v.at(out, g * LINE), y_stride)
         return context.get_dummy_value()
 
     return types.void(tiles, groups, *[types.int64] * 7), emit
