@@ -127,21 +127,22 @@ def test_no_folder_for_machine_code() -> None:
 def test_a_million_of_the_same(name: str, char: str, request: pytest.FixtureRequest) -> None:
     """FAULTS.md, T1: round-trips, at most 5 s, and twice the text at most 2.5 times as long.
 
-    The margin above 2.5 is for neighbours in the processor's cache; the square would be 4.
+    Held over two doublings, 6.25 then: for one, what neighbours do to the processor's cache is as
+    large as the margin. Up to 8 is theirs; the square would be 16.
     """
     tokenizer = request.getfixturevalue(name)
     tokenizer.encode("a" * 2000)  # compiled once
     seconds = []
-    for count in (500_000, 1_000_000):
+    for count in (250_000, 1_000_000):
         runs = []
-        for _ in range(2):
+        for _ in range(3):
             start = time.process_time()
             ids = tokenizer.encode(char * count)
             runs.append(time.process_time() - start)
         seconds.append(min(runs))
         assert tokenizer.decode(ids) == char * count
     assert seconds[1] <= 5
-    assert seconds[1] <= 3.2 * seconds[0]
+    assert seconds[1] <= 8 * seconds[0]
 
 
 @pytest.mark.parametrize("pattern", [" x", " \n", "\n ", "a ", "'", "  0", "\r\n \t", "a\u0301"])
