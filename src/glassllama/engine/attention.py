@@ -229,10 +229,8 @@ def mix(
     if kind == FLOAT32:
         mix_as(FLOAT32, weights, count, values, width, parts, ahead)
         for n in range(count if width % LANES > 0 else 0):
-            own, sums = (
-                floats(weights + n * PAGE * 4, PAGE),
-                floats(parts + n * (width + 2) * 4, width),
-            )
+            own = floats(weights + n * PAGE * 4, PAGE)
+            sums = floats(parts + n * (width + 2) * 4, width)
             mix_plainly(own, floats(values, (PAGE, width)), width // LANES * LANES, sums)
     elif kind == INT8:
         mix_as(INT8, weights, count, values, width, parts, ahead)
