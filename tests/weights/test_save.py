@@ -193,13 +193,19 @@ from glassllama.weights.save import save_model
 
 both, out, chance = [models(seed)["GPT"] for seed in (0, 1)], Path(sys.argv[1]), random.Random(0)
 for moment in range(50):
+    saved, tell = os.pipe()
     child = os.fork()
     if child == 0:
         for n in range(10 ** 9):
             save_model(out, both[n % 2], TOKENIZER)
-    time.sleep(0.005 + 0.03 * chance.random())
+            os.write(tell, b"1") if n == 0 else None
+            time.sleep(0.005)  # while a folder is written anew, no model is there
+    if moment % 2:  # else perhaps before the first save is over
+        os.read(saved, 1)
+    time.sleep(0.03 * chance.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(saved), os.close(tell)
     print(state_of(out), flush=True)
 """
 
