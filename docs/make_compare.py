@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from glassllama.base.config import Llama3Scaling, LlamaConfig
-from glassllama.weights.plan import cache_bytes
+from glassllama.base.config import Llama3Scaling, LlamaConfig, kv_bytes
 from glassllama.weights.presets import GENERATIONS, Generation, parameters, weight_bytes
 
 PAGE = Path(__file__).parent / "compare.md"
@@ -67,7 +66,7 @@ the feed-forward layer. Parameters are counted from the configuration.
 MEMORY_HEAD = """
 ## What it takes to run them
 
-The cache is that of one conversation in bfloat16: 2 · layers · K · D · 2 bytes for every token.
+The cache is that of one conversation in 16 bits: 2 · layers · K · D · 2 bytes for every token.
 Weights are in GB (10⁹ bytes): all matrices in the format named, norms in float32 beside blocks
 (Q8_0: 34 bytes for 32 numbers, Q4_0: 18). Real GGUF files often keep a matrix or two in a richer
 format and are a little larger.
@@ -160,7 +159,7 @@ def sizes() -> str:
 def memory() -> str:
     rows = []
     for name, c in models():
-        cache = [f"{cache_bytes(c, 1) / KIB:,.0f} KiB", f"{cache_bytes(c, c.max_seq_len) / GB:.1f}"]
+        cache = [f"{kv_bytes(c, 2) / KIB:,.0f} KiB", f"{c.max_seq_len * kv_bytes(c, 2) / GB:.1f}"]
         weights = [f"{weight_bytes(c, kind) / GB:.1f}" for kind in STORED]
         rows.append([name, *cache, *weights])
     weights_in = [f"weights in {kind}" for kind in STORED]

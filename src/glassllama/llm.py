@@ -272,7 +272,7 @@ def load(
     dtype: Dtype | None = None,
     exact: bool = False,
     quantize: Quantise | None = None,
-    cache: CacheType = "bf16",
+    cache: CacheType = "int16",
     threads: int | None = None,
     offline: bool = False,
     prefer_pth: bool = False,
@@ -335,8 +335,8 @@ def check_precision(
         raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
     if chosen == "torch" and quantize not in (None, "none"):
         raise ConfigError(f"quantize {quantize} is for the engine, not for the torch backend")
-    if cache not in ("bf16", "int8"):
-        raise ConfigError(f"cache must be bf16 or int8, got {cache!r}")
+    if cache not in ("int16", "int8"):
+        raise ConfigError(f"cache must be int16 or int8, got {cache!r}")
     if cache == "int8" and (exact or chosen == "torch"):
         why = "exact arithmetic keeps float32" if exact else "the torch backend has its own"
         raise ConfigError(f"cache int8 is for the engine: {why}")

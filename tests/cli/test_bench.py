@@ -74,7 +74,7 @@ def test_needs_are_those_of_the_matrices(loaded: LLM) -> None:
     needs = Needs.of(loaded)
     assert needs.ops == 2 * (30 * layer + 576 * 49_152)
     assert needs.output_ops == 2 * 576 * 49_152
-    assert needs.cache_bytes == 2 * 30 * 3 * 64 * 2
+    assert needs.cache_bytes == 2 * 30 * 3 * (64 * 2 + 4)
     assert needs.numbers == "int8"
     prefill = needs.row(Cell("prefill", 10), 1.0, [])
     assert prefill.ops_s == pytest.approx(2 * 30 * layer + 2 * 576 * 49_152 / 10)

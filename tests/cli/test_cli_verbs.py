@@ -167,7 +167,7 @@ def test_show_knows_the_default_model(verb: Verb) -> None:
     assert facts["tokenizer"]["vocab_size"] == 49_152
     longest = facts["memory"][-1]
     assert longest["context"] == 8192
-    assert longest["cache"] == 2 * 30 * 3 * 64 * 2 * 8192  # k and v, layers, heads, width, bf16
+    assert longest["cache"] == 2 * 30 * 3 * (64 * 2 + 4) * 8192  # k and v, layers, heads, width
     table = verb("show", "smollm2-135m").out
     for words in ("134,515,008", "Q4_1", "9 query, 3 key/value", "8,192", "fits"):
         assert words in table

@@ -129,6 +129,11 @@ class LlamaConfig:
         return self.n_heads // self.n_kv_heads
 
 
+def kv_bytes(config: LlamaConfig, number: int, scale: int = 0) -> int:
+    """Memory of one token's keys and values in all layers: so many bytes a number, and a head."""
+    return 2 * config.n_layers * config.n_kv_heads * (config.head_dim * number + scale)
+
+
 def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     """Radians per token of each of the D/2 rotations, (D/2,) float32, scaling applied.
 

@@ -82,7 +82,9 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
-CacheType = Literal["bf16", "int8"]  # how an engine keeps keys and values, if not exact
+CacheType = Literal["int16", "int8"]  # how an engine keeps keys and values, if not exact
+CACHE_NUMBER: dict[CacheType, int] = {"int16": 2, "int8": 1}  # bytes
+CACHE_SCALE = 4  # bytes beside every head's key, and beside its value
 
 
 class Cache(Protocol):

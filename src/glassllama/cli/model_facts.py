@@ -6,14 +6,15 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from glassllama.base.config import kv_bytes
 from glassllama.base.errors import GlassError, TokenizerError
+from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE
 
 if TYPE_CHECKING:
     from glassllama.base.config import LlamaConfig
     from glassllama.weights.open import Checkpoint
 
 FIRST_CONTEXT, CONTEXT_STEP = 2048, 4  # rows of the memory table: 2,048 8,192 … the longest
-CACHE_BYTES = 2  # one number of the engine's cache is a bfloat16
 CHAT_FORMATS = {
     "TemplateChat": "the model's own template",
     "ChatML": "ChatML",
@@ -95,7 +96,7 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
     if checkpoint.torch_only:
         return []
     c = checkpoint.config
-    per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * CACHE_BYTES  # a key and a value each
+    per_token = kv_bytes(c, CACHE_NUMBER["int16"], CACHE_SCALE)
     weights = sum(packed_weights(checkpoint).values())
     contexts = [min(FIRST_CONTEXT, c.max_seq_len)]
     while contexts[-1] < c.max_seq_len:

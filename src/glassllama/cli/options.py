@@ -31,7 +31,7 @@ class Backend(StrEnum):
 
 
 class CacheType(StrEnum):
-    bf16 = "bf16"
+    int16 = "int16"
     int8 = "int8"
 
 
@@ -130,9 +130,9 @@ class How:
         CacheType,
         model_option(
             metavar="TYPE",
-            help="How the engine keeps keys and values: bf16, or int8 for half the memory.",
+            help="How the engine keeps keys and values: int16, or int8 for half the memory.",
         ),
-    ] = CacheType.bf16
+    ] = CacheType.int16
     threads: Annotated[
         int | None,
         model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),

@@ -4,10 +4,11 @@ A page keeps the keys and values of 64 consecutive tokens of one row, for all la
 
     keys   (layers, K, D, 64)   transposed: one vector holds one coordinate of many tokens
     values (layers, K, 64, D)
-    scales (layers, K, 2, 64)   float32, of keys and of values, where they are int8
+    scales (layers, K, 2, 64)   float32, of keys and of values, where they are integers
 
-in bfloat16, in int8 with a scale for each token and head, or in float32 where the engine is exact.
-A row's pages are found by their addresses.
+in int16 or int8 with a scale for each token and head, or in float32 where the engine is exact. The
+largest number of a head is its largest integer, so no model is out of range; int16 is closer than
+the halves or bfloat16 of the same size. A row's pages are found by their addresses.
 """
 
 from __future__ import annotations
@@ -17,16 +18,11 @@ from typing import Any
 import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined
-from glassllama.engine.intrinsics import (
-    bfloat_from_float,
-    floats,
-    integers8,
-    words16,
-)
+from glassllama.engine.intrinsics import float_from_bits, floats, integers8, integers16
 from glassllama.engine.pages import (
-    BFLOAT16,
     FLOAT32,
     INT8,
+    INT16,
     LANES,
     PAGE,
     mix_tile,
@@ -38,6 +34,7 @@ from glassllama.engine.rows import exponential, inverse_rms
 from glassllama.engine.tiers import features
 
 F32 = np.float32
+STEPS_16 = 32767  # int16 without -32768, as row_kernels.STEPS for int8
 # Queries of the largest tile, and tokens or columns across it: as many sums as there are registers.
 MOST, ACROSS = (6, 64) if "avx512f" in features() else (4, 16)
 
@@ -77,44 +74,36 @@ def place(head: Any, cos: Any, sin: Any, pairs: int, unit: int, eps: float) -> N
 @compiled
 def store(key: Any, value: Any, keys: int, values: int, scales: int, slot: int, kind: int) -> None:
     """Write one token's key and value (D,) into its slot of a page."""
-    width = len(key)
+    width, of_keys, of_values = len(key), floats(scales, PAGE), floats(scales + PAGE * 4, PAGE)
     if kind == FLOAT32:
         k, v = floats(keys, (width, PAGE)), floats(values, (PAGE, width))
         for i in range(width):
             k[i, slot] = key[i]
             v[slot, i] = value[i]
     elif kind == INT8:
-        small_k, small_v = integers8(keys, (width, PAGE)), integers8(values, (PAGE, width))
-        of_keys, of_values = floats(scales, PAGE), floats(scales + PAGE * 4, PAGE)
-        of_keys[slot], of_values[slot] = step_size(key), step_size(value)
-        for i in range(width):
-            small_k[i, slot] = steps_of(key[i], of_keys[slot])
-            small_v[slot, i] = steps_of(value[i], of_values[slot])
+        of_keys[slot] = store_steps(key, integers8(keys, (width, PAGE))[:, slot], STEPS)
+        of_values[slot] = store_steps(value, integers8(values, (PAGE, width))[slot], STEPS)
     else:
-        narrow_k, narrow_v = words16(keys, (width, PAGE)), words16(values, (PAGE, width))
-        for i in range(width):
-            narrow_k[i, slot] = bfloat_from_float(key[i])
-            narrow_v[slot, i] = bfloat_from_float(value[i])
+        of_keys[slot] = store_steps(key, integers16(keys, (width, PAGE))[:, slot], STEPS_16)
+        of_values[slot] = store_steps(value, integers16(values, (PAGE, width))[slot], STEPS_16)
 
 
 @inlined
-def step_size(numbers: Any) -> Any:
-    """What one step of an int8 stands for: the largest magnitude / 127; NaN where there is one."""
-    largest = F32(0)
-    for i in range(len(numbers)):
-        magnitude = abs(numbers[i])
-        if not magnitude <= largest:  # larger, or NaN
-            largest = magnitude
-            if magnitude != magnitude:
-                break
-    return largest / F32(STEPS)
+def store_steps(numbers: Any, out: Any, most: int) -> Any:
+    """Numbers in whole steps, −most … most -> what a step stands for.
 
-
-@inlined
-def steps_of(number: float, size: float) -> Any:
-    """A number in whole steps; where they are no numbers, their size says so by itself."""
-    usable = size > F32(0) and size < F32(np.inf)
-    return np.int8(np.rint(number / size)) if usable else np.int8(0)
+    The largest magnitude is found on the bits, where NaN and infinity are largest too: where they
+    are no numbers, their scale carries that into every product.
+    """
+    bits, largest = numbers.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    size = float_from_bits(largest) / F32(most)
+    inverse = F32(1) / size if size > F32(0) else F32(0)
+    usable = inverse > F32(0) and inverse < F32(np.inf)
+    for i in range(len(out)):
+        out[i] = np.int32(np.rint(numbers[i] * inverse)) if usable else 0
+    return size
 
 
 @compiled
@@ -154,7 +143,7 @@ def unpack(source: int, count: int, target: int, ahead: int, kind: int) -> None:
     if kind == INT8:
         unpack_numbers(INT8, source, count, target, ahead)
     else:
-        unpack_numbers(BFLOAT16, source, count, target, ahead)
+        unpack_numbers(INT16, source, count, target, ahead)
 
 
 @inlined
@@ -192,7 +181,7 @@ def score(
     elif kind == INT8:
         score_as(INT8, queries, count, keys, width, scores, ahead)
     else:
-        score_as(BFLOAT16, queries, count, keys, width, scores, ahead)
+        score_as(INT16, queries, count, keys, width, scores, ahead)
 
 
 @inlined
@@ -235,7 +224,7 @@ def mix(
     elif kind == INT8:
         mix_as(INT8, weights, count, values, width, parts, ahead)
     else:
-        mix_as(BFLOAT16, weights, count, values, width, parts, ahead)
+        mix_as(INT16, weights, count, values, width, parts, ahead)
 
 
 @inlined
@@ -261,24 +250,20 @@ def mix_plainly(weights: Any, values: Any, first: int, sums: Any) -> None:
 
 
 @compiled
-def times_scales(rows: int, count: int, scales: int) -> None:
-    """Scores or weights (count, 64) times what a step of each token's int8 stands for."""
-    each = floats(scales, PAGE)
-    for n in range(count):
-        row = floats(rows + n * PAGE * 4, PAGE)
-        for s in range(PAGE):
-            row[s] *= each[s]
+def weigh(scores: int, visible: int, part: int, width: int, scales: int, kind: int) -> None:
+    """A page's scores become weights e^(score − largest so far); those not visible become 0.
 
-
-@compiled
-def weigh(scores: int, visible: int, part: int, width: int) -> None:
-    """A page's scores become weights e^(score − largest so far); those not visible become 0."""
+    Where the cache is of integers, scores and weights take up the scales of keys and values.
+    """
     weights, sums = floats(scores, PAGE), floats(part, width)
     if visible <= 0:
         for s in range(PAGE):
             weights[s] = F32(0)
     else:
-        shrink = weigh_page(scores, visible, part, width)
+        if kind == FLOAT32:
+            shrink = weigh_page(False, scores, visible, part, width, scales)
+        else:
+            shrink = weigh_page(True, scores, visible, part, width, scales)
         for i in range(width):
             sums[i] *= shrink
 

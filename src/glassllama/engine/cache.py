@@ -15,20 +15,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig
+from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
-from glassllama.base.interfaces import CacheType
-from glassllama.engine.pages import BFLOAT16, INT8, ITEM_BYTES, PAGE
+from glassllama.base.interfaces import CACHE_SCALE, CacheType
+from glassllama.engine.pages import FLOAT32, INT8, INT16, ITEM_BYTES, PAGE
 
-CACHE_KINDS: dict[CacheType, int] = {"bf16": BFLOAT16, "int8": INT8}
-SCALE_BYTES = 4
+CACHE_KINDS: dict[CacheType, int] = {"int16": INT16, "int8": INT8}
 WORTH_WAITING = 32  # ids in common with a row of the same batch: it goes first, others find them
 
 
 def bytes_per_token(config: LlamaConfig, kind: int) -> int:
-    """Memory of one token's keys and values in all layers; scales come with int8."""
-    head = config.head_dim * ITEM_BYTES[kind] + (SCALE_BYTES if kind == INT8 else 0)
-    return 2 * config.n_layers * config.n_kv_heads * head
+    """Memory of one token's keys and values in all layers; integers come with scales."""
+    return kv_bytes(config, ITEM_BYTES[kind], CACHE_SCALE if kind != FLOAT32 else 0)
 
 
 @dataclass(eq=False)
@@ -87,7 +85,7 @@ class PagedCache:
     def __init__(self, pages: Pages, batch: int, max_len: int, kind: int) -> None:
         self.max_len = max_len
         self.lengths = [0] * batch
-        self.kind = kind  # of its numbers: pages.BFLOAT16, FLOAT32, INT8
+        self.kind = kind  # of its numbers: pages.INT16, FLOAT32, INT8
         self.recalled = 0  # tokens that were found instead of computed
         self.table = np.zeros((batch, -(-max_len // PAGE)), np.int64)
         self.address: int = self.table.ctypes.data

@@ -79,7 +79,7 @@ class Engine:
         weights: Weights,
         *,
         exact: bool = False,
-        cache: CacheType = "bf16",
+        cache: CacheType = "int16",
         threads: int | None = None,
         notes: Sequence[str] = (),
     ) -> None:

@@ -18,7 +18,6 @@ from glassllama.engine.attention import (
     place,
     score,
     store,
-    times_scales,
     unpack,
     weigh,
     worth_unpacking,
@@ -26,7 +25,7 @@ from glassllama.engine.attention import (
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.crew import complete, take
 from glassllama.engine.intrinsics import integers64
-from glassllama.engine.pages import FLOAT32, INT8, PAGE
+from glassllama.engine.pages import FLOAT32, PAGE
 from glassllama.engine.room import GROUPS, LANES, MATRICES, POSITION, ROW, WK, WQ
 from glassllama.engine.step import convert, field, inputs_of, row, told
 
@@ -124,14 +123,11 @@ def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int,
         unpack(keys, width * PAGE, seat.opened, ahead, kind)
         keys, values, form = seat.opened, seat.opened, FLOAT32
     score(seat.queries, count * group, keys, width, scores, ahead, form)
-    if kind == INT8:
-        times_scales(scores, count * group, page + at.scales)
     for n in range(count):
         visible = min(PAGE, position_of(room, t + n) + 1 - past)
         for g in range(n * group, (n + 1) * group):
-            weigh(scores + g * PAGE * 4, visible, part + g * (width + 2) * 4, width)
-    if kind == INT8:
-        times_scales(scores, count * group, page + at.scales + PAGE * 4)
+            seen = part + g * (width + 2) * 4
+            weigh(scores + g * PAGE * 4, visible, seen, width, page + at.scales, kind)
     if apart:
         unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
     mix(scores, count * group, values, width, part, ahead, form)

@@ -214,5 +214,10 @@ def words16(address: int, shape: Any) -> Any:
 
 
 @inlined
+def integers16(address: int, shape: Any) -> Any:
+    return carray(pointer(address), shape, np.int16)
+
+
+@inlined
 def integers64(address: int, shape: Any) -> Any:
     return carray(pointer(address), shape, np.int64)

@@ -18,27 +18,25 @@ from glassllama.engine.vectors import F32, I8, I16, I32, LINE, Vectors, number, 
 
 PAGE = 64  # tokens
 LANES = 16  # float32 in a vector of 64 bytes
-BFLOAT16, FLOAT32, INT8 = range(3)  # how keys and values are kept
-ITEM_BYTES = {BFLOAT16: 2, FLOAT32: 4, INT8: 1}
+INT16, FLOAT32, INT8 = range(3)  # how keys and values are kept
+ITEM_BYTES = {INT16: 2, FLOAT32: 4, INT8: 1}
+INTEGERS = {INT16: I16, INT8: I8}
 
 
 def widen(v: Vectors, address: Any, kind: int) -> Any:
-    """Numbers in memory as float32. The 16 bits of a bfloat16 are a float32's upper half."""
+    """Numbers in memory as float32."""
     b, floats = v.builder, vector(F32, LANES)
     if kind == FLOAT32:
         return v.load(address, floats, 4)
-    if kind == INT8:
-        codes = v.load(address, vector(I8, LANES), 1)
-        return b.sitofp(b.sext(codes, vector(I32, LANES)), floats)
-    words = b.zext(v.load(address, vector(I16, LANES), 2), vector(I32, LANES))
-    return b.bitcast(b.shl(words, v.same(words.type, 16)), floats)
+    steps = v.load(address, vector(INTEGERS[kind], LANES), ITEM_BYTES[kind])
+    return b.sitofp(b.sext(steps, vector(I32, LANES)), floats)
 
 
 @instruction_for_constants
 def unpack_numbers(context, kind, source, count, target, ahead):  # type: ignore[no-untyped-def]
     """`count` numbers, a multiple of 64, as float32; those `ahead` bytes further are asked for.
 
-    `kind` is a constant, BFLOAT16 or INT8.
+    `kind` is a constant, INT16 or INT8.
     """
     form = kind.literal_value
     size = ITEM_BYTES[form]

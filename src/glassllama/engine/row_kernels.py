@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from glassllama.engine.compiled import instruction
+from glassllama.engine.compiled import instruction, instruction_for_constants
 from glassllama.engine.intrinsics import types
 from glassllama.engine.vectors import F32, I8, I32, Vectors, vector
 
@@ -96,26 +96,36 @@ def squares(context, x, count):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64), emit
 
 
-@instruction
-def weigh_page(context, scores, visible, part, width):  # type: ignore[no-untyped-def]
+@instruction_for_constants
+def weigh_page(  # type: ignore[no-untyped-def]
+    context, scaled, scores, visible, part, width, scales
+):
     """A page's scores become weights e^(score − largest so far), 0 where not visible.
 
-    `part` ends in the largest score and the sum of weights so far: both are brought up to date.
-    Returns by how much what was summed before must shrink. At least one token is visible.
+    If `scaled`, a constant, `scales` holds what a step of every token's key stands for, and of its
+    value: scores are taken times the first, and weights, once summed, times the second. `part` ends
+    in the largest score and the sum of weights so far: both are brought up to date. Returns by how
+    much what was summed before must shrink. At least one token is visible.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, visible, part, width = arguments
+        address, visible, part, width, scales = arguments[1:]
         v, b, page = Vectors(builder), builder, vector(F32, PAGE)
         seen = b.icmp_signed("<", lanes(0, PAGE), v.splat(b.trunc(visible, I32), PAGE))
         scores = v.load(address, page, 4)
+        if scaled.literal_value:
+            scores = b.fmul(scores, v.load(scales, page, 4))
         ends = v.step(part, width, 4)
         before = v.load(ends, F32, 4)
         here = v.largest(b.select(seen, scores, v.same(page, float("-inf"))))
         top = b.select(b.fcmp_ordered(">", before, here), before, here)
         weights = exponential(v, b.fsub(scores, v.splat(top, PAGE)))
         weights = b.select(seen, weights, v.same(page, 0.0))
-        v.store(weights, address, 4)
+        kept = weights
+        if scaled.literal_value:
+            kept = b.fmul(weights, v.load(v.at(scales, 4 * PAGE), page, 4))
+            kept = b.select(seen, kept, v.same(page, 0.0))
+        v.store(kept, address, 4)
         shrink = exponential(v, v.splat(b.fsub(before, top), 4))
         shrink = b.extract_element(shrink, ir.Constant(I32, 0))
         total = v.fused(v.load(v.at(ends, 4), F32, 4), shrink, v.total(weights))
@@ -123,4 +133,4 @@ def weigh_page(context, scores, visible, part, width):  # type: ignore[no-untype
         v.store(total, v.at(ends, 4), 4)
         return shrink
 
-    return types.float32(types.int64, types.int64, types.int64, types.int64), emit
+    return types.float32(scaled, *[types.int64] * 5), emit

@@ -44,7 +44,7 @@ class Step(NamedTuple):
     table: int  # address of the cache's table of pages
     pages: int  # columns of that table
     spans: int  # of the longest row, SPAN tokens each
-    kind: int  # of the numbers in the cache: pages.BFLOAT16, FLOAT32, INT8
+    kind: int  # of the numbers in the cache: pages.INT16, FLOAT32, INT8
     logits: int  # address of the table that takes them: (wanted, padded V)
 
 

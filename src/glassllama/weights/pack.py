@@ -33,7 +33,7 @@ def pack(
     *,
     exact: bool = False,
     quantize: Quantise | None = None,
-    cache: CacheType = "bf16",
+    cache: CacheType = "int16",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Engine:

@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from glassllama.base.config import LlamaConfig
-from glassllama.base.interfaces import TensorInfo
+from glassllama.base.config import kv_bytes
+from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE, TensorInfo
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.weights.open import Checkpoint
 
@@ -130,10 +130,11 @@ def plan(checkpoint: Checkpoint, *, tokens: int, memory: int | None = None) -> P
 
 
 def engine_ways(checkpoint: Checkpoint, tokens: int) -> Iterator[Way]:
-    """Packed weights (weights/pack.py), as they are or quantised; bfloat16 cache."""
+    """Packed weights (weights/pack.py), as they are or quantised; the default cache."""
     from glassllama.weights import kinds
 
-    beside = kinds.WORKING_MEMORY + ENGINE_ITSELF + cache_bytes(checkpoint.config, tokens)
+    cache = tokens * kv_bytes(checkpoint.config, CACHE_NUMBER["int16"], CACHE_SCALE)
+    beside = kinds.WORKING_MEMORY + ENGINE_ITSELF + cache
     reads, last = stored_bytes(checkpoint), 0
     names: dict[kinds.Quantise, WayName] = {"none": "engine", "q8_0": "q8_0", "q4_0": "q4_0"}
     for choice, name in names.items():
@@ -150,7 +151,7 @@ def whole_way(checkpoint: Checkpoint, tokens: int, dtype: Literal["bfloat16", "f
     memory = (
         sum(size * numel(info) for info in infos)
         + max(while_reading(info, size) for info in infos)
-        + cache_bytes(checkpoint.config, tokens, size)
+        + tokens * kv_bytes(checkpoint.config, size)
         + PYTORCH_ITSELF
         + WORKING_MEMORY
     )
@@ -165,7 +166,7 @@ def streamed_way(checkpoint: Checkpoint, tokens: int, itemsize: int) -> Way:
     embeddings = checkpoint.info("tok_embeddings.weight")
     # A block of the output's rows: as stored, in float32, and as wanted.
     block = min(BLOCK_NUMBERS, numel(embeddings)) * (4 + 4 + itemsize)
-    memory = max(in_layer, block) + cache_bytes(checkpoint.config, tokens, itemsize)
+    memory = max(in_layer, block) + tokens * kv_bytes(checkpoint.config, itemsize)
     unread = 0 if checkpoint.config.tie_embeddings else embeddings.nbytes  # but for a few rows
     return Way(
         name="streamed",
@@ -173,11 +174,6 @@ def streamed_way(checkpoint: Checkpoint, tokens: int, itemsize: int) -> Way:
         reads_once=0,
         reads_per_pass=stored_bytes(checkpoint) - unread,
     )
-
-
-def cache_bytes(config: LlamaConfig, tokens: int, itemsize: int = 2) -> int:
-    """Keys and values of `tokens` tokens of one row; the default is bfloat16."""
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens * itemsize
 
 
 def while_reading(info: TensorInfo, itemsize: int) -> int:
