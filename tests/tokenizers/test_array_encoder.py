@@ -138,7 +138,7 @@ def test_ids_of_any_text(meta: BytePairTokenizer, text: str) -> None:
 
 
 def test_words_of_every_length(tokenizer: BytePairTokenizer) -> None:
-    """The borders between kinds of words: 8 and 15 bytes in a slot, 64 merged without a heap."""
+    """The borders between kinds of words: 8 and 15 bytes in a slot, 62 merged without a heap."""
     chance = random.Random(3)
     words = ["".join(chance.choices("etaoinshrdlé", k=n)) for n in range(1, 90) for _ in range(4)]
     text = " ".join([*words, *words[::-1], *words])

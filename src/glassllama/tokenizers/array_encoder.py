@@ -1,7 +1,7 @@
 """Text → ids at the speed of a corpus: words found in a table, in compiled loops.
 
 Text repeats its words. So words are looked up by their bytes in a table (word_table.py), and only
-those that were not seen before are made of tokens (new_words.py). When the table is full it is
+those that were not seen before are made of tokens (turns.py). When the table is full it is
 emptied. Nothing is allocated on the way. Some two thousand words at a time go through four loops:
 each does one thing, so that the processor can work on the next word while it waits for this one.
 
@@ -22,7 +22,18 @@ from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
 from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
 from glassllama.tokenizers.lines import fetch_soon
 from glassllama.tokenizers.long_words import Room, room
-from glassllama.tokenizers.new_words import SHORT_WORD, Known, known, long_ids, merge_short
+from glassllama.tokenizers.new_words import Known, known, long_ids, merge_long
+from glassllama.tokenizers.turns import (
+    AT_ONCE,
+    NO_WORD,
+    SHORT_WORD,
+    Turns,
+    begin,
+    ids_into,
+    merge_lowest,
+    put_keys,
+    turns,
+)
 from glassllama.tokenizers.word_ends import RULES, next_ends, piece_end
 from glassllama.tokenizers.word_table import (
     LENGTH_BYTES,
@@ -79,6 +90,7 @@ class Desk(NamedTuple):
     new: Ints  # which words were not in the table
     symbols: Ints  # this and all others are as long as the longest word may be
     room: Room
+    turns: Turns
     out: Ids
 
 
@@ -90,6 +102,7 @@ def desk(longest: int) -> Desk:
         np.empty(words, np.int32),
         np.empty(longest, np.int32),
         room(longest),
+        turns(),
         np.full(longest, 0, np.uint32),
     )
 
@@ -205,10 +218,42 @@ def learn(text: Bytes, new: Int, known: Known, seen: Seen, desk: Desk, n: Int) -
         else:
             desk.new[merging] = word
             merging += 1
-    for k in range(merging):
-        word = desk.new[k]
-        end = merge_short(text, desk.ends[word], desk.ends[word + 1], known, desk, n)
-        slots[desk.slots[word], VALUE] = value_of(seen, desk.out, n, end - n)
+    merge_new(text, merging, known, seen, desk, n)
+
+
+@compiled
+def merge_new(text: Bytes, merging: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> None:
+    """The values of the first so many of the words in `new`, merged in turns."""
+    taken, done, words, ends = np.int64(0), np.int64(0), desk.turns.words, desk.ends
+    while done < merging:
+        for row in range(AT_ONCE):
+            if words[row] != NO_WORD:
+                put_keys(desk.turns, row, known.pairs)
+            elif taken < merging:
+                word = np.int64(desk.new[taken])
+                taken += 1
+                if begin(desk.turns, row, text, ends[word], ends[word + 1], known):
+                    words[row] = word
+                else:
+                    end = merge_long(text, ends[word], ends[word + 1], known, desk, n)
+                    give_value(word, seen, desk, n, end)
+                    done += 1
+        for row in range(AT_ONCE):  # what was written above is read 16 at once: not too early
+            word = words[row]
+            if word == NO_WORD:
+                continue
+            size = ends[word + 1] - ends[word]
+            if not merge_lowest(desk.turns, row, size, known.pairs):
+                end = ids_into(desk.turns, row, size, desk.out, n)
+                give_value(word, seen, desk, n, end)
+                words[row] = NO_WORD
+                done += 1
+
+
+@inlined
+def give_value(word: Int, seen: Seen, desk: Desk, begin: Int, end: Int) -> None:
+    slots = seen.words.slots
+    slots[desk.slots[word], VALUE] = value_of(seen, desk.out, begin, end - begin)
 
 
 @inlined

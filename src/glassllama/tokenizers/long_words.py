@@ -155,6 +155,25 @@ def order_of(left: Int, right: Int, table: PairTable) -> Int:
         line = (line + np.uint64(1)) & np.uint64(len(table.slots) - 1)
 
 
+@inlined
+def fetch_pair(left: Int, right: Int, table: PairTable) -> None:
+    """Ask for what `order_nearby` will look at."""
+    key = np.uint64(left) << ID_BITS | np.uint64(right)
+    fetch_soon(table.slots, line_of(table.slots, key * SPREAD))
+
+
+@inlined
+def order_nearby(left: Int, right: Int, table: PairTable) -> Int:
+    """The order of a pair, or EMPTY, where `fetch_pair` has brought it near: hardly a branch."""
+    key = np.uint64(left) << ID_BITS | np.uint64(right)
+    line = line_of(table.slots, key * SPREAD)
+    found = slot_of_key(table.slots, line, key, ORDER_BITS) & ORDER
+    if found == 0 and table.slots[line, LINE - 1] != 0:  # full: it may be in the next one
+        return order_of(left, right, table)
+    fetch_soon(table.joined, np.int64(found))  # one beside it, mostly in the same line
+    return np.int64(found) - 1
+
+
 @compiled
 def sift_down(heap: Keys, size: Int, at: Int) -> None:
     item = heap[at]

@@ -1,6 +1,7 @@
-"""The ids of one word that was not seen before: a token of the vocabulary, or merged.
+"""What is known before any text is seen, and the ids of one long word by it.
 
-The rules are those of `bpe.merge`, on ids and tables instead of bytes and dictionaries.
+The rules are those of `bpe.merge`, on ids and tables instead of bytes and dictionaries. Short
+words that are new are merged in turns.py, several at a time.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.bpe import BYTES
-from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
+from glassllama.tokenizers.compiled import Int, compiled, entry
 from glassllama.tokenizers.eight_bytes import PADDING
 from glassllama.tokenizers.long_words import (
     EMPTY,
-    LARGEST_ID,
     PairTable,
     merge_linked,
     order_of,
@@ -32,12 +32,6 @@ Bytes = NDArray[np.uint8]
 Ids = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 
-SHORT_WORD = 64  # bytes; longer words are merged with a heap
-PLACE_BITS, PLACE = 6, 63  # of a key: the place of a pair, below its order
-NO_KEY = 2**32 - SHORT_WORD  # all keys from here on are those of pairs that do not merge
-LANES = 8  # keys that are compared without a look at how many there are
-BEFORE = SHORT_WORD + LANES  # where the symbol before the first one is
-NOBODY = LARGEST_ID  # an id that no pair has
 N_BYTES = 256
 
 
@@ -89,68 +83,6 @@ def fill_tokens(
     for k in range(len(ends)):
         add(table, find(table, text, at, ends[k]), text, at, ends[k], np.uint64(ids[k]))
         at = ends[k]
-
-
-@inlined
-def lowest(keys: Ints, n: Int) -> Int:
-    """The lowest of the first n keys, a multiple of LANES."""
-    best = np.uint32(NO_KEY)
-    for k in range(0, n, LANES):  # one by one they come straight from where they were written
-        first = min(min(key_at(keys, k), key_at(keys, k + 1)), key_at(keys, k + 2))
-        second = min(min(key_at(keys, k + 3), key_at(keys, k + 4)), key_at(keys, k + 5))
-        best = min(min(best, min(key_at(keys, k + 6), key_at(keys, k + 7))), min(first, second))
-    return np.int64(best)
-
-
-@inlined
-def key_at(keys: Ints, at: Int) -> Int:
-    return np.uint32(keys[at])
-
-
-@inlined
-def put_key(keys: Ints, at: Int, order: Int) -> None:
-    keys[at] = np.int32(order << PLACE_BITS | at)
-
-
-@compiled
-def merge_short(text: Bytes, at: Int, end: Int, known: Known, desk: Desk, n: Int) -> Int:
-    """Merge a word of at most SHORT_WORD bytes: ids into out[n:]; the new n.
-
-    `bpe.merge` on a linked list that stays in place. A pair's key is its order and its place, so
-    that the lowest key is the pair to merge, the leftmost of equals. Before the first symbol and
-    behind the last stands NOBODY, who merges with none: no end needs a branch.
-    """
-    symbols, pairs = desk.symbols, known.pairs
-    keys, after, before = desk.room.current, desk.room.after, desk.room.before
-    size, all_known = end - at, True
-    for k in range(size):
-        symbols[k], after[k], before[k] = known.byte_ids[text[at + k]], k + 1, k - 1
-        all_known &= symbols[k] != EMPTY
-        put_key(keys, k, np.int64(known.byte_orders[text[at + k], text[at + k + 1]]))
-    if not all_known:
-        return merge_long(text, at, end, known, desk, n)
-    lanes = (size - 1 + LANES - 1) // LANES * LANES  # the last symbol begins no pair
-    for k in range(size - 1, lanes):
-        keys[k] = EMPTY
-    symbols[size], symbols[BEFORE], before[0] = NOBODY, NOBODY, BEFORE
-    while True:
-        key = lowest(keys, lanes)
-        if key >= NO_KEY:
-            break
-        here = key & PLACE
-        gone, previous = np.int64(after[here]), np.int64(before[here])
-        next_one = np.int64(after[gone])
-        joined = pairs.joined[key >> PLACE_BITS]
-        symbols[here], after[here], before[next_one] = joined, next_one, here
-        keys[gone] = EMPTY
-        put_key(keys, here, order_of(joined, symbols[next_one], pairs))
-        put_key(keys, previous, order_of(symbols[previous], joined, pairs))
-    here = np.int64(0)
-    while here < size:
-        desk.out[n] = symbols[here]
-        n += 1
-        here = np.int64(after[here])
-    return n
 
 
 @compiled
