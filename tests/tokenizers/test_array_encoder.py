@@ -22,9 +22,10 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers import array_encoder
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
 from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
+from glassllama.tokenizers.kinds import character_kinds
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
-from glassllama.tokenizers.word_ends import RULES, character_kinds, word_ends
+from glassllama.tokenizers.word_ends import RULES, word_ends
 from glassllama.weights.tokenizer import tokenizer_from_gguf
 
 LONG = os.environ.get("GLASSLLAMA_LONG") == "1"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from glassllama.tokenizers.bpe import BYTES
 from glassllama.tokenizers.compiled import Int, compiled, entry
 from glassllama.tokenizers.eight_bytes import PADDING
+from glassllama.tokenizers.kinds import character_kinds
 from glassllama.tokenizers.long_words import (
     EMPTY,
     PairTable,
@@ -21,7 +22,6 @@ from glassllama.tokenizers.long_words import (
     order_of,
     pair_table,
 )
-from glassllama.tokenizers.word_ends import character_kinds
 from glassllama.tokenizers.word_table import VALUE, WordTable, add, find, word_table
 
 if TYPE_CHECKING:

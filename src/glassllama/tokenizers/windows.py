@@ -9,8 +9,10 @@ byte. Where the next words begin then follows from shifts, for all of them toget
     blanks        11    1        the second one takes the word behind it
     begins     11 11    11       m: the sign before it took it
 
-Only what these masks decide is answered: ASCII, up to a place where the rest of the window does not
-matter. Words that begin with an apostrophe or hold long numbers are left to word_ends.py as well.
+A character of several bytes has a bit for each: whether it is a letter is looked up, one by one.
+Only what these masks decide is answered, up to a place where the rest of the window does not
+matter. Blanks and numbers beyond ASCII, words that begin with an apostrophe and long numbers are
+left to word_ends.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, inlined
-from glassllama.tokenizers.eight_bytes import bytes_within, leading_zeros
+from glassllama.tokenizers.eight_bytes import bytes_within, leading_zeros, trailing_zeros
+from glassllama.tokenizers.kinds import KIND, LETTER, OTHER, kind_at
 
 Bytes = NDArray[np.uint8]
 
@@ -30,6 +33,8 @@ ZERO, DIGITS = ord("0"), 10
 SPACE, APOSTROPHE, TAB, LINE_FEED, RETURN = 0x20, 0x27, 0x09, 0x0A, 0x0D
 VERTICAL_TAB, VERTICAL_TAB_AND_FORM_FEED = 0x0B, 2
 FIRST_BEYOND_ASCII, BEYOND_ASCII = 0x80, 0x80
+FIRST_INNER, INNER = 0x80, 0x40  # bytes of a character but its first
+ALL = np.uint64(2**64 - 1)
 
 
 @inlined
@@ -43,24 +48,32 @@ def up_to_line_end(blanks: Int, line_ends: Int) -> Int:
 
 
 @inlined
-def words_after(text: Bytes, at: Int, digits_alone: bool) -> Int:
+def words_after(text: Bytes, at: Int, digits_alone: bool, kinds: Bytes) -> Int:
     """A bit for each place of text[at : at + 64] where a word begins, but for the one at `at`.
 
     A word must begin at `at`. The bits are true up to the highest; there may be none.
     """
     beyond = bytes_within(text, at, FIRST_BEYOND_ASCII, BEYOND_ASCII)
-    ascii_ = (beyond - ONE) & ~beyond  # what is before the first byte of another character
     letters = bytes_within(text, at, CAPITAL_A, LETTERS) | bytes_within(text, at, SMALL_A, LETTERS)
-    digits = bytes_within(text, at, ZERO, DIGITS) & ascii_
+    known, inner = ALL, beyond
+    if beyond != 0:
+        inner = bytes_within(text, at, FIRST_INNER, INNER)
+        wide_letters, unknown = wide_kinds(text, at, beyond & ~inner, kinds)
+        letters |= whole(wide_letters, inner)
+        known = (unknown - ONE) & ~unknown  # what is before the first of them
+    digits = bytes_within(text, at, ZERO, DIGITS) & known
     line_ends = bytes_within(text, at, LINE_FEED, 1) | bytes_within(text, at, RETURN, 1)
-    spaces = bytes_within(text, at, SPACE, 1) & ascii_
+    spaces = bytes_within(text, at, SPACE, 1) & known
     blanks = bytes_within(text, at, VERTICAL_TAB, VERTICAL_TAB_AND_FORM_FEED)
-    blanks = (bytes_within(text, at, TAB, 1) | blanks) & ascii_ | spaces
-    letters, line_ends = letters & ascii_, line_ends & ascii_
-    signs = ascii_ & ~(letters | digits | blanks | line_ends)
+    blanks = (bytes_within(text, at, TAB, 1) | blanks) & known | spaces
+    letters, line_ends = letters & known, line_ends & known
+    signs = known & ~(letters | digits | blanks | line_ends)
 
     begins = letters & ((line_ends | digits) << ONE)
-    begins |= letters & (signs << ONE) & ((signs | spaces) << TWO)  # a sign alone takes the word
+    not_alone = signs & ~inner & ((signs | spaces) << ONE)
+    if inner != 0:
+        not_alone = whole(not_alone, inner)
+    begins |= letters & (not_alone << ONE)  # a sign alone takes the word
     begins |= digits if digits_alone else digits & ~(digits << ONE)
     begins |= signs & ~((signs | spaces) << ONE)
     breaks = line_ends  # what is one word with a line end behind it
@@ -74,9 +87,34 @@ def words_after(text: Bytes, at: Int, digits_alone: bool) -> Int:
     begins |= blanks & ~(blanks << ONE) | blanks & ~(blanks >> ONE)
     return (
         begins
-        & decided(ascii_ & ~(blanks | breaks))
+        & decided(known & ~(blanks | breaks))
         & before_hard(text, at, begins, letters, digits, digits_alone)
     )
+
+
+@inlined
+def wide_kinds(text: Bytes, at: Int, firsts: Int, kinds: Bytes) -> tuple[Int, Int]:
+    """Of the characters with these first bytes: which are letters, and which blanks or numbers."""
+    letters, unknown = firsts & ~firsts, firsts & ~firsts
+    while firsts != 0:
+        rest = firsts & (firsts - ONE)
+        first = firsts ^ rest
+        place = at + trailing_zeros(firsts)
+        kind = kind_at(text, place, place + 1, kinds) & KIND
+        if kind == LETTER:
+            letters |= first
+        elif kind != OTHER:
+            unknown |= first
+        firsts = rest
+    return letters, unknown
+
+
+@inlined
+def whole(firsts: Int, inner: Int) -> Int:
+    """All bytes of the characters with these first bytes, and up to three inner ones."""
+    firsts |= (firsts << ONE) & inner
+    firsts |= (firsts << ONE) & inner
+    return firsts | (firsts << ONE) & inner
 
 
 @inlined

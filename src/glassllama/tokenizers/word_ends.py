@@ -1,30 +1,31 @@
 """Where words end: the split patterns of split.py by hand, for compiled code.
 
 A pattern of alternatives that is tried at every place becomes a decision on the kinds of the next
-characters: letter, number, blank, line end, other. The kinds are those of Python's `regex`, asked
-once, so that both ways of splitting know the same Unicode; a test holds them equal.
+characters: letter, number, blank, line end, other (kinds.py). A test holds both ways of splitting
+equal.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
 from glassllama.tokenizers.eight_bytes import WINDOW, eight_bytes, letters_in, trailing_zeros
+from glassllama.tokenizers.kinds import (
+    BLANK,
+    KIND,
+    LETTER,
+    LINE_END,
+    NUMBER,
+    OTHER,
+    WIDTH,
+    kind_at,
+)
 from glassllama.tokenizers.split import EACH_DIGIT, GPT2, LLAMA3, QWEN2
 from glassllama.tokenizers.windows import ONE, words_after
 
 Bytes = NDArray[np.uint8]
-
-OTHER, LETTER, NUMBER, BLANK, LINE_END, NOTHING = range(6)  # \p{L} \p{N} \s [\r\n], behind the end
-KIND = 7  # mask: three bits of kind, and above them how many bytes the character has
-WIDTH = 3  # shift
-N_CODE_POINTS = 0x110000
-UTF8_WIDTHS = ((0, 1), (0x80, 2), (0x800, 3), (0x10000, 4))  # first code point, bytes
 
 LLAMA3_RULE, QWEN2_RULE, GPT2_RULE, SMOLLM_RULE = range(4)
 RULES = {
@@ -39,37 +40,6 @@ SPACE, APOSTROPHE = 0x20, 0x27
 TO_LOWER = 0x20  # the bit between a capital and its small letter in ASCII
 S, T, R, E, V, M, L, D = (ord(letter) for letter in "strevmld")
 LONG_S = (0xC5, 0xBF)  # UTF-8 of ſ, which is an s where case does not matter
-
-
-@cache
-def character_kinds() -> Bytes:
-    """(0x110000,) uint8: of each code point the kind, and its bytes in UTF-8 << WIDTH."""
-    every = "".join(map(chr, range(N_CODE_POINTS)))
-    kinds = np.zeros(N_CODE_POINTS, np.uint8)
-    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
-        for run in regex.finditer(pattern, every):
-            kinds[run.start() : run.end()] = kind
-    kinds[[ord("\r"), ord("\n")]] = LINE_END
-    for first, width in UTF8_WIDTHS:
-        kinds[first:] = (kinds[first:] & KIND) | (width << WIDTH)
-    return kinds
-
-
-@inlined
-def kind_at(text: Bytes, at: Int, end: Int, kinds: Bytes) -> Int:
-    """Kind and width of the character that begins at a byte of valid UTF-8."""
-    if at >= end:
-        return NOTHING
-    byte = np.int64(text[at])
-    if byte < 0x80:
-        return np.int64(kinds[byte])
-    point = np.int64(text[at + 1]) & 0x3F  # six bits in every byte but the first
-    if byte < 0xE0:
-        return np.int64(kinds[(byte & 0x1F) << 6 | point])
-    point = point << 6 | (np.int64(text[at + 2]) & 0x3F)
-    if byte < 0xF0:
-        return np.int64(kinds[(byte & 0x0F) << 12 | point])
-    return np.int64(kinds[(byte & 0x07) << 18 | point << 6 | (np.int64(text[at + 3]) & 0x3F)])
 
 
 @inlined
@@ -210,8 +180,8 @@ def next_ends(
     text: Bytes, at: Int, stop: Int, rule: Int, kinds: Bytes, ends: NDArray[np.int64], n: Int
 ) -> Int:
     """The ends of one to 64 words from text[at] on into ends[n:]; the new n. at < stop."""
-    if rule <= QWEN2_RULE and at + WINDOW <= stop and text[at] < 0x80 and text[at + 1] < 0x80:
-        begins = words_after(text, at, rule == QWEN2_RULE)
+    if rule <= QWEN2_RULE and at + WINDOW <= stop:
+        begins = words_after(text, at, rule == QWEN2_RULE, kinds)
         if begins != 0:
             while begins != 0:
                 ends[n] = at + trailing_zeros(begins)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, compiled, inlined
-from glassllama.tokenizers.eight_bytes import eight_bytes
+from glassllama.tokenizers.eight_bytes import eight_bytes, put_eight_bytes
 from glassllama.tokenizers.lines import table_of_zeros
 
 Bytes = NDArray[np.uint8]
@@ -24,6 +24,7 @@ LO, HI, VALUE = range(3)  # columns of a slot
 N_WORDS, LONG_BYTES = range(2)  # what `used` counts
 SHORT = 15  # bytes
 LENGTH_BYTES = 8  # before a long word
+EIGHT = 8  # bytes of a long word that are looked at together; the last ones may be so twice
 LONG_MARK = np.uint64(1 << 63)  # in `hi`, where short words have a length of at most 15 << 56
 # Odd constants of 64 random-looking bits: the golden ratio's, and those of splitmix64's mixer
 # (Steele, Lea & Flood, 2014).
@@ -80,25 +81,25 @@ def find_short(slots: NDArray[np.uint64], text: Bytes, at: Int, end: Int) -> Fou
     return Found(slot, lo, hi, False)
 
 
-@compiled
+@inlined
 def is_long_word(long: Bytes, place: Int, text: Bytes, at: Int, end: Int) -> bool:
     """Whether the long word kept at a place is this one."""
-    same, size = True, end - at
-    for k in range(LENGTH_BYTES):
-        same &= long[place + k] == (size >> (8 * k)) & 0xFF
-    if same:
-        for k in range(size):
-            same &= long[place + LENGTH_BYTES + k] == text[at + k]
+    size, kept = end - at, place + LENGTH_BYTES
+    if eight_bytes(long, place) != np.uint64(size):
+        return False
+    same = eight_bytes(long, kept + size - EIGHT) == eight_bytes(text, end - EIGHT)
+    for k in range(0, size - EIGHT, EIGHT):
+        same &= eight_bytes(long, kept + k) == eight_bytes(text, at + k)
     return same
 
 
-@compiled
+@inlined
 def find_long(table: WordTable, text: Bytes, at: Int, end: Int) -> Found:
     slots = table.slots
-    lo = np.uint64(end - at)
-    for k in range(at, end):
-        lo = (lo ^ np.uint64(text[k])) * SPREAD_1
-        lo ^= lo >> HALF
+    lo = np.uint64(end - at) ^ eight_bytes(text, end - EIGHT)
+    for k in range(at, end - EIGHT, EIGHT):
+        lo = (lo ^ (lo >> HALF)) * SPREAD_1 ^ eight_bytes(text, k)
+    lo = (lo ^ (lo >> HALF)) * SPREAD_2
     hi = LONG_MARK | np.uint64(table.used[LONG_BYTES])  # where it would be kept
     slot = slot_after(lo, LONG_MARK, slots)
     while slots[slot, HI] != 0:
@@ -134,13 +135,19 @@ def add(table: WordTable, found: Found, text: Bytes, at: Int, end: Int, value: I
     table.slots[found.slot, VALUE] = value
     table.used[N_WORDS] += 1
     if end - at > SHORT:
-        place = table.used[LONG_BYTES]
-        for k in range(LENGTH_BYTES):
-            table.long[place + k] = ((end - at) >> (8 * k)) & 0xFF
-        place += LENGTH_BYTES
-        for k in range(end - at):
-            table.long[place + k] = text[at + k]
-        table.used[LONG_BYTES] = place + end - at
+        keep_long(table, text, at, end)
+
+
+@inlined
+def keep_long(table: WordTable, text: Bytes, at: Int, end: Int) -> None:
+    """The length and the bytes of a long word, behind all others."""
+    place, size = table.used[LONG_BYTES], end - at
+    put_eight_bytes(table.long, place, np.uint64(size))
+    place += LENGTH_BYTES
+    for k in range(0, size - EIGHT, EIGHT):
+        put_eight_bytes(table.long, place + k, eight_bytes(text, at + k))
+    put_eight_bytes(table.long, place + size - EIGHT, eight_bytes(text, end - EIGHT))
+    table.used[LONG_BYTES] = place + size
 
 
 @compiled
