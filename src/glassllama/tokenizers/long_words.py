@@ -30,7 +30,7 @@ Keys = NDArray[np.int64]
 EMPTY = -1  # a dead position, a pair that does not merge
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing (Knuth, 3, 6.4)
 PERHAPS_BITS = 22  # of a hash
-FULLEST = 0.7  # of all slots: nearly all lines have one that is free
+FULLEST = 0.35  # of all slots: nearly every line has one that is free
 # Of a slot: 2^21 ids are more than any vocabulary and all characters of Unicode beside it.
 ID_BITS, ORDER_BITS = np.uint64(21), np.uint64(22)
 LARGEST_ID, ORDER = 2**21 - 1, np.uint64(2**22 - 1)
@@ -168,7 +168,8 @@ def order_nearby(left: Int, right: Int, table: PairTable) -> Int:
     key = np.uint64(left) << ID_BITS | np.uint64(right)
     line = line_of(table.slots, key * SPREAD)
     found = slot_of_key(table.slots, line, key, ORDER_BITS) & ORDER
-    if found == 0 and table.slots[line, LINE - 1] != 0:  # full: it may be in the next one
+    has_room = np.uint64(table.slots[line, LINE - 1] == 0)
+    if found | has_room == 0:  # else it may be in the next one; one branch, seldom taken
         return order_of(left, right, table)
     fetch_soon(table.joined, np.int64(found))  # one beside it, mostly in the same line
     return np.int64(found) - 1

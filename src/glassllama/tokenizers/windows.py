@@ -101,10 +101,8 @@ def wide_kinds(text: Bytes, at: Int, firsts: Int, kinds: Bytes) -> tuple[Int, In
         first = firsts ^ rest
         place = at + trailing_zeros(firsts)
         kind = kind_at(text, place, place + 1, kinds) & KIND
-        if kind == LETTER:
-            letters |= first
-        elif kind != OTHER:
-            unknown |= first
+        letters |= first * np.uint64(kind == LETTER)  # no branch: one cannot tell which comes
+        unknown |= first * np.uint64((kind != LETTER) & (kind != OTHER))
         firsts = rest
     return letters, unknown
 

@@ -87,7 +87,7 @@ def is_long_word(long: Bytes, place: Int, text: Bytes, at: Int, end: Int) -> boo
     size, kept = end - at, place + LENGTH_BYTES
     if eight_bytes(long, place) != np.uint64(size):
         return False
-    same = eight_bytes(long, kept + size - EIGHT) == eight_bytes(text, end - EIGHT)
+    same: bool = eight_bytes(long, kept + size - EIGHT) == eight_bytes(text, end - EIGHT)
     for k in range(0, size - EIGHT, EIGHT):
         same &= eight_bytes(long, kept + k) == eight_bytes(text, at + k)
     return same
