@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
-from glassllama.tokenizers import array_encoder
+from glassllama.tokenizers import array_encoder, long_words
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
 from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
 from glassllama.tokenizers.kinds import character_kinds
@@ -102,7 +102,9 @@ def test_words_of_mixed_texts(name: str) -> None:
 
 
 ODDS = ("a", "b", "x" * 9, " ", "  ", "\n", "\r", "\t", "'", "'s", "'ll", "'LL", ",", ".", "-", "1",
-        "23", "\u2003", "\xa0", "é", "—", "ſ", "日", "²", "\x0b", "\x1c", "\0", "_")  # fmt: skip
+        "23", "\u2003", "\xa0", "é", "—", "ſ", "日", "²", "\x0b", "\x1c", "\0", "_",
+        "яблоко", "Ω", "漢字", "क", "\u093f", "\u0301", "😀", "𝔘", "、", "\u3000", "٣",
+        "’")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -159,6 +161,17 @@ def test_a_full_table_is_emptied(default_model: Path, monkeypatch: pytest.Monkey
     for seed in range(20):
         text = mixed_text(seed) + "x" * 1000
         assert small.encode_array(text).tolist() == small.encode(text)
+
+
+def test_pairs_behind_a_full_line(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_words, "FULLEST", 1.0)
+    crowded = tokenizer_from_gguf(open_gguf(default_model).metadata)
+    assert isinstance(crowded, BytePairTokenizer)
+    full = long_words.pair_table(crowded.vocabulary).slots[:, -1] != 0
+    assert full.mean() > 0.05
+    for seed in range(30):
+        text = mixed_text(seed)
+        assert crowded.encode_array(text).tolist() == crowded.encode(text)
 
 
 def test_bytes_without_a_token_are_left_out(default_model: Path) -> None:

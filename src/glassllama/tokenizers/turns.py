@@ -35,7 +35,7 @@ Ids = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
-AT_ONCE = 16
+AT_ONCE = 16  # words in work
 PLACES = 64  # a bit for each in a machine word
 SHORT_WORD = PLACES - 2  # bytes of the longest word with a place for NOBODY at both ends
 PLACE_BITS, PLACE = 6, 63  # of a key: the place of a pair, below its order
