@@ -24,6 +24,7 @@ from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
 from glassllama.engine.packing import FLOAT_TYPES
 from glassllama.engine.peaks import peaks, read_bandwidth
+from glassllama.engine.row_kernels import FACTORS
 from glassllama.engine.tiers import TIERS, features, kernel_address
 
 ROUNDS = 7
@@ -63,7 +64,7 @@ def random_matrix(kind: str, rows: int, columns: int) -> Matrix:
 def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
     columns = matrix.columns
     x = np.ones((tokens, columns), np.int8 if matrix.kind.integer_inputs else np.float32)
-    factors = np.ones((tokens, columns // 32, 4), np.float32)
+    factors = np.ones((tokens, columns // 32, FACTORS), np.float32)
     out = np.zeros((tokens, matrix.padded_rows), np.float32)
     address = kernel_address(matrix.kind.name, tier)
     arguments = (

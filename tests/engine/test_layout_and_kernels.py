@@ -13,6 +13,7 @@ from engine.unpacked import read_rows
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
 from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded
+from glassllama.engine.row_kernels import FACTORS
 from glassllama.engine.rows import encode as encode_native
 from glassllama.engine.rows import exponential
 from glassllama.engine.tiers import BFLOAT_TILES, TIERS, features, kernel_address
@@ -87,6 +88,14 @@ def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
     encode_native(x, first, last, codes, factors)
 
 
+def scales_and_starts(factors: NDArray) -> tuple[NDArray, NDArray]:
+    """Rows' factors (…, blocks, FACTORS) -> (…, blocks, 2) float32 and (…, blocks, 4) int32."""
+    blocks = factors.shape[-2]
+    flat = factors.reshape(*factors.shape[:-2], blocks * FACTORS)
+    scales, starts = flat[..., : 2 * blocks], flat[..., 2 * blocks :].view(np.int32)
+    return scales.reshape(*scales.shape[:-1], -1, 2), starts.reshape(*starts.shape[:-1], -1, 4)
+
+
 def multiply(
     matrix: Matrix, tier: str, inputs: NDArray, factors: NDArray, first: int, last: int,
     kernel: str | None = None,
@@ -136,11 +145,12 @@ def test_kernels_against_float64(
     matrix = packed(kind, raw, columns)
     x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
     codes = np.zeros((tokens, columns), np.int8)
-    factors = np.zeros((tokens, columns // 32, 4), np.float32)
+    factors = np.zeros((tokens, columns // 32, FACTORS), np.float32)
     for t in range(tokens):
         encode(x[t], 0, columns // 32, codes[t], factors[t])
     inputs = codes if matrix.kind.integer_inputs else x
-    seen = codes * np.repeat(factors[..., 0], 32, 1) if matrix.kind.integer_inputs else x
+    scales = scales_and_starts(factors)[0][..., 0]
+    seen = codes * np.repeat(scales, 32, 1) if matrix.kind.integer_inputs else x
     exact = seen.astype(np.float64) @ numbers.T.astype(np.float64)
     size = np.abs(seen).astype(np.float64) @ np.abs(numbers.T).astype(np.float64)
     out = multiply(matrix, tier, inputs, factors, 0, matrix.groups)
@@ -157,25 +167,28 @@ def test_kernels_against_float64(
 def test_quantised_inputs_are_the_nearest_steps() -> None:
     x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
     x[32:64] = 0
-    codes, factors = np.zeros(96, np.int8), np.zeros((3, 4), np.float32)
+    codes, factors = np.zeros(96, np.int8), np.zeros((3, FACTORS), np.float32)
     encode(x, 0, 3, codes, factors)
     blocks = x.reshape(3, 32)
     step = np.abs(blocks).max(1) / np.float32(127)
-    assert np.allclose(factors[:, 0], step, rtol=1e-7, atol=0)
+    scales, starts = scales_and_starts(factors)
+    assert np.allclose(scales[:, 0], step, rtol=1e-7, atol=0)
     assert (np.abs(codes.reshape(3, 32) * step[:, None] - blocks) <= step[:, None] * 0.5001).all()
-    sums = codes.reshape(3, 2, 16).sum(2)
-    assert np.allclose(factors[:, 1], step * sums.sum(1), rtol=1e-6)
-    assert np.allclose(factors[:, 2:], step[:, None] * sums, rtol=1e-6)
+    low, high = codes.reshape(3, 2, 16).sum(2, dtype=np.int32).T
+    total = low + high
+    assert np.allclose(scales[:, 1], step * total, rtol=1e-6)
+    assert (starts == -np.stack([128 * total, 8 * total, 32 * low, 32 * high], 1)).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
     x = np.ones(64, np.float32)
     x[40] = bad
-    codes, factors = np.zeros(64, np.int8), np.zeros((2, 4), np.float32)
+    codes, factors = np.zeros(64, np.int8), np.zeros((2, FACTORS), np.float32)
     encode(x, 0, 2, codes, factors)
-    assert np.isfinite(factors[0]).all()
-    assert not np.isfinite(factors[1, 0])
+    scales, _ = scales_and_starts(factors)
+    assert np.isfinite(scales[0]).all()
+    assert not np.isfinite(scales[1, 0])
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)

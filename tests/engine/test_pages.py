@@ -19,6 +19,7 @@ from glassllama.engine.tiers import features
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 9, 11, 24, 25]
 WIDTHS = [1, 16, 20, 40, 48, 64, 80, 96, 128, 130, 256]
 STEPS = {INT8: 127, INT16: 32767}
+HALVES = (slice(32), slice(16), slice(16, 32))  # and the whole of a block
 VISIBLE = [*range(4), 15, 16, 17, 31, 40, 63, 64]
 
 
@@ -54,8 +55,8 @@ def store(key, value, keys, values, scales, slot, kind):  # type: ignore[no-unty
 
 
 @njit
-def encode_block(x, codes, factors):  # type: ignore[no-untyped-def]
-    row_kernels.encode_block(x, codes, factors)
+def encode_block(x, codes, factors, starts):  # type: ignore[no-untyped-def]
+    row_kernels.encode_block(x, codes, factors, starts)
 
 
 def random(*shape: int) -> NDArray[np.float32]:
@@ -275,21 +276,23 @@ def test_integers_keep_what_is_no_number(kind: int, trouble: float) -> None:
 def test_encode_block(size: float) -> None:
     for seed in range(20):
         x = np.random.default_rng(seed).standard_normal(32).astype(np.float32) * np.float32(size)
-        codes, factors = np.zeros(32, np.int8), np.zeros(4, np.float32)
-        encode_block(at(x), at(codes), at(factors))
+        codes, factors = np.zeros(32, np.int8), np.zeros(2, np.float32)
+        starts = np.zeros(4, np.int32)
+        encode_block(at(x), at(codes), at(factors), at(starts))
         inverse = np.float32(127) / np.abs(x).max()
         assert (codes == np.rint(x * inverse)).all()
         assert factors[0] == np.abs(x).max() / np.float32(127)
-        sums = [codes.sum(dtype=int), codes[:16].sum(dtype=int), codes[16:].sum(dtype=int)]
-        assert (factors[1:] == factors[0] * np.array(sums, np.float32)).all()
+        total, low, high = (codes[some].sum(dtype=int) for some in HALVES)
+        assert factors[1] == factors[0] * np.float32(total)
+        assert starts.tolist() == [-128 * total, -8 * total, -32 * low, -32 * high]
 
 
 @pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf, 0.0])
 def test_encode_block_of_odd_numbers(trouble: float) -> None:
     x = np.full(32, trouble, np.float32) if trouble == 0 else random(32)
     x[9] = trouble
-    codes, factors = np.zeros(32, np.int8), np.zeros(4, np.float32)
-    encode_block(at(x), at(codes), at(factors))
+    codes, factors = np.zeros(32, np.int8), np.zeros(2, np.float32)
+    encode_block(at(x), at(codes), at(factors), at(np.zeros(4, np.int32)))
     if trouble == 0:
         assert not codes.any()
         assert not factors.any()

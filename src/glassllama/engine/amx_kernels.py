@@ -1,15 +1,20 @@
 """Integer kernels of processors with matrix registers (Intel's AMX): sixteen tokens at a time.
 
 A tile register holds sixteen rows of 64 bytes, and one instruction multiplies two of them: here
-sixteen tokens times 32 inputs by 32 inputs times sixteen outputs, 8,192 products. What layout.py
-calls a block of Q8_0 is the second factor as it stands; other formats are unpacked to that first.
-Tiles are not forwarded from stores that are still on their way: bytes and sums are computed some
-blocks before they are used, or every instruction would wait for the last.
+sixteen tokens times 32 inputs by 32 inputs times sixteen outputs, 8,192 products. The second factor
+is a block of Q8_0 as layout.py has it, but signed; all formats are unpacked to that first, once for
+all tokens. Then all products of some blocks are taken, and then scaled: while tiles are at work
+512-bit vectors have one port less, and tiles are not forwarded from stores on their way.
 
     tile 0  16 tokens × 16 outputs  int32 sums
     tile 1  16 tokens × 32 inputs   int8, a row of it every `x_stride` bytes
-    tile 2   8 vectors              uint8: vector q holds inputs 4q … 4q+3 of sixteen outputs
+    tile 2   8 vectors              int8: vector q holds inputs 4q … 4q+3 of sixteen outputs
     tile 3, 4                       half as many inputs, where half blocks have scales of their own
+
+In memory near by, the calling thread's stack:
+
+    for each of GROUPS groups  FEW blocks' bytes (8, 64), then their scales (2, 16) float32
+    sums                       (FEW, 16 tokens, 16 outputs) int32, of blocks or half blocks
 
 The sums are whole numbers and what follows is in the order of integer_kernels.py, so a token's
 numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there.
@@ -22,26 +27,40 @@ from typing import Any
 
 from glassllama.engine.compiled import inlined, instruction, instruction_for_constants
 from glassllama.engine.float_kernels import clear
-from glassllama.engine.integer_kernels import FORMATS, HALVES, ROWS, SIDE_BY_SIDE, TILE, sweep
+from glassllama.engine.integer_kernels import (
+    FORMATS,
+    HALVES,
+    MINIMA,
+    ROWS,
+    SIDE_BY_SIDE,
+    TILE,
+    add_scaled,
+    factors_at,
+    sweep,
+)
 from glassllama.engine.intrinsics import cgutils, types
 from glassllama.engine.matrix_registers import SHAPES, begin_tiles, end_tiles, tile_call
+from glassllama.engine.row_kernels import SCALE_BYTES
 from glassllama.engine.vectors import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
 
 TOKENS = 16
 BLOCK = 32  # inputs
-BLOCK_BYTES, SUM_BYTES, FACTOR_BYTES = 512, 1024, 16
-FEW = 32  # blocks at a time: their bytes and some sums take half of a core's nearest cache
-LEAD = 1  # blocks from products to their use
-RING = 2  # places for the sums of a block
+BLOCK_BYTES, SUM_BYTES = 512, 1024
+FEW = 16  # blocks at a time, whose bytes and sums stay in a core's nearest cache
+SCALES = 128  # bytes of a block's, once they are float32
+SCALES_AT = FEW * BLOCK_BYTES
+GROUP_BYTES = SCALES_AT + FEW * SCALES
+GROUPS = 4  # groups at a time: inputs come from afar once for all of them
+SUMS_AT = GROUPS * GROUP_BYTES
 SUMS, INPUTS, WEIGHTS, HALF_INPUTS, HALF_WEIGHTS = range(5)
 BYTES = vector(I8, 64)
 SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
-SCRATCH_LINES = (FEW * BLOCK_BYTES + RING * 2 * SUM_BYTES) // LINE
+SCRATCH_LINES = (SUMS_AT + FEW * SUM_BYTES) // LINE
 
 
 @instruction
 def scratch(context: Any) -> Any:
-    """Room for FEW blocks' bytes and the sums, on the caller's own stack: () -> its address."""
+    """Room for bytes, scales and sums on the caller's own stack: () -> its address."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = cgutils.alloca_once(builder, BYTES, size=SCRATCH_LINES)
@@ -51,24 +70,31 @@ def scratch(context: Any) -> Any:
 
 
 @instruction_for_constants
-def unpack(context, kind, values, count, out):  # type: ignore[no-untyped-def]
-    """`count` blocks of a group from `values` on -> eight vectors of bytes each at `out`."""
+def unpack(context, kind, values, scales, first, count, out):  # type: ignore[no-untyped-def]
+    """`count` blocks of a group, from the block `first` on: at `out` eight vectors of bytes each,
+    and after all of these their scales as float32."""
+    format = kind.literal_value
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, count, out = arguments[1:]
-        v, (size, _, quads, _) = Vectors(builder), FORMATS[kind.literal_value]
+        values, scales, first, count, out = arguments[1:]
+        v, (size, _, quads, scales_of) = Vectors(builder), FORMATS[format]
 
         def one(n: Any, nothing: list[Any]) -> list[Any]:
-            own = v.step(values, n, size)
+            block = builder.add(first, n)
+            own = v.step(values, block, size)
             v.prefetch(v.at(own, AHEAD), size)
-            for q, weights in quads(v, SAME_AS, own):
+            for q, weights in quads(v, "amx", own):
+                if format == "Q4_0":
+                    weights = builder.sub(weights, v.same(BYTES, 8))
                 v.store(weights, v.at(v.step(out, n, BLOCK_BYTES), LINE * q), LINE)
+            for k, d in enumerate(scales_of(v, "amx", scales, block, 0)):
+                v.store(d, v.at(v.step(out, n, SCALES), SCALES_AT + LINE * k), LINE)
             return nothing
 
         v.count_up(count, [], one)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 3), emit
+    return types.void(kind, *[types.int64] * 5), emit
 
 
 def multiply_block(v: Vectors, kind: str, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
@@ -82,64 +108,58 @@ def multiply_block(v: Vectors, kind: str, weights: Any, inputs: Any, stride: Any
         tile_call(b, "tilezero", SUMS)
         tile_call(b, "tileloadd64", left, b.inttoptr(x, byte), stride)
         tile_call(b, "tileloadd64", right, b.inttoptr(w, byte), line)
-        tile_call(b, "tdpbsud", SUMS, left, right)  # signed inputs, unsigned weights
+        tile_call(b, "tdpbssd", SUMS, left, right)
         tile_call(b, "tilestored64", SUMS, b.inttoptr(v.at(out, part * SUM_BYTES), byte), line)
 
 
 def add_block(
-    v: Vectors, kind: str, sums: Any, scales: Any, block: Any, factors: list[Any], ys: list[Any]
+    v: Vectors, kind: str, n: Any, sums: Any, scales: Any, factors: list[Any], ys: list[Any]
 ) -> list[Any]:
-    """A block's sums, scaled and added to sixteen tokens' ys."""
-    parts, wanted = (2, (0, 2, 3)) if kind in HALVES else (1, (0, 1))
-    whole, real, results = vector(I32, ROWS), vector(F32, ROWS), []
-    apply = FORMATS[kind][3](v, SAME_AS, scales, block, 0)
-    for t in range(TOKENS):
-        place = v.step(factors[t], block, FACTOR_BYTES)
-        mine = {k: v.splat(v.load(v.at(place, 4 * k), F32, 4), ROWS) for k in wanted}
-        lines = [v.at(sums, SUM_BYTES * part + LINE * t) for part in range(parts)]
-        totals = [v.builder.sitofp(v.load(line, whole, LINE), real) for line in lines]
-        results.append(apply(totals, mine, ys[t]))
+    """The sums of block n, scaled and added to some tokens' ys."""
+    parts, whole, real = 2 if kind in HALVES else 1, vector(I32, ROWS), vector(F32, ROWS)
+    own, place = v.step(sums, n, parts * SUM_BYTES), v.step(scales, n, SCALES)
+    count = 2 if kind in HALVES + MINIMA else 1
+    d, results = [v.load(v.at(place, LINE * k), real, LINE) for k in range(count)], []
+    for t, y in enumerate(ys):
+        factor = factors_at(v, v.step(factors[t], n, SCALE_BYTES), ROWS)
+        lines = [v.at(own, SUM_BYTES * part + LINE * t) for part in range(parts)]
+        totals = [v.load(line, whole, LINE) for line in lines]
+        results.append(add_scaled(v, kind, d, totals, factor, y))
     return results
 
 
 @instruction_for_constants
 def multiply_sixteen(  # type: ignore[no-untyped-def]
-    context, kind, weights, scales, first, count, x, x_stride, f, f_stride, ring, y, y_stride
+    context, kind, near, sums, count, x, x_stride, f, f_stride, y, y_stride
 ):
-    """y += `count` blocks of sixteen rows, from the block `first` on, times sixteen tokens.
-
-    Products run LEAD blocks before what is made of them: both units of the processor have work.
-    """
+    """y += `count` blocks of sixteen rows, unpacked at `near`, times sixteen tokens."""
     format = kind.literal_value
+    parts = 2 if format in HALVES else 1
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, scales, first, count, x, x_stride, f, f_stride, ring, y, y_stride = arguments[1:]
-        v = Vectors(builder)
+        near, sums, count, x, x_stride, f, f_stride, y, y_stride = arguments[1:]
+        v, floats = Vectors(builder), vector(F32, ROWS)
+        scales = v.at(near, SCALES_AT)
+
+        def products(n: Any, nothing: list[Any]) -> list[Any]:
+            w, inputs = v.step(near, n, BLOCK_BYTES), v.step(x, n, BLOCK)
+            place = v.step(sums, n, parts * SUM_BYTES)
+            multiply_block(v, format, w, inputs, x_stride, place)
+            return nothing
+
+        v.count_up(count, [], products)
         factors = [builder.add(f, builder.mul(f_stride, number(t))) for t in range(TOKENS)]
         places = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(TOKENS)]
 
-        def sums(n: Any) -> Any:
-            return v.step(ring, builder.and_(n, number(RING - 1)), 2 * SUM_BYTES)
+        def scaled(n: Any, ys: list[Any]) -> list[Any]:
+            return add_block(v, format, n, sums, scales, factors, ys)
 
-        def products(n: Any, carried: list[Any]) -> list[Any]:
-            # Beyond the last block the last once more, into a place that nobody reads.
-            some = builder.select(builder.icmp_signed("<", n, last), n, last)
-            w, inputs = v.step(weights, some, BLOCK_BYTES), v.step(x, some, BLOCK)
-            multiply_block(v, format, w, inputs, x_stride, sums(n))
-            return carried
-
-        def both(n: Any, ys: list[Any]) -> list[Any]:
-            products(builder.add(n, number(LEAD)), [])
-            return add_block(v, format, sums(n), scales, builder.add(first, n), factors, ys)
-
-        last = builder.sub(count, number(1))
-        v.count_up(number(LEAD), [], products)
-        ys = v.count_up(count, [v.load(place, vector(F32, ROWS), 4) for place in places], both)
+        ys = v.count_up(count, [v.load(place, floats, 4) for place in places], scaled)
         for total, place in zip(ys, places, strict=True):
             v.store(total, place, 4)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 11), emit
+    return types.void(kind, *[types.int64] * 9), emit
 
 
 @inlined
@@ -149,21 +169,27 @@ def sweep_sixteens(
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """All whole sixteens of tokens, for some groups; a few blocks at a time, which stay near."""
-    space = scratch()
-    ring = space + FEW * BLOCK_BYTES
+    near = scratch()
     begin_tiles("integers", TOKENS)
     for group in range(first, last):
-        out = y + group * LINE
         for t in range(tokens):
-            clear(out + t * y_stride)
-        w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
-        for block in range(0, blocks, FEW):
-            count, own = min(FEW, blocks - block), w + block * value_bytes
-            unpack(kind, own, count, space)
+            clear(y + group * LINE + t * y_stride)
+    few = FEW // 2 if kind in HALVES else FEW  # they have twice as many sums
+    for start in range(first, last, GROUPS):
+        beside = min(GROUPS, last - start)
+        for block in range(0, blocks, few):
+            count = min(few, blocks - block)
+            for g in range(beside):
+                w = values + (start + g) * blocks * value_bytes
+                d = scales + (start + g) * blocks * scale_bytes
+                unpack(kind, w, d, block, count, near + g * GROUP_BYTES)
             for t in range(0, tokens, TOKENS):
-                multiply_sixteen(kind, space, d, block, count, x + t * x_stride + block * BLOCK,
-                                 x_stride, f + t * f_stride, f_stride, ring,
-                                 out + t * y_stride, y_stride)  # fmt: skip
+                for g in range(beside):
+                    multiply_sixteen(
+                        kind, near + g * GROUP_BYTES, near + SUMS_AT, count,
+                        x + t * x_stride + block * BLOCK, x_stride,
+                        f + t * f_stride + block * SCALE_BYTES, f_stride,
+                        y + (start + g) * LINE + t * y_stride, y_stride)  # fmt: skip
     end_tiles()
 
 

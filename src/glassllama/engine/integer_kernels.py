@@ -21,12 +21,23 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
+from glassllama.engine.row_kernels import (
+    FACTORS,
+    LESS_8,
+    LESS_32_HIGH,
+    LESS_32_LOW,
+    LESS_128,
+    SCALE,
+    SCALE_BYTES,
+    START_BYTES,
+    TOTAL,
+)
 from glassllama.engine.vectors import AHEAD, F32, I8, I16, I32, SOON, Vectors, number, vector
 
 ROWS = 16
-LANES = {"vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
+LANES = {"amx": 16, "vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
 TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once: what registers hold
-SIGNED = ("neon", "avx2")  # these want Q8_0's bytes without the 128 that layout.py adds
+SIGNED = ("neon", "avx2", "amx")  # these want Q8_0's bytes without the 128 that layout.py adds
 
 
 def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
@@ -88,44 +99,15 @@ def quads_of_six_bits(v: Vectors, target: str, values: Any) -> list[tuple[int, A
     return quads
 
 
-# (sums of a token, its four factors, y) -> new y; sums are two where halves have own scales
-Apply = Callable[[list[Any], dict[int, Any], Any], Any]
+def scales_of_bytes(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
+    """d of Q8_0 and Q4_0."""
+    return [v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target])]
 
 
-def scale_bytes(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
-    """Q8_0: weights d · (byte − 128), where the sum of the inputs meets the 128."""
-    offset = 0 if target in SIGNED else 128
-    d = v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target])
-    return centred(v, d, offset)
-
-
-def scale_nibbles(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
-    """Q4_0: weights d · (nibble − 8)."""
-    return centred(v, v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target]), 8)
-
-
-def centred(v: Vectors, d: Any, offset: float) -> Apply:
-    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
-        shifted = v.builder.fmul(v.same(y.type, -offset), factors[1])
-        return v.multiply_add(d, v.multiply_add(sums[0], factors[0], shifted), y)
-
-    return apply
-
-
-def scale_with_minimum(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
-    """Q4_1: weights d · nibble + m, where the sum of the inputs meets the m."""
+def scale_and_minimum(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
+    """d and m of Q4_1."""
     place = v.at(v.step(scales, block, 64), 2 * row)
-    d, m = v.halves(place, LANES[target]), v.halves(v.at(place, 2 * ROWS), LANES[target])
-    return linear(v, d, m)
-
-
-def linear(v: Vectors, d: Any, m: Any) -> Apply:
-    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
-        return v.multiply_add(
-            m, factors[1], v.multiply_add(sums[0], v.builder.fmul(d, factors[0]), y)
-        )
-
-    return apply
+    return [v.halves(v.at(place, n), LANES[target]) for n in (0, 2 * ROWS)]
 
 
 def in_superblock(v: Vectors, scales: Any, block: Any, size: int, own: int) -> tuple[Any, Any]:
@@ -135,61 +117,86 @@ def in_superblock(v: Vectors, scales: Any, block: Any, size: int, own: int) -> t
     return start, v.step(v.at(start, size - 8 * own), b.and_(block, number(7)), own)
 
 
-def scale_q4_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
-    """Q4_K: weights d · scale · nibble − dmin · minimum."""
-    lanes = LANES[target]
+def scales_of_q4_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
+    """d · scale, and −dmin · minimum."""
+    lanes, b = LANES[target], v.builder
     start, own = in_superblock(v, scales, block, 320, 32)
     d, dmin = (v.halves(v.at(start, 2 * row + n), lanes) for n in (0, 2 * ROWS))
     scale, minimum = (v.whole(v.at(own, row + n), lanes, signed=False) for n in (0, ROWS))
-    return linear(v, v.builder.fmul(d, scale), v.builder.fneg(v.builder.fmul(dmin, minimum)))
+    return [b.fmul(d, scale), b.fneg(b.fmul(dmin, minimum))]
 
 
-def scale_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> Apply:
-    """Q6_K: weights d · scale · (code − 32), the two halves of a block with their own scales."""
+def scales_of_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
+    """d · scale, of a block's two halves."""
     lanes, b = LANES[target], v.builder
     start, own = in_superblock(v, scales, block, 288, 32)
     d = v.halves(v.at(start, 2 * row), lanes)
-    both = [b.fmul(d, v.whole(v.at(own, row + n), lanes, signed=True)) for n in (0, ROWS)]
-    minus = -0.0 if target in SIGNED else -32.0
-
-    def apply(sums: list[Any], factors: dict[int, Any], y: Any) -> Any:
-        for half in range(2):
-            shifted = b.fmul(v.same(y.type, minus), factors[2 + half])
-            y = v.multiply_add(both[half], v.multiply_add(sums[half], factors[0], shifted), y)
-        return y
-
-    return apply
+    return [b.fmul(d, v.whole(v.at(own, row + n), lanes, signed=True)) for n in (0, ROWS)]
 
 
+Factor = Callable[[int], Any]
 Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
-Scale = Callable[[Vectors, str, Any, Any, int], Apply]
+Scales = Callable[[Vectors, str, Any, Any, int], list[Any]]
 HALVES = ("Q6_K",)  # sixteen inputs have a scale, not 32
+MINIMA = ("Q4_1", "Q4_K")  # the second scale meets the sum of the inputs
+# What sums begin with, where weights are stored 128, 8 or 32 too large: row_kernels.py.
+STARTS = {"Q8_0": (LESS_128,), "Q4_0": (LESS_8,), "Q6_K": (LESS_32_LOW, LESS_32_HIGH)}
 # Groups that a single token meets at once, where they are small and long: memory is read faster in
 # several places, and their products need not wait for each other.
 SIDE_BY_SIDE = {("vnni", kind): 4 for kind in ("Q4_0", "Q4_1", "Q4_K", "Q6_K")}
 LONG = 64  # blocks. Below, what is won is lost again on pieces of a few groups (docs/log.md)
-# kind: bytes of values and of scales per block, how to unpack, how to scale
-FORMATS: dict[str, tuple[int, int, Unpack, Scale]] = {
-    "Q8_0": (512, 32, quads_of_bytes, scale_bytes),
-    "Q4_0": (256, 32, quads_of_nibbles, scale_nibbles),
-    "Q4_1": (256, 64, quads_of_nibbles, scale_with_minimum),
-    "Q4_K": (256, 40, quads_of_nibbles, scale_q4_k),
-    "Q6_K": (384, 36, quads_of_six_bits, scale_q6_k),
+# kind: bytes of values and of scales per block, and how to unpack them
+FORMATS: dict[str, tuple[int, int, Unpack, Scales]] = {
+    "Q8_0": (512, 32, quads_of_bytes, scales_of_bytes),
+    "Q4_0": (256, 32, quads_of_nibbles, scales_of_bytes),
+    "Q4_1": (256, 64, quads_of_nibbles, scale_and_minimum),
+    "Q4_K": (256, 40, quads_of_nibbles, scales_of_q4_k),
+    "Q6_K": (384, 36, quads_of_six_bits, scales_of_q6_k),
 }
 
 
-def block_sums(v: Vectors, target: str, kind: str, values: Any, inputs: list[Any]) -> list[Any]:
+def add_scaled(
+    v: Vectors, kind: str, scales: list[Any], sums: list[Any], factor: Factor, y: Any
+) -> Any:
+    """y + Σ weights · inputs of a block, from its integer sums, one or two."""
+    for d, total in zip(scales, sums, strict=False):
+        scale = v.builder.fmul(d, factor(SCALE))
+        y = v.multiply_add(v.builder.sitofp(total, y.type), scale, y)
+    return v.multiply_add(scales[1], factor(TOTAL), y) if kind in MINIMA else y
+
+
+def factors_at(v: Vectors, address: Any, lanes: int) -> Factor:
+    """A token's factors of a block: by number, in every lane."""
+    return lambda n: v.splat(v.load(v.at(address, 4 * n), F32, 4), lanes)
+
+
+def first_sums(v: Vectors, target: str, kind: str, starts: Any) -> list[Any]:
+    """What a token's sums of a block begin with, so that it need not be taken off later."""
+    whole, too_large = vector(I32, LANES[target]), kind == "Q4_0" or target not in SIGNED
+    if kind in STARTS and too_large:
+        return [v.splat(v.load(v.at(starts, 4 * n), I32, 4), LANES[target]) for n in STARTS[kind]]
+    return [v.same(whole, 0)] * (2 if kind in HALVES else 1)
+
+
+def block_sums(
+    v: Vectors, target: str, kind: str, values: Any, inputs: list[Any], starts: list[Any]
+) -> list[Any]:
     """One block of a vector's rows times that block of every token -> one or two int32 sums."""
-    # A token alone would wait for each sum before the next: two chains then, low and high inputs.
-    chains = 2 if len(inputs) == 1 or kind in HALVES else 1
-    sums = [[v.same(vector(I32, LANES[target]), 0)] * chains for _ in inputs]
+    sums = [first_sums(v, target, kind, address) for address in starts]
+    if len(inputs) == 1 and kind not in HALVES:
+        # A token alone would wait for each sum before the next: two chains, low and high inputs.
+        sums[0].append(v.same(sums[0][0].type, 0))
     for q, weights in FORMATS[kind][2](v, target, values):
         for t, address in enumerate(inputs):
             four = v.splat(v.load(v.at(address, 4 * q), I32, 4), LANES[target])
-            chain = q * chains // 8
+            chain = q * len(sums[t]) // 8
             some = v.builder.bitcast(four, weights.type)
             sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
-    return sums if chains == 1 or kind in HALVES else [[v.builder.add(*s)] for s in sums]
+    return sums if kind in HALVES else [[sum_of(v, s)] for s in sums]
+
+
+def sum_of(v: Vectors, sums: list[Any]) -> Any:
+    return sums[0] if len(sums) == 1 else v.builder.add(*sums)
 
 
 def blocks_ahead(v: Vectors, kind: str, groups: int, block: Any, blocks: Any) -> Any:
@@ -207,23 +214,22 @@ def block_step(
     v: Vectors, target: str, kind: str, addresses: Any, block: Any, ahead: Any, ys: list[Any]
 ) -> list[Any]:
     """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
-    values, scales, inputs, factors = addresses
-    value_bytes, scale_bytes, _, scale = FORMATS[kind]
-    lanes, floats = LANES[target], vector(F32, LANES[target])
+    values, scales, inputs, factors, starts = addresses
+    value_bytes, scale_bytes, _, scales_of = FORMATS[kind]
+    lanes = LANES[target]
     later = v.builder.add(block, ahead)
     v.prefetch(v.step(values, later, value_bytes), value_bytes)
     v.prefetch(v.step(scales, later, scale_bytes), scale_bytes)
     inputs = [v.step(address, block, 32) for address in inputs]
-    factors = [v.step(address, block, 16) for address in factors]
-    wanted = (0, 2, 3) if kind in HALVES else (0, 1)
+    factors = [v.step(address, block, SCALE_BYTES) for address in factors]
+    starts = [v.step(address, block, START_BYTES) for address in starts]
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
-        apply = scale(v, target, scales, block, first)
-        for t, sums in enumerate(block_sums(v, target, kind, some, inputs)):
-            own = {n: v.splat(v.load(v.at(factors[t], 4 * n), F32, 4), lanes) for n in wanted}
-            totals = [v.builder.sitofp(total, floats) for total in sums]
-            results.append(apply(totals, own, ys[len(results)]))
+        own = scales_of(v, target, scales, block, first)
+        for t, sums in enumerate(block_sums(v, target, kind, some, inputs, starts)):
+            factor = factors_at(v, factors[t], lanes)
+            results.append(add_scaled(v, kind, own, sums, factor, ys[len(results)]))
     return results
 
 
@@ -232,6 +238,9 @@ def write_tile(
 ) -> None:
     """Instructions for some groups of sixteen rows, side by side, times some tokens."""
     values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
+    starts = builder.add(
+        f, builder.udiv(builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS))
+    )
     v, lanes = Vectors(builder), LANES[target]
     value_bytes, scale_bytes = FORMATS[kind][:2]
     size = tokens * ROWS // lanes  # vectors of sums, of one group
@@ -248,7 +257,7 @@ def write_tile(
         return results
 
     cells = [builder.mul(blocks, number(g)) for g in range(groups)]
-    inputs = (rows(x, x_stride), rows(f, f_stride))
+    inputs = (rows(x, x_stride), rows(f, f_stride), rows(starts, f_stride))
     sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
     starts = [v.at(a, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
               for a in rows(y, y_stride)]  # fmt: skip
@@ -285,7 +294,7 @@ def sweep(
     `beside` groups at once, where they are long."""
     while tokens == 1 and blocks >= LONG and first + beside <= last:
         w, d = values + first * blocks * value_bytes, scales + first * blocks * scale_bytes
-        tile(target, kind, beside, 1, w, d, blocks, x, 0, f, 0, y + first * 64, 0)
+        tile(target, kind, beside, 1, w, d, blocks, x, 0, f, f_stride, y + first * 64, 0)
         first += beside
     for group in range(first, last):
         w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes

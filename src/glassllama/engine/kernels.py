@@ -8,8 +8,8 @@ All have one form, so that the step can call any of them by its address:
 For groups first … last-1 of a packed matrix (layout.py) and every token t,
 `outputs[t, 16·group : 16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`.
 Everything is an address or a count; strides are bytes from token to token. Integer kernels read
-int8 inputs and, per block, four float32 factors: the inputs' scale s, and s times their sum, the
-sum of the first sixteen, and that of the others.
+int8 inputs and a row's factors (row_kernels.py), of which these want two for every block: the
+inputs' scale s, and s times their sum.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from glassllama.engine.intrinsics import (
     stack_words,
     words16,
 )
+from glassllama.engine.row_kernels import SCALE, TOTAL
 
 I32 = np.int32
-FACTORS = 4
 LOW = I32(15)
 
 
@@ -107,6 +107,17 @@ def bf16(
 
 
 @inlined
+def begin(total: Any, x: Any, first: int, last: int, centre: int) -> None:
+    """Sums begin with what weights are stored too large: −centre · Σ x, of quads first … last-1."""
+    start = I32(0)
+    for v in range(first, last):
+        for k in range(4):
+            start -= I32(centre) * I32(x[v, k])
+    for row in range(16):
+        total[row] = start
+
+
+@inlined
 def add_quad(total: Any, w: Any, x: Any) -> None:
     """Four bytes of each of sixteen rows (64,) times the four inputs they meet, added up."""
     x0, x1, x2, x3 = I32(x[0]), I32(x[1]), I32(x[2]), I32(x[3])
@@ -133,26 +144,23 @@ def q8_0(
     values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
     factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Weights stored plus 128: Σ (byte − 128) · x = Σ byte · x − 128 · Σ x."""
+    """Weights stored plus 128: Σ (byte − 128) · x = −128 · Σ x + Σ byte · x."""
     total = carray(stack_words(), 16, np.int32)
     for group in range(first, last):
         w = bytes8(values + group * blocks * 512, (blocks, 8, 64))
         d = words16(scales + group * blocks * 32, (blocks, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
             for b in range(blocks):
-                for row in range(16):
-                    total[row] = 0
+                begin(total, x[b], 0, 8, 128)
                 for v in range(8):
                     add_quad(total, w[b, v], x[b, v])
-                scale, offset = s[b, 0], np.float32(128) * s[b, 1]
                 for row in range(16):
-                    dot = np.float32(total[row]) * scale - offset
-                    y[row] += float_from_half(d[b, row]) * dot
+                    y[row] += float_from_half(d[b, row]) * (np.float32(total[row]) * s[b, SCALE])
 
 
 def q4_0(
@@ -166,19 +174,16 @@ def q4_0(
         d = words16(scales + group * blocks * 32, (blocks, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
             for b in range(blocks):
-                for row in range(16):
-                    total[row] = 0
+                begin(total, x[b], 0, 8, 8)
                 for v in range(4):
                     add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
-                scale, offset = s[b, 0], np.float32(8) * s[b, 1]
                 for row in range(16):
-                    dot = np.float32(total[row]) * scale - offset
-                    y[row] += float_from_half(d[b, row]) * dot
+                    y[row] += float_from_half(d[b, row]) * (np.float32(total[row]) * s[b, SCALE])
 
 
 def q4_1(
@@ -192,16 +197,15 @@ def q4_1(
         d = words16(scales + group * blocks * 64, (blocks, 2, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
             for b in range(blocks):
-                for row in range(16):
-                    total[row] = 0
+                begin(total, x[b], 0, 8, 0)
                 for v in range(4):
                     add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
-                scale, offset = s[b, 0], s[b, 1]
+                scale, offset = s[b, SCALE], s[b, TOTAL]
                 for row in range(16):
                     dot = np.float32(total[row]) * scale
                     y[row] += float_from_half(d[b, 0, row]) * dot
@@ -220,20 +224,19 @@ def q4_k(
         small = bytes8(scales + group * blocks * 40, (blocks // 8, 10, 32))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
             for b in range(blocks):
-                for row in range(16):
-                    total[row] = 0
+                begin(total, x[b], 0, 8, 0)
                 for v in range(4):
                     add_nibbles(total, w[b, v], x[b, v], x[b, 4 + v])
                 own = small[b // 8, 2 + b % 8]
                 for row in range(16):
                     scale = float_from_half(d[b // 8, row]) * np.float32(own[row])
                     minimum = float_from_half(d[b // 8, 16 + row]) * np.float32(own[16 + row])
-                    y[row] += scale * (np.float32(total[row]) * s[b, 0]) - minimum * s[b, 1]
+                    y[row] += scale * (np.float32(total[row]) * s[b, SCALE]) - minimum * s[b, TOTAL]
 
 
 @inlined
@@ -258,20 +261,19 @@ def q6_k(
         small = integers8(scales + group * blocks * 36, (blocks // 8, 18, 16))
         for t in range(tokens):
             x = integers8(inputs + t * input_stride, (blocks, 8, 4))
-            s = floats(factors + t * factor_stride, (blocks, FACTORS))
+            s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = np.float32(0)
             for b in range(blocks):
                 for half in range(2):
-                    for row in range(16):
-                        total[row] = 0
+                    begin(total, x[b], 4 * half, 4 * half + 4, 32)
                     for q in range(4):
                         high, shift = w[b, 4 + q % 2], 2 * (2 * half + q // 2)
                         add_six_bits(total, w[b, q], high, half == 1, shift, x[b, 4 * half + q])
                     own = small[b // 8, 2 + b % 8 * 2 + half]
                     for row in range(16):
-                        dot = np.float32(total[row]) * s[b, 0] - np.float32(32) * s[b, 2 + half]
+                        dot = np.float32(total[row]) * s[b, SCALE]
                         y[row] += float_from_half(d[b // 8, row]) * np.float32(own[row]) * dot
 
 

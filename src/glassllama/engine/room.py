@@ -11,7 +11,7 @@ from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.engine.layout import ALIGNMENT, BLOCK, FLOAT32, Matrix
 from glassllama.engine.pages import PAGE
 from glassllama.engine.reading import reader_address
-from glassllama.engine.rows import FACTORS
+from glassllama.engine.row_kernels import FACTORS
 from glassllama.engine.tiers import choose, kernel_address, tier
 
 # Matrices of a layer in the room's table, and the columns of that table.

@@ -17,6 +17,14 @@ BLOCK = 32
 PAGE = 64
 STEPS = 127  # int8 without -128, so that a sign can always be turned
 
+# A row's factors, beside its codes. First two float32 for every block of 32: the scale s, and
+# s · Σ codes. Then four int32 for every block: what integer sums begin with, where weights are
+# stored 128, 8 or 32 too large: −128 · Σ codes and so on, for 32 of either half of the block.
+SCALE, TOTAL = range(2)
+LESS_128, LESS_8, LESS_32_LOW, LESS_32_HIGH = range(4)
+SCALE_BYTES, START_BYTES = 8, 16  # of a block
+FACTORS = (SCALE_BYTES + START_BYTES) // 4
+
 LOG2_E = 1.4426950408889634
 LN2_UPPER = 0.693359375  # few bits: its product with a whole number is exact
 LN2_LOWER = -2.12194440e-4
@@ -44,16 +52,15 @@ def lanes(start: int, count: int) -> Any:
 
 
 @instruction
-def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
-    """32 numbers as int8 codes, and four factors: their scale, and the scaled sum of the codes,
-    of the first sixteen and of the others.
+def encode_block(context, x, codes, factors, starts):  # type: ignore[no-untyped-def]
+    """32 numbers as int8 codes, with the block's factors and starts.
 
     The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
     carries them into every product, instead of losing them among integers.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, codes, factors = arguments
+        address, codes, factors, starts = arguments
         v, b = Vectors(builder), builder
         x = v.load(address, vector(F32, BLOCK), 4)
         words = vector(I32, BLOCK)
@@ -65,14 +72,19 @@ def encode_block(context, x, codes, factors):  # type: ignore[no-untyped-def]
         q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
         v.store(b.trunc(q, vector(I8, BLOCK)), codes, 1)
         scale = b.fdiv(largest, steps)
-        v.store(scale, factors, 4)
         halves = [b.shuffle_vector(q, q, lanes(start, BLOCK // 2)) for start in (0, BLOCK // 2)]
         low, high = (v.reduce("add", half) for half in halves)
-        for place, total in ((4, b.add(low, high)), (8, low), (12, high)):
-            v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, place), 4)
+        total = b.add(low, high)
+        v.store(scale, v.at(factors, 4 * SCALE), 4)
+        v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, 4 * TOTAL), 4)
+        for place, some, times in (
+            (LESS_128, total, 128), (LESS_8, total, 8), (LESS_32_LOW, low, 32),
+            (LESS_32_HIGH, high, 32),
+        ):  # fmt: skip
+            v.store(b.mul(some, ir.Constant(I32, -times)), v.at(starts, 4 * place), 4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), emit
+    return types.void(*[types.int64] * 4), emit
 
 
 @instruction

@@ -11,12 +11,11 @@ import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.intrinsics import float_from_bits
-from glassllama.engine.row_kernels import encode_block, squares
+from glassllama.engine.row_kernels import SCALE_BYTES, START_BYTES, encode_block, squares
 
 F32 = np.float32
 I32 = np.int32
 BLOCK = 32
-FACTORS = 4  # of a block: see row_kernels.encode_block
 
 LOG2_E = F32(1.4426950408889634)
 LN2_UPPER = F32(0.693359375)  # few bits: its product with a whole number is exact
@@ -67,12 +66,14 @@ def normalise(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @compiled
 def encode(x: Any, first: int, last: int, codes: Any, factors: Any) -> None:
-    """Quantise blocks first … last-1 of a row to int8, and note scale and scaled sums."""
+    """Quantise blocks first … last-1 of a row to int8, with their factors (blocks, FACTORS)."""
+    starts = factors.ctypes.data + len(factors) * SCALE_BYTES
     for b in range(first, last):
         encode_block(
             x.ctypes.data + b * BLOCK * 4,
             codes.ctypes.data + b * BLOCK,
-            factors.ctypes.data + b * FACTORS * 4,
+            factors.ctypes.data + b * SCALE_BYTES,
+            starts + b * START_BYTES,
         )
 
 

@@ -30,7 +30,8 @@ from glassllama.engine.room import (
     TOLD,
     VALUES,
 )
-from glassllama.engine.rows import BLOCK, FACTORS, encode, normalise
+from glassllama.engine.row_kernels import FACTORS
+from glassllama.engine.rows import BLOCK, encode, normalise
 
 
 class Step(NamedTuple):
