@@ -35,6 +35,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "repetition_penalty": 0.8, "presence_penalty": -1.0, "top_p": 0.8},
     {"temperature": 1e-6, "top_p": 0.9},
     {"temperature": 100.0},
+    {"temperature": 1e6, "top_p": 0.9, "top_k": 30},
+    {"temperature": 1e-6, "min_p": 5e-324},
+    {"temperature": 1.0, "top_p": 5e-324},
+    {"temperature": 0.7, "repetition_penalty": 1e-3, "top_p": 0.9},
+    {"repetition_penalty": 1e3},
 ]
 
 
@@ -117,6 +122,16 @@ def test_no_id_is_made_of_logits_that_are_no_numbers(bad: float, options: dict[s
     compiled, _ = both(options, 9)
     with pytest.raises(GenerationError, match="-Inf alone"):
         compiled.choose(np.full(9, -np.inf, np.float32))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_no_id_where_penalties_leave_no_number(temperature: float) -> None:
+    """Largest finite logits, divided by a penalty below 1: what comes out is no number any more."""
+    for sampling in both({"temperature": temperature, "repetition_penalty": 0.5}, 100):
+        logits = np.zeros(100, np.float32)
+        logits[50] = HUGE
+        with pytest.raises(GenerationError, match="too large for the penalties"):
+            sampling.choose(logits)
 
 
 class Double:

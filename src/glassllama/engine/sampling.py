@@ -26,7 +26,9 @@ CUT = 64  # logits of a block
 UNIT = float(2**34)  # the likeliest id's weight: 2**19 of them add up without rounding
 INFINITY = I32(0x7F800000)  # the bits of +inf; NaN's, without their sign, are above
 MAGNITUDE = I32(0x7FFFFFFF)
-NOTHING = -1  # instead of an id: the logits hold NaN or +inf, or -inf alone
+NOTHING = (
+    -1
+)  # instead of an id: the logits hold NaN or +inf, or -inf alone, or penalties make it so
 
 
 class Choice(NamedTuple):
@@ -247,7 +249,8 @@ def choose(
     if len(punished) > 0:
         punish(logits, seen, said, choice, punished)
         logits = punished
-        find_largest(logits, largest)
+        if not find_largest(logits, largest) or not np.isfinite(largest.max()):
+            return NOTHING
     top = largest.max()
     if choice.temperature == 0:
         return first_of(logits, largest, top)

@@ -34,6 +34,8 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_UPPER = np.float32(0.693359375)  # few bits: its product with a whole number is exact
 LN2_LOWER = np.float32(-2.12194440e-4)
 LOWEST = np.float32(-87.3)  # e^x below this is no normal float32
+COOLEST, HOTTEST = 1e-6, 1e6  # temperatures: beyond, float32 has nothing left to tell apart
+MILDEST, HARSHEST = 1e-3, 1e3  # repetition penalties
 OPENAI_PENALTY = 2.0  # presence and frequency penalties lie between -2 and 2 in OpenAI's API
 
 
@@ -72,6 +74,13 @@ def require(field: str, value: float, allowed: str, inside: bool) -> None:
         raise GenerationError(f"{field} must be {allowed}, got {value!r}")
 
 
+def require_number(field: str, value: object) -> None:
+    """The same for settings of any size."""
+    inside = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not inside:
+        raise GenerationError(f"{field} must be a number, got {value!r}")
+
+
 def require_whole(field: str, value: object, least: int) -> None:
     """The same for settings that count."""
     inside = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
@@ -89,8 +98,8 @@ class Repetition:
     penalty: float
 
     def __post_init__(self) -> None:
-        inside = math.isfinite(self.penalty) and self.penalty > 0
-        require("repetition_penalty", self.penalty, "above 0", inside)
+        inside = MILDEST <= self.penalty <= HARSHEST
+        require("repetition_penalty", self.penalty, f"from {MILDEST} to {HARSHEST:g}", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         ids = np.flatnonzero(history.seen)
@@ -135,11 +144,11 @@ class Temperature:
     value: float
 
     def __post_init__(self) -> None:
-        inside = math.isfinite(self.value) and self.value > 0
-        require("temperature", self.value, "at least 0 and finite (0: greedy)", inside)
+        inside = COOLEST <= self.value <= HOTTEST
+        require("temperature", self.value, f"0 (greedy) or from {COOLEST:g} to {HOTTEST:g}", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        with np.errstate(over="ignore"):  # tiny temperatures send the losers to -inf, rightly
+        with np.errstate(over="ignore"):  # what overflows is -inf, and as good as impossible
             out: Logits = below_largest(logits) / np.float32(self.value)
         return out
 
@@ -305,6 +314,13 @@ def make_sampler(
     Temperature 0 is greedy. Repetition counts prompt and answer, presence and frequency the answer
     alone. Raises GenerationError that names a bad setting, its value and its range.
     """
+    numbers = {
+        "temperature": temperature, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
+    for setting, value in numbers.items():
+        require_number(setting, value)
     greedy = temperature == 0
     penalties: list[tuple[bool, LogitsStep]] = [
         (repetition_penalty != 1, Repetition(repetition_penalty)),
@@ -350,8 +366,11 @@ class Sampling:
     def _plain(self, logits: Logits) -> int:
         if not np.isfinite(logits.max()):  # NaN and +inf anywhere show here, so do -inf alone
             return -1
-        for step in self.sampler.steps:
-            logits = step(logits, self.history)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            for step in self.sampler.steps:
+                logits = step(logits, self.history)
+        if not np.isfinite(logits.max()):
+            return -1
         return int(logits.argmax()) if self.sampler.greedy else draw(logits, self.generator)
 
     def _compiled(self, logits: Logits, native: Chooser) -> int:
@@ -362,7 +381,9 @@ class Sampling:
 def trouble(logits: Logits) -> str:
     """What is in logits that no id can be chosen by."""
     nan, inf = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
-    return f"{nan} NaN and {inf} Inf of {len(logits)}" if nan or inf else "-Inf alone"
+    if nan or inf:
+        return f"{nan} NaN and {inf} Inf of {len(logits)}"
+    return "-Inf alone" if np.isneginf(logits).all() else "numbers too large for the penalties"
 
 
 def draw(logits: Logits, generator: np.random.Generator) -> int:
