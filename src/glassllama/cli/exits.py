@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
+from glassllama.base import interrupts
 from glassllama.base.errors import GlassError
 
 ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
 DEBUG = "--debug"
+SHOW_CURSOR = "\x1b[?25h"
 
 
 def prepare() -> None:
@@ -25,6 +27,17 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         cast(Any, stream).reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminated)
+    interrupts.instead = {signal.default_int_handler: _leave, _terminated: _leave}
+
+
+def _leave(number: signal.Signals) -> NoReturn:
+    """End at once, in the middle of compiling: nothing is lost but what is not compiled yet."""
+    if sys.stderr.isatty():
+        sys.stderr.write(SHOW_CURSOR)  # a bar may have hidden it
+    if number == signal.SIGINT:
+        sys.stderr.write("\n")  # leave the line that shows ^C
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from glassllama.base import sealed
 from glassllama.base.code_cache import folder_for
+from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +30,7 @@ STRICT: set[str] = set()
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
 notes: list[str] = []
+hold_while_compiling()
 DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 

@@ -19,9 +19,11 @@ from numba.extending import intrinsic
 
 from glassllama.base import sealed
 from glassllama.base.code_cache import folder_for
+from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
+hold_while_compiling()
 
 
 @lru_cache(maxsize=1)
