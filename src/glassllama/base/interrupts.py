@@ -64,8 +64,9 @@ class Holding:
 @lru_cache(maxsize=1)
 def hold_while_compiling() -> Holding:
     """From now on, in this process."""
-    from numba.core import event
+    from numba.core import event as untyped
 
+    event: Any = untyped
     event.Listener.register(Holding)  # it is one, and this file need not import Numba
     holding = Holding()
     event.register("numba:compiler_lock", holding)

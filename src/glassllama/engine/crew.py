@@ -35,8 +35,9 @@ from glassllama.engine.intrinsics import (
 )
 
 LINE = 8  # 64-bit words of a cache line: what different threads write must not share one
-EPOCH, STOP, YIELD, ORDERS, PARKED = 0, LINE, 2 * LINE, 3 * LINE, 5 * LINE  # places on the board
+EPOCH, STOP, YIELD, ORDERS = 0, LINE, 2 * LINE, 3 * LINE  # places on the board
 ORDER_WORDS = 2 * LINE  # room for what a step is told, see model.py
+PARKED = ORDERS + ORDER_WORDS
 EPOCH_SHIFT = 32
 COUNT_MASK = (1 << EPOCH_SHIFT) - 1
 

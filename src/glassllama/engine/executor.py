@@ -157,7 +157,7 @@ class Engine:
         return Chooser(self.config.vocab_size, Choice(**settings))
 
     def describe(self) -> list[str]:
-        """Lines for `show`: what the weights were packed as, and what was noted on the way."""
+        """How it runs and what the weights were packed as; then what was noted on the way."""
         kinds: dict[str, int] = {}
         for matrix in {
             id(m): m for m in (*self.weights.matrices, self.weights.embeddings)

@@ -57,7 +57,7 @@ def features() -> frozenset[str]:
 def tier() -> str:
     """The name of the tier in use. Raises GlassError if GLASSLLAMA_TIER asks for what is not."""
     able = [name for name, needed in TIERS.items() if needed <= features()]
-    asked = os.environ.get("GLASSLLAMA_TIER", able[0])
+    asked = os.environ.get("GLASSLLAMA_TIER") or able[0]
     if asked not in able:
         raise GlassError(f"GLASSLLAMA_TIER={asked}: this processor can run {', '.join(able)}")
     return asked
