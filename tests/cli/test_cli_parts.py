@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.conftest import Verb
 from glassllama.base.errors import GlassError
 from glassllama.cli.answer import speed_line
 from glassllama.cli.conversation import Conversation
@@ -137,6 +139,79 @@ def test_help_columns_fit() -> None:
     assert all(len(line) <= 80 for line in lines)
     assert lines[0] == "  --an-option-with-a-long-name N"
     assert two_columns("-n N", "words", 80) == ["  -n N".ljust(28) + "words"]
+
+
+@pytest.mark.parametrize("columns", [1, 25, 28, 29])
+def test_help_in_a_window_too_narrow_for_it(columns: int) -> None:
+    assert two_columns("-n N", "two words", columns) == ["  -n N".ljust(28) + "two words"]
+
+
+def test_a_switch_that_is_on_is_explained_as_what_turns_it_off(
+    verb: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = verb("train", "--help").out
+    assert re.search("--no-preflight +Leave out the checks", page)
+    from glassllama.cli.app import app
+
+    for command in app.registered_commands:
+        assert "[default: True]" not in verb(command.name, "--help").out
+    assert "[default: 1.0]" in verb("generate", "--help").out  # 1.0 == True
+
+
+PATHS = [
+    ("train", "bigram-tinyshakespeare", "--data", ""),
+    ("train", "bigram-tinyshakespeare", "--out", ""),
+    ("train-tokenizer", "", "--vocab-size", "300", "--out", "x"),
+    ("train-tokenizer", "x", "--vocab-size", "300", "--out", ""),
+    ("perplexity", "smollm2-135m", "--file", ""),
+    ("walkthrough", "hi", "--html", ""),
+    ("bench", "smollm2-135m", "--out", ""),
+]
+
+
+@pytest.mark.parametrize("line", PATHS, ids=lambda line: f"{line[0]}{line.index('')}")
+def test_an_empty_name_is_not_the_current_folder(
+    line: tuple[str, ...], verb: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = verb(*line)
+    assert ran.code == 2
+    assert "expected the name of a " in ran.err
+    assert "got ''" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "wanted"),
+    [
+        ("--temperature", "inf", "a finite number of at least 0"),
+        ("--temperature", "nan", "a finite number of at least 0"),
+        ("--temperature", "hot", "a finite number of at least 0"),
+        ("--top-p", "1.5", "a finite number of at least 0 and at most 1"),
+        ("--presence-penalty", "-3", "a finite number of at least -2 and at most 2"),
+        ("--max-tokens", "0", "a whole number of at least 1"),
+        ("--seed", "1.5", "a whole number of at least 0"),
+        ("--backend", "x", "auto, engine or torch"),
+        ("--dtype", "int8", "float32 or bfloat16"),
+    ],
+)
+def test_usage_errors_say_what_came_and_what_was_expected(
+    option: str, typed: str, wanted: str, verb: Verb
+) -> None:
+    ran = verb("generate", "hi", option, typed)
+    assert (ran.code, ran.out) == (2, "")
+    last = ran.err.splitlines()[-1]
+    assert option in last
+    assert last.endswith(f": expected {wanted}, got '{typed}'")
+
+
+def test_a_number_that_no_option_can_have_is_wrong_usage_too(verb: Verb) -> None:
+    """What the sampler alone knows, it says before a model is loaded."""
+    for name in ("generate", "chat"):
+        ran = verb(name, "hi", "--repetition-penalty", "0")
+        assert ran.code == 2
+        assert "repetition_penalty must be" in ran.err.splitlines()[-1]
 
 
 def test_ids_are_read_in_every_usual_form() -> None:

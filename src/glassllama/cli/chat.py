@@ -55,6 +55,7 @@ def chat(
     an answer, Ctrl-D leaves.
     """
     require_json(json, logprobs)
+    sampling.options(logprobs)  # what is wrong with them is said before anything is loaded
     alive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if message is None and not tour and (json or not alive):
         message = text_or_stdin(None, "MESSAGE")

@@ -14,6 +14,7 @@ from glassllama.cli.screen import is_terminal
 
 WIDEST = 100
 LEFT = 28  # columns for the names; what is longer gets a line of its own
+NARROWEST = 20  # columns for the explanation, however narrow the window
 OTHER = "Other"
 
 
@@ -35,7 +36,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def two_columns(name: str, explanation: str, width: int) -> list[str]:
-    lines = textwrap.wrap(explanation, width - LEFT) or [""]
+    lines = textwrap.wrap(explanation, max(NARROWEST, width - LEFT)) or [""]
     first = f"  {name}"
     if len(first) >= LEFT:
         return [first, *(" " * LEFT + line for line in lines)]
@@ -62,15 +63,18 @@ def parameter_sections(parameters: Sequence[Any]) -> list[tuple[str, list[tuple[
 
 
 def option_names(option: Any) -> str:
-    """`-n, --max-tokens N`."""
+    """`-n, --max-tokens N`. Of a switch that is on by default, what turns it off."""
     names = ", ".join(sorted(option.secondary_opts or option.opts, key=len))
     return names if option.is_flag else f"{names} {option.metavar}"
 
 
 def explained(option: Any) -> str:
-    """The help text, and the default where there is one."""
+    """The help text, and the default where there is one.
+
+    A switch that is on by default is explained as what turns it off, so its help has to say that.
+    """
     default = option.show_default if isinstance(option.show_default, str) else option.default
     if isinstance(default, Enum):
         default = default.value
-    known = default not in (None, False, ()) and not callable(default)
+    known = default is not True and default not in (None, False, ()) and not callable(default)
     return f"{option.help}" + (f" [default: {default}]" if known else "")

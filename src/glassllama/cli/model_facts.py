@@ -6,9 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from glassllama.base.config import kv_bytes
 from glassllama.base.errors import GlassError, TokenizerError
-from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE
 
 if TYPE_CHECKING:
     from glassllama.base.config import LlamaConfig
@@ -93,6 +91,9 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
 
     Nothing for models that the engine does not run.
     """
+    from glassllama.base.config import kv_bytes
+    from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE
+
     if checkpoint.torch_only:
         return []
     c = checkpoint.config

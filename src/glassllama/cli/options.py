@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from glassllama.base.errors import GenerationError
 from glassllama.cli.screen import note, progress_bars
+from glassllama.cli.values import read_by_us
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM, Options
 
 DEFAULT_MODEL = "smollm2-135m"
+NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "speculation", "stop")  # of SamplingOptions
 
 
 class Backend(StrEnum):
@@ -291,8 +294,19 @@ class SamplingOptions:
         ),
     ] = True
 
+    def check(self) -> None:
+        """Raise GenerationError where the sampler cannot work with them."""
+        from glassllama.generation.sampler import make_sampler
+
+        names = [field.name for field in fields(self) if field.name not in NOT_THE_SAMPLERS]
+        make_sampler(**{name: getattr(self, name) for name in names})
+
     def options(self, logprobs: int | None = None) -> Options:
-        """As the facade takes them (glassllama.llm.Options)."""
+        """As the facade takes them (glassllama.llm.Options), after `check`."""
+        try:
+            self.check()
+        except GenerationError as error:
+            raise typer.BadParameter(str(error)) from None
         values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
         values["logprobs"] = logprobs
         values["stop"] = tuple(self.stop or ())
@@ -301,7 +315,10 @@ class SamplingOptions:
 
 
 def spread(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb` with every parameter that is a dataclass replaced by that dataclass's fields."""
+    """`verb` with every parameter that is a dataclass replaced by that dataclass's fields.
+
+    What is typed is read by cli/values.py.
+    """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     hints = get_type_hints(verb, include_extras=True)
@@ -311,7 +328,9 @@ def spread(verb: Callable[..., None]) -> Callable[..., None]:
             groups[parameter.name] = kind
             parameters += _fields_as_parameters(kind)
         else:
-            parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+            parameters.append(
+                parameter.replace(annotation=read_by_us(kind), kind=parameter.KEYWORD_ONLY)
+            )
 
     @wraps(verb)
     def taking_all(**values: Any) -> None:
@@ -328,6 +347,6 @@ def _fields_as_parameters(kind: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name])
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=read_by_us(hints[f.name]))
         for f in fields(kind)
     ]

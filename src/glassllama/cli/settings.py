@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.options import SamplingOptions
 from glassllama.generation.loop import GenerationSettings
-from glassllama.generation.sampler import make_sampler
 
 SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "speculation", "stop")
 
 
 def option_names() -> list[str]:
@@ -31,9 +29,8 @@ def changed(sampling: SamplingOptions, name: str, typed: str) -> SamplingOptions
     """`sampling` with that option set. Raises GlassError: no such option, no value it can have."""
     kind = get_type_hints(SamplingOptions)[known(name)]
     new = replace(sampling, **{name: read_value(name, kind, typed)})
-    values = asdict(new)
-    GenerationSettings(max_tokens=values["max_tokens"])
-    make_sampler(**{key: values[key] for key in values if key not in NOT_THE_SAMPLERS})
+    GenerationSettings(max_tokens=new.max_tokens)
+    new.check()
     return new
 
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -40,7 +41,7 @@ What = Annotated[
     str | None,
     typer.Argument(
         metavar="PRESET|FILE.toml",
-        help="A preset's name, or a file of settings like those that every run prints.",
+        help="A preset's name, or a file of settings like the settings.toml of every run.",
         show_default="lists the presets",
         autocompletion=presets,
     ),
@@ -74,7 +75,8 @@ def train(
         ),
     ] = None,
     preflight: Annotated[
-        bool, typer.Option("--preflight/--no-preflight", help="Check everything first, in seconds.")
+        bool,
+        typer.Option("--preflight/--no-preflight", help="Leave out the checks before the run."),
     ] = True,
     offline: Offline = False,
 ) -> None:
@@ -85,56 +87,73 @@ def train(
     On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
     What each part of a Llama brings, measured on the way up from a bigram: docs/ladder.md.
     """
-    from glassllama.train.resolve import preset_names, resolve, to_toml
+    from glassllama.train.resolve import preset_names, resolve
 
     if what is None:
+        if change or data or out or resume or offline or not preflight:
+            hint = f"missing; have {', '.join(preset_names())}, or a FILE.toml"
+            raise typer.BadParameter(hint, param_hint="PRESET")
         print("\n".join(preset_names()))
         return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
-    from glassllama.train.distributed import torchrun_rank
-
     changes = [*(change or []), *([] if data is None else [f"data.corpus={data}"])]
     settings = resolve(what, changes)
     folder = out or Path("runs") / settings.name
-    if torchrun_rank()[0] == 0:
-        note(to_toml(settings))
-    if code := carry_out(settings, folder, resume is not None, preflight, offline):
+    asked = Asked(
+        folder, resume is not None, preflight, offline, announced(what, settings, changes)
+    )
+    if code := carry_out(settings, asked):
         raise typer.Exit(code)
 
 
-def carry_out(
-    settings: Settings, folder: Path, resuming: bool, checked: bool, offline: bool
-) -> int:
-    """The whole run, in that folder -> the exit code."""
+class Asked(NamedTuple):
+    """What the command line says besides the settings."""
+
+    folder: Path
+    resuming: bool
+    checked: bool
+    offline: bool
+    announced: str  # said when the text has been read
+
+
+def announced(what: str, settings: Settings, changes: list[str]) -> str:
+    """What is trained, and the settings that were changed; the file in the folder has them all."""
+    from glassllama.train.resolve import changed_lines
+
+    lines = changed_lines(settings, changes)
+    return "\n".join([f"settings of {what}{', but' if lines else ''} (all: settings.toml)", *lines])
+
+
+def carry_out(settings: Settings, asked: Asked) -> int:
+    """The whole run -> the exit code."""
     # PyTorch's threads are to sleep where they would spin: the loops between its products run in
     # threads of ours (train/fast.py), and small steps have many ends of parallel work to wait at.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is loaded
+    from glassllama.train.beginning import occupy, require_free
     from glassllama.train.distributed import together
-    from glassllama.train.prepare import (
-        folders_to_make,
-        occupy,
-        prepare,
-        remove_unused,
-        require_free,
-        take_up,
-    )
+    from glassllama.train.estimate import require_step_fits
+    from glassllama.train.prepare import prepare, take_up
 
+    folder = asked.folder
     with together(settings.run.device) as team, ExitStack() as held:
 
         def begin() -> Data:
             if team.leads:
-                held.callback(remove_unused, folders_to_make(folder))
                 held.enter_context(occupy(folder))
-                require_free(folder, resuming)
+                require_free(folder, settings, resuming=asked.resuming)
             team.require_even(settings.data.batch, settings.run.accumulate)
-            return opened(settings, folder, team, offline)
+            data = opened(settings, folder, team, asked.offline)
+            tell(team, asked.announced)
+            return data
 
         data = team.lead_first(begin)
         run = prepare(settings, data, folder, team)
+        if team.alone:  # of several ranks `check` looks at it, and `prepare` has at the most of it
+            require_step_fits(run)
         if take_up(run):
-            tell(run, f"going on after step {run.progress.step:,}")
-        elif checked:
+            tell(team, f"going on after step {run.progress.step:,}")
+        elif asked.checked:
             team.lead_first(lambda: check(run))
         code = go(run)
         finish(run)
@@ -144,13 +163,15 @@ def carry_out(
 
 def opened(settings: Settings, folder: Path, team: Team, offline: bool) -> Data:
     """The text as ids: written by the leader, read by all ranks."""
+    from glassllama.train.beginning import STAGE
     from glassllama.train.data import open_data
 
+    stage = folder / STAGE
     if not team.leads:
-        return open_data(settings.data, folder, offline=offline, written=True)
+        return open_data(settings.data, stage, offline=offline, written=True, before=folder)
     with progress_bars() as bar:
         progress = bar(f"downloading {settings.data.corpus}", "bytes")
-        return open_data(settings.data, folder, offline=offline, progress=progress)
+        return open_data(settings.data, stage, offline=offline, progress=progress, before=folder)
 
 
 def check(run: Run) -> None:
@@ -164,31 +185,39 @@ def check(run: Run) -> None:
             note(f"checked {line}")
 
 
-def tell(run: Run, text: str) -> None:
+def tell(team: Team, text: str) -> None:
     """Say it once, however many ranks there are."""
-    if run.team.leads:
+    if team.leads:
         note(text)
 
 
 def go(run: Run) -> int:
-    """Make the steps -> the exit code: that of the signal which stopped them, or 0."""
+    """Make the steps -> the exit code: that of the signal which stopped them, or 0.
+
+    A signal during the last save stops nothing: the run is complete.
+    """
     from glassllama.train.loop import Nobody, train
     from glassllama.train.stopping import listening
 
+    first = run.progress.step
     with listening() as wish:
         if run.team.leads:
             watched(run, wish)
         else:
             train(run, Nobody(), Nobody(), wish)
-    if wish:
-        tell(run, f"stopped and saved after step {run.progress.step:,}; go on with --resume auto")
+    if run.complete or not wish:
+        return 0
+    if (last := run.progress.step) > first:
+        tell(run.team, f"stopped and saved after step {last:,}; go on with --resume auto")
+    else:
+        tell(run.team, f"stopped before step {last + 1:,}; nothing has changed")
     return wish.exit_code
 
 
 def watched(run: Run, wish: Wish) -> None:
     """Make the steps, with a view and a journal of them."""
     from glassllama.train.bands import Watchman, band_of
-    from glassllama.train.journal import Journal
+    from glassllama.train.beginning import FirstStep
     from glassllama.train.loop import train
     from glassllama.train.speed import flops_per_token, peak_flops
 
@@ -201,7 +230,7 @@ def watched(run: Run, wish: Wish) -> None:
         peak=peak_flops(s.run.device, s.run.precision) * run.team.world,
         watchman=None if band is None else Watchman(band, done),
     )
-    journal = Journal(run.folder, done, tensorboard=s.run.tensorboard)
+    journal = FirstStep(run)
     try:
         with view:
             train(run, journal, view, wish)
@@ -217,12 +246,12 @@ def finish(run: Run) -> None:
     from glassllama.train.loop import sample_text
 
     text = sample_text(run) if run.complete else ""  # by all ranks together
-    if not run.team.leads:
+    if not run.team.leads or not (records := read_records(run.folder)):
         return
     try:
-        draw_curve(read_records(run.folder), run.folder, run.settings.name, band_of(run.settings))
+        draw_curve(records, run.folder, run.settings.name, band_of(run.settings))
     except MissingExtraError as error:
         note(f"note: {error}")
     if run.complete:
         write(text.strip() + "\n")
-        note(f"complete: try it with 'glassllama generate -m {run.folder} TEXT'")
+        note(f"complete: try it with: glassllama generate -m {quote(str(run.folder))} TEXT")
