@@ -10,7 +10,7 @@ import pytest
 import glassllama
 from glassllama import LLM, load
 from glassllama.base.errors import ConfigError, GenerationError, GlassError
-from glassllama.llm import choose_backend
+from glassllama.weights.backend import choose_backend
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 
@@ -136,6 +136,80 @@ def test_backends_and_devices_that_do_not_go_together() -> None:
     for asked in (("engine", "cuda", None), ("engine", "cpu", "float32"), ("gpu", "cpu", None)):
         with pytest.raises(ConfigError):
             choose_backend(*asked)  # type: ignore[arg-type]
+
+
+def test_streaming_layers_is_for_torch_and_says_so() -> None:
+    assert choose_backend("auto", "cpu", None, True) == "torch"
+    assert choose_backend("torch", "cpu", None, True) == "torch"
+    with pytest.raises(ConfigError, match="--stream-layers is for the torch backend"):
+        load("no-such-model", backend="engine", stream_layers=True)
+    with pytest.raises(ConfigError, match="backend must be auto, engine or torch, got 'bogus'"):
+        load("no-such-model", backend="bogus", stream_layers=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", [{"quantize": "q8_0"}, {"cache": "int8"}], ids=str)
+def test_what_streamed_layers_cannot_have_names_them(
+    asked: dict[str, str], default_model: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"for the engine.*--stream-layers"):
+        load(default_model, stream_layers=True, **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"dtype": "int8"}, "dtype must be None or float32 or bfloat16, got 'int8'"),
+        ({"quantize": "q5"}, "quantize must be None or none or q8_0 or q4_0, got 'q5'"),
+        ({"cache": "int4"}, "cache must be int16 or int8, got 'int4'"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, .*, got 0"),
+        ({"threads": -3}, "got -3"),
+        ({"threads": "2"}, "got '2'"),
+        ({"threads": True}, "got True"),
+    ],
+    ids=str,
+)
+def test_options_of_load_that_cannot_be(asked: dict[str, object], words: str) -> None:
+    for backend in ("auto", "torch"):
+        with pytest.raises(ConfigError, match=words):
+            load("no-such-model", backend=backend, **asked)  # type: ignore[arg-type]
+
+
+def test_ids_may_be_an_array(llm: LLM) -> None:
+    ids = llm.encode("The sea")
+    array = np.array(ids)
+    assert llm.generate(array, max_tokens=2).ids == llm.generate(ids, max_tokens=2).ids  # type: ignore[arg-type]
+    np.testing.assert_array_equal(llm.logits(array), llm.logits(ids))  # type: ignore[arg-type]
+
+
+def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
+    for bad in (b"hi", bytearray(b"hi"), None, 3):
+        with pytest.raises(GenerationError, match="a prompt must be a text or a list of ids, got"):
+            llm.generate(bad)  # type: ignore[arg-type]
+        with pytest.raises(GenerationError, match="logits must be a list of ids"):
+            llm.logits(bad)  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="prompts must be a list of texts or of ids"):
+        llm.generate_batch("hi")
+    for ids in ([1.5], ["a"], np.zeros((2, 2), int)):
+        with pytest.raises(GenerationError, match="is no id"):
+            llm.logits(ids)  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="logits: id 49152 at position 1"):
+        llm.logits([5, 49152])
+    assert llm.tokenizer.bos is None
+    with pytest.raises(GenerationError, match=r"the text is empty.*at least one character"):
+        llm.generate("")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", "0"), ("temperature", None), ("top_p", "1"), ("top_k", "1"),
+        ("stop", 3), ("stop", "word"), ("stop", [3]), ("stop", None),
+        ("max_tokens", "3"), ("logprobs", 1.5), ("context", "9"), ("seed", "x"),
+    ],
+)  # fmt: skip
+def test_options_of_the_wrong_kind_are_named(option: str, value: object, llm: LLM) -> None:
+    with pytest.raises(GenerationError, match=rf"{option} must be .*, got"):
+        llm.generate("hi", **{option: value})  # type: ignore[typeddict-item]
 
 
 def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:

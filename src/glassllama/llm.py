@@ -8,7 +8,7 @@ print(llm.chat("Why is the sky blue?").text)
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +27,23 @@ from glassllama.generation import (
     Step,
     Timings,
     TokenLogprob,
+    checked_ids,
     generate,
     make_sampler,
 )
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
+from glassllama.weights.backend import (
+    Backend,
+    Dtype,
+    check_numbers,
+    check_precision,
+    choose_backend,
+)
+from glassllama.weights.kinds import Quantise
 from glassllama.weights.open import Checkpoint, open_weights
 
 DEFAULT_MODEL = "smollm2-135m"
-Backend = Literal["auto", "engine", "torch"]
-Dtype = Literal["float32", "bfloat16"]
-Quantise = Literal["none", "q8_0", "q4_0"]
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Message | Mapping[str, str]]  # a str is one message of the user
 
@@ -176,8 +182,19 @@ class LLM:
         return choose_chat_format(self.checkpoint.chat_template, self.tokenizer, **tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Text -> ids with the model's own beginning; ids stay as they are."""
-        return self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+        """Text -> ids with the model's own beginning; ids stay as they are.
+
+        Raises GenerationError for an empty text, where the model begins with no token of its own.
+        """
+        if not isinstance(prompt, str):
+            return listed("a prompt", prompt, "a text or a list of ids")
+        ids = self.tokenizer.encode(prompt, bos=True)
+        if not ids:
+            raise GenerationError(
+                "the text is empty, and this model has no begin-of-text token to go on from: "
+                "give it at least one character"
+            )
+        return ids
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
@@ -215,6 +232,7 @@ class LLM:
         self, prompts: Sequence[Prompt], **options: Unpack[Options]
     ) -> list[Completion]:
         """Continue several prompts side by side: each as it would be continued alone."""
+        prompts = listed("prompts", prompts, "a list of texts or of ids")
         generation, answers = self._begin(prompts, options, None, continues=True)
         for step in generation:
             answer = answers[step.row]
@@ -226,8 +244,8 @@ class LLM:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(T,) ids -> (T, V): how well every token would follow each of them."""
-        if not ids:
-            raise GenerationError("logits: expected at least one id")
+        given = listed("logits", ids, "a list of ids")
+        ids = checked_ids("logits", given, self.executor.config.vocab_size)
         return self.executor.all_logits(ids, self.executor.new_cache(1, len(ids)))
 
     def _stream(
@@ -249,7 +267,9 @@ class LLM:
         if unknown:
             raise GenerationError(f"unknown options: {', '.join(unknown)} (see llm.Options)")
         values: dict[str, Any] = dict(options)
-        stop = values.pop("stop", ())
+        stop = listed("stop", values.pop("stop", ()), "a list of texts")
+        if not all(isinstance(text, str) for text in stop):
+            raise GenerationError(f"stop must be a list of texts, got {stop!r}")
         loop = {key: values.pop(key) for key in LOOP_OPTIONS if key in values}
         settings = GenerationSettings(
             sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids, **loop
@@ -262,6 +282,13 @@ class LLM:
         held = self._latest_chat if self.backend == "engine" and not continues else None
         generation = generate(self.executor, rows, settings, progress=progress, held=held)
         return generation, answers
+
+
+def listed(what: str, given: Any, wanted: str) -> list[Any]:
+    """What can be gone through, as a list; GenerationError for a text, bytes, or what cannot."""
+    if isinstance(given, str | bytes | bytearray | memoryview) or not isinstance(given, Iterable):
+        raise GenerationError(f"{what} must be {wanted}, got {given!r}")
+    return list(given)
 
 
 def load(
@@ -289,15 +316,15 @@ def load(
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory
     (PyTorch). Raises GlassError: what is wrong, in one line.
     """
-    path = hub.resolve(
-        str(name), offline=offline, prefer_pth=prefer_pth, progress=download_progress
-    )
-    chosen = choose_backend("torch" if stream_layers else backend, device, dtype)
+    chosen = choose_backend(backend, device, dtype, stream_layers)
+    check_numbers(dtype, quantize, cache, threads)
+    path = hub.resolve(str(name), offline=offline, prefer_pth=prefer_pth,
+                       progress=download_progress)  # fmt: skip
     started = time.perf_counter()
     checkpoint = open_weights(path)
     if backend == "auto" and checkpoint.torch_only:
         chosen = "torch"  # and the checkpoint's notes say why
-    check_precision(chosen, dtype, exact, quantize, cache)
+    check_precision(chosen, dtype, exact, quantize, cache, stream_layers)
     if chosen == "engine":
         from glassllama.weights.pack import pack
 
@@ -314,32 +341,6 @@ def load(
         load_seconds=time.perf_counter() - started,
         notes=[*checkpoint.notes, *getattr(executor, "notes", [])],
     )
-
-
-def choose_backend(backend: Backend, device: str, dtype: str | None) -> Literal["engine", "torch"]:
-    """Which executor; ConfigError where what was asked for cannot go together."""
-    needs_torch = device != "cpu" or dtype is not None
-    if backend == "engine" and needs_torch:
-        asked = f"device {device}" if device != "cpu" else f"dtype {dtype}"
-        raise ConfigError(f"the engine runs on the CPU in its own precision, not with {asked}")
-    if backend not in ("auto", "engine", "torch"):
-        raise ConfigError(f"backend must be auto, engine or torch, got {backend!r}")
-    return "torch" if backend == "torch" or needs_torch else "engine"
-
-
-def check_precision(
-    chosen: str, dtype: str | None, exact: bool, quantize: str | None, cache: str
-) -> None:
-    """ConfigError where two precisions are asked for, or one that the backend does not have."""
-    if exact and dtype == "bfloat16":
-        raise ConfigError("exact arithmetic is float32: leave out dtype bfloat16")
-    if chosen == "torch" and quantize not in (None, "none"):
-        raise ConfigError(f"quantize {quantize} is for the engine, not for the torch backend")
-    if cache not in ("int16", "int8"):
-        raise ConfigError(f"cache must be int16 or int8, got {cache!r}")
-    if cache == "int8" and (exact or chosen == "torch"):
-        why = "exact arithmetic keeps float32" if exact else "the torch backend has its own"
-        raise ConfigError(f"cache int8 is for the engine: {why}")
 
 
 def torch_executor(

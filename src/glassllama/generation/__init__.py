@@ -7,6 +7,7 @@ from glassllama.generation.loop import (
     Step,
     Timings,
     TokenLogprob,
+    checked_ids,
     generate,
 )
 from glassllama.generation.sampler import Sampler, make_sampler
@@ -19,6 +20,7 @@ __all__ = [
     "Step",
     "Timings",
     "TokenLogprob",
+    "checked_ids",
     "generate",
     "make_sampler",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -304,7 +304,7 @@ def _row(
     context = config.max_seq_len if settings.context is None else settings.context
     if context > config.max_seq_len:
         raise GenerationError(f"context {context} is more than the model's {config.max_seq_len}")
-    ids = _checked_ids(number, prompt, config.vocab_size)
+    ids = checked_ids(f"prompt {number}", prompt, config.vocab_size)
     room = context - len(ids)
     if room < 1:
         raise GenerationError(
@@ -317,23 +317,24 @@ def _row(
     return Row(prompt=ids, settings=settings, sampling=sampling, limit=limit)
 
 
-def _checked_ids(number: int, prompt: Sequence[int], vocab_size: int) -> list[int]:
-    ids = []
-    for position, id in enumerate(prompt):
+def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int]:
+    """Ids as whole numbers of Python's. Raises GenerationError that names `what`: none, no id."""
+    ids: list[int] = []
+    for position, id in enumerate(given):
         try:
-            ids.append(operator.index(id))
+            ids.append(operator.index(id))  # type: ignore[arg-type]
         except TypeError:
             raise GenerationError(
-                f"prompt {number}: {id!r} at position {position} is no id (a whole number)"
+                f"{what}: {id!r} at position {position} is no id (a whole number)"
             ) from None
         if not 0 <= ids[-1] < vocab_size:
             raise GenerationError(
-                f"prompt {number}: id {id} at position {position} is outside the vocabulary "
+                f"{what}: id {id} at position {position} is outside the vocabulary "
                 f"0 … {vocab_size - 1}"
             )
     if not ids:
         raise GenerationError(
-            f"prompt {number} is empty: expected at least one id to continue, such as the "
+            f"{what} is empty: expected at least one id to continue, such as the "
             "beginning-of-text id"
         )
     return ids
