@@ -213,5 +213,5 @@ def test_shares_that_cannot_be() -> None:
 def test_a_text_too_short_to_hold_anything_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab")
     corpus = open_corpus(tmp_path)
-    with pytest.raises(GlassError, match=r"test\.bin|val\.bin|train\.bin"):
+    with pytest.raises(GlassError, match=r": 2 characters are too few: none is left"):
         tokenize(corpus, CharTokenizer("ab"), tmp_path / "out", shares=Shares(val=0.1, test=0.1))

@@ -227,7 +227,7 @@ def test_stopped_resumed_and_killed(tmp_path: Path, text: Path) -> None:
     out, err = first.communicate(timeout=PATIENCE)
     assert first.returncode != 0
     assert err.count("stopped and saved after step") == 1
-    assert err.count("[optimiser]") == 1
+    assert err.count("settings of ") == 1
     assert not out
     (checkpoint,) = (folder / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glassllama.base.errors import ConfigError, GlassError
+from glassllama.base.errors import ConfigError
 from glassllama.llm import load
+from glassllama.train.beginning import occupy, require_free
 from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
 from glassllama.train.journal import Journal, read_records
-from glassllama.train.prepare import occupy, require_free
-from train.recipes import Listener, make_steps, new_run, write_text
+from glassllama.train.resolve import resolve
+from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
 STEPS = 12
 WAYS = {
@@ -115,14 +116,22 @@ def test_what_is_only_reported_may_change(tmp_path: Path, text: Path) -> None:
 def test_a_folder_is_one_runs_and_one_processes(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
+    settings = resolve(PRESET["llama"], changes("llama", text))
     with pytest.raises(TrainingError, match="holds a run already; go on with it by --resume auto"):
-        require_free(folder, resuming=False)
-    require_free(folder, resuming=True)
-    with occupy(folder), pytest.raises(TrainingError, match="another process is training there"):
-        occupy(folder)
+        require_free(folder, settings, resuming=False)
+    require_free(folder, settings, resuming=True)
+    with (
+        occupy(folder),
+        pytest.raises(TrainingError, match="another process is training there"),
+        occupy(folder),
+    ):
+        pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="cannot be written"):
-        occupy(tmp_path / "file" / "run")
+    with (
+        pytest.raises(TrainingError, match="cannot be written"),
+        occupy(tmp_path / "file" / "run"),
+    ):
+        pass
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
@@ -135,7 +144,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
         new_run(folder, text)
     (checkpoint / "training.safetensors").write_bytes(whole)
     (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(GlassError, match="another run"):
+    with pytest.raises(TrainingError, match=r"state\.json: format is None, expected"):
+        new_run(folder, text)
+    (checkpoint / "state.json").write_text('{"format": "glassllama training 1", "identity": {}}')
+    with pytest.raises(TrainingError, match=r"state\.json: expected `progress` with best_loss"):
         new_run(folder, text)
     (checkpoint / "state.json").write_text("{")
     with pytest.raises(ConfigError, match=r"state\.json: not valid JSON"):

@@ -87,24 +87,30 @@ def train(
     On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
     What each part of a Llama brings, measured on the way up from a bigram: docs/ladder.md.
     """
-    from glassllama.train.resolve import preset_names, resolve
+    from glassllama.train.resolve import resolve
 
     if what is None:
-        if change or data or out or resume or offline or not preflight:
-            hint = f"missing; have {', '.join(preset_names())}, or a FILE.toml"
-            raise typer.BadParameter(hint, param_hint="PRESET")
-        print("\n".join(preset_names()))
+        list_presets(alone=preflight and not (change or data or out or resume or offline))
         return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
     changes = [*(change or []), *([] if data is None else [f"data.corpus={data}"])]
     settings = resolve(what, changes)
     folder = out or Path("runs") / settings.name
-    asked = Asked(
-        folder, resume is not None, preflight, offline, announced(what, settings, changes)
-    )
+    said = announced(what, settings, changes, folder)
+    asked = Asked(folder, resume is not None, preflight, offline, said)
     if code := carry_out(settings, asked):
         raise typer.Exit(code)
+
+
+def list_presets(*, alone: bool) -> None:
+    """What can be trained; a fault in usage where somebody wanted more than this list."""
+    from glassllama.train.resolve import preset_names
+
+    if not alone:
+        hint = f"missing; have {', '.join(preset_names())}, or a FILE.toml"
+        raise typer.BadParameter(hint, param_hint="PRESET")
+    print("\n".join(preset_names()))
 
 
 class Asked(NamedTuple):
@@ -117,12 +123,12 @@ class Asked(NamedTuple):
     announced: str  # said when the text has been read
 
 
-def announced(what: str, settings: Settings, changes: list[str]) -> str:
-    """What is trained, and the settings that were changed; the file in the folder has them all."""
+def announced(what: str, settings: Settings, changes: list[str], folder: Path) -> str:
+    """What is trained, which settings were changed, and where all will be."""
     from glassllama.train.resolve import changed_lines
 
     lines = changed_lines(settings, changes)
-    return "\n".join([f"settings of {what}{', but' if lines else ''} (all: settings.toml)", *lines])
+    return "\n".join([f"settings of {what}; all are in {folder / 'settings.toml'}", *lines])
 
 
 def carry_out(settings: Settings, asked: Asked) -> int:

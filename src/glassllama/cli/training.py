@@ -21,6 +21,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the curve of characters
 LINES = 20  # plain lines in a whole run, besides evaluations
 REFRESH = 4  # times a second
+LEAST = 1.0  # seconds over which a speed is measured where every step is shown
 
 
 @dataclass
@@ -37,6 +38,8 @@ class View:
     watchman: Watchman | None = None
     losses: list[float] = field(default_factory=list)
     judged: str = ""
+    _rate: float = 0.0  # tokens a second, when last measured
+    _marked: Record | None = None  # the step after which that was
     _live: Live | None = None
     _started: float = field(default_factory=time.perf_counter)
 
@@ -64,9 +67,11 @@ class View:
         if self._live is not None:
             from rich.text import Text
 
+            self.measure(record, least=LEAST)
             lines = (self.line(record), self.judged, curve(self.losses, WIDTH))
             self._live.update(Text("\n".join(line for line in lines if line)))
         elif record.step % max(1, self.steps // LINES) == 0:
+            self.measure(record)
             note(self.line(record))
 
     def on_sample(self, step: int, text: str) -> None:
@@ -79,14 +84,22 @@ class View:
         else:
             note(text)
 
+    def measure(self, record: Record, least: float = 0.0) -> None:
+        """Tokens a second of training since the last measurement, `least` seconds ago or more."""
+        if self._marked is None:
+            self._rate, self._marked = record.tok_s, record
+        elif (seconds := record.seconds - self._marked.seconds) > least:
+            self._rate = (record.tokens - self._marked.tokens) / seconds
+            self._marked = record
+
     def line(self, record: Record) -> str:
         """`step 120/1,000  loss 1.842  lr 3.0e-03  41,200 tok/s  MFU 23%  50 s left`."""
-        used = record.tok_s * self.flops / self.peak
+        used = self._rate * self.flops / self.peak
         parts = (
             f"step {record.step:,}/{self.steps:,}",
             f"loss {record.loss:.3f}",
             f"lr {record.lr:.1e}",
-            f"{record.tok_s:,.0f} tok/s",
+            f"{self._rate:,.0f} tok/s",
             f"MFU {used:.0%}" if self.flops else "",
             f"{self.left(record.step)} left",
         )

@@ -22,12 +22,18 @@ COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which torch.compile needs 
 
 
 def choose_arithmetic(model: LanguageModel, run: RunSettings, dropout: float) -> None:
-    """Let the model compute as the settings say. Raises TrainingError: nothing to compile with."""
+    """Let the model compute as the settings say. Raises TrainingError: nothing to compile, or
+    to compile with."""
     on_cpu = run.device == "cpu"
     if run.compile:
         if on_cpu and not any(map(shutil.which, COMPILERS)):
             raise TrainingError("run.compile: no C++ compiler here; set run.compile=false")
-        for layer in as_module(model).get_submodule("layers").children():
+        layers = dict(as_module(model).named_children()).get("layers")
+        if layers is None:
+            raise TrainingError(
+                "run.compile: this model has no layers to compile; set run.compile=false"
+            )
+        for layer in layers.children():
             layer.compile(dynamic=False)
     elif on_cpu and run.precision == "bfloat16" and isinstance(model, Llama):
         accelerate(model, dropout)

@@ -72,15 +72,18 @@ class Batches:
             raise ConfigError(f"a batch of {self.batch} cannot be shared by {rank=} of {world=}")
         share = self.batch // world
         first = step * self.batch + rank * share
-        starts = [self.window(number) for number in range(first, first + share)]
-        return windows_at(self.tokens, np.array(starts), self.context)
+        return windows_at(self.tokens, self.windows_from(first, share), self.context)
 
-    def window(self, number: int) -> int:
-        """Where the number-th window of the run begins in the corpus."""
-        epoch, place = divmod(number, self.windows)
-        if self._grid is None or self._grid.epoch != epoch:
-            self._grid = self.grid(epoch)
-        return int(self._grid.starts[place])
+    def windows_from(self, first: int, count: int) -> NDArray[np.int64]:
+        """Where `count` windows of the run begin in the corpus, from the first-th on, (count,)."""
+        pieces: list[NDArray[np.int64]] = []
+        while count > 0:
+            epoch, place = divmod(first, self.windows)
+            if self._grid is None or self._grid.epoch != epoch:
+                self._grid = self.grid(epoch)
+            pieces.append(self._grid.starts[place : place + count])
+            first, count = first + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
 
     def grid(self, epoch: int) -> Grid:
         chance = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
@@ -99,6 +102,18 @@ def windows_at(tokens: Tokens, starts: NDArray[np.int64], context: int) -> Batch
     documents -= documents[:, :1]  # small numbers, from 0 in every row
     same = documents[:, 1:] == documents[:, :-1]
     return Batch(ids[:, :-1], np.where(same, ids[:, 1:], IGNORED), documents[:, :-1])
+
+
+def bytes_of_batch(tokens: Tokens, rows: int, context: int) -> int:
+    """What `windows_at` holds at its peak: places, and what the file has there, of T + 1 tokens.
+
+    Then the ids; of several documents also their numbers, where these are equal, and the targets.
+    """
+    token = np.dtype(np.int64).itemsize
+    arrays = 2 * token + tokens.ids.itemsize
+    if tokens.documents > 1:
+        arrays += 2 * token + np.dtype(np.bool_).itemsize
+    return rows * (context + 1) * arrays
 
 
 def every_window(tokens: Tokens, context: int, batch: int) -> Iterator[Batch]:

@@ -49,6 +49,8 @@ def new_model(settings: Settings, vocab_size: int) -> LanguageModel:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"have {', '.join(known)}"
+            if not known:
+                hint = "there are no sizes to choose, leave it out"
             raise ConfigError(f"model.{name}: a {kind} has no such setting; {hint}")
     given = dict(zip(GIVEN, (vocab_size, settings.data.context), strict=True))
     try:

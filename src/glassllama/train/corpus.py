@@ -24,7 +24,7 @@ import numpy as np
 from glassllama.base.errors import ConfigError, GlassError
 from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.train.tokens import Piece, Tokens, tokenizer_facts, write_tokens
+from glassllama.train.tokens import NoIdsError, Piece, Tokens, tokenizer_facts, write_tokens
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -39,6 +39,16 @@ FEW_DOCUMENTS = 100  # up to here each is cut; of more, whole documents are held
 
 class CorpusError(GlassError):
     """Something is wrong with a text: which file, which line or byte, what to do."""
+
+
+class NothingLeftError(CorpusError):
+    """A part of a corpus that should have a share of it has none."""
+
+    def __init__(self, corpus: Corpus, part: Part) -> None:
+        count, self.part = sum(corpus.lengths), part
+        super().__init__(
+            f"{corpus.path}: {count:,} characters are too few: none is left for {part!r}; give more"
+        )
 
 
 class Text(NamedTuple):
@@ -77,6 +87,7 @@ class Corpus:
     files: tuple[Path, ...]
     lengths: array[int]  # characters of every document
     characters: frozenset[str]
+    sha256: str  # of all documents: equal for equal texts, whatever the files are called
 
     @property
     def documents(self) -> int:
@@ -109,18 +120,28 @@ def open_corpus(path: Path, *, progress: Progress | None = None) -> Corpus:
     files = text_files(path)
     lengths, characters = array("q"), set[str]()
     total, done, told = sum(file.stat().st_size for file in files), 0, -1
+    digest = hashlib.sha256()
     for text in read_texts(files):
         if text.document == len(lengths):
             lengths.append(0)
         lengths[-1] += len(text.characters)
         characters.update(text.characters)
-        done += len(text.characters.encode("utf-8"))
+        raw = text.characters.encode("utf-8")
+        digest.update(f"{text.document} {text.start} {len(raw)}\n".encode() + raw)
+        done += len(raw)
         if progress is not None and done > told:
             progress(min(done, total), total)
             told = done
     if not lengths:
-        raise CorpusError(f"{path}: no text in it, {len(files)} empty files")
-    return Corpus(path=path, files=files, lengths=lengths, characters=frozenset(characters))
+        of = "" if files == (path,) else f" (files: {len(files)})"
+        raise CorpusError(f"{path}: no text in it{of}; expected at least one character")
+    return Corpus(
+        path=path,
+        files=files,
+        lengths=lengths,
+        characters=frozenset(characters),
+        sha256=digest.hexdigest(),
+    )
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
@@ -128,7 +149,8 @@ def text_files(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        raise CorpusError(f"{path}: no such file or folder")
+        what = "neither a regular file nor a" if path.exists() else "no such file or"
+        raise CorpusError(f"{path}: {what} folder")
     endings = (*TEXT_ENDINGS, JSON_LINES)
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
     found = [file for file in found if file.is_file() and not file.name.startswith(".")]
@@ -258,7 +280,8 @@ def tokenize(
 
     A document begins with the tokenizer's begin token, if it has one; where there are several, it
     ends with an end token, if there is one. Parts without a share are left out. Progress is told in
-    characters. Raises GlassError: a part without text, an id outside the vocabulary.
+    characters. Raises NothingLeftError: a part without text; GlassError: an id that is none of the
+    vocabulary.
     """
     shares = shares or Shares()
     facts = tokenizer_facts(tokenizer)
@@ -268,7 +291,10 @@ def tokenize(
         low, high = shares.of(part)
         if low < high:
             pieces = encoded(corpus, corpus.texts(part, shares), tokenizer, told)
-            written[part] = write_tokens(folder / f"{part}.bin", pieces, facts)
+            try:
+                written[part] = write_tokens(folder / f"{part}.bin", pieces, facts)
+            except NoIdsError:
+                raise NothingLeftError(corpus, part) from None
     return written
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,21 @@ from pathlib import Path
 from glassllama import hub
 from glassllama.base.errors import DownloadError
 from glassllama.base.interfaces import Progress, Tokenizer
-from glassllama.train.corpus import Corpus, Shares, char_tokenizer, open_corpus, tokenize
-from glassllama.train.settings import CHARACTERS, DataSettings
+from glassllama.train.corpus import (
+    Corpus,
+    CorpusError,
+    NothingLeftError,
+    Part,
+    Shares,
+    char_tokenizer,
+    open_corpus,
+    tokenize,
+)
+from glassllama.train.settings import BPE, CHARACTERS, DataSettings
 from glassllama.train.tokens import Tokens, open_tokens
 from glassllama.weights.tokenizer import tokenizer_from_folder
+
+MADE_OF = "made_of.json"  # beside a learnt vocabulary: the text, and how
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +45,51 @@ def open_data(
     offline: bool = False,
     progress: Progress | None = None,
     written: bool = False,
+    before: Path | None = None,
 ) -> Data:
     """Read the corpus, and write its ids into `folder`/data. Progress is told in bytes.
 
     `written`: another rank has just written them, with a vocabulary if there is one to learn.
+    `before`: a folder where it may be from an earlier start.
     Raises GlassError: text that is not there, empty, damaged or too short, a bad vocabulary.
     """
     corpus = open_corpus(find_text(settings.corpus, offline=offline, progress=progress))
-    vocabulary = find_vocabulary(settings, corpus, folder / "tokenizer")
+    homes = [home / "tokenizer" for home in (folder, before) if home is not None]
+    vocabulary = find_vocabulary(settings, corpus, homes)
     tokenizer = char_tokenizer(corpus) if vocabulary is None else tokenizer_from_folder(vocabulary)
     if not written:
-        tokenize(corpus, tokenizer, folder / "data", shares=Shares(val=settings.held_out))
+        try:
+            tokenize(corpus, tokenizer, folder / "data", shares=Shares(val=settings.held_out))
+        except NothingLeftError as error:
+            raise too_few(corpus, settings, error.part, 0) from None
     learnt, held_out = (
         open_tokens(folder / "data" / f"{part}.bin", verify=False) for part in ("train", "val")
     )
+    require_enough(corpus, settings, learnt, held_out)
     return Data(tokenizer=tokenizer, vocabulary=vocabulary, learnt=learnt, held_out=held_out)
+
+
+def require_enough(
+    corpus: Corpus, settings: DataSettings, learnt: Tokens, held_out: Tokens
+) -> None:
+    """Raise CorpusError where a part is shorter than one window, and the token that follows it."""
+    parts: tuple[tuple[Part, Tokens], ...] = (("train", learnt), ("val", held_out))
+    for part, tokens in parts:
+        if len(tokens) <= settings.context:
+            raise too_few(corpus, settings, part, len(tokens))
+
+
+def too_few(corpus: Corpus, settings: DataSettings, part: Part, tokens: int) -> CorpusError:
+    """What to say of a text whose part is shorter than a window: how much text would do."""
+    count, share = sum(corpus.lengths), settings.held_out
+    shares = {"train": 1 - share, "val": share}
+    each = tokens / count or shares[part]  # tokens of that part for one character of the whole
+    what = "to learn from" if part == "train" else f"held out (data.held_out = {share})"
+    return CorpusError(
+        f"{corpus.path}: of its {count:,} characters {tokens:,} tokens are {what}: too few for a "
+        f"context of {settings.context:,} and one more to predict; give at least about "
+        f"{math.ceil((settings.context + 1) / each):,} characters, or a smaller data.context"
+    )
 
 
 def find_text(corpus: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -62,8 +105,10 @@ def find_text(corpus: str, *, offline: bool = False, progress: Progress | None =
         raise DownloadError(f"{error}; or train on a text of yours: --data FILE{other}") from None
 
 
-def find_vocabulary(settings: DataSettings, corpus: Corpus, own: Path) -> Path | None:
-    """The folder of the vocabulary's files; "bpe:N" is learnt once from the text and kept in `own`.
+def find_vocabulary(settings: DataSettings, corpus: Corpus, homes: list[Path]) -> Path | None:
+    """The folder of the vocabulary's files; "bpe:N" is learnt from the text into the first home.
+
+    Unless one of the homes holds what was learnt of the same text in the same way.
 
     None where characters are the vocabulary. Raises ConfigError, TokenizerError.
     """
@@ -71,11 +116,32 @@ def find_vocabulary(settings: DataSettings, corpus: Corpus, own: Path) -> Path |
         return None
     if settings.bpe_size is None:
         return Path(settings.tokenizer)
-    if not (own / "tokenizer.json").exists():
-        from glassllama.tokenizers.train import train_bpe
+    made_of = {
+        "text": corpus.sha256,
+        "kind": BPE.removesuffix(":"),
+        "size": settings.bpe_size,
+        "held_out": settings.held_out,
+    }
+    for home in homes:
+        if is_made_of(home, made_of):
+            return home
+    from glassllama.tokenizers.train import train_bpe
 
-        train_bpe(learnt_texts(corpus, settings), settings.bpe_size).save(own)
+    own = homes[0]
+    learnt = train_bpe(learnt_texts(corpus, settings), settings.bpe_size)
+    (own / MADE_OF).unlink(missing_ok=True)  # it comes last: without it there is no vocabulary
+    learnt.save(own)
+    (own / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
     return own
+
+
+def is_made_of(home: Path, made_of: dict[str, object]) -> bool:
+    """Whether the vocabulary there is complete, and was learnt of this and in this way."""
+    try:
+        stands = json.loads((home / MADE_OF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stands == made_of)
 
 
 def learnt_texts(corpus: Corpus, settings: DataSettings) -> Iterator[str]:

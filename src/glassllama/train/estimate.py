@@ -1,4 +1,4 @@
-"""What a run will take on this machine: memory before anything is allocated, and time."""
+"""What a run will take on this machine: memory, before it is taken, and time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from glassllama.base.machine import available_memory, gigabytes, require_memory
-from glassllama.train.build import as_module, parameters
+from glassllama.train.batches import bytes_of_batch
+from glassllama.train.build import as_module, new_model, parameters
+from glassllama.train.data import Data
+from glassllama.train.distributed import ALONE, Team
 from glassllama.train.loop import one_step, parts
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.run import Progress, Run
+from glassllama.train.settings import Settings
 
 FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # logits of a chunk, their softmax, their gradient
@@ -43,13 +47,7 @@ def estimate(run: Run) -> Estimate:
 
     Raises MemoryShortError, before that step, where it would not fit.
     """
-    memory = memory_of_step(run)
-    if run.settings.run.device == "cpu":
-        require_memory(
-            memory,
-            what=f"{run.settings.name}: a step",
-            instead="raise run.accumulate, or lower data.batch or data.context",
-        )
+    memory = require_step_fits(run)
     twin = copy.deepcopy(run.model)
     trial = replace(
         run,
@@ -79,15 +77,53 @@ def seconds_of_step(trial: Run) -> float:
     return min(times)
 
 
+def require_space(settings: Settings, data: Data, team: Team = ALONE) -> None:
+    """Raise MemoryShortError, before a model is made, where not even what follows from sizes fits.
+
+    That is this rank's share of the batch and of the numbers beside the weights; what the layers
+    keep for the backward pass is counted by `require_step_fits`, which needs the model.
+    """
+    with torch.device("meta"):  # shapes without memory
+        numbers = parameters(new_model(settings, data.tokenizer.vocab_size))
+    if settings.run.device == "cpu":
+        needed = memory_without_layers(settings, data, numbers, team.world)
+    else:  # of which the batch is made here
+        rows = settings.data.batch // team.world
+        needed = bytes_of_batch(data.learnt, rows, settings.data.context)
+    require(settings, needed)
+
+
+def require_step_fits(run: Run) -> int:
+    """The bytes that a step takes. Raises MemoryShortError, before it is made, if it cannot be."""
+    memory = memory_of_step(run)
+    if run.settings.run.device == "cpu":
+        require(run.settings, memory)
+    return memory
+
+
+def require(settings: Settings, needed: int) -> None:
+    require_memory(
+        needed,
+        what=f"{settings.name}: a step",
+        instead="raise run.accumulate, or lower data.batch, data.context or the model's sizes",
+    )
+
+
 def memory_of_step(run: Run) -> int:
-    """Weights, gradients, optimisers, and what a part of a batch keeps for its backward pass."""
-    s = run.settings
-    numbers = parameters(run.model)
+    """Batch, weights, gradients, optimisers, and what a part of a batch keeps for going back."""
+    rows = run.settings.data.batch // run.settings.run.accumulate
+    rest = memory_without_layers(run.settings, run.data, parameters(run.model), 1)
+    return rest + rows * kept_for_backward(run)
+
+
+def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> int:
+    """Bytes of one rank: the batch, all that is as large as the weights, and a chunk's logits."""
     copies = 2 + 2 + (s.optimiser.ema > 0)  # weights, gradients, AdamW's two means (Muon: one)
-    rows = s.data.batch // s.run.accumulate
-    positions = min(s.run.loss_chunk, rows * s.data.context)
-    logits = LOGIT_COPIES * positions * run.model.config.vocab_size
-    return FLOAT * (copies * numbers + logits) + rows * kept_for_backward(run)
+    rows = s.data.batch // world
+    positions = min(s.run.loss_chunk, rows // s.run.accumulate * s.data.context)
+    logits = LOGIT_COPIES * positions * data.tokenizer.vocab_size
+    batch = bytes_of_batch(data.learnt, rows, s.data.context)
+    return batch + FLOAT * (copies * numbers // world + logits)
 
 
 def kept_for_backward(run: Run) -> int:
@@ -101,11 +137,10 @@ def kept_for_backward(run: Run) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = run.batches.at(0)
-    segments = None if batch.segments is None else batch.segments[:1]
-    row = type(batch)(batch.ids[:1], batch.targets[:1], segments)
+    row = replace(run.batches, batch=1).at(0)
     ids, _, documents = next(iter(parts(row, 1, run.settings.run.device)))
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    as_it_stands = torch.compiler.set_stance("force_eager")  # compiling for one row takes long
+    with as_it_stands, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         held = run.model.hidden(ids, segments=documents)  # while it lives, so does what it keeps
     del held
     return sum(kept.values())

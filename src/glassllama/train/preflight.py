@@ -1,7 +1,7 @@
 """Checks before a run: a few seconds that save hours of training the wrong thing.
 
 Each failing check raises a PreflightError that names the bug; each is tested by planting that bug.
-They run on the first batch and on a copy of the model, so the run itself begins untouched.
+They run on rows of the first batch and on a copy of the model, so the run itself begins untouched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,12 +35,12 @@ PROBES, PROBE_TOKENS = 16, 48  # pieces of held-out text that are looked for in 
 
 def preflight(run: Run) -> Iterator[str]:
     """What each check found, one line at a time. Raises PreflightError, MemoryShortError."""
-    batch = run.batches.at(0)
-    yield f"data: {check_data(run.data)}"
+    batch = some_rows(run)
+    yield f"data: {check_data(run.data, run.settings.data.corpus)}"
     check_targets(batch)
     yield "targets: the inputs, shifted by one"
-    ids = torch.from_numpy(batch.ids[:ROWS, :TOKENS]).to(run.settings.run.device)
-    targets = torch.from_numpy(batch.targets[:ROWS, :TOKENS]).to(ids.device)
+    ids = torch.from_numpy(batch.ids[:, :TOKENS]).to(run.settings.run.device)
+    targets = torch.from_numpy(batch.targets[:, :TOKENS]).to(ids.device)
     twin = copy.deepcopy(run.model)
     as_module(twin).eval()
     check_future(twin, ids)
@@ -51,22 +52,27 @@ def preflight(run: Run) -> Iterator[str]:
     yield f"this machine: {estimate(run)}"
 
 
-def check_data(data: Data) -> str:
+def some_rows(run: Run) -> Batch:
+    """The first rows of the first batch."""
+    return replace(run.batches, batch=min(ROWS, run.batches.batch)).at(0)
+
+
+def check_data(data: Data, corpus: str) -> str:
     """Several different tokens, few unknown ones, and held-out text that is not learnt from."""
     learnt, held_out = data.learnt, data.held_out
     counts = np.bincount(learnt.ids, minlength=data.tokenizer.vocab_size)
     if np.count_nonzero(counts) < 2:
-        raise PreflightError(f"{learnt.path}: the text is one token over and over; check the file")
+        raise PreflightError(f"data: {corpus}: the text is one token over and over; check the file")
     unknown = getattr(data.tokenizer, "unknown", None)
     if unknown is not None and counts[unknown] > len(learnt) / 100:
         raise PreflightError(
-            f"{learnt.path}: {counts[unknown] / len(learnt):.0%} of the text is not in the "
+            f"data: {corpus}: {counts[unknown] / len(learnt):.0%} of the text is not in the "
             "vocabulary; make a vocabulary from this text (data.tokenizer)"
         )
     seen = share_seen(learnt.ids, held_out.ids)
     if seen > 0.5:
         raise PreflightError(
-            f"{held_out.path}: {seen:.0%} of the validation text stands in the training text too: "
+            f"data: {corpus}: {seen:.0%} of the validation text stands in the training text too: "
             "its loss would say nothing; remove repetitions from the corpus"
         )
     return f"{len(learnt):,} tokens to learn from, {len(held_out):,} held out, " + (

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.arithmetic import choose_arithmetic
@@ -17,22 +15,20 @@ from glassllama.train.build import as_module, make_model, new_model
 from glassllama.train.checkpoints import complete_steps, sweep
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
-from glassllama.train.faults import TrainingError
+from glassllama.train.estimate import require_space
 from glassllama.train.optimisers import Optimisers
-from glassllama.train.resolve import to_toml
-from glassllama.train.run import CHECKPOINTS, Run, resume
+from glassllama.train.run import Run, resume
 from glassllama.train.settings import Settings
-
-LOCK = ".lock"  # keeps other processes out of a run's folder
 
 
 def prepare(settings: Settings, data: Data, folder: Path, team: Team = ALONE) -> Run:
     """A new run, or this rank's share of it, nothing made yet.
 
-    Raises GlassError: sizes or texts that cannot be.
+    Raises GlassError: sizes or texts that cannot be; MemoryShortError before any is taken.
     """
     team.require_even(settings.data.batch, settings.run.accumulate)
     require_window(data.held_out, settings.data.context)
+    require_space(settings, data, team)
     model = first_weights(settings, data.tokenizer.vocab_size, team)
     module = as_module(model).train()
     return Run(
@@ -68,52 +64,11 @@ def rehearsal(settings: Settings, data: Data, folder: Path, team: Team) -> Run:
     return prepare(replace(settings, data=replace(settings.data, batch=share)), data, folder)
 
 
-def occupy(folder: Path) -> FileLock:
-    """Make a run's folder and keep other processes out of it, until `release`d or this one ends.
-
-    Raises TrainingError where another process trains there, or nothing can be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainingError(f"{folder}: another process is training there") from None
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    return lock
-
-
-def folders_to_make(folder: Path) -> list[Path]:
-    """This folder and those around it that are not there yet, innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def remove_unused(made: list[Path]) -> None:
-    """Take a run's new folders away again if the run never began: there is only the lock."""
-    for path in made:
-        with suppress(OSError):
-            if [entry.name for entry in path.iterdir()] == [LOCK]:
-                (path / LOCK).unlink()
-            path.rmdir()  # refused where anything is in it
-
-
-def require_free(folder: Path, resuming: bool) -> None:
-    """Raise TrainingError where the folder holds a run that nobody asked to go on with."""
-    begun = complete_steps(folder / CHECKPOINTS) or (folder / "log.jsonl").exists()
-    if begun and not resuming:
-        raise TrainingError(
-            f"{folder}: holds a run already; go on with it by --resume auto, or begin another "
-            "with --out FOLDER"
-        )
-
-
 def take_up(run: Run) -> bool:
     """Go on from the folder's last checkpoint -> whether there was one; sweep what is half done."""
-    if run.team.leads:
-        sweep(run.checkpoints)
-        (run.folder / "settings.toml").write_text(to_toml(run.settings), encoding="utf-8")
     steps = complete_steps(run.checkpoints)
     if steps:
         resume(run, steps[max(steps)])
+    if run.team.leads:
+        sweep(run.checkpoints)
     return bool(steps)

@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 
 from glassllama.base.errors import ConfigError
 from glassllama.train.settings import (
+    LONGEST_SHOWN,
+    WHOLE_LIMIT,
     DataSettings,
     ModelSettings,
     OptimiserSettings,
@@ -70,7 +72,7 @@ def read_tables(source: str) -> Tables:
 def parse(place: str, text: str) -> Tables:
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers and nests too large for Python, too
         raise ConfigError(f"{place}: not valid TOML: {error}") from None
     for name, table in tables.items():
         if name not in TABLES:
@@ -90,9 +92,16 @@ def apply_change(tables: Tables, change: str) -> None:
         raise ConfigError(f"--set {change}: unknown table{_nearest(table, list(TABLES))}")
     try:
         value = tomllib.loads(f"value = {typed}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = typed.strip()
     tables.setdefault(table, {})[name] = value
+
+
+def changed_lines(settings: Settings, changes: Sequence[str]) -> list[str]:
+    """What `resolve` made of the changes, a line for each setting: `schedule.steps = 500`."""
+    tables = tables_of(settings)
+    keys = dict.fromkeys(change.partition("=")[0].strip().partition(".")[::2] for change in changes)
+    return [f"{table}.{name} = {_toml_value(tables[table][name])}" for table, name in keys]
 
 
 def from_tables(name: str, tables: Tables) -> Settings:
@@ -100,6 +109,9 @@ def from_tables(name: str, tables: Tables) -> Settings:
     for table in ("model", "data", "optimiser", "schedule"):
         if table not in tables:
             raise ConfigError(f"{name}: table [{table}] is missing")
+    for table, values in tables.items():
+        for field, value in values.items():
+            require_sane(f"{table}.{field}", value)
     return Settings(
         name=name,
         model=_model_settings(tables["model"]),
@@ -108,6 +120,19 @@ def from_tables(name: str, tables: Tables) -> Settings:
         schedule=_filled("schedule", ScheduleSettings, tables["schedule"]),
         run=_filled("run", RunSettings, tables.get("run", {})),
     )
+
+
+def require_sane(place: str, value: object) -> None:
+    """Raise ConfigError: a whole number that 64 bits do not hold, text that is no Unicode."""
+    if isinstance(value, int) and not -WHOLE_LIMIT < value < WHOLE_LIMIT:
+        bits = value.bit_length()
+        raise ConfigError(f"{place}: want a whole number below 2^63, got one of {bits} bits")
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            bad = ascii(value[error.start])
+            raise ConfigError(f"{place}: want text in UTF-8, got {bad} at {error.start}") from None
 
 
 def _model_settings(values: Mapping[str, Any]) -> ModelSettings:
@@ -125,9 +150,7 @@ def _filled(table: str, kind: Any, values: Mapping[str, Any]) -> Any:
         if name not in hints:
             raise ConfigError(f"{table}.{name}: no such setting{_nearest(name, list(hints))}")
         if not _fits(value, hints[name]):
-            raise ConfigError(
-                f"{table}.{name}: want {WORDS[hints[name]]}, got {json.dumps(value, default=str)}"
-            )
+            raise ConfigError(f"{table}.{name}: want {WORDS[hints[name]]}, got {_shown(value)}")
     for each in fields(kind):
         needed = each.default is MISSING and each.default_factory is MISSING
         if needed and each.name not in values:
@@ -142,6 +165,11 @@ def _fits(value: object, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -167,5 +195,5 @@ def to_toml(settings: Settings) -> str:
 
 
 def _toml_value(value: object) -> str:
-    """JSON writes texts, numbers and switches as TOML does."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON writes texts, numbers and switches as TOML does, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glassllama.models.language_model import LanguageModel
@@ -23,14 +23,15 @@ from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
-from glassllama.train.settings import Settings
+from glassllama.train.settings import Settings, shortened
 from glassllama.weights.open import read_json
-from glassllama.weights.save import save_model
+from glassllama.weights.save import save_model, save_tensors
 
 CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
 TENSORS = "training.safetensors"  # in a checkpoint: the tensors of a process alone
 SHARDS = "training"  # or the folder of those of several ranks
 FORMAT = "glassllama training 1"
+TEXTS = ("training text", "validation text")  # whose hashes are part of a run's identity
 
 
 @dataclass
@@ -78,9 +79,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be halves of one."""
-        learnt, held_out = self.data.learnt.sha256, self.data.held_out.sha256
-        texts = {"training text": learnt, "validation text": held_out}
-        return texts | essential(self.settings)
+        texts = (self.data.learnt.sha256, self.data.held_out.sha256)
+        return dict(zip(TEXTS, texts, strict=True)) | essential(self.settings)
 
 
 # What may change between two halves of the same run: it has no influence on the weights.
@@ -157,7 +157,7 @@ def write_tensors(run: Run, state: Mapping[str, Tensor], folder: Path) -> None:
     """`training_state` into the folder of a checkpoint that is being written."""
     if run.team.alone:
         try:
-            save_file(dict(state), folder / TENSORS)
+            save_tensors(state, folder / TENSORS)
         except SafetensorError as error:  # how its writer says that the disk is full
             raise OSError(str(error)) from None
         return
@@ -183,8 +183,8 @@ def resume(run: Run, checkpoint: Path) -> None:
     Raises TrainingError naming what differs, where it was written by another run.
     """
     refuse_pickles(checkpoint)
-    state = read_json(checkpoint / "state.json")
-    require_same(checkpoint, state.get("identity", {}), run.identity())
+    state = read_state(checkpoint)
+    require_same(checkpoint, state["identity"], run.identity())
     tensors = stored_state(run, checkpoint)
     with torch.no_grad():
         for name, weight in as_module(run.model).named_parameters():
@@ -252,6 +252,37 @@ def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
         return load_file(path, device=device)
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: {error}") from None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json: `progress`, and the `identity` of the run that wrote it.
+
+    Raises TrainingError: of another format, incomplete; ConfigError: missing, no JSON.
+    """
+    path = checkpoint / "state.json"
+    state = read_json(path)
+    if (came := state.get("format")) != FORMAT:
+        raise TrainingError(
+            f"{path}: format is {shortened(came)}, expected {FORMAT!r}: damaged, or written by "
+            "another version; remove this checkpoint, or begin a new run with --out"
+        )
+    progress, identity = state.get("progress"), state.get("identity")
+    fields = set(asdict(Progress()))
+    if not (isinstance(progress, dict) and set(progress) == fields and isinstance(identity, dict)):
+        raise TrainingError(
+            f"{path}: expected `progress` with {', '.join(sorted(fields))}, and `identity`: "
+            "damaged; remove this checkpoint, or begin a new run with --out"
+        )
+    return state
+
+
+def require_same_settings(checkpoint: Path, settings: Settings) -> None:
+    """Raise TrainingError where that checkpoint's run had other settings; texts are not looked at.
+
+    Also as `read_state` does.
+    """
+    was = read_state(checkpoint)["identity"]
+    require_same(checkpoint, {n: v for n, v in was.items() if n not in TEXTS}, essential(settings))
 
 
 def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any]) -> None:

@@ -15,6 +15,10 @@ from glassllama.base.errors import ConfigError
 
 KINDS = ("bigram", "gpt", "llama")
 CHARACTERS, BPE = "characters", "bpe:"
+WHOLE_LIMIT = 1 << 63  # whole numbers are below it: what PyTorch and numpy can take
+MOST_DIGITS = 18  # of a vocabulary's size
+SEED_LIMIT = 1 << 32  # the other half of 64 bits counts ranks and steps
+LONGEST_SHOWN = 40  # characters of a value in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +54,22 @@ class DataSettings:
     batch: int
 
     def __post_init__(self) -> None:
+        for name in ("corpus", "tokenizer"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"data.{name}: want a name or a path, got none")
         positive("data", self, "context", "batch", "held_out")
         shares("data", self, "held_out")
         if self.tokenizer.startswith(BPE) and self.bpe_size is None:
             raise ConfigError(
-                f"data.tokenizer: want bpe:N with a number of tokens, got {self.tokenizer!r}"
+                f"data.tokenizer: want bpe:N with a number of tokens, got "
+                f"{shortened(self.tokenizer)}"
             )
 
     @property
     def bpe_size(self) -> int | None:
         size = self.tokenizer.removeprefix(BPE)
-        return int(size) if self.tokenizer.startswith(BPE) and size.isdecimal() else None
+        fits = size.isdecimal() and len(size) <= MOST_DIGITS
+        return int(size) if self.tokenizer.startswith(BPE) and fits else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +142,8 @@ class RunSettings:
         one_of("run.precision", self.precision, ("float32", "bfloat16"))
         positive("run", self, "accumulate", "loss_chunk", "keep", "sample_tokens")
         not_negative("run", self, "seed", "eval_every", "save_every", "sample_every")
+        if self.seed >= SEED_LIMIT:
+            raise ConfigError(f"run.seed: want a whole number below 2^32, got {self.seed}")
         if not self.prompt:
             raise ConfigError("run.prompt: want at least one character, got none")
 
@@ -156,9 +167,15 @@ class Settings:
             )
 
 
+def shortened(value: object) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
 def one_of(place: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{place}: want one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{place}: want one of {', '.join(choices)}, got {shortened(value)}")
 
 
 def positive(table: str, settings: object, *names: str) -> None:

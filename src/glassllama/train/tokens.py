@@ -30,6 +30,10 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
 
+class NoIdsError(GlassError):
+    """There are no ids to write."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
     """Whose ids these are. The hash is over every token's bytes and the control tokens."""
@@ -80,7 +84,7 @@ def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerFacts)
     """Write `path` (….bin) and its sidecar, holding one piece at a time in memory.
 
     Both appear when all is written; what was there before stays until then. Raises GlassError: an
-    id outside the vocabulary, no ids at all, or a folder that cannot be written.
+    id outside the vocabulary, no ids at all (NoIdsError), or a folder that cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -89,7 +93,7 @@ def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerFacts)
             with partial.open("wb") as file:
                 about = write_ids(file, pieces, tokenizer)
             if not about["count"]:
-                raise GlassError(f"{path}: the corpus is empty, there are no ids to write")
+                raise NoIdsError(f"{path}: the corpus is empty, there are no ids to write")
             write_pair(partial, path, about)
         finally:
             partial.unlink(missing_ok=True)
