@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,20 @@ def test_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
     assert "step 4: loss 3.250 is outside the usual 2.000 … 3.000" in err
     assert "step 4: validation 2.5000 ± 0.0100, 3.600 bits a byte" in err
     assert "Thus spake" in err
+
+
+def test_speed_is_of_all_steps_since_the_last_line(capsys: Any) -> None:
+    """40 steps of 100 tokens: every second one takes 1 ms, the others 99 ms."""
+    seconds = 0.0
+    with View(steps=40, first=0, flops=1e6, peak=1e10) as view:
+        for step in range(1, 41):
+            took = 0.001 if step % 2 else 0.099
+            seconds += took
+            made = replace(record(step, 3.0), seconds=seconds, tok_s=100 / took)
+            view.on_step(made)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20
+    assert all("2,000 tok/s  MFU 20%" in line for line in lines[1:])
 
 
 def test_the_curve_falls_as_the_loss_does() -> None:

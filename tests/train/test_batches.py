@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 
 from glassllama.base.errors import ConfigError, GlassError
 from glassllama.models.gpt import GPT, GPTConfig
-from glassllama.train.batches import IGNORED, Batch, Batches, every_window
+from glassllama.train.batches import (
+    IGNORED,
+    Batch,
+    Batches,
+    bytes_of_batch,
+    every_window,
+    windows_at,
+)
 from glassllama.train.tokens import TokenizerFacts, Tokens
 
 
@@ -98,6 +106,26 @@ def test_epochs_differ_and_reach_every_token() -> None:
     seen = [batches.at(step).targets for step in range(200 * batches.windows // 3)]
     assert np.array_equal(np.unique(np.concatenate(seen)), np.arange(1, 203))
     assert len({batches.grid(epoch).starts.min() for epoch in range(40)}) > 10
+
+
+def test_a_batch_of_many_epochs_is_its_windows_one_by_one() -> None:
+    batches = Batches(tokens(203), context=20, batch=1, seed=5)
+    one_by_one = [int(batches.at(number).ids[0, 0]) for number in range(100)]
+    assert batches.windows_from(0, 100).tolist() == one_by_one
+    assert batches.windows_from(37, 50).tolist() == one_by_one[37:87]
+    assert batches.windows == 9  # so that these were a dozen epochs
+
+
+@pytest.mark.parametrize("documents", [(70_000,), (30_000, 5_000, 35_000)])
+def test_bytes_of_a_batch_are_known_before_it_is_made(documents: tuple[int, ...]) -> None:
+    corpus, rows, context = tokens(*documents), 2000, 100
+    starts = np.arange(rows) * 30
+    tracemalloc.start()
+    windows_at(corpus, starts, context)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    counted = bytes_of_batch(corpus, rows, context)
+    assert 0.98 * peak < counted < 1.4 * peak
 
 
 @pytest.mark.parametrize("documents", [(40, 1, 1, 30, 80), (1,) * 60, (64, 64), (200,)])

@@ -100,6 +100,15 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
         resolve("lama-tinyshakespeare-cpu")
 
 
+def test_every_character_of_a_text_survives_being_written(tmp_path: Path) -> None:
+    settings = resolve("bigram-tinyshakespeare")
+    prompt = "".join(map(chr, range(0x100))) + '\u2028😀\\"'
+    settings = replace(settings, run=replace(settings.run, prompt=prompt))
+    file = tmp_path / "again.toml"
+    file.write_text(to_toml(settings), encoding="utf-8")
+    assert resolve(str(file)).run.prompt == prompt
+
+
 def test_schedules_rise_stay_and_fall() -> None:
     wsd = ScheduleSettings(kind="wsd", steps=100, warmup=10, decay=0.5, floor=0.1)
     factors = [rate_factor(step, wsd) for step in range(100)]
