@@ -264,3 +264,14 @@ def test_nowhere_to_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GlassError, match=r"file/x: the model cannot be saved \(Not a directory\)"):
         save_model(tmp_path / "file" / "x", models()["bigram"], TOKENIZER)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
+def test_others_may_read_the_weights_as_they_may_the_rest(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # the second time over the first
+            save_model(tmp_path, models()["bigram"], TOKENIZER)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -229,9 +230,15 @@ def _complete(paths: list[Path]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError: missing, too large, not an object."""
+    """A JSON object from a file. Raises ConfigError: no regular file, too large, no object.
+
+    What is no file, a pipe for one, might never end, or never begin.
+    """
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: is not a regular file")
+        if status.st_size > LARGEST_JSON:
             raise ConfigError(f"{path}: larger than any configuration")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

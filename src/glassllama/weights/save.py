@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,26 @@ def save_model(
         for orphan in folder.glob(f"{UNFINISHED}*"):
             orphan.unlink()
         (folder / CONFIG).unlink(missing_ok=True)
-        put(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        put(folder / WEIGHTS, lambda path: save_tensors(tensors, path, {"format": "pt"}))
         for name, write in files.items():
             put(folder / name, write)
         put(folder / CONFIG, writer_of(config))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GlassError(f"{folder}: the model cannot be saved ({reason})") from None
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file that whoever may read other new files can read.
+
+    Its own writer leaves it to the user alone, whatever the umask. Raises OSError, SafetensorError.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # what the umask, or the folder, makes of a new file
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(stat.S_IMODE(mode))
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
