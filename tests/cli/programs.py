@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import struct
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fcntl import ioctl
 
 REACTION = 0.1  # seconds
@@ -72,6 +75,17 @@ def run_many(lines: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
         subprocess.CompletedProcess(line, code, out, err)
         for line, (code, out, err) in zip(lines, ended, strict=True)
     ]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing larger ones fails in here, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:

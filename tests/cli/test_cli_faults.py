@@ -118,12 +118,25 @@ def test_closed_stdin_means_that_the_text_is_missing(name: str) -> None:
     assert is_clean_error(run(name), "is missing")  # empty is no better
 
 
-def test_closed_stdout_and_stderr_are_no_fault() -> None:
-    for closing in (">&-", "2>&-", ">&- 2>&-"):
-        line = f"exec {' '.join(COMMAND)} list {closing}"
-        process = subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE)
-        assert process.returncode == 0
-        assert b"Traceback" not in process.stderr
+def test_closed_stderr_is_no_fault() -> None:
+    line = f"exec {' '.join(COMMAND)} list 2>&-"
+    process = subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE)
+    assert process.returncode == 0
+    assert b"Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["list", "tokenize hi", "tokenize hi --json", "--help", "show -h", "--version"]
+)
+def test_an_answer_that_cannot_be_written_is_an_error(words: str, default_model: Path) -> None:
+    for closing in (">&-", ">&- <&-", ">&- 2>&-"):
+        line = f"exec {' '.join(COMMAND)} {words} {closing}"
+        process = subprocess.run(
+            ["sh", "-c", line], capture_output=True, encoding="utf-8", timeout=PATIENCE
+        )
+        assert process.returncode == 1
+        if "2>&-" not in closing:
+            assert is_clean_error(process, "stdout: closed")
 
 
 def test_a_full_disk_is_one_line() -> None:

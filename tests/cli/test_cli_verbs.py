@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
+from glassllama.cli.next import block
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
 
@@ -108,6 +109,17 @@ def test_next_shows_a_table_and_warns_of_a_trailing_blank(verb: Verb, loaded: LL
     assert len(ran.out.splitlines()) == 4
     assert "blank" in ran.err
     assert "blank" not in verb("next", "The capital of France is", "--top", "2").err
+
+
+def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
+    line = ("next", "The capital of France is", "--top", "2")
+    assert "--exact" in verb(*line).err
+    assert "--exact" not in verb(*line, "--exact").err
+    assert verb(*line, "--json").err == ""
+
+
+def test_bars_are_made_of_what_the_output_has() -> None:
+    assert [block(encoding) for encoding in ("utf-8", "cp437", "ascii", None)] == [*"██##"]
 
 
 def test_tokenize_there_and_back(verb: Verb, llm: LLM) -> None:

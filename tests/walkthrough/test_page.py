@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from cli.conftest import Verb
+from cli.programs import files_of_at_most
 from glassllama.walkthrough.edits import MISTAKES
 from glassllama.walkthrough.experiment import experiment
 from glassllama.walkthrough.page.page import explorer_page
@@ -393,3 +395,14 @@ def test_what_the_verb_refuses(
     assert (done.code, done.out) == (code, "")
     assert line in " ".join(done.err.split())
     assert not Path("x.html").exists()
+
+
+def test_a_page_that_does_not_fit_is_not_there(verb: Verb, with_text: Path, tmp_path: Path) -> None:
+    page = tmp_path / "walk.html"
+    page.write_text("an older one")
+    with files_of_at_most(4096):
+        ran = verb("walkthrough", "lambda", "-m", with_text, "--html", page)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.splitlines()[-1] == f"error: {page}: cannot be written (File too large)"
+    assert page.read_text() == "an older one"
+    assert list(tmp_path.iterdir()) == [page]

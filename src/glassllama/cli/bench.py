@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GenerationError, GlassError, MissingExtraError
+from glassllama.cli.files import naming
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
 from glassllama.cli.screen import print_json, progress_bars
 
@@ -112,7 +113,7 @@ def bench(
     with progress_bars() as bar:
         measured = measure(llm, how, questions.as_grid(), peers, bar("measuring", "cells"))
     if out is not None:
-        with out.open("a", encoding="utf-8") as file:
+        with naming(out), out.open("a", encoding="utf-8") as file:
             file.write(dumps(asdict(measured)) + "\n")
     if json:
         print_json(asdict(measured))

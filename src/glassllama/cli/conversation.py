@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.files import write_file
 from glassllama.tokenizers.chat import Message, checked_messages
 
 Count = Callable[[Sequence[Message]], int]
@@ -43,11 +44,13 @@ class Conversation:
         """Write the messages as JSON, in the form chat APIs take them."""
         messages = [{"role": m.role, "content": m.content} for m in self.messages]
         text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_file(path, text + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Conversation:
         """What `save` wrote. Raises GlassError that names the file and the message."""
+        if path.exists() and not path.is_file():
+            raise GlassError(f"{path}: is not a regular file")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from io import TextIOBase
+from typing import IO, Any, NoReturn, cast
 
 from glassllama.base import interrupts
 from glassllama.base.errors import GlassError
@@ -19,11 +21,28 @@ DEBUG = "--debug"
 SHOW_CURSOR = "\x1b[?25h"
 
 
+class Closed(TextIOBase):
+    """A standard output that the caller has closed, as `>&-` does: an answer would be lost.
+
+    `place` keeps its number taken, so that no file of ours gets it.
+    """
+
+    def __init__(self, place: IO[Any]) -> None:
+        self.place = place
+
+    def write(self, _: str) -> NoReturn:
+        raise OSError(errno.EBADF, "closed, so that nothing can be written to it", "stdout")
+
+    def reconfigure(self, **_: object) -> None:
+        """Nothing is encoded."""
+
+
 def prepare() -> None:
     """Before anything is printed: output that any locale can take, and a handler for SIGTERM."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as `<&-` does
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 -- open to the very end
+            stream = open(os.devnull, mode)  # noqa: SIM115 -- open to the very end, in its place
+            setattr(sys, name, stream if name != "stdout" else Closed(stream))
     for stream in (sys.stdout, sys.stderr):
         cast(Any, stream).reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminated)

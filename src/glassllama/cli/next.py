@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from glassllama.llm import LLM
 
 WIDEST_BAR = 24  # characters, for probability 1
+BLOCK, PLAIN_BLOCK = "█", "#"
+ROUNDED = (
+    "\nrounded as the engine rounds, to be fast; 'next --exact' shows what the walkthrough shows"
+)
 
 
 def next_tokens(
@@ -39,10 +43,12 @@ def next_tokens(
     if not asking:
         prompt = text_or_stdin(prompt, "PROMPT")
     llm = how.load(which)
-    if prompt is not None:
-        show_next(llm, prompt, top, json)
-    else:
+    if prompt is None:
         ask_on(llm, top)
+        return
+    show_next(llm, prompt, top, json)
+    if llm.backend == "engine" and not how.exact and not json:
+        note(ROUNDED)
 
 
 def ask_on(llm: LLM, top: int) -> None:
@@ -85,4 +91,13 @@ def show_next(llm: LLM, prompt: str, top: int, json: bool) -> None:
 
 
 def bar(probability: float) -> str:
-    return "█" * round(probability * WIDEST_BAR)
+    return block(sys.stdout.encoding) * round(probability * WIDEST_BAR)
+
+
+def block(encoding: str | None) -> str:
+    """What bars are made of, where the output's encoding has it."""
+    try:
+        BLOCK.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return PLAIN_BLOCK
+    return BLOCK

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from glassllama.base.errors import GenerationError
+from glassllama.cli.first_use import told_of_compiling
 from glassllama.cli.screen import note, progress_bars
 from glassllama.cli.values import read_by_us
 
@@ -152,7 +153,7 @@ class How:
         """The model, ready to answer, with bars for what takes long and notes of what was odd."""
         from glassllama.llm import load
 
-        with progress_bars() as bar:
+        with progress_bars() as bar, told_of_compiling():
             llm = load(
                 which.model,
                 backend=self.backend.value,

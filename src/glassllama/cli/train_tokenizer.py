@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.files import naming
 from glassllama.cli.options import Json
 from glassllama.cli.screen import note, print_json, print_table, progress_bars
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from glassllama.tokenizers.train import Merge, TrainedBPE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+WRITTEN = (*TOKENIZER_FILES, "tokenizer_config.json", "vocabulary.tsv")
 
 
 class Format(StrEnum):
@@ -90,7 +92,7 @@ def train_tokenizer(
     require_free(out)
     start = time.perf_counter()
     trained = learn(texts, vocab_size, specials, split.value)
-    files = [path.name for path in trained.save(out, format.value)]
+    files = [path.name for path in save(trained, out, format)]
     seconds = round(time.perf_counter() - start, 2)
     shown = [merge_facts(trained, merge) for merge in trained.merges[:show_merges]]
     if json:
@@ -157,6 +159,21 @@ def require_free(folder: Path) -> None:
             raise GlassError(f"--out: {path} exists already; name another folder, or delete it")
     if folder.exists() and not folder.is_dir():
         raise GlassError(f"--out: {folder} is a file, want a folder")
+
+
+def save(trained: TrainedBPE, folder: Path, format: Format) -> list[Path]:
+    """Write the files, all or none. Raises GlassError where they cannot be written."""
+    ours, new_folder = [folder / name for name in WRITTEN], not folder.is_dir()
+    ours = [path for path in ours if not path.exists()]
+    try:
+        with naming(folder):
+            return trained.save(folder, format.value)
+    except BaseException:
+        for path in ours:
+            path.unlink(missing_ok=True)
+        if new_folder and folder.is_dir():
+            folder.rmdir()
+        raise
 
 
 def merge_facts(trained: TrainedBPE, merge: Merge) -> dict[str, Any]:

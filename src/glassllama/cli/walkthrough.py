@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError, MissingExtraError
+from glassllama.cli.files import write_file
 from glassllama.cli.options import Json, Which
 from glassllama.cli.screen import is_terminal, print_json, progress_bars, text_or_stdin, write
 
@@ -238,7 +239,7 @@ def show_page(
             progress=bar("walking", "steps"),
         )
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
     write(f"{path}\n")
     if open_page and not webbrowser.open(path.absolute().as_uri()):
         raise GlassError(f"no browser was found: open {path} in one")

