@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,20 @@ def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
     assert b"".join(walk.tokenizer.token_bytes(i) for i in walk.ids).decode() == walk.prompt  # type: ignore[union-attr]
     assert steps[0].data["bytes"] == list((walk.prompt or "").encode())
     assert "".join(steps[0].data["words"]) == walk.prompt
-    assert steps[1].data["merges"][-1] == "Lambda" or " " in steps[1].data["merges"][0]
+    merges = steps[1].data["merges"]
+    assert merges[0] == "␣ b l a n k s"  # of the word in which most is merged, its letters
+    for before, after in pairwise(merges):  # two neighbours became one
+        gaps = [at for at, character in enumerate(before) if character == " "]
+        assert after in [before[:at] + before[at + 1 :] for at in gaps]
+    assert len(merges) > 1
+    assert merges[-1] in " ".join(steps[1].data["pieces"])
 
 
 def test_a_text_with_a_sentencepiece_vocabulary(with_pieces: Path) -> None:
     walk = open_walk(with_pieces, "with statements é 🙂")
     steps = walk_all(walk)
     assert steps[1].checks[0].what == "ids, decoded"
+    assert steps[1].data["merges"] == []  # SentencePiece's are not shown
 
 
 def test_the_default_model(default_model: Path) -> None:
