@@ -257,7 +257,7 @@ def test_what_was_changed_is_printed(verb: Any, tmp_path: Path, text: Path) -> N
     line = ["train", BIGRAM, *SHORT, "--data", text, "--out", folder, "--no-preflight"]
     said = verb(*line).err.splitlines()
     assert said[:5] == [
-        f"settings of {BIGRAM}; all are in {folder / 'settings.toml'}",
+        f"settings of {BIGRAM}; all go to {folder / 'settings.toml'}",
         "schedule.steps = 2",
         "data.batch = 4",
         "run.eval_every = 0",

@@ -69,6 +69,9 @@ def test_a_bad_setting_is_named(change: str, words: str) -> None:
     [
         ("model.n_head=4", "model.n_head: a llama has no such setting; did you mean n_heads?"),
         ("model.vocab_size=99", "model.vocab_size: a llama has no such setting"),
+        ("model.norm_eps=small", 'model.norm_eps: want a number, got "small"'),
+        ("model.tie_embeddings=3", "model.tie_embeddings: want true or false, got 3"),
+        ("model.dim=2.5", "model.dim: want a whole number, got 2.5"),
         ("model.n_kv_heads=3", "model.n_heads must be a multiple of n_kv_heads"),
         ("model.head_dim=7", "model.head_dim must be even"),
         ("run.device=abacus", "run.device: 'abacus' cannot be used here"),

@@ -128,7 +128,7 @@ def announced(what: str, settings: Settings, changes: list[str], folder: Path) -
     from glassllama.train.resolve import changed_lines
 
     lines = changed_lines(settings, changes)
-    return "\n".join([f"settings of {what}; all are in {folder / 'settings.toml'}", *lines])
+    return "\n".join([f"settings of {what}; all go to {folder / 'settings.toml'}", *lines])
 
 
 def carry_out(settings: Settings, asked: Asked) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.dropout import add_dropout
+from glassllama.train.resolve import WORDS, fits, shown
 from glassllama.train.settings import Settings
 
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -52,6 +54,7 @@ def new_model(settings: Settings, vocab_size: int) -> LanguageModel:
             if not known:
                 hint = "there are no sizes to choose, leave it out"
             raise ConfigError(f"model.{name}: a {kind} has no such setting; {hint}")
+    require_kinds(config_class, settings.model.sizes)
     given = dict(zip(GIVEN, (vocab_size, settings.data.context), strict=True))
     try:
         config = config_class(**settings.model.sizes, **given)
@@ -63,6 +66,14 @@ def new_model(settings: Settings, vocab_size: int) -> LanguageModel:
     model = model_class(config)
     add_dropout(model, settings.model.dropout)
     return cast(LanguageModel, model)
+
+
+def require_kinds(config_class: type, sizes: Mapping[str, object]) -> None:
+    """Raise ConfigError where a number, a text or a switch is given as something else."""
+    hints = get_type_hints(config_class)
+    for name, value in sizes.items():
+        if hints[name] in WORDS and not fits(value, hints[name]):
+            raise ConfigError(f"model.{name}: want {WORDS[hints[name]]}, got {shown(value)}")
 
 
 def require_device(name: str) -> None:

@@ -21,6 +21,7 @@ from glassllama.train.settings import Settings
 
 FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # logits of a chunk, their softmax, their gradient
+GRADIENTS = 2  # of the last layer's output: in pieces, and put together
 PATIENCE = 2.0  # seconds of trial steps, after which no other is begun
 FORWARD_SHARE = 1 / 3  # of a training step: the backward pass has two products for each
 
@@ -127,7 +128,11 @@ def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> 
 
 
 def kept_for_backward(run: Run) -> int:
-    """Bytes that the layers keep of one row, counted while they keep them; logits left out."""
+    """Bytes of one row at the peak of a step: what its forward pass keeps, counted while it does.
+
+    Going back takes the gradients of one layer besides, and those of the vectors that all layers
+    end in: in pieces (train/loss.py), then put together. Logits are left out.
+    """
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in as_module(run.model).parameters()}
 
@@ -142,8 +147,9 @@ def kept_for_backward(run: Run) -> int:
     as_it_stands = torch.compiler.set_stance("force_eager")  # compiling for one row takes long
     with as_it_stands, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         held = run.model.hidden(ids, segments=documents)  # while it lives, so does what it keeps
-    del held
-    return sum(kept.values())
+    count(held)
+    forward, layers = sum(kept.values()), getattr(run.model.config, "n_layers", 0)
+    return forward + (forward // layers if layers else 0) + GRADIENTS * held.nbytes
 
 
 def duration(seconds: float) -> str:

@@ -149,8 +149,8 @@ def _filled(table: str, kind: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         if name not in hints:
             raise ConfigError(f"{table}.{name}: no such setting{_nearest(name, list(hints))}")
-        if not _fits(value, hints[name]):
-            raise ConfigError(f"{table}.{name}: want {WORDS[hints[name]]}, got {_shown(value)}")
+        if not fits(value, hints[name]):
+            raise ConfigError(f"{table}.{name}: want {WORDS[hints[name]]}, got {shown(value)}")
     for each in fields(kind):
         needed = each.default is MISSING and each.default_factory is MISSING
         if needed and each.name not in values:
@@ -161,13 +161,15 @@ def _filled(table: str, kind: Any, values: Mapping[str, Any]) -> Any:
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def _fits(value: object, kind: type) -> bool:
+def fits(value: object, kind: type) -> bool:
+    """Whether a value of a TOML file can be a setting of that kind, one of WORDS."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value of a TOML file as errors show it."""
     text = json.dumps(value, default=str)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
