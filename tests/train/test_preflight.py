@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,40 @@ def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
     corpus = run.data.learnt
     assert sizes[12, 2] - sizes[6, 1] == bytes_of_batch(corpus, 6, 16)  # of the batch itself
     assert 16 * 24 * 4 * 10 < row < 16 * 24 * 4 * 200  # some tens of (T, C) tensors a layer
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from glassllama.train import estimate, loop
+from train.recipes import new_run
+
+def peak():
+    return 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+
+folder, text, kind, rows = sys.argv[1:]
+large = ("data.context=64", "run.precision=float32", f"data.batch={rows}")
+run = new_run(Path(folder) / "run", Path(text), kind, *large)
+counted = estimate.memory_of_step(run)
+loop.one_step(new_run(Path(folder) / "small", Path(text), kind))  # what PyTorch itself takes
+before = peak()
+loop.one_step(run)
+print(counted, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in other units")
+@pytest.mark.parametrize(("kind", "rows"), [("bigram", 6000), ("llama", 1200), ("gpt", 1500)])
+def test_memory_is_what_a_step_takes(kind: str, rows: int, tmp_path: Path, text: Path) -> None:
+    """Measured in a process of its own: what a step adds to it at its peak."""
+    asked = [sys.executable, "-c", PEAK, str(tmp_path), str(text), kind, str(rows)]
+    tests = str(Path(__file__).parents[1])
+    ran = subprocess.run(asked, capture_output=True, env=os.environ | {"PYTHONPATH": tests})
+    assert ran.returncode == 0, ran.stderr
+    counted, taken = map(int, ran.stdout.split())
+    assert taken > 1e8
+    assert 0.9 < counted / taken < 1.5
 
 
 # --- faults while running -------------------------------------------------------------------
