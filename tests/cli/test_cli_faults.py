@@ -170,6 +170,9 @@ def test_a_locale_without_utf8_prints_what_it_can(
 ) -> None:
     text = "wörld 🙂"
     assert run("list", env=locale).returncode == 0
+    shown = run("next", "The capital of France is", env=locale).stdout.splitlines()[2]
+    assert "%" in shown
+    assert "######" in shown
     assert run("tokenize", input=text, env=locale).returncode == 0
     process = run("tokenize", "--json", input=text, env=locale)
     assert process.stdout.isascii()

@@ -214,6 +214,15 @@ def test_a_number_that_no_option_can_have_is_wrong_usage_too(verb: Verb) -> None
         assert "repetition_penalty must be" in ran.err.splitlines()[-1]
 
 
+def test_drawings_are_drawn_with_what_the_output_has() -> None:
+    from glassllama.cli import plain
+
+    drawing = "✓ ███▊ ░▒▓ ▁▂█ → … 日é"
+    assert drawing.encode("ascii", plain.NAME) == b"+ #### .+# _.# > . ??"
+    assert "█░ é√".encode("cp437", plain.NAME).decode("cp437") == "█░ é√"
+    assert drawing.encode("utf-8", plain.NAME).decode() == drawing
+
+
 def test_ids_are_read_in_every_usual_form() -> None:
     assert read_ids("1 2 3") == read_ids("1,2,3") == read_ids("[1, 2, 3]\n") == [1, 2, 3]
     assert read_ids("") == []

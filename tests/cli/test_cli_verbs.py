@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
-from glassllama.cli.next import block
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
 
@@ -116,10 +115,6 @@ def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
     assert "--exact" in verb(*line).err
     assert "--exact" not in verb(*line, "--exact").err
     assert verb(*line, "--json").err == ""
-
-
-def test_bars_are_made_of_what_the_output_has() -> None:
-    assert [block(encoding) for encoding in ("utf-8", "cp437", "ascii", None)] == [*"██##"]
 
 
 def test_tokenize_there_and_back(verb: Verb, llm: LLM) -> None:

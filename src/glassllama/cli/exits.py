@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn, cast
 
 from glassllama.base import interrupts
 from glassllama.base.errors import GlassError
+from glassllama.cli import plain
 
 ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
 DEBUG = "--debug"
@@ -44,7 +45,7 @@ def prepare() -> None:
             stream = open(os.devnull, mode)  # noqa: SIM115 -- open to the very end, in its place
             setattr(sys, name, stream if name != "stdout" else Closed(stream))
     for stream in (sys.stdout, sys.stderr):
-        cast(Any, stream).reconfigure(errors="replace")
+        cast(Any, stream).reconfigure(errors=plain.NAME)
     signal.signal(signal.SIGTERM, _terminated)
     interrupts.instead = {signal.default_int_handler: _leave, _terminated: _leave}
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from glassllama.llm import LLM
 
 WIDEST_BAR = 24  # characters, for probability 1
-BLOCK, PLAIN_BLOCK = "█", "#"
 ROUNDED = (
     "\nrounded as the engine rounds, to be fast; 'next --exact' shows what the walkthrough shows"
 )
@@ -91,13 +90,4 @@ def show_next(llm: LLM, prompt: str, top: int, json: bool) -> None:
 
 
 def bar(probability: float) -> str:
-    return block(sys.stdout.encoding) * round(probability * WIDEST_BAR)
-
-
-def block(encoding: str | None) -> str:
-    """What bars are made of, where the output's encoding has it."""
-    try:
-        BLOCK.encode(encoding or "ascii")
-    except UnicodeEncodeError:
-        return PLAIN_BLOCK
-    return BLOCK
+    return "█" * round(probability * WIDEST_BAR)
