@@ -214,15 +214,16 @@ def block_step(
     v: Vectors, target: str, kind: str, addresses: Any, block: Any, ahead: Any, ys: list[Any]
 ) -> list[Any]:
     """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
-    values, scales, inputs, factors, starts = addresses
+    values, scales, (x, x_rows), (f, f_rows), starts_at = addresses
     value_bytes, scale_bytes, _, scales_of = FORMATS[kind]
     lanes = LANES[target]
     later = v.builder.add(block, ahead)
     v.prefetch(v.step(values, later, value_bytes), value_bytes)
     v.prefetch(v.step(scales, later, scale_bytes), scale_bytes)
-    inputs = [v.step(address, block, 32) for address in inputs]
-    factors = [v.step(address, block, SCALE_BYTES) for address in factors]
-    starts = [v.step(address, block, START_BYTES) for address in starts]
+    add, first_start = v.builder.add, v.step(starts_at, block, START_BYTES)
+    inputs = [add(v.step(x, block, 32), row) for row in x_rows]
+    factors = [add(v.step(f, block, SCALE_BYTES), row) for row in f_rows]
+    starts = [add(first_start, row) for row in f_rows]
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
@@ -238,15 +239,10 @@ def write_tile(
 ) -> None:
     """Instructions for some groups of sixteen rows, side by side, times some tokens."""
     values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
-    starts = builder.add(
-        f, builder.udiv(builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS))
-    )
+    before_starts = builder.udiv(builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS))
     v, lanes = Vectors(builder), LANES[target]
     value_bytes, scale_bytes = FORMATS[kind][:2]
     size = tokens * ROWS // lanes  # vectors of sums, of one group
-
-    def rows(address: Any, stride: Any) -> list[Any]:
-        return [builder.add(address, builder.mul(stride, number(t))) for t in range(tokens)]
 
     def some(block: Any, ys: list[Any]) -> list[Any]:
         ahead, results = blocks_ahead(v, kind, groups, block, blocks), list[Any]()
@@ -257,11 +253,13 @@ def write_tile(
         return results
 
     cells = [builder.mul(blocks, number(g)) for g in range(groups)]
-    inputs = (rows(x, x_stride), rows(f, f_stride), rows(starts, f_stride))
+    inputs = ((x, v.multiples(x_stride, tokens)), (f, v.multiples(f_stride, tokens)),
+              builder.add(f, before_starts))  # fmt: skip
+    outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
     sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
-    starts = [v.at(a, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
-              for a in rows(y, y_stride)]  # fmt: skip
-    for total, place in zip(sums, starts, strict=True):
+    places = [v.at(row, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
+              for row in outputs]  # fmt: skip
+    for total, place in zip(sums, places, strict=True):
         v.store(total, place, 4)
 
 

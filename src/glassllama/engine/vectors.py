@@ -37,6 +37,23 @@ class Vectors:
         """address + index · size."""
         return self.builder.add(address, self.builder.mul(index, number(size)))
 
+    def multiples(self, stride: Any, count: int) -> list[Any]:
+        """0, stride, 2 · stride, …; those of odd numbers as if nothing were known of them.
+
+        Else the compiler, to save registers, makes the address of every token's input from that of
+        the one before: as many instructions as there are products. The others need no register:
+        processors add twice, four or eight times one to an address by themselves.
+        """
+        alone = ir.FunctionType(stride.type, [stride.type])
+        odd = {
+            n: self.builder.asm(alone, "", "=r,0", [self.builder.mul(stride, number(n))], False)
+            for n in range(1, count, 2)
+        }
+        times = {n: n & -n for n in range(1, count)}  # the power of two in n
+        return [number(0)] + [
+            self.builder.mul(odd[n // twos], number(twos)) for n, twos in times.items()
+        ]
+
     def load(self, address: Any, kind: Any, align: int) -> Any:
         loaded = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
         loaded.align = align
