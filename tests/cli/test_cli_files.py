@@ -47,8 +47,10 @@ def test_links_stay_links_and_devices_devices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_tokenizer_that_does_not_fit_leaves_nothing(
-    there: bool, verb: Verb, tmp_path: Path
+    there: bool, verb: Verb, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    first = tmp_path_factory.mktemp("first") / "fits"
+    verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", first)  # compiled now
     out = tmp_path / "mine"
     if there:
         out.mkdir()
