@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import COMMAND
-
-PATIENCE = 120
+from cli.programs import COMMAND, PATIENCE
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from glassllama.base.interfaces import CACHE_NUMBER
 from glassllama.engine.compiled import instruction_for_constants
 from glassllama.engine.intrinsics import types
 from glassllama.engine.vectors import F32, I8, I16, I32, LINE, Vectors, number, vector
@@ -19,7 +20,7 @@ from glassllama.engine.vectors import F32, I8, I16, I32, LINE, Vectors, number, 
 PAGE = 64  # tokens
 LANES = 16  # float32 in a vector of 64 bytes
 INT16, FLOAT32, INT8 = range(3)  # how keys and values are kept
-ITEM_BYTES = {INT16: 2, FLOAT32: 4, INT8: 1}
+ITEM_BYTES = {INT16: CACHE_NUMBER["int16"], FLOAT32: 4, INT8: CACHE_NUMBER["int8"]}
 INTEGERS = {INT16: I16, INT8: I8}
 
 
