@@ -9,15 +9,15 @@ all tokens. Then all products of some blocks are taken, and then scaled: while t
     tile 0  16 tokens × 16 outputs  int32 sums
     tile 1  16 tokens × 32 inputs   int8, a row of it every `x_stride` bytes
     tile 2   8 vectors              int8: vector q holds inputs 4q … 4q+3 of sixteen outputs
-    tile 3, 4                       half as many inputs, where half blocks have scales of their own
 
 In memory near by, the calling thread's stack:
 
     for each of GROUPS groups  FEW blocks' bytes (8, 64), then their scales (2, 16) float32
-    sums                       (FEW, 16 tokens, 16 outputs) int32, of blocks or half blocks
+    sums                       (FEW, 16 tokens, 16 outputs) int32, of blocks
 
 The sums are whole numbers and what follows is in the order of integer_kernels.py, so a token's
-numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there.
+numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there. K-quants
+have a way of their own: amx_superblocks.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from glassllama.engine.compiled import inlined, instruction, instruction_for_con
 from glassllama.engine.float_kernels import clear
 from glassllama.engine.integer_kernels import (
     FORMATS,
-    HALVES,
     MINIMA,
     ROWS,
     SIDE_BY_SIDE,
@@ -39,7 +38,7 @@ from glassllama.engine.integer_kernels import (
     sweep,
 )
 from glassllama.engine.intrinsics import cgutils, types
-from glassllama.engine.matrix_registers import SHAPES, begin_tiles, end_tiles, tile_call
+from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
 from glassllama.engine.row_kernels import SCALE_BYTES
 from glassllama.engine.vectors import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
 
@@ -52,7 +51,7 @@ SCALES_AT = FEW * BLOCK_BYTES
 GROUP_BYTES = SCALES_AT + FEW * SCALES
 GROUPS = 4  # groups at a time: inputs come from afar once for all of them
 SUMS_AT = GROUPS * GROUP_BYTES
-SUMS, INPUTS, WEIGHTS, HALF_INPUTS, HALF_WEIGHTS = range(5)
+SUMS, INPUTS, WEIGHTS = range(3)
 BYTES = vector(I8, 64)
 SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
 SCRATCH_LINES = (SUMS_AT + FEW * SUM_BYTES) // LINE
@@ -97,34 +96,28 @@ def unpack(context, kind, values, scales, first, count, out):  # type: ignore[no
     return types.void(kind, *[types.int64] * 5), emit
 
 
-def multiply_block(v: Vectors, kind: str, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
-    """Products of one block: sums of sixteen tokens and outputs at `out`, int32, one or two."""
-    left, right = (HALF_INPUTS, HALF_WEIGHTS) if kind in HALVES else (INPUTS, WEIGHTS)
-    vectors, width = SHAPES["integers"][right][0], SHAPES["integers"][left][1]
-    parts = 2 if kind in HALVES else 1
+def multiply_block(v: Vectors, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
+    """Products of one block: sums of sixteen tokens and outputs at `out`, int32."""
     b, byte, line = v.builder, I8.as_pointer(), number(LINE)
-    for part in range(parts):
-        x, w = v.at(inputs, part * width), v.at(weights, part * vectors * LINE)
-        tile_call(b, "tilezero", SUMS)
-        tile_call(b, "tileloadd64", left, b.inttoptr(x, byte), stride)
-        tile_call(b, "tileloadd64", right, b.inttoptr(w, byte), line)
-        tile_call(b, "tdpbssd", SUMS, left, right)
-        tile_call(b, "tilestored64", SUMS, b.inttoptr(v.at(out, part * SUM_BYTES), byte), line)
+    tile_call(b, "tilezero", SUMS)
+    tile_call(b, "tileloadd64", INPUTS, b.inttoptr(inputs, byte), stride)
+    tile_call(b, "tileloadd64", WEIGHTS, b.inttoptr(weights, byte), line)
+    tile_call(b, "tdpbssd", SUMS, INPUTS, WEIGHTS)
+    tile_call(b, "tilestored64", SUMS, b.inttoptr(out, byte), line)
 
 
 def add_block(
     v: Vectors, kind: str, n: Any, sums: Any, scales: Any, factors: list[Any], ys: list[Any]
 ) -> list[Any]:
     """The sums of block n, scaled and added to some tokens' ys."""
-    parts, whole, real = 2 if kind in HALVES else 1, vector(I32, ROWS), vector(F32, ROWS)
-    own, place = v.step(sums, n, parts * SUM_BYTES), v.step(scales, n, SCALES)
-    count = 2 if kind in HALVES + MINIMA else 1
+    whole, real = vector(I32, ROWS), vector(F32, ROWS)
+    own, place = v.step(sums, n, SUM_BYTES), v.step(scales, n, SCALES)
+    count = 2 if kind in MINIMA else 1
     d, results = [v.load(v.at(place, LINE * k), real, LINE) for k in range(count)], []
     for t, y in enumerate(ys):
         factor = factors_at(v, v.step(factors[t], n, SCALE_BYTES), ROWS)
-        lines = [v.at(own, SUM_BYTES * part + LINE * t) for part in range(parts)]
-        totals = [v.load(line, whole, LINE) for line in lines]
-        results.append(add_scaled(v, kind, d, totals, factor, y))
+        total = v.load(v.at(own, LINE * t), whole, LINE)
+        results.append(add_scaled(v, kind, d, [total], factor, y))
     return results
 
 
@@ -134,7 +127,6 @@ def multiply_sixteen(  # type: ignore[no-untyped-def]
 ):
     """y += `count` blocks of sixteen rows, unpacked at `near`, times sixteen tokens."""
     format = kind.literal_value
-    parts = 2 if format in HALVES else 1
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         near, sums, count, x, x_stride, f, f_stride, y, y_stride = arguments[1:]
@@ -143,8 +135,7 @@ def multiply_sixteen(  # type: ignore[no-untyped-def]
 
         def products(n: Any, nothing: list[Any]) -> list[Any]:
             w, inputs = v.step(near, n, BLOCK_BYTES), v.step(x, n, BLOCK)
-            place = v.step(sums, n, parts * SUM_BYTES)
-            multiply_block(v, format, w, inputs, x_stride, place)
+            multiply_block(v, w, inputs, x_stride, v.step(sums, n, SUM_BYTES))
             return nothing
 
         v.count_up(count, [], products)
@@ -174,11 +165,10 @@ def sweep_sixteens(
     for group in range(first, last):
         for t in range(tokens):
             clear(y + group * LINE + t * y_stride)
-    few = FEW // 2 if kind in HALVES else FEW  # they have twice as many sums
     for start in range(first, last, GROUPS):
         beside = min(GROUPS, last - start)
-        for block in range(0, blocks, few):
-            count = min(few, blocks - block)
+        for block in range(0, blocks, FEW):
+            count = min(FEW, blocks - block)
             for g in range(beside):
                 w = values + (start + g) * blocks * value_bytes
                 d = scales + (start + g) * blocks * scale_bytes

@@ -46,7 +46,7 @@ ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
 
 # What a kernel reads its inputs as; flags, where several kernels read the same inputs.
-FLOAT32, INT8, BFLOAT16 = 0, 1, 2
+FLOAT32, INT8, BFLOAT16, WIDE = 0, 1, 2, 4
 # Python maps shared memory where nothing is said, and that gets no huge pages.
 PRIVATE: dict[str, Any] = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

@@ -22,6 +22,7 @@ from glassllama.engine.crew import (
 )
 from glassllama.engine.heads import attend_heads, place_all, prepare_mixed
 from glassllama.engine.intrinsics import atomic_load, floats
+from glassllama.engine.layout import WIDE
 from glassllama.engine.room import (
     DOWN,
     GATE,
@@ -35,6 +36,7 @@ from glassllama.engine.room import (
     WQ,
     WV,
 )
+from glassllama.engine.row_kernels import SUPERBLOCK
 from glassllama.engine.rows import BLOCK, add, gate
 from glassllama.engine.step import (
     Step,
@@ -47,14 +49,20 @@ from glassllama.engine.step import (
     row,
 )
 
-PAIR = BLOCK // LANES  # groups that make a block of the next matrix's inputs
-
 # Phases of a layer; after the last layer come the two of the logits.
 NORM, QKV, PLACE, HEADS, MERGE, OUT, FFN_NORM, HIDDEN, DOWNWARD = range(9)
 PHASES = 9
 LOGITS_PHASES = 2
 
 FEW_GROUPS = 4  # no smaller piece of a matrix is worth a trip to the board
+MANY_GROUPS = 8  # of many tokens, whose inputs come from afar for every piece
+MANY = 16
+
+
+@inlined
+def piece(tokens: int) -> int:
+    """Groups of a matrix that a thread takes at a time."""
+    return MANY_GROUPS if tokens >= MANY else FEW_GROUPS
 
 
 @compiled
@@ -65,7 +73,7 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
     wv = wk + field(room, m + WK, GROUPS)
     groups = wv + field(room, m + WV, GROUPS)
     starts = (0, wk, wv, groups)
-    first, last = take(me, phase, groups, FEW_GROUPS)
+    first, last = take(me, phase, groups, piece(step.tokens))
     mine = 0
     while first < last:
         for n in range(3):
@@ -76,7 +84,7 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
                 width = room.qkv_width
                 multiply(room, m + n, inputs_of(room), slot, step.tokens, some, out, width)
         mine += last - first
-        first, last = take(me, phase, groups, FEW_GROUPS)
+        first, last = take(me, phase, groups, piece(step.tokens))
     complete(me, phase, groups, mine)
 
 
@@ -86,7 +94,7 @@ def add_product(
 ) -> None:
     """x += matrix · inputs, at all tokens."""
     groups, width = field(room, matrix, GROUPS), room.added_width
-    first, last = take(me, phase, groups, FEW_GROUPS)
+    first, last = take(me, phase, groups, piece(step.tokens))
     mine = 0
     while first < last:
         multiply(room, matrix, inputs, slot, step.tokens, (first, last), room.added, width)
@@ -95,7 +103,7 @@ def add_product(
             x = floats(room.x + t * room.dim * 4 + start, count)
             add(x, floats(room.added + t * width * 4 + start, count))
         mine += last - first
-        first, last = take(me, phase, groups, FEW_GROUPS)
+        first, last = take(me, phase, groups, piece(step.tokens))
     complete(me, phase, groups, mine)
 
 
@@ -115,16 +123,19 @@ def gate_groups(room: Any, layer: int, slot: int, step: Any, groups: Any) -> Non
 
 @compiled
 def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -> None:
-    """`gate_groups` for all groups, two at a time: a block of 32 inputs of `down`."""
-    groups = field(room, layer * MATRICES + GATE, GROUPS)
-    pairs = (groups + PAIR - 1) // PAIR
-    first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
+    """`gate_groups` for all groups: as many at a time as make a block of `down`'s inputs."""
+    m = layer * MATRICES
+    groups, beside = field(room, m + GATE, GROUPS), BLOCK // LANES
+    if field(room, m + DOWN, READS) & WIDE:
+        beside = SUPERBLOCK // LANES
+    items, few = (groups + beside - 1) // beside, max(1, piece(step.tokens) // beside)
+    first, last = take(me, phase, items, few)
     mine = 0
     while first < last:
-        gate_groups(room, layer, slot, step, (first * PAIR, min(last * PAIR, groups)))
+        gate_groups(room, layer, slot, step, (first * beside, min(last * beside, groups)))
         mine += last - first
-        first, last = take(me, phase, pairs, FEW_GROUPS // PAIR)
-    complete(me, phase, pairs, mine)
+        first, last = take(me, phase, items, few)
+    complete(me, phase, items, mine)
 
 
 @inlined
@@ -161,12 +172,12 @@ def output(me: Any, room: Any, step: Any) -> None:
     reads, groups = field(room, m, READS), field(room, m, GROUPS)
     slot = prepare_norms(me, phase, room, 2 * layers, reads, room.wanted, step.wanted)
     inputs, width = inputs_of(room), groups * LANES
-    first, last = take(me, phase + 1, groups, FEW_GROUPS)
+    first, last = take(me, phase + 1, groups, piece(step.wanted))
     mine = 0
     while first < last:
         multiply(room, m, inputs, slot, step.wanted, (first, last), step.logits, width)
         mine += last - first
-        first, last = take(me, phase + 1, groups, FEW_GROUPS)
+        first, last = take(me, phase + 1, groups, piece(step.wanted))
     complete(me, phase + 1, groups, mine)
 
 

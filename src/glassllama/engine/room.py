@@ -11,7 +11,7 @@ from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.engine.layout import ALIGNMENT, BLOCK, FLOAT32, Matrix
 from glassllama.engine.pages import PAGE
 from glassllama.engine.reading import reader_address
-from glassllama.engine.row_kernels import FACTORS
+from glassllama.engine.row_kernels import FACTORS, SUPERBLOCK, WIDE_BYTES
 from glassllama.engine.tiers import choose, kernel_address, tier
 
 # Matrices of a layer in the room's table, and the columns of that table.
@@ -26,7 +26,7 @@ TILE = 8  # tokens of one row whose queries look at the cache together
 
 SIZES = (
     "layers", "heads", "kv_heads", "head_dim", "group_size", "dim", "ffn_dim", "pairs", "qk_norm",
-    "slots",  # N
+    "slots", "seats",  # N, and with one of each thread's own
     "tile_queries",  # of one tile and kv head, at most
     "width", "hidden_width",  # columns of the two sets of inputs
     "qkv_width", "hidden_columns", "added_width",  # columns of outputs
@@ -45,6 +45,9 @@ PLACES = (
     # Inputs of the matrices that read C or H·D numbers: float32, int8 with factors, bfloat16.
     "numbers", "codes", "factors", "bfloats",
     "hidden_numbers", "hidden_codes", "hidden_factors", "hidden_bfloats",  # of `down`
+    # The same in two digits, (superblocks, seats, WIDE_BYTES) bytes: one superblock of all rows,
+    # then the next.
+    "wides", "hidden_wides",
     "qkv",  # (N, padded H·D + K·D + K·D)
     "mixed",  # (N, H·D): what the heads saw
     "added",  # (N, padded C): what a layer adds to the residual stream
@@ -103,6 +106,7 @@ def sizes_of(config: LlamaConfig, tables: dict[str, NDArray[Any]]) -> dict[str, 
         "head_dim": config.head_dim, "group_size": config.group_size, "dim": config.dim,
         "ffn_dim": config.ffn_dim, "pairs": config.rope_layout == "pairs",
         "qk_norm": config.qk_norm, "slots": len(tables["x"]),
+        "seats": len(tables["numbers"]),
         "hidden_columns": tables["hidden"].shape[1] // 2,
         **{size: tables[name].shape[1] for size, name in columns.items()},
     }  # fmt: skip
@@ -137,6 +141,8 @@ def matrix_tables(
         **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
         **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
         **zeros(np.uint16, bfloats=(seats, width), hidden_bfloats=(slots, hidden)),
+        **zeros(np.uint8, wides=(width // SUPERBLOCK + 1, seats, WIDE_BYTES)),
+        **zeros(np.uint8, hidden_wides=(hidden // SUPERBLOCK + 1, slots, WIDE_BYTES)),
         **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows + LANES)),
         **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows + LANES)),
         **zeros(np.float32, hidden=(slots, 2 * (gate.padded_rows + LANES))),

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import instruction, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.vectors import F32, I8, I32, Vectors, vector
+from glassllama.engine.vectors import F32, I8, I16, I32, Vectors, vector
 
 BLOCK = 32
 PAGE = 64
@@ -24,6 +24,14 @@ SCALE, TOTAL = range(2)
 LESS_128, LESS_8, LESS_32_LOW, LESS_32_HIGH = range(4)
 SCALE_BYTES, START_BYTES = 8, 16  # of a block
 FACTORS = (SCALE_BYTES + START_BYTES) // 4
+
+# 256 numbers in two digits, with one scale s: each is s · (8 · X + Y). See amx_superblocks.py.
+SUPERBLOCK, DIGIT, WIDE_STEPS = 256, 8, 8 * STEPS
+WIDE_X, WIDE_Y = 0, 320  # bytes; X and Y of all rows are equally far apart, as a tile wants them
+WIDE_SUMS = 256  # Σ of each half block in two bfloat16 that add up to it
+WIDE_TOTALS = 576  # the same as int16
+WIDE_SCALE = 608
+WIDE_BYTES = 2 * (WIDE_Y - WIDE_X)
 
 LOG2_E = 1.4426950408889634
 LN2_UPPER = 0.693359375  # few bits: its product with a whole number is exact
@@ -66,14 +74,10 @@ def encode_block(context, x, codes, factors, starts):  # type: ignore[no-untyped
         words = vector(I32, BLOCK)
         magnitudes = b.and_(b.bitcast(x, words), v.same(words, 0x7FFFFFFF))
         largest = b.bitcast(v.reduce("umax", magnitudes), F32)
-        nothing, steps = ir.Constant(F32, 0.0), ir.Constant(F32, float(STEPS))
-        usable = b.fcmp_ordered(">", largest, nothing)
-        inverse = b.select(usable, b.fdiv(steps, largest), nothing)
+        scale, inverse = steps_of(v, largest, STEPS)
         q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
         v.store(b.trunc(q, vector(I8, BLOCK)), codes, 1)
-        scale = b.fdiv(largest, steps)
-        halves = [b.shuffle_vector(q, q, lanes(start, BLOCK // 2)) for start in (0, BLOCK // 2)]
-        low, high = (v.reduce("add", half) for half in halves)
+        low, high = sums_of_halves(v, q)
         total = b.add(low, high)
         v.store(scale, v.at(factors, 4 * SCALE), 4)
         v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, 4 * TOTAL), 4)
@@ -85,6 +89,59 @@ def encode_block(context, x, codes, factors, starts):  # type: ignore[no-untyped
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), emit
+
+
+def steps_of(v: Vectors, largest: Any, steps: int) -> tuple[Any, Any]:
+    """The scale of numbers up to `largest` in so many steps, and what makes steps of them."""
+    b, nothing, most = v.builder, ir.Constant(F32, 0.0), ir.Constant(F32, float(steps))
+    usable = b.fcmp_ordered(">", largest, nothing)
+    return b.fdiv(largest, most), b.select(usable, b.fdiv(most, largest), nothing)
+
+
+def sums_of_halves(v: Vectors, q: Any) -> tuple[Any, Any]:
+    """Of a block's whole numbers: the first sixteen, and the others."""
+    b, half = v.builder, BLOCK // 2
+    low, high = (b.shuffle_vector(q, q, lanes(start, half)) for start in (0, half))
+    return v.reduce("add", low), v.reduce("add", high)
+
+
+@instruction
+def encode_superblock(context, x, out):  # type: ignore[no-untyped-def]
+    """256 numbers in two digits, with their sums and scale."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, out = arguments
+        v, b, words = Vectors(builder), builder, vector(I32, BLOCK)
+        blocks = range(SUPERBLOCK // BLOCK)
+        numbers = [v.load(v.at(address, 4 * BLOCK * n), vector(F32, BLOCK), 4) for n in blocks]
+        sizes = [b.and_(b.bitcast(x, words), v.same(words, 0x7FFFFFFF)) for x in numbers]
+        size = sizes[0]
+        for other in sizes[1:]:
+            size = b.select(b.icmp_unsigned(">", size, other), size, other)
+        largest = b.bitcast(v.reduce("umax", size), F32)
+        scale, inverse = steps_of(v, largest, WIDE_STEPS)
+        v.store(scale, v.at(out, WIDE_SCALE), 4)
+        for n, x in enumerate(numbers):
+            q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
+            upper, lower = b.ashr(q, v.same(words, 3)), b.and_(q, v.same(words, DIGIT - 1))
+            v.store(b.trunc(upper, vector(I8, BLOCK)), v.at(out, WIDE_X + BLOCK * n), 1)
+            v.store(b.trunc(lower, vector(I8, BLOCK)), v.at(out, WIDE_Y + BLOCK * n), 1)
+            for k, total in enumerate(sums_of_halves(v, q)):
+                half = 2 * n + k
+                v.store(b.trunc(total, I16), v.at(out, WIDE_TOTALS + 2 * half), 2)
+                v.store(two_bfloats(b, total), v.at(out, WIDE_SUMS + 4 * half), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), emit
+
+
+def two_bfloats(b: Any, whole: Any) -> Any:
+    """A whole number of up to 16 bits as two bfloat16 in a word, whose sum it is."""
+    byte = ir.Constant(I32, 255)
+    lower = b.and_(whole, byte)
+    upper = b.sub(whole, lower)
+    first, second = (b.bitcast(b.sitofp(part, F32), I32) for part in (upper, lower))
+    return b.or_(b.lshr(first, ir.Constant(I32, 16)), second)
 
 
 @instruction

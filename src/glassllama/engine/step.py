@@ -20,7 +20,7 @@ from glassllama.engine.intrinsics import (
     integers64,
     words16,
 )
-from glassllama.engine.layout import BFLOAT16, INT8
+from glassllama.engine.layout import BFLOAT16, INT8, WIDE
 from glassllama.engine.room import (
     BLOCKS,
     FIELDS,
@@ -30,7 +30,7 @@ from glassllama.engine.room import (
     TOLD,
     VALUES,
 )
-from glassllama.engine.row_kernels import FACTORS
+from glassllama.engine.row_kernels import FACTORS, SUPERBLOCK, WIDE_BYTES, encode_superblock
 from glassllama.engine.rows import BLOCK, encode, normalise
 
 
@@ -56,20 +56,25 @@ class Inputs(NamedTuple):
     codes: int
     factors: int
     bfloats: int
+    wides: int
+    wide_next: int  # bytes from a superblock of a row to the next
     width: int
 
 
 @compiled
 def inputs_of(room: Any) -> Any:
     """Inputs of the matrices that read C or H·D numbers."""
-    return Inputs(room.numbers, room.codes, room.factors, room.bfloats, room.width)
+    return Inputs(
+        room.numbers, room.codes, room.factors, room.bfloats, room.wides, room.seats * WIDE_BYTES,
+        room.width,
+    )  # fmt: skip
 
 
 @compiled
 def inputs_of_down(room: Any) -> Any:
     return Inputs(
         room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_bfloats,
-        room.hidden_width,
+        room.hidden_wides, room.slots * WIDE_BYTES, room.hidden_width,
     )  # fmt: skip
 
 
@@ -104,9 +109,13 @@ def multiply(
     elif reads == BFLOAT16:
         address, stride = inputs.bfloats + slot * w * 2, w * 2
     factor_stride = w // BLOCK * FACTORS * 4
+    factors = inputs.factors + slot * factor_stride
+    if reads == WIDE:
+        address, stride = inputs.wides + slot * WIDE_BYTES, WIDE_BYTES
+        factors, factor_stride = address, inputs.wide_next
     arguments = (
         field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
-        address, stride, inputs.factors + slot * factor_stride, factor_stride,
+        address, stride, factors, factor_stride,
         tokens, out, width * 4, groups[0], groups[1],
     )  # fmt: skip
     call_kernel(field(room, matrix, KERNEL), arguments)
@@ -114,7 +123,10 @@ def multiply(
 
 @compiled
 def convert(reads: int, inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
-    """Columns first … last-1 of a row, whole blocks, in the forms that matrices read."""
+    """Columns first … last-1 of a row, whole blocks, in the forms that matrices read.
+
+    Whole superblocks, where one of these forms is WIDE.
+    """
     if reads & INT8:
         codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
         blocks = inputs.width // BLOCK
@@ -124,6 +136,10 @@ def convert(reads: int, inputs: Any, slot: int, numbers: Any, first: int, last: 
         bfloats = words16(inputs.bfloats + slot * inputs.width * 2, inputs.width)
         for i in range(first, last):
             bfloats[i] = bfloat_from_float(numbers[i])
+    if reads & WIDE:
+        for n in range(first // SUPERBLOCK, last // SUPERBLOCK):
+            out = inputs.wides + n * inputs.wide_next + slot * WIDE_BYTES
+            encode_superblock(numbers.ctypes.data + n * SUPERBLOCK * 4, out)
 
 
 @compiled

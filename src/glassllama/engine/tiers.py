@@ -1,6 +1,6 @@
 """Which kernels this processor runs: machine code and addresses, made when a model needs them.
 
-    amx      the next, and matrix registers for sixteen tokens and more
+    amx      the next, and matrix registers for many tokens
     vnni     AVX-512 with VNNI          neon   ARMv8.2's dot product
     avxvnni  the same on 32 bytes       plain  loops that LLVM vectorises, on any processor
     avx2     without dot products
@@ -20,16 +20,23 @@ import numba
 from numba import cfunc
 
 from glassllama.base.errors import GlassError
-from glassllama.engine import amx_floats, amx_kernels, integer_kernels, kernels, matrix_registers
+from glassllama.engine import (
+    amx_floats,
+    amx_kernels,
+    amx_superblocks,
+    integer_kernels,
+    kernels,
+    matrix_registers,
+)
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.float_kernels import FLOAT_KERNELS
 from glassllama.engine.intrinsics import types
-from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, Kind
+from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, WIDE, Kind
 
 SIGNATURE = types.void(*[types.int64] * 12)  # see kernels.py
 VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
-AMX = frozenset({"amx-tile", "amx-int8"})
-BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx, where the processor has amx-bf16
+AMX = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
+BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx
 TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "amx": VNNI | AMX,
     "vnni": VNNI,
@@ -65,9 +72,11 @@ def tier() -> str:
 
 def choose(kind: Kind, columns: int) -> tuple[str, int]:
     """Which kernel multiplies a packed matrix, and what its inputs must be."""
-    bfloats = kind.name == "BF16" and columns % amx_floats.STEP == 0
-    if bfloats and tier() == "amx" and "amx-bf16" in features():
-        return BFLOAT_TILES, BFLOAT16
+    if tier() == "amx":
+        if kind.name == "BF16" and columns % amx_floats.STEP == 0:
+            return BFLOAT_TILES, BFLOAT16
+        if kind.name in amx_superblocks.BASE:
+            return kind.name, WIDE
     return kind.name, INT8 if kind.integer_inputs else FLOAT32
 
 
@@ -79,7 +88,10 @@ def kernel(kind: str, tier: str) -> Callable[..., None]:
         return kernels.PLAIN[kind]
     if kind in FLOAT_KERNELS:
         return FLOAT_KERNELS[kind]
-    return amx_kernels.kernel(kind) if tier == "amx" else integer_kernels.kernel(tier, kind)
+    if tier == "amx":
+        whole = kind in amx_superblocks.BASE
+        return amx_superblocks.kernel(kind) if whole else amx_kernels.kernel(kind)
+    return integer_kernels.kernel(tier, kind)
 
 
 @cache
