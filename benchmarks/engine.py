@@ -9,6 +9,7 @@ Prints a table; machine, threads and what one thread can do at best (engine/peak
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -19,12 +20,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from glassllama.engine import amx_superblocks
 from glassllama.engine.crew import processors
 from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, own_memory, packed_bytes
 from glassllama.engine.packing import FLOAT_TYPES
 from glassllama.engine.peaks import peaks, read_bandwidth
-from glassllama.engine.row_kernels import FACTORS
+from glassllama.engine.row_kernels import FACTORS, WIDE_BYTES
 from glassllama.engine.tiers import TIERS, features, kernel_address
 
 ROUNDS = 7
@@ -61,15 +63,23 @@ def random_matrix(kind: str, rows: int, columns: int) -> Matrix:
     return matrix
 
 
+def aligned(kind: Any, *shape: int) -> Any:
+    """A table that begins at a cache line, as the engine's do."""
+    return own_memory(math.prod(shape) * np.dtype(kind).itemsize).view(kind).reshape(shape)
+
+
 def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
     columns = matrix.columns
-    x = np.ones((tokens, columns), np.int8 if matrix.kind.integer_inputs else np.float32)
-    factors = np.ones((tokens, columns // 32, FACTORS), np.float32)
-    out = np.zeros((tokens, matrix.padded_rows), np.float32)
+    if tier == "amx" and matrix.kind.name in amx_superblocks.BASE:
+        x = factors = aligned(np.uint8, columns // 256 + 1, tokens, WIDE_BYTES)
+    else:
+        x = aligned(np.int8 if matrix.kind.integer_inputs else np.float32, tokens, columns)
+        factors = aligned(np.float32, tokens, columns // 32, FACTORS)
+    out = aligned(np.float32, tokens, matrix.padded_rows)
     address = kernel_address(matrix.kind.name, tier)
     arguments = (
         matrix.values.ctypes.data, matrix.scales.ctypes.data, matrix.kind.blocks(columns),
-        x.ctypes.data, x.strides[0], factors.ctypes.data, factors.strides[0], tokens,
+        x.ctypes.data, x.strides[-2], factors.ctypes.data, factors.strides[0], tokens,
         out.ctypes.data, out.strides[0], 0, matrix.groups,
     )  # fmt: skip
     return seconds(lambda: call(address, arguments))
@@ -79,11 +89,11 @@ def kernels() -> None:
     able = [tier for tier, needed in TIERS.items() if needed <= features()]
     print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in able))
     for kind in KINDS:
-        large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 576)
+        large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 768)
         cells = []
         for tier in able:
             stream = large.nbytes / kernel_seconds(tier, large, 1) / 1e9
-            rate = 2 * 3072 * 576 * 96 / kernel_seconds(tier, small, 96) / 1e9
+            rate = 2 * 3072 * 768 * 96 / kernel_seconds(tier, small, 96) / 1e9
             cells.append(f"{stream:8.1f} GB/s {rate:5.0f} GOP/s")
         print(f"{kind:8}" + "".join(f"{cell:>24}" for cell in cells))
 

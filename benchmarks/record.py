@@ -5,9 +5,10 @@
     python benchmarks/record.py --measure --again 1b-Q4_0       measure this line anew
 
 One line, one file in benchmarks/results/record/: what is there is not measured again, so a run that
-was stopped goes on where it was. Models of random weights are written into FOLDER one at a time
-(benchmarks/synthetic.py) and deleted again, unless they were there before. Everything takes about
-25 minutes on two idle cores, 10 GB of disk and 16 GB of memory, and needs the bench extra.
+was stopped goes on where it was. Models that come in no package are written into FOLDER one at a
+time (benchmarks/synthetic.py, widened.py) and deleted again, unless they were there before.
+Everything takes about 25 minutes on two idle cores, 10 GB of disk and 16 GB of memory, and needs
+the bench extra.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from record_page import DEFAULT, HERE, LINES, PAGE, Line, page
+from record_page import DEFAULT, HERE, LINES, PAGE, WIDENED, Line, page
 
 from glassllama.weights import kept
 
@@ -60,9 +61,11 @@ def model_file(model: str, models: Path) -> Iterator[str]:
         yield model if model == DEFAULT else str(path)
         return
     before = set(kept.folder().glob("*.packed"))
-    script = [sys.executable, str(HERE / "synthetic.py"), str(models)]
+    random = ["synthetic.py", "--shape", shape]
+    script, *options = ["widened.py"] if shape == WIDENED else random
+    words = [str(HERE / script), str(models), *options, "--type", kind]
     try:
-        subprocess.run([*script, "--shape", shape, "--type", kind], check=True)
+        subprocess.run([sys.executable, *words], check=True)
         yield str(path)
     finally:
         path.unlink(missing_ok=True)

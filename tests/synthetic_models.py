@@ -1,4 +1,5 @@
-"""benchmarks/synthetic.py as a module: random models of any shape and type, written in no time."""
+"""Scripts of benchmarks/ that write models, as modules: of random weights, of any shape and type,
+in no time (synthetic.py); and of another model's with zeros around them (widened.py)."""
 
 from __future__ import annotations
 
@@ -7,13 +8,23 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
 
 def synthetic_module() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "synthetic.py"
-    spec = importlib.util.spec_from_file_location("synthetic", path)
+    return module("synthetic")
+
+
+def widened_module() -> ModuleType:
+    synthetic_module()  # which it imports
+    return module("widened")
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["synthetic"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
-from synthetic_models import synthetic_module
+from synthetic_models import synthetic_module, widened_module
 
 CONFIG = LlamaConfig(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
@@ -52,6 +53,34 @@ def test_a_whole_model_from_file_to_logits(
     assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
     off = logits(engine) - reference
     assert np.sqrt(np.mean(off**2)) <= 0.05 * reference.std()
+
+
+@pytest.mark.parametrize("values", ["Q6_K", "Q8_0"])
+def test_k_quants_are_the_same_to_the_bit_in_any_pieces(
+    values: str, synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, in pieces, in a batch, on one thread; with one matrix of a layer in another format,
+    so that its inputs are wanted in two forms."""
+
+    def mixed(name: str, wanted: str, config: LlamaConfig) -> str:
+        return (
+            values if name.endswith(("attention.wv.weight", "feed_forward.up.weight")) else "Q4_K"
+        )
+
+    monkeypatch.setattr(synthetic, "type_of", mixed)
+    checkpoint = open_weights(synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_K", pool=POOL))
+    engine = pack(checkpoint)
+    whole = logits(engine)
+    assert (logits(pack(checkpoint, threads=1)) == whole).all()
+    for pieces in ([1] * 40, [3, 5, 2, 4, 9, 17], [33, 7]):
+        cache, parts, past = engine.new_cache(1, 40), [], 0
+        for count in pieces:
+            parts.append(engine.all_logits(IDS[past : past + count], cache))
+            past += count
+        assert (np.concatenate(parts) == whole).all()
+    rows = [IDS, IDS[:1], IDS[:18], IDS[:6]]
+    together = engine.next_logits(rows, engine.new_cache(len(rows), 40))
+    assert (together == whole[[len(ids) - 1 for ids in rows]]).all()
 
 
 def test_q4_k_m_mixes_as_llama_cpp_does(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -106,6 +135,18 @@ def call_it(path: Path, kind: gguf.GGMLQuantizationType) -> None:
     data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
     path.write_bytes(data[:at] + int(kind).to_bytes(4, "little") + data[at + 4 :])
+
+
+def test_zeros_around_a_model_change_no_logits(tmp_path: Path, synthetic: ModuleType) -> None:
+    """benchmarks/widened.py, with which fidelity on K-quants is measured."""
+    widened = widened_module()
+    narrow = replace(CONFIG, dim=160, n_heads=5, n_kv_heads=5, ffn_dim=288)
+    source = open_weights(synthetic.write(tmp_path / "narrow.gguf", narrow, "F32", pool=POOL))
+    wide = open_weights(widened.write(tmp_path / "wide.gguf", source, words=False))
+    sizes = wide.config.dim, wide.config.n_heads * wide.config.head_dim, wide.config.ffn_dim
+    assert sizes == (256, 256, 512)
+    before, after = (logits(pack(checkpoint, exact=True)) for checkpoint in (source, wide))
+    assert np.abs(before - after).max() <= 1e-4
 
 
 def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) -> None:

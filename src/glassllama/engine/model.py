@@ -55,14 +55,7 @@ PHASES = 9
 LOGITS_PHASES = 2
 
 FEW_GROUPS = 4  # no smaller piece of a matrix is worth a trip to the board
-MANY_GROUPS = 8  # of many tokens, whose inputs come from afar for every piece
-MANY = 16
-
-
-@inlined
-def piece(tokens: int) -> int:
-    """Groups of a matrix that a thread takes at a time."""
-    return MANY_GROUPS if tokens >= MANY else FEW_GROUPS
+MORE_GROUPS = 8  # where many tokens' inputs, in two digits, come from afar for every piece
 
 
 @compiled
@@ -73,7 +66,7 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
     wv = wk + field(room, m + WK, GROUPS)
     groups = wv + field(room, m + WV, GROUPS)
     starts = (0, wk, wv, groups)
-    first, last = take(me, phase, groups, piece(step.tokens))
+    first, last = take(me, phase, groups, FEW_GROUPS)
     mine = 0
     while first < last:
         for n in range(3):
@@ -84,7 +77,7 @@ def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) ->
                 width = room.qkv_width
                 multiply(room, m + n, inputs_of(room), slot, step.tokens, some, out, width)
         mine += last - first
-        first, last = take(me, phase, groups, piece(step.tokens))
+        first, last = take(me, phase, groups, FEW_GROUPS)
     complete(me, phase, groups, mine)
 
 
@@ -93,8 +86,10 @@ def add_product(
     me: Any, phase: int, room: Any, matrix: int, inputs: Any, slot: int, step: Any
 ) -> None:
     """x += matrix · inputs, at all tokens."""
-    groups, width = field(room, matrix, GROUPS), room.added_width
-    first, last = take(me, phase, groups, piece(step.tokens))
+    groups, width, few = field(room, matrix, GROUPS), room.added_width, FEW_GROUPS
+    if step.tokens > 1 and field(room, matrix, READS) == WIDE:
+        few = MORE_GROUPS
+    first, last = take(me, phase, groups, few)
     mine = 0
     while first < last:
         multiply(room, matrix, inputs, slot, step.tokens, (first, last), room.added, width)
@@ -103,7 +98,7 @@ def add_product(
             x = floats(room.x + t * room.dim * 4 + start, count)
             add(x, floats(room.added + t * width * 4 + start, count))
         mine += last - first
-        first, last = take(me, phase, groups, piece(step.tokens))
+        first, last = take(me, phase, groups, few)
     complete(me, phase, groups, mine)
 
 
@@ -128,7 +123,7 @@ def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -
     groups, beside = field(room, m + GATE, GROUPS), BLOCK // LANES
     if field(room, m + DOWN, READS) & WIDE:
         beside = SUPERBLOCK // LANES
-    items, few = (groups + beside - 1) // beside, max(1, piece(step.tokens) // beside)
+    items, few = (groups + beside - 1) // beside, max(1, FEW_GROUPS // beside)
     first, last = take(me, phase, items, few)
     mine = 0
     while first < last:
@@ -172,12 +167,12 @@ def output(me: Any, room: Any, step: Any) -> None:
     reads, groups = field(room, m, READS), field(room, m, GROUPS)
     slot = prepare_norms(me, phase, room, 2 * layers, reads, room.wanted, step.wanted)
     inputs, width = inputs_of(room), groups * LANES
-    first, last = take(me, phase + 1, groups, piece(step.wanted))
+    first, last = take(me, phase + 1, groups, FEW_GROUPS)
     mine = 0
     while first < last:
         multiply(room, m, inputs, slot, step.wanted, (first, last), step.logits, width)
         mine += last - first
-        first, last = take(me, phase + 1, groups, piece(step.wanted))
+        first, last = take(me, phase + 1, groups, FEW_GROUPS)
     complete(me, phase + 1, groups, mine)
 
 

@@ -1,0 +1,99 @@
+"""The default model with zeros around it, so that K-quants fit: as fine to measure with as any.
+
+    python benchmarks/widened.py FOLDER [--type Q4_K_M]      (needs the bench extra)
+
+K-quants want rows of a multiple of 256, and SmolLM2 135M is 576 wide; no small model with such rows
+and a free licence comes in a package. So its matrices get rows and columns of zeros, 768 wide, 12
+heads, and its norms are scaled so that what they make is what it was. llama.cpp quantises the file.
+Writes FOLDER/widened-TYPE.gguf and prints its path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from synthetic import SUPERBLOCK, add_words, describe, rope_divisors, smollm_words
+
+from glassllama import hub
+from glassllama.base.config import LlamaConfig
+from glassllama.weights.names import expected_shapes, foreign_names
+from glassllama.weights.open import Checkpoint, open_weights
+
+TYPES = ("Q4_K_M", "Q6_K")
+
+
+def wider(config: LlamaConfig) -> LlamaConfig:
+    """The next shape all of whose rows are a multiple of 256 numbers."""
+    group = config.group_size * config.head_dim
+    step = SUPERBLOCK // math.gcd(SUPERBLOCK, group)  # kv heads whose queries fill superblocks
+    kv_heads = -(-config.n_kv_heads // step) * step
+    dim, ffn_dim = (-(-size // SUPERBLOCK) * SUPERBLOCK for size in (config.dim, config.ffn_dim))
+    return replace(
+        config, dim=dim, ffn_dim=ffn_dim, n_kv_heads=kv_heads,
+        n_heads=kv_heads * config.group_size, norm_eps=config.norm_eps * config.dim / dim,
+    )  # fmt: skip
+
+
+def write(path: Path, checkpoint: Checkpoint, *, words: bool = True) -> Path:
+    """The checkpoint in float32 with zeros around its matrices: the same logits.
+
+    A mean over more numbers, the others 0, is smaller: by the ratio of the widths. So is eps, and
+    the norm's weights make up for the rest.
+    """
+    config = wider(checkpoint.config)
+    shrunk = np.float32(math.sqrt(checkpoint.config.dim / config.dim))
+    writer = gguf.GGUFWriter(str(path), "llama")
+    describe(writer, config)
+    if words:
+        add_words(writer, smollm_words())
+        writer.add_chat_template(str(checkpoint.chat_template))
+    theirs = foreign_names("gguf", config.n_layers)
+    divisors = rope_divisors(config)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
+    for name, shape in expected_shapes(config).items():
+        numbers = checkpoint.float32(name)
+        wide = np.zeros(shape, np.float32)
+        wide[tuple(slice(size) for size in numbers.shape)] = numbers
+        writer.add_tensor(theirs[name], wide * shrunk if wide.ndim == 1 else wide)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def quantise(source: Path, target: Path, kind: str) -> Path:
+    """By llama.cpp, as its users' files are."""
+    import llama_cpp  # only here: the rest runs, and is tested, without it
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    paths = (str(path).encode() for path in (source, target))
+    if llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)) != 0:
+        raise RuntimeError(f"llama.cpp could not write {target}")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--type", choices=TYPES, default="Q4_K_M")
+    flags = parser.parse_args()
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    whole = flags.folder / "widened-F32.gguf"
+    try:
+        write(whole, open_weights(hub.resolve("smollm2-135m")))
+        print(quantise(whole, flags.folder / f"widened-{flags.type}.gguf", flags.type))
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
