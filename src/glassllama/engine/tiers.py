@@ -48,6 +48,7 @@ TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
 KEPT: list[object] = []  # compiled kernels live as long as the process
 
 
+@cache
 def features() -> frozenset[str]:
     """What this process may use, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
     settings: Any = numba.config
