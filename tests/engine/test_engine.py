@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glassllama.base.errors import GenerationError, GlassError
-from glassllama.engine.executor import CHUNK, Engine
+from glassllama.engine.executor import CHUNKS, Engine
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
@@ -23,8 +23,8 @@ WIDE = {
     **META_SHAPE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 40, "intermediate_size": 160, "vocab_size": 203,
 }  # fmt: skip
-IDS = [int(i) for i in np.random.default_rng(5).integers(0, 131, 150)]  # two chunks, three pages
-assert len(IDS) > CHUNK
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, 131, 290)]  # two chunks, five pages
+assert len(IDS) > CHUNKS[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_qk_norm(tiny: Checkpoint) -> None:
     assert np.abs(ours - logits(pack(tiny, exact=True), IDS)).max() > 0.1
 
 
-@pytest.mark.parametrize("pieces", [[150], [1] * 150, [7, 64, 1, 65, 13], [129, 21]])
+@pytest.mark.parametrize("pieces", [[290], [1] * 290, [7, 64, 1, 65, 153], [257, 33]])
 def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[int]) -> None:
-    cache, parts, past = engine.new_cache(1, 150), [], 0
+    cache, parts, past = engine.new_cache(1, 290), [], 0
     for count in pieces:
         parts.append(engine.all_logits(IDS[past : past + count], cache))
         past += count
@@ -99,13 +99,13 @@ def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[i
 
 
 def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> None:
-    rows = [IDS[:3], IDS[:150], [], IDS[40:41], IDS[9:99]]
-    cache = engine.new_cache(len(rows), 200)
+    rows = [IDS[:3], IDS, [], IDS[40:41], IDS[9:99]]
+    cache = engine.new_cache(len(rows), 300)
     first = engine.next_logits(rows, cache)
-    assert cache.lengths == [3, 150, 0, 1, 90]
+    assert cache.lengths == [3, 290, 0, 1, 90]
     second = engine.next_logits([[1], [], [2, 3], [4], [5]], cache)
     for row, (new, more) in enumerate(zip(rows, [[1], [], [2, 3], [4], [5]], strict=True)):
-        alone = engine.new_cache(1, 200)
+        alone = engine.new_cache(1, 300)
         if new:
             assert (engine.next_logits([new], alone)[0] == first[row]).all()
         if more:
@@ -125,7 +125,7 @@ def test_callers_at_once_do_not_disturb_each_other(engine: Engine) -> None:
 
 
 def test_truncate_forgets(engine: Engine) -> None:
-    cache = engine.new_cache(1, 200)
+    cache = engine.new_cache(1, 300)
     engine.next_logits([IDS], cache)
     cache.truncate(0, 70)
     assert cache.lengths == [70]

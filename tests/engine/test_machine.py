@@ -67,7 +67,7 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C arrives in the main thread as soon as a native call returns."""
-    cache = engine.new_cache(1, 300)
+    cache = engine.new_cache(1, 500)
     first = engine.next_logits([[1, 2, 3]], cache)
     run, calls = engine._run, 0
 
@@ -80,7 +80,7 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
 
     monkeypatch.setattr(engine, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine.next_logits([list(range(100)) * 2], cache)
+        engine.next_logits([list(range(100)) * 4], cache)
     monkeypatch.undo()
     assert cache.lengths == [3]
     cache.truncate(0, 0)

@@ -34,8 +34,11 @@ from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
 from glassllama.engine.tiers import tier
 
-CHUNK = 128  # tokens of one step: enough to use a weight often while it is in the nearest cache
+# Tokens of one step, enough to use a weight often while it is in a near cache: the first, unless a
+# single layer would take them too long for Ctrl-C.
+CHUNKS = (256, 128)
 NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
+LAYER_SECONDS = 0.07  # the most for one layer, which cannot be divided
 FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
@@ -69,8 +72,6 @@ class Token(NamedTuple):
 class Engine:
     """A Llama on this machine's processors. Several callers at once wait for each other."""
 
-    prefill_chunk = CHUNK
-
     same_in_pieces = True  # logits are equal to the bit, however a row's ids are cut into calls
 
     def __init__(
@@ -102,7 +103,7 @@ class Engine:
         self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
         self._room = Room(
             config, weights.matrices, weights.embeddings, weights.norms,
-            slots=CHUNK, threads=self.threads,
+            slots=CHUNKS[0], threads=self.threads,
         )  # fmt: skip
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
         self._start()
@@ -180,6 +181,11 @@ class Engine:
             logits = every
         return logits[:, : self.config.vocab_size]
 
+    @property
+    def prefill_chunk(self) -> int:
+        """How many tokens of a prompt are best fed at a time."""
+        return CHUNKS[0 if self._layer_seconds * CHUNKS[0] <= LAYER_SECONDS else 1]
+
     def _feed(
         self,
         tokens: list[Token],
@@ -190,11 +196,13 @@ class Engine:
         """Feed tokens; those whose numbers are `wanted`, in order, fill the rows of `logits`."""
         for row, length in {token.row: token.position + 1 for token in tokens}.items():
             cache.reserve(row, length)
-        for first in range(0, len(tokens), CHUNK):
-            some = [n - first for n in wanted if first <= n < first + CHUNK]
+        first = 0
+        while first < len(tokens):
+            last = first + self.prefill_chunk
+            some = [n - first for n in wanted if first <= n < last]
             with self._turn:
-                self._step(tokens[first : first + CHUNK], some, cache, logits)
-            logits = logits[len(some) :]
+                self._step(tokens[first:last], some, cache, logits)
+            logits, first = logits[len(some) :], last
         for token in tokens:
             cache.remember(token.row, token.id)
 

@@ -214,16 +214,17 @@ class Generation(Iterator[Step]):
         prompts = [row.prompt if row.live else [] for row in self._rows]
         total, done = sum(map(len, prompts)), 0
         last = [np.empty(0, dtype=np.float32)] * len(prompts)
-        size = getattr(self._executor, "prefill_chunk", PREFILL_CHUNK)
         if self._progress is not None:
             self._progress(0, total)
-        for start in range(0, max(map(len, prompts)), size):
+        start, longest = 0, max(map(len, prompts))
+        while start < longest:
+            size = getattr(self._executor, "prefill_chunk", PREFILL_CHUNK)
             chunks = [prompt[start : start + size] for prompt in prompts]
             logits = self._executor.next_logits(chunks, cache)  # (B, V)
             for row, chunk in enumerate(chunks):
                 if chunk:
                     last[row] = logits[row].copy()  # the executor may use its array again
-            done += sum(map(len, chunks))
+            start, done = start + size, done + sum(map(len, chunks))
             if self._progress is not None:
                 self._progress(done, total)
         return last
