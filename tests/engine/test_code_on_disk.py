@@ -14,7 +14,7 @@ import pytest
 
 from glassllama.base import sealed
 from glassllama.base.machine import cache_home
-from glassllama.engine.compiled import code_folder
+from glassllama.engine.compiled import NO_ROOM, code_folder
 from glassllama.engine.tiers import TIERS, features
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -79,6 +79,30 @@ def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: P
 def flipped(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+
+
+FULL = """
+import resource
+from glassllama.engine.compiled import code_folder, entry, notes
+from glassllama.tokenizers.compiled import entry as of_tokenizers
+assert code_folder() is not None
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # as a full disk: no file can grow
+print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on files: not on this system")
+def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "full.py"
+    script.write_text(FULL)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "GLASSLLAMA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["3", "4", NO_ROOM]
 
 
 def test_seals(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glassllama.base.errors import GlassError
 from glassllama.base.machine import cache_home
@@ -30,6 +32,21 @@ def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
     except (OSError, GlassError):  # GlassError: no home folder at all
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+def going_on(function: Any, told: Callable[[], None]) -> Any:
+    """A function of Numba's that is kept on disk, if it can be: where it cannot, because the disk
+    is full, say, `told` is called, and the function stays in memory."""
+    keep = function._cache.save_overload
+
+    def keep_if_possible(*overload: Any) -> None:
+        try:
+            keep(*overload)
+        except OSError:
+            told()
+
+    function._cache.save_overload = keep_if_possible
+    return function
 
 
 def sweep(parent: Path) -> None:

@@ -17,7 +17,7 @@ from numba import njit
 from numba.extending import intrinsic
 
 from glassllama.base import sealed
-from glassllama.base.code_cache import folder_for
+from glassllama.base.code_cache import folder_for, going_on
 from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +31,7 @@ LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
 notes: list[str] = []
 hold_while_compiling()
+NO_ROOM = "the cache folder cannot take compiled code (disk full?): compiled in memory"
 DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 
@@ -54,6 +55,11 @@ def seal() -> None:
         sealed.seal(folder)
 
 
+def cannot_keep() -> None:
+    if NO_ROOM not in notes:
+        notes.append(NO_ROOM)
+
+
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:
     """Run a Numba decorator so that what it makes is cached in our folder and nowhere else.
 
@@ -65,7 +71,7 @@ def keep_in_cache(build: Callable[[bool], Any]) -> Any:
     settings: Any = numba.config
     before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
     try:
-        return build(True)
+        return going_on(build(True), cannot_keep)
     finally:
         settings.CACHE_DIR = before
 

@@ -18,7 +18,7 @@ import numba
 from numba.extending import intrinsic
 
 from glassllama.base import sealed
-from glassllama.base.code_cache import folder_for
+from glassllama.base.code_cache import folder_for, going_on
 from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,7 +51,8 @@ def native(function: F, **more: bool) -> F:
     before = settings.CACHE_DIR
     try:
         settings.CACHE_DIR = before if folder is None else str(folder)
-        return cast(F, numba.njit(cache=folder is not None, **options)(function))
+        made = numba.njit(cache=folder is not None, **options)(function)
+        return cast(F, made if folder is None else going_on(made, lambda: None))
     finally:
         settings.CACHE_DIR = before
 
