@@ -26,15 +26,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from record_page import DEFAULT, HERE, LINES, PAGE, WIDENED, Line, page
+from record_page import BESIDE_IK, DEFAULT, HERE, LINES, PAGE, PROGRAM, WIDENED, Line, page
 
 from glassllama.weights import kept
 
 
-def measure(line: Line, models: Path) -> None:
+def measure(line: Line, models: Path, program_of_fork: str) -> None:
     """Run a line's command in a process of its own and keep what it found."""
     with model_file(line.model, models) as model:
         words = shlex.split(line.command.replace("MODEL", shlex.quote(model)))
+        words = [program_of_fork if word == PROGRAM else word for word in words]
         program = [sys.executable, "-m"] if words[0] == "glassllama" else [sys.executable]
         rest = words if words[0] == "glassllama" else words[1:]
         with tempfile.TemporaryDirectory() as folder:
@@ -86,15 +87,17 @@ def warm_up() -> None:
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure_missing(models: Path, again: set[str]) -> None:
+def measure_missing(models: Path, again: set[str], program_of_fork: str = "") -> None:
     warm_up()
     for line in LINES:
         if line.result.exists() and line.name not in again:
             continue
+        if line.command == BESIDE_IK and not program_of_fork:
+            continue
         started = time.perf_counter()
         print(f"\n=== {line.name}: {line.command.replace('MODEL', line.model)}", flush=True)
         print(f"load average before: {os.getloadavg()[0]:.2f}", flush=True)
-        measure(line, models)
+        measure(line, models, program_of_fork)
         print(f"=== {line.name}: {time.perf_counter() - started:.0f} s", flush=True)
         PAGE.write_text(page())
 
@@ -103,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--again", action="append", default=[], metavar="LINE")
+    parser.add_argument("--llama-bench", default="", help="of ik_llama.cpp, to measure beside it")
     parser.add_argument("--models", type=Path, help="where files of random weights are, or may be")
     flags = parser.parse_args()
     unknown = set(flags.again) - {line.name for line in LINES}
@@ -111,7 +115,7 @@ def main() -> None:
     if flags.measure:
         with tempfile.TemporaryDirectory() as folder:
             models = flags.models or Path(folder)
-            measure_missing(models.absolute(), set(flags.again))
+            measure_missing(models.absolute(), set(flags.again), flags.llama_bench)
     PAGE.write_text(page())
 
 

@@ -13,6 +13,12 @@ DEFAULT, WIDENED = "smollm2-135m", "widened"
 BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
 MORE = "--prompt 512 --batch 1,8"
 LONG = "--prompt 512 --context 4096 --runs 2 --new 32 --vs llama.cpp"
+# ik_llama.cpp is in no package: its `llama-bench` must have been built (record.py --llama-bench).
+PROGRAM = "llama-bench"
+BESIDE_IK = (
+    f"python benchmarks/llama_bench.py {PROGRAM} MODEL --flags='-rtr 1' "
+    "--name 'ik_llama.cpp 8337e4c'"
+)
 LARGE = "--prompt 512 --batch 1,8 --runs 2 --new 16 --vs llama.cpp"
 
 
@@ -31,9 +37,13 @@ class Line:
         return RESULTS / f"{self.name}.json"
 
 
-def bench(model: str, options: str, *, more: str = "") -> Line:
+def titled(model: str) -> str:
     shape, _, kind = model.partition("-")
-    title = "The default model, Q4_1" if model == DEFAULT else f"{shape.upper()} shape, {kind}"
+    return "The default model, Q4_1" if model == DEFAULT else f"{shape.upper()} shape, {kind}"
+
+
+def bench(model: str, options: str, *, more: str = "") -> Line:
+    title = titled(model)
     name, title = (f"{model}-{more}", f"{title}, {more}") if more else (model, title)
     return Line(name, model, f"glassllama bench MODEL {options}", title)
 
@@ -52,6 +62,15 @@ LINES = (
         for name, model, title in (
             ("fidelity", DEFAULT, "Fidelity"),
             ("fidelity-Q4_K_M", f"{WIDENED}-Q4_K_M", "Fidelity of K-quants"),
+        )
+    ),
+    *(
+        Line(f"ik-{model}", model, BESIDE_IK, titled(model))
+        for model in (
+            DEFAULT,
+            *(f"135m-{kind}" for kind in ("Q4_0", "Q8_0", "BF16")),
+            *(f"1b-{kind}" for kind in ("Q4_0", "Q8_0", "Q4_K_M", "BF16")),
+            *(f"8b-{kind}" for kind in ("Q4_0", "Q4_K_M")),
         )
     ),
 )
@@ -129,8 +148,7 @@ first that is named, on data in the nearest cache. Files named by a shape hold r
 that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
 
 A decode's target is met by its ratio **or** by its share of the bound, because memory that is
-shared with other machines drifts. ik_llama.cpp, the fastest engine known, was not at hand: targets
-against it are not judged here.
+shared with other machines drifts. ik_llama.cpp, the fastest fork known, has a table of its own.
 """
 WIDENED_MODEL = (
     "The default model with zeros around its matrices, for K-quants need rows of a multiple of 256 "
@@ -149,10 +167,13 @@ def page() -> str:
     parts = [HEAD, MISSING.format(", ".join(missing)) if missing else ""]
     parts += [machine_part(there, kept)] if there else []
     benches = [line for line in there if "rows" in kept[line.name]["result"]]
-    benches = [line for line in benches if line.name != "neighbour"]
+    beside = [line for line in benches if line.command == BESIDE_IK]
+    benches = [line for line in benches if line.name != "neighbour" and line not in beside]
     parts += [bench_part(line, kept[line.name]["result"]) for line in benches]
     if "neighbour" in kept:
         parts.append(neighbour_part(kept["neighbour"]["result"]))
+    if beside:
+        parts.append(beside_part({line: kept[line.name]["result"] for line in beside}))
     measured = [line for line in there if line.name.startswith("fidelity")]
     parts += [fidelity_part(line, kept[line.name]["result"]) for line in measured]
     return "".join(parts)
@@ -238,6 +259,39 @@ def bench_cells(line: Line, r: dict[str, Any], row: dict[str, Any]) -> list[str]
         what, f"{row['tok_s']:,.1f}", used, shown, *(f"{rate:,.1f}" for rate in row["peers"]),
         "" if ratio is None else f"{ratio:.2f}", *said,
     ]  # fmt: skip
+
+
+def beside_part(results: dict[Line, dict[str, Any]]) -> str:
+    """All files beside the fork: one table."""
+    peers = sorted({result["peer"] for result in results.values()})
+    ways = list(next(iter(results.values()))["rows"][0]["peers"])
+    rows = []
+    for line, result in results.items():
+        for row in result["rows"]:
+            least = beside_target(line, row["what"])
+            rows.append([
+                line.title, f"{row['what']} {row['tokens']}", f"{row['tok_s']:,.1f}",
+                *(f"{row['peers'][way]:,.1f}" for way in ways), f"{row['ratio']:.2f}",
+                f"{least:g}×", "met" if row["ratio"] >= least else "**not met**",
+            ])  # fmt: skip
+    titles = ["", "", "tok/s>", *(f"`llama-bench {way}`>" for way in ways)]
+    return (
+        f"\n## Beside {', '.join(peers)}\n\nThe fastest fork of llama.cpp that is known, built for "
+        "this processor; its own `llama-bench` and we in turns, on the same files with as many "
+        "threads. A ratio is to the better of its two ways; a decode may also meet its target by "
+        "its share of the bound, above.\n\n" + table([*titles, "ratio>", "target", ""], rows)
+    )
+
+
+def beside_target(line: Line, what: str) -> float:
+    """At least so many times as fast as the fork."""
+    shape, _, kind = line.model.partition("-")
+    small = line.model == DEFAULT or shape == "135m"
+    if what == "prefill":
+        return 1.2 if kind == "BF16" else 1.7 if small else 1.3
+    if small:
+        return {"Q4_0": 1.5, "Q8_0": 1.6, "BF16": 1.6}.get(kind, 2.0)
+    return 1.4
 
 
 def neighbour_part(r: dict[str, Any]) -> str:
