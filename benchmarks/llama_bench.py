@@ -22,7 +22,15 @@ from typing import Any
 from glassllama import load
 from glassllama.base.machine import usable_cores
 from glassllama.cli.machine_facts import machine, versions
-from glassllama.cli.measure import Cell, Ours, prepare, random_ids, seconds_of
+from glassllama.cli.measure import (
+    Cell,
+    Needs,
+    Ours,
+    bandwidth,
+    prepare,
+    random_ids,
+    seconds_of,
+)
 
 PROMPT, NEW = 512, 64
 CELLS = (Cell("prefill", PROMPT), Cell("decode", NEW))
@@ -53,10 +61,11 @@ def ours(contestant: Ours, words: int, run: int) -> Speeds:
 def compare(name: str, program: str, model: str, flags: list[str], runs: int) -> dict[str, Any]:
     """Medians over the runs, in each of which everybody has a turn."""
     around, llm = machine(), load(model)
-    contestant, words = Ours(llm), llm.executor.config.vocab_size
+    contestant, needs, threads = Ours(llm), Needs.of(llm), usable_cores()
+    before = bandwidth(needs.bytes, threads)
     found: dict[str, list[Speeds]] = {name: [] for name in ("glassllama", *flags)}
     for run in range(runs):
-        found["glassllama"].append(ours(contestant, words, run))
+        found["glassllama"].append(ours(contestant, needs.words, run))
         for each in flags:
             found[each].append(theirs(program, llm.path, each))
     medians = {
@@ -69,16 +78,20 @@ def compare(name: str, program: str, model: str, flags: list[str], runs: int) ->
         "machine": around,
         "versions": versions(),
         "runs": runs,
-        "rows": list(rows(medians, flags)),
+        "bandwidth": max(before, bandwidth(needs.bytes, threads)),
+        "rows": list(rows(medians, flags, needs)),
     }
 
 
-def rows(medians: dict[str, list[float]], flags: list[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    medians: dict[str, list[float]], flags: list[str], needs: Needs
+) -> Iterator[dict[str, Any]]:
     for n, cell in enumerate(CELLS):
         peers = {each: medians[each][n] for each in flags}
         speed = medians["glassllama"][n]
         yield {"what": cell.what, "tokens": cell.tokens, "tok_s": speed, "peers": peers,
-               "ratio": speed / max(peers.values())}  # fmt: skip
+               "ratio": speed / max(peers.values()),
+               "bytes_s": needs.row(cell, speed, []).bytes_s}  # fmt: skip
 
 
 def main() -> None:
