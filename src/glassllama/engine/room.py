@@ -130,6 +130,7 @@ def matrix_tables(
 
     Rows are a little longer than they must be. A kernel writes a few columns of many rows; where
     those are whole pages apart, they meet in the same few places of the nearest cache.
+    Of superblocks there is one more than there must be: tiles read on beyond the last row.
     """
     wq, wk, wv, wo, gate, _up, _down = matrices[:7]
     seats = slots + threads  # of inputs: each thread has one of its own
