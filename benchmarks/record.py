@@ -7,8 +7,8 @@
 One line, one file in benchmarks/results/record/: what is there is not measured again, so a run that
 was stopped goes on where it was. Models that come in no package are written into FOLDER one at a
 time (benchmarks/synthetic.py, widened.py) and deleted again, unless they were there before.
-Everything takes about 25 minutes on two idle cores, 10 GB of disk and 16 GB of memory, and needs
-the bench extra.
+Everything takes about 25 minutes on two idle cores, beside a fork (--llama-bench) 16 more; 10 GB of
+disk and 16 GB of memory. It needs the bench extra.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def warm_up() -> None:
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure_missing(models: Path, again: set[str], program_of_fork: str = "") -> None:
+def measure_missing(models: Path, again: set[str], program_of_fork: str) -> None:
     warm_up()
     for line in LINES:
         if line.result.exists() and line.name not in again:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,18 +9,12 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from synthetic_models import BENCHMARKS, module
 
 
 @pytest.fixture(scope="module")
 def record() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("record_page", BENCHMARKS / "record_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record_page"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return module("record_page")
 
 
 def test_the_record_is_not_stale(record: ModuleType) -> None:
@@ -68,3 +61,39 @@ def test_targets_are_for_the_rows_that_they_name(record: ModuleType) -> None:
     assert ratio("8b-Q4_0", what="prefill", tokens=512) == 2.0
     assert ratio("1b-BF16", what="prefill", tokens=512) == 1.2
     assert ratio("1b-BF16") is None
+
+
+def test_targets_beside_the_fork(record: ModuleType) -> None:
+    lines = {line.name: line for line in record.LINES}
+
+    def least(name: str, what: str) -> float | None:
+        found = record.beside_target(lines[f"ik-{name}"], what)
+        return None if found is None else found.ratio
+
+    assert least("smollm2-135m", "decode") == 2.0
+    assert least("135m-Q4_0", "decode") == 1.5
+    assert least("8b-Q4_K_M", "decode") == 1.4
+    assert least("1b-Q8_0", "decode") is None
+    assert [least(f"{shape}-BF16", "prefill") for shape in ("135m", "1b")] == [1.2, 1.2]
+    assert [least(name, "prefill") for name in ("smollm2-135m", "8b-Q4_0")] == [1.7, 1.3]
+
+
+STAND_IN = """#!{python}
+import json, sys
+asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("a note of theirs")
+print(json.dumps([
+    {{"n_prompt": int(asked["-p"]), "n_gen": 0, "avg_ts": 200.0 + int(asked.get("-rtr", 0))}},
+    {{"n_prompt": 0, "n_gen": int(asked["-n"]), "avg_ts": 20.0}},
+]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script that is a program: not here")
+def test_what_llama_bench_prints_is_understood(tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    theirs = module("llama_bench").theirs
+    assert theirs(str(program), tmp_path / "x.gguf", "") == (200.0, 20.0)
+    assert theirs(str(program), tmp_path / "x.gguf", "-rtr 1") == (201.0, 20.0)

@@ -19,8 +19,8 @@ from typing import Any
 
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
-from glassllama.engine.vectors import AHEAD, I8, LINE, SOON, Vectors, number
+from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_at, tile_call
+from glassllama.engine.vectors import AHEAD, LINE, SOON, Vectors, number
 
 TOKENS, STEP = 16, 32  # of a tile; inputs of one product
 STEP_BYTES = 1024  # of a group's weights
@@ -32,11 +32,6 @@ def soon(v: Vectors, n: Any, steps: Any, group_bytes: Any) -> Any:
     inside = v.builder.icmp_signed("<", v.builder.add(n, number(SOON // STEP_BYTES)), steps)
     others = v.builder.mul(group_bytes, number(MANY - 1))
     return v.builder.add(number(SOON), v.builder.select(inside, number(0), others))
-
-
-def tile_at(v: Vectors, name: str, tile: int, address: Any, stride: Any) -> None:
-    """Load or store a tile, whose rows are so far apart."""
-    tile_call(v.builder, name, tile, v.builder.inttoptr(address, I8.as_pointer()), stride)
 
 
 @instruction_for_constants
@@ -52,12 +47,12 @@ def products(  # type: ignore[no-untyped-def]
 
         def inputs(n: Any, t: int) -> None:
             own = builder.add(x, builder.mul(x_stride, builder.mul(rows, number(t))))
-            tile_at(v, "tileloadd64", 4 + t, v.step(own, n, 2 * STEP), x_stride)
+            tile_at(builder, "tileloadd64", 4 + t, v.step(own, n, 2 * STEP), x_stride)
 
         def weights(n: Any, g: int, ahead: Any) -> None:
             w = v.step(builder.add(values, builder.mul(group_bytes, number(g))), n, STEP_BYTES)
             v.prefetch(builder.add(w, ahead), STEP_BYTES)
-            tile_at(v, "tileloadd64", 6 + g % 2, w, number(LINE))
+            tile_at(builder, "tileloadd64", 6 + g % 2, w)
 
         def one(n: Any, nothing: list[Any]) -> list[Any]:
             for g in both:
@@ -82,7 +77,7 @@ def products(  # type: ignore[no-untyped-def]
         for t in token_tiles:
             for g in both:
                 out = builder.add(y, builder.mul(y_stride, builder.mul(rows, number(t))))
-                tile_at(v, "tilestored64", 2 * t + g, v.at(out, g * LINE), y_stride)
+                tile_at(builder, "tilestored64", 2 * t + g, v.at(out, g * LINE), y_stride)
         return context.get_dummy_value()
 
     return types.void(tiles, groups, *[types.int64] * 7), emit

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from glassllama.engine.compiled import inlined, instruction, instruction_for_constants
+from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.float_kernels import clear
 from glassllama.engine.integer_kernels import (
     FORMATS,
@@ -37,8 +37,14 @@ from glassllama.engine.integer_kernels import (
     factors_at,
     sweep,
 )
-from glassllama.engine.intrinsics import cgutils, types
-from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
+from glassllama.engine.intrinsics import types
+from glassllama.engine.matrix_registers import (
+    begin_tiles,
+    end_tiles,
+    scratch,
+    tile_at,
+    tile_call,
+)
 from glassllama.engine.row_kernels import SCALE_BYTES
 from glassllama.engine.vectors import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
 
@@ -55,17 +61,6 @@ SUMS, INPUTS, WEIGHTS = range(3)
 BYTES = vector(I8, 64)
 SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
 SCRATCH_LINES = (SUMS_AT + FEW * SUM_BYTES) // LINE
-
-
-@instruction
-def scratch(context: Any) -> Any:
-    """Room for bytes, scales and sums on the caller's own stack: () -> its address."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = cgutils.alloca_once(builder, BYTES, size=SCRATCH_LINES)
-        return builder.ptrtoint(place, context.get_value_type(types.int64))
-
-    return types.int64(), emit
 
 
 @instruction_for_constants
@@ -98,12 +93,11 @@ def unpack(context, kind, values, scales, first, count, out):  # type: ignore[no
 
 def multiply_block(v: Vectors, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
     """Products of one block: sums of sixteen tokens and outputs at `out`, int32."""
-    b, byte, line = v.builder, I8.as_pointer(), number(LINE)
-    tile_call(b, "tilezero", SUMS)
-    tile_call(b, "tileloadd64", INPUTS, b.inttoptr(inputs, byte), stride)
-    tile_call(b, "tileloadd64", WEIGHTS, b.inttoptr(weights, byte), line)
-    tile_call(b, "tdpbssd", SUMS, INPUTS, WEIGHTS)
-    tile_call(b, "tilestored64", SUMS, b.inttoptr(out, byte), line)
+    tile_call(v.builder, "tilezero", SUMS)
+    tile_at(v.builder, "tileloadd64", INPUTS, inputs, stride)
+    tile_at(v.builder, "tileloadd64", WEIGHTS, weights)
+    tile_call(v.builder, "tdpbssd", SUMS, INPUTS, WEIGHTS)
+    tile_at(v.builder, "tilestored64", SUMS, out)
 
 
 def add_block(
@@ -160,7 +154,7 @@ def sweep_sixteens(
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """All whole sixteens of tokens, for some groups; a few blocks at a time, which stay near."""
-    near = scratch()
+    near = scratch(SCRATCH_LINES)
     begin_tiles("integers", TOKENS)
     for group in range(first, last):
         for t in range(tokens):

@@ -36,8 +36,14 @@ from glassllama.engine.integer_kernels import (
     quads_of_nibbles,
     quads_of_six_bits,
 )
-from glassllama.engine.intrinsics import cgutils, types
-from glassllama.engine.matrix_registers import begin_tiles, end_tiles, tile_call
+from glassllama.engine.intrinsics import types
+from glassllama.engine.matrix_registers import (
+    begin_tiles,
+    end_tiles,
+    scratch,
+    tile_at,
+    tile_call,
+)
 from glassllama.engine.row_kernels import DIGIT, SUPERBLOCK, WIDE_BYTES, WIDE_SUMS, WIDE_X, WIDE_Y
 from glassllama.engine.superblock_kernels import (
     BLOCKS,
@@ -53,7 +59,7 @@ from glassllama.engine.superblock_kernels import (
     sweep_few,
     twice,
 )
-from glassllama.engine.vectors import I8, LINE, Vectors, number, vector
+from glassllama.engine.vectors import LINE, Vectors, number
 
 TOKENS, TILE = 16, 8  # at a time; of a tile
 BASE = {"Q4_K": 8, "Q6_K": 128}
@@ -68,17 +74,6 @@ SUMS, INPUTS, WEIGHTS = 4, 4, 7  # tiles
 MINIMA_SUMS = SUMS * TILE_BYTES
 HALF = TILE * LINE  # of those
 SCRATCH_LINES = (SUMS_AT + MINIMA_SUMS + TILE_BYTES + HALF) // LINE
-
-
-@instruction
-def scratch(context: Any) -> Any:
-    """Room on the caller's own stack: () -> its address."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = cgutils.alloca_once(builder, vector(I8, LINE), size=SCRATCH_LINES)
-        return builder.ptrtoint(place, context.get_value_type(types.int64))
-
-    return types.int64(), emit
 
 
 # --- one superblock of a group, unpacked ----------------------------------------------------------
@@ -151,11 +146,6 @@ def unpack(context, kind, values, scales, out):  # type: ignore[no-untyped-def]
 
 
 # --- products of tiles, and what becomes of them --------------------------------------------------
-
-
-def tile_at(b: Any, name: str, tile: int, address: Any, stride: int = LINE) -> None:
-    """Load or store a tile, whose rows are so far apart."""
-    tile_call(b, name, tile, b.inttoptr(address, I8.as_pointer()), number(stride))
 
 
 @instruction
@@ -363,7 +353,7 @@ def sweep_tiles(
     kind: str, value_bytes: int, scale_bytes: int, w: Any, first: int, last: int
 ) -> None:
     """More than a few tokens times all groups: chunk by chunk of the inputs, two by two groups."""
-    near, supers = scratch(), w.blocks // BLOCKS
+    near, supers = scratch(SCRATCH_LINES), w.blocks // BLOCKS
     begin_tiles("floats", TOKENS)
     for group in range(first, last):
         for t in range(w.tokens):

@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import instruction, instruction_for_constants
 from glassllama.engine.intrinsics import cgutils, types
-from glassllama.engine.vectors import I8, I32, vector
+from glassllama.engine.vectors import I8, I32, LINE, number, vector
 
 ROWS_OFFSET = 48  # of the rows of tile 0 in a configuration
 # Rows and bytes of a row of each tile; 0: as many rows as there are tokens.
@@ -49,6 +49,24 @@ def tile_call(builder: Any, name: str, *arguments: Any) -> None:
     values = [ir.Constant(I8, a) if isinstance(a, int) else a for a in arguments]
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), values)
+
+
+def tile_at(builder: Any, name: str, tile: int, address: Any, stride: Any = LINE) -> None:
+    """Load or store a tile, whose rows are so many bytes apart."""
+    apart = number(stride) if isinstance(stride, int) else stride
+    tile_call(builder, name, tile, builder.inttoptr(address, I8.as_pointer()), apart)
+
+
+@instruction_for_constants
+def scratch(context, lines):  # type: ignore[no-untyped-def]
+    """So many cache lines, a constant, of the caller's own stack -> their address."""
+    count = lines.literal_value
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = cgutils.alloca_once(builder, vector(I8, LINE), size=count)
+        return builder.ptrtoint(place, context.get_value_type(types.int64))
+
+    return types.int64(lines), emit
 
 
 @instruction_for_constants
