@@ -26,7 +26,7 @@ FLOORS = {
 NO_TORCH = {"base", "formats", "tokenizers", "engine", "generation", "hub", "cli", "server"}
 TORCH_IN_WEIGHTS = {"load.py", "stream.py", "save.py"}
 FORBIDDEN = re.compile(r"utils?|helpers?|common|misc|manager|handler", re.IGNORECASE)
-LONGEST_FUNCTION, LONGEST_FILE, WIDEST, MODEL_IFS = 40, 300, 100, 20
+LONGEST_FUNCTION, LONGEST_FILE, WIDEST, MODEL_IFS = 60, 500, 100, 20
 
 
 def part_of(path: Path) -> str:
