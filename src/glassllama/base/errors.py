@@ -5,6 +5,10 @@ the file or field, what came, what was expected, and what to do. The command lin
 and exits with 1; anything else that escapes is a bug of ours.
 """
 
+import reprlib
+
+QUOTED_CHARACTERS = 80
+
 
 class GlassError(Exception):
     """A fault with a one-line explanation; the command line exits with 1."""
@@ -43,3 +47,25 @@ class MissingExtraError(GlassError):
 
     def __init__(self, purpose: str, extra: str) -> None:
         super().__init__(f"{purpose} needs an extra: pip install 'glassllama[{extra}]'")
+
+
+class _ShortRepr(reprlib.Repr):
+    """repr that stays short whatever the value: long text, lists and numbers are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = QUOTED_CHARACTERS
+
+    def repr_int(self, value: int, _level: int) -> str:
+        if -(2**128) < value < 2**128:
+            return repr(value)
+        return f"<a whole number of {value.bit_length()} bits>"  # Python limits its digits
+
+
+_short = _ShortRepr()
+
+
+def quoted(value: object) -> str:
+    """A foreign value for an error message: one line, escaped, at most 80 characters."""
+    text = _short.repr(value)
+    return text if len(text) <= QUOTED_CHARACTERS else text[: QUOTED_CHARACTERS - 1] + "…"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from glassllama.base.errors import FormatError
+from glassllama.base.errors import FormatError, quoted
 
 ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -27,14 +26,6 @@ ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
 
 MOST_DIMS = 32  # what every numpy can hold
 BYTES_LIMIT = 2**63  # sizes are signed 64-bit numbers in every program that reads these files
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-
-
-def quoted(value: object) -> str:
-    """A value from a file for an error message: one line, escaped, never long."""
-    return _short.repr(value)
 
 
 def checked_shape(shape: object, itemsize: int, where: str) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError
+from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.elements import ELEMENT_TYPES, quoted
+from glassllama.formats.elements import ELEMENT_TYPES
 from glassllama.formats.gguf_header import read_header
 from glassllama.formats.gguf_values import Cursor, Value, whole_number
 from glassllama.formats.mapped import MappedFile, as_plain_array

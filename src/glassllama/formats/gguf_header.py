@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glassllama.base.errors import quoted
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.elements import checked_shape, quoted
+from glassllama.formats.elements import checked_shape
 from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value, whole_number
 
 MAGIC = b"GGUF"

@@ -13,8 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError
-from glassllama.formats.elements import quoted
+from glassllama.base.errors import FormatError, quoted
 
 NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from glassllama.base.errors import FormatError
-from glassllama.formats.elements import quoted
+from glassllama.base.errors import FormatError, quoted
 
 STOP = ord(".")
 MOST_STEPS = 4_000_000  # 80,000 tensors; a step makes one object at most: this bounds memory

@@ -19,9 +19,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError
+from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import Progress, TensorInfo
-from glassllama.formats.elements import ELEMENT_TYPES, checked_shape, quoted
+from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
 from glassllama.formats.mapped import MappedFile, as_plain_array
 from glassllama.formats.pickle_machine import PickleMachine
 from glassllama.formats.stored_zip import Entry, read_directory

@@ -17,9 +17,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError
+from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import TensorInfo
-from glassllama.formats.elements import ELEMENT_TYPES, checked_shape, quoted
+from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
 from glassllama.formats.mapped import MappedFile, as_plain_array
 from glassllama.formats.strict_json import parse_object
 

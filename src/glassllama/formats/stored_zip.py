@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glassllama.base.errors import FormatError
-from glassllama.formats.elements import quoted
+from glassllama.base.errors import FormatError, quoted
 from glassllama.formats.mapped import MappedFile
 
 END = struct.Struct("<4s4H2IH")  # signature, disk ×2, entries ×2, directory size, offset, comment

@@ -6,8 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from glassllama.base.errors import FormatError
-from glassllama.formats.elements import quoted
+from glassllama.base.errors import FormatError, quoted
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glassllama.formats.elements import quoted
+from glassllama.base.errors import quoted
 from glassllama.formats.pickle_machine import Call
 
 

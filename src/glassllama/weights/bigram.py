@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glassllama.weights.configs import BIGRAM, Fields, Resolved, unused_keys
+from glassllama.base.fields import Fields
+from glassllama.weights.configs import BIGRAM, Resolved, unused_keys
 from glassllama.weights.rows import Rearranged, Row
 
 if TYPE_CHECKING:

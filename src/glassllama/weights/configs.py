@@ -18,7 +18,8 @@ from glassllama.base.config import (
     LlamaConfig,
     RopeScaling,
 )
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.fields import REQUIRED, Fields
 from glassllama.base.interfaces import TensorFile
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def architecture(values: Mapping[str, Any]) -> str:
     named = values.get("architectures") or supported
     if not isinstance(named, list | tuple) or named[0] not in supported:
         raise ConfigError(
-            f"config.json: architectures is {short(named)}, supported are {', '.join(supported)}"
+            f"config.json: architectures is {quoted(named)}, supported are {', '.join(supported)}"
         )
     return str(named[0])
 
@@ -93,7 +94,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
         n_layers=get.whole("num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=get.whole("num_key_value_heads", n_heads),
-        head_dim=get.whole("head_dim", _divided(dim, n_heads)),
+        head_dim=get.whole("head_dim", _divided(dim, n_heads) or REQUIRED),
         ffn_dim=get.whole("intermediate_size"),
         vocab_size=get.whole("vocab_size"),
         max_seq_len=get.whole("max_position_embeddings", 2048),  # as transformers assumes
@@ -157,7 +158,7 @@ def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> No
     for key, neutral in must_be.items():
         if key in values and values[key] != neutral:
             raise ConfigError(
-                f"config.json: {key} is {short(values[key])}, only {neutral!r} is supported"
+                f"config.json: {key} is {quoted(values[key])}, only {neutral!r} is supported"
             )
 
 
@@ -208,7 +209,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
     if values.get("llama.expert_count"):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
     dim, n_heads = get.whole("llama.embedding_length"), get.whole("llama.attention.head_count")
-    head_dim = get.whole("llama.attention.key_length", _divided(dim, n_heads))
+    head_dim = get.whole("llama.attention.key_length", _divided(dim, n_heads) or REQUIRED)
     turned = get.whole("llama.rope.dimension_count", head_dim)
     if turned != head_dim or get.whole("llama.attention.value_length", head_dim) != head_dim:
         raise ConfigError(f"GGUF: heads of {head_dim} with {turned} turned are not supported")
@@ -221,7 +222,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         n_kv_heads=get.whole("llama.attention.head_count_kv", n_heads),
         head_dim=head_dim,
         ffn_dim=get.whole("llama.feed_forward_length"),
-        vocab_size=get.whole("llama.vocab_size", embedded),
+        vocab_size=get.whole("llama.vocab_size", embedded or REQUIRED),
         max_seq_len=get.whole("llama.context_length"),
         norm_eps=get.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=get.number("llama.rope.freq_base", OLD_THETA),
@@ -310,40 +311,5 @@ def meta_ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return -(-width // multiple_of) * multiple_of
 
 
-# --- fields ---------------------------------------------------------------------------------
-
-
-class Fields:
-    """Typed access to foreign keys: an error names the place, the key and what came."""
-
-    def __init__(self, place: str, values: Mapping[str, Any]) -> None:
-        self.place, self.values = place, values
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
-            raise ConfigError(f"{self.place}: {key} must be a positive whole number, got {value!r}")
-        return int(value)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not numeric or not np.isfinite(value):
-            raise ConfigError(f"{self.place}: {key} must be a number, got {value!r}")
-        return float(value)
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"{self.place}: {key} is missing")
-        return value
-
-
 def _divided(dim: int, n_heads: int) -> int | None:
     return dim // n_heads if dim % n_heads == 0 else None
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

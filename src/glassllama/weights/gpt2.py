@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from glassllama.base.errors import ConfigError
-from glassllama.weights.configs import GPT2, Fields, Resolved, require_neutral, unused_keys
+from glassllama.base.fields import Fields
+from glassllama.weights.configs import GPT2, Resolved, require_neutral, unused_keys
 from glassllama.weights.rows import Rearranged, Row
 
 if TYPE_CHECKING:

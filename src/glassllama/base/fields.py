@@ -1,0 +1,141 @@
+"""Typed access to values of foreign files: JSON, TOML, GGUF metadata, saved states.
+
+Every reader of foreign values goes through `Fields`. A value of another type, sign, size or
+finiteness is an error that names the file, the key, what came and what was expected. Nothing is
+converted silently: a boolean is not a number, and text is not a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from glassllama.base.errors import ConfigError, GlassError, quoted
+
+REQUIRED: Any = object()  # a key without a default
+LARGEST_WHOLE = 2**31 - 1  # sizes and ids: what 32-bit indexes of compiled code can hold
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
+
+T = TypeVar("T")
+
+
+class Fields:
+    """The values of one foreign object. `place` names the file and the object in errors.
+
+    Every method takes a key and a default. A missing key, or one whose value is null, gives the
+    default as it is; without a default it is an error. Errors are of the class `error`.
+    """
+
+    def __init__(
+        self, place: str, values: Mapping[str, Any], error: type[GlassError] = ConfigError
+    ) -> None:
+        if not isinstance(values, Mapping):
+            raise error(f"{place}: expected an object, got {quoted(values)}")
+        self.place, self.values, self.error = place, values, error
+
+    def whole(
+        self, key: str, default: T = REQUIRED, *, least: int = 1, most: int = LARGEST_WHOLE
+    ) -> int | T:
+        """A whole number from `least` to `most`, inclusive."""
+        value = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        if not is_whole(value) or not least <= value <= most:
+            self.refuse(key, f"a whole number from {least} to {most}")
+        return int(value)
+
+    def number(
+        self, key: str, default: T = REQUIRED, *, least: float = -math.inf, most: float = math.inf
+    ) -> float | T:
+        """A number from `least` to `most` that is finite in float32."""
+        value = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        if not is_number(value):
+            self.refuse(key, "a finite number")
+        if not least <= value <= most:
+            limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+            self.refuse(key, f"a number {limits}")
+        return float(value)
+
+    def boolean(self, key: str, default: T = REQUIRED) -> bool | T:
+        """true or false; numbers and text are refused."""
+        value = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        if not isinstance(value, bool | np.bool_):
+            self.refuse(key, "true or false")
+        return bool(value)
+
+    def text(self, key: str, default: T = REQUIRED) -> str | T:
+        value = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        if not isinstance(value, str):
+            self.refuse(key, "text")
+        return str(value)
+
+    def items(self, key: str, default: T = REQUIRED, *, of: str = "any") -> Sequence[Any] | T:
+        """A list. `of`: "any", "whole" (0 … LARGEST_WHOLE), "number" (finite) or "text" items.
+
+        A one-dimensional NumPy array, as GGUF metadata has them, is returned as it is.
+        """
+        value: Any = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        if isinstance(value, np.ndarray):
+            if value.ndim != 1 or not _array_holds(value, of):
+                self.refuse(key, f"a list of {of} items")
+        elif not isinstance(value, list | tuple) or not all(map(ITEM_CHECKS[of], value)):
+            self.refuse(key, f"a list of {of} items" if of != "any" else "a list")
+        found: Sequence[Any] = value
+        return found
+
+    def object(self, key: str, default: T = REQUIRED) -> Fields | T:
+        """An object inside this one, as Fields."""
+        value = self.values.get(key)
+        if value is None:
+            return self._default(key, default)
+        return Fields(f"{self.place}: {key}", value, self.error)
+
+    def refuse(self, key: str, expected: str) -> None:
+        """Raise the error: this key's value is not what was expected."""
+        raise self.error(f"{self.place}: {key} must be {expected}, got {quoted(self.values[key])}")
+
+    def _default(self, key: str, default: T) -> T:
+        if default is REQUIRED:
+            raise self.error(f"{self.place}: {key} is missing")
+        return default
+
+
+def is_whole(value: object) -> bool:
+    """Whether a foreign value is a whole number; booleans are not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a foreign value is a number that is finite in float32; booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-LARGEST_NUMBER <= value <= LARGEST_NUMBER)  # False for NaN, too
+
+
+def _array_holds(array: Any, of: str) -> bool:
+    if of == "any":
+        return True
+    if of == "whole":
+        return array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array <= LARGEST_WHOLE)))
+    if of == "number":
+        return array.dtype.kind in "iuf" and bool(np.all(np.abs(array) <= LARGEST_NUMBER))
+    return False
+
+
+ITEM_CHECKS = {
+    "any": lambda item: True,
+    "whole": lambda item: is_whole(item) and 0 <= item <= LARGEST_WHOLE,
+    "number": is_number,
+    "text": lambda item: isinstance(item, str),
+}
