@@ -36,6 +36,10 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories: dict[str, Repository] = {}
         self.wheels: dict[str, bytes] = {}
+        self.page = ""  # instead of a page of links to them all
+        self.password: str | None = None  # what the index wants as Authorization
+        self.moved_to = ""  # another URL of the same files, to which the index redirects
+        self.authorizations: list[str | None] = []
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.break_after: dict[str, list[int]] = {}  # file -> bytes sent before each hang-up
         self.stall = threading.Event()  # set: large files stop half-way and wait
@@ -71,14 +75,26 @@ class Answer(BaseHTTPRequestHandler):
             self.listing("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
         elif len(parts) > 4 and parts[2] == "resolve":
             self.file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
-        elif parts[0] == "simple":
-            links = "".join(f'<a href="/wheels/{w}">{w}</a>' for w in self.server.wheels)
-            page = f"<!DOCTYPE html><html><body>{links}</body></html>"
-            self.reply(200, page.encode(), {"Content-Type": "text/html"})
-        elif parts[0] == "wheels":
-            self.reply(200, self.server.wheels[parts[1]], name=parts[1])
+        elif parts[0] in ("simple", "wheels", "http:"):
+            self.index(parts[2:] if parts[0] == "http:" else parts)  # http: as a proxy is asked
         else:
             self.reply(404, b"{}")
+
+    def index(self, parts: list[str]) -> None:
+        """A page of the package index, or one of its files."""
+        parts = parts if parts[0] in ("simple", "wheels") else parts[1:]
+        authorization, server = self.headers.get("Authorization"), self.server
+        server.authorizations.append(authorization)
+        if server.moved_to and (self.headers.get("Host") or "") not in server.moved_to:
+            self.reply(302, b"", {"Location": server.moved_to + self.path})
+        elif server.password not in (None, authorization):
+            self.reply(401, b"")
+        elif parts[0] == "wheels":
+            self.reply(200, server.wheels[parts[1]], name=parts[1])
+        else:
+            links = "".join(f'<a href="/wheels/{w}">{w}</a>' for w in server.wheels)
+            page = server.page or f"<!DOCTYPE html><html><body>{links}</body></html>"
+            self.reply(200, page.encode(), {"Content-Type": "text/html"})
 
     def repository(self, name: str, revision: str) -> Repository | None:
         """The repository, or None after the refusal has been sent."""

@@ -27,6 +27,7 @@ JSON_PAGE = "application/vnd.pypi.simple.v1+json"
 ACCEPT = f"{JSON_PAGE}, application/vnd.pypi.simple.v1+html;q=0.1, text/html;q=0.01"
 LARGEST_PAGE = 32_000_000  # bytes; PyPI's largest have a few million
 NOT_FOUND = 404
+Links = list[tuple[str, str | None]]  # and their sha256, where it is given
 SHA256 = re.compile(r"\bsha256=([0-9a-fA-F]{64})")
 
 
@@ -97,11 +98,12 @@ def links_to(name: str, place: str, web: Web) -> Iterator[tuple[str, str | None]
         page = answer.read(LARGEST_PAGE + 1)
         if len(page) > LARGEST_PAGE:
             raise ValueError(f"a page of more than {LARGEST_PAGE:,} bytes")
-        found = (json_links if answer.headers.get_content_type() == JSON_PAGE else html_links)(page)
+        read = json_links if answer.headers.get_content_type() == JSON_PAGE else html_links
+        base, found = read(page)
         for link, sha256 in found:
             if name not in unquote(link):  # whatever the others are
                 continue
-            url = urljoin(answer.url, link)
+            url = urljoin(urljoin(answer.url, base), link)
             local = urlsplit(url).scheme not in ("http", "https")
             if file_name(url) == name and not (local and not place.startswith("file:")):
                 yield url, sha256
@@ -111,24 +113,21 @@ def file_name(url: str) -> str:
     return unquote(urlsplit(url).path).rsplit("/", 1)[-1]
 
 
-def json_links(page: bytes) -> list[tuple[str, str | None]]:
+def json_links(page: bytes) -> tuple[str, Links]:
     """Raises ValueError: not a page of PEP 691."""
     try:
         files: list[Any] = json.loads(page)["files"]
-        return [(str(file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
+        return "", [(str(file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"not a list of files: {quoted(page)}") from None
 
 
-def html_links(page: bytes) -> list[tuple[str, str | None]]:
+def html_links(page: bytes) -> tuple[str, Links]:
+    """What the page's links are relative to, if it says so, and the links."""
     anchors = Anchors()
     anchors.feed(page.decode("utf-8", errors="replace"))
-    found = []
-    for link in anchors.links:
-        sha256 = SHA256.search(link.partition("#")[2])
-        link = urljoin(anchors.base, link) if anchors.base else link
-        found.append((link, sha256[1].lower() if sha256 else None))
-    return found
+    found = [(link, SHA256.search(link.partition("#")[2])) for link in anchors.links]
+    return anchors.base, [(link, sha256[1].lower() if sha256 else None) for link, sha256 in found]
 
 
 class Anchors(HTMLParser):

