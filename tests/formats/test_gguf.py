@@ -358,7 +358,7 @@ def test_split_keys_of_another_type(tmp_path: Path) -> None:
     (tmp_path / "s.gguf").write_bytes(
         hand.gguf([hand.pair("split.count", hand.STRING, hand.text("3"))])
     )
-    with pytest.raises(FormatError, match=r"split.count must be a whole number, got '3'"):
+    with pytest.raises(FormatError, match=r"split.count must be a whole number .*, got '3'"):
         open_gguf(tmp_path / "s.gguf")
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.fields import LARGEST_NUMBER, LARGEST_WHOLE, is_number
 
 RopeLayout = Literal["pairs", "halves"]
 Floats = NDArray[np.float64]
@@ -50,7 +51,7 @@ class LinearScaling:
 
     def __post_init__(self) -> None:
         if self.factor <= 0:
-            raise ConfigError(f"rope_scaling: factor must be positive, got {self.factor}")
+            raise ConfigError(f"rope_scaling: factor must be positive, got {quoted(self.factor)}")
 
     def divisors(self, frequencies: Floats) -> Floats:
         return np.full_like(frequencies, self.factor)
@@ -60,17 +61,13 @@ class LinearScaling:
 class GivenDivisors:
     """Divisors written out one by one: GGUF carries Llama 3.1's scaling as `rope_freqs.weight`."""
 
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # as many as there are frequencies
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(v) and v > 0 for v in self.values):
             raise ConfigError("rope_scaling: divisors must be finite and positive")
 
     def divisors(self, frequencies: Floats) -> Floats:
-        if len(self.values) != len(frequencies):
-            raise ConfigError(
-                f"rope_scaling: {len(self.values)} divisors for {len(frequencies)} frequencies"
-            )
         return np.array(self.values)
 
 
@@ -104,10 +101,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
-        for field in (*sizes, "max_seq_len"):
-            value = getattr(self, field)
-            if type(value) is not int or value <= 0:
-                raise ConfigError(f"{field} must be a positive whole number, got {value!r}")
+        require_sizes(self, *sizes, "max_seq_len")
+        require_positive(self, "norm_eps", "rope_theta")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and "
@@ -115,13 +110,11 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even to be rotated, got {self.head_dim}")
-        for field in ("norm_eps", "rope_theta"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{field} must be positive and finite, got {value!r}")
         if self.rope_layout not in ("pairs", "halves"):
-            raise ConfigError(f"rope_layout must be pairs or halves, got {self.rope_layout!r}")
-        rope_frequencies(self)
+            raise ConfigError(
+                f"rope_layout must be pairs or halves, got {quoted(self.rope_layout)}"
+            )
+        require_finite_angles(self)
 
     @property
     def group_size(self) -> int:
@@ -134,6 +127,57 @@ def kv_bytes(config: LlamaConfig, number: int, scale: int = 0) -> int:
     return 2 * config.n_layers * config.n_kv_heads * (config.head_dim * number + scale)
 
 
+def require_sizes(config: object, *fields: str) -> None:
+    """Raise ConfigError unless each of these fields is a positive whole number of 31 bits."""
+    for field in fields:
+        value = getattr(config, field)
+        if type(value) is not int or not 0 < value <= LARGEST_WHOLE:
+            raise ConfigError(
+                f"{field} must be a positive whole number, at most {LARGEST_WHOLE}, got "
+                f"{quoted(value)}"
+            )
+
+
+def require_positive(config: object, *fields: str) -> None:
+    """Raise ConfigError unless each of these fields is a positive number, finite in float32."""
+    for field in fields:
+        value = getattr(config, field)
+        if not (is_number(value) and value > 0):
+            raise ConfigError(f"{field} must be positive and finite, got {quoted(value)}")
+
+
+def require_finite_angles(config: LlamaConfig) -> None:
+    """Raise ConfigError where an angle at the end of the context would not be finite in float32.
+
+    Nothing is allocated by head_dim, which no file has confirmed yet: where a rule gives the
+    divisors, the fastest and the slowest rotation bound all others.
+    """
+    count, scaling = config.head_dim // 2, config.rope_scaling
+    if isinstance(scaling, GivenDivisors):
+        if len(scaling.values) != count:
+            raise ConfigError(
+                f"rope_scaling: {len(scaling.values)} divisors for {count} frequencies"
+            )
+        pairs = np.arange(count)
+    else:
+        pairs = np.array([0, count - 1])
+    with np.errstate(all="ignore"):
+        fastest = float(np.max(scaled_frequencies(config, pairs)))
+    if not fastest * config.max_seq_len <= LARGEST_NUMBER:
+        raise ConfigError(
+            f"rope_theta {config.rope_theta:g} and rope_scaling turn by {fastest:g} radians a "
+            f"token, too fast for a context of {config.max_seq_len}"
+        )
+
+
+def scaled_frequencies(config: LlamaConfig, pairs: NDArray[np.int64]) -> Floats:
+    """Radians per token of the rotations with these numbers, float64, scaling applied."""
+    frequencies = np.float64(config.rope_theta) ** -(2 * pairs / config.head_dim)
+    if config.rope_scaling is None:
+        return frequencies
+    return frequencies / config.rope_scaling.divisors(frequencies)
+
+
 def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     """Radians per token of each of the D/2 rotations, (D/2,) float32, scaling applied.
 
@@ -141,8 +185,4 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     executors multiply by the position in float32, as Meta's and Hugging Face's code do, so that
     far positions agree with them too.
     """
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = frequencies / config.rope_scaling.divisors(frequencies)
-    return frequencies.astype(np.float32)
+    return scaled_frequencies(config, np.arange(config.head_dim // 2)).astype(np.float32)

@@ -6,8 +6,10 @@ and exits with 1; anything else that escapes is a bug of ours.
 """
 
 import reprlib
+from collections.abc import Collection
 
 QUOTED_CHARACTERS = 80
+MOST_NAMES = 12  # foreign names that one message spells out; the rest are counted
 
 
 class GlassError(Exception):
@@ -67,5 +69,18 @@ _short = _ShortRepr()
 
 def quoted(value: object) -> str:
     """A foreign value for an error message: one line, escaped, at most 80 characters."""
-    text = _short.repr(value)
+    text = _short.repr(value).replace("\n", " ")  # NumPy's arrays are shown in several lines
     return text if len(text) <= QUOTED_CHARACTERS else text[: QUOTED_CHARACTERS - 1] + "…"
+
+
+def named(name: str) -> str:
+    """A foreign name for a message: as it is where that is short printable ASCII, else quoted."""
+    plain = len(name) <= QUOTED_CHARACTERS and name.isascii() and name.isprintable()
+    return name if plain else quoted(name)
+
+
+def listed(names: Collection[str], separator: str = ", ") -> str:
+    """Foreign names for a message: the first twelve, and how many more there are."""
+    shown = separator.join(named(name) for name in sorted(names)[:MOST_NAMES])
+    more = len(names) - MOST_NAMES
+    return f"{shown}{separator}and {more} more" if more > 0 else shown

@@ -81,7 +81,8 @@ class Fields:
     def items(self, key: str, default: T = REQUIRED, *, of: str = "any") -> Sequence[Any] | T:
         """A list. `of`: "any", "whole" (0 … LARGEST_WHOLE), "number" (finite) or "text" items.
 
-        A one-dimensional NumPy array, as GGUF metadata has them, is returned as it is.
+        A one-dimensional NumPy array or an array of strings, as GGUF metadata has them, is
+        returned as it is.
         """
         value: Any = self.values.get(key)
         if value is None:
@@ -89,7 +90,7 @@ class Fields:
         if isinstance(value, np.ndarray):
             if value.ndim != 1 or not _array_holds(value, of):
                 self.refuse(key, f"a list of {of} items")
-        elif not isinstance(value, list | tuple) or not all(map(ITEM_CHECKS[of], value)):
+        elif not _is_list(value) or not _sequence_holds(value, of):
             self.refuse(key, f"a list of {of} items" if of != "any" else "a list")
         found: Sequence[Any] = value
         return found
@@ -121,6 +122,15 @@ def is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
     return bool(-LARGEST_NUMBER <= value <= LARGEST_NUMBER)  # False for NaN, too
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _sequence_holds(values: Sequence[Any], of: str) -> bool:
+    """Arrays of strings say of themselves what they hold (`of`), and need not be decoded."""
+    return of in ("any", getattr(values, "of", None)) or all(map(ITEM_CHECKS[of], values))
 
 
 def _array_holds(array: Any, of: str) -> bool:

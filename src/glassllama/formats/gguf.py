@@ -11,20 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
 from glassllama.formats.elements import ELEMENT_TYPES
 from glassllama.formats.gguf_header import read_header
-from glassllama.formats.gguf_values import Cursor, Value, whole_number
+from glassllama.formats.gguf_values import Cursor, Value
 from glassllama.formats.mapped import MappedFile, as_plain_array
 
-PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+PART_NAME = re.compile(
+    r"(?P<stem>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)", re.IGNORECASE
+)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def open_gguf(path: Path) -> GGUFFile:
     Raises FormatError, in one line, for whatever the file has that the format forbids.
     """
     given = open_part(path)
-    count = whole_number(given.metadata, "split.count", str(path), default=1)
+    count = whole(given, "split.count", 1)
     if count <= 1:  # 0 is what the tool that merges parts leaves behind
         return GGUFFile([given])
     paths = part_paths(path, count)
@@ -122,6 +126,11 @@ def open_part(path: Path) -> Part:
     return Part(path, mapped, metadata, tensors)
 
 
+def whole(part: Part, key: str, default: T) -> int | T:
+    """A number of parts or tensors in a part's metadata. Raises FormatError for anything else."""
+    return Fields(str(part.path), part.metadata, FormatError).whole(key, default, least=0)
+
+
 def part_paths(path: Path, count: int) -> list[Path]:
     """The files of all parts, from the name of one. Raises FormatError if one is not there."""
     match = PART_NAME.fullmatch(path.name)
@@ -130,18 +139,20 @@ def part_paths(path: Path, count: int) -> list[Path]:
             f"{path}: split.count says {count} parts, so the name must end in "
             f"-0000N-of-{count:05}.gguf for the others to be found; rename it"
         )
-    numbers = range(1, count + 1)
-    paths = [path.with_name(f"{match['stem']}-{n:05}-of-{count:05}.gguf") for n in numbers]
-    for other in paths:
-        if not other.is_file():
-            raise FormatError(f"{other}: missing; {path.name} needs all {count} parts beside it")
+    paths = []
+    for n in range(1, count + 1):
+        paths.append(path.with_name(f"{match['stem']}-{n:05}-of-{count:05}{match['suffix']}"))
+        if not paths[-1].is_file():
+            raise FormatError(
+                f"{paths[-1]}: missing; {path.name} needs all {count} parts beside it"
+            )
     return paths
 
 
 def check_part(part: Part, number: int, count: int) -> None:
     """A part must know its own place: `split.no` counts from 0, the name from 1."""
     for key, expected in (("split.no", number), ("split.count", count)):
-        value = whole_number(part.metadata, key, str(part.path), default=-1)
+        value = whole(part, key, None)
         if value != expected:
             raise FormatError(
                 f"{part.path}: {key} must be {expected} by its name, got {value}; "
@@ -160,7 +171,7 @@ def check_tensors(parts: list[Part]) -> None:
                 raise FormatError(f"{part.path}: tensor {quoted(info.name)} is in {other} already")
             seen[info.name] = part.path
     key = "split.tensors.count"
-    expected = whole_number(first.metadata, key, str(first.path), default=-1)
+    expected = whole(first, key, None)
     if len(seen) != expected:
         raise FormatError(
             f"{first.path}: {key} must be {len(seen)}, the tensors of all parts, got {expected}"

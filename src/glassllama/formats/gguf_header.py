@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glassllama.base.errors import quoted
+from glassllama.base.errors import FormatError, quoted
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
 from glassllama.formats.elements import checked_shape
-from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value, whole_number
+from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 counted in 32 bits; 3 is 2 with big-endian files allowed
@@ -110,7 +111,8 @@ def read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
 
 def read_alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
     key = "general.alignment"
-    value = whole_number(metadata, key, cursor.path, default=DEFAULT_ALIGNMENT)
+    get = Fields(cursor.path, metadata, FormatError)
+    value = get.whole(key, DEFAULT_ALIGNMENT, least=0)
     if value < LEAST_ALIGNMENT or value & (value - 1):
         raise cursor.error(
             f"{key} must be a power of two and at least {LEAST_ALIGNMENT}, got {value}"

@@ -7,13 +7,13 @@ before the bytes that would fill it are known to be in the file. docs/formats/gg
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError, quoted
+from glassllama.base.errors import FormatError
 
 NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),
@@ -94,6 +94,8 @@ class StringArray(Sequence[str]):
     are a copy, so the strings outlive the file. Raises FormatError for one that is not UTF-8.
     """
 
+    of: ClassVar = "text"  # what base/fields.py need not ask every item
+
     def __init__(self, data: bytes, ends: NDArray[np.int64], what: str) -> None:
         self._data = data  # length, bytes, length, bytes, …
         self._ends = ends  # where each string ends in it
@@ -132,15 +134,6 @@ class StringArray(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} strings: {self._what}>"
-
-
-def whole_number(metadata: Mapping[str, Value], key: str, path: str, *, default: int) -> int:
-    """A value that must be a whole number where it is given. Raises FormatError."""
-    value = metadata.get(key, default)
-    if type(value) is not int:
-        came = quoted(value) if isinstance(value, str | float | bool) else "an array"
-        raise FormatError(f"{path}: {key} must be a whole number, got {came}")
-    return value
 
 
 def read_value(cursor: Cursor, kind: int, what: str, depth: int = 0) -> Value:

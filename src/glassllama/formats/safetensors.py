@@ -25,6 +25,7 @@ from glassllama.formats.strict_json import parse_object
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # the format's own limit
+LONGEST_NAME = 255  # of a file, on every usual system
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -172,7 +173,7 @@ def _check_no_gaps(tensors: Iterable[TensorInfo], data_start: int, file: MappedF
 
 def _open_sharded(index: Path) -> SafetensorsFile:
     """Open all shards; each tensor must lie where the index says, and in one shard only."""
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     files, tensors, metadata = [], dict[str, TensorInfo](), dict[str, str]()
     for shard in sorted(set(weight_map.values())):
         file = MappedFile(index.parent / shard)
@@ -192,7 +193,12 @@ def _open_sharded(index: Path) -> SafetensorsFile:
     return SafetensorsFile(files, tensors, metadata)
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it. Raises FormatError."""
+    return sorted(set(read_weight_map(index).values()))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
     file = MappedFile(index)
     if file.size > LONGEST_HEADER:
         raise FormatError(f"{index}: {file.size} bytes, expected at most {LONGEST_HEADER}")
@@ -200,13 +206,10 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     file.close()
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
-    for shard in set(map(_text, weight_map.values())):
-        if shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
+    for shard in {name if isinstance(name, str) else "" for name in weight_map.values()}:
+        plain = shard.isprintable() and len(shard) <= LONGEST_NAME
+        if shard in ("", ".", "..") or set(shard) & set("/\\:") or not plain:
             raise FormatError(
                 f"{index}: shard {quoted(shard)} must be the plain name of a file beside the index"
             )
     return weight_map
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""

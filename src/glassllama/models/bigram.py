@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glassllama.models.sizes import require_sizes
+from glassllama.base.config import require_sizes
 from glassllama.nn.cache import KVCache
 from glassllama.nn.initial import initialise
 

@@ -10,7 +10,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassllama.base.errors import ConfigError, GenerationError
-from glassllama.models.sizes import require_sizes
+from glassllama.base.config import require_positive, require_sizes
+from glassllama.base.errors import ConfigError, GenerationError, quoted
 from glassllama.nn.attention import (
     causal_mask,
     fused_attention,
@@ -70,10 +69,9 @@ class GPTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {quoted(self.activation)}"
             )
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise ConfigError(f"norm_eps must be positive and finite, got {self.norm_eps!r}")
+        require_positive(self, "norm_eps")
 
     @property
     def head_dim(self) -> int:

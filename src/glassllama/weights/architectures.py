@@ -10,7 +10,7 @@ from glassllama.base.interfaces import TensorFile
 from glassllama.weights.bigram import bigram_rows, config_from_bigram, config_to_bigram, open_bigram
 from glassllama.weights.configs import BIGRAM, GPT2, Resolved
 from glassllama.weights.gpt2 import config_from_gpt2, config_to_gpt2, gpt2_rows, open_gpt2
-from glassllama.weights.rows import Rearranged, Row
+from glassllama.weights.rows import Opened, Row
 
 
 class TorchOnly(NamedTuple):
@@ -21,7 +21,7 @@ class TorchOnly(NamedTuple):
     config_from_hf: Callable[[Mapping[str, Any]], Resolved]
     config_to_hf: Callable[[Any], dict[str, Any]]
     rows: Callable[[Any], list[Row]]
-    open: Callable[[TensorFile, Any], Rearranged]
+    open: Callable[[TensorFile, Any], Opened]
 
 
 TORCH_ONLY = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassllama.base.fields import Fields
 from glassllama.weights.configs import BIGRAM, Resolved, unused_keys
-from glassllama.weights.rows import Rearranged, Row
+from glassllama.weights.rows import Opened, Rearranged, Row
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import TensorFile
@@ -42,5 +42,5 @@ def bigram_rows(config: BigramConfig) -> list[Row]:
     return [Row("tok_embeddings.weight", "tok_embeddings.weight", shape)]
 
 
-def open_bigram(file: TensorFile, config: BigramConfig) -> Rearranged:
-    return Rearranged(file, bigram_rows(config))
+def open_bigram(file: TensorFile, config: BigramConfig) -> Opened:
+    return Opened(Rearranged(file, bigram_rows(config)), config, [])

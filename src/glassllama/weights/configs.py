@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from glassllama.base.config import (
     GivenDivisors,
     LinearScaling,
@@ -18,7 +16,7 @@ from glassllama.base.config import (
     LlamaConfig,
     RopeScaling,
 )
-from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.errors import ConfigError, listed, quoted
 from glassllama.base.fields import REQUIRED, Fields
 from glassllama.base.interfaces import TensorFile
 
@@ -33,8 +31,14 @@ OLD_THETA = 10_000.0  # what RoPE was born with; files before Llama 3 leave it o
 # a plain one, whatever the architecture's name, but not with a kind of RoPE that it does not know.
 WITH_QK_NORM = "GlassLlamaForCausalLM"
 AND_QK_NORM = "+qk_norm"
-LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", WITH_QK_NORM)
+LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 GPT2, BIGRAM = "GPT2LMHeadModel", "GlassBigramForCausalLM"  # weights/gpt2.py, weights/bigram.py
+# `model_type` of a config.json -> the architecture; transformers chooses by it, too.
+FAMILIES = {
+    "llama": LLAMA, "mistral": MISTRAL, "glass_llama": WITH_QK_NORM,
+    "gpt2": GPT2, "glass_bigram": BIGRAM,
+}  # fmt: skip
+SUPPORTED_FAMILIES = ", ".join(f"{family} ({name})" for family, name in FAMILIES.items())
 
 
 class Resolved(NamedTuple):
@@ -58,54 +62,97 @@ HF_WITHOUT_EFFECT = frozenset(
 HF_USED = frozenset(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
     "intermediate_size max_position_embeddings rms_norm_eps rope_theta rope_scaling "
-    "rope_parameters tie_word_embeddings qk_norm".split()
+    "rope_parameters tie_word_embeddings qk_norm use_sliding_window sliding_window layer_types "
+    "max_window_layers original_max_position_embeddings".split()
 )
 # Keys that change the arithmetic -> the value at which they do not.
 HF_MUST_BE = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
     "quantization_config": None,
+    "partial_rotary_factor": 1.0,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types of transformers
 
 
 def architecture(values: Mapping[str, Any]) -> str:
     """The name of the model in a config.json; a Llama's where it says none. Raises ConfigError."""
-    supported = (*LLAMA_ARCHITECTURES, GPT2, BIGRAM)
-    named = values.get("architectures") or supported
-    if not isinstance(named, list | tuple) or named[0] not in supported:
+    get = Fields("config.json", values)
+    family, named = get.text("model_type", None), get.items("architectures", (), of="text")
+    if family is not None and family not in FAMILIES:
         raise ConfigError(
-            f"config.json: architectures is {quoted(named)}, supported are {', '.join(supported)}"
+            f"config.json: model_type is {quoted(family)}, supported are {SUPPORTED_FAMILIES}"
         )
-    return str(named[0])
+    if named and named[0] not in FAMILIES.values():
+        raise ConfigError(
+            f"config.json: architectures is {quoted(named)}, supported are {SUPPORTED_FAMILIES}"
+        )
+    if family is None or not named:
+        return str(named[0]) if named else FAMILIES[family or "llama"]
+    if named[0] != FAMILIES[family] and {named[0], FAMILIES[family]} & {GPT2, BIGRAM}:
+        raise ConfigError(
+            f"config.json: model_type is {quoted(family)}, but architectures is {quoted(named)}"
+        )
+    return FAMILIES[family]
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a Llama-architecture model. Raises ConfigError naming the field."""
-    architecture(values)
+    name, get = architecture(values), Fields("config.json", values)
     require_neutral(values, HF_MUST_BE)
     notes = unused_keys(values, HF_USED | set(HF_MUST_BE))
-    get = Fields("config.json", values)
     n_heads, dim = get.whole("num_attention_heads"), get.whole("hidden_size")
-    theta, scaling = _hf_rope(values)
+    n_layers, qk_norm = get.whole("num_hidden_layers"), get.boolean("qk_norm", False)
+    # What transformers assumes where the keys are left out.
+    kv_heads = 8 if name == MISTRAL and "num_key_value_heads" not in values else n_heads
+    context = get.whole("max_position_embeddings", 131_072 if name == MISTRAL else 2048)
+    theta, scaling, exact_up_to = _hf_rope(get, context, qk_norm)
+    window = _hf_window(get, name, n_layers)
     config = LlamaConfig(
         dim=dim,
-        n_layers=get.whole("num_hidden_layers"),
+        n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=get.whole("num_key_value_heads", n_heads),
+        n_kv_heads=get.whole("num_key_value_heads", kv_heads),
         head_dim=get.whole("head_dim", _divided(dim, n_heads) or REQUIRED),
         ffn_dim=get.whole("intermediate_size"),
         vocab_size=get.whole("vocab_size"),
-        max_seq_len=get.whole("max_position_embeddings", 2048),  # as transformers assumes
-        norm_eps=get.number("rms_norm_eps", 1e-6),  # likewise
+        max_seq_len=min(context, exact_up_to or context, window or context),
+        norm_eps=get.number("rms_norm_eps", 1e-6),  # as transformers assumes
         rope_theta=theta,
         rope_scaling=scaling,
         rope_layout="halves",
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qk_norm=bool(values.get("qk_norm", False)),
+        tie_embeddings=get.boolean("tie_word_embeddings", False),
+        qk_norm=qk_norm,
     )
+    if exact_up_to is not None:
+        notes.append(f"config.json: rope type 'dynamic': {_bounded(exact_up_to)}")
+    if window is not None and window < context:
+        notes.append(f"config.json: sliding_window {window}: {_bounded(window)}")
+    elif window is None and values.get("sliding_window") is not None:
+        notes.append("config.json: sliding_window has no effect: no layer uses it")
     return Resolved(config, notes)
+
+
+def _bounded(tokens: int) -> str:
+    return f"exact up to {tokens} tokens, so the context ends there"
+
+
+def _hf_window(get: Fields, name: str, n_layers: int) -> int | None:
+    """Tokens that the layer with the shortest sight sees, itself included; None: all of them.
+
+    A Llama of transformers has no windows; its Mistral has one of 4,096 where the key is left out,
+    in every layer. Other keys say that only some layers have it, or none.
+    """
+    left_out = name == MISTRAL and "sliding_window" not in get.values
+    window = get.whole("sliding_window", 4096 if left_out else None)
+    kinds = get.items("layer_types", None, of="text")
+    first = get.whole("max_window_layers", 0, least=0)
+    used = get.boolean("use_sliding_window", True)
+    if kinds is not None and set(kinds) - {FULL, SLIDING}:
+        get.refuse("layer_types", f"a list of {FULL} and {SLIDING}")
+    slides = name == MISTRAL and first < n_layers if kinds is None else SLIDING in kinds
+    return window if used and slides else None
 
 
 def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
@@ -114,7 +161,7 @@ def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
         raise ConfigError(
             "config.json: Hugging Face's Llamas rotate halves, this one rotates pairs"
         )
-    name = WITH_QK_NORM if config.qk_norm else LLAMA_ARCHITECTURES[0]
+    name = WITH_QK_NORM if config.qk_norm else LLAMA
     ours = {"qk_norm": True} if config.qk_norm else {}
     return {
         "architectures": [name],
@@ -154,59 +201,89 @@ def _rope_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
 
 
 def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a key that changes the arithmetic has another value than this."""
+    """Raise ConfigError where a key that changes the arithmetic has another value than this.
+
+    null is as good as left out.
+    """
     for key, neutral in must_be.items():
-        if key in values and values[key] != neutral:
+        value = values.get(key)
+        boolean = isinstance(value, bool) == isinstance(neutral, bool)
+        if value is not None and (value != neutral or not boolean):
             raise ConfigError(
-                f"config.json: {key} is {quoted(values[key])}, only {neutral!r} is supported"
+                f"config.json: {key} is {quoted(value)}, only {neutral!r} is supported"
             )
 
 
 def unused_keys(values: Mapping[str, Any], used: Collection[str]) -> list[str]:
     """A note that names the keys that nobody here looks at, if there are any."""
-    unused = sorted(set(values) - HF_WITHOUT_EFFECT - set(used))
-    return [f"config.json: no effect here: {', '.join(unused)}"] if unused else []
+    unused = set(values) - HF_WITHOUT_EFFECT - set(used)
+    return [f"config.json: no effect here: {listed(unused)}"] if unused else []
 
 
-def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", values.get("rope_theta"))
-    get = Fields("config.json: rope_parameters", rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = str(kind).removesuffix(AND_QK_NORM) if values.get("qk_norm") else kind
-    scaling: RopeScaling | None = None
+def _hf_rope(
+    get: Fields, context: int, qk_norm: bool
+) -> tuple[float, RopeScaling | None, int | None]:
+    """Theta, scaling, and up to how many tokens that is exact (None: all).
+
+    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
+    """
+    inner = [get.object(key, None) for key in ("rope_scaling", "rope_parameters")]
+    values = {key: value for one in inner if one for key, value in one.values.items()}
+    rope = Fields("config.json: rope_parameters", values, get.error)
+    if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
+        raise ConfigError(f"{rope.place}: one for each kind of layer ({listed(nested)}), have one")
+    require_neutral(values, {"partial_rotary_factor": 1.0})
+    theta = rope.number("rope_theta", get.number("rope_theta", OLD_THETA))
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    kind = kind.removesuffix(AND_QK_NORM) if qk_norm else kind
+    if kind == "default":
+        return theta, None, None
+    if kind == "linear":
+        return theta, LinearScaling(factor=rope.number("factor")), None
+    key = "original_max_position_embeddings"
+    original = get.whole(key, rope.whole(key, context))
     if kind == "llama3":
         scaling = Llama3Scaling(
-            factor=get.number("factor"),
-            low_freq_factor=get.number("low_freq_factor"),
-            high_freq_factor=get.number("high_freq_factor"),
-            original_max_seq_len=get.whole("original_max_position_embeddings"),
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_max_seq_len=original,
         )
-    elif kind == "linear":
-        scaling = LinearScaling(factor=get.number("factor"))
-    elif kind != "default":
-        raise ConfigError(
-            f"config.json: rope type {kind!r} is not supported (have default, linear, llama3)"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("config.json: partial_rotary_factor is not supported, heads turn whole")
-    return OLD_THETA if theta is None else float(theta), scaling
+        return theta, scaling, None
+    if kind == "dynamic":  # another theta, but only behind the context that it was trained with
+        rope.number("factor")
+        return theta, None, min(original, context)
+    raise ConfigError(
+        f"config.json: rope type {quoted(kind)} is not supported (have default, linear, llama3, "
+        "and dynamic up to its original context)"
+    )
 
 
 # --- GGUF: llama.* metadata -----------------------------------------------------------------
 
 
+GGUF_USED = frozenset(
+    "block_count context_length embedding_length feed_forward_length expert_count vocab_size "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon attention.sliding_window rope.dimension_count rope.freq_base "
+    "rope.scaling.type rope.scaling.factor rope.scale_linear".split()
+)
+GGUF_WITHOUT_EFFECT = frozenset(
+    "expert_used_count rope.scaling.finetuned rope.scaling.original_context_length "
+    "tensor_data_layout".split()
+)
+EMBEDDINGS, DIVISORS = "token_embd.weight", "rope_freqs.weight"
+
+
 def config_from_gguf(file: TensorFile) -> Resolved:
     """The metadata of a `llama` GGUF, and its `rope_freqs.weight`. Raises ConfigError."""
-    values = file.metadata
-    architecture = values.get("general.architecture")
+    get = Fields("GGUF", file.metadata)
+    architecture = get.text("general.architecture", None)
     if architecture != "llama":
         raise ConfigError(
-            f"GGUF: general.architecture is {architecture!r}, only 'llama' is supported"
+            f"GGUF: general.architecture is {quoted(architecture)}, only 'llama' is supported"
         )
-    get = Fields("GGUF", values)
-    if values.get("llama.expert_count"):
+    if get.whole("llama.expert_count", 0, least=0):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
     dim, n_heads = get.whole("llama.embedding_length"), get.whole("llama.attention.head_count")
     head_dim = get.whole("llama.attention.key_length", _divided(dim, n_heads) or REQUIRED)
@@ -214,7 +291,10 @@ def config_from_gguf(file: TensorFile) -> Resolved:
     if turned != head_dim or get.whole("llama.attention.value_length", head_dim) != head_dim:
         raise ConfigError(f"GGUF: heads of {head_dim} with {turned} turned are not supported")
     names = set(file.names())
-    embedded = file.info("token_embd.weight").shape[0] if "token_embd.weight" in names else None
+    vocab_size = get.whole("llama.vocab_size", None)
+    rows = embedding_rows(file, EMBEDDINGS) if EMBEDDINGS in names else vocab_size
+    context = get.whole("llama.context_length")
+    window = get.whole("llama.attention.sliding_window", 0, least=0) or context  # 0: none
     config = LlamaConfig(
         dim=dim,
         n_layers=get.whole("llama.block_count"),
@@ -222,31 +302,56 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         n_kv_heads=get.whole("llama.attention.head_count_kv", n_heads),
         head_dim=head_dim,
         ffn_dim=get.whole("llama.feed_forward_length"),
-        vocab_size=get.whole("llama.vocab_size", embedded or REQUIRED),
-        max_seq_len=get.whole("llama.context_length"),
+        vocab_size=get.whole("llama.vocab_size") if rows is None else rows,
+        max_seq_len=min(context, window),
         norm_eps=get.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=get.number("llama.rope.freq_base", OLD_THETA),
-        rope_scaling=_gguf_scaling(file, names),
+        rope_scaling=_gguf_scaling(file, get, head_dim // 2),
         rope_layout="pairs",
         tie_embeddings="output.weight" not in names,
     )
-    return Resolved(config, [])
+    notes = _gguf_unused(file.metadata)
+    if window < context:
+        notes.append(f"GGUF: llama.attention.sliding_window {window}: {_bounded(window)}")
+    if vocab_size not in (None, rows):
+        notes.append(f"GGUF: llama.vocab_size is {vocab_size}, the embeddings have {rows} rows")
+    return Resolved(config, notes)
 
 
-def _gguf_scaling(file: TensorFile, names: set[str]) -> RopeScaling | None:
-    """`rope_freqs.weight` holds the divisors of the frequencies: Llama 3.1's rule, worked out."""
-    if "rope_freqs.weight" in names:
-        stored = file.read("rope_freqs.weight")
-        return GivenDivisors(values=tuple(float(v) for v in np.ravel(stored)))
-    values = file.metadata
-    kind = values.get("llama.rope.scaling.type", "none")
-    factor = values.get("llama.rope.scaling.factor", values.get("llama.rope.scale_linear"))
-    if kind == "linear" or (kind == "none" and factor not in (None, 0.0, 1.0)):
-        get = Fields("GGUF", {"llama.rope.scaling.factor": factor})
-        return LinearScaling(factor=get.number("llama.rope.scaling.factor"))
-    if kind != "none":
-        raise ConfigError(f"GGUF: llama.rope.scaling.type {kind!r} is not supported")
-    return None
+def embedding_rows(file: TensorFile, name: str) -> int:
+    """The model's vocabulary; the tokenizer's may be another. Raises ConfigError: no matrix."""
+    shape = file.info(name).shape
+    if len(shape) != 2 or not shape[0]:
+        raise ConfigError(f"{name} has the shape {shape}, expected (vocabulary, width)")
+    return shape[0]
+
+
+def _gguf_unused(metadata: Mapping[str, Any]) -> list[str]:
+    used = {f"llama.{key}" for key in GGUF_USED | GGUF_WITHOUT_EFFECT}
+    unused = {key for key in metadata if key.startswith("llama.")} - used
+    return [f"GGUF: no effect here: {listed(unused)}"] if unused else []
+
+
+def _gguf_scaling(file: TensorFile, get: Fields, count: int) -> RopeScaling | None:
+    """By what the `count` frequencies are divided: a factor, and a divisor each.
+
+    `rope_freqs.weight` holds such divisors: Llama 3.1's rule, worked out. Where a file has both,
+    llama.cpp applies both.
+    """
+    kind = get.text("llama.rope.scaling.type", None)
+    old = get.number("llama.rope.scale_linear", 0.0, least=0.0)
+    factor = get.number("llama.rope.scaling.factor", old, least=0.0)
+    if kind not in (None, "none", "linear"):
+        raise ConfigError(f"GGUF: llama.rope.scaling.type {quoted(kind)} is not supported")
+    factor = factor if factor and kind != "none" else 1.0  # llama.cpp takes 0 for none
+    if DIVISORS not in file.names():
+        return None if factor == 1.0 else LinearScaling(factor=factor)
+    info = file.info(DIVISORS)
+    if info.shape != (count,) or info.dtype != "F32":
+        raise ConfigError(
+            f"GGUF: {DIVISORS} must be {count} numbers of type F32, got {info.dtype} {info.shape}"
+        )
+    return GivenDivisors(values=tuple(factor * float(one) for one in file.read(DIVISORS)))
 
 
 # --- Meta: params.json ----------------------------------------------------------------------
@@ -265,10 +370,10 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
 
     Raises ConfigError naming the field; what the file leaves out is inferred and noted.
     """
-    unknown = sorted(set(values) - META_KEYS)
+    unknown = set(values) - META_KEYS
     if unknown:
         raise ConfigError(
-            f"params.json: {', '.join(unknown)}: not a plain Llama (quantised, adapted or "
+            f"params.json: {listed(unknown)}: not a plain Llama (quantised, adapted or "
             "multimodal checkpoints are not supported)"
         )
     get = Fields("params.json", values)
@@ -276,8 +381,9 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
     n_layers, head_dim = get.whole("n_layers"), _divided(dim, n_heads)
     if head_dim is None:
         raise ConfigError(f"params.json: dim {dim} is no multiple of n_heads {n_heads}")
-    vocab_size = vocab_rows if values.get("vocab_size", -1) == -1 else get.whole("vocab_size")
-    scaled = bool(values.get("use_scaled_rope", False))
+    vocab_size = get.whole("vocab_size", -1, least=-1)
+    vocab_size = vocab_rows if vocab_size == -1 else vocab_size
+    scaled = get.boolean("use_scaled_rope", False)
     factor = 32.0 if (dim, n_layers) in SMALL_LLAMA_32 else 8.0
     context = 131_072 if scaled else 8192 if vocab_size == LLAMA_3_VOCABULARY else 4096
     notes = [f"params.json: context length {context} inferred"]
@@ -287,10 +393,10 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=n_heads if values.get("n_kv_heads") is None else get.whole("n_kv_heads"),
+        n_kv_heads=get.whole("n_kv_heads", n_heads),
         head_dim=head_dim,
         ffn_dim=meta_ffn_dim(
-            dim, get.whole("multiple_of", 256), values.get("ffn_dim_multiplier")
+            dim, get.whole("multiple_of", 256), get.number("ffn_dim_multiplier", None)
         ),  # 256: the default of Meta's own code
         vocab_size=vocab_size,
         max_seq_len=context,

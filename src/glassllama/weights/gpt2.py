@@ -11,10 +11,19 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from glassllama.base.errors import ConfigError
+import numpy as np
+
+from glassllama.base.errors import listed
 from glassllama.base.fields import Fields
 from glassllama.weights.configs import GPT2, Resolved, require_neutral, unused_keys
-from glassllama.weights.rows import Rearranged, Row
+from glassllama.weights.names import (
+    COMPARED_NUMBERS,
+    HEADS,
+    head_notes,
+    require_layers,
+    with_stored_output,
+)
+from glassllama.weights.rows import Opened, Rearranged, Row
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import TensorFile
@@ -22,15 +31,41 @@ if TYPE_CHECKING:
 
 PREFIX = "transformer."  # the oldest files, OpenAI's own, do without
 OUTPUT = "lm_head.weight"
-# Masks that old writers stored beside the weights: tables of zeros and ones.
-IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+# Masks that old writers stored beside the weights: ones up to the diagonal, and what replaced 0.
+MASK = re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.bias")
+MASKED = re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.masked_bias")
 QKV = ("wq", "wk", "wv")  # in this order in one matrix
 
 
-def open_gpt2(file: TensorFile, config: GPTConfig) -> Rearranged:
+def open_gpt2(file: TensorFile, config: GPTConfig) -> Opened:
+    """Raises WeightsError that lists all that does not fit."""
+    require_layers(file, config.n_layers)
     prefix = "" if "wte.weight" in file.names() else PREFIX
+    config, notes = with_stored_output(file, config, f"{prefix}wte.weight", OUTPUT)
+    rows = gpt2_rows(config, prefix)
     # A tied output may be stored again.
-    return Rearranged(file, gpt2_rows(config, prefix), known={OUTPUT}, ignored=IGNORED)
+    ours = Rearranged(file, rows, known={OUTPUT}, ignored=[MASK, MASKED, HEADS])
+    notes += head_notes(ours.ignored)
+    masks = [name for name in ours.ignored if MASK.fullmatch(name)]
+    if strange := [name for name in masks if not is_causal(file, name)]:
+        notes.append(f"no causal masks, ignored: {listed(strange)}")
+    return Opened(ours, config, notes)
+
+
+def is_causal(file: TensorFile, name: str) -> bool:
+    """Whether a stored mask (1, 1, T, T) lets every position see itself and what is before it."""
+    shape = file.info(name).shape
+    if len(shape) != 4 or shape != (1, 1, shape[3], shape[3]):
+        return False
+    mask, count = file.read(name)[0, 0], shape[3]
+    step = max(1, COMPARED_NUMBERS // max(1, count))
+    places = np.arange(count)
+    same = all(
+        np.array_equal(mask[n : n + step] != 0, places[n : n + step, None] >= places)
+        for n in range(0, count, step)
+    )
+    file.drop(name)
+    return same
 
 
 def gpt2_rows(config: GPTConfig, prefix: str = PREFIX) -> list[Row]:
@@ -105,12 +140,9 @@ def config_from_gpt2(values: Mapping[str, Any]) -> Resolved:
 
     require_neutral(values, MUST_BE)
     get = Fields("config.json", values)
-    activation = values.get("activation_function", "gelu_new")
+    activation = get.text("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"config.json: activation_function is {activation!r}, supported are "
-            f"{', '.join(ACTIVATIONS)}"
-        )
+        get.refuse("activation_function", f"one of {', '.join(ACTIVATIONS)}")
     dim = get.whole("n_embd")
     config = GPTConfig(
         dim=dim,
@@ -121,8 +153,8 @@ def config_from_gpt2(values: Mapping[str, Any]) -> Resolved:
         max_seq_len=get.whole("n_positions", 1024),  # as transformers assumes
         activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
         norm_eps=get.number("layer_norm_epsilon", 1e-5),  # likewise
-        bias=bool(values.get("bias", True)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
+        bias=get.boolean("bias", True),
+        tie_embeddings=get.boolean("tie_word_embeddings", True),
     )
     return Resolved(config, unused_keys(values, USED | WITHOUT_EFFECT | set(MUST_BE)))
 

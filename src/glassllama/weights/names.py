@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import WeightsError
+import numpy as np
+
+from glassllama.base.config import LlamaConfig, rope_frequencies
+from glassllama.base.errors import WeightsError, listed, named
 from glassllama.base.interfaces import TensorFile
 
 Family = Literal["meta", "hf", "gguf"]
@@ -35,13 +38,25 @@ IN_LAYERS = (
 COLUMN = {"meta": 1, "hf": 2, "gguf": 3}
 LAYER_PREFIX = {"meta": "layers.{}.", "hf": "model.layers.{}.", "gguf": "blk.{}."}
 # Tables that old writers stored beside the weights; the configuration says the same.
-IGNORED = {
+TABLES = {
     "meta": re.compile(r"rope\.freqs"),
-    "hf": re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    "hf": re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"),
     "gguf": re.compile(r"rope_freqs\.weight"),  # read by weights/configs.py
 }
+HEADS = re.compile(r"v_head\..+")  # what training by reward leaves beside a language model
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SHOWN = 12  # mismatches spelled out in an error; the rest are counted
+COMPARED_NUMBERS = 1 << 20  # of two tensors, at once
+
+C = TypeVar("C", bound=Any)  # a configuration
+
+
+class Fitted(NamedTuple):
+    """Our name -> the file's, the configuration, and notes on what the file holds besides."""
+
+    config: LlamaConfig
+    names: dict[str, str]
+    notes: list[str]
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -78,24 +93,113 @@ def foreign_names(family: Family, n_layers: int) -> dict[str, str]:
     return table
 
 
-def fit(
-    file: TensorFile, config: LlamaConfig, family: Family, quantised: frozenset[str]
-) -> dict[str, str]:
-    """Our name -> the file's name for every parameter of a Llama, if both agree exactly.
+def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozenset[str]) -> Fitted:
+    """The file's name for every parameter of a Llama, if both agree exactly.
 
     `quantised` are the block types that count as weights too. Raises WeightsError (`require_fit`).
     """
+    require_layers(file, config.n_layers)
     table = foreign_names(family, config.n_layers)
+    output = table["output.weight"]
+    config, notes = with_stored_output(file, config, table["tok_embeddings.weight"], output)
     shapes = expected_shapes(config)
     wanted = {ours: table[ours] for ours in shapes}
-    require_fit(
+    ignored = require_fit(
         file,
         {theirs: shapes[ours] for ours, theirs in wanted.items()},
-        known={table["output.weight"]},  # a tied output may be stored again
-        ignored=IGNORED[family],
+        known={output},  # a tied output may be stored again
+        ignored=[TABLES[family], HEADS],
         types=FLOATS | quantised,
     )
-    return wanted
+    notes += head_notes(ignored)
+    if family != "gguf":
+        notes += table_notes(file, config, [n for n in ignored if TABLES[family].fullmatch(n)])
+    return Fitted(config, wanted, notes)
+
+
+def require_layers(file: TensorFile, claimed: int) -> None:
+    """Raise WeightsError where more layers are claimed than the file holds tensors.
+
+    Tables of names are as long as the claim, so they are made after this check only.
+    """
+    names = file.names()
+    if claimed > len(names):
+        numbers = (re.search(r"(?:^|\.)(?:layers|h|blk)\.([0-9]+)\.", name) for name in names)
+        held = len({number[1] for number in numbers if number})
+        raise WeightsError(
+            f"weights and configuration do not fit: the configuration says {claimed} layers, the "
+            f"file holds {held} ({len(names)} tensors)"
+        )
+
+
+def with_stored_output(
+    file: TensorFile, config: C, embeddings: str, output: str
+) -> tuple[C, list[str]]:
+    """The configuration, not tied where the file holds an output matrix of its own; a note then.
+
+    As transformers 5 does: what is stored is used, unless it is the embeddings again.
+    """
+    names = set(file.names())
+    if not config.tie_embeddings or not {embeddings, output} <= names:
+        return config, []
+    if same_numbers(file, embeddings, output):
+        return config, []
+    note = f"tie_word_embeddings is true, but the file holds another {output}, which is used"
+    return replace(config, tie_embeddings=False), [note]
+
+
+def same_numbers(file: TensorFile, one: str, other: str) -> bool:
+    """Whether two matrices hold the same, bit for bit; of two types: the same as float32."""
+    first, second = file.info(one), file.info(other)
+    if first.shape != second.shape or len(first.shape) != 2:
+        return False
+    if not {first.dtype, second.dtype} <= FLOATS:
+        return False
+    step = max(1, COMPARED_NUMBERS // max(1, first.shape[1]))
+    same = True
+    for begin in range(0, first.shape[0], step):
+        a, b = (file.read(name, slice(begin, begin + step)) for name in (one, other))
+        if first.dtype != second.dtype:
+            a, b = a.astype(np.float32), b.astype(np.float32)
+        same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        if not same:
+            break
+    file.drop(one)
+    file.drop(other)
+    return same
+
+
+def head_notes(ignored: Collection[str]) -> list[str]:
+    """A note that names what is no part of a language model, if there is any."""
+    heads = [name for name in ignored if HEADS.fullmatch(name)]
+    return [f"no part of a language model, ignored: {listed(heads)}"] if heads else []
+
+
+def table_notes(file: TensorFile, config: LlamaConfig, tables: Collection[str]) -> list[str]:
+    """A note where stored frequencies are others than the configuration's, which are used."""
+    expected = rope_frequencies(config), rope_frequencies(replace(config, rope_scaling=None))
+    different = [
+        name for name in tables if not any(_nearly(file, name, table) for table in expected)
+    ]
+    if not different:
+        return []
+    return [f"not the frequencies of the configuration, ignored: {listed(different)}"]
+
+
+def _nearly(file: TensorFile, name: str, expected: Any) -> bool:
+    """Whether a table agrees to the precision of its type.
+
+    It was computed in float32 as theta to the power of -2i/D: the exponent's rounding weighs
+    ln theta < 16 times, the other steps a few times, so 32 roundings; then its type rounds once.
+    """
+    info = file.info(name)
+    if info.shape != expected.shape or info.dtype not in FLOATS:
+        return False
+    stored = file.read(name).astype(np.float64)
+    precision = {"F64": 2.0**-24, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}[info.dtype]
+    smallest = 2.0**-24 if info.dtype == "F16" else 0.0  # F16 has few numbers near zero
+    allowed = (32 * 2.0**-24 + precision) * expected + smallest
+    return bool(np.all(np.abs(stored - expected) <= allowed))
 
 
 def require_fit(
@@ -103,26 +207,25 @@ def require_fit(
     wanted: Mapping[str, tuple[int, ...]],
     *,
     known: Collection[str],
-    ignored: re.Pattern[str],
+    ignored: Collection[re.Pattern[str]],
     types: Collection[str] = FLOATS,
-) -> None:
+) -> list[str]:
     """Raise WeightsError unless the file holds exactly these names with these shapes.
 
-    Lists every missing, unexpected, mis-shaped or wrongly typed tensor; nothing is read before
-    that. Beside the wanted ones `known` names and those that match `ignored` may be there.
+    Lists every missing, unexpected, mis-shaped or wrongly typed tensor. Beside the wanted ones
+    `known` names may be there, and those that match a pattern of `ignored`, which are returned.
     """
     present = set(file.names())
+    others = sorted(present - set(wanted) - set(known))
+    passed = [name for name in others if any(pattern.fullmatch(name) for pattern in ignored)]
     problems = [f"missing {name}" for name in wanted if name not in present]
-    problems += [
-        f"unexpected {name}"
-        for name in sorted(present - set(wanted) - set(known))
-        if not ignored.fullmatch(name)
-    ]
+    problems += [f"unexpected {named(name)}" for name in others if name not in set(passed)]
     for name, shape in wanted.items():
         if name in present:
             problems += _wrong(file, name, shape, types)
     if problems:
         raise WeightsError(_listing(problems))
+    return passed
 
 
 def _wrong(

@@ -19,11 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import ConfigError, GlassError
+from glassllama.base.errors import (
+    ConfigError,
+    GlassError,
+    MissingExtraError,
+    TokenizerError,
+)
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
 from glassllama.formats.blocks import SUPPORTED, dequantise
-from glassllama.formats.gguf import open_gguf
-from glassllama.formats.safetensors import open_safetensors
+from glassllama.formats.gguf import GGUFFile, open_gguf
+from glassllama.formats.gguf_header import MAGIC as GGUF_MAGIC
+from glassllama.formats.safetensors import open_safetensors, shard_names
 from glassllama.weights.architectures import TORCH_ONLY, architecture_of, resolve_torch_only
 from glassllama.weights.configs import (
     Resolved,
@@ -31,6 +38,7 @@ from glassllama.weights.configs import (
     config_from_gguf,
     config_from_hf,
     config_from_meta,
+    embedding_rows,
 )
 from glassllama.weights.names import Family, fit
 from glassllama.weights.shards import open_meta
@@ -38,7 +46,10 @@ from glassllama.weights.shards import open_meta
 if TYPE_CHECKING:
     from glassllama.weights.configs import ModelConfig
 
-GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+GGUF_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
+INDEX = "model.safetensors.index.json"
+ZIP_MAGIC, PICKLE_MAGIC = b"PK\3\4", b"\x80"  # torch.save since 1.6, and before
+FIRST_BYTES = 9  # enough to tell the formats apart
 LARGEST_JSON = 1 << 24  # a configuration of more than 16 MiB is none
 
 
@@ -98,9 +109,16 @@ class Checkpoint:
         """The vocabulary that came with the weights. Raises TokenizerError."""
         from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
-        if self.family == "gguf":
-            return tokenizer_from_gguf(self.file.metadata)
-        return tokenizer_from_folder(self.folder)
+        gguf, rows = self.family == "gguf", self.model_config.vocab_size
+        found: Tokenizer = (
+            tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
+        )
+        if found.vocab_size > rows:
+            self.notes.append(
+                f"the tokenizer has {found.vocab_size} tokens, the model {rows}: texts with one of "
+                f"the last {found.vocab_size - rows} cannot be read"
+            )
+        return found
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -108,7 +126,8 @@ class Checkpoint:
         from glassllama.weights.tokenizer import chat_template_from_folder
 
         if self.family == "gguf":
-            return self.file.metadata.get("tokenizer.chat_template")
+            get = Fields("GGUF", self.file.metadata, TokenizerError)
+            return get.text("tokenizer.chat_template", None)
         return chat_template_from_folder(self.folder)
 
     @cached_property
@@ -137,17 +156,33 @@ def open_weights(path: Path | str) -> Checkpoint:
     if not path.exists():
         raise GlassError(f"{path}: no such file or folder")
     family, source = _recognise(path)
-    file, (config, notes) = OPEN[family](source)
     try:
-        if isinstance(config, LlamaConfig):
-            names = fit(file, config, family, frozenset(SUPPORTED))
-        else:
-            file = architecture_of(config).open(file, config)
-            names = {name: name for name in file.names()}
-            notes = [*notes, f"a {architecture_of(config).title} runs on the torch backend only"]
+        return _opened(family, source)
+    except MissingExtraError:
+        raise
     except GlassError as error:
-        file.close()
+        folder = str(path if path.is_dir() else path.parent)
+        if str(error).startswith(folder):
+            raise
         raise type(error)(f"{path}: {error}") from None
+
+
+def _opened(family: Family, source: Path) -> Checkpoint:
+    resolved = _config_from_folder(source) if family == "hf" else None  # before any other file
+    file = FILES[family](source)
+    try:
+        config, notes = resolved or _config_from_file(source, file)
+        if isinstance(config, LlamaConfig):
+            fitted = fit(file, config, family, frozenset(SUPPORTED))
+            config, names, notes = fitted.config, fitted.names, [*notes, *fitted.notes]
+        else:
+            one = architecture_of(config)
+            file, config, more = one.open(file, config)
+            names = {name: name for name in file.names()}
+            notes = [*notes, *more, f"a {one.title} runs on the torch backend only"]
+    except GlassError:
+        file.close()
+        raise
     return Checkpoint(
         path=source, family=family, model_config=config, file=file, names=names, notes=notes
     )
@@ -156,69 +191,128 @@ def open_weights(path: Path | str) -> Checkpoint:
 def _recognise(path: Path) -> tuple[Family, Path]:
     """Which family, and the file or folder to open."""
     if path.is_file():
-        if path.suffix == ".gguf":
-            return "gguf", path
-        if path.suffix == ".pth":
-            return "meta", path
-        if path.name.endswith((".safetensors", "config.json", ".safetensors.index.json")):
-            return "hf", path.parent
-        raise GlassError(f"{path}: not a .gguf, .safetensors or .pth file")
+        return _recognise_file(path)
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         return "hf", path
     for folder in (path, path / "original"):
         if (folder / "params.json").exists():
             return "meta", folder
-    models = sorted(path.glob("*.gguf"))
+    models = sorted(file for file in path.iterdir() if file.is_file() and _is_gguf(file))
     firsts = [m for m in models if not (p := GGUF_PART.fullmatch(m.name)) or int(p[2]) == 1]
     if len(firsts) == 1:
         return "gguf", firsts[0]
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
     if (path / "config.json").exists():
-        raise GlassError(f"{path}: config.json without *.safetensors; re-save as safetensors")
+        if any(path.glob("*.bin")):
+            raise GlassError(_is_pickle(path))
+        architecture(read_json(path / "config.json"))  # a model that we could not run either way?
+        raise GlassError(f"{path}: config.json without *.safetensors; {_resave(path)}")
     raise GlassError(
         f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "
         "with consolidated.*.pth)"
     )
 
 
-def _open_gguf(path: Path) -> tuple[TensorFile, Resolved]:
-    file = open_gguf(path)
-    return file, config_from_gguf(file)
+def _recognise_file(path: Path) -> tuple[Family, Path]:
+    """The same for a file: by its first bytes, whatever it is called."""
+    start, folder = _first_bytes(path), path.parent
+    if _is_gguf(path):
+        return "gguf", path
+    if path.name.endswith(("config.json", ".safetensors.index.json")):
+        return "hf", folder
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return "hf", folder if path in _safetensors(folder) else path
+    zipped = start.startswith(ZIP_MAGIC)
+    if path.suffix == ".pth" or (zipped and (folder / "params.json").exists()):
+        return "meta", path
+    if zipped or start.startswith(PICKLE_MAGIC):
+        raise GlassError(_is_pickle(path))
+    raise GlassError(f"{path}: not a .gguf, .safetensors or .pth file")
 
 
-def _open_hf(folder: Path) -> tuple[TensorFile, Resolved]:
-    values = read_json(folder / "config.json")
-    name = architecture(values)
-    resolved = resolve_torch_only(name, values) if name in TORCH_ONLY else config_from_hf(values)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        return open_safetensors(index), resolved
-    files = sorted(folder.glob("*.safetensors"))
-    if not single.exists() and len(files) != 1:
-        raise GlassError(f"{folder}: {len(files)} safetensors files, but no {index.name}")
-    return open_safetensors(single if single.exists() else files[0]), resolved
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" or _first_bytes(path).startswith(GGUF_MAGIC)
 
 
-def _open_meta(path: Path) -> tuple[TensorFile, Resolved]:
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(FIRST_BYTES)
+    except OSError as error:
+        raise GlassError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _is_pickle(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    values = read_json(folder / "params.json")
+    return f"{path}: PyTorch's pickle files (.bin) are not read here; {_resave(folder)}"
+
+
+def _resave(folder: Path) -> str:
+    """The two lines of Python after which there are safetensors."""
+    to = str(folder.absolute()) + "-safetensors"
+    return (
+        "save it as safetensors with these two lines of Python: "
+        "from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({str(folder)!r}).save_pretrained({to!r})"
+    )
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The files that hold the folder's model. Raises GlassError where that is not clear."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    index = folder / INDEX if (folder / INDEX).exists() else None
+    if index is None and len(indexes) == 1:
+        index = indexes[0]
+    if index is not None:
+        return [index, *(folder / name for name in shard_names(index))]
+    files = sorted(folder.glob("*.safetensors"))
+    single = [file for file in files if file.name == "model.safetensors"]
+    return single or files
+
+
+def _open_hf(source: Path) -> TensorFile:
+    if source.is_file():
+        return open_safetensors(source)
+    files = _safetensors(source)
+    if files[0].suffix != ".json" and len(files) != 1:
+        raise GlassError(f"{source}: {len(files)} safetensors files, but no {INDEX}")
+    return open_safetensors(files[0])
+
+
+def _open_meta(path: Path) -> TensorFile:
+    folder = path if path.is_dir() else path.parent
+    dim = Fields("params.json", read_json(folder / "params.json")).whole("dim", 0)
     paths = sorted(folder.glob("consolidated.*.pth")) if path.is_dir() else [path]
     paths = paths or sorted(folder.glob("*.pth"))
     if not paths:
         raise GlassError(f"{folder}: params.json without any .pth file")
-    if re.fullmatch(r"consolidated\.\d\d\.pth", path.name):
+    if re.fullmatch(r"consolidated\.[0-9][0-9]\.pth", path.name):
         paths = sorted(folder.glob("consolidated.*.pth"))  # one shard stands for all
     _complete(paths)
-    file = open_meta(paths, dim=values.get("dim", 0))
+    return open_meta(paths, dim=dim)
+
+
+FILES = {"gguf": open_gguf, "hf": _open_hf, "meta": _open_meta}
+
+
+def _config_from_folder(source: Path) -> Resolved:
+    values = read_json((source if source.is_dir() else source.parent) / "config.json")
+    name = architecture(values)
+    return resolve_torch_only(name, values) if name in TORCH_ONLY else config_from_hf(values)
+
+
+def _config_from_file(source: Path, file: TensorFile) -> Resolved:
+    """What a GGUF says of itself, or what params.json and Meta's tensors say together."""
+    if isinstance(file, GGUFFile):
+        return config_from_gguf(file)
+    folder = source if source.is_dir() else source.parent
     names = set(file.names())
     if "tok_embeddings.weight" not in names:
         raise ConfigError(f"{folder}: tok_embeddings.weight is missing: not a Llama of Meta's")
-    rows = file.info("tok_embeddings.weight").shape[0]
-    return file, config_from_meta(values, rows, tied="output.weight" not in names)
-
-
-OPEN = {"gguf": _open_gguf, "hf": _open_hf, "meta": _open_meta}
+    rows = embedding_rows(file, "tok_embeddings.weight")
+    values = read_json(folder / "params.json")
+    return config_from_meta(values, rows, tied="output.weight" not in names)
 
 
 def _complete(paths: list[Path]) -> None:

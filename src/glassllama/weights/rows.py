@@ -18,7 +18,13 @@ from glassllama.base.errors import WeightsError
 from glassllama.base.interfaces import TensorFile, TensorInfo
 from glassllama.weights.names import require_fit
 
-NOTHING = re.compile(r"(?!)")  # matches no name
+
+class Opened(NamedTuple):
+    """A file under our names, its configuration, and notes on what the file holds besides."""
+
+    file: Rearranged
+    config: Any
+    notes: list[str]
 
 
 class Row(NamedTuple):
@@ -48,11 +54,11 @@ class Rearranged:
         rows: Sequence[Row],
         *,
         known: Collection[str] = (),
-        ignored: re.Pattern[str] = NOTHING,
+        ignored: Collection[re.Pattern[str]] = (),
     ) -> None:
         """Raises WeightsError that lists all that does not fit (see names.require_fit)."""
         wanted = {row.theirs: row.their_shape for row in rows}
-        require_fit(file, wanted, known=known, ignored=ignored)
+        self.ignored = require_fit(file, wanted, known=known, ignored=ignored)
         if bad := [row.theirs for row in rows if row.zero and file.read(row.theirs).any()]:
             raise WeightsError(f"{', '.join(bad)}: not zero, but the configuration says no bias")
         self.file = file
