@@ -1,7 +1,6 @@
 """What kind of character stands at a place of a UTF-8 text: letter, number, blank, line end, other.
 
-The kinds are those of Python's `regex`, asked once, so that compiled code and patterns know the
-same Unicode.
+The kinds are those of unicode_tables.py, so that compiled code and patterns know the same Unicode.
 """
 
 from __future__ import annotations
@@ -9,28 +8,26 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.compiled import Int, inlined
+from glassllama.tokenizers.unicode_tables import N_CODE_POINTS, blanks, property_points
 
 Bytes = NDArray[np.uint8]
 
 OTHER, LETTER, NUMBER, BLANK, LINE_END, NOTHING = range(6)  # \p{L} \p{N} \s [\r\n], behind the end
 KIND = 7  # mask: three bits of kind, and above them how many bytes the character has
 WIDTH = 3  # shift
-N_CODE_POINTS = 0x110000
 UTF8_WIDTHS = ((0, 1), (0x80, 2), (0x800, 3), (0x10000, 4))  # first code point, bytes
 
 
 @cache
 def character_kinds() -> Bytes:
     """(0x110000,) uint8: of each code point the kind, and its bytes in UTF-8 << WIDTH."""
-    every = "".join(map(chr, range(N_CODE_POINTS)))
     kinds = np.zeros(N_CODE_POINTS, np.uint8)
-    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
-        for run in regex.finditer(pattern, every):
-            kinds[run.start() : run.end()] = kind
+    kinds[property_points("L")] = LETTER
+    kinds[property_points("N")] = NUMBER
+    kinds[blanks()] = BLANK
     kinds[[ord("\r"), ord("\n")]] = LINE_END
     for first, width in UTF8_WIDTHS:
         kinds[first:] = (kinds[first:] & KIND) | (width << WIDTH)

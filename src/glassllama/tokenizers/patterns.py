@@ -1,0 +1,360 @@
+"""A split pattern from a tokenizer, run on Unicode tables of our own.
+
+    pattern  \\p{L}+|\\s         text  "né 1"
+    classes  letters, blanks    text with é's class instead of é  "na 1", if U+00AA came first
+
+Every class in a pattern (\\p{L}, \\s, [^…]) is a set of code points. Characters that no class of
+this pattern tells apart are one to it, so each is replaced by the first of its kind, and classes
+become short lists of ASCII characters and such firsts. What `regex` thinks of Unicode, and its
+version, has no influence then. The text has its length still: what is found there is cut out here.
+
+The syntax is Oniguruma's (Ruby's), as tokenizers uses it, as far as split patterns need it; any
+other construct is a TokenizerError that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import regex  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from glassllama.base.errors import TokenizerError, quoted
+from glassllama.tokenizers.unicode_tables import (
+    N_CODE_POINTS,
+    Points,
+    blanks,
+    of_ranges,
+    property_points,
+    word_points,
+)
+
+LONGEST_PATTERN = 2**14  # characters
+MOST_SETS = 62  # different classes of a pattern: one bit each
+MANY = 2**18  # characters, above which words are found one by one, not in a list
+ASCII = 0x80
+# Seconds that a pattern may need for a text: a hostile one can need the age of the universe.
+LEAST_SECONDS, SECONDS_PER_CHARACTER = 10, 1e-5
+
+CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b"}
+OTHER_CASE = {"s": "\u017f", "k": "\u212a"}  # beyond ASCII: the long s, the sign of kelvin
+NUMBER_WORDS = ((0xB2, 0xB3), (0xB9, 0xB9), (0xBC, 0xBE))  # in Oniguruma's \w, not in its [\w]
+NO_WORDS = ((0x200C, 0x200D),)  # in neither
+GROUPS = ("(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>")
+POSIX: dict[str, Callable[[], Points]] = {
+    "digit": lambda: property_points("Nd"),
+    "space": blanks,
+    "punct": lambda: property_points("P") | property_points("S"),
+}
+
+
+class Pattern:
+    """A compiled split pattern. Build it with `compiled`."""
+
+    def __init__(self, source: str) -> None:
+        """TokenizerError: too long, damaged, or with a construct that is not supported."""
+        if len(source) > LONGEST_PATTERN:
+            raise TokenizerError(f"pattern: {len(source)} characters, at most {LONGEST_PATTERN}")
+        self.source = source
+        parts = _Reader(source).parts
+        self._firsts, written = _classes(parts)
+        try:
+            self._compiled: Any = regex.compile(written)
+        except (regex.error, RecursionError, OverflowError) as fault:
+            raise TokenizerError(f"pattern {quoted(source)}: {quoted(str(fault))}") from None
+
+    def words(self, text: str) -> list[str]:
+        """What is found, and what is between it, in order; none is empty."""
+        alike = self._alike(text)
+        if len(text) > MANY:
+            return [text[begin:end] for begin, end, _ in self.cut(text, alike) if begin < end]
+        with _in_time():
+            found: list[str] = self._compiled.findall(alike, timeout=_seconds(text))
+        if sum(map(len, found)) != len(text) or "" in found:
+            return [text[begin:end] for begin, end, _ in self.cut(text, alike) if begin < end]
+        if alike is text:
+            return found
+        ends = accumulate(map(len, found), initial=0)
+        return [text[begin:end] for begin, end in pairwise(ends)]
+
+    def cut(self, text: str, alike: str | None = None) -> Iterator[tuple[int, int, bool]]:
+        """(begin, end, whether the pattern matches there) of stretches that cover the text."""
+        alike = self._alike(text) if alike is None else alike
+        at = 0
+        with _in_time():
+            for found in self._compiled.finditer(alike, timeout=_seconds(text)):
+                begin, end = found.span()
+                if at < begin:
+                    yield at, begin, False
+                yield begin, end, True
+                at = end
+        if at < len(text):
+            yield at, len(text), False
+
+    def _alike(self, text: str) -> str:
+        """The text, with the first character of its class for every one beyond ASCII."""
+        if text.isascii():
+            return text
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        alike: str = self._firsts[points].tobytes().decode("utf-32-le")
+        return alike
+
+
+@cache
+def compiled(source: str) -> Pattern:
+    return Pattern(source)
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise TokenizerError("pattern: takes too long on this text") from None
+
+
+def _seconds(text: str) -> float:
+    return LEAST_SECONDS + SECONDS_PER_CHARACTER * len(text)
+
+
+def _of_characters(characters: str) -> Points:
+    return of_ranges(tuple((ord(char), ord(char)) for char in characters))
+
+
+def _classes(parts: list[str | Points]) -> tuple[NDArray[np.uint32], str]:
+    """The first character of every character's class, and the pattern written with these."""
+    sets = {part.tobytes(): part for part in parts if not isinstance(part, str)}
+    if len(sets) > MOST_SETS:
+        raise TokenizerError(f"pattern: {len(sets)} different classes, at most {MOST_SETS}")
+    changes = [np.flatnonzero(points[1:] != points[:-1]) + 1 for points in sets.values()]
+    starts = np.unique(np.concatenate([np.array([ASCII]), *changes]))
+    starts = starts[starts >= ASCII]
+    marks = np.zeros(len(starts), np.int64)
+    for bit, points in enumerate(sets.values()):
+        marks |= points[starts].astype(np.int64) << bit
+    _, place, kind = np.unique(marks, return_index=True, return_inverse=True)
+    firsts = np.arange(N_CODE_POINTS, dtype=np.uint32)
+    lengths = np.diff(starts, append=N_CODE_POINTS)
+    firsts[ASCII:] = np.repeat(starts[place][kind], lengths)
+    known = [*range(ASCII), *starts[place].tolist()]
+    return firsts, "".join(p if isinstance(p, str) else _written(p, known) for p in parts)
+
+
+def _written(points: Points, known: list[int]) -> str:
+    members = [f"\\U{point:08x}" for point in known if points[point]]
+    return f"[{''.join(members)}]" if members else "(?!)"
+
+
+@dataclass
+class _Reader:
+    """Reads a pattern once: `parts` are what stays as it is, and sets of code points."""
+
+    source: str
+    at: int = 0
+    parts: list[str | Points] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._any_case = [False]
+        while self.at < len(self.source):
+            self._next()
+        if len(self._any_case) != 1:
+            raise self._fault("a group is not closed")
+
+    def _fault(self, what: str) -> TokenizerError:
+        return TokenizerError(f"pattern {quoted(self.source)}: {what}, at character {self.at}")
+
+    def _take(self, size: int = 1) -> str:
+        taken = self.source[self.at : self.at + size]
+        if len(taken) < size:
+            raise self._fault("it ends too early")
+        self.at += size
+        return taken
+
+    def _until(self, end: str) -> str:
+        stop = self.source.find(end, self.at)
+        if stop < 0:
+            raise self._fault(f"{end!r} is missing")
+        taken = self.source[self.at : stop]
+        self.at = stop + len(end)
+        return taken
+
+    def _next(self) -> None:
+        char = self._take()
+        if char == "(":
+            self._open()
+        elif char == ")":
+            if len(self._any_case) == 1:
+                raise self._fault("a group is closed that was not opened")
+            self._any_case.pop()
+            self.parts.append(")")
+        elif char == "[":
+            self.parts.append(self._bracket())
+        elif char == "\\":
+            self._escape()
+        elif char == ".":
+            self.parts.append(~_of_characters("\n"))
+        elif char in "^$":
+            self.parts.append(f"(?m:{char})")
+        elif char == "{":
+            self._count()
+        elif char in "|*+?":
+            self.parts.append(char)
+        else:
+            self._literal(char)
+
+    def _literal(self, char: str) -> None:
+        case = self._cases(char)
+        plain = len(case) == 1 and char.isascii()
+        self.parts.append(regex.escape(char) if plain else _of_characters(case))
+
+    def _cases(self, char: str) -> str:
+        """The character, and where case does not matter its other forms of one character."""
+        if not self._any_case[-1]:
+            return char
+        forms = {char, char.lower(), char.upper(), OTHER_CASE.get(char.lower(), char)}
+        return "".join(sorted(form for form in forms if len(form) == 1))
+
+    def _open(self) -> None:
+        begin = self.at - 1
+        group = next((g for g in GROUPS if self.source.startswith(g, begin)), None)
+        if group is not None:
+            self.at = begin + len(group)
+        elif self.source.startswith("?", self.at):
+            flags = regex.match(r"\?(-?i)([:)])", self.source, pos=self.at)
+            if flags is None:
+                raise self._fault(f"{self.source[begin : begin + 4]!r} is not supported")
+            self.at = flags.end()
+            if flags[2] == ")":
+                self._any_case[-1] = flags[1] == "i"
+                return
+            self._any_case.append(flags[1] == "i")
+            self.parts.append("(?:")
+            return
+        self._any_case.append(self._any_case[-1])
+        self.parts.append(group or "(?:")
+
+    def _count(self) -> None:
+        found = regex.match(r"(\d{1,4})(,?)(\d{0,4})\}|,(\d{1,4})\}", self.source, pos=self.at)
+        if found is None:
+            self._literal("{")
+            return
+        self.at = found.end()
+        if self.source.startswith("+", self.at):  # of Ruby's syntax: not possessive, but once more
+            raise self._fault("'+' behind a count is not supported")
+        self.parts.append("{" + (found[0] if found[1] else f"0{found[0]}"))
+
+    def _escape(self) -> None:
+        char = self.source[self.at : self.at + 1]
+        if char in ("b", "B"):
+            self.at += 1
+            word = _oniguruma_words() | of_ranges(NUMBER_WORDS)
+            signs = "!=" if char == "b" else "=!"  # where a word ends and begins; or does not
+            self.parts += ["(?:(?<=", word, f")(?{signs[0]}", word]
+            self.parts += [")|(?<!", word, f")(?{signs[1]}", word, "))"]
+        elif char in ("w", "W"):
+            self.at += 1
+            word = _oniguruma_words() | of_ranges(NUMBER_WORDS)
+            self.parts.append(word if char == "w" else ~word)
+        elif char in ("A", "z", "Z"):
+            self.at += 1
+            self.parts.append({"A": r"\A", "z": r"\Z", "Z": r"(?=\n?\Z)"}[char])
+        else:
+            found = self._escaped()
+            if isinstance(found, str):
+                self._literal(found)
+            else:
+                self.parts.append(found)
+
+    def _escaped(self) -> str | Points:
+        """What follows a backslash, in a class or outside: one character, or a set of them."""
+        char = self._take()
+        if char in CONTROLS:
+            return CONTROLS[char]
+        if char.lower() in SETS:
+            points = SETS[char.lower()]()
+            return points if char.islower() else ~points
+        if char in "pP":
+            if self._take() != "{":
+                raise self._fault("'{' is expected behind \\p")
+            name = self._until("}")
+            points = property_points(name.removeprefix("^"))
+            return points if (char == "p") != name.startswith("^") else ~points
+        if char == "x" and self.source.startswith("{", self.at):
+            self._take()
+            return self._code_point(self._until("}"))
+        if char in "xu":
+            return self._code_point(self._take(2 if char == "x" else 4))
+        if char == "0":
+            return "\0"
+        if char.isalnum():
+            raise self._fault(f"'\\{char}' is not supported")
+        return char
+
+    def _code_point(self, digits: str) -> str:
+        try:
+            return chr(int(digits, 16))
+        except (ValueError, OverflowError):
+            raise self._fault(f"{quoted(digits)} is no code point") from None
+
+    def _bracket(self) -> Points:
+        """The set of a class in brackets, whose first has been read."""
+        negated = self.source.startswith("^", self.at)
+        self.at += negated
+        whole: Points | None = None  # what && has joined so far
+        points, first = of_ranges(()), True
+        while first or not self.source.startswith("]", self.at):
+            if self.source.startswith("&&", self.at):
+                self.at += 2
+                whole = points if whole is None else whole & points
+                points = of_ranges(())
+            else:
+                points = points | self._member()
+            first = False
+        self.at += 1
+        points = points if whole is None else whole & points
+        return ~points if negated else points
+
+    def _member(self) -> Points:
+        begin = self._one()
+        is_range = self.source.startswith("-", self.at) and self.source[self.at + 1 :][:1] != "]"
+        if isinstance(begin, str) and is_range:
+            self.at += 1
+            end = self._one()
+            if not isinstance(end, str) or end < begin:
+                raise self._fault("a range in a class is damaged")
+            if self._any_case[-1] and (begin + end).isascii():
+                inside = "".join(map(self._cases, map(chr, range(ord(begin), ord(end) + 1))))
+                return _of_characters(inside)
+            return of_ranges(((ord(begin), ord(end)),))
+        return _of_characters(self._cases(begin)) if isinstance(begin, str) else begin
+
+    def _one(self) -> str | Points:
+        """A character of a class, or a set within it."""
+        char = self._take()
+        if char == "\\":
+            return self._escaped()
+        if char == "[" and self.source.startswith(":", self.at):
+            self._take()
+            name = self._until(":]")
+            if name not in POSIX:
+                raise self._fault(f"[:{name[:20]}:] is not supported")
+            return POSIX[name]()
+        return self._bracket() if char == "[" else char
+
+
+def _oniguruma_words() -> Points:
+    return word_points() & ~of_ranges(NO_WORDS)
+
+
+SETS: dict[str, Callable[[], Points]] = {
+    "s": blanks,
+    "d": lambda: property_points("Nd"),
+    "w": _oniguruma_words,
+    "h": lambda: _of_characters("0123456789abcdefABCDEF"),
+}
