@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama import hub
-from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError
+from glassllama.base.errors import GenerationError, MissingExtraError
 from glassllama.base.interfaces import Cache, CacheType, Executor, Progress, Tokenizer
 from glassllama.generation import (
     FinishReason,
     Generation,
     GenerationSettings,
+    Overflow,
     Step,
     Timings,
     TokenLogprob,
@@ -31,6 +32,7 @@ from glassllama.generation import (
     generate,
     make_sampler,
 )
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
 from glassllama.weights.backend import (
@@ -64,10 +66,15 @@ class Options(TypedDict, total=False):
     logprobs: int | None  # None: none; n: of the chosen token and of the n likeliest
     ignore_eos: bool  # go on after the model's own end: for measuring
     context: int | None  # fewer tokens than the model could hold
+    on_overflow: Overflow | None  # at the context's end, before max_tokens; see default_overflow
     speculation: bool  # False: never several tokens in one step; the answer is the same
 
 
-LOOP_OPTIONS = ("max_tokens", "ignore_eos", "logprobs", "context", "speculation")
+LOOP_OPTIONS = (
+    "max_tokens", "ignore_eos", "logprobs", "context", "on_overflow", "speculation"
+)  # fmt: skip
+RUN_FILE = "settings.toml"  # what every run of 'glassllama train' has
+SMALL_CONTEXT = 1024  # tokens: models of one's own below it go on past their context by default
 OPTIONS = frozenset(Options.__annotations__)
 
 
@@ -88,6 +95,7 @@ class Completion:
     ids: list[int]
     prompt_ids: list[int]
     finish_reason: FinishReason
+    dropped_tokens: int = 0  # the oldest ones, that the model no longer saw at the end
     logprobs: list[StepLogprobs] | None
     timings: Timings  # of the whole batch
 
@@ -103,10 +111,12 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[StepLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    dropped_tokens: int = 0
 
     def add(self, step: Step) -> str:
         """Take in one step -> the text that has become certain."""
         self.ids.append(step.id)
+        self.dropped_tokens = step.dropped_tokens
         if step.logprob is not None:
             self.logprobs.append(StepLogprobs(step.id, step.logprob, step.top))
         ended = step.finish_reason
@@ -125,6 +135,7 @@ class Answer:
             ids=self.ids,
             prompt_ids=self.prompt_ids,
             finish_reason=self.finish_reason,
+            dropped_tokens=self.dropped_tokens,
             logprobs=self.logprobs if with_logprobs else None,
             timings=timings,
         )
@@ -180,6 +191,18 @@ class LLM:
         """How this model was taught to converse. Raises TokenizerError if it was not."""
         tokens = self.checkpoint.template_tokens
         return choose_chat_format(self.checkpoint.chat_template, self.tokenizer, **tokens)
+
+    @property
+    def default_overflow(self) -> Overflow:
+        """`on_overflow` where it is None: "shift" for small models of one's own, else "stop".
+
+        One's own is what 'glassllama train' wrote, or a model of characters; small is a context
+        under 1,024 tokens. Others were not trained on texts without a beginning.
+        """
+        folder = self.checkpoint.folder  # RUN, or RUN/checkpoints/step-N
+        run = any((place / RUN_FILE).is_file() for place in (folder, folder.parent.parent))
+        own = run or isinstance(self.tokenizer, CharTokenizer)
+        return "shift" if own and self.executor.config.max_seq_len < SMALL_CONTEXT else "stop"
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> ids with the model's own beginning; ids stay as they are.
@@ -271,9 +294,12 @@ class LLM:
         if not all(isinstance(text, str) for text in stop):
             raise GenerationError(f"stop must be a list of texts, got {stop!r}")
         loop = {key: values.pop(key) for key in LOOP_OPTIONS if key in values}
+        if loop.get("on_overflow") is None:
+            loop["on_overflow"] = self.default_overflow
         settings = GenerationSettings(
-            sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids, **loop
-        )
+            sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids,
+            bos=self.tokenizer.bos, **loop,
+        )  # fmt: skip
         rows = [self.encode(prompt) for prompt in prompts]
         answers = [
             Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
@@ -356,16 +382,11 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import TorchExecutor, load_model
+    from glassllama.weights.load import TorchExecutor, load_model, torch_device
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"device {device!r} is not to be had here: {reason}") from None
+    place = torch_device(device)
     kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if stream_layers:
         from glassllama.weights.stream import StreamExecutor

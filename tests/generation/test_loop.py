@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,80 @@ def test_the_models_own_context_is_the_default_border() -> None:
     assert steps[-1].finish_reason == "length"
 
 
+def shifted(prompt: Sequence[int], n: int, context: int, bos: int | None) -> tuple[list[int], int]:
+    """The plain loop past a full context, everything computed again for every id.
+
+    -> (new ids, how many were dropped).
+    """
+    window, new, dropped = list(prompt), [], 0
+    while len(new) < n:
+        if len(window) == context:
+            start = int(window[0] == bos)
+            kept = window[start + (context - start) // 2 :]
+            dropped += context - start - len(kept)
+            window = window[:start] + kept
+        new.append(int(logits_after(window).argmax()))
+        window.append(new[-1])
+    return new, dropped
+
+
+@pytest.mark.parametrize("bos", [None, 1, 96])
+@pytest.mark.parametrize("context", [6, 7, 64, 600])
+def test_an_answer_goes_on_past_a_full_context(context: int, bos: int | None) -> None:
+    past_it = {"context": context, "on_overflow": "shift", "max_tokens": 2 * context + 5}
+    steps = list(generate(Trigrams(), [[1, 2, 3]], settings(**past_it, bos=bos)))
+    new, dropped = shifted([1, 2, 3], 2 * context + 5, context, bos)
+    assert ids_of(steps) == new
+    assert steps[-1].finish_reason == "length"
+    assert (steps[0].dropped_tokens, steps[-1].dropped_tokens) == (0, dropped)
+    assert dropped > context / 2
+
+
+def test_rows_of_a_batch_shift_each_at_its_own_time() -> None:
+    prompts = [[1], [1, *range(20, 34)], [5] * 15]
+    chosen = settings(context=16, on_overflow="shift", max_tokens=40, bos=1)
+    steps = list(generate(Trigrams(), prompts, chosen))
+    for row, prompt in enumerate(prompts):
+        new, dropped = shifted(prompt, 40, 16, bos=1)
+        assert ids_of(steps, row) == new
+        assert [step for step in steps if step.row == row][-1].dropped_tokens == dropped
+
+
+def test_a_stop_id_ends_an_answer_past_the_context_too() -> None:
+    new, _ = shifted([1, 2, 3], 60, 16, bos=None)
+    stop = next(id for n, id in enumerate(new) if n > 30 and id not in new[:n])
+    chosen = settings(context=16, on_overflow="shift", max_tokens=60, stop_ids=frozenset([stop]))
+    steps = list(generate(Trigrams(), [[1, 2, 3]], chosen))
+    assert ids_of(steps) == new[: new.index(stop) + 1]
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_without_max_tokens_an_answer_ends_with_its_context_whatever_on_overflow_is() -> None:
+    """Or the answer of a model without a stop id would never end."""
+    steps = list(
+        generate(Trigrams(), [[1] * 10], GenerationSettings(context=16, on_overflow="shift"))
+    )
+    assert ids_of(steps) == greedy([1] * 10, 6)
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_the_smallest_contexts_shift_too(bos: int | None) -> None:
+    for context in (2, 3):
+        past_it = {"context": context, "on_overflow": "shift", "max_tokens": 20, "bos": bos}
+        steps = list(generate(Trigrams(), [[1]], settings(**past_it)))
+        assert len(steps) == 20
+
+
+def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
+    class Unbounded(Trigrams):
+        config = SimpleNamespace(vocab_size=V, max_seq_len=16, unbounded=True)  # type: ignore
+
+    steps = list(generate(Unbounded(), [[1] * 50], settings(max_tokens=40)))
+    assert ids_of(steps) == greedy([1] * 50, 40)
+    assert steps[-1].dropped_tokens == 0
+    assert len(list(generate(Unbounded(), [[1]], GenerationSettings()))) == 16
+
+
 @pytest.mark.parametrize(
     ("prompts", "fields", "message"),
     [
@@ -249,6 +324,9 @@ def test_the_models_own_context_is_the_default_border() -> None:
         ([[1], []], {}, "prompt 1 is empty: expected at least one id"),
         ([[1] * 16], {"context": 16}, "prompt 0 has 16 ids and the context holds 16: no room"),
         ([[1] * 99], {"context": 16}, "prompt 0 has 99 ids and the context holds 16: no room"),
+        ([[1] * 99], {"context": 16}, "shorten it to at most 15, or allow a context of up to 2000"),
+        ([[1] * 99], {"context": 16, "on_overflow": "shift"}, "shorten it to at most 15"),
+        ([[1]], {"on_overflow": "wrap"}, "on_overflow must be 'stop' or 'shift', got 'wrap'"),
         ([[1] * 2000], {}, "prompt 0 has 2000 ids and the context holds 2000: no room"),
         ([[1]], {"context": 2001}, "context 2001 is more than the model's 2000"),
         ([[1], [2, V]], {}, "prompt 1: id 97 at position 1 is outside the vocabulary 0 … 96"),

@@ -50,6 +50,8 @@ def speed_line(completion: Completion) -> str:
         f"{timings.new_tokens} tokens",
         peak is not None and f"peak memory {gigabytes(peak)}",
     ]
+    if completion.dropped_tokens:
+        parts.append(f"{completion.dropped_tokens:,} oldest tokens dropped: the context was full")
     if completion.finish_reason == "length":
         parts.append("cut off: --max-tokens or the context's end")
     return " · ".join(part for part in parts if part)
@@ -73,6 +75,7 @@ def as_object(llm: LLM, completion: Completion) -> dict[str, Any]:
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
+            "dropped_tokens": completion.dropped_tokens,  # where the context was full
             "drafted_tokens": timings.drafted,  # guessed, see generation/speculation.py
             "accepted_tokens": timings.accepted,  # of them, those that were right
         },

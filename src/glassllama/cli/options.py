@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from glassllama.llm import LLM, Options
 
 DEFAULT_MODEL = "smollm2-135m"
-NOT_THE_SAMPLERS = ("max_tokens", "ignore_eos", "speculation", "stop")  # of SamplingOptions
+NOT_THE_SAMPLERS = (
+    "max_tokens",
+    "ignore_eos",
+    "on_overflow",
+    "speculation",
+    "stop",
+)  # of SamplingOptions
 
 
 class Backend(StrEnum):
@@ -42,6 +48,11 @@ class CacheType(StrEnum):
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Overflow(StrEnum):
+    stop = "stop"
+    shift = "shift"
 
 
 class Quantise(StrEnum):
@@ -286,6 +297,15 @@ class SamplingOptions:
             "--ignore-eos", help="Go on after the model's own end, to --max-tokens: for measuring."
         ),
     ] = False
+    on_overflow: Annotated[
+        Overflow | None,
+        sampling_option(
+            metavar="NAME",
+            help="Where the context is full before --max-tokens. stop: end the answer. shift: drop "
+            "the oldest half of the text and go on.",
+            show_default="shift for models of your own with a context under 1,024, else stop",
+        ),
+    ] = None
     speculation: Annotated[
         bool,
         sampling_option(
@@ -309,6 +329,7 @@ class SamplingOptions:
         except GenerationError as error:
             raise typer.BadParameter(str(error)) from None
         values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["on_overflow"] = None if self.on_overflow is None else self.on_overflow.value
         values["logprobs"] = logprobs
         values["stop"] = tuple(self.stop or ())
         options: Options = values

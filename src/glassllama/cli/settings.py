@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import fields, replace
+from enum import Enum
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -40,7 +41,11 @@ def read_value(name: str, kind: Any, typed: str) -> Any:
     if typed == "none" and NoneType in choices:
         return None
     wanted = "a number"
+    enums = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Enum)]
     try:
+        if enums:
+            wanted = " or ".join(choice.value for choice in enums[0])
+            return enums[0](typed)
         if bool in choices:
             wanted = "on or off"
             return SWITCH[typed.lower()]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import GenerationError
+from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Cache, Executor, Progress
 from glassllama.generation.sampler import (
     GREEDY,
@@ -30,6 +31,7 @@ from glassllama.generation.sampler import (
 from glassllama.generation.speculation import Lookup, Speculation
 
 FinishReason = Literal["stop", "length"]
+Overflow = Literal["stop", "shift"]
 
 # Ids of one row fed at once: enough to keep the matrix products busy, few enough that progress
 # moves and Ctrl-C is heard. Fixed, so that a row is cut the same way alone and in a batch. An
@@ -42,9 +44,12 @@ class GenerationSettings:
     """How one row is continued.
 
     `max_tokens` None means to the end of the context; `context` is the most ids that prompt and
-    answer may have together, None the model's own limit. `logprobs` is the number of likeliest ids
-    to report with each new one (0: the chosen one's logprob only, None: nothing). They are of the
-    model's own distribution: before penalties, temperature and filters, as in OpenAI's API.
+    answer may have together, None the model's own limit. Where `max_tokens` are more than fit,
+    `on_overflow` decides: "stop" ends the answer at the end of the context, "shift" drops the older
+    half of the text after `bos` and goes on from the rest (see `Row.shift`). `logprobs` is the
+    number of likeliest ids to report with each new one (0: the chosen one's logprob only, None:
+    nothing). They are of the model's own distribution: before penalties, temperature and filters,
+    as in OpenAI's API.
     """
 
     sampler: Sampler = GREEDY
@@ -53,12 +58,18 @@ class GenerationSettings:
     ignore_eos: bool = False  # go on after a stop id: for measuring
     logprobs: int | None = None
     context: int | None = None
+    on_overflow: Overflow = "stop"
+    bos: int | None = None  # the begin-of-text id: never dropped where a prompt begins with it
     speculation: bool = True  # where it can, see `can_speculate`: faster, the same ids
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("logprobs", 0), ("context", 2)):
             if (value := getattr(self, name)) is not None:
                 require_whole(name, value, least)
+        if self.on_overflow not in get_args(Overflow):
+            raise GenerationError(
+                f"on_overflow must be 'stop' or 'shift', got {quoted(self.on_overflow)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Step:
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    dropped_tokens: int = 0  # of this row so far: ids that left a full context
 
 
 @dataclass
@@ -115,10 +127,24 @@ class Row:
     settings: GenerationSettings
     sampling: Sampling
     limit: int  # ids it may still be given at most, prompt not counted
+    context: int  # the most ids that `window` may have
+    window: list[int]  # what the model sees: prompt and answer, but for what was dropped
+    dropped: int = 0
     new: int = 0
     last: int = -1
     live: bool = True
     cancelled: bool = False  # from outside
+
+    @property
+    def full(self) -> bool:
+        return len(self.window) >= self.context
+
+    def shift(self) -> None:
+        """Drop the older half of the ids after the begin-of-text id, and at least one."""
+        start = 1 if self.window[0] == self.settings.bos and len(self.window) > 2 else 0
+        count = max(1, (len(self.window) - start) // 2)
+        del self.window[start : start + count]
+        self.dropped += count
 
 
 class Generation(Iterator[Step]):
@@ -155,9 +181,9 @@ class Generation(Iterator[Step]):
 
     def _run(self) -> Generator[Step, None, None]:
         started = time.perf_counter()
-        longest = max(len(row.prompt) + row.limit for row in self._rows)
+        longest = max(min(len(row.prompt) + row.limit, row.context) for row in self._rows)
         cache = self._executor.new_cache(len(self._rows), longest)
-        steps = self._choose(self._prefill(cache))
+        steps = self._choose(self._read(self._unread(cache), cache, self._progress))
         self.timings.prefill_s = time.perf_counter() - started
         self.timings.reused_tokens = getattr(cache, "recalled", 0)
         if self._held is not None:
@@ -172,22 +198,26 @@ class Generation(Iterator[Step]):
     def _round(self, cache: Cache) -> list[Step]:
         """The next id of every living row; of an only row sometimes several."""
         started, guess = time.perf_counter(), self._guess()
+        read = 1 + len(guess)
         if guess:
             steps = self._verify(guess, cache)
         else:
-            ids = [[row.last] if row.live else [] for row in self._rows]
-            steps = self._choose(self._executor.next_logits(ids, cache))
+            ids = self._unread(cache)
+            read = max(map(len, ids))
+            steps = self._choose(self._read(ids, cache))
         seconds = time.perf_counter() - started
         self.timings.decode_s += seconds
         self.timings.decode_tokens += len(steps)
         if self._speculation is not None:
-            self._speculation.learn([step.id for step in steps], 1 + len(guess), seconds)
+            self._speculation.learn([step.id for step in steps], read, seconds)
         return steps
 
     def _guess(self) -> list[int]:
         if self._speculation is None:
             return []
-        return self._speculation.guess(self._rows[0].limit - self._rows[0].new - 1)
+        [row] = self._rows
+        room = min(row.limit - row.new, row.context - len(row.window))
+        return self._speculation.guess(room - 1)
 
     def _verify(self, guess: list[int], cache: Cache) -> list[Step]:
         """Read the guess with the last id; the steps up to the first that differs from it."""
@@ -209,24 +239,41 @@ class Generation(Iterator[Step]):
         cache.truncate(0, past + len(steps))
         return steps
 
-    def _prefill(self, cache: Cache) -> list[Logits]:
-        """Feed the prompts in chunks -> the logits after each row's last id, (V,) each."""
-        prompts = [row.prompt if row.live else [] for row in self._rows]
-        total, done = sum(map(len, prompts)), 0
-        last = [np.empty(0, dtype=np.float32)] * len(prompts)
-        if self._progress is not None:
-            self._progress(0, total)
-        start, longest = 0, max(map(len, prompts))
+    def _unread(self, cache: Cache) -> list[list[int]]:
+        """The ids of every living row that the model has not read: its last, or all of its window.
+
+        A row whose window is full is shifted: what is left has other positions, so it is read again
+        from an empty cache.
+        """
+        for number, row in enumerate(self._rows):
+            if row.live and row.full:
+                row.shift()
+                cache.truncate(number, 0)
+        lengths = cache.lengths
+        return [row.window[lengths[n] :] if row.live else [] for n, row in enumerate(self._rows)]
+
+    def _read(
+        self, ids: list[list[int]], cache: Cache, progress: Progress | None = None
+    ) -> Sequence[Logits] | NDArray[np.float32]:
+        """Feed every row its ids, in chunks -> the logits after each row's last id, (V,) each."""
+        size = getattr(self._executor, "prefill_chunk", PREFILL_CHUNK)
+        longest, total, done = max(map(len, ids)), sum(map(len, ids)), 0
+        if progress is not None:
+            progress(0, total)
+        elif 0 < longest <= size:
+            return self._executor.next_logits(ids, cache)  # (B, V)
+        last = [np.empty(0, dtype=np.float32)] * len(ids)
+        start = 0
         while start < longest:
             size = getattr(self._executor, "prefill_chunk", PREFILL_CHUNK)
-            chunks = [prompt[start : start + size] for prompt in prompts]
+            chunks = [row[start : start + size] for row in ids]
             logits = self._executor.next_logits(chunks, cache)  # (B, V)
             for row, chunk in enumerate(chunks):
                 if chunk:
                     last[row] = logits[row].copy()  # the executor may use its array again
             start, done = start + size, done + sum(map(len, chunks))
-            if self._progress is not None:
-                self._progress(done, total)
+            if progress is not None:
+                progress(done, total)
         return last
 
     def _choose(self, logits: Sequence[Logits] | NDArray[np.float32]) -> list[Step]:
@@ -252,18 +299,19 @@ def _next_step(number: int, row: Row, logits: Logits) -> Step:
         ) from None
     settings = row.settings
     row.new += 1
+    row.window.append(row.last)
     reason: FinishReason | None = None
     if row.last in settings.stop_ids and not settings.ignore_eos:
         reason = "stop"
     elif row.new == row.limit:
         reason = "length"
     row.live = reason is None
+    step = Step(row=number, id=row.last, finish_reason=reason, dropped_tokens=row.dropped)
     if settings.logprobs is None:
-        return Step(row=number, id=row.last, finish_reason=reason)
+        return step
     top = likeliest(logits, settings.logprobs)
     chosen, *others = logprobs_of(logits, [row.last, *top])
-    pairs = tuple(map(TokenLogprob, top, others))
-    return Step(row=number, id=row.last, logprob=chosen, top=pairs, finish_reason=reason)
+    return replace(step, logprob=chosen, top=tuple(map(TokenLogprob, top, others)))
 
 
 def can_speculate(executor: Executor, rows: Sequence[Row]) -> bool:
@@ -302,20 +350,43 @@ def _row(
     number: int, executor: Executor, prompt: Sequence[int], settings: GenerationSettings
 ) -> Row:
     config = executor.config
-    context = config.max_seq_len if settings.context is None else settings.context
-    if context > config.max_seq_len:
-        raise GenerationError(f"context {context} is more than the model's {config.max_seq_len}")
     ids = checked_ids(f"prompt {number}", prompt, config.vocab_size)
-    room = context - len(ids)
-    if room < 1:
-        raise GenerationError(
-            f"prompt {number} has {len(ids)} ids and the context holds {context}: no room for an "
-            "answer; shorten the prompt"
-        )
-    limit = room if settings.max_tokens is None else min(settings.max_tokens, room)
+    limit, context = _sizes(f"prompt {number}", len(ids), config, settings)
     native = getattr(executor, "chooser", None)
     sampling = settings.sampler.start(ids, config.vocab_size, native)
-    return Row(prompt=ids, settings=settings, sampling=sampling, limit=limit)
+    return Row(
+        prompt=ids, settings=settings, sampling=sampling, limit=limit, context=context,
+        window=[*ids],
+    )  # fmt: skip
+
+
+def _sizes(
+    what: str, length: int, config: LlamaConfig, settings: GenerationSettings
+) -> tuple[int, int]:
+    """How many ids may follow a prompt of `length` ids, and how many the model may see at once.
+
+    Raises GenerationError: a context that the model does not have, no room for an answer.
+    """
+    longest, context = config.max_seq_len, settings.context
+    if context is None and getattr(config, "unbounded", False):
+        limit = settings.max_tokens or longest
+        return limit, length + limit
+    context = longest if context is None else context
+    if context > longest:
+        raise GenerationError(f"context {context} is more than the model's {longest}")
+    room = context - length
+    if room < 1:
+        advice = f"shorten it to at most {context - 1}"
+        if length < longest:
+            advice += f", or allow a context of up to {longest}"
+        raise GenerationError(
+            f"{what} has {length} ids and the context holds {context}: no room for an answer; "
+            f"{advice}"
+        )
+    if settings.max_tokens is None:
+        return room, context
+    shifts = settings.on_overflow == "shift"
+    return settings.max_tokens if shifts else min(settings.max_tokens, room), context
 
 
 def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int]:

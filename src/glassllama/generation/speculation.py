@@ -101,7 +101,7 @@ class Speculation:
             self.lookup.add(id)
         if read == 1:
             self.single = min(seconds, RISE * self.single) if self.single else seconds
-        elif self.single:
+        elif self.single and read in self.times:  # not so after a shift, which reads half a context
             self.times[read] = min(seconds / self.single, RISE * self.times[read])
 
     def _compare(self, id: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from glassllama.nn.initial import initialise
 
 @dataclass(frozen=True, kw_only=True)
 class BigramConfig:
-    """`max_seq_len` binds nothing: it is how long a text may get in training and generation."""
+    """`max_seq_len` is the length of the texts in training. It bounds no generation: what comes
+    next depends on the last token alone, so `unbounded` tells the loop to have no limit."""
 
     vocab_size: int
     max_seq_len: int
+    unbounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_sizes(self, "vocab_size", "max_seq_len")

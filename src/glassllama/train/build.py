@@ -19,6 +19,7 @@ from glassllama.models.llama import Llama
 from glassllama.nn.dropout import add_dropout
 from glassllama.train.resolve import WORDS, fits, shown
 from glassllama.train.settings import Settings
+from glassllama.weights.load import torch_device
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "bigram": (BigramConfig, Bigram),
@@ -78,13 +79,7 @@ def require_kinds(config_class: type, sizes: Mapping[str, object]) -> None:
 
 def require_device(name: str) -> None:
     """Raise ConfigError where PyTorch knows no such device, or this machine has none."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"run.device: {name!r} cannot be used here ({reason}); try --set run.device=cpu"
-        ) from None
+    torch_device(name, "run.device")
 
 
 def parameters(model: LanguageModel) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import GenerationError, MemoryShortError
+from glassllama.base.errors import ConfigError, GenerationError, MemoryShortError, quoted
 from glassllama.base.interfaces import Cache, Progress
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.models.bigram import Bigram, BigramConfig
@@ -70,6 +70,26 @@ def load_model(
         if progress is not None:
             progress(done, len(checkpoint.names))
     return model.requires_grad_(False).eval()
+
+
+def torch_device(name: str, field: str = "device") -> torch.device:
+    """The device of that name. Raises ConfigError about `field` where this machine lacks it.
+
+    PyTorch's own message about a device that it was not built for has 7,000 characters.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("shapes without numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        raise ConfigError(
+            f"{field}: {quoted(name)} cannot be used here; on this machine PyTorch has "
+            f"{', '.join(there)}"
+        ) from None
+    return device
 
 
 def require_room(checkpoint: Checkpoint, kept: torch.dtype, needed: int) -> None:
