@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import gguf
+import numba
 import numpy as np
 import pytest
 
 from glassllama.base import sealed
+from glassllama.base.code_cache import UNTRUSTED
 from glassllama.base.machine import cache_home
+from glassllama.base.trust import HELP
 from glassllama.engine.compiled import NO_ROOM, code_folder
 from glassllama.engine.tiers import TIERS, features
 from tiny_models import META_SHAPE, hf_model, write_gguf
@@ -103,6 +107,56 @@ def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == ["3", "4", NO_ROOM]
+
+
+KEPT = """
+from glassllama.engine.compiled import code_folder, entry, notes, seal
+from glassllama.tokenizers.compiled import entry as of_tokenizers
+print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
+seal()
+"""
+
+
+class Trap:
+    """What runs a stranger's code where it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) -> None:
+    script, home, canary = tmp_path / "kept.py", tmp_path / "home", tmp_path / "canary"
+    script.write_text(KEPT)
+
+    def run() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, "GLASSLLAMA_HOME": str(home)},
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.split("\n")[:-1] if done.returncode == 0 else [done.stderr]
+
+    assert run() == ["3", "4"]
+    indexes = [*home.rglob("*.nbi")]
+    assert len(indexes) == 2
+    for index in indexes:
+        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
+        (folder,) = (path for path in index.parents if path.parent.parent == home)
+        (folder / sealed.SEAL).unlink()
+        sealed.seal(folder)  # as a stranger would
+    home.chmod(0o777)
+    three, four, *notes = run()
+    assert (three, four) == ("3", "4")
+    assert notes == [UNTRUSTED.format(f"others can write to {home}: {HELP}")]
+    assert not canary.exists()
+    home.chmod(0o755)
+    run()
+    assert canary.exists(), "the trap would have worked"
 
 
 def test_seals(tmp_path: Path) -> None:

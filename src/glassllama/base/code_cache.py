@@ -9,29 +9,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glassllama.base.errors import GlassError
+from glassllama.base.errors import GlassError, UntrustedError
 from glassllama.base.machine import cache_home
+from glassllama.base.sealed import discard_damaged
+from glassllama.base.trust import make_folder
 
 KEPT_VERSIONS = 3  # of a folder of sources: this one and the latest others
+PRIVATE = 0o700
+READ_ONLY = "the cache folder is read-only: compiling in memory, at every start"
+UNTRUSTED = "compiling in memory, at every start: {}"
 
 
-def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
+def folder_for(
+    name: str, sources: Path, compiler: str, told: Callable[[str], None]
+) -> tuple[Path | None, int]:
     """The folder, under `name`, for what `compiler` (its version) makes of all .py files of
-    `sources`; None where nothing can be written.
+    `sources`, and how many damaged files were discarded there.
 
-    Sources that call each other across files are one state: any other text, another folder.
+    None where nothing can be kept, or others can write; `told` is told why. Sources that call each
+    other across files are one state: any other text, another folder.
     """
     digest = hashlib.sha256(compiler.encode())
     for source in sorted(sources.rglob("*.py")):
         digest.update(source.read_bytes())
     try:
         folder = cache_home() / name / digest.hexdigest()[:16]
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
+        fresh = not folder.is_dir()
+        make_folder(folder, PRIVATE)
+        if fresh:
             sweep(folder.parent)
+        damaged = discard_damaged(folder)
+        if os.access(folder, os.W_OK):
+            return folder, damaged
+    except UntrustedError as reason:
+        told(UNTRUSTED.format(reason))
+        return None, 0
     except (OSError, GlassError):  # GlassError: no home folder at all
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+        pass
+    told(READ_ONLY)
+    return None, 0
 
 
 def going_on(function: Any, told: Callable[[], None]) -> Any:

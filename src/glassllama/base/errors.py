@@ -44,6 +44,10 @@ class DownloadError(GlassError):
     """A model could not be fetched: no network, no permission, or a damaged file."""
 
 
+class UntrustedError(GlassError):
+    """A folder of the cache is another user's, or others can write to it: it is not used."""
+
+
 class MissingExtraError(GlassError):
     """An optional part is not installed: the message is the `pip install` line to run."""
 

@@ -10,21 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from glassllama.base.trust import is_trusted, written_by_others
+
+WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 SEAL = "sealed.json"
 
 
 def discard_damaged(folder: Path) -> int:
-    """Delete every file that is not as it was sealed -> how many were. Raises OSError."""
+    """Delete what is not as it was sealed, or not this user's alone -> how many files were sealed.
+
+    Raises OSError: then nothing of the folder may be used.
+    """
     known, damaged = read_seal(folder), 0
-    for name, path in files(folder):
-        if name not in known or known[name][0] != digest(path):
+    for name, path in contents(folder):
+        try:
+            facts = path.lstat()
+        except FileNotFoundError:  # went with its folder
+            continue
+        sound = is_trusted(facts)
+        if stat.S_ISDIR(facts.st_mode):
+            if not sound:
+                shutil.rmtree(path)
+        elif not (sound and stat.S_ISREG(facts.st_mode) and is_as_sealed(path, known.get(name))):
             path.unlink(missing_ok=True)
             damaged += name in known
     return damaged
+
+
+def is_as_sealed(path: Path, entry: tuple[str, int] | None) -> bool:
+    return entry is not None and entry[0] == digest(path)
 
 
 def seal(folder: Path) -> None:
@@ -35,6 +55,8 @@ def seal(folder: Path) -> None:
     """
     before, now = read_seal(folder), {}
     with suppress(OSError):
+        for _, path in contents(folder):
+            close_to_others(path)
         for name, path in files(folder):
             written = path.stat().st_mtime_ns
             same = name in before and before[name][1] == written
@@ -42,14 +64,26 @@ def seal(folder: Path) -> None:
         if now != before:
             part = folder / f"{SEAL}.{os.getpid()}"
             part.write_text(json.dumps(now))
+            close_to_others(part)
             os.replace(part, folder / SEAL)
 
 
-def files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All files but the seals themselves, as name within the folder and path."""
+def close_to_others(path: Path) -> None:
+    """Take the permission to write that a careless umask has given to others."""
+    facts = path.lstat()
+    if written_by_others(facts):
+        path.chmod(stat.S_IMODE(facts.st_mode) & ~WRITTEN_BY_OTHERS)
+
+
+def contents(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All that is in there but the seals themselves, as name within the folder and path."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(SEAL):
+        if not path.name.startswith(SEAL):
             yield path.relative_to(folder).as_posix(), path
+
+
+def files(folder: Path) -> Iterator[tuple[str, Path]]:
+    return ((name, path) for name, path in contents(folder) if path.is_file())
 
 
 def digest(path: Path) -> str:
@@ -59,6 +93,8 @@ def digest(path: Path) -> str:
 def read_seal(folder: Path) -> dict[str, tuple[str, int]]:
     """File name -> digest and time of writing; empty where there is no list that can be read."""
     try:
+        if not is_trusted((folder / SEAL).lstat()):
+            return {}
         entries = json.loads((folder / SEAL).read_bytes())
         return {name: (str(digest), int(written)) for name, (digest, written) in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):

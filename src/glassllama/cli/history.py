@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from glassllama.base.errors import UntrustedError
+from glassllama.base.trust import make_folder
 from glassllama.cli.screen import note
 
 KEPT_LINES = 1000
@@ -24,11 +26,12 @@ def line_editing() -> Iterator[None]:
     path = cache_home() / "history"
     readline.set_history_length(KEPT_LINES)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         path.touch(mode=PRIVATE)
         readline.read_history_file(path)
-    except OSError as error:
-        note(f"(lines are not remembered: {path}: {error.strerror})")
+    except (OSError, UntrustedError) as error:
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        note(f"(lines are not remembered: {reason})")
         yield
         return
     try:

@@ -7,7 +7,6 @@ that keeps them is named after the digest of the whole engine: another engine, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,13 +37,9 @@ DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
     """Where machine code is kept, or None (and a note) where nothing can be written."""
-    folder = folder_for("compiled", Path(__file__).parent, numba.__version__)
-    if folder is not None:
-        with suppress(OSError):
-            if damaged := sealed.discard_damaged(folder):
-                notes.append(DAMAGED.format(damaged))
-    else:
-        notes.append("the cache folder is read-only: compiling in memory, at every start")
+    folder, damaged = folder_for("compiled", Path(__file__).parent, numba.__version__, notes.append)
+    if damaged:
+        notes.append(DAMAGED.format(damaged))
     return folder
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import DownloadError, UntrustedError
 from glassllama.base.machine import cache_home
+from glassllama.base.trust import is_trusted, make_folder, require_trusted
 from glassllama.hub.names import PackageFile
 
 
@@ -20,16 +22,37 @@ def place_of(file: PackageFile) -> Path:
 
 
 def is_whole(file: PackageFile) -> bool:
-    """Whether the cache holds it. Files arrive there only checked, so the size tells."""
-    place = place_of(file)
-    return place.is_file() and place.stat().st_size == file.bytes
+    """Whether the cache holds it."""
+    return is_known(place_of(file), file.bytes, file.sha256)
+
+
+def is_known(place: Path, bytes: int, sha256: str) -> bool:
+    """Whether that file is there. Files arrive in the cache only checked, so the size tells.
+
+    Where others can write, its checksum is compared at every use: it is data, and may be read.
+    """
+    try:
+        if not place.is_file() or place.stat().st_size != bytes:
+            return False
+        require_trusted(place.parent)
+        if is_trusted(place.stat()):
+            return True
+    except UntrustedError:
+        pass
+    except OSError:
+        return False
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` alone, making it if need be; a second process waits here for the first."""
+    """Hold `folder` alone, making it if need be; a second process waits here for the first.
+
+    Raises UntrustedError, DownloadError.
+    """
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = FileLock(folder / ".lock")
         lock.acquire()
     try:

@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 from glassllama.base.errors import DownloadError
 from glassllama.base.interfaces import Progress
 from glassllama.base.machine import cache_home
-from glassllama.hub.cache import explained, locked
+from glassllama.base.trust import make_folder
+from glassllama.hub.cache import explained, is_known, locked
 from glassllama.hub.index import fetch_archive
 from glassllama.hub.names import Archive
 from glassllama.hub.pip_settings import pip_settings
@@ -105,9 +106,8 @@ def place_of_text(name: str) -> Path:
 
 
 def has_text(name: str) -> bool:
-    """Whether the cache holds it. Files arrive there only checked, so the size tells."""
-    place = place_of_text(name)
-    return place.is_file() and place.stat().st_size == TEXTS[name].bytes
+    """Whether the cache holds it."""
+    return is_known(place_of_text(name), TEXTS[name].bytes, TEXTS[name].sha256)
 
 
 def fetch_text(
@@ -187,7 +187,7 @@ def keep_text(name: str, source: Path) -> Path:
             "changed at its source; it is not used, try again"
         )
     with explained(place.parent):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         copy = place.with_name(f".{place.name}.{os.getpid()}")
         shutil.copyfile(source, copy)
         os.replace(copy, place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,19 +22,19 @@ from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
+notes: list[str] = []
 hold_while_compiling()
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
-    """Where machine code is kept, or None where nothing can be written.
+    """Where machine code is kept, or None (and a note) where it cannot be.
 
     Sealed when the process ends: what it compiled is then whole, whatever its functions were.
     """
-    folder = folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
+    sources = Path(__file__).parent
+    folder, _ = folder_for("compiled-tokenizers", sources, numba.__version__, notes.append)
     if folder is not None:
-        with suppress(OSError):
-            sealed.discard_damaged(folder)
         atexit.register(sealed.seal, folder)
     return folder
 

@@ -35,6 +35,8 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import GlassError
 from glassllama.base.machine import cache_home, gigabytes
+from glassllama.base.sealed import close_to_others
+from glassllama.base.trust import is_trusted, make_folder, require_trusted
 from glassllama.engine import layout, moving, packing, rounding
 from glassllama.engine.layout import own_memory
 from glassllama.weights.kinds import Packed
@@ -89,7 +91,7 @@ def place_for(checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> Place
         return KeptPlace(checkpoint, packed, notes)
     except NotKept as reason:
         notes.append(NOT_KEPT.format(reason))
-    except GlassError as reason:  # no home folder
+    except GlassError as reason:  # no home folder, or one that others can write to
         notes.append(NOT_KEPT.format(reason))
     except OSError as error:
         notes.append(NOT_KEPT.format(f"{folder()}: {error.strerror or error}"))
@@ -100,7 +102,7 @@ class KeptPlace(Place):
     """Memory that is a file: mapped from an entry, or from what is going to be one."""
 
     def __init__(self, checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> None:
-        """Raises NotKept, OSError."""
+        """Raises NotKept, UntrustedError, OSError."""
         if os.name != "posix":
             raise NotKept("this system does not rename a file in use")
         self._checkpoint, self._packed, self._notes = checkpoint, packed, notes
@@ -108,9 +110,10 @@ class KeptPlace(Place):
         self._path = folder() / f"{family(checkpoint, packed)}{self._digest.hex()[:16]}.packed"
         self._part = self._path.with_suffix(".part")
         self._lock = FileLock(folder() / ".lock")
+        require_trusted(folder())
         if self._found():
             return
-        folder().mkdir(parents=True, exist_ok=True)
+        make_folder(folder())
         try:
             self._lock.acquire(timeout=PATIENCE)
         except Timeout:
@@ -137,6 +140,7 @@ class KeptPlace(Place):
         size = HEADER_BYTES + self._packed.nbytes
         make_room(size)
         with self._part.open("w+b") as file:
+            close_to_others(self._part)
             reserve(file.fileno(), size)
             self._map = mmap.mmap(file.fileno(), size)
         self.memory = np.frombuffer(self._map, np.uint8)[HEADER_BYTES:]
@@ -225,14 +229,15 @@ def recently_changed(checkpoint: Checkpoint) -> bool:
 
 
 def mapped(path: Path, wanted: bytes, nbytes: int) -> NDArray[np.uint8] | None:
-    """The data of an entry, read-only; None where there is none, or not a whole one."""
+    """The data of an entry, read-only; None where there is none, not a whole one, or others'."""
     expected = HEADER.pack(MAGIC, wanted, nbytes)
     expected += hashlib.sha256(expected).digest()
     try:
         with path.open("rb") as file:
             whole = file.seek(0, os.SEEK_END) == HEADER_BYTES + nbytes
             file.seek(0)
-            if not whole or file.read(HEADER.size + SUM_BYTES) != expected:
+            ours = is_trusted(os.fstat(file.fileno()))
+            if not (ours and whole) or file.read(HEADER.size + SUM_BYTES) != expected:
                 return None
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError:

@@ -1,0 +1,166 @@
+"""Fault X3: a cache that another user owns, or can write to, is told from one of our own."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from glassllama.base import sealed, trust
+from glassllama.base.code_cache import folder_for
+from glassllama.base.errors import UntrustedError
+from glassllama.base.trust import is_trusted, make_folder, require_trusted
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+STRANGER = 4242
+
+
+def given_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to another user now: really where we are root, else by what lstat says of it."""
+    if os.geteuid() == 0:
+        os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
+        return
+    really = os.lstat
+
+    def lstat(place: str | Path) -> os.stat_result:
+        facts = really(place)
+        other = Path(place) == path
+        return os.stat_result([*facts[:4], STRANGER, *facts[5:]]) if other else facts
+
+    monkeypatch.setattr(os, "lstat", lstat)
+
+
+def why_not(folder: Path) -> str:
+    with pytest.raises(UntrustedError) as error:
+        require_trusted(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_of_our_own(tmp_path: Path) -> None:
+    require_trusted(tmp_path)
+    require_trusted(tmp_path / "not" / "there" / "yet")
+    (tmp_path / "link").symlink_to(tmp_path)
+    require_trusted(tmp_path / "link" / "x")
+    require_trusted(Path("/"))
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])
+def test_a_folder_that_others_can_write_to(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "private_group", lambda: None)
+    home = tmp_path / "home"
+    (home / "inner").mkdir(parents=True)
+    home.chmod(mode)
+    assert why_not(home).startswith(f"others can write to {home}: it is not used; ")
+    if mode & stat.S_ISVTX:  # what is ours in there stays ours, as in /tmp
+        require_trusted(home / "inner")
+        (tmp_path / "link").symlink_to(home)
+        assert "others can write" in why_not(tmp_path / "link")
+    else:
+        assert f"others can write to {home}" in why_not(home / "inner")
+        assert f"others can write to {home}" in why_not(home / "not there")
+
+
+def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "inner").mkdir(parents=True)
+    given_away(theirs, monkeypatch)
+    assert why_not(theirs).startswith(f"{theirs} belongs to another user")
+    assert why_not(theirs / "inner").startswith(f"{theirs} belongs to another user")
+
+
+def test_links_are_looked_at_and_what_they_lead_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_to_all = tmp_path / "open"
+    (open_to_all / "inner").mkdir(parents=True)
+    open_to_all.chmod(0o777)
+    (tmp_path / "link").symlink_to("second")
+    (tmp_path / "second").symlink_to(open_to_all / "inner")
+    assert f"others can write to {open_to_all}" in why_not(tmp_path / "link")
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(OSError, match="symbolic links"):
+        require_trusted(tmp_path / "round")
+    (tmp_path / "theirs").symlink_to(tmp_path)
+    given_away(tmp_path / "theirs", monkeypatch)
+    assert "belongs to another user" in why_not(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_folders_that_we_make_are_ours_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        make_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o755 & ~umask
+    require_trusted(tmp_path / "a" / "b")
+    (tmp_path / "a").chmod(0o777)
+    with pytest.raises(UntrustedError):
+        make_folder(tmp_path / "a" / "c")
+    assert not (tmp_path / "a" / "c").exists()
+
+
+def test_a_group_of_this_users_alone_is_no_other_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o770)
+    monkeypatch.setattr(trust, "private_group", lambda: tmp_path.stat().st_gid)
+    require_trusted(tmp_path)
+    monkeypatch.setattr(trust, "private_group", lambda: None)
+    assert "others can write" in why_not(tmp_path)
+
+
+def test_compiled_code_is_kept_in_folders_of_our_own_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, told = tmp_path / "home", list[str]()
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(home))
+    folder, damaged = folder_for("compiled", Path(__file__).parent, "1", told.append)
+    assert folder is not None
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert (damaged, told) == (0, [])
+    home.chmod(0o777)
+    assert folder_for("compiled", Path(__file__).parent, "1", told.append) == (None, 0)
+    assert folder_for("compiled", Path(__file__).parent, "2", told.append) == (None, 0)
+    assert set(told) == {
+        f"compiling in memory, at every start: others can write to {home}: {trust.HELP}"
+    }
+    assert [path.name for path in (home / "compiled").iterdir()] == [folder.name]
+
+
+def test_files_of_others_are_discarded_whatever_the_seal_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "private_group", lambda: None)
+    names = ("ours", "open", "in/ours", "open_folder/ours")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to("ours")
+    sealed.seal(tmp_path)
+    (tmp_path / "open").chmod(0o666)
+    (tmp_path / "open_folder").chmod(0o777)
+    assert sealed.discard_damaged(tmp_path) == 2  # and a folder
+    assert [name for name, _ in sealed.files(tmp_path)] == ["in/ours", "ours"]
+    (tmp_path / sealed.SEAL).chmod(0o666)
+    assert sealed.read_seal(tmp_path) == {}, "a seal that others may have written is none"
+    assert sealed.discard_damaged(tmp_path) == 0
+    assert list(sealed.files(tmp_path)) == []
+
+
+def test_what_a_careless_umask_leaves_open_is_closed_when_it_is_sealed(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "file").write_text("x")
+        sealed.seal(tmp_path)
+    finally:
+        os.umask(before)
+    assert sealed.discard_damaged(tmp_path) == 0
+    assert [name for name, _ in sealed.files(tmp_path)] == ["sub/file"]
+    assert is_trusted((tmp_path / sealed.SEAL).lstat())
