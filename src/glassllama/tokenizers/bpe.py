@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
@@ -111,6 +111,25 @@ class BytePairTokenizer:
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
         return ids
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Tokens that are read from any text, though they are no control tokens: text -> id."""
+        return self._added
+
+    def without_added(self, texts: Iterable[str]) -> BytePairTokenizer:
+        """The same tokenizer, for which these added tokens are plain text."""
+        left = {*texts}
+        unread = {self.vocabulary.added[text] for text in left}
+        ids = {token: id for token, id in self.vocabulary.ids.items() if id not in unread}
+        merges = self.vocabulary.merges
+        if merges is not None and len(ids) < len(self.vocabulary.ids):  # merges could make one
+            merges = {
+                (a, b): rank for (a, b), rank in merges.items() if {a, b, a + b} <= ids.keys()
+            }
+        added = {text: id for text, id in self.vocabulary.added.items() if text not in left}
+        vocabulary = replace(self.vocabulary, ids=ids, merges=merges, added=added)
+        return BytePairTokenizer(vocabulary, bos=self.bos, stop_ids=self.stop_ids)
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without control tokens, (T,): the same as `encode`, for corpora.

@@ -7,17 +7,17 @@ that `<|eot_id|>` typed by a user is a few characters of prose and never the end
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import alternatives
+from glassllama.tokenizers.written import Written, without_foreign, written
 
 ROLES = ("system", "user", "assistant", "tool")
-SECRET_DIGITS, NUMBER_DIGITS = 40, 6  # digits: no template's upper, title or tojson changes them
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,11 @@ class ChatML:
 class TemplateChat:
     """The file's own `chat_template`, in its sandbox; ids as transformers makes them.
 
-    A text in a message that reads like a control token is replaced by a number that nobody can
-    guess while the template runs, and put back once the true control tokens have been found. The
-    template alone decides whether the conversation begins with bos: none is added to it.
+    Every character of the rendered text knows whether the template wrote it (written.py). A control
+    token is one where the template wrote all of it; whatever a message holds stays text. Control
+    tokens for this purpose are the tokenizer's own, and added tokens that the template writes, such
+    as the marks of roles, whether the file calls them special or not. The template alone decides
+    whether the conversation begins with bos: none is added to it.
 
     `bos_token` and `eos_token` are what the template knows by these names; None leaves them
     undefined, as transformers does for a model that has none.
@@ -114,7 +116,7 @@ class TemplateChat:
 
         self._template = ChatTemplate(template)
         known = {"bos_token": bos_token, "eos_token": eos_token}
-        self._known = {name: token for name, token in known.items() if token is not None}
+        self._known = {name: written(token) for name, token in known.items() if token is not None}
 
     def encode(
         self,
@@ -123,10 +125,9 @@ class TemplateChat:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        disguise = _Disguise(tokenizer.specials)
         text = self._template.render(
             messages=[
-                {"role": message.role, "content": disguise.hide(message.content)}
+                {"role": written(message.role), "content": message.content}
                 for message in checked_messages(messages)
             ],
             tools=None,
@@ -134,50 +135,58 @@ class TemplateChat:
             add_generation_prompt=add_generation_prompt,
             **self._known,
         )
-        control = alternatives(tokenizer.specials)
-        pieces = [text] if control is None else control.split(text)  # text, control, text, …, text
-        parts: list[str | int] = [disguise.reveal(piece) for piece in pieces]
-        parts[1::2] = [tokenizer.specials[special] for special in pieces[1::2]]
+        marks = self._marks(text, tokenizer)
+        controls = {**tokenizer.specials, **marks}
+        pattern, plain = alternatives(controls), str.__str__(text)
+        if pattern is None:
+            return tokenizer.encode(plain)
+        own = without_foreign(text, _unused_character(controls))
+        found = [match.span() for match in pattern.finditer(own)]
+        expected = [controls[plain[start:end]] for start, end in found]
+        if not _holds_foreign(pattern, text):  # then nothing can be mistaken
+            ids, all_controls = tokenizer.encode(plain, specials=True), {*controls.values()}
+            if Counter(id for id in ids if id in all_controls) <= Counter(expected):
+                return ids
+        if isinstance(tokenizer, _HasAdded):
+            tokenizer = tokenizer.without_added(marks)
+        parts: list[str | int] = [*_around(plain, found)]
+        for n, id in enumerate(expected):
+            parts.insert(2 * n + 1, id)
         return encode_parts([part for part in parts if part != ""], tokenizer)
 
+    def _marks(self, text: Written, tokenizer: Tokenizer) -> dict[str, int]:
+        """The added tokens that the template writes; blanks and line ends are ordinary text."""
+        if not isinstance(tokenizer, _HasAdded):
+            return {}
+        added = {text: id for text, id in tokenizer.added.items() if not text.isspace()}
+        blank = _unused_character(added)
+        own = blank.join([without_foreign(text, blank, shorter=True), *self._template.literals])
+        return {text: id for text, id in added.items() if text in own}
 
-class _Disguise:
-    """Hides what could be read as a control token, and brings it back.
 
-    Also the beginning of one at the end of a text, and the end of one at the beginning, which could
-    join with what stands next to them: there, an empty text is hidden.
-    """
+def _unused_character(texts: Iterable[str]) -> str:
+    """A character, of those for private use, that is in none of these texts."""
+    used = {*"".join(texts)}
+    return next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in used)
 
-    def __init__(self, specials: Iterable[str]) -> None:
-        self._texts = ["", *specials]
-        self._numbers = {text: number for number, text in enumerate(self._texts)}
-        self._control = alternatives(self._texts[1:])
-        self._beginnings = {text[:end] for text in self._texts for end in range(1, len(text))}
-        self._endings = {text[start:] for text in self._texts for start in range(1, len(text))}
-        self._longest = max(map(len, self._texts))
-        self._secret = f"{secrets.randbelow(10**SECRET_DIGITS):0{SECRET_DIGITS}}"
-        self._hidden = re.compile(rf"{self._secret}(\d{{{NUMBER_DIGITS}}})")
 
-    def hide(self, text: str) -> str:
-        """`text` with nothing in it, or at its ends, that is or may become a control token."""
-        if self._control is None:
-            return text
-        text = self._control.sub(lambda found: self._stand_in(found[0]), text)
-        # A template may trim, so the ends are where the blanks begin.
-        blanks = len(text) - len(text.lstrip())
-        start, core, end = text[:blanks], text.strip(), text[blanks:][len(text.strip()) :]
-        lengths = range(1, min(self._longest, len(core)) + 1)
-        if any(core[:length] in self._endings for length in lengths):
-            core = self._stand_in("") + core
-        if any(core[-length:] in self._beginnings for length in lengths):
-            core += self._stand_in("")
-        return start + core + end
+def _holds_foreign(pattern: re.Pattern[str], text: Written) -> bool:
+    """Whether anything that reads like a control token has a character of a message in it."""
+    at = 0
+    while (match := pattern.search(text, at)) is not None:
+        if 0 in text.own[match.start() : match.end()]:
+            return True
+        at = match.start() + 1  # the next may begin within this one
+    return False
 
-    def reveal(self, text: str) -> str:
-        return self._hidden.sub(lambda found: self._texts[int(found[1])], text)
 
-    def _stand_in(self, text: str) -> str:
-        return f"{self._secret}{self._numbers[text]:0{NUMBER_DIGITS}}"
+def _around(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """The text before, between and after these spans."""
+    at = 0
+    for start, end in spans:
+        yield text[at:start]
+        at = end
+    yield text[at:]
 
 
 def choose_chat_format(
@@ -215,6 +224,16 @@ class _JoinsParts(Protocol):
     """A tokenizer for which a text's ids depend on where it stands (SentencePiece's blank)."""
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]: ...
+
+
+@runtime_checkable
+class _HasAdded(Protocol):
+    """A tokenizer that reads some tokens from any text, and can leave them unread."""
+
+    @property
+    def added(self) -> Mapping[str, int]: ...
+
+    def without_added(self, texts: Iterable[str]) -> Tokenizer: ...
 
 
 def encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:

@@ -13,6 +13,7 @@ stand side by side in no piece: nothing can merge across.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,6 +144,19 @@ class SentencePieceTokenizer:
             else:
                 ids += self._encode(part, not ids)
         return ids
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Tokens that are read from any text, though they are no control tokens: text -> id."""
+        return self._added
+
+    def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
+        """The same tokenizer, for which these added tokens are plain text."""
+        other, left = copy.copy(self), {*texts}
+        other._added = {text: id for text, id in self._added.items() if text not in left}
+        other._added_pattern = alternatives(other._added)
+        other._cache = {}
+        return other
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without control tokens, (T,)."""

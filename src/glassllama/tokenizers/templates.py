@@ -6,7 +6,9 @@ take too long or make too much. The clock is read at every loop turn, call, filt
 joining of texts; what a single such step can cost is bounded, because no text or list that a step
 works on is larger than MAX_TEXT. So no thread, signal or process is needed to stop one.
 
-What is allowed behaves as in transformers' `apply_chat_template`, for which templates are written.
+What is allowed behaves as in transformers' `apply_chat_template`, for which templates are written,
+except that `safe` and `escape` give ordinary text. Texts of the template know that they are its own
+(see written.py); everything else that it is given or makes is foreign.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any, NoReturn
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS, do_indent
+from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
@@ -31,22 +33,34 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.written import (
+    Written,
+    foreign,
+    joined,
+    origin,
+    replaced_characters,
+    written,
+)
 
 MAX_TEMPLATE = 2**16  # characters; the longest in use have about 25,000
 MAX_NODES = 8_000  # expressions and statements; compiling more takes longer than a second
+MAX_NESTED = 40  # statements within each other; compiling takes time with the square of it
 MAX_TEXT = 2_000_000  # characters of one value, and of the conversation
 MAX_MADE = 40_000_000  # characters made by all steps together: a bound on memory
 ITEM = 8  # what an item of a list counts as, in characters
-MAX_SECONDS = 0.5  # real templates need a few milliseconds
+MAX_SECONDS = 0.5  # of this thread's computing; real templates need a few milliseconds
 MAX_BITS = 1024  # of a whole number
 MAX_NEEDLE = 256  # characters to search for or to strip: their number multiplies the time
 
 # What templates in use need, out of all that jinja has. Not here: whatever formats to a given
 # width, repeats, cuts into batches, or walks through Python attributes.
 ALLOWED_FILTERS = (
-    "abs capitalize count d default dictsort e escape first float int items last length list lower "
-    "map max min reject rejectattr reverse safe select selectattr sort string title unique upper"
+    "abs count d default dictsort first float int items last length list map max min reject "
+    "rejectattr reverse select selectattr sort unique"
 ).split()
+MAKE_LISTS = {"list", "sort"}  # of a text: one object for every character
+SPLITS = {"split", "rsplit", "splitlines"}
+ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
 FORBIDDEN_TESTS = {"filter", "test"}
 SEARCHES = {
     "strip", "lstrip", "rstrip", "split", "rsplit", "partition", "rpartition",
@@ -68,7 +82,10 @@ ALLOWED_METHODS: tuple[tuple[type | tuple[type, ...], set[str]], ...] = (
 
 
 class ChatTemplate:
-    """A compiled chat template. TokenizerError if it is too long or not valid jinja."""
+    """A compiled chat template. TokenizerError if it is too long or not valid jinja.
+
+    `literals` are all texts that its source spells out.
+    """
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_TEMPLATE:
@@ -78,13 +95,13 @@ class ChatTemplate:
         sandbox = _Sandbox()
         try:
             tree = sandbox.parse(source)
-            if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
-                raise _Exceeded(f"more than {MAX_NODES} expressions and statements")
+            _check_size(tree)
+            self.literals = frozenset(_literals(tree))
             self._code = sandbox.compile(_Guards().visit(tree))
         except Exception as fault:  # a hostile source can break parser and compiler in many ways
             raise _template_error(fault) from fault
 
-    def render(self, **variables: object) -> str:
+    def render(self, **variables: object) -> Written:
         """The text for these variables: strings, numbers, lists and dicts only.
 
         TokenizerError if the template refuses the messages (its `raise_exception`), breaks a rule
@@ -94,9 +111,23 @@ class ChatTemplate:
         try:
             sandbox.charge(variables)
             template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
-            return str(sandbox.charge("".join(template.generate(**variables))))
+            return joined((sandbox.charge(joined(template.generate(**variables))),))
         except Exception as fault:  # whatever goes wrong in there is the template's fault
             raise _template_error(fault) from fault
+
+
+def _check_size(tree: nodes.Template) -> None:
+    """Refuse what would take long to compile."""
+    count, waiting = 0, list[tuple[int, nodes.Node]]([(0, tree)])
+    while waiting:
+        depth, node = waiting.pop()
+        count += 1
+        if count > MAX_NODES:
+            raise _Exceeded(f"more than {MAX_NODES} expressions and statements")
+        if depth > MAX_NESTED:
+            raise _Exceeded(f"more than {MAX_NESTED} statements within each other")
+        depth += isinstance(node, nodes.Stmt)
+        waiting += [(depth, child) for child in node.iter_child_nodes()]
 
 
 def _template_error(fault: Exception) -> TokenizerError:
@@ -118,13 +149,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
-        self._end = time.monotonic() + MAX_SECONDS
+        self._end = time.thread_time() + MAX_SECONDS
         self._made = 0
-        own = {"trim": _trim, "join": self.join, "replace": self.replace, "indent": self.indent}
         allowed: dict[str, Any] = {name: FILTERS[name] for name in ALLOWED_FILTERS}
-        allowed |= {**own, "tojson": self.tojson}
-        self.filters = {name: self._bounded(function) for name, function in allowed.items()}
-        self.filters |= {"timed": self._timed, "charged": self._charged}
+        allowed |= {name: _in_other_letters(name) for name in ("upper", "lower", "capitalize")}
+        allowed |= {"title": _title, "trim": _trim, "string": _text, "safe": _text}
+        allowed |= {"escape": _escape, "e": _escape, "join": self.join, "replace": self.replace}
+        allowed |= {"indent": self.indent, "tojson": self.tojson}
+        self.filters = {
+            name: self._bounded(function, makes_list=name in MAKE_LISTS)
+            for name, function in allowed.items()
+        }
+        self.filters |= {"timed": self._timed, "charged": self._charged, "written": self._written}
         self.filters |= {"shown": self._shown, "concatenated": self._concatenated}
         tests: dict[str, Any] = {name: TESTS[name] for name in TESTS.keys() - FORBIDDEN_TESTS}
         self.tests = {name: self._bounded(function) for name, function in tests.items()}
@@ -142,7 +178,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def charge(self, value: Any) -> Any:
         """The value, once it is certain that the template may have it."""
-        if time.monotonic() > self._end:
+        if time.thread_time() > self._end:
             raise _Exceeded(f"stopped after {MAX_SECONDS} seconds")
         if isinstance(value, str):
             self._made += _within(len(value))
@@ -155,10 +191,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise _Exceeded(f"makes more than {MAX_MADE} characters")
         return value
 
-    def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _bounded(
+        self, function: Callable[..., Any], *, makes_list: bool = False
+    ) -> Callable[..., Any]:
         @functools.wraps(function)  # also hands on jinja's mark of what is passed first
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.charge(None)
+            if makes_list:
+                _within(ITEM * max(len(text) if isinstance(text, str) else 0 for text in args))
             return self.charge(function(*args, **kwargs))
 
         return bounded
@@ -176,12 +216,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return self.charge(value)
 
     @pass_context
-    def _shown(self, context: Context, value: Any) -> str:
-        return str(self.charge(str(value)))
+    def _written(self, context: Context, text: str) -> Any:
+        return self.charge(written(text))
 
     @pass_context
-    def _concatenated(self, context: Context, values: list[Any]) -> str:
-        return str(self.charge(self.join(values)))
+    def _shown(self, context: Context, value: Any) -> Any:
+        return self.charge(_text(value))
+
+    @pass_context
+    def _concatenated(self, context: Context, values: list[Any]) -> Any:
+        return self.charge(self.join(values))
+
+    def concat(self, texts: Iterable[str]) -> str:  # what jinja joins a macro's output with
+        return joined(texts)
 
     # Rules
 
@@ -206,7 +253,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         __self.charge(kwargs)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str):
-            return __self.charge(__self._call_on_text(text, name, *args, **kwargs))
+            return __self.charge(__self._call_on_text(foreign(text), name, *args, **kwargs))
         return __self.charge(super().call(__context, __obj, *args, **kwargs))
 
     def _call_on_text(self, text: str, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -220,6 +267,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if name in SEARCHES:
             for argument in (*args, *kwargs.values()):
                 _short(argument)
+        if name in SPLITS:
+            _within(ITEM * len(getattr(str, name)(text, *args, **kwargs)))
         return getattr(text, name)(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -235,24 +284,28 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     # Filters and methods whose result can be far larger than what they are given
 
     def join(self, values: Iterable[Any], separator: str = "") -> str:
-        texts, total = [], 0
+        texts, total = list[str](), 0
         for value in values:
-            texts.append(str(value))
+            texts.append(_text(value))
             total = _within(total + len(texts[-1]) + len(separator))
-        return str(separator).join(texts)
+        return joined(texts, _text(separator))
 
     def replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-        whole, part, other = str(text), str(old), str(new)
+        whole, part, other = foreign(_text(text)), _text(old), _text(new)
         _within(len(whole) + whole.count(part) * len(other))
         return whole.replace(part, other, -1 if count is None else count)
 
     def indent(
         self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
     ) -> str:
-        text = str(text)
-        step = width if isinstance(width, int) else len(width)
-        _within(len(text) + step * (len(text.splitlines()) + 1))
-        return str(do_indent(text, width, first, blank))
+        lines = joined((_text(text), "\n")).splitlines()
+        size = width if isinstance(width, int) else len(width)
+        _within(sum(map(len, lines)) + (size + 1) * (len(lines) + 1))
+        step = " " * width if isinstance(width, int) else width
+        for n, line in enumerate(lines):
+            if first if n == 0 else line or blank:
+                lines[n] = joined((step, line))
+        return joined(lines, "\n")
 
     def tojson(
         self,
@@ -267,7 +320,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
-        return self.join(encoder.iterencode(value))
+        text = self.join(encoder.iterencode(value))
+        return written(text) if _is_written(value) else str.__str__(text)
 
 
 class _Guards(NodeTransformer):
@@ -275,8 +329,11 @@ class _Guards(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        node.nodes = [_filtered(_as_expression(part), "shown") for part in node.nodes]
+        node.nodes = [_shown(part) for part in node.nodes]
         return node
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        return _filtered(node, "written") if isinstance(node.value, str) else node
 
     def _repeated(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -307,8 +364,15 @@ class _Guards(NodeTransformer):
     visit_Block = visit_Extends = visit_Include = visit_Import = visit_FromImport = _refused
 
 
-def _as_expression(part: nodes.Expr) -> nodes.Expr:
-    return nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part
+def _shown(part: nodes.Expr) -> nodes.Expr:
+    if isinstance(part, nodes.TemplateData):
+        return _filtered(nodes.Const(part.data), "written")
+    return _filtered(part, "shown")
+
+
+def _literals(tree: nodes.Template) -> Iterable[str]:
+    yield from (node.data for node in tree.find_all(nodes.TemplateData))
+    yield from (n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str))
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
@@ -365,9 +429,44 @@ def _short(text: object) -> None:
         raise _Exceeded(f"more than {MAX_NEEDLE} characters to search for, strip or indent with")
 
 
-def _trim(text: Any, chars: str | None = None) -> str:
+def _text(value: Any) -> str:
+    """How a value is shown. A number's digits are the template's: `<|image_{{ n }}|>`."""
+    if isinstance(value, str):
+        return value
+    text = str(value)
+    return written(text) if isinstance(value, int | float) else text
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
     _short(chars)
-    return str(text).strip(chars)
+    return foreign(_text(value)).strip(chars)
+
+
+def _in_other_letters(name: str) -> Callable[[Any], str]:
+    def changed(value: Any) -> str:
+        text: str = getattr(foreign(_text(value)), name)()
+        return text
+
+    return changed
+
+
+def _title(value: Any) -> str:
+    return foreign(_text(value)).with_case(FILTERS["title"](value))
+
+
+def _escape(value: Any) -> str:
+    text = _text(value)
+    _within(len(text) + sum(text.count(c) * len(code) for c, code in ESCAPED.items()))
+    return replaced_characters(text, ESCAPED)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether no text in a nested value has a foreign character."""
+    if isinstance(value, str):
+        return 0 not in origin(value)
+    if isinstance(value, Mapping):
+        return all(map(_is_written, (*value.keys(), *value.values())))
+    return not isinstance(value, list | tuple) or all(map(_is_written, value))
 
 
 def _raise_exception(message: object) -> None:
