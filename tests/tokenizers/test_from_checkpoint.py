@@ -20,6 +20,7 @@ from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.ends import end_ids
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
@@ -94,6 +95,45 @@ def test_gguf_begin_and_stops(tmp_path: Path, llama: Tokenizer) -> None:
     assert read("llama3").encode("x", bos=True)[0] == 0
     with pytest.raises(TokenizerError, match="id 70000: not in the vocabulary"):
         read("llama3", eot_token_id=70_000)
+
+
+# Of these, llama.cpp (2026-11) ends an answer at all but four.
+NAMES = (
+    "<|bos|> <|eos|> <|im_start|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|endoftext|> "
+    "<|end_of_text|> </s> <end_of_turn> <|end_of_turn|> <EOT> <|EOT|> <｜end▁of▁sentence｜> <eos> "
+    "[EOS]"
+).split()
+GOES_ON = {"<|bos|>", "<|im_start|>", "<|end_of_turn|>", "<|EOT|>"}
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user defined"])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
+    bytes_ = {"gpt2": [*"abc"], "llama": [f"<0x{byte:02X}>" for byte in range(256)]}[model]
+    tokens = [
+        *bytes_,
+        *(NAMES if (model, kind) != ("gpt2", 1) else [n for n in NAMES if "▁" not in n]),
+    ]
+    kinds = [{"gpt2": 1, "llama": 6}[model]] * len(bytes_) + [kind] * (len(tokens) - len(bytes_))
+    metadata = {
+        "model": model, "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": [],
+        "scores": [0.0] * len(tokens), "eos_token_id": tokens.index("<|eos|>"),
+    }  # fmt: skip
+    tokenizer = tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    ends = {tokens[id] for id in tokenizer.stop_ids}
+    assert ends == {name for name in tokens if name in NAMES and name not in GOES_ON}
+    if kind == 4:
+        assert {*tokenizer.specials} >= ends, "and nobody can type one"
+
+
+def test_ends_that_exclude_each_other() -> None:
+    def ends(*names: str) -> set[str]:
+        return {names[id] for id in end_ids({name: id for id, name in enumerate(names)})}
+
+    assert ends("<|end|>", "<|return|>", "x") == {"<|end|>", "<|return|>"}
+    assert ends("<|end|>", "<|return|>", "<|call|>") == {"<|return|>", "<|call|>"}
+    assert ends("<|end|>", "<|flush|>", "<|calls|>") == {"<|flush|>", "<|calls|>"}
+    assert ends("</s>", "<|tool_response>") == {"<|tool_response>"}
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import Vocabulary
+from glassllama.tokenizers.ends import END_OF_ANSWER
 from glassllama.tokenizers.split import Split
 
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
@@ -64,7 +65,7 @@ def byte_level_vocabulary(
     if b"" in ids or len(ids) < len(written):
         what = "a token is empty" if b"" in ids else "a token is given twice"
         raise TokenizerError(f"vocabulary: {what}; the file is damaged")
-    look = {text: id for text, id in added.items() if LOOKS_LIKE_CONTROL.fullmatch(text)}
+    look = {text: id for text, id in added.items() if is_control(text)}
     return Vocabulary(
         tokens=by_id({id: bytes_of[token] for id, token in written.items()} | texts),
         ids=ids,
@@ -74,6 +75,11 @@ def byte_level_vocabulary(
         controls={**controls, **look},
         added={text: id for text, id in added.items() if text not in look},
     )
+
+
+def is_control(text: str) -> bool:
+    """Whether an added token of this text is a control token, even if its file says otherwise."""
+    return LOOKS_LIKE_CONTROL.fullmatch(text) is not None or text in END_OF_ANSWER
 
 
 def is_written(text: str) -> bool:

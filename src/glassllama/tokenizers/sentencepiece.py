@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.byte_level import LARGEST_VOCABULARY, LOOKS_LIKE_CONTROL
+from glassllama.tokenizers.byte_level import LARGEST_VOCABULARY, is_control
+from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
 from glassllama.tokenizers.hf_json import Json, first_token, listed, require, take
 from glassllama.tokenizers.pieces import BLANK, Kind, Pieces, SentencePieceTokenizer
 from glassllama.tokenizers.protobuf import BPE, MODEL_TYPES, SentencePieceModel, read_model
@@ -20,11 +21,9 @@ __all__ = [
     "sentencepiece_from_hf_json",
 ]
 
-# Gemma's files flag these as plain additions. Were they read from any text, a user could end his
-# message with them and speak as the model: they are controls, as in every reader of these files.
-TURN_MARKS = {"<start_of_turn>", "<end_of_turn>"}
-# Control tokens that end an answer, besides the one that a file names by number.
-END_OF_ANSWER = {"</s>", "<eos>", "<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>"}
+# Gemma's files flag the marks of turns as plain additions. Were they read from any text, a user
+# could end his message with them and speak as the model: they are controls, as in every reader.
+START_OF_TURN = "<start_of_turn>"
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -141,11 +140,11 @@ def _kinds(texts: Sequence[str], numbers: Sequence[int]) -> tuple[Kind, ...]:
 
 
 def _is_control(text: str) -> bool:
-    return text in TURN_MARKS or LOOKS_LIKE_CONTROL.fullmatch(text) is not None
+    return text == START_OF_TURN or is_control(text)
 
 
 def _ends(texts: Sequence[str | None], eos: int | None) -> set[int]:
-    ends = {id for id, text in enumerate(texts) if text in END_OF_ANSWER}
+    ends = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
     return ends if eos is None else ends | {eos}
 
 

@@ -14,6 +14,7 @@ from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
 from glassllama.tokenizers.byte_level import byte_level_vocabulary
 from glassllama.tokenizers.char_json import chars_from_document, is_char_document
 from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
 from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
 from glassllama.tokenizers.sentencepiece import (
@@ -33,8 +34,6 @@ PRE_TOKENIZERS = {
     "gpt-2": "gpt2",
     "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2",
 }  # fmt: skip
-# Control tokens that end an answer in the Llama family, besides those a file names by number.
-END_OF_ANSWER = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 # A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
@@ -59,7 +58,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             "'llama' (SentencePiece) are"
         )
     vocabulary = gguf_vocabulary(metadata)
-    stop_ids = end_ids(vocabulary.controls)
+    texts = map(str, gguf_list(metadata, "tokens"))
+    stop_ids = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
     stop_ids |= {id for key in STOP_KEYS if (id := gguf_id(metadata, key)) is not None}
     bos = gguf_id(metadata, "bos_token_id")
     # llama.cpp's rule where the file is silent: Llama 3 begins with a token, others do not.
@@ -136,10 +136,6 @@ def gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
     return None if id is None else int(id)
 
 
-def end_ids(controls: Mapping[str, int]) -> set[int]:
-    return {controls[text] for text in END_OF_ANSWER if text in controls}
-
-
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """The tokenizer beside a checkpoint: tokenizer.json, else tokenizer.model, here or above.
 
@@ -169,7 +165,8 @@ def read_tokenizer(path: Path) -> Found:
         if is_char_document(document):
             return chars_from_document(document)
         vocabulary = vocabulary_from_json(document)
-        stop_ids = end_ids(vocabulary.controls)
+        ordinary = document["model"]["vocab"]
+        stop_ids = end_ids({**ordinary, **vocabulary.added, **vocabulary.controls})
         return BytePairTokenizer(vocabulary, bos=first_token(document), stop_ids=stop_ids)
     except TokenizerError as fault:
         raise TokenizerError(f"{path}: {fault}") from fault
