@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -11,12 +12,13 @@ from glassllama import __version__
 from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
 from glassllama.cli.download import download
-from glassllama.cli.exits import DEBUG, code_of
+from glassllama.cli.exits import DEBUG, code_of, failed
 from glassllama.cli.generate import generate
 from glassllama.cli.help import page, parameter_sections
 from glassllama.cli.list import list_models
 from glassllama.cli.next import next_tokens
 from glassllama.cli.options import spread
+from glassllama.cli.other_names import no_such_verb
 from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
@@ -26,6 +28,8 @@ from glassllama.cli.validate import validate
 from glassllama.cli.walkthrough import walkthrough
 
 NAMES = {list_models: "list", next_tokens: "next", train_tokenizer: "train-tokenizer"}
+UsageError: Any = typer.BadParameter.__base__  # the parser's own class, whichever it comes with
+WRONG_USAGE = 2  # exit code
 USE, MAKE, LOOK = "Use a model", "Make one", "Look at one"
 
 
@@ -39,6 +43,20 @@ class Verb(TyperCommand):
 class Verbs(TyperGroup):
     """All verbs. Their faults become lines and exit codes here, before the parser sees them."""
 
+    def main(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Run the command line; a mistake in it is one line, as every other error is."""
+        try:
+            code = super().main(*arguments, **{**options, "standalone_mode": False})
+        except UsageError as error:
+            failed(usage_fault(error))
+            code = WRONG_USAGE
+        sys.exit(code or 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise UsageError(no_such_verb(args[0], self.commands), ctx)
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> None:
         code = code_of(lambda: super(Verbs, self).invoke(ctx), unexpected=False)
         if code:
@@ -51,6 +69,13 @@ class Verbs(TyperGroup):
             panel = str(getattr(verb, "rich_help_panel", ""))
             panels.setdefault(panel, []).append((name, " ".join(brief.split())))
         return page(self, ctx, [*panels.items(), *parameter_sections(self.get_params(ctx))])
+
+
+def usage_fault(error: Any) -> str:
+    """The parser's complaint, as it is worded everywhere here, and where to read more."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    asked = "glassllama" if error.ctx is None else error.ctx.command_path
+    return f"{text[:1].lower()}{text[1:]} (see '{asked} -h')"
 
 
 app = typer.Typer(

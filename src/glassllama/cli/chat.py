@@ -13,7 +13,7 @@ import typer
 
 from glassllama.cli.answer import as_object, speed_line
 from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
-from glassllama.cli.screen import is_terminal, note, print_json, text_or_stdin
+from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
 
 if TYPE_CHECKING:
     from glassllama.cli.talk import Talk
@@ -35,7 +35,8 @@ def chat(
         str | None,
         typer.Argument(
             metavar="MESSAGE",
-            help="What to say. Left out: a conversation on a terminal, else stdin is the message.",
+            help='What to say. What is piped in follows it after a blank line: \'chat "Sum this up:" '
+            "< FILE'. Left out: a conversation on a terminal, else stdin is the message.",
         ),
     ] = None,
     system: Annotated[
@@ -57,8 +58,8 @@ def chat(
     require_json(json, logprobs)
     sampling.options(logprobs)  # what is wrong with them is said before anything is loaded
     alive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if message is None and not tour and (json or not alive):
-        message = text_or_stdin(None, "MESSAGE")
+    if message is not None or (not tour and (json or not alive)):
+        message = text_and_stdin(message, "MESSAGE")
     from glassllama.cli.conversation import Conversation
     from glassllama.cli.talk import Talk
 

@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn, cast
 from glassllama.base import interrupts
 from glassllama.base.errors import GlassError
 from glassllama.cli import plain
+from glassllama.cli.wrap import fitted
 
 ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
 DEBUG = "--debug"
@@ -104,7 +105,7 @@ def failed(message: str) -> int:
     """Print the one line of an error -> the exit code 1."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     sys.stdout.flush()
-    print(f"error: {line}", file=sys.stderr)
+    print(fitted(f"error: {line}", sys.stderr), file=sys.stderr)
     return ERROR
 
 

@@ -9,7 +9,7 @@ import typer
 
 from glassllama.cli.answer import as_object, show_stream, speed_line
 from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
-from glassllama.cli.screen import is_terminal, note, print_json, text_or_stdin
+from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
 
 
 def generate(
@@ -18,14 +18,18 @@ def generate(
     sampling: SamplingOptions,
     text: Annotated[
         str | None,
-        typer.Argument(metavar="TEXT", help="The text to go on from; stdin where it is left out."),
+        typer.Argument(
+            metavar="TEXT",
+            help="The text to go on from. What is piped in follows it after a blank line, or stands "
+            "alone.",
+        ),
     ] = None,
     logprobs: Logprobs = None,
     json: Json = False,
 ) -> None:
     """Continue a text, as the model would. To ask a chat model something, use 'chat'."""
     require_json(json, logprobs)
-    prompt = text_or_stdin(text, "TEXT")
+    prompt = text_and_stdin(text, "TEXT")
     options = sampling.options(logprobs)
     llm = how.load(which)
     if json:

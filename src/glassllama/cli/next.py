@@ -11,7 +11,14 @@ import typer
 from glassllama.base.errors import GlassError
 from glassllama.cli.exits import failed
 from glassllama.cli.options import How, Json, Which
-from glassllama.cli.screen import is_terminal, note, print_json, print_table, text_or_stdin
+from glassllama.cli.screen import (
+    MOST_PROMPT,
+    is_terminal,
+    note,
+    print_json,
+    print_table,
+    text_or_stdin,
+)
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM
@@ -40,7 +47,7 @@ def next_tokens(
     """Show the likeliest next tokens of a text, with their probabilities."""
     asking = prompt is None and is_terminal(sys.stdin) and not json
     if not asking:
-        prompt = text_or_stdin(prompt, "PROMPT")
+        prompt = text_or_stdin(prompt, "PROMPT", MOST_PROMPT)
     llm = how.load(which)
     if prompt is None:
         ask_on(llm, top)

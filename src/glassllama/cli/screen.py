@@ -15,6 +15,7 @@ from threading import Lock, Timer
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.wrap import fitted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
 
 BAR_WIDTH = 20  # so that bar, amount, rate and time left fit into 80 columns
+MOST_PROMPT = 1 << 24  # bytes of a prompt: 16 MiB of text are more than a context holds
+WAITING_SECONDS = 2.0
+WAITING = "reading standard input until it ends (for none: </dev/null)"
 UNLIMITED = 10_000  # columns, where no window sets a width
 
 
@@ -46,7 +50,7 @@ def note(text: str) -> None:
     """A line beside the answer: dim on a terminal."""
     sys.stdout.flush()  # keep the order in which things happened
     if is_terminal(sys.stderr):
-        console("stderr").print(text, style="dim", soft_wrap=True)
+        console("stderr").print(fitted(text, sys.stderr), style="dim", soft_wrap=True)
     else:
         print(text, file=sys.stderr)
 
@@ -192,25 +196,64 @@ def amount(done: float, total: float, rate: float | None, unit: str) -> str:
     return f"{done / scale:,.{digits}f}/{total / scale:,.{digits}f} {name}{speed}"
 
 
-def text_or_stdin(text: str | None, what: str) -> str:
+def text_or_stdin(text: str | None, what: str, most: int | None = None) -> str:
     """`text` as given, else all of stdin as UTF-8, its last line end left out.
 
-    Raises GlassError where stdin is a terminal, empty, or not UTF-8.
+    Raises GlassError where stdin is a terminal, empty, not UTF-8, or longer than `most` bytes.
     """
     if text is not None:
         return text
     if is_terminal(sys.stdin):
         raise GlassError(f"{what} is missing: give it as an argument or pipe it in")
-    raw = _stdin_bytes()
+    if not (text := stdin_text(most)):
+        raise GlassError(f"{what} is missing: standard input is empty")
+    return text
+
+
+def text_and_stdin(text: str | None, what: str) -> str:
+    """A prompt: `text`, a blank line, and what is piped in; or the one of them that is there.
+
+    Raises GlassError as `text_or_stdin` does, except for an empty stdin beside a `text`.
+    """
+    if text is None or is_terminal(sys.stdin):
+        return text_or_stdin(text, what, MOST_PROMPT)
+    piped = stdin_text(MOST_PROMPT)
+    return f"{text}\n\n{piped}" if piped else text
+
+
+def stdin_text(most: int | None) -> str:
+    """All of stdin, which is no terminal, without its last line end; what is wrong is said."""
+    with said_after(WAITING_SECONDS, WAITING):
+        raw = _stdin_bytes(most)
+    if most is not None and len(raw) > most:
+        raise GlassError(f"standard input: more than {most:,} bytes, which no context holds")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GlassError(f"standard input: not UTF-8 at byte {error.start}") from None
-    if not text:
-        raise GlassError(f"{what} is missing: standard input is empty")
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _stdin_bytes() -> bytes:
+@contextmanager
+def said_after(seconds: float, text: str) -> Iterator[None]:
+    """A note, where the body takes longer than that."""
+    timer = Timer(seconds, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _stdin_bytes(most: int | None) -> bytes:
+    """All of stdin; of one that is longer than `most`, as much as shows it."""
+    if sys.stdin is None or sys.stdin.closed:
+        return b""
+    size = -1 if most is None else most + 1
     buffer: Any = getattr(sys.stdin, "buffer", None)
-    return buffer.read() if buffer is not None else sys.stdin.read().encode()
+    try:
+        raw: bytes = buffer.read(size) if buffer is not None else sys.stdin.read(size).encode()
+    except OSError as error:
+        raise GlassError(f"standard input: {error.strerror or error}") from None
+    return raw

@@ -17,7 +17,14 @@ import typer
 from glassllama.base.errors import GlassError, MissingExtraError
 from glassllama.cli.files import write_file
 from glassllama.cli.options import Json, Which
-from glassllama.cli.screen import is_terminal, print_json, progress_bars, text_or_stdin, write
+from glassllama.cli.screen import (
+    MOST_PROMPT,
+    is_terminal,
+    print_json,
+    progress_bars,
+    text_or_stdin,
+    write,
+)
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
@@ -96,7 +103,7 @@ def walkthrough(
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
     where = {"layer": layer, "head": head, "stream_layers": stream_layers}
-    walk = start(which, text_or_stdin(prompt, "PROMPT"), step, where)
+    walk = start(which, text_or_stdin(prompt, "PROMPT", MOST_PROMPT), step, where)
     if paged:
         show_page(walk, broken, step, full_layers(layers, walk), html, open_page)
     elif json:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from typing import IO, Any
+
+UNKNOWN_WIDTH = 80  # columns
+
+
+def fitted(text: str, stream: IO[Any]) -> str:
+    """`text` as `stream` should get it: on a terminal, lines break between words."""
+    if not stream.isatty():
+        return text
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns or UNKNOWN_WIDTH
+    except (OSError, ValueError):
+        width = UNKNOWN_WIDTH
+    lines = WordWrap(width)
+    return lines.push(text) + lines.finish()
 
 
 class Unwrapped:
