@@ -22,10 +22,18 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.walkthrough import by_hand, choosing
 from glassllama.walkthrough import step as step_module
+from glassllama.walkthrough.as_object import step_object
 from glassllama.walkthrough.edits import MISTAKES
 from glassllama.walkthrough.experiment import experiment, render_experiment
 from glassllama.walkthrough.rounding import rounded
-from glassllama.walkthrough.step import Step, StepMismatchError, compare, same, source
+from glassllama.walkthrough.step import (
+    LAYER_DEPTH,
+    Step,
+    StepMismatchError,
+    compare,
+    same,
+    source,
+)
 from glassllama.walkthrough.steps import STEPS, step_of, take_step
 from glassllama.walkthrough.text import Page, render
 from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
@@ -199,12 +207,30 @@ PERTURBED = {
 }
 
 
+def warned(step: Step) -> list[str]:
+    """The checks of a step that warn: as text, as an object and in the page they say so."""
+    found = [check.what for check in step.checks if check.warns]
+    text = render(step, Page(200))
+    assert all(f"warning: {what} differs by" in text for what in found)
+    assert ("warning" in text) == bool(found)
+    listed = step_object(step)["checks"]
+    assert [c["what"] for c in listed if c["relative"] > c["allowed"]] == found
+    return found
+
+
 @pytest.mark.parametrize("name", PERTURBED)
 def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walk) -> None:
     weight = tiny_walk.model.get_submodule(name).weight
     weight.view(-1)[IDS[-1] * 48 if name == "tok_embeddings" else 0] *= 1.01
     for number in range(3, PERTURBED[name]):
-        take_step(tiny_walk, number)
+        assert not warned(take_step(tiny_walk, number))
+    assert warned(take_step(tiny_walk, PERTURBED[name]))
+
+
+@pytest.mark.parametrize("name", PERTURBED)
+def test_another_row_of_weights_is_no_rounding(name: str, tiny_walk: Walk) -> None:
+    weight = tiny_walk.model.get_submodule(name).weight
+    weight.copy_(weight.roll(1, 0))
     wrong = rf"step {PERTURBED[name]}, .*(by hand|running model)"
     with pytest.raises(StepMismatchError, match=wrong):
         take_step(tiny_walk, PERTURBED[name])
@@ -256,24 +282,46 @@ def test_a_wrong_nucleus_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyP
 def test_a_cache_that_lies_is_noticed(tiny_walk: Walk) -> None:
     take_step(tiny_walk, 15)
     tiny_walk.cache.values[1, 0, 0, 2, 0] += 0.1
+    assert warned(take_step(tiny_walk, 15))
+    tiny_walk.cache.values[1, 0, 0, 2] += 10
     with pytest.raises(StepMismatchError, match="step 15, second token"):
         take_step(tiny_walk, 15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_another_order_stay_within_the_rounding_bound(dtype: torch.dtype) -> None:
+    """Nine products of random matrices in a row, as in a layer, against float64."""
+    chance = torch.Generator().manual_seed(0)
+    for size in (48, 1536):
+        x = torch.randn(8, size, generator=chance)
+        other, exact = x.to(dtype), x.to(dtype).double()
+        for _ in range(LAYER_DEPTH):
+            matrix = (torch.randn(size, size, generator=chance) / size**0.5).to(dtype)
+            order = torch.randperm(size, generator=chance)
+            other = other[:, order] @ matrix[order]
+            exact = exact @ matrix.double()
+        check = compare("x", other, exact, terms=size, depth=LAYER_DEPTH, dtype=dtype)
+        assert 0 < check.relative <= check.allowed
+
+
 def test_a_small_difference_is_named_and_measured() -> None:
     a = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
-    assert compare("x", a, a).error == 0
-    assert compare("x", a + torch.tensor([[0, 1e-6], [0, 0]]), a).error == pytest.approx(
-        1e-6, rel=0.1
-    )
+    sums = {"terms": 100, "depth": 2}  # 20 eps
+    assert compare("x", a, a, **sums).error == 0
+    tiny = compare("x", a + torch.tensor([[0, 1e-6], [0, 0]]), a, **sums)
+    assert tiny.error == pytest.approx(1e-6, rel=0.1)
+    assert not tiny.warns
+    small = compare("x", a + torch.tensor([[0, 1e-5], [0, 0]]), a, **sums)
+    assert small.warns
+    assert small.warning.startswith("differs by 5.0e-06 of the largest")
     with pytest.raises(StepMismatchError, match=r"x: .* 0\.5, which is 0\.25 of the largest"):
-        compare("x", a + torch.tensor([[0, 0.5], [0, 0]]), a)
+        compare("x", a + torch.tensor([[0, 0.5], [0, 0]]), a, **sums)
     with pytest.raises(StepMismatchError):  # a large row does not excuse a small one
-        compare("x", a + torch.tensor([[0, 0], [0, 1e-6]]), a)
+        compare("x", a + torch.tensor([[0, 0], [0, 1e-6]]), a, **sums)
     with pytest.raises(StepMismatchError, match="nan"):
-        compare("x", a * math.nan, a)
+        compare("x", a * math.nan, a, **sums)
     with pytest.raises(StepMismatchError, match=r"\(2, 2\), the running model has \(2,\)"):
-        compare("x", a, a[0])
+        compare("x", a, a[0], **sums)
     with pytest.raises(StepMismatchError, match="x: by hand 1, the running model 2"):
         same("x", 1, 2)
 
@@ -393,7 +441,8 @@ def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
         cooled, theirs = choosing.softmax_by_hand(kept, 0.6), choosing.sampled(kept)
         nucleus = choosing.nucleus_by_hand(cooled, 0.9)
         ours = choosing.cut(cooled, nucleus, theirs)
-        compare("probs", torch.from_numpy(ours).float(), torch.from_numpy(theirs).float())
+        both = (torch.from_numpy(probs).float() for probs in (ours, theirs))
+        assert not compare("probs", *both, terms=size, depth=choosing.DEPTH).warns
         assert abs(len(nucleus) - np.count_nonzero(theirs)) <= size // 10_000
         below = np.setdiff1d(np.arange(size), nucleus)
         assert cooled[below].max(initial=0.0) < cooled[nucleus].min()

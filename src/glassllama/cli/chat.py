@@ -35,8 +35,8 @@ def chat(
         str | None,
         typer.Argument(
             metavar="MESSAGE",
-            help='What to say. What is piped in follows it after a blank line: \'chat "Sum this up:" '
-            "< FILE'. Left out: a conversation on a terminal, else stdin is the message.",
+            help="What to say. What is piped in follows it after a blank line: chat 'Sum this up:' "
+            "< FILE. Left out: a conversation on a terminal, else what is piped in.",
         ),
     ] = None,
     system: Annotated[

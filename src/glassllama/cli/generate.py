@@ -20,8 +20,8 @@ def generate(
         str | None,
         typer.Argument(
             metavar="TEXT",
-            help="The text to go on from. What is piped in follows it after a blank line, or stands "
-            "alone.",
+            help="The text to go on from. What is piped in follows it after a blank line. Left "
+            "out: what is piped in.",
         ),
     ] = None,
     logprobs: Logprobs = None,

@@ -26,6 +26,7 @@ SHOWN = 10
 DRAWS = 8
 BORDER = 1e-5  # how near to each other, relatively, ids are nearly equal
 
+DEPTH = 2  # sums in a row: softmax, and once more over what top-p has left
 Probs = NDArray[np.float64]
 
 
@@ -99,7 +100,9 @@ def sampling(walk: Walk) -> Step:
             f"number from 0 to 1 decides among them. With the seeds 0 to {DRAWS - 1}: {drawn}.",
         ),
         pictures=(candidate_bars(walk, plain, cooled, nucleus),),
-        checks=(compare("probabilities by generation's sampler", *both),),
+        checks=(
+            compare("probabilities by generation's sampler", *both, terms=len(logits), depth=DEPTH),
+        ),
         what_if=WhatIf(
             command="glassllama generate PROMPT -n 20 --temperature 1.5 --top-p 1",
             shows="hotter and uncut: the tail speaks, and the text falls apart",

@@ -59,7 +59,7 @@ def experiment(walk: Walk, mistake: Mistake) -> Experiment:
         right=right,
         wrong=wrong,
         divergence=[divergence(*pair) for pair in pairs],
-        check=walk.compare("the right model again, afterwards", after, walk.plain_logits),
+        check=walk.compare_runs("the right model again, afterwards", after, walk.plain_logits),
     )
 
 

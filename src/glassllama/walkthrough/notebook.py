@@ -113,13 +113,19 @@ def numbers(shown: Sequence[Numbers]) -> str:
 
 def checks(made: Sequence[Check]) -> str:
     lines = [
-        f'<span class="ok">✓</span> {escape(check.what)} <small>'
-        + ("equal" if check.allowed == 0 else f"equal, max error {check.error:.1e}")
-        + (f", allowed {check.allowed:.1e} of a row's largest" if check.allowed else "")
-        + "</small>"
+        f'<span class="{"bad" if check.warns else "ok"}">{"!" if check.warns else "✓"}</span> '
+        f"{escape(check.what)} <small>{escape(found(check))}</small>"
         for check in made
     ]
     return f"<p>{'<br>'.join(lines)}</p>" if lines else ""
+
+
+def found(check: Check) -> str:
+    if check.warns:
+        return f"warning: {check.warning}"
+    if check.allowed == 0:
+        return "equal"
+    return f"equal, max error {check.error:.1e}, allowed {check.allowed:.1e} of a row's largest"
 
 
 @singledispatch

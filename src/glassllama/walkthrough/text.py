@@ -16,7 +16,7 @@ WIDEST = 100  # columns for sentences; pictures take all there are
 NUMBER, MOST_NUMBERS = 10, 8  # columns of a number, and how many are shown of a tensor
 REASON = "because kernels add in different orders and every addition rounds"
 MARGIN = "  "
-BOLD, DIM, GREEN, CYAN, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[36m", "\x1b[0m"
+BOLD, DIM, RED, GREEN, CYAN, PLAIN = (f"\x1b[{n}m" for n in (1, 2, 31, 32, 36, 0))
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,12 @@ def first_values(shown: Numbers, count: int) -> list[float]:
 def check_lines(checks: tuple[Check, ...], page: Page) -> Iterator[str]:
     width = max((cell_len(check.what) for check in checks), default=0)
     for check in checks:
-        found = "equal" if check.allowed == 0 else f"equal, max error {check.error:.1e}"
         blanks = " " * (width - cell_len(check.what))
+        if check.warns:
+            yield page.cut(f"{MARGIN}{page.paint('!', RED)} {check.what}{blanks}  not equal")
+            yield from page.wrap(f"warning: {check.what} {check.warning}")
+            continue
+        found = "equal" if check.allowed == 0 else f"equal, max error {check.error:.1e}"
         yield page.cut(f"{MARGIN}{page.paint('✓', GREEN)} {check.what}{blanks}  {found}")
     allowed = max((check.allowed for check in checks), default=0.0)
     if allowed > 0:

@@ -77,7 +77,7 @@ def where_the_time_went(walk: Walk) -> Step:
                 [f"{spent[part] * 1e3:8.1f} ms {spent[part] / total:4.0%}" for part in parts],
             ),
         ),
-        checks=(walk.compare("logits of the timed run", logits.cpu(), walk.plain_logits),),
+        checks=(walk.compare_runs("logits of the timed run", logits.cpu(), walk.plain_logits),),
         what_if=WhatIf(
             command=f"glassllama bench {walk.name}",
             shows="the same model in the engine, which keeps quantised weights packed",

@@ -29,7 +29,7 @@ from glassllama.nn.rope import Rotation, rope_angles, rotation
 from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
 from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
 from glassllama.walkthrough.pictures import visible
-from glassllama.walkthrough.step import WHOLE_MODEL, Check, compare
+from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, keep_freed_memory, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
@@ -217,11 +217,20 @@ class Walk:
         return self.compare(place, ours, self.trace[place])
 
     def compare(self, what: str, ours: Tensor, theirs: Tensor) -> Check:
-        return compare(what, ours, theirs, dtype=self.dtype)
+        """Two ways to what one layer computes."""
+        terms = self.longest_sum
+        return compare(what, ours, theirs, terms=terms, depth=LAYER_DEPTH, dtype=self.dtype)
 
     def compare_runs(self, what: str, ours: Tensor, theirs: Tensor) -> Check:
         """The same for what comes out of two ways through the whole model."""
-        return compare(what, ours, theirs, dtype=self.dtype, slack=WHOLE_MODEL)
+        depth, terms = LAYER_DEPTH * self.config.n_layers, self.longest_sum
+        return compare(what, ours, theirs, terms=terms, depth=depth, dtype=self.dtype)
+
+    @property
+    def longest_sum(self) -> int:
+        """The most products that one number of a layer is the sum of."""
+        c = self.config
+        return max(c.dim, c.ffn_dim, c.n_heads * c.head_dim, len(self.ids))
 
     def checks(self, *fields: str) -> tuple[Check, ...]:
         """Fields of the layer by hand against the running model's places."""

@@ -88,7 +88,7 @@ function lensTable(details) {
               tops[0],
             ),
           );
-          cell.style.backgroundColor = `rgb(${colour(probabilities[n][k][0]).join(' ')} / 70%)`;
+          tinted(cell, colour(0.7 * probabilities[n][k][0]));
           return cell;
         }),
       ),

@@ -59,6 +59,22 @@ function palette() {
   };
 }
 
+// How bright a colour [r, g, b] looks, 0 … 1: relative luminance as WCAG 2 defines it.
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((c) =>
+    c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4,
+  );
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+// Give a node a background [r, g, b], and black or white text: whichever has more contrast.
+function tinted(node, rgb) {
+  const light = luminance(rgb);
+  node.style.backgroundColor = `rgb(${rgb.join(' ')})`;
+  node.style.color = (light + 0.05) ** 2 > 1.05 * 0.05 ? '#000' : '#fff';
+  node.classList.add('tinted');
+}
+
 // items: {name, value, text, out}. Longest bar: `longest`, or the largest value.
 function bars(label, items, longest) {
   const top = longest ?? Math.max(...items.map((item) => Math.abs(item.value)), 1e-30);

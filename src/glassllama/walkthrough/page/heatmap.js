@@ -139,7 +139,7 @@ function heatmap(
         { class: k === at.column ? 'here' : null },
         x === null ? '–' : exact(x),
       );
-      if (x !== null) cell.style.backgroundColor = `rgb(${colour(x / top).join(' ')} / 35%)`;
+      if (x !== null) tinted(cell, colour((0.35 * x) / top));
       near.append(cell);
     }
   }

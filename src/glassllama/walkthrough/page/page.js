@@ -20,8 +20,9 @@ const VIEWS = {
   quantisation: showBits,
   time: showTime,
 };
+const FIRST = ['prompt', 'ids'];
 const INSIDE = ['norm', 'qkv', 'groups', 'rope', 'attention', 'residual', 'swiglu'];
-const AROUND = ['file', 'config', 'quantisation', 'time'];
+const AFTER = ['layers', 'logits', 'sampling', 'cache'];
 const ADDS = ['residual', 'swiglu'];
 const SHORT = {
   prompt: 'Text and bytes',
@@ -80,29 +81,29 @@ function stepButton(step) {
   );
 }
 
+// From top to bottom in the order of the steps: through the model, and what lies beside its way.
 function drawMap() {
   const chosen = (wanted) => steps.filter((step) => wanted(step.name)).map(stepButton);
   const named = (...names) => chosen((name) => names.includes(name));
+  const stream = (...children) => el('div', { class: 'stream' }, ...children);
+  const around = (title, ...children) =>
+    el('div', { class: 'around' }, el('p', { class: 'caption' }, title), ...children);
+  const experiments = chosen((name) => !(name in VIEWS));
   byId('map').replaceChildren(
-    el(
-      'div',
-      { class: 'stream' },
-      named('prompt', 'ids', 'embedding'),
+    stream(named(...FIRST)),
+    around('what the model is', named('file', 'config')),
+    stream(
+      named('embedding'),
       el(
         'div',
         { class: 'layer' },
         el('p', { class: 'caption' }, `a layer, ${config.n_layers} times`),
         named(...INSIDE),
       ),
-      named('layers', 'logits', 'sampling', 'cache'),
+      named(...AFTER),
     ),
-    el(
-      'div',
-      { class: 'around' },
-      el('p', { class: 'aside' }, 'around the model'),
-      named(...AROUND),
-      chosen((name) => !(name in VIEWS)),
-    ),
+    around('what it costs', named('quantisation', 'time')),
+    ...(experiments.length ? [around('what breaks', experiments)] : []),
   );
 }
 
@@ -130,8 +131,7 @@ function drawTokens() {
         token.piece,
         el('small', {}, `${t} · ${token.id}`),
       );
-      if (flat && t < state.token)
-        button.style.backgroundColor = `rgb(${tint(lower(flat).at(state.token, t)).join(' ')})`;
+      if (flat && t < state.token) tinted(button, tint(lower(flat).at(state.token, t)));
       return button;
     }),
   );
@@ -148,8 +148,10 @@ const sourceOf = (source) => [
 const checkOf = (check) =>
   el(
     'p',
-    { class: 'check' },
-    check.allowed
+    { class: check.relative > check.allowed ? 'check warns' : 'check' },
+    check.relative > check.allowed
+      ? `! ${check.what}: differs from the running model by ${exact(check.error)} (relative ${exact(check.relative)}, rounding explains ${exact(check.allowed)})`
+      : check.allowed
       ? `✓ ${check.what}: equal to the running model, largest difference ${exact(check.error)} (relative ${exact(check.relative)}, allowed ${exact(check.allowed)})`
       : `✓ ${check.what}: equal`,
   );
@@ -245,6 +247,10 @@ function markStep() {
     if (Number(button.dataset.step) === state.step) button.setAttribute('aria-current', 'step');
     else button.removeAttribute('aria-current');
   }
+  const current = document.querySelector('[aria-current=step]');
+  const map = byId('map');
+  if (map.scrollWidth > map.clientWidth) // a strip, on a narrow screen
+    map.scrollLeft += current.getBoundingClientRect().left - (map.clientWidth - current.offsetWidth) / 2;
   document.title = `${steps[state.step].title} · glassllama`;
 }
 
