@@ -24,7 +24,7 @@ from cli.conftest import Verb
 from cli.programs import files_of_at_most
 from glassllama.walkthrough.edits import MISTAKES
 from glassllama.walkthrough.experiment import experiment
-from glassllama.walkthrough.page.page import explorer_page
+from glassllama.walkthrough.page.page import explorer_page, page_of
 from glassllama.walkthrough.steps import STEPS
 from glassllama.walkthrough.trace import Trace, run_with_trace
 from glassllama.walkthrough.walk import Walk, open_walk
@@ -320,6 +320,68 @@ def test_phone_dark_and_still(browser: Browser, file: Path) -> None:
         paper.append(browser.one("body").value_of_css_property("background-color"))
     assert paper[0] != paper[1]
     assert browser.complaints() == []
+
+
+CONTRAST = """
+const light = (colour) => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
+    : ((c + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+return [...document.querySelectorAll('.tinted, .tinted *')].map((node) => {
+  const [text, ground] = [node, node.closest('.tinted')].map((n) => getComputedStyle(n));
+  const pair = [light(text.color), light(ground.backgroundColor)].sort((a, b) => a - b);
+  return (pair[1] + 0.05) / (pair[0] + 0.05);
+});
+"""
+
+
+def test_tinted_tokens_and_cells_can_be_read(browser: Browser, file: Path) -> None:
+    """Text on a tint has the contrast of WCAG 2, level AA, whatever the tint and the scheme."""
+    for scheme in ("light", "dark"):
+        browser.open(file, prefers_color_scheme=scheme)
+        for number in (9, 12):
+            browser.step(number)
+            for token in (3, 11):
+                browser.all("#tokens button")[token].click()
+                ratios = browser.script(CONTRAST)
+                assert len(ratios) >= 3
+                assert min(ratios) >= 4.5, (scheme, number, token)
+
+
+def test_steps_stand_in_the_order_of_their_numbers(browser: Browser, file: Path) -> None:
+    for width in (360, 1200):
+        browser.open(file, width=width)
+        boxes = [button.rect for button in browser.all("#map [data-step]")]
+        numbers = [int(b.get_attribute("data-step")) for b in browser.all("#map [data-step]")]
+        assert numbers == list(range(len(STEPS)))
+        along = "x" if width == 360 else "y"
+        assert [box[along] for box in boxes] == sorted(box[along] for box in boxes)
+
+
+def test_on_a_phone_the_map_is_one_line_that_shows_the_step(browser: Browser, file: Path) -> None:
+    browser.open(file, width=390)
+    for number in (0, 9, 17):
+        browser.step(number)
+        assert browser.one("#map").size["height"] <= 60
+        box = browser.script(
+            "const box = document.querySelector('[aria-current=step]').getBoundingClientRect();"
+            "return [box.left, box.right]"
+        )
+        assert 0 <= box[0] < box[1] <= 390
+
+
+def test_a_difference_beyond_rounding_is_a_warning(
+    browser: Browser, file: Path, tmp_path: Path
+) -> None:
+    document = document_of(file)
+    check = document["walk"]["steps"][9]["checks"][0]
+    check["relative"] = 2 * check["allowed"]
+    (tmp_path / "warns.html").write_text(page_of(document), encoding="utf-8")
+    browser.open(tmp_path / "warns.html")
+    browser.step(9)
+    assert f"! {check['what']}: differs from the running model" in browser.text(".check.warns")
+    assert f"✓ {check['what']}:" not in browser.text("#step")
 
 
 def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Path) -> None:

@@ -186,6 +186,8 @@ def test_the_default_model(default_model: Path) -> None:
     assert walk.tokenizer is not None
     assert walk.tokenizer.decode(walk.ids) == PROMPT
     assert walk.piece(steps[13].data["top"][0]["id"]) == "1"  # a digit: 42 has two for this model
+    assert "135 million parameters" in steps[13].text[-1]
+    assert "Llama-3-8B does: there the likeliest token is 42" in steps[13].text[-1]
     assert steps[15].data["continuation"][0]["id"] == int(logits[-1].argmax())
     done = experiment(walk, MISTAKES["no-mask"])
     assert max(done.divergence) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,8 @@ from glassllama.walkthrough.walk import Walk, shape
 
 FEATURES = 10  # of the feed-forward part, shown
 NEARLY_SHUT = 0.05  # |silu(gate)| below this lets next to nothing pass
+FAMOUS = "the answer to the ultimate question of life, the universe, and everything is"
+ANSWER = "42"
 TOP = 10
 ROWS = 8192  # of the output matrix, multiplied at a time: it may be a gigabyte
 
@@ -147,6 +150,18 @@ def logits_by_hand(walk: Walk, normed: Tensor) -> Tensor:
     return torch.cat(blocks, dim=-1)
 
 
+def famous_note(walk: Walk, likeliest: int) -> tuple[str, ...]:
+    """For the prompt of many tutorials: who knows how it goes on, where this model does not."""
+    if (walk.prompt or "").strip().lower() != FAMOUS or ANSWER.startswith(walk.piece(likeliest)):
+        return ()
+    count = sum(math.prod(walk.checkpoint.info(name).shape) for name in walk.checkpoint.names)
+    return (
+        f"With {count / 1e6:,.0f} million parameters this model does not know the book that the "
+        f"prompt is from. Llama-3-8B does: there the likeliest token is {ANSWER}, before 6, 43 "
+        "and 41.",
+    )
+
+
 def answer(walk: Walk) -> Step:
     c, last = walk.config, walk.trace[f"layers.{walk.config.n_layers - 1}"]
     normed = rms_norm(last, c.norm_eps) * walk.weight("norm")  # (1, T, C)
@@ -168,6 +183,7 @@ def answer(walk: Walk) -> Step:
             f"{'the embedding matrix, used again,' if c.tie_embeddings else 'the output matrix'} "
             "is compared with the vector; softmax makes the logits probabilities. The model "
             "predicts after every position at once; only the last one continues the text.",
+            *famous_note(walk, int(top.ids[0])),
         ),
         numbers=(
             Numbers("norm, last token", normed[0, -1], "norm"),
