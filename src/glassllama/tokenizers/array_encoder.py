@@ -156,7 +156,8 @@ class ArrayEncoder:
 
 def has_rule(vocabulary: Vocabulary) -> bool:
     """Whether the vocabulary's split is one that is compiled here, and its ids have a place."""
-    return vocabulary.split.patterns in RULES and len(vocabulary.tokens) <= LARGEST_ID
+    is_known = vocabulary.split.patterns in RULES and not vocabulary.outside
+    return is_known and len(vocabulary.tokens) <= LARGEST_ID
 
 
 @compiled

@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import chain, count, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.added import AddedToken, AddedTokens
 from glassllama.tokenizers.split import Split
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from glassllama.tokenizers.array_encoder import ArrayEncoder
     from glassllama.tokenizers.long_words import PairTable
 
+OUTSIDE = "tokenizer: {} merges name what is no token of the vocabulary; they make none"
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
 LONG_WORD = 512  # bytes; the plain loop needs time with the square of the length, the heap hardly
 MANY_IDS = 2**16  # so many are decoded in a compiled loop, which takes a moment to load
@@ -43,6 +46,8 @@ class Vocabulary:
     `merges` ranks pairs; None means that the rank of a pair is the id of the two joined, as in
     tiktoken's files. `whole_words`: a word that is a token is taken at once, whatever the merges.
     `controls` are read from text only on request, `added` always. `chunks` cuts a long text first.
+    `flagged` are those of them that have flags. `outside`: so many merges name what is no token;
+    parts that are none in the end fall into their bytes.
     """
 
     tokens: tuple[bytes | None, ...]
@@ -53,6 +58,19 @@ class Vocabulary:
     controls: Mapping[str, int]
     added: Mapping[str, int] = field(default_factory=dict)
     chunks: Callable[[str], Iterable[str]] | None = None
+    flagged: tuple[AddedToken, ...] = field(default=(), repr=False)
+    outside: int = 0
+
+    def added_tokens(self) -> AddedTokens:
+        """Controls and added tokens with their flags, where the file gives any."""
+        flags = {token.text: token for token in self.flagged}
+        tokens = [
+            flags.get(text) or AddedToken(id=id, text=text, is_control=is_control)
+            for texts, is_control in ((self.controls, True), (self.added, False))
+            for text, id in texts.items()
+        ]
+        is_any_normal = self.split.normal_form and any(token.normalized for token in tokens)
+        return AddedTokens(tokens, partial(normalize, "NFC") if is_any_normal else None)
 
     def rank(self, left: bytes, right: bytes) -> int:
         if self.merges is None:
@@ -90,12 +108,12 @@ class BytePairTokenizer:
         self.bos = bos
         self.stop_ids = frozenset(stop_ids)
         self.specials: Mapping[str, int] = MappingProxyType(dict(vocabulary.controls))
-        self._added = dict(vocabulary.added)
-        self._texts = {**vocabulary.controls, **vocabulary.added}
-        self._added_pattern = alternatives(self._added)
-        self._texts_pattern = alternatives(self._texts)
+        self._added = vocabulary.added_tokens()
+        self.notes: list[str] = []  # what was odd in the file
         self._cache: dict[str, list[int]] = {}
-        for id in (*self.stop_ids, *self._texts.values(), *([] if bos is None else [bos])):
+        if vocabulary.outside:
+            self.notes.append(OUTSIDE.format(vocabulary.outside))
+        for id in (*self.stop_ids, *self._added.ids(), *([] if bos is None else [bos])):
             self.token_bytes(id)  # must exist
 
     @property
@@ -115,7 +133,7 @@ class BytePairTokenizer:
     @property
     def added(self) -> Mapping[str, int]:
         """Tokens that are read from any text, though they are no control tokens: text -> id."""
-        return self._added
+        return MappingProxyType(dict(self.vocabulary.added))
 
     def without_added(self, texts: Iterable[str]) -> BytePairTokenizer:
         """The same tokenizer, for which these added tokens are plain text."""
@@ -151,14 +169,9 @@ class BytePairTokenizer:
 
     def _pieces(self, text: str, specials: bool) -> Iterator[str | int]:
         """The text in its chunks, without the added tokens in it, and the ids of those."""
-        pattern = self._texts_pattern if specials else self._added_pattern
         chunks = self.vocabulary.chunks
         for chunk in (text,) if chunks is None else chunks(text):
-            pieces = [chunk] if pattern is None else pattern.split(chunk)
-            yield pieces[0]
-            for written, words in zip(pieces[1::2], pieces[2::2], strict=True):
-                yield self._texts[written]
-                yield words
+            yield from self._added.cut(chunk, specials=specials)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; a character that is cut in two, or no UTF-8, becomes U+FFFD."""
@@ -177,7 +190,7 @@ class BytePairTokenizer:
 
     def _encode_words(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in self.vocabulary.split.words(text):
+        for word in chain.from_iterable(self.vocabulary.split.word_lists(text)):
             known = self._cache.get(word)
             if known is None:
                 known = self._encode_word(word.encode())
@@ -195,7 +208,16 @@ class BytePairTokenizer:
         if len(word) > LONG_WORD:
             return self._encode_long_word(word)
         parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
-        return [vocabulary.ids[part] for part in merge(parts, vocabulary.rank)]
+        merged = merge(parts, vocabulary.rank)
+        if vocabulary.outside:
+            merged = [piece for part in merged for piece in self._known_pieces(part)]
+        return [vocabulary.ids[part] for part in merged]
+
+    def _known_pieces(self, part: bytes) -> list[bytes]:
+        """What merges made, or the bytes of what is no token."""
+        if part in self.vocabulary.ids:
+            return [part]
+        return [byte for byte in map(BYTES.__getitem__, part) if byte in self.vocabulary.ids]
 
     def _encode_long_word(self, word: bytes) -> list[int]:
         """The same ids as the plain loop gives, in time that hardly exceeds the word's length."""
@@ -204,7 +226,25 @@ class BytePairTokenizer:
         ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
         symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
         merged: list[int] = merge_ids(symbols[symbols >= 0], self._pairs).tolist()
-        return merged
+        if not self.vocabulary.outside:
+            return merged
+        parts = {number: part for part, number in self._merging.ids.items()}
+        pieces = (piece for number in merged for piece in self._known_pieces(parts[number]))
+        return [self.vocabulary.ids[piece] for piece in pieces]
+
+    @cached_property
+    def _merging(self) -> Vocabulary:
+        """The vocabulary with a number, beyond all ids, also for parts that are no token."""
+        vocabulary = self.vocabulary
+        if not vocabulary.outside:
+            return vocabulary
+        ids = dict(vocabulary.ids)
+        numbers = count(len(vocabulary.tokens))
+        for left, right in vocabulary.merges or ():
+            for part in (left, right, left + right):
+                if part not in ids:
+                    ids[part] = next(numbers)
+        return replace(vocabulary, ids=ids)
 
     @cached_property
     def _array_encoder(self) -> ArrayEncoder | None:
@@ -223,7 +263,7 @@ class BytePairTokenizer:
     def _pairs(self) -> PairTable:
         from glassllama.tokenizers.long_words import pair_table
 
-        return pair_table(self.vocabulary)
+        return pair_table(self._merging)
 
 
 BYTES = tuple(bytes([value]) for value in range(256))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
+from glassllama.tokenizers.added import AddedToken
 from glassllama.tokenizers.bpe import Vocabulary
 from glassllama.tokenizers.ends import END_OF_ANSWER
 from glassllama.tokenizers.split import Split
@@ -20,12 +21,15 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHARACTER_TO_BYTE = {byte: byte for byte in PRINTABLE} | {
     0x100 + at: byte for at, byte in enumerate(OTHERS)
 }
+BYTE_TO_CHARACTER = {byte: chr(character) for character, byte in CHARACTER_TO_BYTE.items()}
+WRITTEN_BYTES = {*BYTE_TO_CHARACTER.values()}
 NO_LATIN1 = 0xFFFF  # what a character that stands for no byte becomes, so that encoding fails
 TO_LATIN1 = dict.fromkeys(OTHERS, NO_LATIN1) | CHARACTER_TO_BYTE  # for str.translate
 
 # Files of fine-tuned models flag tokens such as <|im_end|> as plain additions. Were they read from
 # any text, a user could end his message with them and speak as the system: they are controls.
 LOOKS_LIKE_CONTROL = re.compile(r"<\|.+\|>")
+START_OF_TURN = "<start_of_turn>"  # the same in Gemma's files
 LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a larger id in a file is damage
 
 
@@ -35,25 +39,26 @@ def to_bytes(written: str) -> bytes:
         return written.translate(TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError as fault:
         raise TokenizerError(
-            f"vocabulary: token {written!r} holds {written[fault.start]!r}, which stands for no "
-            "byte; this is not a byte-level vocabulary"
+            f"vocabulary: token {quoted(written)} holds {written[fault.start]!r}, which stands for "
+            "no byte; this is not a byte-level vocabulary"
         ) from fault
 
 
 def byte_level_vocabulary(
     *,
     written: Mapping[int, str],
-    merges: Iterable[Any],
+    merges: Iterable[tuple[str, str]],
     controls: Mapping[str, int],
     added: Mapping[str, int],
     unused: Mapping[int, str],
     split: Split,
     whole_words: bool,
+    flagged: Iterable[AddedToken] = (),
 ) -> Vocabulary:
     """A vocabulary from tokens `written` in GPT-2's characters and others in plain text.
 
-    Merges rank by their order. TokenizerError: a token or id given twice, or out of all bounds; a
-    merge of unknown tokens.
+    Merges rank by their order, and name tokens only. TokenizerError: a token or id given twice, or
+    out of all bounds.
     """
     texts = plain_texts(controls, added, unused)
     if both := texts.keys() & written.keys():
@@ -69,17 +74,19 @@ def byte_level_vocabulary(
     return Vocabulary(
         tokens=by_id({id: bytes_of[token] for id, token in written.items()} | texts),
         ids=ids,
-        merges=ranked(merges, bytes_of, ids),
+        merges=ranked(merges, bytes_of),
         split=split,
         whole_words=whole_words,
         controls={**controls, **look},
         added={text: id for text, id in added.items() if text not in look},
+        flagged=tuple(flagged),
     )
 
 
 def is_control(text: str) -> bool:
     """Whether an added token of this text is a control token, even if its file says otherwise."""
-    return LOOKS_LIKE_CONTROL.fullmatch(text) is not None or text in END_OF_ANSWER
+    is_named = text in END_OF_ANSWER or text == START_OF_TURN
+    return is_named or LOOKS_LIKE_CONTROL.fullmatch(text) is not None
 
 
 def is_written(text: str) -> bool:
@@ -107,19 +114,28 @@ def by_id(tokens: Mapping[int, bytes]) -> tuple[bytes | None, ...]:
 
 
 def ranked(
-    merges: Iterable[Any], bytes_of: Mapping[str, bytes], ids: Mapping[bytes, int]
+    merges: Iterable[tuple[str, str]], bytes_of: Mapping[str, bytes]
 ) -> dict[tuple[bytes, bytes], int]:
-    """Pair → rank of merges in their order, each written "a b" or ["a", "b"]."""
+    """Pair → rank of merges in their order; of a pair that comes twice the last counts."""
+    return {(bytes_of[left], bytes_of[right]): rank for rank, (left, right) in enumerate(merges)}
+
+
+def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
+    """A GGUF's vocabulary with its merges, written "a b"; of a pair that comes twice the first.
+
+    Merges may name, or make, what is no token: as in llama.cpp such parts fall into bytes in the
+    end, and so do control tokens, which no text becomes. `outside` counts them. What is not written
+    in GPT-2's letters can never be met.
+    """
     ranks: dict[tuple[bytes, bytes], int] = {}
+    outside = 0
+    ids = vocabulary.ids
     for rank, merge in enumerate(merges):
-        try:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            pair = bytes_of[left], bytes_of[right]
-            ids[pair[0] + pair[1]]  # the token that they make
-        except (KeyError, TypeError, ValueError):
-            raise TokenizerError(
-                f"merges: number {rank} must be two tokens that make a third, all in the "
-                f"vocabulary; got {merge!r}"
-            ) from None
-        ranks[pair] = rank
-    return ranks
+        left, blank, right = merge[:1] + merge[1:].partition(" ")[0], *merge[1:].partition(" ")[1:]
+        if not (left and blank and right and is_written(left + right)):
+            outside += 1
+            continue
+        pair = to_bytes(left), to_bytes(right)
+        outside += not (pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids)
+        ranks.setdefault(pair, rank)
+    return replace(vocabulary, merges=ranks, outside=outside)

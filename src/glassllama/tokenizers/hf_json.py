@@ -1,160 +1,253 @@
-"""Byte-level BPE from Hugging Face's `tokenizer.json`: Llama 3, SmolLM, GPT-2, Qwen 2.
+"""Byte-level BPE from Hugging Face's `tokenizer.json`, and what all such files have in common.
 
 The file describes a pipeline: normalizer → pre_tokenizer → model → post_processor, and a decoder.
-What is read here is understood whole; any other stage, option or flag is a TokenizerError that
-names the field, because leaving it out would change ids. `truncation` and `padding` are no part of
-the pipeline: they are settings of the last call before the file was saved.
+A pipeline whose split is compiled (Llama 3, SmolLM, GPT-2, Qwen 2) is read here; any other is run
+stage by stage (pipeline_json.py). What neither understands is a TokenizerError that names the
+field, because leaving it out would change ids. `truncation` and `padding` are no part of the
+pipeline: they are settings of the last call before the file was saved.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.bpe import BYTES, Vocabulary
-from glassllama.tokenizers.byte_level import byte_level_vocabulary
+from glassllama.base.errors import TokenizerError, quoted
+from glassllama.base.fields import Fields, is_whole
+from glassllama.tokenizers.added import AddedToken
+from glassllama.tokenizers.bpe import Vocabulary
+from glassllama.tokenizers.byte_level import (
+    LARGEST_VOCABULARY,
+    WRITTEN_BYTES,
+    byte_level_vocabulary,
+    is_control,
+)
 from glassllama.tokenizers.split import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
+from glassllama.tokenizers.stages import stage_list
 
 Json = Mapping[str, Any]
 
 STAGES = {"normalizer", "pre_tokenizer", "model", "post_processor", "decoder"}
 FIELDS = STAGES | {"version", "truncation", "padding", "added_tokens"}
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
+LARGEST_FILE = 2**28  # bytes; the largest published tokenizer.json has 35 MB
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. TokenizerError: it does not."""
+    """A JSON file that holds an object. TokenizerError: it does not, or is larger than any."""
+    raw = read_bounded(path)
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(raw)
     except (ValueError, RecursionError) as fault:
-        raise TokenizerError(f"{path}: is no JSON ({fault}); download it again") from fault
+        what = quoted(str(fault))
+        raise TokenizerError(f"{path}: is no JSON ({what}); download it again") from fault
     if not isinstance(document, dict):
         raise TokenizerError(f"{path}: must hold a JSON object, got {type(document).__name__}")
     return document
 
 
-def vocabulary_from_json(document: Json) -> Vocabulary:
-    """The vocabulary, merges and split of a byte-level tokenizer.json."""
-    check_pipeline(document)
-    model = take(document, "model", dict)
-    vocab = take(model, "vocab", dict, "model.")
-    require(all(type(id) is int for id in vocab.values()), "model.vocab", "an id is no number")
-    controls, added = added_tokens(document)
-    elsewhere = {**controls, **added}
-    vocabulary = byte_level_vocabulary(
-        written={id: token for token, id in vocab.items() if elsewhere.get(token) != id},
-        merges=take(model, "merges", list, "model."),
-        controls=controls,
-        added=added,
-        unused={},
-        split=Split(pre_tokenizer(document), normal_form=has_normal_form(document)),
-        whole_words=bool(model.get("ignore_merges")),
+def read_bounded(path: Path) -> bytes:
+    """A tokenizer's file. TokenizerError: it is larger than LARGEST_FILE."""
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise TokenizerError(
+            f"{path}: is larger than {LARGEST_FILE:,} bytes, which no tokenizer is"
+        )
+    return raw
+
+
+def root(document: Json) -> Fields:
+    """The whole file. TokenizerError: a field or a kind of model that is not known."""
+    fields = Fields("tokenizer.json", document, TokenizerError)
+    if unknown := document.keys() - FIELDS:
+        raise TokenizerError(f"tokenizer.json: {quoted(min(unknown))} is not known")
+    model = fields.object("model")
+    if model.text("type", "BPE") != "BPE":
+        model.refuse("type", "BPE")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.text(option, ""):
+            model.refuse(option, "empty")
+    if model.number("dropout", 0.0):
+        model.refuse("dropout", "null")
+    return fields
+
+
+def token_ids(document: Fields) -> dict[str, int]:
+    """Text → id of `model.vocab`."""
+    vocab = document.object("model").object("vocab")
+    ids: dict[str, int] = dict(vocab.values)
+    for text, id in ids.items():
+        if not is_whole(id) or not 0 <= id < LARGEST_VOCABULARY:
+            vocab.refuse(text, f"an id from 0 to {LARGEST_VOCABULARY - 1}")
+    if len({*ids.values()}) < len(ids):
+        raise TokenizerError("tokenizer.json: model.vocab gives an id to two tokens")
+    return ids
+
+
+def merge_pairs(document: Fields) -> Iterator[tuple[str, str]]:
+    """`model.merges` in their order, each written "a b" or ["a", "b"]."""
+    for number, merge in enumerate(document.object("model").items("merges")):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        match pair:
+            case [str(left), str(right)]:
+                yield left, right
+            case _:
+                raise TokenizerError(
+                    f"tokenizer.json: merges: number {number} must be two tokens, "
+                    f"got {quoted(merge)}"
+                )
+
+
+def added_tokens(document: Fields, vocab: Mapping[str, int]) -> list[AddedToken]:
+    """The file's added tokens. A text of the vocabulary has its id there, as in tokenizers."""
+    found: dict[str, AddedToken] = {}
+    for number, value in enumerate(document.items("added_tokens", ())):
+        token = Fields(f"tokenizer.json: added_tokens[{number}]", value, TokenizerError)
+        text = token.text("content")
+        id = token.whole("id", least=0, most=LARGEST_VOCABULARY - 1)
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        reads_as_control = token.boolean("special") or is_control(text)
+        if not text:
+            token.refuse("content", "a text of at least one character")
+        found[text] = AddedToken(
+            id=vocab.get(text, id), text=text, is_control=reads_as_control,
+            **{flag: token.boolean(flag, False) for flag in flags},
+        )  # fmt: skip
+    ids = {token.id: text for text, token in found.items()}
+    if twice := [token for text, token in found.items() if ids[token.id] != text]:
+        raise TokenizerError(f"tokenizer.json: two added tokens have the id {twice[0].id}")
+    return [*found.values()]
+
+
+def has_compiled_split(document: Json) -> bool:
+    """Whether a file is byte-level with a split that compiled loops know; else it is a pipeline."""
+    fields = root(document)
+    model, vocab = fields.object("model"), token_ids(fields)
+    controls = {token.text for token in added_tokens(fields, vocab) if token.is_control}
+    complete = vocab.keys() >= WRITTEN_BYTES
+    makes_control = not controls.isdisjoint(vocab) and any(
+        left + right in controls for left, right in merge_pairs(fields)
     )
-    complete = all(byte in vocabulary.ids for byte in BYTES)
-    require(model.get("unk_token") is None or complete, "model.unk_token", "not supported")
-    return vocabulary
+    kinds = [stage.text("type") for stage in stage_list(fields, "normalizer", "normalizers")]
+    return (
+        kinds in ([], ["NFC"])
+        and patterns(fields) is not None
+        and not makes_control
+        and not controls & WRITTEN_BYTES
+        and not model.boolean("byte_fallback", False)
+        and (complete or model.text("unk_token", None) is None)
+    )
+
+
+def vocabulary_from_json(document: Json) -> Vocabulary:
+    """The vocabulary, merges and split of a file that `has_compiled_split`."""
+    fields = root(document)
+    vocab = token_ids(fields)
+    tokens = added_tokens(fields, vocab)
+    check_byte_level_decoder(fields)
+    split = patterns(fields)
+    assert split is not None
+    elsewhere = {token.text for token in tokens}
+    return byte_level_vocabulary(
+        written={id: token for token, id in vocab.items() if token not in elsewhere},
+        merges=checked_merges(fields, vocab),
+        controls=of_kind(tokens, is_control=True),
+        added=of_kind(tokens, is_control=False),
+        unused={},
+        split=Split(split, normal_form=bool(stage_list(fields, "normalizer", "normalizers"))),
+        whole_words=bool(fields.object("model").boolean("ignore_merges", False)),
+        flagged=tokens,
+    )
+
+
+def checked_merges(document: Fields, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The merges. TokenizerError: one names a token that is not in the vocabulary."""
+    for number, (left, right) in enumerate(merge_pairs(document)):
+        if not {left, right, left + right} <= vocab.keys():
+            raise TokenizerError(
+                f"tokenizer.json: merges: number {number} must be two tokens that make a third, "
+                f"all in the vocabulary; got {quoted([left, right])}"
+            )
+        yield left, right
+
+
+def check_byte_level_decoder(document: Fields) -> None:
+    kinds = [stage.text("type") for stage in stage_list(document, "decoder", "decoders")]
+    if kinds != ["ByteLevel"]:
+        raise TokenizerError(f"tokenizer.json: decoder must be ByteLevel, got {quoted(kinds)}")
 
 
 def first_token(document: Json) -> int | None:
     """The id that the post-processor puts before every text (begin of text), if it does."""
-    stages = listed(document.get("post_processor"), "processors")
-    templates = [stage for stage in stages if stage.get("type") == "TemplateProcessing"]
-    known = all(stage.get("type") in ("ByteLevel", "TemplateProcessing") for stage in stages)
-    require(known and len(templates) <= 1, "post_processor", f"not supported: {stages}")
-    if not templates:
-        return None
-    single, tokens = templates[0].get("single"), templates[0].get("special_tokens")
-    match single:
-        case [{"Sequence": _}]:
-            return None
-        case [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]:
-            token = tokens.get(name) if isinstance(tokens, dict) else None
-            ids = token.get("ids") if isinstance(token, dict) else None
-            if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int:
-                return ids[0]
-    raise TokenizerError(
-        f"post_processor.single must be one special token with its id, and the text; got {single!r}"
+    return text_ends(document)[0]
+
+
+def text_ends(document: Json) -> tuple[int | None, int | None]:
+    """The ids that the post-processor puts before and behind every text."""
+    stages = stage_list(
+        Fields("tokenizer.json", document, TokenizerError), "post_processor", "processors"
     )
+    templates = [stage for stage in stages if stage.text("type") == "TemplateProcessing"]
+    for stage in stages:
+        if stage.text("type") not in ("ByteLevel", "TemplateProcessing") or len(templates) > 1:
+            stage.refuse("type", "ByteLevel, or one TemplateProcessing")
+    if not templates:
+        return None, None
+    match [*templates[0].items("single")]:
+        case [{"Sequence": _}]:
+            names: tuple[Any, Any] = None, None
+        case [{"SpecialToken": {"id": str(first)}}, {"Sequence": _}]:
+            names = first, None
+        case [{"Sequence": _}, {"SpecialToken": {"id": str(last)}}]:
+            names = None, last
+        case [
+            {"SpecialToken": {"id": str(first)}},
+            {"Sequence": _},
+            {"SpecialToken": {"id": str(last)}},
+        ]:
+            names = first, last
+        case _:
+            templates[0].refuse(
+                "single", "the text, with at most one special token before and one behind it"
+            )
+    begin, end = (None if name is None else template_id(templates[0], name) for name in names)
+    return begin, end
 
 
-def check_pipeline(document: Json) -> None:
-    """Refuse what would change ids or text and is not read here."""
-    require(document.keys() <= FIELDS, str(sorted(document.keys() - FIELDS)), "not known")
-    model = take(document, "model", dict)
-    require(model.get("type", "BPE") == "BPE", "model.type", f"{model.get('type')!r}, not BPE")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        require(not model.get(option), f"model.{option}", f"{model.get(option)!r} not supported")
-    decoders = listed(document.get("decoder"), "decoders")
-    byte_level = [stage.get("type") for stage in decoders] == ["ByteLevel"]
-    require(byte_level, "decoder", "must be ByteLevel")
+def template_id(template: Fields, name: str) -> int:
+    ids = template.object("special_tokens").object(name).items("ids", of="whole")
+    if len(ids) != 1:
+        template.refuse("special_tokens", f"objects with one id each, also for {quoted(name)}")
+    return int(ids[0])
 
 
-def has_normal_form(document: Json) -> bool:
-    kinds = [stage.get("type") for stage in listed(document.get("normalizer"), "normalizers")]
-    require(kinds in ([], ["NFC"]), "normalizer", f"only NFC is supported, got {kinds}")
-    return bool(kinds)
+def patterns(document: Fields) -> tuple[str, ...] | None:
+    """The patterns of the stages that split, where these are known and the last is ByteLevel."""
+    stages = stage_list(document, "pre_tokenizer", "pretokenizers")
+    if not stages or stages[-1].text("type") != "ByteLevel":
+        return None
+    if stages[-1].boolean("add_prefix_space", True):
+        return None
+    known = [known_pattern(stage) for stage in stages[:-1]]
+    if stages[-1].boolean("use_regex", True):
+        known.append(GPT2)
+    found = tuple(pattern for pattern in known if pattern is not None)
+    return found if found and len(found) == len(known) else None
 
 
-def pre_tokenizer(document: Json) -> tuple[str, ...]:
-    """The patterns of the stages that split; the last stage must be ByteLevel."""
-    stages = listed(document.get("pre_tokenizer"), "pretokenizers")
-    kinds = [stage.get("type") for stage in stages]
-    require(kinds[-1:] == ["ByteLevel"], "pre_tokenizer", f"must end with ByteLevel, got {kinds}")
-    prefix = stages[-1].get("add_prefix_space", True)
-    require(not prefix, "pre_tokenizer.add_prefix_space", "not supported")
-    patterns = [split_pattern(stage) for stage in stages[:-1]]
-    return (*patterns, GPT2) if stages[-1].get("use_regex", True) else tuple(patterns)
-
-
-def split_pattern(stage: Json) -> str:
-    match stage:
-        case {"type": "Digits", "individual_digits": each}:
-            return EACH_DIGIT if each else DIGIT_RUNS
+def known_pattern(stage: Fields) -> str | None:
+    match stage.values:
+        case {"type": "Digits"}:
+            return EACH_DIGIT if stage.boolean("individual_digits", False) else DIGIT_RUNS
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if (
-            pattern in KNOWN_PATTERNS and not stage.get("invert")
+            pattern in KNOWN_PATTERNS and not stage.boolean("invert", False)
         ):
             return pattern
-    raise TokenizerError(
-        f"pre_tokenizer: stage {stage!r} is not known; known are ByteLevel, Digits "
-        "and Split with the patterns of GPT-2, Llama 3 and Qwen 2"
-    )
+    return None
 
 
-def added_tokens(document: Json) -> tuple[dict[str, int], dict[str, int]]:
-    """Text → id of the control tokens, and of those that are read from any text."""
-    kinds: tuple[dict[str, int], dict[str, int]] = {}, {}
-    tokens = document.get("added_tokens") or []
-    require(isinstance(tokens, list), "added_tokens", "must be a list")
-    for token in tokens:
-        match token:
-            case {"id": int(id), "content": str(text), "special": bool(special)}:
-                flags = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
-                if token.get("normalized") and has_normal_form(document):
-                    flags.append("normalized")
-                require(not flags, f"added token {text!r}", f"{flags} not supported")
-                kinds[0 if special else 1][text] = id
-            case _:
-                require(False, "added_tokens", f"{token!r} is no token")
-    return kinds
-
-
-def listed(stage: Any, name: str) -> list[dict[str, Any]]:
-    """A stage and its list of stages are both a list: none, one, or a Sequence's."""
-    inner = stage.get(name) if isinstance(stage, dict) and stage.get("type") == "Sequence" else None
-    stages = inner if isinstance(inner, list) else [] if stage is None else [stage]
-    require(all(isinstance(s, dict) for s in stages), name, "must be objects")
-    return stages
-
-
-def take(mapping: Json, field: str, kind: type, where: str = "") -> Any:
-    value = mapping.get(field)
-    require(isinstance(value, kind), where + field, f"must be a {kind.__name__}")
-    return value
-
-
-def require(true: bool, field: str, problem: str) -> None:
-    if not true:
-        raise TokenizerError(f"{field}: {problem}")
+def of_kind(tokens: Iterable[AddedToken], *, is_control: bool) -> dict[str, int]:
+    return {token.text: token.id for token in tokens if token.is_control == is_control}

@@ -22,7 +22,7 @@ from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 BLANK = "\u2581"  # ▁
 SHORT = 32  # characters; shorter words are not worth looking for places to cut
 LONG = 256  # characters; above it the heap is faster than the plain loop
+MANY = 2**18  # characters: words of a longer text are found one by one
 CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
 
 
@@ -54,36 +55,28 @@ class Kind(IntEnum):
 class Pieces:
     """What a file of a SentencePiece-style tokenizer holds, whatever its format.
 
-    `texts` and `kinds` by id; None is an id without a piece. Pieces merge by `scores`, the higher
-    first (a SentencePiece model), or by the rank of the pair in `merges` (tokenizer.json).
-    UNUSED pieces are never made.
+    `texts` and `kinds` by id; of equal texts the last is used. Pieces merge by `scores`, the higher
+    first. UNUSED pieces are never made.
 
-    `prefix` says before which stretches of text a blank goes: every one between control tokens,
-    the first of all, or never; `prefix_before_blank` whether also where a blank is there already.
-    `trim` drops blanks at the ends and doubled ones. `cut_at_blanks` keeps ▁ from merging to its
-    left. `drop_prefix`: decoding drops the blank that a text begins with. `added_first`: user
-    defined pieces are cut out of the text before blanks are treated, each rest for itself.
+    `prefix`: a blank goes before every stretch of text between control tokens. `trim` drops blanks
+    at the ends and doubled ones. `drop_prefix`: decoding drops the blank that a text begins with.
+    `added_first`: user defined pieces without a ▁ are cut out of the text before blanks are
+    treated, each rest for itself, as llama.cpp does.
     """
 
-    texts: tuple[str | None, ...] = field(repr=False)
+    texts: tuple[str, ...] = field(repr=False)
     kinds: tuple[Kind, ...] = field(repr=False)
-    scores: tuple[float, ...] | None = field(default=None, repr=False)
-    merges: Mapping[tuple[bytes, bytes], int] | None = field(default=None, repr=False)
-    prefix: Literal["every", "first", "never"] = "every"
-    prefix_before_blank: bool = True
+    scores: tuple[float, ...] = field(repr=False)
+    prefix: bool = True
     trim: bool = False
-    cut_at_blanks: bool = False
     drop_prefix: bool = True
     added_first: bool = False
     unknown_text: str = " \u2047 "
 
     def of_kind(self, *kinds: Kind) -> dict[str, int]:
-        """Text → id; the first id of a text that has several."""
-        found: dict[str, int] = {}
-        for id, (text, kind) in enumerate(zip(self.texts, self.kinds, strict=True)):
-            if text is not None and kind in kinds:
-                found.setdefault(text, id)
-        return found
+        """Text → id; the last id of a text that has several."""
+        both = zip(self.texts, self.kinds, strict=True)
+        return {text: id for id, (text, kind) in enumerate(both) if kind in kinds}
 
 
 class SentencePieceTokenizer:
@@ -102,14 +95,15 @@ class SentencePieceTokenizer:
         self.bos = bos
         self.stop_ids = frozenset(stop_ids)
         self.specials: Mapping[str, int] = MappingProxyType(pieces.of_kind(Kind.CONTROL))
-        self._control_pattern = alternatives(self.specials)
+        self._written = pieces.of_kind(Kind.CONTROL, Kind.UNKNOWN)
+        self._control_pattern = alternatives(self._written)
         self._added = pieces.of_kind(Kind.USER_DEFINED)
-        self._added_pattern = alternatives(self._added)
+        self._find_added()
         normal = pieces.of_kind(Kind.NORMAL)
         self._ids = {text.encode(): id for text, id in normal.items()}
         self._rank = _ranking(pieces, self._ids)
         self._byte_ids, self._unknown = _fallback(pieces)
-        self._cut = _cut_before_blanks(normal, pieces.cut_at_blanks)
+        self._cut = cut_before_blanks(normal)
         self._bytes = [_bytes_of(pieces, id) for id in range(len(pieces.texts))]
         self._control_ids = frozenset(self.specials.values())
         self._cache: dict[str, list[int]] = {}
@@ -128,7 +122,7 @@ class SentencePieceTokenizer:
         if specials and self._control_pattern is not None:
             pieces = self._control_pattern.split(text)  # text, control, text, …, text
             parts = list(pieces)
-            parts[1::2] = [self.specials[control] for control in pieces[1::2]]
+            parts[1::2] = [self._written[control] for control in pieces[1::2]]
         ids = self.encode_parts([part for part in parts if part != ""])
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
@@ -138,11 +132,10 @@ class SentencePieceTokenizer:
         for part in parts:
             if isinstance(part, int):
                 ids.append(part)
-            elif self.pieces.added_first and self._added_pattern is not None:
-                for n, stretch in enumerate(self._added_pattern.split(part)):
-                    ids += [self._added[stretch]] if n % 2 else self._encode(stretch, not ids)
-            else:
-                ids += self._encode(part, not ids)
+                continue
+            found = [part] if self._first_pattern is None else self._first_pattern.split(part)
+            for n, stretch in enumerate(found):
+                ids += [self._added[stretch]] if n % 2 else self._encode(stretch)
         return ids
 
     @property
@@ -150,11 +143,16 @@ class SentencePieceTokenizer:
         """Tokens that are read from any text, though they are no control tokens: text -> id."""
         return self._added
 
+    def _find_added(self) -> None:
+        first = {text for text in self._added if self.pieces.added_first and BLANK not in text}
+        self._first_pattern = alternatives(first)
+        self._added_pattern = alternatives(self._added.keys() - first)
+
     def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
         """The same tokenizer, for which these added tokens are plain text."""
         other, left = copy.copy(self), {*texts}
         other._added = {text: id for text, id in self._added.items() if text not in left}
-        other._added_pattern = alternatives(other._added)
+        other._find_added()
         other._cache = {}
         return other
 
@@ -162,41 +160,36 @@ class SentencePieceTokenizer:
         """The ids of a text without control tokens, (T,)."""
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def _encode(self, text: str, is_first: bool) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
-        ids = [id for word in self._words(self._with_blanks(text, is_first)) for id in word]
+        ids = [id for word in self._words(self._with_blanks(text)) for id in word]
         if self._byte_ids is not None:
             return ids
         # Characters without a piece in a row are one unknown.
         runs = ((id, list(run)) for id, run in groupby(ids))
         return [id for value, run in runs for id in (run[:1] if value == self._unknown else run)]
 
-    def _with_blanks(self, text: str, is_first: bool) -> str:
+    def _with_blanks(self, text: str) -> str:
         """The text as it is looked up: ▁ for blanks, and one in front."""
         if self.pieces.trim:
             text = " ".join(filter(None, text.split(" ")))
         if not text:
             return ""
         text = text.replace(" ", BLANK)
-        prefix = self.pieces.prefix
-        if prefix == "every" or (prefix == "first" and is_first):
-            blank_is_there = text.startswith(BLANK) and not self.pieces.prefix_before_blank
-            text = text if blank_is_there else BLANK + text
+        text = BLANK + text if self.pieces.prefix else text
         return text.rstrip(BLANK) if self.pieces.trim else text
 
     def _words(self, text: str) -> Iterator[list[int]]:
         """The ids of stretches that cannot merge with each other."""
-        if self.pieces.added_first or self._added_pattern is None:
-            yield from map(self._word, self._cut.split(text))
-            return
-        for n, stretch in enumerate(self._added_pattern.split(text)):
+        found = [text] if self._added_pattern is None else self._added_pattern.split(text)
+        for n, stretch in enumerate(found):
             if n % 2:
                 yield [self._added[stretch]]
             else:
-                yield from map(self._word, self._cut.split(stretch))
+                yield from map(self._word, stretches(stretch, self._cut))
 
     def _word(self, word: str) -> list[int]:
         if len(word) <= SHORT:
@@ -303,10 +296,6 @@ class SentencePieceTokenizer:
 
 def _ranking(pieces: Pieces, ids: Mapping[bytes, int]) -> Callable[[bytes, bytes], int]:
     """(left, right) → the rank of their merging, 0 first; NEVER if they make no piece."""
-    if pieces.merges is not None:
-        merges = pieces.merges
-        return lambda left, right: merges.get((left, right), NEVER)
-    assert pieces.scores is not None, "pieces merge by scores or by merges"
     if not all(map(math.isfinite, pieces.scores)):
         raise TokenizerError("vocabulary: a score is no finite number; the file is damaged")
     best_first = sorted({pieces.scores[id] for id in ids.values()}, reverse=True)
@@ -335,19 +324,27 @@ def byte_text(value: int) -> str:
     return f"<0x{value:02X}>"
 
 
-def _cut_before_blanks(normal: Iterable[str], everywhere: bool) -> re.Pattern[str]:
+def stretches(text: str, cut: re.Pattern[str]) -> Iterator[str]:
+    """What `cut.split(text)` gives, one by one if the text is long; `cut` finds places."""
+    if len(text) <= MANY:
+        yield from cut.split(text)
+        return
+    begin = 0
+    for found in cut.finditer(text):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]
+
+
+def cut_before_blanks(normal: Iterable[str]) -> re.Pattern[str]:
     """Finds the places before a ▁ that no piece spans."""
-    before = set() if everywhere else {
-        text[at] for text in normal for at in range(len(text) - 1) if text[at + 1] == BLANK
-    }  # fmt: skip
+    before = {text[at] for text in normal for at in range(len(text) - 1) if text[at + 1] == BLANK}
     spanned = re.escape("".join(sorted(before)))
     return re.compile(f"(?<=[^{spanned}])(?={BLANK})" if spanned else f"(?={BLANK})")
 
 
-def _bytes_of(pieces: Pieces, id: int) -> bytes | None:
+def _bytes_of(pieces: Pieces, id: int) -> bytes:
     text, kind = pieces.texts[id], pieces.kinds[id]
-    if text is None:
-        return None
     if kind == Kind.BYTE:
         return bytes([int(text[3:5], 16)])
     if kind == Kind.UNKNOWN:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
+from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
 from glassllama.tokenizers.long_words import pairs
 from glassllama.tokenizers.meta import control_names
 from glassllama.tokenizers.split import EACH_DIGIT, GPT2, SPLITS, Split
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Form = Literal["hf", "meta", "both"]
 
-BYTE_TO_CHARACTER = {byte: chr(character) for character, byte in CHARACTER_TO_BYTE.items()}
 TABLE_HEAD = "id\ttoken\tleft\tright\tcount\texamples\n"
 
 

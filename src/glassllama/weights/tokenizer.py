@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
-from glassllama.tokenizers.byte_level import byte_level_vocabulary
+from glassllama.tokenizers.byte_level import (
+    WRITTEN_BYTES,
+    byte_level_vocabulary,
+    is_written,
+    with_merges,
+)
 from glassllama.tokenizers.char_json import chars_from_document, is_char_document
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
-from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
+from glassllama.tokenizers.hf_json import (
+    first_token,
+    has_compiled_split,
+    read_json,
+    vocabulary_from_json,
+)
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
+from glassllama.tokenizers.pipeline import PipelineTokenizer
+from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
+    as_long,
+    gguf_fields,
     read_sentencepiece,
     sentencepiece_from_gguf,
-    sentencepiece_from_hf_json,
+    token_id,
 )
-from glassllama.tokenizers.split import SPLITS
+from glassllama.tokenizers.split import OTHER_SPLITS, SPLITS
 
-Found = BytePairTokenizer | SentencePieceTokenizer | CharTokenizer
+Found = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
+# Source: llama.cpp, src/llama-vocab.cpp (2026-11).
 PRE_TOKENIZERS = {
-    "llama-bpe": "llama3", "llama3": "llama3", "llama-v3": "llama3",
-    "smollm": "smollm",
-    "gpt-2": "gpt2",
-    "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2",
-}  # fmt: skip
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1"), "llama3"),
+    **dict.fromkeys(("pixtral", "midm-2.0", "lfm2", "smaug-bpe", "dbrx"), "llama3"),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "smollm"),
+    **dict.fromkeys(("exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum"), "gpt2"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
+    **dict.fromkeys(("gpt-4o", "llama4"), "gpt-4o"),
+    **{name: name for name in ("tekken", "falcon", "default", "viking")},
+    **{name: name for name in ("deepseek-llm", "deepseek-coder", "deepseek-v3")},
+}
+# Of these llama.cpp takes a word that is a token at once, and begins a text with bos.
+NOT_LIKE_LLAMA3 = ("smaug-bpe", "dbrx")
 STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 # A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
@@ -49,51 +70,50 @@ KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. TokenizerError: names the key that is missing or unknown."""
-    model = metadata.get("tokenizer.ggml.model")
+    fields = gguf_fields(metadata)
+    model = fields.text("model")
     if model == "llama":
         return sentencepiece_from_gguf(metadata)
     if model != "gpt2":
-        raise TokenizerError(
-            f"tokenizer.ggml.model: {model!r} is not supported, only 'gpt2' (byte-level BPE) and "
-            "'llama' (SentencePiece) are"
-        )
-    vocabulary = gguf_vocabulary(metadata)
-    texts = map(str, gguf_list(metadata, "tokens"))
+        fields.refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)")
+    texts = [str(text) for text in fields.items("tokens", of="text")]
+    pre = gguf_pre(fields)
+    # llama.cpp's rule where the file is silent: Llama 3 and Tekken begin with a token.
+    as_llama3 = PRE_TOKENIZERS[pre] in ("llama3", "tekken") and pre not in NOT_LIKE_LLAMA3
+    vocabulary = gguf_vocabulary(fields, texts, PRE_TOKENIZERS[pre], whole_words=as_llama3)
     stop_ids = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
-    stop_ids |= {id for key in STOP_KEYS if (id := gguf_id(metadata, key)) is not None}
-    bos = gguf_id(metadata, "bos_token_id")
-    # llama.cpp's rule where the file is silent: Llama 3 begins with a token, others do not.
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", vocabulary.split == SPLITS["llama3"])
+    stop_ids |= {id for key in STOP_KEYS if (id := token_id(fields, key)) is not None}
+    bos = token_id(fields, "bos_token_id")
+    adds_bos = fields.boolean("add_bos_token", as_llama3)
     return BytePairTokenizer(vocabulary, bos=bos if adds_bos else None, stop_ids=stop_ids)
 
 
-def gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    split = gguf_split(metadata)
-    texts = [*map(str, gguf_list(metadata, "tokens"))]
-    kinds = token_kinds(metadata, len(texts))
-    return byte_level_vocabulary(
-        written=of_kind(NORMAL, texts, kinds),
-        merges=gguf_list(metadata, "merges"),
-        controls=by_text(of_kind(CONTROL, texts, kinds)),
-        added=by_text(of_kind(USER_DEFINED, texts, kinds)),
-        unused=of_kind(UNUSED, texts, kinds) | of_kind(UNKNOWN, texts, kinds),
-        split=SPLITS[split],
-        whole_words=split == "llama3",
-    )
-
-
-def token_kinds(metadata: Mapping[str, Any], count: int) -> list[int]:
-    """The type of every token; files without types hold normal ones only."""
-    if "tokenizer.ggml.token_type" not in metadata:
-        return [NORMAL] * count
-    kinds = list(gguf_list(metadata, "token_type"))
-    if len(kinds) != count:
-        raise TokenizerError(f"tokenizer.ggml.token_type: {len(kinds)} for {count} tokens")
-    if strange := [kind for kind in kinds if kind not in KINDS]:
+def gguf_vocabulary(
+    fields: Fields, texts: list[str], split: str, *, whole_words: bool
+) -> Vocabulary:
+    kinds = as_long(fields, "token_type", len(texts), "whole")
+    numbers = [NORMAL] * len(texts) if kinds is None else [int(kind) for kind in kinds]
+    if strange := {*numbers} - {*KINDS}:
         raise TokenizerError(
-            f"tokenizer.ggml.token_type: {strange[0]!r} has no place in a byte-level vocabulary"
+            f"tokenizer.ggml: token_type: {min(strange)} has no place in a byte-level vocabulary"
         )
-    return kinds
+    written = of_kind(NORMAL, texts, numbers)
+    # Of equal texts the last is used; what is empty, or no bytes in GPT-2's letters, is not.
+    last = {text: id for id, text in written.items() if text and is_written(text)}
+    left = written.keys() - {*last.values()}
+    if not last.keys() & WRITTEN_BYTES:
+        raise TokenizerError("tokenizer.ggml: tokens: no byte has one: no byte-level vocabulary")
+    vocabulary = byte_level_vocabulary(
+        written={id: text for text, id in last.items()},
+        merges=(),
+        controls=by_text(of_kind(CONTROL, texts, numbers)),
+        added=by_text(of_kind(USER_DEFINED, texts, numbers)),
+        unused={id: texts[id] for id in left}
+        | of_kind(UNUSED, texts, numbers) | of_kind(UNKNOWN, texts, numbers),
+        split={**SPLITS, **OTHER_SPLITS}[split],
+        whole_words=whole_words,
+    )  # fmt: skip
+    return with_merges(vocabulary, fields.items("merges", of="text"))
 
 
 def of_kind(wanted: int, texts: list[str], kinds: list[int]) -> dict[int, str]:
@@ -101,39 +121,19 @@ def of_kind(wanted: int, texts: list[str], kinds: list[int]) -> dict[int, str]:
 
 
 def by_text(texts: Mapping[int, str]) -> dict[str, int]:
-    ids = {text: id for id, text in texts.items()}
-    if len(ids) < len(texts):
-        twice = next(text for id, text in texts.items() if ids[text] != id)
-        raise TokenizerError(f"tokenizer.ggml.tokens: {twice!r} is given twice")
-    return ids
+    """Text → id; of equal texts the last, as in llama.cpp, and none that is empty."""
+    return {text: id for id, text in texts.items() if text}
 
 
-def gguf_split(metadata: Mapping[str, Any]) -> str:
-    pre = metadata.get("tokenizer.ggml.pre")
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        came = "is missing" if pre is None else f"is {pre!r}, which is not supported"
+def gguf_pre(fields: Fields) -> str:
+    pre = fields.text("pre", "")
+    if pre not in PRE_TOKENIZERS:
+        came = f"is {quoted(pre)}, which is not supported" if pre else "is missing"
         raise TokenizerError(
-            f"tokenizer.ggml.pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
+            f"tokenizer.ggml: pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
             "would split words wrongly: convert the model again, or set the key"
         )
-    return PRE_TOKENIZERS[pre]
-
-
-def gguf_list(metadata: Mapping[str, Any], name: str) -> Iterable[Any]:
-    values = metadata.get(f"tokenizer.ggml.{name}")
-    if isinstance(values, np.ndarray):
-        return list(values.tolist())
-    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
-        return values
-    came = "is missing" if values is None else f"must be a list, got {values!r}"
-    raise TokenizerError(f"tokenizer.ggml.{name} {came}: the file has no whole vocabulary")
-
-
-def gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    id = metadata.get(f"tokenizer.ggml.{name}")
-    if id is not None and not isinstance(id, int | np.integer):
-        raise TokenizerError(f"tokenizer.ggml.{name} must be an id, got {id!r}")
-    return None if id is None else int(id)
+    return pre
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
@@ -158,12 +158,11 @@ def read_tokenizer(path: Path) -> Found:
     if path.name == "tokenizer.model":
         return read_meta_tokenizer(path) if looks_like_ranks(path) else read_sentencepiece(path)
     document = read_json(path)
-    model = document.get("model")
     try:
-        if isinstance(model, dict) and model.get("byte_fallback"):
-            return sentencepiece_from_hf_json(document)
         if is_char_document(document):
             return chars_from_document(document)
+        if not has_compiled_split(document):
+            return pipeline_from_json(document)
         vocabulary = vocabulary_from_json(document)
         ordinary = document["model"]["vocab"]
         stop_ids = end_ids({**ordinary, **vocabulary.added, **vocabulary.controls})
@@ -191,7 +190,9 @@ def named_id(tokenizer: Found, path: Path, field: str) -> int | None:
         return None
     ids = tokenizer.encode(text, specials=True) if isinstance(text, str) else []
     if len(ids) != 1:
-        raise TokenizerError(f"{path}: {field} is {text!r}, which is no token of the vocabulary")
+        raise TokenizerError(
+            f"{path}: {field} is {quoted(text)}, which is no token of the vocabulary"
+        )
     return ids[0]
 
 
@@ -204,7 +205,7 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
         ids = named if isinstance(named, list) else [named]
         if not all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids):
             raise TokenizerError(
-                f"{path}: eos_token_id is {named!r}; expected ids from 0 to "
+                f"{path}: eos_token_id is {quoted(named)}; expected ids from 0 to "
                 f"{tokenizer.vocab_size - 1}, the vocabulary's last"
             )
         return {*ids}
@@ -243,9 +244,9 @@ TEMPLATE_TOKENS = ("bos_token", "eos_token")  # what templates call the ends of 
 
 def template_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The texts behind `bos_token` and `eos_token` in a template, where the file names them."""
-    tokens = gguf_list(metadata, "tokens")
-    assert isinstance(tokens, Sequence)
-    ids = {name: gguf_id(metadata, f"{name}_id") for name in TEMPLATE_TOKENS}
+    fields = gguf_fields(metadata)
+    tokens = fields.items("tokens", of="text")
+    ids = {name: token_id(fields, f"{name}_id") for name in TEMPLATE_TOKENS}
     return {n: str(tokens[id]) for n, id in ids.items() if id is not None and id < len(tokens)}
 
 
