@@ -170,7 +170,7 @@ def test_a_refused_resumption_leaves_every_byte(
     before = held(folder)
     for line, said in (
         (words("llama", other, folder, vocabulary), "training text was"),
-        (words("llama", text, folder, vocabulary, "schedule.steps=13"), "schedule.steps was 12"),
+        (words("llama", text, folder, vocabulary, "schedule.steps=11"), "extended, not shortened"),
         (words("llama", other, folder, "data.tokenizer=bpe:310"), "data.tokenizer was 'bpe:300'"),
         (words("gpt", text, folder), "model.kind was 'llama', is 'gpt'"),
         (words("llama", text, folder, vocabulary, "data.context=5000"), "data.context was 16"),
@@ -187,9 +187,7 @@ def test_a_refused_resumption_leaves_every_byte(
 
 
 @pytest.mark.parametrize("more", [[], ["--no-preflight"]])
-@pytest.mark.parametrize(
-    "change", ["data.batch=1000000000000", "model.dim=99999", "data.batch=40000"]
-)
+@pytest.mark.parametrize("change", ["data.batch=1000000000", "model.dim=99999", "data.batch=40000"])
 def test_memory_is_looked_at_before_it_is_taken(
     change: str, more: list[str], verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
@@ -207,12 +205,13 @@ def test_memory_is_looked_at_before_it_is_taken(
     ("change", "said"),
     [
         ("run.compile=true", "run.compile: this model has no layers to compile"),
-        (f"run.seed={SEED_LIMIT}", "run.seed: want a whole number below 2^32, got 4294967296"),
-        (f"schedule.steps={TEN_TO_THE_400}", "schedule.steps: want a whole number below 2^63"),
-        ("schedule.steps=1" + "0" * 9000, "schedule.steps: want a whole number, got"),
-        (f"optimiser.lr={TEN_TO_THE_400}", "optimiser.lr: want a whole number below 2^63"),
-        ("data.tokenizer=bpe:1" + "0" * 9000, "data.tokenizer: want bpe:N"),
-        ("run.prompt=\udcff", r"run.prompt: want text in UTF-8, got '\udcff' at 0"),
+        (f"run.seed={SEED_LIMIT}", "run.seed must be a whole number from 0 to 4294967295"),
+        (f"schedule.steps={TEN_TO_THE_400}", "schedule.steps must be a whole number from 0 to"),
+        ("schedule.steps=1" + "0" * 9000, "more than 4,096 characters"),
+        ("data.batch=1000000000000", "data.batch must be a whole number from 0 to 2147483647"),
+        (f"optimiser.lr={TEN_TO_THE_400}", "optimiser.lr must be a finite number"),
+        ("data.tokenizer=bpe:1" + "0" * 3000, "data.tokenizer: want bpe:N"),
+        ("run.prompt=\udcff", r"run.prompt must be text in UTF-8, got '\udcff'"),
         ("data.corpus=", "data.corpus: want a name or a path, got none"),
         ("data.tokenizer=", "data.tokenizer: want a name or a path, got none"),
         ("model.dim=3", "model.dim: a bigram has no such setting; there are no sizes to choose"),

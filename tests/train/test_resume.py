@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
     with pytest.raises(TrainingError, match=r"state\.json: format is None, expected"):
         new_run(folder, text)
     (checkpoint / "state.json").write_text('{"format": "glassllama training 1", "identity": {}}')
-    with pytest.raises(TrainingError, match=r"state\.json: expected `progress` with best_loss"):
+    with pytest.raises(TrainingError, match=r"state\.json: progress is missing"):
         new_run(folder, text)
     (checkpoint / "state.json").write_text("{")
     with pytest.raises(ConfigError, match=r"state\.json: not valid JSON"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from importlib.util import find_spec
+from json import dumps
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -74,6 +75,14 @@ def train(
             help="auto: go on from the folder's last checkpoint; begin where there is none.",
         ),
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Begin with the weights of this model: same architecture, sizes and vocabulary.",
+            show_default="random weights",
+        ),
+    ] = None,
     preflight: Annotated[
         bool,
         typer.Option("--preflight/--no-preflight", help="Leave out the checks before the run."),
@@ -84,17 +93,21 @@ def train(
 
     The run's folder holds its settings, its log, its curve, checkpoints, and the best model so far:
     'glassllama generate -m FOLDER' runs it. Ctrl-C finishes the step, saves and leaves.
+    '--resume auto' with a larger schedule.steps makes a run longer.
     On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
     What each part of a Llama brings, measured on the way up from a bigram: docs/ladder.md.
     """
     from glassllama.train.resolve import resolve
 
     if what is None:
-        list_presets(alone=preflight and not (change or data or out or resume or offline))
+        options = (change, data, out, resume, offline, init_from)
+        list_presets(alone=preflight and not any(options))
         return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
-    changes = [*(change or []), *([] if data is None else [f"data.corpus={data}"])]
+    given = {"data.corpus": data, "model.init_from": init_from}
+    named = [f"{key}={dumps(str(value))}" for key, value in given.items() if value is not None]
+    changes = [*(change or []), *named]
     settings = resolve(what, changes)
     folder = out or Path("runs") / settings.name
     said = announced(what, settings, changes, folder)
@@ -120,14 +133,16 @@ class Asked(NamedTuple):
     resuming: bool
     checked: bool
     offline: bool
-    announced: str  # said when the text has been read
+    announced: str  # said when the run begins
 
 
 def announced(what: str, settings: Settings, changes: list[str], folder: Path) -> str:
     """What is trained, which settings were changed, and where all will be."""
     from glassllama.train.resolve import changed_lines
 
-    lines = changed_lines(settings, changes)
+    lines = changed_lines(what, settings, changes)
+    if settings.model.sizes.get("qk_norm"):
+        lines.append("qk_norm: no Llama 3: glassllama reads this model, transformers does not")
     return "\n".join([f"settings of {what}; all go to {folder / 'settings.toml'}", *lines])
 
 
@@ -149,18 +164,18 @@ def carry_out(settings: Settings, asked: Asked) -> int:
                 held.enter_context(occupy(folder))
                 require_free(folder, settings, resuming=asked.resuming)
             team.require_even(settings.data.batch, settings.run.accumulate)
-            data = opened(settings, folder, team, asked.offline)
-            tell(team, asked.announced)
-            return data
+            return opened(settings, folder, team, asked.offline)
 
         data = team.lead_first(begin)
-        run = prepare(settings, data, folder, team)
+        run = prepare(settings, data, folder, team, offline=asked.offline)
         if team.alone:  # of several ranks `check` looks at it, and `prepare` has at the most of it
             require_step_fits(run)
-        if take_up(run):
-            tell(team, f"going on after step {run.progress.step:,}")
-        elif asked.checked:
+        resumed = take_up(run)
+        if asked.checked and not resumed:
             team.lead_first(lambda: check(run))
+        tell(team, asked.announced)
+        if resumed:
+            tell(team, going_on(run))
         code = go(run)
         finish(run)
         team.wait()  # torchrun ends the leader where another rank has left with a signal's code
@@ -194,6 +209,18 @@ def check(run: Run) -> None:
         alone = run if run.team.alone else rehearsal(run.settings, run.data, run.folder, run.team)
         for line in preflight(alone):
             note(f"checked {line}")
+
+
+def going_on(run: Run) -> str:
+    """After which step, and what a longer schedule means for the learning rate."""
+    from glassllama.train.schedule import rate_factor
+
+    step, schedule = run.progress.step, run.settings.schedule
+    line = f"going on after step {step:,}"
+    if run.extended:
+        share = rate_factor(step, schedule)
+        line += f": {run.extended}; the learning rate goes on at {share:.0%} of its peak"
+    return line
 
 
 def tell(team: Team, text: str) -> None:
@@ -230,7 +257,7 @@ def watched(run: Run, wish: Wish) -> None:
     from glassllama.train.bands import Watchman, band_of
     from glassllama.train.beginning import FirstStep
     from glassllama.train.loop import train
-    from glassllama.train.speed import flops_per_token, peak_flops
+    from glassllama.train.speed import dtype_of, flops_per_token, peak_flops
 
     s, done, band = run.settings, run.progress.step, band_of(run.settings)
     note("band: none for these settings" if band is None else f"band: of {band.seeds} seeds")
@@ -238,7 +265,7 @@ def watched(run: Run, wish: Wish) -> None:
         steps=s.schedule.steps,
         first=done,
         flops=flops_per_token(run.model, s.data.context),
-        peak=peak_flops(s.run.device, s.run.precision) * run.team.world,
+        peak=peak_flops(s.run.device, dtype_of(s.run.precision, s.run.device)) * run.team.world,
         watchman=None if band is None else Watchman(band, done),
     )
     journal = FirstStep(run)

@@ -1,7 +1,8 @@
 """In which numbers a model is trained, and by whose code: what `run.precision` and `.compile` mean.
 
-Weights, optimisers and everything that is added up stay float32. With "bfloat16" matrix products
-are in bfloat16: a Llama on a CPU by train/fast.py, everything else by PyTorch's autocast.
+Weights, optimisers and everything that is added up stay float32; `precision` is that of matrix
+products. "auto" is bfloat16 where the device has instructions for it, else float32. A Llama on a
+CPU is computed by train/fast.py, everything else by PyTorch, with its autocast for bfloat16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from glassllama.train.build import as_module
 from glassllama.train.fast import FastLayer, accelerate
 from glassllama.train.faults import TrainingError
 from glassllama.train.settings import RunSettings
+from glassllama.train.speed import dtype_of
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # one of which torch.compile needs on a CPU
 
@@ -35,13 +37,13 @@ def choose_arithmetic(model: LanguageModel, run: RunSettings, dropout: float) ->
             )
         for layer in layers.children():
             layer.compile(dynamic=False)
-    elif on_cpu and run.precision == "bfloat16" and isinstance(model, Llama):
-        accelerate(model, dropout)
+    elif on_cpu and isinstance(model, Llama):
+        accelerate(model, dropout, dtype_of(run.precision, run.device))
 
 
 def arithmetic(model: LanguageModel, run: RunSettings) -> AbstractContextManager[object]:
     """Within, the model's matrix products are in `run.precision`."""
     fast = isinstance(model, Llama) and isinstance(model.layers[0], FastLayer)
-    if run.precision == "float32" or fast:
+    if fast or dtype_of(run.precision, run.device) == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(run.device).type, torch.bfloat16)

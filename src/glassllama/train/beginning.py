@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from glassllama.base.errors import MissingExtraError
 from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
-from glassllama.train.journal import Journal, Record
+from glassllama.train.journal import Journal, Record, read_records
 from glassllama.train.resolve import to_toml
 from glassllama.train.run import CHECKPOINTS, Run, require_same_settings
 from glassllama.train.settings import Settings
@@ -77,10 +77,11 @@ def require_free(folder: Path, settings: Settings, *, resuming: bool) -> None:
     steps = complete_steps(folder / CHECKPOINTS)
     if resuming and steps:
         require_same_settings(steps[max(steps)], settings)
+        read_records(folder)  # the log goes on, so it must be one
     if not resuming and (steps or (folder / "log.jsonl").exists()):
         raise TrainingError(
-            f"{folder}: holds a run already; go on with it by --resume auto, or begin another "
-            "with --out FOLDER"
+            f"{folder}: holds a run already; go on with it by --resume auto (longer, with a larger "
+            "schedule.steps), or begin another with --out FOLDER"
         )
 
 

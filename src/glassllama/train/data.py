@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama import hub
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import DownloadError, GlassError, TokenizerError
 from glassllama.base.interfaces import Progress, Tokenizer
+from glassllama.hub.names import looks_like_path
 from glassllama.train.corpus import (
     Corpus,
     CorpusError,
@@ -23,7 +24,8 @@ from glassllama.train.corpus import (
 )
 from glassllama.train.settings import BPE, CHARACTERS, DataSettings
 from glassllama.train.tokens import Tokens, open_tokens
-from glassllama.weights.tokenizer import tokenizer_from_folder
+from glassllama.weights.open import read_json
+from glassllama.weights.tokenizer import TOKENIZER_FILES, tokenizer_from_folder
 
 MADE_OF = "made_of.json"  # beside a learnt vocabulary: the text, and how
 
@@ -57,7 +59,7 @@ def open_data(
     text = find_text(settings.corpus, offline=offline, progress=progress, told=told)
     corpus = open_corpus(text)
     homes = [home / "tokenizer" for home in (folder, before) if home is not None]
-    vocabulary = find_vocabulary(settings, corpus, homes)
+    vocabulary = find_vocabulary(settings, corpus, homes, offline=offline)
     tokenizer = char_tokenizer(corpus) if vocabulary is None else tokenizer_from_folder(vocabulary)
     if not written:
         try:
@@ -113,7 +115,9 @@ def find_text(
         raise DownloadError(f"{error}; or train on a text of yours: --data FILE{other}") from None
 
 
-def find_vocabulary(settings: DataSettings, corpus: Corpus, homes: list[Path]) -> Path | None:
+def find_vocabulary(
+    settings: DataSettings, corpus: Corpus, homes: list[Path], *, offline: bool = False
+) -> Path | None:
     """The folder of the vocabulary's files; "bpe:N" is learnt from the text into the first home.
 
     Unless one of the homes holds what was learnt of the same text in the same way.
@@ -123,7 +127,7 @@ def find_vocabulary(settings: DataSettings, corpus: Corpus, homes: list[Path]) -
     if settings.tokenizer == CHARACTERS:
         return None
     if settings.bpe_size is None:
-        return Path(settings.tokenizer)
+        return vocabulary_folder(settings.tokenizer, offline=offline)
     made_of = {
         "text": corpus.sha256,
         "kind": BPE.removesuffix(":"),
@@ -143,13 +147,29 @@ def find_vocabulary(settings: DataSettings, corpus: Corpus, homes: list[Path]) -
     return own
 
 
+def vocabulary_folder(source: str, *, offline: bool) -> Path:
+    """The folder with the tokenizer's files: `source` is a folder, or a model as `load` takes it.
+
+    Raises TokenizerError: a GGUF file, whose tokenizer cannot be copied to another model.
+    """
+    path = Path(source)
+    if not (path.exists() or looks_like_path(source)):
+        path = hub.resolve(source, offline=offline)
+    folder = path.parent if path.is_file() else path
+    if path.is_file() and not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+        raise TokenizerError(
+            f"data.tokenizer: {path}: no tokenizer.json beside it, and one inside a model's file "
+            "cannot be saved with another model; add --set data.tokenizer=FOLDER"
+        )
+    return folder
+
+
 def is_made_of(home: Path, made_of: dict[str, object]) -> bool:
     """Whether the vocabulary there is complete, and was learnt of this and in this way."""
     try:
-        stands = json.loads((home / MADE_OF).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(home / MADE_OF) == made_of
+    except GlassError:
         return False
-    return bool(stands == made_of)
 
 
 def learnt_texts(corpus: Corpus, settings: DataSettings) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.train.batches import bytes_of_batch
-from glassllama.train.build import as_module, new_model, parameters
+from glassllama.train.build import as_module, numbers_of, parameters
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.loop import one_step, parts
@@ -84,8 +84,7 @@ def require_space(settings: Settings, data: Data, team: Team = ALONE) -> None:
     That is this rank's share of the batch and of the numbers beside the weights; what the layers
     keep for the backward pass is counted by `require_step_fits`, which needs the model.
     """
-    with torch.device("meta"):  # shapes without memory
-        numbers = parameters(new_model(settings, data.tokenizer.vocab_size))
+    numbers = numbers_of(settings, data.tokenizer.vocab_size)
     if settings.run.device == "cpu":
         needed = memory_without_layers(settings, data, numbers, team.world)
     else:  # of which the batch is made here

@@ -1,9 +1,10 @@
-"""A Llama's layer, said once more and fast: for training on a CPU with products in bfloat16.
+"""A Llama's layer, said once more and fast: for training on a CPU, with products in either dtype.
 
 models/llama.py says what a layer computes; this one computes the same (a test ties them) with
 fewer, larger matrix products and with what lies between them fused (train/kernels.py). A norm's
 weight is multiplied into the matrix behind it, queries, keys and values are one product, so are
-gate and up. Weights and their gradients stay float32, so does what layers add to.
+gate and up. Weights and their gradients stay float32, so does what layers add to. "Narrow" is the
+dtype of the products: bfloat16 or float32.
 
 Shapes: B rows, T tokens, N = B·T, C model width, H query heads, K kv heads, D head width, F ffn
 width.
@@ -31,15 +32,16 @@ BF16 = torch.bfloat16
 NO_NORM = -1.0  # instead of an epsilon: queries and keys keep their lengths
 
 
-def accelerate(model: Llama, dropout: float = 0.0) -> None:
+def accelerate(model: Llama, dropout: float = 0.0, products: torch.dtype = BF16) -> None:
     """Let the model's layers compute this way from now on; its weights are as they were.
 
-    `dropout` is what nn/dropout.py hung onto the parts of a layer, which are not called here.
+    `products` is the dtype of matrix products; `dropout` is what nn/dropout.py hung onto the parts
+    of a layer, which are not called here.
     """
     for layer in model.layers:
         layer.__class__ = FastLayer
         assert isinstance(layer, FastLayer)
-        layer.dropout = dropout
+        layer.dropout, layer.products = dropout, products
     seal()
 
 
@@ -47,15 +49,17 @@ class FastLayer(Layer):
     """A drop-in for models.llama.Layer wherever no cache is in play."""
 
     dropout: float
+    products: torch.dtype
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         if step.cache is not None:
             return super().forward(x, step)
         a, f, eps = self.attention, self.feed_forward, self.attention_norm.eps
-        x, normed = AddNorm.apply(x, None, eps)  # (B, T, C) float32, bfloat16
+        x, normed = AddNorm.apply(x, None, eps, self.products)  # (B, T, C) float32, narrow
         qkv = product(normed, self.attention_norm.weight, a.wq, a.wk, a.wv)  # (B, T, (H+K+K)·D)
         heads = attend(qkv, step, a.config)  # (B, T, H·D)
-        x, normed = AddNorm.apply(x, self.drop(product(heads, None, a.wo)), eps)
+        branch = self.drop(product(heads, None, a.wo))  # (B, T, C)
+        x, normed = AddNorm.apply(x, branch, eps, self.products)
         both = product(normed, self.ffn_norm.weight, f.gate, f.up)  # (B, T, 2F)
         return x + self.drop(product(Gate.apply(both), None, f.down))  # (B, T, C)
 
@@ -66,26 +70,28 @@ class FastLayer(Layer):
 def product(x: Tensor, scale: Tensor | None, *maps: torch.nn.Linear) -> Tensor:
     """Several linear maps of the same input, scaled per channel first, as one product."""
     weight = torch.cat([m.weight for m in maps]) if len(maps) > 1 else maps[0].weight
-    return F.linear(x, (weight if scale is None else weight * scale).to(BF16))
+    return F.linear(x, (weight if scale is None else weight * scale).to(x.dtype))
 
 
 def attend(qkv: Tensor, step: Step, config: Any) -> Tensor:
-    """Place queries and keys, and attend in float32. (B, T, (H+K+K)·D) -> (B, T, H·D) bfloat16."""
+    """Place queries and keys, and attend in float32. (B, T, (H+K+K)·D) -> (B, T, H·D) narrow."""
     heads = qkv.unflatten(-1, (-1, config.head_dim))  # (B, T, H+K+K, D)
     angles = [each.expand(len(qkv), -1, -1, -1).flatten(0, 2) for each in step.turn]  # (N, D/2)
     eps = config.norm_eps if config.qk_norm else NO_NORM
     q, k, v = Place.apply(heads, *angles, (config.n_heads, config.n_kv_heads), eps)
     out = fused_attention(q, k, v, step.mask)  # (B, H, T, D)
-    return out.transpose(1, 2).flatten(2).to(BF16)
+    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 class AddNorm(torch.autograd.Function):
     """x + branch, and its RMS norm without weight, narrowed for the product behind it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, eps: float, products: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)  # (N, C)
-        total, normed = torch.empty_like(rows), torch.empty_like(rows, dtype=BF16)
+        total, normed = torch.empty_like(rows), torch.empty_like(rows, dtype=products)
         scale = torch.empty(len(rows))
         added = torch.zeros_like(normed) if branch is None else branch.flatten(0, -2)
         run(kernels.add_norm, (rows, added, total, normed, scale), eps)
@@ -96,17 +102,17 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         total, scale = ctx.saved_tensors
-        d_x, d_branch = torch.empty_like(total), torch.empty_like(total, dtype=BF16)
+        d_x, d_branch = torch.empty_like(total), torch.empty_like(total, dtype=d_normed.dtype)
         given = (rows_of(d_total, total), rows_of(d_normed, total))
         run(kernels.add_norm_back, (total, scale, *given, d_x, d_branch))
         shape = d_total.shape
-        return d_x.view(shape), None if ctx.alone else d_branch.view(shape), None
+        return d_x.view(shape), None if ctx.alone else d_branch.view(shape), None, None
 
 
 class Place(torch.autograd.Function):
     """Queries and keys turned by their positions (with qk_norm: made length one), values widened.
 
-    (B, T, H+K+K, D) bfloat16 -> (B, H, T, D), (B, K, T, D), (B, K, T, D) float32.
+    (B, T, H+K+K, D) narrow -> (B, H, T, D), (B, K, T, D), (B, K, T, D) float32.
     """
 
     @staticmethod
@@ -118,7 +124,7 @@ class Place(torch.autograd.Function):
         scale = torch.empty(len(rows), sum(counts))
         run(kernels.place, (rows, cos, sin, placed, scale), eps)
         ctx.save_for_backward(placed, cos, sin, scale)
-        ctx.normed, ctx.counts = eps >= 0, (*counts, counts[1])
+        ctx.normed, ctx.counts, ctx.narrow = eps >= 0, (*counts, counts[1]), rows.dtype
         return tuple(
             part.transpose(1, 2) for part in placed.view(heads.shape).split(ctx.counts, dim=2)
         )
@@ -126,7 +132,7 @@ class Place(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         placed, cos, sin, scale = ctx.saved_tensors
-        d_rows = torch.empty_like(placed, dtype=BF16)
+        d_rows = torch.empty_like(placed, dtype=ctx.narrow)
         given = [d.transpose(1, 2).flatten(0, 1).contiguous() for d in d_parts]  # (N, n, D) each
         run(kernels.unplace, (placed, cos, sin, scale, *given, d_rows), ctx.normed)
         batch, tokens = d_parts[0].shape[0], d_parts[0].shape[2]
@@ -134,12 +140,12 @@ class Place(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate) · up: (B, T, 2F) -> (B, T, F), bfloat16 both."""
+    """silu(gate) · up: (B, T, 2F) -> (B, T, F), narrow both."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         rows = both.flatten(0, -2)  # (N, 2F)
-        out = torch.empty(len(rows), rows.shape[1] // 2, dtype=BF16)
+        out = torch.empty(len(rows), rows.shape[1] // 2, dtype=rows.dtype)
         run(kernels.gate, (rows, out))
         ctx.save_for_backward(both)
         return out.view(*both.shape[:-1], -1)

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from glassllama.base.errors import MissingExtraError
+from glassllama.base.errors import MissingExtraError, quoted
+from glassllama.base.fields import Fields
+from glassllama.train.faults import TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class Record(Made):
 
 
 COLUMNS = [field.name for field in fields(Record)]
+SCORES = [name for name in COLUMNS if name not in {field.name for field in fields(Made)}]
+NUMBERS = [name for name in COLUMNS if name not in ("step", "tokens", *SCORES)]
+MOST_TOKENS = 2**63 - 1
+MEND = "remove the log to go on without it"
 
 
 class Journal:
@@ -71,12 +77,33 @@ class Journal:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The records of a run so far; a last line that was cut off while being written is left out."""
+    """The records of a run so far; a last line that was cut off while being written is left out.
+
+    Raises TrainingError naming the line that is no record.
+    """
     path = folder / "log.jsonl"
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [Record(**json.loads(line)) for line in whole.splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [
+        read_record(f"{path}, line {number}", line)
+        for number, line in enumerate(whole.splitlines(), start=1)
+    ]
+
+
+def read_record(place: str, line: bytes) -> Record:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        raise TrainingError(f"{place}: no JSON, got {quoted(line)}; {MEND}") from None
+    try:
+        get = Fields(place, values, TrainingError)
+        step, tokens = get.whole("step"), get.whole("tokens", least=0, most=MOST_TOKENS)
+        numbers: dict[str, Any] = {name: get.number(name) for name in NUMBERS}
+        numbers |= {name: get.number(name, None) for name in SCORES}
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {MEND}") from None
+    return Record(step=step, tokens=tokens, **numbers)
 
 
 def open_tensorboard(folder: Path, last_step: int) -> Any:

@@ -2,8 +2,9 @@
 
 In PyTorch each of these is a row of operations that write and read whole tensors; on a CPU they
 take longer than the matrices themselves. Here a thread takes some rows, and what belongs to a row
-stays in its nearest cache. Matrices take and give bfloat16, kept as the upper 16 bits of a float32;
-everything in between is float32.
+stays in its nearest cache. Matrices take and give what train/arithmetic.py chooses: bfloat16, kept
+as the upper 16 bits of a float32, or float32; everything in between is float32. Below, "narrow"
+stands for that type: each kernel is compiled for both.
 
 Shapes: N = B·T rows, C model width, H heads of queries, K of keys, D head width, F ffn width.
 """
@@ -13,13 +14,46 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from glassllama.engine.compiled import LOOSE, inlined, native
-from glassllama.engine.intrinsics import bfloat_from_float as narrow
-from glassllama.engine.intrinsics import float_from_bfloat as wide
+from glassllama.engine.intrinsics import bfloat_from_float, float_from_bfloat
 from glassllama.engine.rows import exponential
 
 F32 = np.float32
+
+
+def wide(number: Any) -> Any:
+    """A number of a narrow array as float32."""
+    raise NotImplementedError("inside kernels only")
+
+
+def narrow(number: Any, array: Any) -> Any:
+    """A float32 as the array holds numbers: unchanged, or rounded to bfloat16."""
+    raise NotImplementedError("inside kernels only")
+
+
+@overload(wide, inline="always")
+def _wide(number: Any) -> Any:
+    def of_bfloat(number: Any) -> Any:
+        return float_from_bfloat(number)
+
+    def of_float(number: Any) -> Any:
+        return number
+
+    return of_bfloat if isinstance(number, types.Integer) else of_float
+
+
+@overload(narrow, inline="always")
+def _narrow(number: Any, array: Any) -> Any:
+    def to_bfloat(number: Any, array: Any) -> Any:
+        return bfloat_from_float(number)
+
+    def to_float(number: Any, array: Any) -> Any:
+        return number
+
+    return to_bfloat if isinstance(array.dtype, types.Integer) else to_float
 
 
 def loop(function: Any) -> Any:
@@ -31,7 +65,7 @@ def loop(function: Any) -> Any:
 def add_norm(x: Any, branch: Any, total: Any, normed: Any, scale: Any, eps: float) -> None:
     """total = x + branch; normed = total · scale with scale = 1 / √(mean of total² + eps).
 
-    (N, C) float32, (N, C) bfloat16 -> (N, C) float32, (N, C) bfloat16, (N,) float32.
+    (N, C) float32, (N, C) narrow -> (N, C) float32, (N, C) narrow, (N,) float32.
     """
     for n in range(x.shape[0]):
         squares = F32(0)
@@ -41,7 +75,7 @@ def add_norm(x: Any, branch: Any, total: Any, normed: Any, scale: Any, eps: floa
             squares += y * y
         scale[n] = F32(1) / np.sqrt(squares / F32(x.shape[1]) + F32(eps))
         for c in range(x.shape[1]):
-            normed[n, c] = narrow(total[n, c] * scale[n])
+            normed[n, c] = narrow(total[n, c] * scale[n], normed)
 
 
 @loop
@@ -58,14 +92,14 @@ def add_norm_back(
         for c in range(total.shape[1]):
             d = (wide(d_normed[n, c]) - along * total[n, c]) * scale[n] + d_total[n, c]
             d_x[n, c] = d
-            d_branch[n, c] = narrow(d)
+            d_branch[n, c] = narrow(d, d_branch)
 
 
 @loop
 def place(qkv: Any, cos: Any, sin: Any, out: Any, scale: Any, eps: float) -> None:
     """Turn queries and keys by their positions; give them length one, unless `eps` is negative.
 
-    (N, H+K+K, D) bfloat16, (N, D/2) cosines and sines of the angles -> (N, H+K+K, D) float32,
+    (N, H+K+K, D) narrow, (N, D/2) cosines and sines of the angles -> (N, H+K+K, D) float32,
     values widened only, and by what the others were multiplied, (N, H+K).
     """
     half = qkv.shape[2] // 2
@@ -92,7 +126,7 @@ def unplace(
     placed: Any, cos: Any, sin: Any, scale: Any, d_q: Any, d_k: Any, d_v: Any, d_qkv: Any,
     normed: bool,
 ) -> None:  # fmt: skip
-    """The way back: gradients (N, H, D), (N, K, D), (N, K, D) -> (N, H+K+K, D) bfloat16."""
+    """The way back: gradients (N, H, D), (N, K, D), (N, K, D) -> (N, H+K+K, D) narrow."""
     queries = d_q.shape[1]
     for n in range(placed.shape[0]):
         for h in range(queries):
@@ -101,7 +135,7 @@ def unplace(
             h = queries + k
             turn_back(placed[n, h], d_k[n, k], cos[n], sin[n], scale[n, h], normed, d_qkv[n, h])
             for d in range(d_v.shape[2]):
-                d_qkv[n, h + d_k.shape[1], d] = narrow(d_v[n, k, d])
+                d_qkv[n, h + d_k.shape[1], d] = narrow(d_v[n, k, d], d_qkv)
 
 
 @inlined
@@ -118,18 +152,18 @@ def turn_back(
     for d in range(half):
         a = (d_placed[d] - along * placed[d]) * factor
         b = (d_placed[d + half] - along * placed[d + half]) * factor
-        out[d] = narrow(a * cos[d] + b * sin[d])
-        out[d + half] = narrow(b * cos[d] - a * sin[d])
+        out[d] = narrow(a * cos[d] + b * sin[d], out)
+        out[d + half] = narrow(b * cos[d] - a * sin[d], out)
 
 
 @loop
 def gate(both: Any, out: Any) -> None:
-    """silu(gate) · up: (N, 2F) bfloat16, gates first -> (N, F) bfloat16."""
+    """silu(gate) · up: (N, 2F) narrow, gates first -> (N, F) narrow."""
     width = out.shape[1]
     for n in range(out.shape[0]):
         for f in range(width):
             g = wide(both[n, f])
-            out[n, f] = narrow(g / (F32(1) + exponential(-g)) * wide(both[n, width + f]))
+            out[n, f] = narrow(g / (F32(1) + exponential(-g)) * wide(both[n, width + f]), out)
 
 
 @loop
@@ -140,5 +174,5 @@ def ungate(both: Any, d_out: Any, d_both: Any) -> None:
         for f in range(width):
             g, up, d = wide(both[n, f]), wide(both[n, width + f]), wide(d_out[n, f])
             share = F32(1) / (F32(1) + exponential(-g))
-            d_both[n, f] = narrow(d * up * share * (F32(1) + g * (F32(1) - share)))
-            d_both[n, width + f] = narrow(d * g * share)
+            d_both[n, f] = narrow(d * up * share * (F32(1) + g * (F32(1) - share)), d_both)
+            d_both[n, width + f] = narrow(d * g * share, d_both)

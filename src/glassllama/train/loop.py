@@ -26,6 +26,11 @@ from glassllama.train.sample import sample
 from glassllama.train.schedule import rate_factor
 from glassllama.train.stopping import Wish
 
+LOWER = (
+    "resume from the last checkpoint with a lower optimiser.lr, a longer schedule.warmup or a "
+    "smaller optimiser.clip"
+)
+
 
 class Listener(Protocol):
     """Who is told what happens."""
@@ -62,6 +67,8 @@ def train(run: Run, journal: Book, listener: Listener, wish: Wish) -> None:
     while not (run.complete or stopping):
         made = one_step(run)
         score = judged(run) if due(run, every.eval_every) or run.complete else None
+        if score is not None and not math.isfinite(score.val_loss):
+            raise TrainingError(f"step {made.step}: validation loss is {score.val_loss:g}; {LOWER}")
         record = Record(**vars(made), **({} if score is None else vars(score)))
         journal.write(record)
         listener.on_step(record)
@@ -157,6 +164,5 @@ def require_finite(step: int, loss: float, norm: float, lr: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
             f"step {step}: loss is {loss:g}, gradient norm {norm:g} at learning rate {lr:g}; "
-            "stopped before this step changed the weights: resume from the last checkpoint with a "
-            "lower optimiser.lr, a longer schedule.warmup or a smaller optimiser.clip"
+            f"stopped before this step changed the weights: {LOWER}"
         )

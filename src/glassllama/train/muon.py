@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glassllama.train.distributed import is_sharded
+from glassllama.train.speed import product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -71,6 +72,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(list(matrices.values()), options)
+        self.products = product_dtype(next(iter(matrices.values())).device.type)
         self.stacks: dict[tuple[int, ...], dict[str, torch.nn.Parameter]] = {}
         for name, matrix in matrices.items():
             self.stacks.setdefault(tuple(flat(matrix).shape), {})[name] = matrix
@@ -88,7 +90,7 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.stack([flat(m.grad) for m in matrices if m.grad is not None])
             momentum = self.momenta[shape].lerp_(gradient, 1 - share)  # (N, R, C)
             ahead = gradient.lerp_(momentum, share)  # Nesterov: where momentum will have led
-            update = orthogonalised(ahead.bfloat16()).float()  # (N, R, C)
+            update = orthogonalised(ahead.to(self.products)).float()  # (N, R, C)
             steps = [like(u, m) for u, m in zip(update, matrices, strict=True)]
             scale = UPDATE_RMS * max(shape) ** 0.5  # U·Vᵀ of (R, C) measures 1/√C, as R ≤ C
             torch._foreach_mul_(matrices, 1 - rate * decay)

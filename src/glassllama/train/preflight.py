@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.build import as_module
@@ -30,6 +31,7 @@ SAME = 1e-4  # logits this close are the same, computed twice
 SLACK, SLACK_SHARE = 0.5, 0.12  # nats, and share of ln V, that a fresh model may be from ln V
 REPEATS = 60  # steps on one small batch, within which its loss must halve
 RATES = (3e-3, 3e-1)  # AdamW's: of a network with layers, and of a mere table
+GENTLE = (3e-4, 3e-3)  # of one that has learnt already
 PROBES, PROBE_TOKENS = 16, 48  # pieces of held-out text that are looked for in the training text
 
 
@@ -47,8 +49,9 @@ def preflight(run: Run) -> Iterator[str]:
     if batch.segments is not None:
         check_documents(twin, ids)
     yield "future: no token's logits depend on later ones"
-    yield f"beginning: {check_beginning(twin, ids, targets)}"
-    yield f"learning: {check_learning(twin, ids, targets)}"
+    begun = bool(run.settings.model.init_from)
+    yield f"beginning: {check_beginning(twin, ids, targets, begun=begun)}"
+    yield f"learning: {check_learning(twin, ids, targets, GENTLE if begun else RATES)}"
     yield f"this machine: {estimate(run)}"
 
 
@@ -59,20 +62,20 @@ def some_rows(run: Run) -> Batch:
 
 def check_data(data: Data, corpus: str) -> str:
     """Several different tokens, few unknown ones, and held-out text that is not learnt from."""
-    learnt, held_out = data.learnt, data.held_out
+    learnt, held_out, name = data.learnt, data.held_out, corpus[-QUOTED_CHARACTERS:]
     counts = np.bincount(learnt.ids, minlength=data.tokenizer.vocab_size)
     if np.count_nonzero(counts) < 2:
-        raise PreflightError(f"data: {corpus}: the text is one token over and over; check the file")
+        raise PreflightError(f"data: {name}: the text is one token over and over; check the file")
     unknown = getattr(data.tokenizer, "unknown", None)
     if unknown is not None and counts[unknown] > len(learnt) / 100:
         raise PreflightError(
-            f"data: {corpus}: {counts[unknown] / len(learnt):.0%} of the text is not in the "
+            f"data: {name}: {counts[unknown] / len(learnt):.0%} of the text is not in the "
             "vocabulary; make a vocabulary from this text (data.tokenizer)"
         )
     seen = share_seen(learnt.ids, held_out.ids)
     if seen > 0.5:
         raise PreflightError(
-            f"data: {corpus}: {seen:.0%} of the validation text stands in the training text too: "
+            f"data: {name}: {seen:.0%} of the validation text stands in the training text too: "
             "its loss would say nothing; remove repetitions from the corpus"
         )
     return f"{len(learnt):,} tokens to learn from, {len(held_out):,} held out, " + (
@@ -142,11 +145,18 @@ def check_documents(model: LanguageModel, ids: Tensor) -> None:
 
 
 @torch.inference_mode()
-def check_beginning(model: LanguageModel, ids: Tensor, targets: Tensor) -> str:
-    """A fresh model knows nothing: its loss is that of guessing, ln V."""
+def check_beginning(
+    model: LanguageModel, ids: Tensor, targets: Tensor, *, begun: bool = False
+) -> str:
+    """A fresh model knows nothing: its loss is that of guessing, ln V.
+
+    Of one that has `begun` with another's weights there is nothing to expect but a finite loss.
+    """
     loss, guessing = mean_loss(model, ids, targets).item(), math.log(model.config.vocab_size)
     slack = max(SLACK, SLACK_SHARE * guessing)
     found = f"loss {loss:.2f}, guessing among {model.config.vocab_size:,} is {guessing:.2f}"
+    if begun and math.isfinite(loss):
+        return f"{found}: it begins with the weights of another model"
     if not loss < guessing + slack:
         raise PreflightError(f"beginning: {found}: the initial weights are too large")
     if loss < guessing - slack:
@@ -162,10 +172,12 @@ def mean_loss(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
     return summed_loss(model, model.hidden(ids), targets, chunk=ids.numel()) / max(1, count)
 
 
-def check_learning(model: LanguageModel, ids: Tensor, targets: Tensor) -> str:
+def check_learning(
+    model: LanguageModel, ids: Tensor, targets: Tensor, rates: Sequence[float] = RATES
+) -> str:
     """A few rows, seen again and again, must be learnt by heart, by all parameters together."""
     begin = {name: p.detach().clone() for name, p in as_module(model).named_parameters()}
-    for rate in RATES:
+    for rate in rates:
         losses = repeat(model, ids, targets, rate)
         still = [n for n, p in as_module(model).named_parameters() if torch.equal(p, begin[n])]
         if still:

@@ -17,19 +17,27 @@ from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.estimate import require_space
 from glassllama.train.optimisers import Optimisers
-from glassllama.train.run import Run, resume
+from glassllama.train.run import CHECKPOINTS, Run, resume
 from glassllama.train.settings import Settings
 
 
-def prepare(settings: Settings, data: Data, folder: Path, team: Team = ALONE) -> Run:
+def prepare(
+    settings: Settings, data: Data, folder: Path, team: Team = ALONE, *, offline: bool = False
+) -> Run:
     """A new run, or this rank's share of it, nothing made yet.
 
-    Raises GlassError: sizes or texts that cannot be; MemoryShortError before any is taken.
+    Its weights are random, or those of `model.init_from`; where the folder holds a checkpoint of
+    the run, `take_up` will replace them. Raises GlassError: sizes or texts that cannot be, another
+    model; MemoryShortError before any is taken.
     """
     team.require_even(settings.data.batch, settings.run.accumulate)
     require_window(data.held_out, settings.data.context)
     require_space(settings, data, team)
     model = first_weights(settings, data.tokenizer.vocab_size, team)
+    if settings.model.init_from and not complete_steps(folder / CHECKPOINTS):
+        from glassllama.train.warm_start import fill_from
+
+        fill_from(model, settings.model.init_from, data.tokenizer, offline=offline)
     module = as_module(model).train()
     return Run(
         settings=settings,

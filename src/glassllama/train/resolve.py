@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.fields import LARGEST_WHOLE, Fields, is_whole
 from glassllama.train.settings import (
-    LONGEST_SHOWN,
-    WHOLE_LIMIT,
+    SEED_LIMIT,
     DataSettings,
     ModelSettings,
     OptimiserSettings,
@@ -30,6 +30,9 @@ TABLES = {
     "schedule": ScheduleSettings,
     "run": RunSettings,
 }
+LARGEST_FILE = 1 << 16  # bytes of a settings file
+LONGEST_REASON = 120  # characters of what the TOML reader says
+LONGEST_CHANGE = 1 << 12  # characters of a --set
 PRESETS = resources.files("glassllama.train") / "presets"
 Tables = dict[str, dict[str, Any]]
 
@@ -45,13 +48,30 @@ def preset_names() -> list[str]:
 def resolve(source: str, changes: Sequence[str] = ()) -> Settings:
     """The settings of a preset's name or a TOML file's path, after `table.field=value` changes.
 
-    Raises ConfigError: no such preset or file, bad TOML, unknown or mistyped fields.
+    Two settings follow from changes: where `schedule.steps` is changed alone, a warmup that does
+    not fit into it becomes a tenth of it; where `model.init_from` is changed alone, the tokenizer
+    is that model's. Raises ConfigError: no such preset or file, bad TOML, unknown or mistyped
+    fields, values out of range.
     """
     tables = read_tables(source)
     for change in changes:
         apply_change(tables, change)
+    follow(tables, {change.partition("=")[0].strip() for change in changes})
     name = source if source in preset_names() else Path(source).stem
     return from_tables(name, tables)
+
+
+def follow(tables: Tables, changed: set[str]) -> None:
+    """Let what was not changed follow what was: see `resolve`."""
+    schedule, model, data = (tables.get(name, {}) for name in ("schedule", "model", "data"))
+    alone = "schedule.steps" in changed and "schedule.warmup" not in changed
+    steps: Any = schedule.get("steps")
+    warmup: Any = schedule.get("warmup")
+    if alone and is_whole(steps) and is_whole(warmup) and 0 < steps <= warmup:
+        schedule["warmup"] = steps // 10
+    new_model = "model.init_from" in changed or "tokenizer" not in data
+    if model.get("init_from") and new_model and "data.tokenizer" not in changed:
+        data["tokenizer"] = model["init_from"]
 
 
 def read_tables(source: str) -> Tables:
@@ -61,10 +81,14 @@ def read_tables(source: str) -> Tables:
     path = Path(source)
     if path.suffix != ".toml":
         raise ConfigError(
-            f"{source}: no preset and no .toml file{_nearest(source, preset_names())}"
+            f"{quoted(source)}: no preset and no .toml file{_nearest(source, preset_names())}"
         )
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ConfigError(f"{source}: more than {LARGEST_FILE:,} bytes: no file of settings")
     try:
-        return parse(source, path.read_text(encoding="utf-8"))
+        return parse(source, content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: not UTF-8 at byte {error.start}") from None
 
@@ -73,12 +97,14 @@ def parse(place: str, text: str) -> Tables:
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # numbers and nests too large for Python, too
-        raise ConfigError(f"{place}: not valid TOML: {error}") from None
+        reason = str(error)[:LONGEST_REASON]
+        raise ConfigError(f"{place}: not valid TOML: {reason}") from None
     for name, table in tables.items():
         if name not in TABLES:
-            raise ConfigError(f"{place}: unknown table [{name}]{_nearest(name, list(TABLES))}")
+            near = _nearest(name, list(TABLES))
+            raise ConfigError(f"{place}: unknown table [{quoted_key(name)}]{near}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{place}: {name}: want a table [{name}], got {table!r}")
+            raise ConfigError(f"{place}: {name}: want a table [{name}], got {quoted(table)}")
     return tables
 
 
@@ -87,9 +113,13 @@ def apply_change(tables: Tables, change: str) -> None:
     key, equals, typed = change.partition("=")
     table, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
-        raise ConfigError(f"--set {change}: want table.field=value, e.g. schedule.steps=500")
+        example = "want table.field=value, e.g. schedule.steps=500"
+        raise ConfigError(f"--set {quoted(change)}: {example}")
     if table not in TABLES:
-        raise ConfigError(f"--set {change}: unknown table{_nearest(table, list(TABLES))}")
+        near = _nearest(table, list(TABLES))
+        raise ConfigError(f"--set {quoted(change)}: unknown table{near}")
+    if len(change) > LONGEST_CHANGE:
+        raise ConfigError(f"--set {quoted(change)}: more than {LONGEST_CHANGE:,} characters")
     try:
         value = tomllib.loads(f"value = {typed}")["value"]
     except (ValueError, RecursionError):
@@ -97,11 +127,19 @@ def apply_change(tables: Tables, change: str) -> None:
     tables.setdefault(table, {})[name] = value
 
 
-def changed_lines(settings: Settings, changes: Sequence[str]) -> list[str]:
+def changed_lines(source: str, settings: Settings, changes: Sequence[str]) -> list[str]:
     """What `resolve` made of the changes, a line for each setting: `schedule.steps = 500`."""
-    tables = tables_of(settings)
-    keys = dict.fromkeys(change.partition("=")[0].strip().partition(".")[::2] for change in changes)
-    return [f"{table}.{name} = {_toml_value(tables[table][name])}" for table, name in keys]
+    own, tables = read_tables(source), tables_of(settings)
+    keys = [change.partition("=")[0].strip().partition(".")[::2] for change in changes]
+    keys += [
+        (table, name)
+        for table, name in (("schedule", "warmup"), ("data", "tokenizer"))  # see `follow`
+        if own.get(table, {}).get(name, tables[table][name]) != tables[table][name]
+    ]
+    if settings.model.init_from:
+        keys.append(("data", "tokenizer"))
+    unique = dict.fromkeys(keys)
+    return [f"{table}.{name} = {_toml_value(tables[table][name])}" for table, name in unique]
 
 
 def from_tables(name: str, tables: Tables) -> Settings:
@@ -109,80 +147,72 @@ def from_tables(name: str, tables: Tables) -> Settings:
     for table in ("model", "data", "optimiser", "schedule"):
         if table not in tables:
             raise ConfigError(f"{name}: table [{table}] is missing")
-    for table, values in tables.items():
-        for field, value in values.items():
-            require_sane(f"{table}.{field}", value)
     return Settings(
         name=name,
-        model=_model_settings(tables["model"]),
-        data=_filled("data", DataSettings, tables["data"]),
-        optimiser=_filled("optimiser", OptimiserSettings, tables["optimiser"]),
-        schedule=_filled("schedule", ScheduleSettings, tables["schedule"]),
-        run=_filled("run", RunSettings, tables.get("run", {})),
+        model=_model_settings(name, tables["model"]),
+        data=_filled(name, "data", DataSettings, tables["data"]),
+        optimiser=_filled(name, "optimiser", OptimiserSettings, tables["optimiser"]),
+        schedule=_filled(name, "schedule", ScheduleSettings, tables["schedule"]),
+        run=_filled(name, "run", RunSettings, tables.get("run", {})),
     )
 
 
-def require_sane(place: str, value: object) -> None:
-    """Raise ConfigError: a whole number that 64 bits do not hold, text that is no Unicode."""
-    if isinstance(value, int) and not -WHOLE_LIMIT < value < WHOLE_LIMIT:
-        bits = value.bit_length()
-        raise ConfigError(f"{place}: want a whole number below 2^63, got one of {bits} bits")
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            bad = ascii(value[error.start])
-            raise ConfigError(f"{place}: want text in UTF-8, got {bad} at {error.start}") from None
-
-
-def _model_settings(values: Mapping[str, Any]) -> ModelSettings:
+def _model_settings(place: str, values: Mapping[str, Any]) -> ModelSettings:
     """The fields of every model, and apart from them the sizes, which build.py checks."""
-    of_all = {name: values[name] for name in ("kind", "dropout") if name in values}
-    sizes = {name: value for name, value in values.items() if name not in of_all}
-    settings: ModelSettings = _filled("model", ModelSettings, of_all)
+    own = {field.name for field in fields(ModelSettings)} - {"sizes"}
+    of_all = {name: value for name, value in values.items() if name in own}
+    sizes = {name: value for name, value in values.items() if name not in own}
+    settings: ModelSettings = _filled(place, "model", ModelSettings, of_all)
     return replace(settings, sizes=sizes)
 
 
-def _filled(table: str, kind: Any, values: Mapping[str, Any]) -> Any:
+def _filled(place: str, table: str, kind: Any, values: Mapping[str, Any]) -> Any:
     """`kind(**values)`, after every name and type was checked."""
     hints = get_type_hints(kind)
-    for name, value in values.items():
+    for name in values:
         if name not in hints:
-            raise ConfigError(f"{table}.{name}: no such setting{_nearest(name, list(hints))}")
-        if not fits(value, hints[name]):
-            raise ConfigError(f"{table}.{name}: want {WORDS[hints[name]]}, got {shown(value)}")
+            near = _nearest(name, list(hints))
+            raise ConfigError(f"{place}: {table}.{quoted_key(name)}: no such setting{near}")
     for each in fields(kind):
         needed = each.default is MISSING and each.default_factory is MISSING
         if needed and each.name not in values:
-            raise ConfigError(f"{table}.{each.name} is missing")
-    return kind(**{name: hints[name](value) for name, value in values.items()})
+            raise ConfigError(f"{place}: {table}.{each.name} is missing")
+    get = Fields(place, {f"{table}.{name}": value for name, value in values.items()})
+    return kind(**{name: typed(get, f"{table}.{name}", hints[name]) for name in values})
 
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+def typed(get: Fields, key: str, kind: type) -> Any:
+    """That field as a whole number of 0 or more, a number, text, or true or false.
 
-
-def fits(value: object, kind: type) -> bool:
-    """Whether a value of a TOML file can be a setting of that kind, one of WORDS."""
+    Raises ConfigError: of another type, too large, no finite number, text that is no Unicode.
+    """
+    if kind is int:
+        most = SEED_LIMIT - 1 if key == "run.seed" else LARGEST_WHOLE
+        return get.whole(key, least=0, most=most)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is kind
+        return get.number(key)
+    if kind is bool:
+        return get.boolean(key)
+    text = get.text(key)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        get.refuse(key, "text in UTF-8")
+    return text
 
 
-def shown(value: object) -> str:
-    """A value of a TOML file as errors show it."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+def quoted_key(name: str) -> str:
+    """A name that is no setting, for an error."""
+    return name if name.isidentifier() and len(name) <= 40 else quoted(name)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; have {', '.join(known)}"
 
 
 def tables_of(settings: Settings) -> Tables:
     """The tables that `from_tables` makes these settings of, defaults written out."""
     tables = {name: dict(asdict(getattr(settings, name))) for name in TABLES if name != "model"}
-    of_all = {"kind": settings.model.kind, "dropout": settings.model.dropout}
+    of_all = {name: value for name, value in vars(settings.model).items() if name != "sizes"}
     model = {**of_all, **settings.model.sizes}
     return {"model": model, **tables}
 

@@ -7,23 +7,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from glassllama.base.errors import quoted
+from glassllama.base.fields import Fields
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches
 from glassllama.train.build import as_module
 from glassllama.train.checkpoints import prune, publish, unfinished, write_checkpoint
 from glassllama.train.data import Data
-from glassllama.train.distributed import ALONE, Team
+from glassllama.train.distributed import ALONE, Team, is_sharded
 from glassllama.train.faults import TrainingError
 from glassllama.train.optimisers import Optimisers
-from glassllama.train.settings import Settings, shortened
+from glassllama.train.settings import Settings
 from glassllama.weights.open import read_json
 from glassllama.weights.save import save_model, save_tensors
 
@@ -31,6 +32,9 @@ CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
 TENSORS = "training.safetensors"  # in a checkpoint: the tensors of a process alone
 SHARDS = "training"  # or the folder of those of several ranks
 FORMAT = "glassllama training 1"
+LARGEST_STATE = 1 << 20  # bytes of state.json
+LARGEST_COUNT = 1 << 24  # AdamW counts its steps in float32
+REMEDY = "damaged; remove this checkpoint, or begin a new run with --out"
 TEXTS = ("training text", "validation text")  # whose hashes are part of a run's identity
 
 
@@ -64,6 +68,7 @@ class Run:
     average: Average | None = None
     progress: Progress = field(default_factory=Progress)
     team: Team = ALONE
+    extended: str = ""  # how the schedule differs from that of the run that was taken up
 
     @property
     def checkpoints(self) -> Path:
@@ -91,13 +96,16 @@ REPORTING = (
 
 def essential(settings: Settings) -> dict[str, Any]:
     """The settings that the weights depend on, `table.field` -> value."""
-    return {
+    named = {
         f"{table}.{name}": value
         for table, values in asdict(settings).items()
         if isinstance(values, dict)
         for name, value in values.items()
         if not (table == "run" and name in REPORTING) and (table, name) != ("data", "corpus")
     }
+    if not settings.model.init_from:  # runs of older versions have no such setting
+        del named["model.init_from"]
+    return named
 
 
 def averaged(run: Run) -> AbstractContextManager[None]:
@@ -180,19 +188,22 @@ def training_state(run: Run) -> dict[str, Tensor]:
 def resume(run: Run, checkpoint: Path) -> None:
     """Take up `run` where that checkpoint was written.
 
-    Raises TrainingError naming what differs, where it was written by another run.
+    With more `schedule.steps` than it had then, the rest of its steps follow the new schedule.
+    Raises TrainingError naming what differs, where it was written by another run; or what is
+    damaged.
     """
     refuse_pickles(checkpoint)
     state = read_state(checkpoint)
-    require_same(checkpoint, state["identity"], run.identity())
+    run.extended = require_same(checkpoint, state.identity, run.identity())
     tensors = stored_state(run, checkpoint)
+    require_sound(checkpoint, tensors, state.progress.step)
     with torch.no_grad():
         for name, weight in as_module(run.model).named_parameters():
             weight.copy_(tensors[f"weights.{name}"])
     run.optimisers.load_state(tensors)
     if run.average is not None:
         run.average.load_state(tensors)
-    run.progress = Progress(**state["progress"])
+    run.progress = state.progress
 
 
 def stored_state(run: Run, checkpoint: Path) -> dict[str, Tensor]:
@@ -201,14 +212,12 @@ def stored_state(run: Run, checkpoint: Path) -> dict[str, Tensor]:
     Raises TrainingError: damage, other tensors than this run's.
     """
     whole, shards = checkpoint / TENSORS, checkpoint / SHARDS
+    tensors = empty_state(run)
     if run.team.alone and not shards.exists():
-        tensors = read_tensors(whole, run.settings.run.device)
-        if odd := sorted(set(training_names(run)) ^ set(tensors)):
-            raise TrainingError(f"{whole}: missing or not expected: {', '.join(odd[:5])}")
+        read_tensors(whole, tensors)
         return tensors
     from glassllama.train.shards import read_shards, read_whole
 
-    tensors = empty_state(run)
     if shards.exists():
         read_shards(shards, tensors, alone=run.team.alone)
     else:
@@ -247,33 +256,86 @@ def training_names(run: Run) -> Iterator[str]:
         yield from run.average.state()
 
 
-def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors from a file that a process alone has written, one at a time.
+
+    Raises TrainingError: missing or other tensors, other shapes or types, damage.
+    """
     try:
-        return load_file(path, device=device)
+        with safe_open(path, "pt") as file:
+            if odd := sorted(set(file.keys()) ^ set(into)):
+                names = ", ".join(quoted(name) for name in odd[:5])
+                raise TrainingError(f"{path}: missing or not expected: {names}")
+            for name, tensor in into.items():
+                found = file.get_slice(name)
+                shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                if shape != tuple(tensor.shape) or dtype != "F32":
+                    raise TrainingError(
+                        f"{path}: {name} is {dtype} of shape {quoted(shape)}, expected F32 of "
+                        f"{tuple(tensor.shape)}"
+                    )
+                tensor.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: {error}") from None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json: `progress`, and the `identity` of the run that wrote it.
+def require_sound(checkpoint: Path, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise TrainingError where a number of the state cannot be one after `step` steps."""
+    for name, tensor in tensors.items():
+        own = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+        if not bool(torch.isfinite(own).all()):
+            fault = "numbers that are not finite"
+        elif name.startswith("adamw.exp_avg_sq.") and bool((own < 0).any()):
+            fault = "means of squares below 0"
+        elif name.startswith("adamw.step.") and float(own) != min(step, LARGEST_COUNT):
+            fault = f"{float(own):g}, expected {step}"
+        else:
+            continue
+        raise TrainingError(f"{checkpoint}: {name} holds {fault}: {REMEDY}")
 
-    Raises TrainingError: of another format, incomplete; ConfigError: missing, no JSON.
+
+class State(NamedTuple):
+    """What state.json says: how far the run was, and what the run is."""
+
+    progress: Progress
+    identity: Mapping[str, Any]
+
+
+def read_state(checkpoint: Path) -> State:
+    """state.json of a checkpoint.
+
+    Raises TrainingError: of another format, incomplete, numbers that cannot be; ConfigError:
+    missing, no JSON.
     """
     path = checkpoint / "state.json"
-    state = read_json(path)
-    if (came := state.get("format")) != FORMAT:
+    if path.is_file() and path.stat().st_size > LARGEST_STATE:
+        raise TrainingError(f"{path}: more than {LARGEST_STATE:,} bytes: {REMEDY}")
+    values = read_json(path)
+    if (came := values.get("format")) != FORMAT:
         raise TrainingError(
-            f"{path}: format is {shortened(came)}, expected {FORMAT!r}: damaged, or written by "
-            "another version; remove this checkpoint, or begin a new run with --out"
+            f"{path}: format is {quoted(came)}, expected {FORMAT!r}, or written by another "
+            f"version: {REMEDY}"
         )
-    progress, identity = state.get("progress"), state.get("identity")
-    fields = set(asdict(Progress()))
-    if not (isinstance(progress, dict) and set(progress) == fields and isinstance(identity, dict)):
-        raise TrainingError(
-            f"{path}: expected `progress` with {', '.join(sorted(fields))}, and `identity`: "
-            "damaged; remove this checkpoint, or begin a new run with --out"
-        )
-    return state
+    try:
+        get = Fields(str(path), values, TrainingError)
+        progress = read_progress(get.object("progress"))
+        if checkpoint.name.removeprefix("step-") != f"{progress.step:06d}":
+            raise TrainingError(f"{path}: progress: step is {progress.step}, not the folder's")
+        identity = get.object("identity")
+        identity.whole("schedule.steps")
+    except TrainingError as error:
+        raise TrainingError(f"{error}: {REMEDY}") from None
+    return State(progress, identity.values)
+
+
+def read_progress(get: Fields) -> Progress:
+    step = get.whole("step", least=0)
+    best_step = get.whole("best_step", None, least=0, most=step)
+    best_loss = get.number("best_loss", None)
+    if (best_step is None) != (best_loss is None):
+        raise TrainingError(f"{get.place}: best_step and best_loss belong together")
+    seconds = get.number("seconds", least=0.0)
+    return Progress(step=step, seconds=seconds, best_step=best_step, best_loss=best_loss)
 
 
 def require_same_settings(checkpoint: Path, settings: Settings) -> None:
@@ -281,18 +343,27 @@ def require_same_settings(checkpoint: Path, settings: Settings) -> None:
 
     Also as `read_state` does.
     """
-    was = read_state(checkpoint)["identity"]
+    was = read_state(checkpoint).identity
     require_same(checkpoint, {n: v for n, v in was.items() if n not in TEXTS}, essential(settings))
 
 
-def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any]) -> None:
-    """Raise TrainingError unless both identities are equal, naming each difference."""
-    differences = [
-        f"{name} was {was.get(name)!r}, is {is_now.get(name)!r}"
-        for name in sorted({*was, *is_now})
-        if was.get(name) != is_now.get(name)
+def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any]) -> str:
+    """Raise TrainingError unless both identities are equal, naming each difference.
+
+    With more steps than before the schedule may differ -> in what.
+    """
+    differs = [name for name in sorted({*was, *is_now}) if was.get(name) != is_now.get(name)]
+    said = [
+        f"{name} was {quoted(was.get(name))}, is {quoted(is_now.get(name))}" for name in differs
     ]
-    if differences:
+    if is_now["schedule.steps"] > was["schedule.steps"]:
+        others = [line for line in said if not line.startswith("schedule.")]
+        if not others:
+            return "; ".join(said)
+        said = others
+    if said:
+        longer = "; a run can be extended, not shortened" if "schedule.steps" in differs else ""
         raise TrainingError(
-            f"{place}: another run: {'; '.join(differences[:5])}; begin a new one with --out"
+            f"{place}: another run: {'; '.join(said[:5])}{longer}; begin a new one with --out"
         )
+    return ""

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
 
 KINDS = ("bigram", "gpt", "llama")
 CHARACTERS, BPE = "characters", "bpe:"
-WHOLE_LIMIT = 1 << 63  # whole numbers are below it: what PyTorch and numpy can take
 MOST_DIGITS = 18  # of a vocabulary's size
 SEED_LIMIT = 1 << 32  # the other half of 64 bits counts ranks and steps
-LONGEST_SHOWN = 40  # characters of a value in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +24,13 @@ class ModelSettings:
     """Which architecture, and its sizes: the fields of its configuration class.
 
     `vocab_size` follows from the tokenizer and `max_seq_len` from data.context, so neither stands
-    here. The configuration class checks its sizes itself.
+    here. The configuration class checks its sizes itself. `init_from` is a model as `load` takes
+    it, whose weights the run begins with; "": random ones.
     """
 
     kind: str
     dropout: float = 0.0
+    init_from: str = ""
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,8 +61,7 @@ class DataSettings:
         shares("data", self, "held_out")
         if self.tokenizer.startswith(BPE) and self.bpe_size is None:
             raise ConfigError(
-                f"data.tokenizer: want bpe:N with a number of tokens, got "
-                f"{shortened(self.tokenizer)}"
+                f"data.tokenizer: want bpe:N with a number of tokens, got {quoted(self.tokenizer)}"
             )
 
     @property
@@ -116,7 +115,8 @@ class ScheduleSettings:
             raise ConfigError(f"schedule.decay: want a share in (0, 1], got {self.decay}")
         if self.warmup >= self.steps and self.steps > 1:
             raise ConfigError(
-                f"schedule.warmup: {self.warmup} steps of warmup in {self.steps} steps in all"
+                f"schedule.warmup: {self.warmup} steps of warmup do not fit into {self.steps} "
+                f"steps in all; add --set schedule.warmup={self.steps // 10}"
             )
 
 
@@ -126,7 +126,7 @@ class RunSettings:
 
     seed: int = 1
     device: str = "cpu"
-    precision: str = "float32"  # or "bfloat16": that of the matrix products, not of the weights
+    precision: str = "float32"  # of matrix products: or "bfloat16", or "auto", the faster one here
     compile: bool = False
     accumulate: int = 1  # parts that a batch is cut into, to save memory
     loss_chunk: int = 8192  # logits of so many positions are held at once
@@ -139,7 +139,7 @@ class RunSettings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        one_of("run.precision", self.precision, ("float32", "bfloat16"))
+        one_of("run.precision", self.precision, ("float32", "bfloat16", "auto"))
         positive("run", self, "accumulate", "loss_chunk", "keep", "sample_tokens")
         not_negative("run", self, "seed", "eval_every", "save_every", "sample_every")
         if self.seed >= SEED_LIMIT:
@@ -167,15 +167,9 @@ class Settings:
             )
 
 
-def shortened(value: object) -> str:
-    """A value as errors show it."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
-
-
 def one_of(place: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{place}: want one of {', '.join(choices)}, got {shortened(value)}")
+        raise ConfigError(f"{place}: want one of {', '.join(choices)}, got {quoted(value)}")
 
 
 def positive(table: str, settings: object, *names: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor.experimental import implicit_replication
 
+from glassllama.base.errors import quoted
 from glassllama.train.faults import TrainingError
+from glassllama.train.run import read_tensors
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -60,29 +62,22 @@ def read_shards(folder: Path, into: Mapping[str, Tensor], *, alone: bool) -> Non
 def require_complete(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
     """All names, their shapes, and every part of each: what is not there would not be missed."""
     if odd := sorted(set(found) ^ set(wanted)):
-        raise TrainingError(f"{folder}: missing or not expected: {', '.join(odd[:5])}")
+        names = ", ".join(quoted(name) for name in odd[:5])
+        raise TrainingError(f"{folder}: missing or not expected: {names}")
     for name, tensor in wanted.items():
         there = sum(math.prod(part.sizes) for part in found[name].chunks)
-        if found[name].size != tensor.shape or there != tensor.numel():
+        shape, dtype = tuple(found[name].size), found[name].properties.dtype
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype or there != tensor.numel():
             raise TrainingError(
-                f"{folder}: {name}: {there} numbers of a shape {tuple(found[name].size)}, expected "
-                f"{tuple(tensor.shape)}: a shard is missing, or another run's"
+                f"{folder}: {name}: {there} numbers, {dtype} of shape {quoted(shape)}, expected "
+                f"{tensor.dtype} of {tuple(tensor.shape)}: a shard is missing, or another run's"
             )
 
 
 def read_whole(path: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill this rank's parts from a file that a process alone has written, a tensor at a time.
-
-    Raises TrainingError: missing or other tensors, damage.
-    """
-    try:
-        with safe_open(path, "pt") as file, implicit_replication():
-            if odd := sorted(set(file.keys()) ^ set(into)):
-                raise TrainingError(f"{path}: missing or not expected: {', '.join(odd[:5])}")
-            for name, tensor in into.items():
-                tensor.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: {error}") from None
+    """Fill this rank's parts from a file that a process alone has written (run.read_tensors)."""
+    with implicit_replication():
+        read_tensors(path, into)
 
 
 def reason(error: CheckpointException) -> str:

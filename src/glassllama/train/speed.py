@@ -1,4 +1,4 @@
-"""How much of this machine's arithmetic a training step uses (MFU, model FLOPs utilisation)."""
+"""What arithmetic this machine has, and how much of it a training step uses (MFU)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from glassllama.train.build import as_module
 
 SIDE, TRIES = 1024, 5  # the matrix product that stands for the peak, and how often it is tried
 TABLES = ("tok_embeddings.weight", "pos_embeddings.weight")  # looked up, not multiplied
+
+
+def product_dtype(device: str) -> torch.dtype:
+    """In which dtype matrix products are fastest there: bfloat16 only where it is in hardware.
+
+    Elsewhere PyTorch emulates it: on a processor with AVX2 alone it takes twenty times as long as
+    float32. On Arm, oneDNN supports bfloat16 only where there are instructions for it.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu" and torch.backends.mkldnn.is_available():
+        has = torch.cpu.get_capabilities()
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+            has.get("architecture") != "x86_64" or has.get("avx512_bf16") or has.get("amx_bf16")
+        )
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_of(precision: str, device: str) -> torch.dtype:
+    """What `run.precision` means on that device."""
+    return product_dtype(device) if precision == "auto" else getattr(torch, precision)
 
 
 def flops_per_token(model: LanguageModel, context: int) -> float:
@@ -30,9 +54,9 @@ def flops_per_token(model: LanguageModel, context: int) -> float:
     return 6.0 * weights + 12.0 * attention
 
 
-def peak_flops(device: str, precision: str) -> float:
+def peak_flops(device: str, dtype: torch.dtype) -> float:
     """The most multiplications and additions per second that one large matrix product reaches."""
-    a = torch.ones(SIDE, SIDE, device=device, dtype=getattr(torch, precision))
+    a = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
     times = []
     for _ in range(TRIES):
         started = time.perf_counter()

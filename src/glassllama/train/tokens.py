@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import reprlib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,10 +19,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import FormatError, GlassError
+from glassllama.base.errors import QUOTED_CHARACTERS, FormatError, GlassError, quoted
+from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 
 FORMAT = "glassllama tokens 1"
+MOST_IDS = 2**62  # of a file
 SMALL_VOCABULARY = 1 << 16  # up to here an id fits 16 bits
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -153,67 +154,75 @@ def open_tokens(path: Path, *, verify: bool = True) -> Tokens:
     Raises FormatError: what is missing, damaged or of another kind.
     """
     about = read_sidecar(path.with_suffix(".json"))
-    dtype, count = DTYPES[about["dtype"]], about["count"]
+    dtype, count = about.dtype, about.count
     size = path.stat().st_size if path.is_file() else None
     if size != count * dtype.itemsize:
         came = "is missing" if size is None else f"has {size} bytes"
         raise FormatError(
             f"{path}: {came}, its sidecar says {count} ids of {dtype.itemsize}; tokenize again"
         )
-    if verify and (found := file_hash(path)) != about["sha256"]:
+    if verify and (found := file_hash(path)) != about.sha256:
         raise FormatError(
-            f"{path}: sha256 is {found}, its sidecar says {about['sha256']}; tokenize again"
+            f"{path}: sha256 is {found}, its sidecar says {quoted(about.sha256)}; tokenize again"
         )
     return Tokens(
         path=path,
         ids=np.memmap(path, dtype, mode="r"),
-        starts=np.array(about["starts"], np.int64),
-        tokenizer=TokenizerFacts(**about["tokenizer"]),
-        sha256=about["sha256"],
+        starts=about.starts,
+        tokenizer=about.tokenizer,
+        sha256=about.sha256,
     )
 
 
-def read_sidecar(sidecar: Path) -> dict[str, Any]:
-    """The sidecar's object, every field as this file writes it. Raises FormatError."""
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """What tokens.json says, every field as `write_ids` writes it."""
+
+    dtype: np.dtype[Any]
+    count: int
+    sha256: str
+    starts: NDArray[np.int64]  # (documents,), growing from 0, less than `count`
+    tokenizer: TokenizerFacts
+
+
+def read_sidecar(sidecar: Path) -> Sidecar:
+    """Raises FormatError: missing, no JSON, or a field that cannot be."""
     try:
-        about = json.loads(sidecar.read_text("utf-8"))
+        about = json.loads(sidecar.read_bytes())
     except OSError as error:
         raise FormatError(f"{sidecar}: {error.strerror or error}; tokenize again") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{sidecar}: not valid JSON ({error}); tokenize again") from None
+        reason = str(error)[:QUOTED_CHARACTERS]
+        raise FormatError(f"{sidecar}: not valid JSON ({reason}); tokenize again") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise FormatError(f"{sidecar}: expected a sidecar of format {FORMAT!r}; tokenize again")
-    for field, is_fine in SIDECAR.items():
-        if not is_fine(about.get(field)):
-            came = reprlib.repr(about.get(field))
-            raise FormatError(f"{sidecar}: {field} is {came}; tokenize again")
-    if about["starts"][-1] >= about["count"]:
-        raise FormatError(f"{sidecar}: starts go beyond the {about['count']} ids; tokenize again")
-    return about
+    try:
+        return checked_sidecar(Fields(str(sidecar), about, FormatError))
+    except FormatError as error:
+        raise FormatError(f"{error}; tokenize again") from None
 
 
-def are_starts(value: object) -> bool:
-    """Whether these can be the starts of documents: whole numbers that grow, from 0."""
-    return (
-        isinstance(value, list)
-        and all(type(start) is int for start in value)
-        and value[:1] == [0]
-        and all(a < b for a, b in pairwise(value))
+def checked_sidecar(get: Fields) -> Sidecar:
+    facts = get.object("tokenizer")
+    dtype, count = get.text("dtype"), get.whole("count", most=MOST_IDS)
+    if dtype not in DTYPES:
+        get.refuse("dtype", " or ".join(DTYPES))
+    starts = get.items("starts")
+    if not (starts and starts[0] == 0 and all(map(is_whole, starts))):
+        get.refuse("starts", "whole numbers from 0 on")
+    if starts[-1] >= count or not all(a < b for a, b in pairwise(starts)):
+        get.refuse("starts", f"numbers that grow and are less than the count of ids, {count}")
+    return Sidecar(
+        dtype=DTYPES[dtype],
+        count=count,
+        sha256=get.text("sha256"),
+        starts=np.array(starts, np.int64),
+        tokenizer=TokenizerFacts(
+            name=facts.text("name"),
+            vocab_size=facts.whole("vocab_size"),
+            sha256=facts.text("sha256"),
+        ),
     )
-
-
-def are_facts(value: object) -> bool:
-    names = {field.name for field in fields(TokenizerFacts)}
-    return isinstance(value, dict) and set(value) == names
-
-
-SIDECAR: dict[str, Callable[[Any], bool]] = {
-    "tokenizer": are_facts,
-    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
-    "count": lambda value: type(value) is int and value > 0,
-    "sha256": lambda value: isinstance(value, str),
-    "starts": are_starts,
-}
 
 
 def file_hash(path: Path) -> str:
