@@ -18,6 +18,14 @@ from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
+from tolerances import (
+    assert_logits,
+    difference,
+    eight_bit_bar,
+    eight_bit_error,
+    logits_bar,
+    spread_apart,
+)
 
 WIDE = {
     **META_SHAPE, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -52,10 +60,11 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path, parity: Any) ->
     model = hf_model(**VARIANTS[variant])
     with torch.no_grad():
         theirs = model(torch.tensor([IDS])).logits[0].numpy()
-    ours = logits(pack(open_weights(write_hf(model, tmp_path)), exact=True), IDS)
-    difference = np.abs(ours - theirs).max()
-    parity("logits, engine exact", "transformers, tiny random models", 1e-4, difference)
-    assert difference <= 1e-4
+    checkpoint = open_weights(write_hf(model, tmp_path))
+    apart = difference(logits(pack(checkpoint, exact=True), IDS), theirs)
+    bar = logits_bar(checkpoint.config)
+    parity("logits, engine exact", "transformers, tiny random models", bar, apart)
+    assert apart <= bar
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "F16", "BF16", "F32"])
@@ -66,12 +75,13 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     )
     checkpoint = open_weights(path)
     assert checkpoint.config.rope_layout == "pairs"
-    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
-    exact = logits(pack(checkpoint, exact=True), IDS)
-    assert np.abs(exact - reference).max() <= 1e-4
-    default = logits(pack(checkpoint), IDS)
-    spread = reference.std()
-    assert np.sqrt(np.mean((default - reference) ** 2)) <= 0.08 * spread
+    model = load_llama(checkpoint, dtype=torch.float32)
+    reference, eight_bit = (
+        model(torch.tensor([IDS]))[0],
+        eight_bit_error(model, torch.tensor([IDS])),
+    )
+    assert_logits(logits(pack(checkpoint, exact=True), IDS), reference, checkpoint.config)
+    assert spread_apart(logits(pack(checkpoint), IDS), reference) <= 1.5 * eight_bit
 
 
 def test_q5_is_said_to_be_computed_as_q8(tmp_path: Path) -> None:
@@ -85,8 +95,8 @@ def test_qk_norm(tiny: Checkpoint) -> None:
     checkpoint = replace(tiny, model_config=replace(tiny.config, qk_norm=True))
     ours = logits(pack(checkpoint, exact=True), IDS)
     reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
-    assert np.abs(ours - reference).max() <= 1e-4
-    assert np.abs(ours - logits(pack(tiny, exact=True), IDS)).max() > 0.1
+    assert_logits(ours, reference, checkpoint.config)
+    assert difference(ours, logits(pack(tiny, exact=True), IDS)) > 0.01
 
 
 @pytest.mark.parametrize("pieces", [[290], [1] * 290, [7, 64, 1, 65, 153], [257, 33]])
@@ -160,8 +170,7 @@ def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyP
     best = logits(pack(quantised), IDS)
     monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     plain = logits(pack(quantised), IDS)
-    assert np.abs(plain - best).max() <= 0.3  # the same arithmetic, but roundings may tip a code
-    assert np.sqrt(np.mean((plain - best) ** 2)) <= 0.02 * best.std()
+    assert spread_apart(plain, best) <= eight_bit_bar(quantised.config.n_layers)
     monkeypatch.setenv("GLASSLLAMA_TIER", "quantum")
     with pytest.raises(GlassError, match="GLASSLLAMA_TIER=quantum: this processor can run"):
         pack(quantised)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from glassllama.engine import attention, row_kernels
 from glassllama.engine.pages import FLOAT32, INT8, INT16, ITEM_BYTES, LANES, PAGE, score_tile
 from glassllama.engine.tiers import features
+from tolerances import sum_bound, unit
 
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 9, 11, 24, 25]
 WIDTHS = [1, 16, 20, 40, 48, 64, 80, 96, 128, 130, 256]
@@ -67,10 +68,9 @@ def at(array: NDArray[Any]) -> int:
     return array.ctypes.data
 
 
-def close(ours: NDArray[Any], theirs: NDArray[Any], scale: float) -> bool:
-    """Equal to rounding of float32 sums, and not a number in the same places."""
-    same_trouble = (np.isnan(ours) == np.isnan(theirs)).all()
-    return bool(same_trouble and np.nanmax(np.abs(ours - theirs), initial=0) <= 4e-7 * scale)
+def sizes(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+    """The sums of the sizes of a product's terms, for `sum_bound`."""
+    return np.abs(one).astype(np.float64) @ np.abs(other)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -115,7 +115,7 @@ def test_score(count: int, width: int) -> None:
     plain = np.zeros((count, PAGE), np.float64)
     for i in range(width):
         plain += queries[:, i, None].astype(np.float64) * keys[i]
-    assert close(scores[:count], plain, width)
+    assert (np.abs(scores[:count] - plain) <= sum_bound(width, sizes(queries, keys))).all()
     assert (scores[count] == 7).all(), "written beyond the last query"
 
 
@@ -154,7 +154,8 @@ def test_mix(count: int, width: int) -> None:
     plain = before[:count, :width].astype(np.float64)
     for s in range(PAGE):
         plain += weights[:, s, None].astype(np.float64) * values[s]
-    assert close(parts[:count, :width], plain, PAGE)
+    bound = sum_bound(PAGE + 1, sizes(weights, values) + np.abs(before[:count, :width]))
+    assert (np.abs(parts[:count, :width] - plain) <= bound).all()
     assert (parts[:, width:] == before[:, width:]).all()
     assert (parts[count] == before[count]).all(), "written beyond the last query"
 
@@ -185,12 +186,16 @@ def test_weigh(kind: int, visible: int, first: bool) -> None:
         part[width] = -np.inf
     ours, ended = scores.copy(), part.copy()
     weigh(at(ours), visible, at(ended), width, at(scales), kind)
-    weights, theirs = weigh_plainly(scores * np.nan_to_num(scales[0]), visible, part)
+    scaled = scores * np.nan_to_num(scales[0])
+    weights, theirs = weigh_plainly(scaled, visible, part)
     weights *= np.nan_to_num(scales[1])
     assert (ours[visible:] == 0).all()
-    assert close(ours, weights, 4)
+    # A power errs by what its argument, a product and a difference, was rounded by; and by 4 u.
+    power = unit() * (2 * np.abs(scaled).max() + 8)
+    assert (np.abs(ours - weights) <= power * np.abs(weights).max()).all()
     if visible or not first:
-        assert close(ended, theirs, 4 * float(np.abs(theirs).max()))
+        largest = np.abs(theirs[np.isfinite(theirs)]).max()
+        assert (np.abs(ended - theirs) <= (power + sum_bound(PAGE, 1.0)) * largest).all()
     else:
         assert (ended == part).all()
 
@@ -238,7 +243,7 @@ def test_store_then_unpack(kind: int, width: int) -> None:
         got = out.reshape(width, PAGE).T if number == 0 else out.reshape(PAGE, width)
         if kind != FLOAT32:
             largest, most = np.abs(wanted).max(axis=1), STEPS[kind]
-            assert np.allclose(scales[number], largest / most, rtol=1e-6)
+            assert (np.abs(scales[number] * most - largest) <= 3 * unit() * largest).all()
             got = got * scales[number][:, None]
             assert (np.abs(got - wanted) <= largest[:, None] / (2 * most) * 1.01).all()
         else:

@@ -14,6 +14,7 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
 from glassllama.nn.attention import positions_in_segments
 from glassllama.nn.dropout import add_dropout
+from tolerances import assert_logits, difference, unit
 
 V, CONTEXT = 37, 30
 SIZES = {"dim": 48, "n_layers": 3, "n_heads": 6, "ffn_dim": 70, "vocab_size": V}
@@ -37,7 +38,7 @@ def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts:
     model = gpt(**variant)
     cache = model.new_cache(2, 30)
     parts = [model(piece, cache) for piece in IDS.split(cuts, dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), model(IDS), atol=1e-4)
+    assert_logits(torch.cat(parts, dim=1), model(IDS), model.config)
     assert cache.lengths == [24, 24]
 
 
@@ -52,7 +53,7 @@ def test_rows_of_different_length_do_not_disturb_each_other() -> None:
         logits = model(ids, cache, lengths=lengths)
         for row, n in enumerate(lengths):
             alone = model(torch.arange(starts[row] + n)[None] * 29 % V)[0, starts[row] :]
-            assert torch.allclose(logits[row, :n], alone, atol=1e-4)
+            assert_logits(logits[row, :n], alone, model.config)
 
 
 def test_the_future_does_not_leak() -> None:
@@ -60,8 +61,8 @@ def test_the_future_does_not_leak() -> None:
     changed = IDS.clone()
     changed[:, 12] = (changed[:, 12] + 1) % V
     before, after = model(IDS), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
-    assert not torch.allclose(before[:, 12:], after[:, 12:])
+    assert torch.equal(before[:, :12], after[:, :12])  # the same products of the same shapes
+    assert difference(after[:, 12:], before[:, 12:]) > 0.01
 
 
 def llama() -> Llama:
@@ -72,7 +73,8 @@ def llama() -> Llama:
     model = Llama(config)
     model.initialise(torch.Generator().manual_seed(1))
     for parameter in model.parameters():
-        parameter.data *= 8.0
+        if parameter.ndim > 1:
+            parameter.data *= 8.0
     return model.requires_grad_(False)
 
 
@@ -82,8 +84,8 @@ def test_packed_documents_are_as_they_are_alone(model: GPT | Llama) -> None:
     segments = torch.tensor([[0] * 5 + [1] + [2] * 11 + [3] * 7, [4] * 24])
     together = model(IDS, segments=segments)
     alone = [model(piece)[0] for piece in IDS[:1].split(cuts, dim=1)]
-    assert torch.allclose(together[0], torch.cat(alone), atol=2e-5)
-    assert torch.allclose(together[1], model(IDS[1:])[0], atol=2e-5)
+    assert_logits(together[0], torch.cat(alone), model.config)
+    assert_logits(together[1], model(IDS[1:])[0], model.config)
 
 
 def test_every_document_begins_at_position_zero() -> None:
@@ -161,7 +163,7 @@ def test_dropout_acts_in_training_only(make: type) -> None:
     torch.manual_seed(3)
     assert torch.equal(model(IDS), one), "the generator's state decides"
     assert not torch.equal(model(IDS), one)
-    assert not torch.allclose(one, plain(IDS))
+    assert difference(one, plain(IDS)) > 0.01
 
 
 def test_dropout_leaves_out_that_share_and_keeps_the_mean() -> None:
@@ -178,7 +180,8 @@ def test_dropout_leaves_out_that_share_and_keeps_the_mean() -> None:
     for full, left in zip(before, after, strict=True):
         kept = left != 0
         assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
-        assert torch.allclose(left[kept], full[kept] / 0.75)
+        rounded = 3 * unit() * full[kept].abs() / 0.75  # the factor, the product, the quotient here
+        assert ((left[kept] - full[kept] / 0.75).abs() <= rounded).all()
 
 
 def test_dropout_that_cannot_be() -> None:

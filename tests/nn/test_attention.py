@@ -13,11 +13,22 @@ from glassllama.nn.attention import (
     same_segment,
     weighted_sum,
 )
+from tolerances import sum_bound
 
 
 def parts(queries: int, keys: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(queries * 100 + keys)
     return torch.randn(2, 6, queries, 10), torch.randn(2, 2, keys, 10), torch.randn(2, 2, keys, 10)
+
+
+def same(one: torch.Tensor, other: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Heads by two ways: averages of values, whose weights err by as much as their scores.
+
+    A score of D terms errs by `sum_bound`; its weight by that share of itself, and the rounding of
+    the softmax and of the sum over S values on top. All values here are below 5.
+    """
+    score = sum_bound(q.shape[-1], q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    return bool(((one - other).abs() <= 2 * 5 * (score + sum_bound(2 * k.shape[2], 1.0))).all())
 
 
 def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -28,13 +39,13 @@ def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 def test_formula_and_fused_kernel_agree(new: int, past: int) -> None:
     q, k, v = parts(new, past + new)
     mask = causal_mask(torch.arange(past, past + new)[None], past + new)
-    assert torch.allclose(formula(q, k, v, mask), fused_attention(q, k, v, mask), atol=1e-6)
+    assert same(formula(q, k, v, mask), fused_attention(q, k, v, mask), q, k)
 
 
 def test_no_mask_means_causal_from_the_first_token() -> None:
     q, k, v = parts(9, 9)
     mask = causal_mask(torch.arange(9)[None], 9)
-    assert torch.allclose(fused_attention(q, k, v, None), formula(q, k, v, mask), atol=1e-6)
+    assert same(fused_attention(q, k, v, None), formula(q, k, v, mask), q, k)
 
 
 def test_each_query_head_reads_its_group() -> None:
@@ -42,13 +53,13 @@ def test_each_query_head_reads_its_group() -> None:
     mask = causal_mask(torch.arange(4)[None], 4)
     alone = [formula(q[:, h : h + 1], k[:, h // 3 : h // 3 + 1], v[:, h // 3 : h // 3 + 1], mask)
              for h in range(6)]  # fmt: skip
-    assert torch.allclose(formula(q, k, v, mask), torch.cat(alone, dim=1), atol=1e-6)
+    assert same(formula(q, k, v, mask), torch.cat(alone, dim=1), q, k)
 
 
 def test_weights_sum_to_one_and_ignore_the_future() -> None:
     q, k, _ = parts(5, 5)
     weights = attention_weights(attention_scores(q, k), causal_mask(torch.arange(5)[None], 5))
-    assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 5))
+    assert ((weights.sum(-1) - 1).abs() <= 2 * sum_bound(5, 1.0)).all()
     assert torch.equal(weights.triu(1), torch.zeros_like(weights))
 
 

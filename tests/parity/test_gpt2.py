@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,8 +17,8 @@ from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.open import open_weights
 from glassllama.weights.save import save_model
+from tolerances import difference, logits_bar
 
-BAR = 1e-5
 ORACLE = "transformers GPT2LMHeadModel"
 SIZES: dict[str, Any] = {
     "n_embd": 30, "n_layer": 3, "n_head": 5, "vocab_size": 131, "n_positions": 67, "n_inner": 77,
@@ -46,10 +45,6 @@ def theirs(**shape: Any) -> GPT2LMHeadModel:
     return model
 
 
-def worst(ours: torch.Tensor, other: torch.Tensor) -> float:
-    return (ours - other).abs().max().item()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
@@ -57,9 +52,9 @@ def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
     model.save_pretrained(tmp_path)
     checkpoint = open_weights(tmp_path)
     ours = load_model(checkpoint)
-    difference = worst(ours(IDS), model(IDS).logits)
-    parity("logits, GPT-2, safetensors", ORACLE, BAR, difference)
-    assert difference <= BAR
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    parity("logits, GPT-2, safetensors", ORACLE, bar, apart)
+    assert apart <= bar
     assert ours.config.ffn_dim == (VARIANTS[variant]["n_inner"] or 120)  # type: ignore[union-attr]
     assert checkpoint.notes == ["a GPT runs on the torch backend only"]
 
@@ -68,16 +63,16 @@ def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
 def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
-    executor = TorchExecutor(load_model(open_weights(tmp_path)))
+    ours = load_model(open_weights(tmp_path))
+    executor, bar = TorchExecutor(ours), logits_bar(ours.config)
     cache = executor.new_cache(2, 67)
     rows = IDS.tolist()
-    difference = 0.0
+    apart = 0.0
     for start, stop in ((0, 40), (40, 41), (41, 61)):
         last = executor.next_logits([row[start:stop] for row in rows], cache)
-        expected = model(IDS[:, :stop]).logits[:, -1].numpy()
-        difference = max(difference, float(np.abs(last - expected).max()))
-    parity("logits with cache, GPT-2", ORACLE, BAR, difference)
-    assert difference <= BAR
+        apart = max(apart, difference(last, model(IDS[:, :stop]).logits[:, -1]))
+    parity("logits with cache, GPT-2", ORACLE, bar, apart)
+    assert apart <= bar
 
 
 @torch.no_grad()
@@ -94,9 +89,10 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
     if tied_again:
         old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, path)
-    difference = worst(load_model(open_weights(tmp_path))(IDS), model(IDS).logits)
-    parity("logits, GPT-2, names of the first release", ORACLE, BAR, difference)
-    assert difference <= BAR
+    ours = load_model(open_weights(tmp_path))
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    parity("logits, GPT-2, names of the first release", ORACLE, bar, apart)
+    assert apart <= bar
 
 
 @torch.no_grad()
@@ -106,7 +102,7 @@ def test_a_bfloat16_file_stays_so(tmp_path: Path) -> None:
     ours = load_model(open_weights(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     wide = load_model(open_weights(tmp_path), dtype=torch.float32)
-    assert worst(wide(IDS), model.float()(IDS).logits) <= BAR
+    assert difference(wide(IDS), model.float()(IDS).logits) <= logits_bar(wide.config)
 
 
 CONFIG: dict[str, Any] = {
@@ -132,9 +128,9 @@ def test_our_folder_there_and_here_again(
     save_model(tmp_path, model, TOKENIZER)
     other, loading = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), "nothing missing, nothing left over"
-    difference = worst(model(IDS), other.eval()(IDS).logits)
-    parity("logits, our GPT folder", ORACLE, BAR, difference)
-    assert difference <= BAR
+    apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_bar(model.config)
+    parity("logits, our GPT folder", ORACLE, bar, apart)
+    assert apart <= bar
     again = load_model(open_weights(tmp_path))
     assert again.config == model.config
     weights = dict(again.named_parameters())

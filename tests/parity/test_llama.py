@@ -24,8 +24,8 @@ from tiny_models import (
     write_hf,
     write_meta,
 )
+from tolerances import difference, logits_bar
 
-BAR = 1e-5  # largest difference of any logit, float32
 WRITERS = {
     "safetensors": lambda model, folder: write_hf(model, folder),
     "pth": lambda model, folder: write_meta(model, folder),
@@ -41,18 +41,14 @@ CASES = [
 IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 
 
-def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (ours - theirs).abs().max().item()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("form", "variant"), CASES)
 def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, parity: Any) -> None:
     model = hf_model(**VARIANTS[variant])
     ours = load_llama(open_weights(WRITERS[form](model, tmp_path / "model")))
-    difference = largest_difference(ours(IDS), model(IDS).logits)
-    parity(f"logits, {form}", "transformers LlamaForCausalLM", BAR, difference)
-    assert difference <= BAR
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    parity(f"logits, {form}", "transformers LlamaForCausalLM", bar, apart)
+    assert apart <= bar
 
 
 @torch.no_grad()
@@ -61,9 +57,9 @@ def test_half_precision_files_give_their_values(dtype: str, tmp_path: Path, pari
     write_hf(hf_model(**META_SHAPE).to(getattr(torch, dtype)), tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours = load_llama(open_weights(tmp_path), dtype=torch.float32)
-    difference = largest_difference(ours(IDS), theirs(IDS).logits)
-    parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", BAR, difference)
-    assert difference <= BAR
+    apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_bar(ours.config)
+    parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", bar, apart)
+    assert apart <= bar
 
 
 @torch.no_grad()
@@ -73,10 +69,10 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours = load_llama(open_weights(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    # Both round at every step, at different places: as far apart as from the exact answer.
     exact = load_llama(open_weights(tmp_path), dtype=torch.float32)(IDS)
-    their_error = largest_difference(theirs(IDS).logits.float(), exact)
-    assert largest_difference(ours(IDS), exact) <= 2 * their_error
+    bar = logits_bar(ours.config, torch.bfloat16)
+    for each in (ours(IDS), theirs(IDS).logits):  # both round at every step, at different places
+        assert difference(each, exact) <= bar
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +110,9 @@ def test_logits_equal_metas_own_code(
     ours = load_llama(open_weights(write_meta(model, tmp_path)))
     cache = ours.new_cache(2, 64)
     pieces = [IDS[:, :40], IDS[:, 40:41], IDS[:, 41:]]  # whole, one token, cached prefill
-    start, worst = 0, 0.0
+    start, worst, bar = 0, 0.0, logits_bar(ours.config)
     for piece in pieces:
-        worst = max(worst, largest_difference(ours(piece, cache), theirs(piece, start)))
+        worst = max(worst, difference(ours(piece, cache), theirs(piece, start)))
         start += piece.shape[1]
-    parity("logits with cache, pth", "Meta's reference model", BAR, worst)
-    assert worst <= BAR
+    parity("logits with cache, pth", "Meta's reference model", bar, worst)
+    assert worst <= bar

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -17,8 +16,8 @@ from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.open import open_weights
 from glassllama.weights.save import save_model
+from tolerances import assert_logits, assert_same_greedy, difference, logits_bar
 
-BAR = 1e-5
 CHARACTERS = "".join(chr(33 + n) for n in range(60)) + " \n日é🙂"
 TOKENIZER = CharTokenizer(CHARACTERS)
 V = TOKENIZER.vocab_size
@@ -56,9 +55,9 @@ def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> Non
     theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), "nothing missing, nothing left over"
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
-    difference = (theirs(IDS).logits - model(IDS)).abs().max().item()
-    parity("logits, our Llama folder", "transformers LlamaForCausalLM", BAR, difference)
-    assert difference <= BAR
+    apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_bar(model.config)
+    parity("logits, our Llama folder", "transformers LlamaForCausalLM", bar, apart)
+    assert apart <= bar
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (V - 4, V - 3)
 
 
@@ -82,15 +81,15 @@ def test_both_backends_load_it(variant: str, tmp_path: Path, parity: Any) -> Non
     expected = model(IDS)[0].numpy()
     ids = IDS[0].tolist()
     torch_llm = load(tmp_path, backend="torch")
-    assert np.abs(torch_llm.logits(ids) - expected).max() <= 2e-6  # another order of sums
+    assert_logits(torch_llm.logits(ids), expected, model.config)
     engine = load(tmp_path, exact=True)
     assert engine.backend == "engine"
     assert engine.checkpoint.config == model.config
-    difference = float(np.abs(engine.logits(ids) - expected).max())
-    parity("logits, our Llama folder, engine exact", "models/llama.py", 2e-5, difference)
-    assert difference <= 2e-5
-    written = [llm.generate("日é", max_tokens=20).ids for llm in (torch_llm, engine)]
-    assert written[0] == written[1]
+    apart, bar = difference(engine.logits(ids), expected), logits_bar(model.config)
+    parity("logits, our Llama folder, engine exact", "models/llama.py", bar, apart)
+    assert apart <= bar
+    ours, theirs = (llm.generate("日é", max_tokens=20).ids for llm in (engine, torch_llm))
+    assert_same_greedy(ours, theirs, TOKENIZER.encode("日é"), torch_llm.logits, bar)
 
 
 @pytest.mark.identical("ids and text of character vocabularies", "tokenizers")

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +26,7 @@ from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.open import open_weights
 from glassllama.weights.save import UNFINISHED, save_model
 from glassllama.weights.tokenizer import tokenizer_from_folder
+from tolerances import assert_logits
 
 TOKENIZER = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyzéλ日🙂")
 V = TOKENIZER.vocab_size
@@ -63,7 +63,10 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     assert llm.checkpoint.model_config == model.config
     ids = TOKENIZER.encode("hello 日 λ🙂!")
     expected = model(torch.tensor([ids]))[0].numpy()
-    assert np.abs(llm.logits(ids) - expected).max() <= 2e-6
+    if "bigram" in name:  # a table that is read: no sums
+        assert (llm.logits(ids) == expected).all()
+    else:
+        assert_logits(llm.logits(ids), expected, model.config)
     assert llm.tokenizer.encode("hello 日") == TOKENIZER.encode("hello 日")
     answer = llm.generate("hello", max_tokens=10, ignore_eos=True)
     assert len(answer.ids) == 10

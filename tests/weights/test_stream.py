@@ -21,6 +21,7 @@ from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.stream import StreamedLlama, StreamExecutor
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
+from tolerances import assert_logits
 
 V = 131
 IDS = torch.arange(2 * 24).reshape(2, 24) * 29 % V
@@ -74,7 +75,7 @@ def test_the_output_in_many_blocks(checkpoint: Checkpoint, monkeypatch: pytest.M
     # Close, not equal: the kernel for a narrower matrix may add in another order.
     monkeypatch.setattr(stream, "BLOCK_NUMBERS", 7 * checkpoint.config.dim)
     loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
-    assert torch.allclose(streamed(IDS), loaded(IDS), atol=1e-5)
+    assert_logits(streamed(IDS), loaded(IDS), checkpoint.config)
 
 
 def test_rows_of_different_length(checkpoint: Checkpoint) -> None:
