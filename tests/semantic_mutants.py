@@ -86,7 +86,9 @@ def gguf_value(value: Any) -> tuple[int, bytes]:
     if isinstance(value, bool):
         return hand.BOOL, bytes([value])
     if isinstance(value, int) and -(2**63) <= value < 2**64:
-        return (hand.U64, struct.pack("<Q", value)) if value >= 0 else (I64, struct.pack("<q", value))
+        return (
+            (hand.U64, struct.pack("<Q", value)) if value >= 0 else (I64, struct.pack("<q", value))
+        )
     if isinstance(value, float):
         return F64, struct.pack("<d", value)
     if isinstance(value, list):

@@ -140,7 +140,10 @@ def test_our_folder_there_and_here_again(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"activation_function": "swish"}, r"activation_function is 'swish'"),
+        (
+            {"activation_function": "swish"},
+            r"activation_function must be one of gelu_new, .*'swish'",
+        ),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"n_head": 7}, "dim must be a multiple of n_heads"),
         ({"n_layer": 4}, r"missing transformer\.h\.3\.ln_1\.weight"),

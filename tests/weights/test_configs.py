@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from glassllama.base.config import Llama3Scaling
 from glassllama.base.errors import ConfigError
-from glassllama.weights.configs import config_from_hf, config_from_meta, meta_ffn_dim
+from glassllama.weights.bigram import config_from_bigram
+from glassllama.weights.configs import (
+    Resolved,
+    architecture,
+    config_from_hf,
+    config_from_meta,
+    meta_ffn_dim,
+)
+from glassllama.weights.gpt2 import config_from_gpt2
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -131,3 +141,93 @@ def test_ffn_rule() -> None:
 def test_other_kinds_of_meta_checkpoints_are_named(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         config_from_meta({**META_31_8B, key: {}}, 128256, tied=False)
+
+
+GPT_2 = {
+    "model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 96, "vocab_size": 9,
+    "n_positions": 16, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+    "scale_attn_weights": True, "bias": True, "tie_word_embeddings": True,
+}  # fmt: skip
+BIGRAM = {"model_type": "glass_bigram", "vocab_size": 9, "max_position_embeddings": 16}
+ALL_KEYS: dict[str, Any] = {
+    **LLAMA_31_8B, "head_dim": 128, "rope_theta": 1e4, "qk_norm": False, "sliding_window": 4096,
+    "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["full_attention"],
+}  # fmt: skip
+READERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Resolved]]] = {
+    "llama": (ALL_KEYS, config_from_hf),
+    "meta": (META_31_8B, lambda values: config_from_meta(values, 128256, tied=False)),
+    "gpt2": (GPT_2, config_from_gpt2),
+    "bigram": (BIGRAM, config_from_bigram),
+}
+NO_EFFECT = {"torch_dtype", "model_type"}  # of these only config_from_hf reads the last
+WHOLE: list[Any] = [4.5, 8.0, "8", True, [8], {"a": 8}, -8, 0, 10**400, math.nan]
+NUMBER: list[Any] = ["1e-5", True, [1.0], {}, math.nan, math.inf, -1.0, 10**400, 1e300]
+WRONG: dict[type, list[Any]] = {
+    bool: [0, 1, "false", "", [], [False], {}],
+    int: WHOLE,
+    float: NUMBER,
+    str: [1, True, [], ["silu"], {}, 1.5],
+    list: ["llama", 1, {}, [1], [["LlamaForCausalLM"]], {"LlamaForCausalLM": 1}],
+    dict: ["linear", 1, [], [1], True],
+}
+MAY_BE_ZERO = {"max_window_layers"}
+# "vocab_size" of Meta may be -1 for "as many as there are".
+
+
+@pytest.mark.parametrize("form", READERS)
+def test_every_field_has_one_type_and_is_refused_in_any_other(form: str) -> None:
+    values, read = READERS[form]
+    read(values)
+    for key, value in values.items():
+        if (key in NO_EFFECT and form != "llama") or key == "torch_dtype":
+            continue
+        for wrong in WRONG[type(value)]:
+            if wrong == 0 and key in MAY_BE_ZERO and not isinstance(wrong, bool):
+                continue
+            message = complaint(read, {**values, key: wrong})
+            assert message, f"{key}: {wrong!r} was taken"
+            assert "\n" not in message
+            assert len(message) < 400
+
+
+def complaint(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]) -> str:
+    try:
+        read(values)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "original_max_position_embeddings"])
+def test_every_field_of_the_scaling_too(key: str) -> None:
+    for wrong in (*NUMBER, None) if key != "original_max_position_embeddings" else WHOLE:
+        rope = {**ALL_KEYS["rope_scaling"], key: wrong}
+        with pytest.raises(ConfigError):
+            config_from_hf({**ALL_KEYS, "rope_scaling": rope})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"model_type": "granite"},
+            r"'granite', supported are llama \(LlamaForCausalLM\), mistral",
+        ),
+        ({"model_type": "qwen2", "architectures": ["LlamaForCausalLM"]}, "'qwen2'"),
+        ({"model_type": 5}, "model_type must be text"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of text"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures must be a list of text"),
+        ({"architectures": ["LlamaModel"]}, "LlamaModel"),
+    ],
+)
+def test_models_of_other_families(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        architecture(values)
+
+
+def test_long_names_are_cut_in_notes() -> None:
+    strange = {"x" * 70_000: 1, "two\nlines": 2, **{f"key{n}": n for n in range(1000)}}
+    (note,) = config_from_hf({**LLAMA_31_8B, **strange}).notes
+    assert "\n" not in note
+    assert len(note) < 1000
+    assert "990 more" in note

@@ -181,3 +181,100 @@ def test_nothing_of_the_file_is_kept_mapped_in_the_model(tmp_path: Path) -> None
 def test_too_big_for_this_machine_is_said_before_anything_is_allocated() -> None:
     with pytest.raises(GlassError, match=re.escape("1000000.00 GB of memory")):
         require_memory(10**15, what="x.gguf in float32", instead="use less")
+
+
+@pytest.mark.parametrize("name", ["sha256-74701a8c35f6", "model.GGUF", "model.bin", "model"])
+def test_gguf_is_told_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+    named = write_gguf(hf_model(), tmp_path / "m.gguf")
+    other = tmp_path / "alone" / name
+    other.parent.mkdir()
+    other.write_bytes(named.read_bytes())
+    check_same_weights(named, other)
+    check_same_weights(named, other.parent)
+
+
+def test_safetensors_and_pth_are_told_by_their_first_bytes(tmp_path: Path) -> None:
+    hf = write_hf(hf_model(), tmp_path / "hf")
+    renamed = tmp_path / "other" / "weights"
+    renamed.parent.mkdir()
+    renamed.write_bytes((hf / "model.safetensors").read_bytes())
+    (renamed.parent / "config.json").write_bytes((hf / "config.json").read_bytes())
+    check_same_weights(hf, renamed)
+    meta = write_meta(hf_model(), tmp_path / "meta")
+    (meta / "consolidated.00.pth").rename(meta / "weights.pt")
+    check_same_weights(meta / "weights.pt", write_meta(hf_model(), tmp_path / "again"))
+
+
+def test_the_file_that_is_named_is_opened(tmp_path: Path) -> None:
+    """Two models in one folder: each by its name, and the folder's own by the folder's."""
+    folder, other = write_hf(hf_model(0), tmp_path / "a"), write_hf(hf_model(1), tmp_path / "b")
+    (folder / "second.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    check_same_weights(folder / "second.safetensors", other)
+    check_same_weights(folder / "model.safetensors", folder)
+
+
+def test_an_index_of_another_name(tmp_path: Path) -> None:
+    model = hf_model()
+    parts = write_hf(model, tmp_path / "parts", max_shard_size="60KB")
+    (parts / "model.safetensors.index.json").rename(parts / "other.safetensors.index.json")
+    check_same_weights(write_hf(model, tmp_path / "whole"), parts)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickle_files_get_the_two_lines_that_save_them_again(legacy: bool, tmp_path: Path) -> None:
+    model = hf_model()
+    folder = write_hf(model, tmp_path / "old")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    for given in (folder, path):
+        with pytest.raises(GlassError, match="two lines of Python: from transformers") as caught:
+            open_weights(given)
+        assert "\n" not in str(caught.value)
+    if not legacy:
+        lines = str(caught.value).split("two lines of Python: ")[1].split("; ")
+        assert len(lines) == 2
+        exec("\n".join(lines))  # they do what they say
+        check_same_weights(tmp_path / "old-safetensors", write_hf(model, tmp_path / "new"))
+
+
+def test_a_model_that_is_not_supported_is_named_with_its_folder(tmp_path: Path) -> None:
+    """Also where its tensors could not be read either."""
+    folder = spoil(tmp_path / "m", "config.json", '{"model_type": "granite"}')
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"?")
+        with pytest.raises(ConfigError, match=r"granite.*llama \(LlamaForCausalLM\)") as caught:
+            open_weights(folder)
+        assert str(caught.value).startswith(f"{folder}: config.json: ")
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["x" * 70_000, "two\nlines.safetensors", "../m.safetensors", ""])
+def test_an_index_that_names_no_plain_file(name: str, tmp_path: Path) -> None:
+    parts = write_hf(hf_model(), tmp_path, max_shard_size="60KB")
+    index = parts / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(values))
+    with pytest.raises(GlassError, match="plain name of a file beside the index") as caught:
+        open_weights(parts)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_foreign_names_of_tensors_are_cut_in_errors(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"x" * 70_000: torch.zeros(1), "two\nlines": torch.zeros(1)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"2 tensors.*'two.*unexpected 'xxx") as caught:
+        open_weights(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
+    checkpoint = open_weights(write_gguf(hf_model(), tmp_path / "m.gguf"))
+    checkpoint.file.metadata = {"tokenizer.chat_template": ["a"]}  # type: ignore[misc]
+    with pytest.raises(GlassError, match="chat_template must be text"):
+        _ = checkpoint.chat_template

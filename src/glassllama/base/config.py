@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import ConfigError, quoted
-from glassllama.base.fields import LARGEST_NUMBER, LARGEST_WHOLE, is_number
+from glassllama.base.fields import LARGEST_NUMBER, LARGEST_WHOLE, is_number, is_whole
 
 RopeLayout = Literal["pairs", "halves"]
 Floats = NDArray[np.float64]
@@ -132,9 +132,9 @@ def require_sizes(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if type(value) is not int or not 0 < value <= LARGEST_WHOLE:
+            limit = f" up to {LARGEST_WHOLE}" if is_whole(value) and value > 0 else ""
             raise ConfigError(
-                f"{field} must be a positive whole number, at most {LARGEST_WHOLE}, got "
-                f"{quoted(value)}"
+                f"{field} must be a positive whole number{limit}, got {quoted(value)}"
             )
 
 

@@ -155,9 +155,8 @@ def open_weights(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise GlassError(f"{path}: no such file or folder")
-    family, source = _recognise(path)
     try:
-        return _opened(family, source)
+        return _opened(*_recognise(path))
     except MissingExtraError:
         raise
     except GlassError as error:
@@ -204,9 +203,9 @@ def _recognise(path: Path) -> tuple[Family, Path]:
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
     if (path / "config.json").exists():
+        architecture(read_json(path / "config.json"))  # which another form would not help
         if any(path.glob("*.bin")):
             raise GlassError(_is_pickle(path))
-        architecture(read_json(path / "config.json"))  # a model that we could not run either way?
         raise GlassError(f"{path}: config.json without *.safetensors; {_resave(path)}")
     raise GlassError(
         f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "

@@ -1,0 +1,239 @@
+"""Folders and files as people have them: windows, stretched contexts, heads beside, heads stored.
+
+The oracle is transformers, at the longest text for which our context has room.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from glassllama.base.errors import ConfigError, WeightsError
+from glassllama.weights.load import load_model
+from glassllama.weights.open import Checkpoint, open_weights
+from tiny_models import VARIANTS, hf_model, write_gguf, write_hf
+
+BAR = 1e-5  # as a share of the largest logit, or of one where that is smaller
+PLAIN = VARIANTS["plain"]
+IDS = torch.arange(96)[None] * 37 % 131
+
+
+def edit(folder: Path, remove: tuple[str, ...] = (), **fields: Any) -> Path:
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in remove}))
+    return folder
+
+
+def with_tensors(folder: Path, **tensors: torch.Tensor) -> Path:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **tensors}, path, {"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def check_as_transformers(folder: Path, tokens: int) -> Checkpoint:
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint = open_weights(folder)
+    ids = IDS[:, :tokens]
+    ours, right = load_model(checkpoint)(ids), theirs(ids).logits
+    largest = max(1.0, right.abs().max().item())
+    assert (ours - right).abs().max().item() <= BAR * largest
+    return checkpoint
+
+
+def mistral(folder: Path, remove: tuple[str, ...] = (), **fields: Any) -> Path:
+    model = write_hf(hf_model(**PLAIN), folder)
+    named = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return edit(model, remove, **(named | fields))
+
+
+def test_a_window_bounds_the_context_in_which_it_changes_nothing(tmp_path: Path) -> None:
+    folder = mistral(tmp_path, sliding_window=40)
+    checkpoint = check_as_transformers(folder, 40)
+    assert checkpoint.config.max_seq_len == 40
+    assert "sliding_window 40" in checkpoint.notes[0]
+    with pytest.raises(AssertionError):  # one token more, and it would matter
+        check_as_transformers(folder, 41)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"sliding_window": None}, 131_072),
+        ({"sliding_window": 2**20}, 131_072),
+        ({"sliding_window": 40, "use_sliding_window": False}, 131_072),
+        ({"sliding_window": 40, "layer_types": ["full_attention"] * 3}, 131_072),
+        ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, 40),
+        ({"sliding_window": 40, "max_window_layers": 3}, 131_072),
+        ({"sliding_window": 40, "max_window_layers": 2}, 40),
+    ],
+)
+def test_windows_without_effect_bound_nothing(
+    fields: dict[str, Any], context: int, tmp_path: Path
+) -> None:
+    assert open_weights(mistral(tmp_path, **fields)).config.max_seq_len == context
+
+
+def test_a_mistral_without_the_key_has_the_window_of_transformers(tmp_path: Path) -> None:
+    checkpoint = open_weights(mistral(tmp_path, remove=("sliding_window",)))
+    assert checkpoint.config.max_seq_len == 4096
+
+
+def test_a_llama_of_transformers_has_no_window(tmp_path: Path) -> None:
+    folder = edit(write_hf(hf_model(**PLAIN), tmp_path), sliding_window=4)
+    checkpoint = check_as_transformers(folder, 96)
+    assert checkpoint.config.max_seq_len == 131_072
+    assert checkpoint.notes == ["config.json: sliding_window has no effect: no layer uses it"]
+
+
+def test_a_window_in_gguf_metadata_bounds_the_context(tmp_path: Path) -> None:
+    import gguf
+
+    path = write_gguf(hf_model(**PLAIN), tmp_path / "plain.gguf")
+    reader, windowed = gguf.GGUFReader(path), tmp_path / "windowed.gguf"
+    writer = gguf.GGUFWriter(windowed, "llama")
+    for field in reader.fields.values():
+        if field.types and not field.name.startswith("GGUF.") and "architecture" not in field.name:
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    writer.add_sliding_window(32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_weights(windowed)
+    assert checkpoint.config.max_seq_len == 32
+    assert "llama.attention.sliding_window 32" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("original", [None, 48])
+def test_dynamic_rope_is_exact_up_to_its_original_context(
+    original: int | None, tmp_path: Path
+) -> None:
+    rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    rope |= {} if original is None else {"original_max_position_embeddings": original}
+    shape = {**PLAIN, "max_position_embeddings": 64, "rope_parameters": rope}
+    context = original or 64
+    checkpoint = check_as_transformers(write_hf(hf_model(**shape), tmp_path), context)
+    assert checkpoint.config.max_seq_len == context
+    assert "dynamic" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "each kind of layer"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types"),
+        ({"model_type": "granite"}, r"model_type is 'granite'.*llama \(Llama.*mistral.*gpt2"),
+        ({"model_type": "granite", "architectures": None}, r"'granite', supported are llama"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', but architectures is"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = edit(write_hf(hf_model(**PLAIN), tmp_path), **fields)
+    with pytest.raises(ConfigError, match=words) as caught:
+        open_weights(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_without_architectures_the_model_type_decides(tmp_path: Path) -> None:
+    folder = mistral(tmp_path, architectures=None, sliding_window=40)
+    assert check_as_transformers(folder, 40).config.max_seq_len == 40
+
+
+def test_a_value_head_beside_the_weights_is_named(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(**PLAIN), tmp_path)
+    with_tensors(folder, **{"v_head.summary.weight": torch.ones(1, 48)})
+    notes = check_as_transformers(folder, 20).notes
+    assert notes == ["no part of a language model, ignored: v_head.summary.weight"]
+
+
+def test_a_stored_head_is_used_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    folder = edit(write_hf(hf_model(**PLAIN), tmp_path), tie_word_embeddings=True)
+    checkpoint = check_as_transformers(folder, 20)
+    assert not checkpoint.config.tie_embeddings
+    assert "lm_head.weight, which is used" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_that_is_stored_again_stays_tied(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also where one of both is stored in another type, if the numbers are the same."""
+    folder = write_hf(hf_model(**VARIANTS["tied"]).bfloat16(), tmp_path)
+    embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    with_tensors(folder, **{"lm_head.weight": embeddings.clone().to(dtype)})
+    checkpoint = open_weights(folder)
+    assert checkpoint.config.tie_embeddings
+    assert checkpoint.notes == []
+    embeddings[100, 3] += 1
+    with_tensors(folder, **{"lm_head.weight": embeddings.to(dtype)})
+    assert not open_weights(folder).config.tie_embeddings
+
+
+def test_a_stored_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(**VARIANTS["tied"]), tmp_path)
+    with_tensors(folder, **{"lm_head.weight": torch.zeros(130, 48)})
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is 130×48"):
+        open_weights(folder)
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_stored_head_of_a_gpt2(change: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path)
+    head = model.transformer.wte.weight.detach().clone()
+    head[130, 23] += change
+    with_tensors(tmp_path, **{"lm_head.weight": head})
+    checkpoint = check_as_transformers(tmp_path, 20)
+    assert any("lm_head.weight, which is used" in note for note in checkpoint.notes) == bool(change)
+
+
+def test_tables_beside_the_weights_are_compared(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    folder = write_hf(hf_model(**PLAIN), tmp_path)
+    right = 10_000.0 ** -(torch.arange(0, 8, 2).float() / 8)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with_tensors(folder, **{name: right.to(dtype)})
+        assert open_weights(folder).notes == []
+    with_tensors(folder, **{name: right * 0.99})
+    notes = check_as_transformers(folder, 20).notes
+    assert notes == [f"not the frequencies of the configuration, ignored: {name}"]
+
+
+def test_masks_beside_a_gpt2_are_compared(tmp_path: Path) -> None:
+    sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    name, mask = "transformer.h.0.attn.bias", torch.ones(32, 32).tril()[None, None]
+    with_tensors(tmp_path, **{name: mask})
+    assert not any("masks" in note for note in open_weights(tmp_path).notes)
+    with_tensors(tmp_path, **{name: torch.ones_like(mask)})
+    assert f"no causal masks, ignored: {name}" in open_weights(tmp_path).notes
+
+
+def test_divisors_and_a_factor_in_one_gguf_both_count(tmp_path: Path) -> None:
+    """As llama.cpp does: frequency / divisor / factor."""
+    from glassllama.base.config import rope_frequencies
+    from glassllama.formats.gguf import open_gguf
+    from glassllama.weights.configs import config_from_gguf
+
+    file = open_gguf(write_gguf(hf_model(**VARIANTS["scaled-8"]), tmp_path / "m.gguf"))
+    alone = rope_frequencies(config_from_gguf(file).config)  # type: ignore[arg-type]
+    file.metadata = {**file.metadata, "llama.rope.scaling.factor": 4.0}
+    both = rope_frequencies(config_from_gguf(file).config)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(both * 4, alone)  # a power of two: exact
