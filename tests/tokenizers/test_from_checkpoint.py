@@ -241,7 +241,7 @@ def test_folder_settings(folder: Path) -> None:
     ("name", "fields", "words"),
     [
         ("tokenizer_config.json", {"eos_token": "<|nowhere|>"}, "eos_token is '<|nowhere|>'"),
-        ("tokenizer_config.json", {"eos_token": 7}, "eos_token is 7"),
+        ("tokenizer_config.json", {"eos_token": 7}, "eos_token must be text, got 7"),
         ("generation_config.json", {"eos_token_id": 900}, "eos_token_id is 900; expected .* 899"),
         ("generation_config.json", {"eos_token_id": ["x"]}, "eos_token_id is ['x']"),
         ("tokenizer.json", {"normalizer": {"type": "NFKC"}}, "normalizer: only NFC"),

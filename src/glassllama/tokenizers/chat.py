@@ -105,18 +105,15 @@ class TemplateChat:
     as the marks of roles, whether the file calls them special or not. The template alone decides
     whether the conversation begins with bos: none is added to it.
 
-    `bos_token` and `eos_token` are what the template knows by these names; None leaves them
-    undefined, as transformers does for a model that has none.
+    `bos_token`, `eos_token` and other `tokens` are what the template knows by these names; None
+    leaves them undefined, as transformers does for a model that has none.
     """
 
-    def __init__(
-        self, template: str, *, bos_token: str | None = None, eos_token: str | None = None
-    ) -> None:
+    def __init__(self, template: str, **tokens: str | None) -> None:
         from glassllama.tokenizers.templates import ChatTemplate  # jinja2: only for who needs it
 
         self._template = ChatTemplate(template)
-        known = {"bos_token": bos_token, "eos_token": eos_token}
-        self._known = {name: written(token) for name, token in known.items() if token is not None}
+        self._known = {name: written(text) for name, text in tokens.items() if text is not None}
 
     def encode(
         self,
@@ -190,25 +187,21 @@ def _around(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
 
 
 def choose_chat_format(
-    template: str | None,
-    tokenizer: Tokenizer,
-    *,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
+    template: str | None, tokenizer: Tokenizer, **tokens: str | None
 ) -> ChatFormat:
     """The file's template if it has one, else the format whose control tokens the vocabulary has.
 
-    `bos_token` and `eos_token` are for the template, where the file names them; by default the text
-    of `tokenizer.bos` and of its stop id, if it is the only one. TokenizerError if there is no
-    format: a base model, which can only continue text.
+    `tokens` are for the template, where the file names them: `bos_token`, `eos_token` and others.
+    By default the first is the text of `tokenizer.bos`, the second of its stop id, if it is the
+    only one. TokenizerError if there is no format: a base model, which can only continue text.
     """
     if template is not None:
         texts = {id: text for text, id in tokenizer.specials.items()}
-        if bos_token is None and tokenizer.bos is not None:
-            bos_token = texts.get(tokenizer.bos)
-        if eos_token is None and len(tokenizer.stop_ids) == 1:
-            eos_token = texts.get(next(iter(tokenizer.stop_ids)))
-        return TemplateChat(template, bos_token=bos_token, eos_token=eos_token)
+        if tokens.get("bos_token") is None and tokenizer.bos is not None:
+            tokens["bos_token"] = texts.get(tokenizer.bos)
+        if tokens.get("eos_token") is None and len(tokenizer.stop_ids) == 1:
+            tokens["eos_token"] = texts.get(next(iter(tokenizer.stop_ids)))
+        return TemplateChat(template, **tokens)
     if "<|im_start|>" in tokenizer.specials:
         return ChatML()
     if "<|start_header_id|>" in tokenizer.specials:

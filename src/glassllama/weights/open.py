@@ -132,7 +132,7 @@ class Checkpoint:
 
     @cached_property
     def template_tokens(self) -> dict[str, str]:
-        """What the template's words `bos_token` and `eos_token` stand for."""
+        """What the template's words `bos_token`, `eos_token` and others ending so stand for."""
         from glassllama.weights.tokenizer import (
             template_tokens_from_folder,
             template_tokens_from_gguf,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import Fields
+from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
 from glassllama.tokenizers.byte_level import (
@@ -26,6 +26,7 @@ from glassllama.tokenizers.hf_json import (
     vocabulary_from_json,
 )
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
+from glassllama.tokenizers.pieces import Kind
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.sentencepiece import (
@@ -37,6 +38,15 @@ from glassllama.tokenizers.sentencepiece import (
     token_id,
 )
 from glassllama.tokenizers.split import OTHER_SPLITS, SPLITS
+from glassllama.weights.tokenizer_files import (
+    Settings,
+    SideToken,
+    check_size,
+    optional_json,
+    read_settings,
+    with_side_pieces,
+    with_side_tokens,
+)
 
 Found = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
 
@@ -60,8 +70,8 @@ STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
-    "chat_template.jinja",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
 
 # `tokenizer.ggml.token_type` (GGUF specification, "tokenizer").
@@ -146,18 +156,24 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     wanted += [place / "tokenizer.model" for place in (folder, folder.absolute().parent)]
     found = next((path for path in wanted if path.is_file()), None)
     if found is None:
+        has_pair = (folder / "vocab.json").is_file()
+        why = "; vocab.json with merges.txt does not say how text is split" if has_pair else ""
         raise TokenizerError(
-            f"{folder}: no tokenizer; looked for {', '.join(map(str, wanted))}. Copy the file from "
-            "where the weights came from"
+            f"{folder}: no tokenizer; looked for {', '.join(map(str, wanted))}{why}. Copy the file "
+            "from where the weights came from"
         )
-    return configured(read_tokenizer(found), folder)
+    settings = read_settings(folder)
+    return configured(read_tokenizer(found, settings.tokens), settings, folder)
 
 
-def read_tokenizer(path: Path) -> Found:
-    """One file's tokenizer; what a tokenizer.model is, its content tells."""
+def read_tokenizer(path: Path, tokens: Sequence[SideToken] = ()) -> Found:
+    """One file's tokenizer, with the tokens that files beside it add to it.
+
+    What a tokenizer.model is, its content tells.
+    """
     if path.name == "tokenizer.model":
-        return read_meta_tokenizer(path) if looks_like_ranks(path) else read_sentencepiece(path)
-    document = read_json(path)
+        return read_meta_tokenizer(path) if looks_like_ranks(path) else read_pieces(path, tokens)
+    document = with_side_tokens(read_json(path), tokens)
     try:
         if is_char_document(document):
             return chars_from_document(document)
@@ -171,27 +187,35 @@ def read_tokenizer(path: Path) -> Found:
         raise TokenizerError(f"{path}: {fault}") from fault
 
 
-def configured(tokenizer: Found, folder: Path) -> Found:
+def read_pieces(path: Path, tokens: Sequence[SideToken]) -> SentencePieceTokenizer:
+    """A SentencePiece model with the tokens that files beside it add to it."""
+    tokenizer = read_sentencepiece(path)
+    if not tokens:
+        return tokenizer
+    pieces = with_side_pieces(tokenizer.pieces, tokens)
+    stop_ids = tokenizer.stop_ids | end_ids(pieces.of_kind(*Kind))
+    return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
+
+
+def configured(tokenizer: Found, settings: Settings, folder: Path) -> Found:
     """The tokenizer with begin and stop ids as the files beside the weights have them."""
-    path = folder / "tokenizer_config.json"
-    settings = optional_json(path)
-    if (adds_bos := settings.get("add_bos_token")) is not None:
-        tokenizer.bos = named_id(tokenizer, path, "bos_token") if adds_bos else None
-    eos = named_id(tokenizer, path, "eos_token")
+    fields = Fields(str(settings.path), settings.values, TokenizerError)
+    if (adds_bos := fields.boolean("add_bos_token", None)) is not None:
+        tokenizer.bos = named_id(tokenizer, settings, "bos_token") if adds_bos else None
+    eos = named_id(tokenizer, settings, "eos_token")
     tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
     return tokenizer
 
 
-def named_id(tokenizer: Found, path: Path, field: str) -> int | None:
-    """The id of a token that tokenizer_config.json names: by its text, or an object's `content`."""
-    token = optional_json(path).get(field)
-    text = token.get("content") if isinstance(token, dict) else token
+def named_id(tokenizer: Found, settings: Settings, name: str) -> int | None:
+    """The id of a token that the small files name by its text."""
+    text = settings.named.get(name)
     if text is None:
         return None
-    ids = tokenizer.encode(text, specials=True) if isinstance(text, str) else []
+    ids = tokenizer.encode(text, specials=True)
     if len(ids) != 1:
         raise TokenizerError(
-            f"{path}: {field} is {quoted(text)}, which is no token of the vocabulary"
+            f"{settings.path}: {name} is {quoted(text)}, which is no token of the vocabulary"
         )
     return ids[0]
 
@@ -203,7 +227,7 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
         if named is None:
             continue
         ids = named if isinstance(named, list) else [named]
-        if not all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids):
+        if not all(is_whole(id) and 0 <= id < tokenizer.vocab_size for id in ids):
             raise TokenizerError(
                 f"{path}: eos_token_id is {quoted(named)}; expected ids from 0 to "
                 f"{tokenizer.vocab_size - 1}, the vocabulary's last"
@@ -212,31 +236,31 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
     return set()
 
 
-def optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def chat_template_from_folder(folder: Path) -> str | None:
-    """The jinja text of a folder: chat_template.jinja, else tokenizer_config.json's field.
+    """The jinja text of a folder, from chat_template.jinja or the `chat_template` of a JSON file.
 
     Of several named templates the one named "default" is taken.
     """
     if (path := folder / "chat_template.jinja").is_file():
+        check_size(path)
         try:
             return path.read_text("utf-8")
         except UnicodeDecodeError as fault:
             raise TokenizerError(f"{path}: is no UTF-8 text ({fault})") from fault
-    path = folder / "tokenizer_config.json"
-    template = optional_json(path).get("chat_template")
-    if isinstance(template, list):
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default", template)
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(
-            f"{path}: chat_template must be text or hold one named 'default', got "
-            f"{str(template)[:80]!r}"
-        )
-    return template
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        template = optional_json(path).get("chat_template")
+        if isinstance(template, list):
+            each = [one for one in template if isinstance(one, dict)]
+            named = [one.get("template") for one in each if one.get("name") == "default"]
+            template = named[0] if named else template
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(
+                f"{path}: chat_template must be text or hold one named 'default', got "
+                f"{quoted(template)}"
+            )
+        if template is not None:
+            return template
+    return None
 
 
 TEMPLATE_TOKENS = ("bos_token", "eos_token")  # what templates call the ends of a text
@@ -251,8 +275,5 @@ def template_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def template_tokens_from_folder(folder: Path) -> dict[str, str]:
-    """The same from tokenizer_config.json."""
-    settings = optional_json(folder / "tokenizer_config.json")
-    named = {name: settings.get(name) for name in TEMPLATE_TOKENS}
-    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    """The same, and other named tokens, from the small files beside a tokenizer."""
+    return read_settings(folder).named
