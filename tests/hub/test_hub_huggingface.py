@@ -83,8 +83,50 @@ def test_safetensors_shards_and_nothing_else(sandbox: Sandbox, stand_in: StandIn
     assert all((Path(answer["path"]) / name).read_bytes() == SHARDED[name] for name in wanted)
     assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), "in the Hub's own cache"
     total = sum(len(SHARDED[name]) for name in wanted)
-    assert answer["progress"][-1] == [total, total]
+    rest = total - len(SHARDED["model.safetensors.index.json"])  # which says what else to fetch
+    assert answer["progress"][-1] == [rest, rest]
     assert answer["cached"] == [{"name": "org/sharded", "path": answer["path"], "bytes": total}]
+
+
+OTHER_NAMES = {
+    "six digits": ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),
+    "one file": ("model.safetensors",),
+    "renamed": ("pytorch_model-00001-of-00001.safetensors",),
+    "dotted": ("a.safetensors-1.safetensors", "b"),
+}
+
+
+@pytest.mark.parametrize("names", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_weights_are_the_files_that_the_index_names(
+    sandbox: Sandbox, repositories: dict[str, Repository], names: tuple[str, ...]
+) -> None:
+    index = {"model.safetensors.index.json": index_of(*names)}
+    files = {**SMALL, **index, **{name: noise(name) for name in names}}
+    repositories["org/other"] = Repository({**files, "model-00009-of-00009.safetensors": b"old"})
+    answer = sandbox.run(name="org/other")
+    assert names_in(answer["path"]) == sorted(name for name in files if name != "README.md")
+    assert sandbox.run(name="org/other", offline=True)["path"] == answer["path"]
+    (Path(answer["path"]) / names[-1]).unlink()
+    assert "not whole" in sandbox.run(name="org/other", offline=True)["error"]
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (index_of("absent.safetensors"), "names 'absent.safetensors', which is not there (1 of 1"),
+        (index_of("../up.safetensors"), "names '../up.safetensors': no plain name of a file"),
+        (b'{"weight_map": {"a": 7}}', "names 7: no plain name"),
+        (b'{"weight_map": {}}', "expected a weight_map"),
+        (b"not json", "expected a weight_map"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_named(
+    sandbox: Sandbox, repositories: dict[str, Repository], index: bytes, words: str
+) -> None:
+    repositories["org/bad"] = Repository({**SINGLE, "model.safetensors.index.json": index})
+    error = sandbox.run(name="org/bad")["error"]
+    assert error.startswith("org/bad: model.safetensors.index.json")
+    assert words in error
 
 
 def test_a_model_that_is_here_is_not_asked_for_again(sandbox: Sandbox, stand_in: StandIn) -> None:
@@ -137,7 +179,7 @@ def test_one_gguf_of_many(sandbox: Sandbox, wanted: str, files: list[str]) -> No
         ("org/ggufs:Q4_K", "org/ggufs:Q4_K: no file fits"),
         ("org/ggufs:tiny", "org/ggufs:tiny: 3 files fit; expected one of tiny-Q4_K_M.gguf, "),
         ("org/ggufs", "name one of its GGUF files, as in org/ggufs:tiny-Q4_K_M.gguf"),
-        ("org/pickles", "expected model.safetensors or consolidated.*.pth"),
+        ("org/pickles", "expected model.safetensors, model.safetensors.index.json or consolidated"),
         ("org/single:Q4_0", "org/single:Q4_0: no file fits; it holds no GGUF files"),
         ("org/absent", "org/absent: neither a file or folder here nor a repository at http://127"),
         ("org/single@v9", "org/single@v9: org/single has no revision 'v9'; see https://"),

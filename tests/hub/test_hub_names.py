@@ -8,6 +8,7 @@ import pytest
 
 from glassllama import hub
 from glassllama.base.errors import DownloadError
+from glassllama.hub import snapshot
 from glassllama.hub.names import HUB_ID, HUB_MODELS, PACKAGE_MODELS, HubId, parse_hub_id
 
 
@@ -58,6 +59,36 @@ def test_other_names_are_errors_that_help(name: str, expected: str, monkeypatch)
         hub.resolve(name)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_folder_is_one_before_it_is_a_hub_id(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for folder in ("runs/llama", "runs/bigram", "runs/.hidden"):
+        Path(folder).mkdir(parents=True)
+    Path("model.gguf").touch()
+    for name, words in (
+        ("runs/lama", "runs/lama: no such file or folder in runs; did you mean 'runs/llama'? for"),
+        ("runs/typo", "runs/typo: no such file or folder in runs; for the model of that name on"),
+        ("./runs/bigam", "./runs/bigam: no such file or folder; did you mean './runs/bigram'?"),
+        ("modl.gguf", "modl.gguf: no such file or folder; did you mean 'model.gguf'?"),
+        ("run", "no known name; did you mean 'runs'"),
+        ("runs/lama@main", "runs/lama@main: not whole in the Hub's cache"),
+        ("runs/lama:Q4_0", "runs/lama:Q4_0: not whole in the Hub's cache"),
+        ("org/lama", "org/lama: not whole in the Hub's cache"),
+    ):
+        with pytest.raises(DownloadError) as caught:
+            hub.resolve(name, offline=True)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_model_that_is_here_is_no_mistyped_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    place = snapshot.Place(path=tmp_path, files=(), certain=True)
+    monkeypatch.setattr(snapshot, "find", lambda *_: place)
+    assert hub.resolve("org/name") == tmp_path
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "smollm2-135m ", "\tSMOLLM2-135M\n"])

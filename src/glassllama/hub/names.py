@@ -7,10 +7,12 @@ and gates are those of their pages.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import QUOTED_CHARACTERS, DownloadError, quoted
 
 BYTES_PER_PARAMETER = 2  # all Hub rows below are stored in bfloat16
 
@@ -150,13 +152,45 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or name.endswith(FILE_ENDINGS)
 
 
+def is_mistyped_path(name: str) -> bool:
+    """Whether `name`, which is no file here, has the form of a Hub id but begins in a folder here.
+
+    With a revision or a file (`org/name@main`) it can only be meant as a Hub id.
+    """
+    id = parse_hub_id(name)
+    plain = id is not None and id.revision is None and id.gguf is None
+    return plain and Path(name).parent.is_dir()
+
+
+def near_paths(name: str) -> list[str]:
+    """Files and folders here that are called nearly like the path `name`, the nearest first."""
+    parent, last = os.path.split(name.rstrip("/"))
+    try:
+        here = {entry.name for entry in os.scandir(parent or ".") if not entry.name.startswith(".")}
+        return [os.path.join(parent, near) for near in difflib.get_close_matches(last, here)]
+    except (OSError, ValueError):  # no such folder either
+        return []
+
+
 def unknown_name(name: str) -> DownloadError:
     """What to say of a name that is nothing: what came, what is near, the three forms that work."""
+    near = [quoted(path) for path in near_paths(name)]
+    if is_mistyped_path(name):
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        return DownloadError(
+            f"{name}: no such file or folder in {Path(name).parent}; {meant}"
+            f"for the model of that name on the Hub say {name}@main"
+        )
     if looks_like_path(name):
-        return DownloadError(f"{name}: no such file or folder")
-    near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=3, cutoff=0.5)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        return DownloadError(f"{shortened(name)}: no such file or folder{meant}")
+    near += difflib.get_close_matches(name.lower(), SHORT_NAMES, n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}? else " if near else ""
     return DownloadError(
-        f"model {name!r}: no such file or folder, and no known name; {meant}give a path, "
+        f"model {quoted(name)}: no such file or folder, and no known name; {meant}give a path, "
         "a short name ('glassllama list' shows them), or a Hub id org/name[@revision][:FILE.gguf]"
     )
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= QUOTED_CHARACTERS else quoted(name)

@@ -1,16 +1,17 @@
 """Which files of a repository make the model: the weights once, its config, its tokenizer.
 
-Works on lists of names alone, so the same rules choose from a listing of the Hub and judge what a
-cache already holds.
+Works on lists of names and the index of the weights alone, so the same rules choose from a listing
+of the Hub and judge what a cache already holds.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import DownloadError, quoted
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -20,19 +21,44 @@ SMALL = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
 
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+SINGLE = "model.safetensors"
+LARGEST_INDEX = 100_000_000  # bytes
 PTH = re.compile(r"consolidated\.\d+\.pth")
 GGUF_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 MANY = 8  # names listed in an error
 
 
-def safetensors_files(names: Iterable[str]) -> list[str]:
-    """Weights as safetensors at the top of the repository, with config and tokenizer files."""
+def safetensors_files(names: Iterable[str], repo: str, index: bytes | None) -> list[str]:
+    """Weights as safetensors at the top of the repository, with config and tokenizer files.
+
+    Where there is an `index`, the weights are the files that it names, however they are called.
+    Raises DownloadError: an index that cannot be read, or names a file that is not there.
+    """
     present = set(names)
-    weights = sorted(name for name in present if WEIGHTS.fullmatch(name))
-    if INDEX in present:  # then a single model.safetensors beside it would be the weights twice
-        weights = [INDEX, *(name for name in weights if "-of-" in name)]
+    weights = [SINGLE] if SINGLE in present else []
+    if index is not None:
+        shards = shards_of(index, repo)
+        if missing := sorted(shards - present):
+            raise DownloadError(
+                f"{repo}: {INDEX} names {quoted(missing[0])}, which is not there "
+                f"({len(missing)} of {len(shards)} files missing)"
+            )
+        weights = [INDEX, *sorted(shards)]
     return weights + [name for name in SMALL if name in present] if weights else []
+
+
+def shards_of(index: bytes, repo: str) -> set[str]:
+    """The files that an index names. Raises DownloadError: not an index, or no plain names."""
+    try:
+        shards = set(json.loads(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shards = set()
+    if not shards:
+        raise DownloadError(f"{repo}: {INDEX}: expected a weight_map, tensor names to file names")
+    for name in shards:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+            raise DownloadError(f"{repo}: {INDEX} names {quoted(name)}: no plain name of a file")
+    return shards
 
 
 def pth_files(names: Iterable[str]) -> list[str]:
@@ -67,14 +93,19 @@ def missing_gguf_parts(found: list[str]) -> bool:
     return part is not None and len(found) != int(part[1])
 
 
-def choose(names: list[str], repo: str, gguf: str | None, prefer_pth: bool) -> list[str]:
-    """The files to fetch of a repository that lists `names`. Raises DownloadError if none do."""
+def choose(
+    names: list[str], repo: str, gguf: str | None, prefer_pth: bool, index: bytes | None
+) -> list[str]:
+    """The files to fetch of a repository that lists `names`. Raises DownloadError if none do.
+
+    `index` is the content of INDEX, where the repository has one and it matters.
+    """
     if gguf is not None:
         return gguf_files(names, gguf, repo)
-    safetensors, pth = safetensors_files(names), pth_files(names)
-    chosen = pth if prefer_pth else safetensors or pth
+    pth = pth_files(names)
+    chosen = pth if prefer_pth else safetensors_files(names, repo, index) or pth
     if not chosen:
-        expected = "" if prefer_pth else "model.safetensors or "
+        expected = "" if prefer_pth else f"{SINGLE}, {INDEX} or "
         ggufs = [name for name in names if name.endswith(".gguf")]
         hint = f"; name one of its GGUF files, as in {repo}:{ggufs[0]}" if ggufs else ""
         raise DownloadError(

@@ -6,14 +6,21 @@ The layout is documented (huggingface_hub, "Understand caching"): below `models-
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.errors import DownloadError
 from glassllama.hub.names import HubId
-from glassllama.hub.select import CONFIG, INDEX, PTH, TOKENIZER, choose, missing_gguf_parts
+from glassllama.hub.select import (
+    CONFIG,
+    INDEX,
+    LARGEST_INDEX,
+    PTH,
+    TOKENIZER,
+    choose,
+    missing_gguf_parts,
+)
 
 MAIN = "main"
 FOLDER_PREFIX = "models--"
@@ -53,8 +60,8 @@ def find(id: HubId, prefer_pth: bool = False) -> Place | None:
     """The model as the cache holds it, or None where parts are known to be missing."""
     here = files(id)
     try:
-        chosen = choose(list(here), id.repo, id.gguf, prefer_pth)
-    except DownloadError:  # none of its weights are here yet
+        chosen = choose(list(here), id.repo, id.gguf, prefer_pth, index_of(here))
+    except (DownloadError, OSError):  # not all of its weights are here
         return None
     paths = tuple(here[name] for name in chosen)
     if id.gguf is not None:
@@ -62,20 +69,18 @@ def find(id: HubId, prefer_pth: bool = False) -> Place | None:
         return Place(path=paths[0], files=paths, certain=True) if whole else None
     if PTH.fullmatch(paths[0].name):  # nothing in the folder tells how many shards there are
         return Place(path=paths[0].parent, files=paths, certain=False)
-    if CONFIG not in chosen or not _has_all_shards(here):
+    if CONFIG not in chosen:
         return None
     tokenizer = any(name in chosen for name in TOKENIZER)
     return Place(path=here[CONFIG].parent, files=paths, certain=tokenizer)
 
 
-def _has_all_shards(here: dict[str, Path]) -> bool:
+def index_of(here: dict[str, Path]) -> bytes | None:
+    """The content of the index among these files, if there is one. Raises OSError."""
     if INDEX not in here:
-        return "model.safetensors" in here
-    try:
-        shards = set(json.loads(here[INDEX].read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return shards <= set(here)
+        return None
+    with here[INDEX].open("rb") as file:
+        return file.read(LARGEST_INDEX)
 
 
 def held() -> Iterator[tuple[HubId, Place]]:
