@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glassllama.cli.answer import as_object, speed_line
-from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
+from glassllama.cli.options import ChatOptions, How, Json, Logprobs, Which, require_json
 from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Three things to try next:
 def chat(
     which: Which,
     how: How,
-    sampling: SamplingOptions,
+    sampling: ChatOptions,
     message: Annotated[
         str | None,
         typer.Argument(
@@ -90,7 +90,8 @@ def say_once(talk: Talk, message: str, json: bool, logprobs: int | None) -> None
 def show_tour(talk: Talk) -> None:
     """One question of ours, always with the same answer, and what to try next."""
     note(f"> {TOUR_QUESTION}")
-    chosen, talk.sampling = talk.sampling, replace(talk.sampling, temperature=0.0)
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    chosen, talk.sampling = talk.sampling, replace(talk.sampling, **greedy)
     completion = talk.ask(TOUR_QUESTION)
     talk.sampling = chosen
     note(f"\n{speed_line(completion)}\n{TRY_NEXT.format(program=program())}")

@@ -20,7 +20,7 @@ WELCOME = "{name}: write something, or /help; Ctrl-D leaves"
 HELP = """\
 /set                 show how answers are chosen
 /set OPTION VALUE    change it: /set temperature 0.2, or /set seed none
-/system              show what the model was told first
+/system              show what the model is told first, by you and by its chat template
 /system TEXT         tell it something else
 /show                show the model and how full its context is
 /save FILE           keep this conversation
@@ -53,7 +53,7 @@ class Repl:
         }
 
     def run(self) -> None:
-        note(WELCOME.format(name=self.talk.llm.name))
+        note(f"{WELCOME.format(name=self.talk.llm.name)}\n({self.talk.limits()})")
         with line_editing():
             try:
                 while True:
@@ -100,6 +100,8 @@ class Repl:
         if text:
             self.talk.conversation.system = text.strip('"')
         print(shown(self.talk.conversation.system))
+        if (told := self.talk.told_first()) not in ("", self.talk.conversation.system):
+            print(f"as the model's chat template writes it: {told}")
 
     def show(self, _: str) -> None:
         llm, conversation = self.talk.llm, self.talk.conversation

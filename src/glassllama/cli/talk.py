@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glassllama.base.errors import TokenizerError
 from glassllama.cli.answer import show_stream
 from glassllama.cli.conversation import Conversation
 from glassllama.cli.options import SamplingOptions
@@ -15,6 +16,7 @@ from glassllama.tokenizers.chat import Message
 if TYPE_CHECKING:
     from glassllama.llm import LLM, Completion
 
+MARK = " 4f1c9a"  # makes three messages that occur nowhere else
 ANSWER_SHARE = 4  # a quarter of the context is kept free for the answer
 
 
@@ -55,6 +57,35 @@ class Talk:
         """Their tokens, as the model is given them."""
         return len(self.llm.chat_format.encode(messages, self.llm.tokenizer))
 
+    def limits(self) -> str:
+        """What keeps an answer from going on for ever, in words."""
+        most, penalty = self.sampling.max_tokens, self.sampling.repetition_penalty
+        ends = "no limit" if most is None else f"at most {most:,} tokens"
+        return f"an answer has {ends}, repetition penalty {penalty:g}; /set shows and changes them"
+
+    def told_first(self) -> str:
+        """What the model reads before the first message, control tokens left out.
+
+        That is the system message, and what the chat template puts before, around or in place of
+        it. Found by writing a conversation of two questions: what stands before the first and not
+        before the second is the beginning of the conversation, not of a message.
+        """
+        system = self.conversation.system
+        opening = [] if system is None else [Message("system", system)]
+        parts = [(role, f"{role}{MARK}") for role in ("user", "assistant", "user")]
+        messages = [*opening, *(Message(*part) for part in parts)]
+        try:
+            ids = self.llm.chat_format.encode(messages, self.llm.tokenizer)
+        except TokenizerError:
+            return ""  # a template that wants other conversations
+        text = self.llm.tokenizer.decode(ids)
+        before, _, rest = text.partition(parts[0][1])
+        between = rest.partition(parts[1][1])[2].partition(parts[2][1])[0]
+        before = before[: len(before) - same_end(before, between)]
+        for control in sorted(self.llm.tokenizer.specials, key=len, reverse=True):
+            before = before.replace(control, "")
+        return before.strip().removeprefix("system").strip()
+
     def _shorten(self) -> None:
         answer = min(self.sampling.max_tokens or self.context, self.context // ANSWER_SHARE)
         dropped = self.conversation.shorten(self.count, self.context - answer)
@@ -63,3 +94,9 @@ class Talk:
                 f"(the context of {self.context:,} tokens is full: the oldest {dropped} messages "
                 "are forgotten)"
             )
+
+
+def same_end(one: str, other: str) -> int:
+    """How many characters two texts have in common at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,0 +1,145 @@
+"""Chat: what is piped in beside a message, what keeps answers from going on, and /system."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from threading import Timer
+from typing import Any
+
+import pytest
+
+from cli.conftest import Verb
+from glassllama.base.errors import GlassError
+from glassllama.cli import screen
+from glassllama.cli.conversation import Conversation
+from glassllama.cli.options import ChatOptions, SamplingOptions
+from glassllama.cli.repl import Repl
+from glassllama.cli.screen import text_and_stdin
+from glassllama.cli.talk import Talk
+from glassllama.llm import LLM
+from glassllama.tokenizers.chat import ChatML, TemplateChat
+
+DATES = (
+    "{{ '<|im_start|>system\n\nKnowledge: 2023\n\n' }}{% set first = messages[0] %}"
+    "{% if first.role == 'system' %}{{ first.content }}{% endif %}{{ '<|im_end|>' }}"
+    "{% for m in messages if m.role != 'system' %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "raw", "whole"),
+    [
+        ("Sum up:", b"one\ntwo\n", "Sum up:\n\none\ntwo"), ("Sum up:", b"", "Sum up:"),
+        ("Sum up:", b"\n", "Sum up:"), ("Sum up:", b"\xef\xbb\xbfa\r\n", "Sum up:\n\na"),
+        (None, b"one\n", "one"),
+    ],
+)  # fmt: skip
+def test_what_is_piped_in_follows_the_text(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, raw: bytes, whole: str
+) -> None:
+    piped(monkeypatch, raw)
+    assert text_and_stdin(text, "TEXT") == whole
+
+
+@pytest.mark.parametrize("text", [None, "Sum up:"])
+def test_what_cannot_follow_a_text_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    piped(monkeypatch, b"abc\xff")
+    with pytest.raises(GlassError, match="standard input: not UTF-8 at byte 3"):
+        text_and_stdin(text, "TEXT")
+    monkeypatch.setattr(screen, "MOST_PROMPT", 8)
+    piped(monkeypatch, b"123456789")
+    with pytest.raises(GlassError, match="standard input: more than 8 bytes"):
+        text_and_stdin(text, "TEXT")
+
+
+def test_a_closed_stdin_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, b"lost")
+    sys.stdin.close()
+    assert text_and_stdin("Sum up:", "TEXT") == "Sum up:"
+    with pytest.raises(GlassError, match="TEXT is missing"):
+        text_and_stdin(None, "TEXT")
+
+
+def test_waiting_for_stdin_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(screen, "WAITING_SECONDS", 0.01)
+    reader, writer = os.pipe()
+    Timer(0.3, os.close, [writer]).start()
+    with open(reader, encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert text_and_stdin("Sum up:", "TEXT") == "Sum up:"
+    assert "reading standard input until it ends" in capsys.readouterr().err
+
+
+def test_chat_and_generate_read_a_file_beside_their_argument(verb: Verb, loaded: LLM) -> None:
+    for name in ("chat", "generate"):
+        options = ("-n", "1", "-t", "0", "--json")
+        together = json.loads(verb(name, "Sum up:", *options, stdin="one\ntwo\n").out)
+        alone = json.loads(verb(name, "Sum up:\n\none\ntwo", *options).out)
+        assert together["prompt_ids"] == alone["prompt_ids"]
+
+
+def test_chat_has_a_limit_and_a_penalty_and_shows_them(verb: Verb) -> None:
+    page = " ".join(verb("chat", "--help").out.split())
+    assert "Stop an answer after N tokens. [default: 1024]" in page
+    assert "become less likely. [default: 1.1]" in page
+    assert (SamplingOptions().max_tokens, SamplingOptions().repetition_penalty) == (None, 1.0)
+
+
+def talk_with(llm: Any, **changes: Any) -> Talk:
+    return Talk(llm, Conversation(), replace(ChatOptions(), **changes))
+
+
+def test_the_conversation_says_its_limits(llm: LLM) -> None:
+    assert "at most 1,024 tokens, repetition penalty 1.1" in talk_with(llm).limits()
+    assert "no limit" in talk_with(llm, max_tokens=None).limits()
+
+
+class Speaks:
+    """A model that is asked for its chat format and its tokenizer only."""
+
+    def __init__(self, llm: LLM, chat_format: Any) -> None:
+        self.tokenizer, self.chat_format = llm.tokenizer, chat_format
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "told"),
+    [
+        (None, None, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        (None, "Be brief.", "Be brief."),
+        (ChatML(), None, ""),
+        (ChatML(), "Be brief.", "Be brief."),
+        (TemplateChat(DATES), None, "Knowledge: 2023"),
+        (TemplateChat(DATES), "Be brief.", "Knowledge: 2023\n\nBe brief."),
+        (TemplateChat("{{ messages[0].content }}"), None, ""),
+        (TemplateChat("{{ raise_exception('no') }}"), None, ""),
+    ],
+)  # fmt: skip
+def test_what_the_template_adds_by_itself(
+    llm: LLM, template: Any, system: str | None, told: str
+) -> None:
+    talk = talk_with(Speaks(llm, template or llm.chat_format))
+    talk.conversation.system = system
+    assert talk.told_first() == told
+
+
+def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    repl = Repl(talk_with(llm))
+    repl.obey("/system")
+    none, template = capsys.readouterr().out.splitlines()
+    assert none == "none"
+    assert template.endswith("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+    repl.obey("/system Be brief.")
+    assert capsys.readouterr().out == "Be brief.\n"

@@ -1,0 +1,99 @@
+"""What is typed wrongly: one line in one style, code 2, and what to type instead."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import struct
+import termios
+from fcntl import ioctl
+
+import pytest
+
+from cli.conftest import Verb
+from glassllama.cli.app import app
+from glassllama.cli.exits import failed
+from glassllama.cli.other_names import ASIDE, INSTEAD, MISSING, no_such_verb
+from glassllama.cli.wrap import fitted
+
+VERBS = sorted(command.name or "" for command in app.registered_commands)
+
+
+def complaint(verb: Verb, *arguments: object) -> str:
+    """The one line about wrong usage."""
+    ran = verb(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    [line] = ran.err.splitlines()
+    assert line.startswith("error: ")
+    assert "glassllama" in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("pull", "it is called download here"), ("run", "it is called chat here"),
+        ("ls", "it is called list here"), ("serve", "is not in this version"),
+        ("quantize", "--quantize q8_0"), ("convert", "is not in this version"),
+        ("finetune", "is not in this version"), ("export", "is not in this version"),
+        ("rm", "is not in this version"), ("ps", "is not in this version"),
+        ("help", "glassllama -h"), ("genrate", "did you mean generate?"),
+        ("xyzzy", "there are chat, generate"), ("x" * 500, "there are chat"),
+    ],
+)  # fmt: skip
+def test_a_verb_of_another_program_gets_a_hint(verb: Verb, typed: str, words: str) -> None:
+    line = complaint(verb, typed, "smollm2-135m", "--port", "80")
+    assert words in line
+    assert len(line) < 300
+
+
+def test_hints_name_verbs_that_there_are() -> None:
+    assert set(INSTEAD.values()) <= set(VERBS)
+    others = [*INSTEAD, *MISSING, *ASIDE]
+    assert len(others) == len(set(others))
+    assert not set(others) & set(VERBS)
+    assert all("\n" not in no_such_verb(name, VERBS) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("chat", "--foo"), "no such option: --foo"),
+        (("generate", "a", "b"), "unexpected extra argument"),
+        (("download",), "missing argument"),
+        (("generate", "x", "-n", "0"), "'-n': expected a whole number of at least 1, got '0'"),
+        (("generate", "x", "--on-overflow", "wrap"), "expected stop or shift, got 'wrap'"),
+        (("generate", "x", "-n"), "requires an argument"),
+        (("--frob",), "no such option: --frob"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_looks_like_every_other_error(
+    verb: Verb, arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in complaint(verb, *arguments)
+
+
+def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: object) -> None:
+    for name in ("mps", "cuda:99", "meta", "abacus", "hpu"):
+        ran = verb("generate", "x", "--device", name, "--backend", "torch")
+        assert (ran.code, ran.out) == (1, "")
+        [line] = ran.err.splitlines()
+        assert line.startswith(f"error: device: '{name}' cannot be used here; ")
+        assert "PyTorch has cpu" in line
+        assert len(line) < 160
+
+
+def test_errors_break_between_words_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 40, 0, 0))
+    words = "a model that is neither here nor there and has a long description".split()
+    with open(slave, "w") as terminal:
+        lines = fitted(" ".join(words), terminal).split("\n")
+        assert len(lines) > 1
+        assert max(map(len, lines)) <= 40
+        assert [word for line in lines for word in line.split()] == words
+    os.close(master)
+    assert fitted(" ".join(words), io.StringIO()) == " ".join(words)
+    assert failed(" ".join(words)) == 1
+    assert capfd.readouterr().err == f"error: {' '.join(words)}\n"
