@@ -17,6 +17,7 @@ from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.save import save_model
 from tiny_models import META_SHAPE, hf_model, write_hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TOKENIZER = CharTokenizer("\n abcdefghij")
 CONTEXT = 32
@@ -86,14 +87,16 @@ def test_a_prompt_longer_than_the_context_says_what_to_do(verb: Verb, folder: Pa
 
 def test_whose_models_shift_by_default(tmp_path: Path) -> None:
     """A run's model and its checkpoints, if small; nobody else's, and no large ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocabulary = Tokenizer(models.BPE())
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
 
     def written(folder: Path, context: int) -> Path:
-        words = {f"w{n}": n for n in range(META_SHAPE["vocab_size"])}
-        shape = {**META_SHAPE, "max_position_embeddings": context}
-        write_hf(hf_model(**shape), folder)
-        vocabulary = Tokenizer(models.BPE(vocab=words, merges=[]))
-        vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        shape = {**META_SHAPE, "rope_parameters": rope, "max_position_embeddings": context}
+        write_hf(hf_model(**{**shape, "vocab_size": len(alphabet)}), folder)
         vocabulary.save(str(folder / "tokenizer.json"))
         return folder
 
