@@ -8,10 +8,12 @@ import pty
 import struct
 import termios
 from fcntl import ioctl
+from pathlib import Path
 
 import pytest
 
 from cli.conftest import Verb
+from glassllama.base.errors import ConfigError
 from glassllama.cli.app import app
 from glassllama.cli.exits import failed
 from glassllama.cli.other_names import ASIDE, INSTEAD, MISSING, no_such_verb
@@ -74,14 +76,18 @@ def test_wrong_usage_looks_like_every_other_error(
     assert words in complaint(verb, *arguments)
 
 
-def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: object) -> None:
-    for name in ("mps", "cuda:99", "meta", "abacus", "hpu"):
-        ran = verb("generate", "x", "--device", name, "--backend", "torch")
-        assert (ran.code, ran.out) == (1, "")
-        [line] = ran.err.splitlines()
-        assert line.startswith(f"error: device: '{name}' cannot be used here; ")
-        assert "PyTorch has cpu" in line
-        assert len(line) < 160
+def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: Path) -> None:
+    from glassllama.weights.load import torch_device
+
+    for name in ("xla", "cuda:99", "meta", "abacus", "hpu", ""):
+        with pytest.raises(ConfigError, match="PyTorch has cpu") as error:
+            torch_device(name)
+        assert str(error.value).startswith(f"device: '{name}' cannot be used here; ")
+        assert len(str(error.value)) < 160
+    ran = verb("generate", "x", "--device", "vulkan")
+    assert (ran.code, ran.out) == (1, "")
+    [line] = ran.err.splitlines()
+    assert line.startswith("error: device: 'vulkan' cannot be used here; ")
 
 
 def test_errors_break_between_words_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
