@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +31,8 @@ SAME = 1e-4  # logits this close are the same, computed twice
 SLACK, SLACK_SHARE = 0.5, 0.12  # nats, and share of ln V, that a fresh model may be from ln V
 REPEATS = 60  # steps on one small batch, within which its loss must halve
 RATES = (3e-3, 3e-1)  # AdamW's: of a network with layers, and of a mere table
-GENTLE = (3e-4, 3e-3)  # of one that has learnt already
+HALF = 0.5  # of the first loss must be reached
+GENTLE, ENOUGH = (3e-4, 3e-3, 3e-1), 0.9  # the same for a model that has learnt already
 PROBES, PROBE_TOKENS = 16, 48  # pieces of held-out text that are looked for in the training text
 
 
@@ -51,7 +52,7 @@ def preflight(run: Run) -> Iterator[str]:
     yield "future: no token's logits depend on later ones"
     begun = bool(run.settings.model.init_from)
     yield f"beginning: {check_beginning(twin, ids, targets, begun=begun)}"
-    yield f"learning: {check_learning(twin, ids, targets, GENTLE if begun else RATES)}"
+    yield f"learning: {check_learning(twin, ids, targets, begun=begun)}"
     yield f"this machine: {estimate(run)}"
 
 
@@ -173,19 +174,20 @@ def mean_loss(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_learning(
-    model: LanguageModel, ids: Tensor, targets: Tensor, rates: Sequence[float] = RATES
+    model: LanguageModel, ids: Tensor, targets: Tensor, *, begun: bool = False
 ) -> str:
     """A few rows, seen again and again, must be learnt by heart, by all parameters together."""
     begin = {name: p.detach().clone() for name, p in as_module(model).named_parameters()}
-    for rate in rates:
-        losses = repeat(model, ids, targets, rate)
+    share = ENOUGH if begun else HALF
+    for rate in GENTLE if begun else RATES:
+        losses = repeat(model, ids, targets, rate, share)
         still = [n for n, p in as_module(model).named_parameters() if torch.equal(p, begin[n])]
         if still:
             raise PreflightError(
                 f"learning: {', '.join(still[:3])}{' …' * (len(still) > 3)} did not move: frozen "
                 "(requires_grad is off), or nothing that the logits depend on"
             )
-        if losses[-1] < losses[0] / 2:
+        if losses[-1] < share * losses[0]:
             return (
                 f"loss of one small batch {losses[0]:.2f} → {losses[-1]:.2f} in {len(losses)} steps"
             )
@@ -198,12 +200,17 @@ def check_learning(
     )
 
 
-def repeat(model: LanguageModel, ids: Tensor, targets: Tensor, rate: float) -> list[float]:
-    """The losses of steps on the same batch, until the first has halved (and two were made)."""
+def repeat(
+    model: LanguageModel, ids: Tensor, targets: Tensor, rate: float, share: float
+) -> list[float]:
+    """The losses of steps on the same batch, until one is below that share of the first.
+
+    Two steps are made at least.
+    """
     learning = [p for p in as_module(model).parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
     losses: list[float] = []
-    while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < losses[0] / 2):
+    while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < share * losses[0]):
         loss = mean_loss(model, ids, targets)
         optimiser.zero_grad()
         loss.backward()

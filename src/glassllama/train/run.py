@@ -362,7 +362,8 @@ def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any])
             return "; ".join(said)
         said = others
     if said:
-        longer = "; a run can be extended, not shortened" if "schedule.steps" in differs else ""
+        shorter = is_now["schedule.steps"] < was["schedule.steps"]
+        longer = "; a run can be extended, not shortened" if shorter else ""
         raise TrainingError(
             f"{place}: another run: {'; '.join(said[:5])}{longer}; begin a new one with --out"
         )
