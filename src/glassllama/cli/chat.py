@@ -90,8 +90,8 @@ def say_once(talk: Talk, message: str, json: bool, logprobs: int | None) -> None
 def show_tour(talk: Talk) -> None:
     """One question of ours, always with the same answer, and what to try next."""
     note(f"> {TOUR_QUESTION}")
-    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
-    chosen, talk.sampling = talk.sampling, replace(talk.sampling, **greedy)
+    chosen = talk.sampling
+    talk.sampling = replace(chosen, temperature=0.0, repetition_penalty=1.0)
     completion = talk.ask(TOUR_QUESTION)
     talk.sampling = chosen
     note(f"\n{speed_line(completion)}\n{TRY_NEXT.format(program=program())}")
