@@ -19,8 +19,8 @@ from glassllama.base.errors import ConfigError, WeightsError
 from glassllama.weights.load import load_model
 from glassllama.weights.open import Checkpoint, open_weights
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf
+from tolerances import assert_logits
 
-BAR = 1e-5  # as a share of the largest logit, or of one where that is smaller
 PLAIN = VARIANTS["plain"]
 IDS = torch.arange(96)[None] * 37 % 131
 
@@ -43,9 +43,7 @@ def check_as_transformers(folder: Path, tokens: int) -> Checkpoint:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     checkpoint = open_weights(folder)
     ids = IDS[:, :tokens]
-    ours, right = load_model(checkpoint)(ids), theirs(ids).logits
-    largest = max(1.0, right.abs().max().item())
-    assert (ours - right).abs().max().item() <= BAR * largest
+    assert_logits(load_model(checkpoint)(ids), theirs(ids).logits, checkpoint.model_config)
     return checkpoint
 
 

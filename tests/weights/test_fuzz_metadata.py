@@ -28,7 +28,7 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.resolve import preset_names, read_tables, resolve
-from glassllama.train.run import FORMAT, Progress, read_state, require_same
+from glassllama.train.run import FORMAT, read_state, require_same
 from glassllama.weights.load import load_model
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.plan import plan
@@ -107,11 +107,10 @@ def use_folder_tokenizer(folder: Path) -> None:
 def use_state(folder: Path) -> None:
     """As a run is taken up again: its progress is used, its identity compared."""
     state = read_state(folder)
-    progress = Progress(**state["progress"])
-    progress.note_score(1.0)
-    assert progress.step + 1 > 0
-    assert progress.seconds + 1.0 >= 1.0
-    require_same(folder, state["identity"], IDENTITY)
+    state.progress.note_score(1.0)
+    assert state.progress.step + 1 > 0
+    assert state.progress.seconds + 1.0 >= 1.0
+    require_same(folder, state.identity, IDENTITY)
 
 
 # --- documents --------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
     "added_tokens.json": {"<s>": 258, "</s>": 259},
 }
-IDENTITY = {"training text": "0" * 64, "model": {"dim": 8, "kind": "llama"}, "seed": 1, "lr": 1e-3}
+IDENTITY = {"training text": "0" * 64, "schedule.steps": 9, "model.dim": 8, "model.lr": 1e-3}
 STATE = {
     "format": FORMAT,
     "progress": {"step": 3, "seconds": 1.5, "best_step": 2, "best_loss": 2.5},
@@ -352,8 +351,10 @@ def settings_target(home: Path) -> Target:
 
 
 def state_target(home: Path) -> Target:
-    (home / "state.json").write_text(as_json(STATE))
-    return json_target(home / "state.json", lambda: use_state(home))
+    folder = home / "step-000003"
+    folder.mkdir()
+    (folder / "state.json").write_text(as_json(STATE))
+    return json_target(folder / "state.json", lambda: use_state(folder))
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {

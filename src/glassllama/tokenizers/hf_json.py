@@ -10,6 +10,7 @@ pipeline: they are settings of the last call before the file was saved.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_bounded(path: Path) -> bytes:
     """A tokenizer's file. TokenizerError: it is larger than LARGEST_FILE."""
     with path.open("rb") as file:
-        raw = file.read(LARGEST_FILE + 1)
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(min(size, LARGEST_FILE) + 1)  # Python makes room for all that is asked for
     if len(raw) > LARGEST_FILE:
         raise TokenizerError(
             f"{path}: is larger than {LARGEST_FILE:,} bytes, which no tokenizer is"
