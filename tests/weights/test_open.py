@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,12 @@ def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
     checkpoint.file.metadata = {"tokenizer.chat_template": ["a"]}  # type: ignore[misc]
     with pytest.raises(GlassError, match="chat_template must be text"):
         _ = checkpoint.chat_template
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GlassError, match="neither a regular file nor a folder"):
+        open_weights(tmp_path / "pipe")
+    write_gguf(hf_model(), tmp_path / "m.gguf")
+    assert open_weights(tmp_path).config.dim == 48  # the pipe beside it is not waited for

@@ -135,9 +135,9 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
 
 def chat(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Finding:
     """A conversation can be written; a base model has no way to, and need not."""
-    if checkpoint.chat_template is None:
-        return Finding(True, "chat template: none in the file")
     try:
+        if checkpoint.chat_template is None:
+            return Finding(True, "chat template: none in the file")
         form = choose_chat_format(checkpoint.chat_template, tokenizer)
         ids = form.encode([{"role": "user", "content": "Hello"}], tokenizer)
     except GlassError as error:

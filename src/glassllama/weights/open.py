@@ -191,12 +191,14 @@ def _recognise(path: Path) -> tuple[Family, Path]:
     """Which family, and the file or folder to open."""
     if path.is_file():
         return _recognise_file(path)
+    if not path.is_dir():
+        raise GlassError(f"{path}: neither a regular file nor a folder")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         return "hf", path
     for folder in (path, path / "original"):
         if (folder / "params.json").exists():
             return "meta", folder
-    models = sorted(file for file in path.iterdir() if file.is_file() and _is_gguf(file))
+    models = sorted(file for file in path.glob("*") if file.is_file() and _is_gguf(file))
     firsts = [m for m in models if not (p := GGUF_PART.fullmatch(m.name)) or int(p[2]) == 1]
     if len(firsts) == 1:
         return "gguf", firsts[0]
@@ -215,7 +217,10 @@ def _recognise(path: Path) -> tuple[Family, Path]:
 
 def _recognise_file(path: Path) -> tuple[Family, Path]:
     """The same for a file: by its first bytes, whatever it is called."""
-    start, folder = _first_bytes(path), path.parent
+    try:
+        start, folder = _first_bytes(path), path.parent
+    except OSError as error:
+        raise GlassError(f"{path}: cannot be read: {error.strerror or error}") from None
     if _is_gguf(path):
         return "gguf", path
     if path.name.endswith(("config.json", ".safetensors.index.json")):
@@ -231,15 +236,18 @@ def _recognise_file(path: Path) -> tuple[Family, Path]:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" or _first_bytes(path).startswith(GGUF_MAGIC)
+    """By its name, so that a damaged one is told what is wrong with it, or by its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        return _first_bytes(path).startswith(GGUF_MAGIC)
+    except OSError:  # a folder may hold files of others
+        return False
 
 
 def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(FIRST_BYTES)
-    except OSError as error:
-        raise GlassError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with path.open("rb") as file:
+        return file.read(FIRST_BYTES)
 
 
 def _is_pickle(path: Path) -> str:

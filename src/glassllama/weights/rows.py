@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import WeightsError
+from glassllama.base.errors import WeightsError, listed
 from glassllama.base.interfaces import TensorFile, TensorInfo
 from glassllama.weights.names import require_fit
 
@@ -60,7 +60,7 @@ class Rearranged:
         wanted = {row.theirs: row.their_shape for row in rows}
         self.ignored = require_fit(file, wanted, known=known, ignored=ignored)
         if bad := [row.theirs for row in rows if row.zero and file.read(row.theirs).any()]:
-            raise WeightsError(f"{', '.join(bad)}: not zero, but the configuration says no bias")
+            raise WeightsError(f"{listed(bad)}: not zero, but the configuration says no bias")
         self.file = file
         self.rows = {row.ours: row for row in rows if not row.zero}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import WeightsError
+from glassllama.base.errors import WeightsError, listed, quoted
 from glassllama.base.interfaces import Progress, TensorFile, TensorInfo
 from glassllama.formats.pth import open_pth
 
@@ -35,8 +35,8 @@ class MergedShards:
         self.files, self.dim = files, dim
         names = [set(file.names()) for file in files]
         if any(other != names[0] for other in names):
-            apart = sorted(set.union(*names) - set.intersection(*names))
-            raise WeightsError(f"shards hold different tensors: {', '.join(apart[:8])}")
+            apart = set.union(*names) - set.intersection(*names)
+            raise WeightsError(f"shards hold different tensors: {listed(apart)}")
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -65,7 +65,9 @@ class MergedShards:
             return first  # type: ignore[no-any-return]
         across = {s.shape[:axis] + s.shape[axis + 1 :] for s in slices}
         if len(across) > 1:
-            raise WeightsError(f"{name}: slices {[s.shape for s in slices]} cannot be joined")
+            raise WeightsError(
+                f"{name}: slices {quoted([s.shape for s in slices])} cannot be joined"
+            )
         shape = list(first.shape)
         shape[axis] = sum(s.shape[axis] for s in slices)
         return TensorInfo(
