@@ -1,8 +1,14 @@
 """glassllama: Llama 3 from scratch, in Python you can see through, and fast on a CPU."""
 
-from __future__ import annotations
+import sys
 
-from typing import TYPE_CHECKING, Any
+# `python -m glassllama` has Python look for every module in the current folder first, and that may
+# be a stranger's. So this comes before any import that is not built into Python.
+_sought = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
+if _sought.removesuffix(".__main__").endswith("glassllama") and not sys.flags.safe_path:
+    del sys.path[0]
+
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM, Completion, load

@@ -44,13 +44,19 @@ import json, os, sys, tempfile
 from glassllama.__main__ import main
 import glassllama.cli.app
 
-ended = []
+def unread():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+places = {"unread": unread, "full": lambda: os.open("/dev/full", os.O_WRONLY)}
+ended, kinds = [], sys.argv[2:]
 for arguments in json.loads(sys.argv[1]):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
-            for number, file in ((1, out), (2, err)):
-                os.dup2(file.fileno(), number)
+            for number, file, kind in zip((1, 2), (out, err), kinds):
+                os.dup2(places[kind]() if kind in places else file.fileno(), number)
             sys.argv[1:] = arguments
             main()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -60,10 +66,16 @@ print(json.dumps(ended))
 """
 
 
-def run_many(lines: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
-    """The program once for each line, as forks of one process that has imported its verbs."""
+def run_many(
+    lines: list[list[str]], out: str = "file", err: str = "file"
+) -> list[subprocess.CompletedProcess[str]]:
+    """The program once for each line, as forks of one process that has imported its verbs.
+
+    `out`, `err`: "file", what is printed comes back; "unread", a pipe whose reader has gone;
+    "full", a device without room.
+    """
     process = subprocess.run(
-        [sys.executable, "-c", FORKS, json.dumps(lines)],
+        [sys.executable, "-c", FORKS, json.dumps(lines), out, err],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from cli.programs import COMMAND, PATIENCE, is_clean_error, run, run_many
+from glassllama.base.errors import GlassError
+from glassllama.cli.exits import foreseen
 from tiny_models import hf_model, write_hf
 
 # Every verb, with arguments that would work if the model were there.
@@ -91,6 +94,57 @@ def test_a_reader_that_left_is_141(name: str, default_model: Path) -> None:
     assert process.returncode == 141
     assert b"Traceback" not in process.stderr
     assert b"rror" not in process.stderr
+
+
+ANSWERS = [["--help"], ["--version"], ["list"], ["show", "-h"], ["train", "--help"], []]
+ERRORS = [["show", "./nowhere.gguf"], ["--debug", "show", "./nowhere.gguf"]]
+
+
+def test_whoever_does_not_read_an_answer_gets_no_complaint() -> None:
+    for process in run_many(ANSWERS, out="unread"):
+        assert (process.returncode, process.stderr.count("rror")) == (141, 0)
+    for err in ("unread", "full"):
+        assert {process.returncode for process in run_many(ANSWERS, out="unread", err=err)} == {141}
+    for process in run_many(ERRORS, out="unread"):
+        assert is_clean_error(process, "nowhere.gguf")
+
+
+def test_answers_that_find_no_room_are_one_line() -> None:
+    for process in run_many(ANSWERS, out="full"):
+        assert is_clean_error(process, "No space left")
+
+
+@pytest.mark.parametrize("err", ["unread", "full"])
+def test_an_error_that_cannot_be_printed_has_its_code(err: str) -> None:
+    for out in ("file", "unread", "full"):
+        assert {process.returncode for process in run_many(ERRORS, out=out, err=err)} == {1}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v: Linux")
+@pytest.mark.parametrize("words", ["chat hi", "generate hi --backend torch", "walkthrough hi"])
+def test_too_little_memory_is_one_line(words: str, default_model: Path) -> None:
+    process = subprocess.run(
+        ["sh", "-c", f"ulimit -v 400000; exec {' '.join(COMMAND)} {words}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+    )
+    assert is_clean_error(process, "out of memory: ", "'ulimit -v'")
+
+
+def test_libraries_words_for_too_little_memory() -> None:
+    inner = OSError("libx.so: failed to map segment from shared object")
+    hidden = OSError("Could not find/load shared object file")
+    hidden.__context__ = inner
+    for error in (
+        hidden, MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ):  # fmt: skip
+        assert str(foreseen(error)).startswith("out of memory")
+    assert foreseen(RuntimeError("something else")) is None
+    assert foreseen(GlassError("needs not enough memory")) == "needs not enough memory"
 
 
 def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:

@@ -21,6 +21,8 @@ CGROUP_LIMITS = (
 def available_memory() -> int | None:
     """Bytes that can be taken now without swapping; None where the system does not say."""
     free = _system_memory()
+    if (left := address_space_left()) is not None:
+        free = left if free is None else min(free, left)
     for limit, used in CGROUP_LIMITS:
         try:
             room = int(limit.read_text()) - int(used.read_text())
@@ -38,6 +40,20 @@ def _system_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None  # Windows, and sandboxes without /proc
+
+
+def address_space_left() -> int | None:
+    """Bytes that may still be mapped under `ulimit -v`; None where there is no limit."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError, ValueError):  # Windows, and systems without /proc
+        return None
+    return max(0, limit - pages * resource.getpagesize())
 
 
 def usable_cores() -> int:

@@ -62,6 +62,15 @@ class Verbs(TyperGroup):
         if code:
             ctx.exit(code)
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the command line; --help and --version print here, perhaps to nobody."""
+        made: list[Any] = []
+        parse = super().make_context
+        code = code_of(lambda: made.append(parse(*arguments, **options)), unexpected=False)
+        if not made:
+            sys.exit(code)
+        return made[0]
+
     def get_help(self, ctx: Any) -> str:
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, verb in self.commands.items():
