@@ -203,7 +203,7 @@ def test_usage_errors_say_what_came_and_what_was_expected(
     assert (ran.code, ran.out) == (2, "")
     last = ran.err.splitlines()[-1]
     assert option in last
-    assert last.endswith(f": expected {wanted}, got '{typed}'")
+    assert f": expected {wanted}, got '{typed}' (see 'glassllama generate -h')" in last
 
 
 def test_a_number_that_no_option_can_have_is_wrong_usage_too(verb: Verb) -> None:

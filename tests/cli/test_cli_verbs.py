@@ -15,6 +15,7 @@ from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
 
 GREEDY = ("-t", "0")
+CHAT = {"repetition_penalty": 1.1}  # what chat has by default
 QUESTION = "What is photosynthesis?"
 
 
@@ -22,7 +23,7 @@ def test_chat_prints_what_the_facade_answers(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", QUESTION, *GREEDY, "-n", "24")
     assert ran.code == 0
     assert ran.err == ""
-    assert ran.out == loaded.chat(QUESTION, max_tokens=24).text + "\n"
+    assert ran.out == loaded.chat(QUESTION, max_tokens=24, **CHAT).text + "\n"
     assert "plants" in ran.out
 
 
@@ -37,7 +38,7 @@ def test_chat_obeys_the_system_message(verb: Verb, loaded: LLM) -> None:
         {"role": "system", "content": "You are a pirate."},
         {"role": "user", "content": "Hello"},
     ]
-    assert ran.out == loaded.chat(messages, max_tokens=16).text + "\n"
+    assert ran.out == loaded.chat(messages, max_tokens=16, **CHAT).text + "\n"
 
 
 def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
@@ -55,6 +56,7 @@ def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
         "prompt_tokens": len(answer["prompt_ids"]),
         "completion_tokens": 8,
         "total_tokens": len(answer["prompt_ids"]) + 8,
+        "dropped_tokens": 0,
         "drafted_tokens": 0,  # nothing in this answer was said before
         "accepted_tokens": 0,
     }
