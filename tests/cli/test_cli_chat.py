@@ -132,7 +132,7 @@ def test_what_the_template_adds_by_itself(
 ) -> None:
     talk = talk_with(Speaks(llm, template or llm.chat_format))
     talk.conversation.system = system
-    assert talk.told_first() == told
+    assert talk.text_before_first_message() == told
 
 
 def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ WELCOME = "{name}: write something, or /help; Ctrl-D leaves"
 HELP = """\
 /set                 show how answers are chosen
 /set OPTION VALUE    change it: /set temperature 0.2, or /set seed none
-/system              show what the model is told first, by you and by its chat template
+/system              show what the model reads first: your system message, the template's text
 /system TEXT         tell it something else
 /show                show the model and how full its context is
 /save FILE           keep this conversation
@@ -100,8 +100,9 @@ class Repl:
         if text:
             self.talk.conversation.system = text.strip('"')
         print(shown(self.talk.conversation.system))
-        if (told := self.talk.told_first()) not in ("", self.talk.conversation.system):
-            print(f"as the model's chat template writes it: {told}")
+        opening = self.talk.text_before_first_message()
+        if opening not in ("", self.talk.conversation.system):
+            print(f"as the model's chat template writes it: {opening}")
 
     def show(self, _: str) -> None:
         llm, conversation = self.talk.llm, self.talk.conversation

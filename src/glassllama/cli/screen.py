@@ -223,7 +223,7 @@ def text_and_stdin(text: str | None, what: str) -> str:
 
 def stdin_text(most: int | None) -> str:
     """All of stdin, which is no terminal, without its last line end; what is wrong is said."""
-    with said_after(WAITING_SECONDS, WAITING):
+    with note_after(WAITING_SECONDS, WAITING):
         raw = _stdin_bytes(most)
     if most is not None and len(raw) > most:
         raise GlassError(f"standard input: more than {most:,} bytes, which no context holds")
@@ -235,7 +235,7 @@ def stdin_text(most: int | None) -> str:
 
 
 @contextmanager
-def said_after(seconds: float, text: str) -> Iterator[None]:
+def note_after(seconds: float, text: str) -> Iterator[None]:
     """A note, where the body takes longer than that."""
     timer = Timer(seconds, note, [text])
     timer.daemon = True

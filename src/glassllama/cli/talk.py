@@ -63,7 +63,7 @@ class Talk:
         ends = "no limit" if most is None else f"at most {most:,} tokens"
         return f"an answer has {ends}, repetition penalty {penalty:g}; /set shows and changes them"
 
-    def told_first(self) -> str:
+    def text_before_first_message(self) -> str:
         """What the model reads before the first message, control tokens left out.
 
         That is the system message, and what the chat template puts before, around or in place of
@@ -81,7 +81,7 @@ class Talk:
         text = self.llm.tokenizer.decode(ids)
         before, _, rest = text.partition(parts[0][1])
         between = rest.partition(parts[1][1])[2].partition(parts[2][1])[0]
-        before = before[: len(before) - same_end(before, between)]
+        before = before[: len(before) - common_suffix_length(before, between)]
         for control in sorted(self.llm.tokenizer.specials, key=len, reverse=True):
             before = before.replace(control, "")
         return before.strip().removeprefix("system").strip()
@@ -96,7 +96,7 @@ class Talk:
             )
 
 
-def same_end(one: str, other: str) -> int:
+def common_suffix_length(one: str, other: str) -> int:
     """How many characters two texts have in common at their ends."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -81,7 +81,7 @@ function stepButton(step) {
   );
 }
 
-// From top to bottom in the order of the steps: through the model, and what lies beside its way.
+// All steps in the order of their numbers: those of a forward pass along a line, others beside dots.
 function drawMap() {
   const chosen = (wanted) => steps.filter((step) => wanted(step.name)).map(stepButton);
   const named = (...names) => chosen((name) => names.includes(name));
