@@ -27,6 +27,14 @@ class Ran:
 Verb = Callable[..., Ran]
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the user's folder, `runs/` for one, is not the tests' to see or to change."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture(scope="session")
 def llm(default_model: Path) -> LLM:
     return load("smollm2-135m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
@@ -33,6 +34,7 @@ TABLES = {
 LARGEST_FILE = 1 << 16  # bytes of a settings file
 LONGEST_REASON = 120  # characters of what the TOML reader says
 LONGEST_CHANGE = 1 << 12  # characters of a --set
+DEEP_KEY = re.compile(r"(?<![^\s.=#])(?:[^\s.=#]++[ \t]*+\.[ \t]*+){49}")
 PRESETS = resources.files("glassllama.train") / "presets"
 Tables = dict[str, dict[str, Any]]
 
@@ -94,6 +96,8 @@ def read_tables(source: str) -> Tables:
 
 
 def parse(place: str, text: str) -> Tables:
+    if DEEP_KEY.search(text):  # Python's reader takes the square of their length
+        raise ConfigError(f"{place}: not valid TOML: a key of 50 parts or more")
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # numbers and nests too large for Python, too
@@ -103,7 +107,7 @@ def parse(place: str, text: str) -> Tables:
         if name not in TABLES:
             near = _nearest(name, list(TABLES))
             raise ConfigError(f"{place}: unknown table [{quoted_key(name)}]{near}")
-        if not isinstance(table, dict):
+        if not isinstance(table, dict):  # before --set changes a field of it
             raise ConfigError(f"{place}: {name}: want a table [{name}], got {quoted(table)}")
     return tables
 
@@ -147,6 +151,9 @@ def from_tables(name: str, tables: Tables) -> Settings:
     for table in ("model", "data", "optimiser", "schedule"):
         if table not in tables:
             raise ConfigError(f"{name}: table [{table}] is missing")
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: {quoted_key(table)}: want a table, got {quoted(values)}")
     return Settings(
         name=name,
         model=_model_settings(name, tables["model"]),

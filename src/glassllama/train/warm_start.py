@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glassllama import hub
+from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import WeightsError, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
@@ -109,7 +110,8 @@ def in_layout_of(ours: Any, theirs: Any, name: str, tensor: Tensor) -> Tensor:
 
     Neighbours (0, 1), (2, 3), … become halves (0, D/2), (1, D/2 + 1), …: the same model.
     """
-    if not name.endswith(ROTATED) or theirs.rope_layout == ours.rope_layout:
+    rotated = isinstance(ours, LlamaConfig) and name.endswith(ROTATED)
+    if not rotated or theirs.rope_layout == ours.rope_layout:
         return tensor
     assert theirs.rope_layout == PAIRS  # models that are trained here rotate halves
     heads = tensor.unflatten(0, (-1, ours.head_dim // 2, 2))  # (n, D/2, 2, C)
