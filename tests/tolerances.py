@@ -181,3 +181,13 @@ def loss_bar(
     of those before: √steps.
     """
     return logits_bar(config, dtype) * math.sqrt(max(1, steps) / tokens)
+
+
+def muon_bar(config: Any, *, steps: int) -> float:
+    """The same for float32 runs whose steps are made by Muon, after the first.
+
+    Its products are in bfloat16. Two runs apart by a share e take another bfloat16 number for a
+    share e/u of all numbers, and are then off by 2u there: √(e/u)·u = √(e·u) is the mean error.
+    """
+    each = loss_bar(config, steps=steps)
+    return CONDITION * math.sqrt(each * unit(torch.bfloat16))
