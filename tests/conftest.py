@@ -48,8 +48,15 @@ def llama3_ranks() -> Path:
 
 
 @pytest.fixture(scope="session")
+def romeo_and_juliet() -> Path:
+    """100 kB of the play (public domain; begun as in the text `shakespeare`), to learn from."""
+    return Path(__file__).parent / "romeo_and_juliet.txt"
+
+
+@pytest.fixture(scope="session")
 def tinyshakespeare() -> Path:
-    """The canonical file, in the cache: downloaded before, or laid beside the checkout for CI."""
+    """The canonical file, for tests of its own numbers and those of presets that learn from it:
+    in the cache, downloaded before; or laid beside the checkout."""
     from glassllama import hub
 
     beside = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"

@@ -26,8 +26,8 @@ LONG = ["schedule.steps=150", "run.eval_every=50", "run.save_every=5"]
 
 
 @pytest.fixture
-def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    return write_text(tmp_path, tinyshakespeare)
+def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    return write_text(tmp_path, romeo_and_juliet)
 
 
 @pytest.fixture
@@ -85,9 +85,8 @@ def test_presets_are_listed(verb: Any) -> None:
     ],
 )
 def test_faults_are_one_line(
-    arguments: list[str], code: int, words: str, verb: Any, tmp_path: Path,
-    tinyshakespeare: Path, monkeypatch: Any,
-) -> None:  # fmt: skip
+    arguments: list[str], code: int, words: str, verb: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     ran = verb("train", *arguments)
     assert ran.code == code

@@ -90,9 +90,9 @@ def disk_with_room_for(count: int) -> Iterator[None]:
 
 
 def test_a_full_disk_ends_cleanly_and_keeps_what_was_there(
-    tmp_path: Path, tinyshakespeare: Path
+    tmp_path: Path, romeo_and_juliet: Path
 ) -> None:
-    text = write_text(tmp_path, tinyshakespeare)
+    text = write_text(tmp_path, romeo_and_juliet)
     run = new_run(tmp_path / "run", text)
     make_steps(run, stop_after=4)
     with disk_with_room_for(20_000), pytest.raises(TrainingError, match="cannot be saved") as error:

@@ -15,8 +15,8 @@ from train.recipes import write_text
 
 
 @pytest.fixture
-def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    return write_text(tmp_path, tinyshakespeare)
+def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    return write_text(tmp_path, romeo_and_juliet)
 
 
 def test_a_vocabulary_is_what_it_was_made_of(

@@ -22,6 +22,7 @@ from glassllama.train.loss import summed_loss
 from glassllama.train.muon import Muon, orthogonalise
 from glassllama.train.optimisers import Optimisers
 from glassllama.train.settings import OptimiserSettings
+from tolerances import CONDITION, assert_logits, difference, logits_bar, unit
 
 
 def small_llama(vocab_size: int = 69, **changes: Any) -> Llama:
@@ -74,8 +75,10 @@ def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
             expected[name] = expected[name] * (1 - 0.1 * 0.2) - 0.1 * step
         muon.step()
     for name, parameter in named.items():
-        difference = float((parameter.detach() - expected[name]).abs().max())
-        assert difference < 0.02, name  # the products are in bfloat16
+        # Fifteen products in bfloat16 make the direction of each of three steps.
+        moved = 3 * 0.1 * 0.2 * math.sqrt(max(shapes[name]))
+        bound = CONDITION * unit(torch.bfloat16) * math.sqrt(15) * moved
+        assert float((parameter.detach() - expected[name]).abs().max()) < bound, name
 
 
 def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:
@@ -126,9 +129,9 @@ def test_loss_in_pieces_is_the_loss_and_never_holds_all_logits() -> None:
         with Largest() as largest:
             loss = summed_loss(model, hidden, targets, chunk)
             loss.backward()
-        assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
-        assert torch.allclose(hidden.grad, expected, atol=1e-6)
-        assert torch.allclose(model.tok_embeddings.weight.grad, weights, atol=1e-4)
+        assert_logits(loss.detach(), whole.detach(), model.config, layers=1)
+        assert_logits(hidden.grad, expected, model.config, layers=1)
+        assert_logits(model.tok_embeddings.weight.grad, weights, model.config, layers=1)
         assert largest.numbers <= vocabulary * max(40, min(chunk, positions))
 
 
@@ -144,7 +147,8 @@ def test_the_mean_is_of_all_weights_so_far_and_lends_itself() -> None:
         average.update(step)
         share = min(0.9, step / (step + 9))
         mean = share * mean + (1 - share) * step
-    assert torch.allclose(average.means["weight"], mean)
+    # A mean of decay 0.9 remembers the roundings of ten steps; three of each step, here and there.
+    assert difference(average.means["weight"], mean) <= 2 * 3 * 10 * unit()
     with average.in_place():
         assert torch.equal(layer.weight, average.means["weight"])
     assert torch.equal(layer.weight, torch.full((1, 2), 199.0))
@@ -156,7 +160,8 @@ def test_the_mean_is_of_all_weights_so_far_and_lends_itself() -> None:
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_fast_layers_compute_what_the_model_says(qk_norm: bool, packed: bool) -> None:
-    """Logits and every gradient: no further from float32 than PyTorch's own bfloat16 is."""
+    """Logits and every gradient: as far from float32 as rounding to bfloat16 explains, forwards
+    and backwards."""
     model = small_llama(qk_norm=qk_norm)
     fast = copy.deepcopy(model)
     accelerate(fast)
@@ -164,12 +169,9 @@ def test_fast_layers_compute_what_the_model_says(qk_norm: bool, packed: bool) ->
     segments = (torch.arange(17) >= 7).long().expand(3, -1) if packed else None
     exact = tensors_of_step(model, ids, segments)
     quick = tensors_of_step(fast, ids, segments)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = tensors_of_step(model, ids, segments)
+    bar = logits_bar(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
     for name, tensor in exact.items():
-        ours, theirs = ((other[name] - tensor).norm() for other in (quick, rounded))
-        assert float(ours) < 1.5 * float(theirs) + 1e-6 * float(tensor.norm()), name
-        assert float(ours) < 0.1 * float(tensor.norm()), name
+        assert (quick[name] - tensor).norm() <= bar * tensor.norm(), name
 
 
 def tensors_of_step(
@@ -210,8 +212,8 @@ def test_fast_layers_with_a_cache_are_the_model_itself() -> None:
 def test_kernels_are_the_derivatives_of_each_other() -> None:
     """Each backward kernel against float64 autograd of the formula, one row at a time."""
     chance = np.random.default_rng(1)
-    both = torch.tensor(chance.normal(size=(5, 12)), dtype=torch.float64, requires_grad=True)
-    d_out = torch.tensor(chance.normal(size=(5, 6)))
+    both = torch.tensor(chance.normal(size=(5, 12))).bfloat16().double().requires_grad_()
+    d_out = torch.tensor(chance.normal(size=(5, 6))).bfloat16().double()
     gate, up = both.chunk(2, dim=1)
     out = F.silu(gate) * up
     out.backward(d_out)
@@ -219,8 +221,9 @@ def test_kernels_are_the_derivatives_of_each_other() -> None:
     found, d_both = np.empty((5, 6), np.int16), np.empty((5, 12), np.int16)
     kernels.gate(narrow[0], found)
     kernels.ungate(*narrow, d_both)
-    assert np.allclose(from_bits(found), out.detach(), rtol=0.02, atol=0.02)
-    assert np.allclose(from_bits(d_both), both.grad, rtol=0.04, atol=0.04)
+    once = 1.01 * unit(torch.bfloat16)  # float32 inside, and rounded once
+    assert np.allclose(from_bits(found), out.detach(), rtol=once, atol=1e-6)
+    assert np.allclose(from_bits(d_both), both.grad, rtol=once, atol=1e-6)
 
 
 def as_bits(x: torch.Tensor) -> Any:

@@ -39,8 +39,8 @@ KINDS = ("llama", "gpt", "bigram")
 
 
 @pytest.fixture
-def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    return write_text(tmp_path, tinyshakespeare)
+def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    return write_text(tmp_path, romeo_and_juliet)
 
 
 @pytest.fixture
@@ -110,8 +110,10 @@ def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any)
     fails(run, "future", "its causal mask is missing")
 
 
-def test_no_mask_between_documents(tmp_path: Path, tinyshakespeare: Path, monkeypatch: Any) -> None:
-    lines = tinyshakespeare.read_text(encoding="utf-8").split("\n\n")[:300]
+def test_no_mask_between_documents(
+    tmp_path: Path, romeo_and_juliet: Path, monkeypatch: Any
+) -> None:
+    lines = romeo_and_juliet.read_text(encoding="utf-8").split("\n\n")[:300]
     import json
 
     file = tmp_path / "plays.jsonl"
@@ -169,9 +171,9 @@ def test_text_that_is_one_character(tmp_path: Path) -> None:
     fails(new_run(tmp_path / "run", path), "data", "one token over and over")
 
 
-def test_validation_text_that_is_learnt_from(tmp_path: Path, tinyshakespeare: Path) -> None:
+def test_validation_text_that_is_learnt_from(tmp_path: Path, romeo_and_juliet: Path) -> None:
     path = tmp_path / "twice.txt"
-    path.write_text(tinyshakespeare.read_text(encoding="utf-8")[:700] * 10)
+    path.write_text(romeo_and_juliet.read_text(encoding="utf-8")[:700] * 10)
     fails(new_run(tmp_path / "run", path), "stands in the training text too")
 
 

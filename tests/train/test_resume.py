@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
 from glassllama.train.journal import Journal, read_records
 from glassllama.train.resolve import resolve
+from tolerances import assert_logits, logits_bar, loss_bar, muon_bar
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
 STEPS = 12
@@ -34,8 +34,8 @@ WAYS = {
 
 
 @pytest.fixture
-def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    return write_text(tmp_path, tinyshakespeare)
+def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    return write_text(tmp_path, romeo_and_juliet)
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -83,11 +83,15 @@ def test_steps_after_the_last_checkpoint_are_made_again(tmp_path: Path, text: Pa
 
 
 def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, text: Path) -> None:
-    whole = make_steps(new_run(tmp_path / "whole", text))
-    parts = make_steps(new_run(tmp_path / "parts", text, "llama", "run.accumulate=3"))
-    assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], abs=2e-3)
-    assert parts[0].loss == pytest.approx(whole[0].loss, abs=1e-6)
-    assert parts[0].grad_norm == pytest.approx(whole[0].grad_norm, rel=1e-4)
+    one = new_run(tmp_path / "whole", text, "llama", "run.precision=float32")
+    other = new_run(tmp_path / "parts", text, "llama", "run.precision=float32", "run.accumulate=3")
+    whole, parts, config = make_steps(one), make_steps(other), one.model.config
+    assert parts[0].loss == pytest.approx(whole[0].loss, rel=loss_bar(config, steps=1))
+    assert parts[0].grad_norm == pytest.approx(
+        whole[0].grad_norm, rel=logits_bar(config, layers=2 * config.n_layers)
+    )
+    later = muon_bar(config, steps=len(whole))
+    assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], rel=later)
 
 
 def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
@@ -178,7 +182,10 @@ def test_the_runs_folder_is_a_model_that_load_reads(kind: str, tmp_path: Path, t
     ids = llm.tokenizer.encode("To be, or not")
     with torch.inference_mode(), run.average.in_place():  # type: ignore[union-attr]
         expected = run.model(torch.tensor([ids]))[0].numpy()
-    assert np.allclose(llm.logits(ids), expected, atol=1e-4)
+    if kind == "bigram":  # a table that is read: no sums
+        assert (llm.logits(ids) == expected).all()
+    else:
+        assert_logits(llm.logits(ids), expected, run.model.config)
 
 
 def test_samples_and_tensorboard(tmp_path: Path, text: Path) -> None:
