@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
+from glassllama.base.errors import GenerationError, quoted
 
 
 class Tokenizer(Protocol):
@@ -98,18 +99,36 @@ class Cache(Protocol):
     def truncate(self, row: int, length: int) -> None: ...  # forget all after `length` tokens
 
 
+def require_cache_size(config: LlamaConfig, batch: int, max_len: int) -> None:
+    """Raise GenerationError for a cache of no rows or tokens, or of more than the context holds."""
+    for name, value in (("batch", batch), ("max_len", max_len)):
+        if type(value) is not int or value < 1:
+            raise GenerationError(
+                f"a cache's {name} must be a whole number from 1, got {quoted(value)}"
+            )
+    if max_len > config.max_seq_len:
+        raise GenerationError(
+            f"{max_len} tokens are more than the model's context of {config.max_seq_len}: "
+            "shorten the text, or give it in parts"
+        )
+
+
 class Executor(Protocol):
     """What generation drives: the engine, or a torch model wrapped by weights/load.py."""
 
     @property
     def config(self) -> LlamaConfig: ...
 
-    def new_cache(self, batch: int, max_len: int) -> Cache: ...
+    def new_cache(self, batch: int, max_len: int) -> Cache:
+        """An empty cache. Raises GenerationError if `max_len` is more than the context."""
+        ...
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids (as many as it has) -> (B, V) logits after each row's last.
 
-        A row with no new ids is left as it is, and its logits are not defined.
+        A row with no new ids is left as it is, and its logits are not defined. Raises
+        GenerationError, and leaves the cache as it was, where ids are not of the vocabulary, the
+        cache has no room for them, or is another executor's.
         """
         ...
 

@@ -2,15 +2,21 @@
 
 A page knows its ids and the page before it, so the pages of all caches of an engine are a tree of
 texts. A row that begins as another one did finds that beginning there: whole pages are shared, of
-the page where the two part the row gets a copy. What no row uses any more is gone at once.
+the page where the two part the row gets a copy. What no row uses any more is gone at once: the tree
+refers to its pages weakly, so that no code runs when a cache goes, in which a Ctrl-C would be lost.
+
+An exception may come between any two steps of Python's interpreter. So what a row consists of is
+its list of pages and its length; each changes in a single step, and the rest follows from them: how
+many rows use a page, the table of addresses. Pages behind the length, and ids in the last page
+behind it, mean nothing, and are removed before the row grows again.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +24,11 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
+from glassllama.engine.layout import zeros
 from glassllama.engine.pages import FLOAT32, INT8, INT16, ITEM_BYTES, PAGE
+from glassllama.base.turn import Turn, in_turn
+
+T = TypeVar("T")
 
 CACHE_KINDS: dict[CacheType, int] = {"int16": INT16, "int8": INT8}
 WORTH_WAITING = 32  # ids in common with a row of the same batch: it goes first, others find them
@@ -29,15 +39,42 @@ def bytes_per_token(config: LlamaConfig, kind: int) -> int:
     return kv_bytes(config, ITEM_BYTES[kind], CACHE_SCALE if kind != FLOAT32 else 0)
 
 
+def living(references: Iterable[weakref.ref[T]]) -> list[T]:
+    return [thing for reference in references if (thing := reference()) is not None]
+
+
+class Row(list["Page"]):
+    """The pages of a row of a cache. Not a plain list, which cannot be referred to weakly."""
+
+
 @dataclass(eq=False)
 class Page:
     """Up to 64 tokens that follow those of the page before. Whole pages may have many users."""
 
     memory: NDArray[np.uint8]
     before: Page | None = None
+    number: int = -1  # in its rows
     ids: list[int] = field(default_factory=list)
-    users: int = 1  # rows
-    after: set[Page] = field(default_factory=set)
+    _users: list[weakref.ref[Row]] = field(default_factory=list)  # now or at some time
+    _after: list[weakref.ref[Page]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.address: int = self.memory.ctypes.data
+
+    @property
+    def after(self) -> list[Page]:
+        return living(self._after)
+
+    def put_after(self, page: Page) -> None:
+        self._after = [weakref.ref(other) for other in (*self.after, page)]
+
+    def users(self) -> list[Row]:
+        """Rows that have this page now."""
+        n, rows = self.number, {id(row): row for row in living(self._users)}
+        return [row for row in rows.values() if len(row) > n and row[n] is self]
+
+    def used_by(self, row: Row) -> None:
+        self._users = [weakref.ref(other) for other in (*self.users(), row)]
 
 
 class Pages:
@@ -45,14 +82,13 @@ class Pages:
 
     def __init__(self, page_bytes: int) -> None:
         self.page_bytes = page_bytes
-        self.root = Page(np.zeros(0, np.uint8))
-        self.lock = threading.RLock()  # the collector may release pages anywhere
+        self.root = Page(zeros(np.uint8, 0))
+        self.turn = Turn()  # of all that changes pages or rows, and of the engine's steps
 
     def new(self, before: Page) -> Page:
         """An empty page after another. All zeros: weight 0 times what is never written is 0."""
-        page = Page(np.zeros(self.page_bytes, np.uint8), before)
-        with self.lock:
-            before.after.add(page)
+        page = Page(zeros(np.uint8, self.page_bytes), before, before.number + 1)
+        before.put_after(page)
         return page
 
     def copy(self, page: Page, count: int) -> Page:
@@ -62,18 +98,6 @@ class Pages:
         fresh.memory[:] = page.memory
         fresh.ids = page.ids[:count]
         return fresh
-
-    def release(self, pages: Sequence[Page]) -> None:
-        """One user less; pages without users leave the tree."""
-        with self.lock:
-            for page in reversed(pages):
-                page.users -= 1
-                if page.users == 0 and page.before is not None:
-                    page.before.after.discard(page)
-
-    def release_rows(self, rows: list[list[Page]]) -> None:
-        for pages in rows:
-            self.release(pages)
 
 
 class PagedCache:
@@ -87,11 +111,11 @@ class PagedCache:
         self.lengths = [0] * batch
         self.kind = kind  # of its numbers: pages.INT16, FLOAT32, INT8
         self.recalled = 0  # tokens that were found instead of computed
-        self.table = np.zeros((batch, -(-max_len // PAGE)), np.int64)
-        self.address: int = self.table.ctypes.data
+        self.turn = pages.turn
         self._all = pages
-        self._pages: list[list[Page]] = [[] for _ in range(batch)]
-        weakref.finalize(self, pages.release_rows, self._pages)
+        self._pages = [Row() for _ in range(batch)]
+        self.table = zeros(np.int64, batch, 1)  # as wide as the longest row so far, or up to twice
+        self._table_is_good = True
 
     @property
     def batch(self) -> int:
@@ -114,21 +138,30 @@ class PagedCache:
 
     def reserve(self, row: int, length: int) -> None:
         """See to it that the row has pages for `length` tokens, and that its last is its own."""
+        if not self._table_is_good:
+            for every in range(self.batch):
+                self._write_table(every)
+            self._table_is_good = True
+        self._cut(row)
         pages, used = self._pages[row], self.lengths[row] % PAGE
-        if used and len(pages[self.lengths[row] // PAGE].ids) > used:
+        if used and len(pages[-1].ids) > used:
             self._own_last(row, used)
         while len(pages) * PAGE < length:
-            self._put(row, self._all.new(pages[-1] if pages else self._all.root))
+            page = self._all.new(pages[-1] if pages else self._all.root)
+            self._replace(row, len(pages), [page])
 
-    def remember(self, row: int, id: int) -> None:
-        """The row has grown by this token, whose keys and values are in its page now."""
-        length = self.lengths[row]
-        page = self._pages[row][length // PAGE]
-        page.ids.append(id)
-        self.lengths[row] = length + 1
-        if len(page.ids) == PAGE:
-            self._unite(row, length // PAGE)
+    def remember(self, row: int, ids: Sequence[int]) -> None:
+        """The row has grown by these tokens, whose keys and values are in its pages now."""
+        past, pages = self.lengths[row], self._pages[row]
+        length = past + len(ids)
+        for n in range(past // PAGE, -(-length // PAGE)):
+            first = max(past, n * PAGE)
+            pages[n].ids[first - n * PAGE :] = ids[first - past : (n + 1) * PAGE - past]
+        self.lengths[row] = length
+        for n in range(past // PAGE, length // PAGE):
+            self._unite(row, n)
 
+    @in_turn
     def truncate(self, row: int, length: int) -> None:
         """Forget all after the first `length` tokens of a row, and give their pages back."""
         if not 0 <= length <= self.lengths[row]:
@@ -137,6 +170,12 @@ class PagedCache:
             )
         self.lengths[row] = length
         self._cut(row)
+
+    def go_back(self, lengths: list[int]) -> None:
+        """Forget what a call that did not come to its end has added to the rows."""
+        self.lengths[:] = lengths
+        for row in range(self.batch):
+            self._cut(row)
 
     def next_to_feed(
         self, rest: list[list[int]], waiting: list[int]
@@ -173,19 +212,14 @@ class PagedCache:
         """Take over what the tree has of `ids`, but for the last -> how many tokens."""
         self._cut(row)
         used, pages = self.lengths[row] % PAGE, self._pages[row]
-        with self._all.lock:
-            own = pages[-1:] if used else []  # not full: perhaps there is a page with more
-            text = [*own[0].ids[:used], *ids[:-1]] if own else ids[:-1]
-            found = find(own[0].before if own else self._last(row), text)
-            known = sum(count for _, count in found) - used
-            if known <= 0:
-                return 0
-            del pages[len(pages) - len(own) :]
-            for page, count in found:
-                whole = count == PAGE
-                page.users += whole
-                self._put(row, page if whole else self._all.copy(page, count))
-            self._all.release(own)
+        own = pages[-1:] if used else []  # not full: perhaps there is a page with more
+        text = [*own[0].ids[:used], *ids[:-1]] if own else ids[:-1]
+        found = find(own[0].before if own else self._last(row), text)
+        known = sum(count for _, count in found) - used
+        if known <= 0:
+            return 0
+        taken = [page if count == PAGE else self._all.copy(page, count) for page, count in found]
+        self._replace(row, len(pages) - len(own), taken)
         self.lengths[row] += known
         self.recalled += known
         return known
@@ -194,42 +228,48 @@ class PagedCache:
         """If another row has filled a page alike, to the bit, both go on with that one."""
         pages = self._pages[row]
         page, before = pages[n], pages[n].before
-        with self._all.lock:
-            alike = [p for p in before.after if p.ids == page.ids] if before is not None else []
-            twin = next((p for p in alike if p is not page), None)
-            if twin is None:
-                return
-            twin.users += 1
-            pages[n] = twin
-            self.table[row, n] = twin.memory.ctypes.data
-            for following in pages[n + 1 : n + 2]:  # reserved already
-                following.before = twin
-                twin.after.add(following)
-            self._all.release([page])
+        alike = [p for p in before.after if p.ids == page.ids] if before is not None else []
+        twin = next((p for p in alike if p is not page), None)
+        if twin is None:
+            return
+        for following in pages[n + 1 : n + 2]:  # reserved already
+            following.before = twin
+            twin.put_after(following)
+        self._replace(row, n, [twin, *pages[n + 1 :]])
 
-    def _put(self, row: int, page: Page) -> None:
-        self.table[row, len(self._pages[row])] = page.memory.ctypes.data
-        self._pages[row].append(page)
+    def _replace(self, row: int, first: int, pages: list[Page]) -> None:
+        """The row's pages from number `first` on become these, and no others."""
+        own = self._pages[row]
+        for page in pages:
+            page.used_by(own)
+        self._table_is_good = False
+        own[first:] = pages
+        self._write_table(row, first)
+        self._table_is_good = True
+
+    def _write_table(self, row: int, first: int = 0) -> None:
+        """Addresses of the row's pages from number `first` on."""
+        pages, columns = self._pages[row], self.table.shape[1]
+        if len(pages) > columns:
+            wider = zeros(np.int64, self.batch, max(len(pages), 2 * columns))
+            wider[:, :columns] = self.table
+            self.table = wider
+        self.table[row, first : len(pages)] = [page.address for page in pages[first:]]
 
     def _cut(self, row: int) -> None:
         """Give back pages behind the row's length."""
-        pages, needed = self._pages[row], -(-self.lengths[row] // PAGE)
-        if len(pages) > needed:
-            self._all.release(pages[needed:])
-            del pages[needed:]
+        needed = -(-self.lengths[row] // PAGE)
+        if len(self._pages[row]) > needed:
+            self._replace(row, needed, [])
 
     def _own_last(self, row: int, used: int) -> None:
         """Before the row writes where its last page holds other tokens: they are forgotten, or, if
         other rows use them, the row goes on in a copy."""
-        self._cut(row)
-        with self._all.lock:
-            page = self._pages[row][-1]
-            if page.users == 1:
-                del page.ids[used:]
-                return
-            fresh = self._all.copy(page, used)
-            self._all.release([self._pages[row].pop()])
-            self._put(row, fresh)
+        page = self._pages[row][-1]
+        if len(page.users()) == 1:
+            del page.ids[used:]
+        else:
+            self._replace(row, page.number, [self._all.copy(page, used)])
 
 
 def find(before: Page | None, text: list[int]) -> list[tuple[Page, int]]:

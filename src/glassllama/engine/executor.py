@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import operator
+import os
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import GenerationError
-from glassllama.base.interfaces import Cache, CacheType
+from glassllama.base.errors import GenerationError, quoted
+from glassllama.base.interfaces import Cache, CacheType, require_cache_size
 from glassllama.engine import model
 from glassllama.engine.beginning import set_out
 from glassllama.engine.cache import (
@@ -25,7 +25,7 @@ from glassllama.engine.cache import (
     bytes_per_token,
 )
 from glassllama.engine.compiled import notes as compiler_notes
-from glassllama.engine.crew import Crew, announce, processors
+from glassllama.engine.crew import LIVING, Crew, processors
 from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
 from glassllama.engine.pages import FLOAT32, PAGE
@@ -33,6 +33,7 @@ from glassllama.engine.room import Room
 from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
 from glassllama.engine.tiers import tier
+from glassllama.base.turn import in_turn
 
 # Tokens of one step, enough to use a weight often while it is in a near cache: the first, unless a
 # single layer would take them too long for Ctrl-C.
@@ -42,6 +43,7 @@ LAYER_SECONDS = 0.07  # the most for one layer, which cannot be divided
 FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
+FOREIGN = "a cache of another executor: make one with this executor's new_cache"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Weights:
     def nbytes(self) -> int:
         distinct = {id(m): m.nbytes for m in (*self.matrices, self.embeddings)}
         return sum(distinct.values()) + self.norms.nbytes
+
+
+NOTHING = (0,) * len(Step._fields)  # orders of a step without tokens
 
 
 class Token(NamedTuple):
@@ -98,59 +103,71 @@ class Engine:
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
-        self._turn = threading.Lock()
         self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
-        self._crew = Crew(self.threads, config.n_layers * model.PHASES + model.LOGITS_PHASES)
+        self.turn = self._pages.turn
         self._room = Room(
             config, weights.matrices, weights.embeddings, weights.norms,
             slots=CHUNKS[0], threads=self.threads,
         )  # fmt: skip
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
-        self._start()
+        self._compile()
+        self.assemble()
         self.notes += compiler_notes
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
         """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used.
 
         Rows that begin alike, in this cache or another one that is still there, share memory and
-        work.
+        work. Raises GenerationError if `max_len` is more than the model's context.
         """
+        require_cache_size(self.config, batch, max_len)
         return PagedCache(self._pages, batch, max_len, self.cache_kind)
 
+    @in_turn
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids -> (B, V) float32 logits after each row's last.
 
         A row's logits are the same to the bit, alone or in a batch. Raises GenerationError where
-        an id is not of this vocabulary or the cache has no room; the cache is then as before.
+        an id is not of this vocabulary or the cache has no room. After any exception, Ctrl-C too,
+        the cache is as before.
         """
-        assert isinstance(cache, PagedCache)
-        if len(ids) != cache.batch:
-            raise GenerationError(f"{len(ids)} rows of ids for a cache of {cache.batch} rows")
-        self._check(ids, cache)
-        rest, waiting = [list(new) for new in ids], [row for row, new in enumerate(ids) if new]
+        own = self._own(cache)
+        if len(ids) != own.batch:
+            raise GenerationError(f"{len(ids)} rows of ids for a cache of {own.batch} rows")
+        rest = [self._checked(row, new, own) for row, new in enumerate(ids)]
+        before = [*own.lengths]
+        try:
+            return self._next_logits(rest, own)
+        except BaseException:
+            own.go_back(before)
+            raise
+
+    def _next_logits(self, rest: list[list[int]], cache: PagedCache) -> NDArray[np.float32]:
+        waiting = [row for row, new in enumerate(rest) if new]
         logits, fed = self._new_logits(len(waiting)), list[int]()
         while waiting:
             now, waiting = cache.next_to_feed(rest, waiting)
-            tokens = [
-                Token(id, row, cache.lengths[row] + n)
-                for row in now
-                for n, id in enumerate(rest[row])
-            ]
             ends = [end - 1 for end in accumulate(len(rest[row]) for row in now)]
-            self._feed(tokens, ends, cache, logits[len(fed) :])
+            self._feed([(row, rest[row]) for row in now], ends, cache, logits[len(fed) :])
             fed += now
         return self._in_order(logits, fed, cache.batch)
 
+    @in_turn
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
-        """Feed the only row -> (T, V) float32 logits after every one of its new ids."""
-        assert isinstance(cache, PagedCache)
-        if cache.batch != 1:
-            raise GenerationError(f"all_logits feeds one row, the cache has {cache.batch}")
-        self._check([ids], cache)
-        past = cache.lengths[0]
-        tokens = [Token(id, 0, past + n) for n, id in enumerate(ids)]
-        logits = self._new_logits(len(ids))
-        self._feed(tokens, range(len(ids)), cache, logits)
+        """Feed the only row -> (T, V) float32 logits after every one of its new ids.
+
+        Errors as `next_logits`.
+        """
+        own = self._own(cache)
+        if own.batch != 1:
+            raise GenerationError(f"all_logits feeds one row, the cache has {own.batch}")
+        new, before = self._checked(0, ids, own), [*own.lengths]
+        logits = self._new_logits(len(new))
+        try:
+            self._feed([(0, new)], range(len(new)), own, logits)
+        except BaseException:
+            own.go_back(before)
+            raise
         return logits[:, : self.config.vocab_size]
 
     def chooser(self, **settings: float) -> Chooser:
@@ -188,32 +205,44 @@ class Engine:
 
     def _feed(
         self,
-        tokens: list[Token],
+        new: list[tuple[int, list[int]]],
         wanted: Sequence[int],
         cache: PagedCache,
         logits: NDArray[np.float32],
     ) -> None:
-        """Feed tokens; those whose numbers are `wanted`, in order, fill the rows of `logits`."""
-        for row, length in {token.row: token.position + 1 for token in tokens}.items():
-            cache.reserve(row, length)
+        """Feed rows their new ids; tokens whose numbers are `wanted`, in order, fill the rows of
+        `logits`."""
+        for row, ids in new:
+            cache.reserve(row, cache.lengths[row] + len(ids))
+        tokens = [
+            Token(id, row, cache.lengths[row] + n) for row, ids in new for n, id in enumerate(ids)
+        ]
         first = 0
         while first < len(tokens):
             last = first + self.prefill_chunk
             some = [n - first for n in wanted if first <= n < last]
-            with self._turn:
-                self._step(tokens[first:last], some, cache, logits)
+            self._step(tokens[first:last], some, cache, logits)
             logits, first = logits[len(some) :], last
-        for token in tokens:
-            cache.remember(token.row, token.id)
+        for row, ids in new:
+            cache.remember(row, ids)
 
-    def _check(self, ids: Sequence[Sequence[int]], cache: PagedCache) -> None:
-        """Raise GenerationError if these ids cannot be fed, before anything is done."""
+    def _own(self, cache: Cache) -> PagedCache:
+        if not isinstance(cache, PagedCache) or cache.turn is not self.turn:
+            raise GenerationError(FOREIGN)
+        return cache
+
+    def _checked(self, row: int, new: Sequence[int], cache: PagedCache) -> list[int]:
+        """Ids as whole numbers. Raises GenerationError if they cannot be fed to this row."""
         last = self.config.vocab_size - 1
-        for row, new in enumerate(ids):
-            bad = [id for id in new if not 0 <= id <= last]
-            if bad:
-                raise GenerationError(IDS.format(last=last, bad=bad[0]))
-            cache.require_room(row, len(new))
+        cache.require_room(row, len(new))
+        try:
+            ids = [operator.index(id) for id in new]
+        except TypeError as error:
+            raise GenerationError(f"ids must be whole numbers: {error}") from None
+        bad = [id for id in ids if not 0 <= id <= last]
+        if bad:
+            raise GenerationError(IDS.format(last=last, bad=quoted(bad[0])))
+        return ids
 
     def _step(
         self,
@@ -223,12 +252,17 @@ class Engine:
         logits: NDArray[np.float32],
     ) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
-        tables, count = self._room.tables, len(tokens)
+        tables, count, table = self._room.tables, len(tokens), cache.table
+        position = max(token.position for token in tokens)
+        spans = position // SPAN + 1
+        assert count <= CHUNKS[0]
+        assert len(wanted) <= min(count, len(logits))
+        assert position < min(cache.max_len, table.shape[1] * PAGE)
         tables["told"][:count] = tokens
         tables["wanted"][: len(wanted)] = wanted
+        self._room.make_room_for(spans)
         tiles = set_out(self._room.record, count)
-        spans = max(token.position for token in tokens) // SPAN + 1
-        shared = (cache.address, cache.table.shape[1], spans, cache.kind, logits.ctypes.data)
+        shared = (table.ctypes.data, table.shape[1], spans, cache.kind, logits.ctypes.data)
         for layers in self._calls(count):
             started = time.perf_counter()
             self._run(count, tiles, len(wanted), *layers, *shared)
@@ -238,10 +272,9 @@ class Engine:
     def _run(self, *orders: int) -> None:
         """One native call, on all threads; `orders` are the fields of model.Step."""
         crew = self._crew
-        epoch = announce(crew.address, orders, crew.first_phase, crew.words * (1 + crew.threads))
-        crew.wake()
-        place = (0, crew.threads, crew.address, crew.first_phase, crew.words)
-        model.serve(*place, epoch, self._room.record)
+        if not crew.complete:  # in the child of a fork, or interrupted at the start
+            self._start_crew()
+        model.serve(0, *crew.place, orders, self._room.record)
 
     def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of layers, each about as long as a native call may take."""
@@ -251,10 +284,29 @@ class Engine:
             yield first, min(first + count, layers)
             first += count
 
-    def _start(self) -> None:
-        """Compile everything on this thread, then let the others in: one that waits for the
-        compiler while another waits for it would wait for ever."""
+    def _compile(self) -> None:
+        """Everything, before there are other threads: one that waits for the compiler while another
+        waits for it would wait for ever."""
         set_out(self._room.record, 0)
-        self._run(*[0] * len(Step._fields))
-        self._crew.start(model.serve, self._room.record, keep=(self._room, self.weights))
-        weakref.finalize(self, self._crew.stop)
+        model.serve(0, *Crew(1, 0).place, NOTHING, self._room.record)
+
+    def assemble(self) -> None:
+        """Threads that are ready to compute, once they are needed."""
+        phases = self.config.n_layers * model.PHASES + model.LOGITS_PHASES
+        self._crew = Crew(self.threads, phases)
+        self._crew.stop_with(self)
+
+    def _start_crew(self) -> None:
+        keep = (self._room, self.weights)
+        self._crew.start(model.serve, NOTHING, self._room.record, keep=keep)
+
+
+def assemble_all() -> None:
+    """A child has none of its parent's other threads; base/turn.py sees to the locks."""
+    for owner, _ in [*LIVING]:
+        if isinstance(engine := owner(), Engine):
+            engine.assemble()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=assemble_all)

@@ -155,7 +155,8 @@ def call_system(context: Any, address: Any) -> Any:
 
 @instruction
 def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
-    """Call a kernel (kernels.py, reading.py) by its address, with a tuple of its integers."""
+    """Call a kernel (kernels.py, reading.py), or a C function, by its address, with a tuple of its
+    integers."""
     count = len(arguments)
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -105,6 +105,15 @@ class Matrix:
         return self.values.nbytes + self.scales.nbytes
 
 
+def zeros(dtype: Any, *shape: int) -> NDArray[Any]:
+    """An array that begins at a cache line. What is never used never becomes real memory."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    array: NDArray[Any] = memory[start : start + nbytes].view(dtype).reshape(shape)
+    return array
+
+
 def own_memory(nbytes: int) -> NDArray[np.uint8]:
     """Zeros of this process alone, aligned, in huge pages where the system has them."""
     room = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE) + HUGE_PAGE, **PRIVATE)

@@ -16,6 +16,7 @@ from glassllama.engine.crew import (
     STOP,
     YIELD,
     Member,
+    announce,
     complete,
     next_epoch,
     take,
@@ -206,19 +207,17 @@ def take_part(
 
 @entry
 def serve(
-    thread: int, threads: int, board: int, first_phase: int, words: int, epoch: int, room: Any
-) -> int:
-    """A crew thread's life between two sleeps -> the last epoch it has seen.
-
-    Thread 0 is the caller, who has just announced the step `epoch`, and returns when it is done.
+    thread: int, threads: int, board: int, first_phase: int, words: int, orders: Any, room: Any
+) -> None:
+    """Thread 0, the caller: one step, from its announcement to its end; `orders` are Step's fields.
+    Other threads: their part in all steps, until they are let go.
     """
-    while atomic_load(board + STOP * 8) == 0:
-        if thread > 0:
-            following = next_epoch(board, thread, epoch)
-            if following < 0:
-                break
-            epoch = following
+    epoch = 0
+    while thread == 0 or atomic_load(board + STOP * 8) == 0:
+        if thread == 0:
+            epoch = announce(board, threads, first_phase, words, orders)
+        else:
+            epoch = next_epoch(board, thread, epoch)
         take_part(thread, threads, board, first_phase, words, epoch, room)
         if thread == 0:
             break
-    return epoch

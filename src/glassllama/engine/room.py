@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig, rope_frequencies
-from glassllama.engine.layout import ALIGNMENT, BLOCK, FLOAT32, Matrix
+from glassllama.base.errors import WeightsError, quoted
+from glassllama.engine.layout import BLOCK, FLOAT32, Matrix, zeros
 from glassllama.engine.pages import PAGE
 from glassllama.engine.reading import reader_address
 from glassllama.engine.row_kernels import FACTORS, SUPERBLOCK, WIDE_BYTES
@@ -23,6 +24,7 @@ LANES = 16  # rows of a group
 ID, ROW, POSITION = range(3)  # what a step is told of each token
 TOLD = 3
 TILE = 8  # tokens of one row whose queries look at the cache together
+FIRST_SPANS = 4  # room for a context of 1,024 tokens at first, see `make_room_for`
 
 SIZES = (
     "layers", "heads", "kv_heads", "head_dim", "group_size", "dim", "ffn_dim", "pairs", "qk_norm",
@@ -77,6 +79,7 @@ class Room:
         slots: int,
         threads: int,
     ) -> None:
+        require_shapes(config, matrices, embeddings, norms)
         self.tables: dict[str, NDArray[Any]] = {
             "matrices": table_of(matrices, embeddings),
             "frequencies": rope_frequencies(config),
@@ -94,6 +97,46 @@ class Room:
             record[name] = table.ctypes.data
         record["eps"] = config.norm_eps
         self.record: Any = record[0]
+        self._outgrown: list[NDArray[Any]] = []
+
+    def make_room_for(self, spans: int) -> None:
+        """See to it that `parts` holds so many. Not while a step is computed.
+
+        Doubled, not made for the longest context at once, which may be any number. The old table
+        stays: a thread that is late in a step that is over may still read it.
+        """
+        parts = self.tables["parts"]
+        if spans > len(parts):
+            self._outgrown.append(parts)
+            grown = zeros(np.float32, max(spans, 2 * len(parts)), *parts.shape[1:])
+            self.tables["parts"], self.record["parts"] = grown, grown.ctypes.data
+
+
+def require_shapes(
+    config: LlamaConfig, matrices: list[Matrix], embeddings: Matrix, norms: NDArray[np.float32]
+) -> None:
+    """Raise WeightsError where a matrix is not as the configuration says: compiled code counts by
+    the configuration, and checks nothing."""
+    dim, ffn, vocab = config.dim, config.ffn_dim, config.vocab_size
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = [
+        (heads, dim), (kv_heads, dim), (kv_heads, dim), (dim, heads),
+        (ffn, dim), (ffn, dim), (dim, ffn),
+    ]  # fmt: skip
+    wanted = [*layer * config.n_layers, (vocab, dim), (vocab, dim)]
+    came = [(matrix.rows, matrix.columns) for matrix in (*matrices, embeddings)]
+    if came != wanted or norms.shape != (2 * config.n_layers + 1, dim):
+        wrong = [pair for pair in zip(came, wanted, strict=False) if pair[0] != pair[1]]
+        raise WeightsError(
+            f"{len(came)} packed matrices for {len(wanted)}, norms of shape {norms.shape}; shapes "
+            f"that differ (came, expected): {quoted(wrong)}"
+        )
+    for matrix in (*matrices, embeddings):
+        cells = (-(-matrix.rows // LANES), matrix.kind.blocks(matrix.columns))
+        sizes = matrix.kind.value_bytes, matrix.kind.scale_bytes
+        assert (matrix.values.shape, matrix.scales.shape) == tuple((*cells, n) for n in sizes)
+    assert norms.dtype == np.float32
+    assert norms.flags.c_contiguous
 
 
 def sizes_of(config: LlamaConfig, tables: dict[str, NDArray[Any]]) -> dict[str, int]:
@@ -118,7 +161,7 @@ def token_tables(config: LlamaConfig, slots: int) -> dict[str, NDArray[Any]]:
     words = ("wanted", "tile_first", "tile_count")
     return {
         "told": np.zeros((slots, TOLD), np.int64),
-        **zeros(np.float32, x=(slots, config.dim), cos=(slots, half), sin=(slots, half)),
+        **tables(np.float32, x=(slots, config.dim), cos=(slots, half), sin=(slots, half)),
         **{name: np.zeros(slots, np.int64) for name in words},
     }
 
@@ -137,28 +180,28 @@ def matrix_tables(
     mixed = config.n_heads * config.head_dim
     width, hidden = blocked(max(config.dim, mixed)) + BLOCK, blocked(config.ffn_dim) + BLOCK
     return {
-        **zeros(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, FACTORS)),
-        **zeros(np.float32, hidden_numbers=(slots, hidden)),
-        **zeros(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
-        **zeros(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
-        **zeros(np.uint16, bfloats=(seats, width), hidden_bfloats=(slots, hidden)),
-        **zeros(np.uint8, wides=(width // SUPERBLOCK + 1, seats, WIDE_BYTES)),
-        **zeros(np.uint8, hidden_wides=(hidden // SUPERBLOCK + 1, slots, WIDE_BYTES)),
-        **zeros(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows + LANES)),
-        **zeros(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows + LANES)),
-        **zeros(np.float32, hidden=(slots, 2 * (gate.padded_rows + LANES))),
+        **tables(np.float32, numbers=(seats, width), factors=(seats, width // BLOCK, FACTORS)),
+        **tables(np.float32, hidden_numbers=(slots, hidden)),
+        **tables(np.float32, hidden_factors=(slots, hidden // BLOCK, FACTORS)),
+        **tables(np.int8, codes=(seats, width), hidden_codes=(slots, hidden)),
+        **tables(np.uint16, bfloats=(seats, width), hidden_bfloats=(slots, hidden)),
+        **tables(np.uint8, wides=(width // SUPERBLOCK + 1, seats, WIDE_BYTES)),
+        **tables(np.uint8, hidden_wides=(hidden // SUPERBLOCK + 1, slots, WIDE_BYTES)),
+        **tables(np.float32, qkv=(slots, wq.padded_rows + wk.padded_rows + wv.padded_rows + LANES)),
+        **tables(np.float32, mixed=(slots, mixed), added=(slots, wo.padded_rows + LANES)),
+        **tables(np.float32, hidden=(slots, 2 * (gate.padded_rows + LANES))),
     }
 
 
 def attention_tables(config: LlamaConfig, threads: int) -> dict[str, NDArray[Any]]:
     """Room for the queries of a tile, and what they have seen."""
-    queries, pages = TILE * config.group_size, -(-config.max_seq_len // PAGE)
+    queries = TILE * config.group_size
     return {
-        **zeros(np.float32, queries=(threads, queries, config.head_dim)),
-        **zeros(np.float32, scores=(threads, queries, PAGE)),
-        **zeros(np.float32, opened=(threads, config.head_dim * PAGE)),
-        **zeros(np.float32, part=(threads, 2, queries, config.head_dim + 2)),
-        **zeros(np.float32, parts=(pages, config.n_heads, config.head_dim + 2)),
+        **tables(np.float32, queries=(threads, queries, config.head_dim)),
+        **tables(np.float32, scores=(threads, queries, PAGE)),
+        **tables(np.float32, opened=(threads, config.head_dim * PAGE)),
+        **tables(np.float32, part=(threads, 2, queries, config.head_dim + 2)),
+        **tables(np.float32, parts=(FIRST_SPANS, config.n_heads, config.head_dim + 2)),
     }
 
 
@@ -167,15 +210,8 @@ def blocked(columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK
 
 
-def zeros(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-    """Tables that begin at a cache line."""
-    tables = {}
-    for name, shape in shapes.items():
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        tables[name] = memory[start : start + nbytes].view(dtype).reshape(shape)
-    return tables
+def tables(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    return {name: zeros(dtype, *shape) for name, shape in shapes.items()}
 
 
 def table_of(matrices: list[Matrix], embeddings: Matrix) -> NDArray[np.int64]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Cache, Executor, Progress
+from glassllama.base.turn import BUSY
 from glassllama.generation.sampler import (
     GREEDY,
     Logits,
@@ -151,7 +153,10 @@ class Generation(Iterator[Step]):
     """The steps of all rows as they are made, row by row within a round.
 
     `cancel(row)` ends one row, `close()` all of them; neither costs anything afterwards.
-    Iterating raises GenerationError when the logits hold no number to choose by.
+    Iterating raises GenerationError when the logits hold no number to choose by. After an
+    exception, whatever it was, there are no further steps.
+
+    No generator: to drop one that has not ended runs Python, in which a Ctrl-C would be lost.
     """
 
     def __init__(
@@ -165,10 +170,30 @@ class Generation(Iterator[Step]):
         self._executor, self._rows, self._progress = executor, rows, progress
         self._speculation: Speculation | None = None
         self._held = held
-        self._steps = self._run()
+        self._cache: Cache | None = None
+        self._ready: deque[Step] = deque()
+        self._state: Literal["waiting", "busy", "ended"] = "waiting"
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        while True:
+            while self._ready:
+                step = self._ready.popleft()
+                if not self._rows[step.row].cancelled:  # perhaps just now, by the caller
+                    self.timings.new_tokens += 1
+                    return step
+            if not any(row.live for row in self._rows):
+                self.close()
+            if self._state == "ended":
+                raise StopIteration
+            if self._state == "busy":
+                raise GenerationError(BUSY)
+            self._state = "busy"
+            try:
+                self._ready.extend(self._begin() if self._cache is None else self._round())
+                self._state = "waiting"
+            finally:
+                if self._state == "busy":
+                    self._state, self._cache = "ended", None
 
     def cancel(self, row: int) -> None:
         self._rows[row].live = False
@@ -177,9 +202,11 @@ class Generation(Iterator[Step]):
     def close(self) -> None:
         for row in range(len(self._rows)):
             self.cancel(row)
-        self._steps.close()
+        if self._state == "waiting":
+            self._state, self._cache = "ended", None
 
-    def _run(self) -> Generator[Step, None, None]:
+    def _begin(self) -> list[Step]:
+        """Read the prompts -> the first id of every row."""
         started = time.perf_counter()
         longest = max(min(len(row.prompt) + row.limit, row.context) for row in self._rows)
         cache = self._executor.new_cache(len(self._rows), longest)
@@ -188,15 +215,16 @@ class Generation(Iterator[Step]):
         self.timings.reused_tokens = getattr(cache, "recalled", 0)
         if self._held is not None:
             self._held[:] = [cache]
-        yield from self._deliver(steps)
         if can_speculate(self._executor, self._rows):
             [row] = self._rows
             self._speculation = Speculation(Lookup([*row.prompt, row.last]))
-        while any(row.live for row in self._rows):
-            yield from self._deliver(self._round(cache))
+        self._cache = cache
+        return steps
 
-    def _round(self, cache: Cache) -> list[Step]:
+    def _round(self) -> list[Step]:
         """The next id of every living row; of an only row sometimes several."""
+        cache = self._cache
+        assert cache is not None
         started, guess = time.perf_counter(), self._guess()
         read = 1 + len(guess)
         if guess:
@@ -280,12 +308,6 @@ class Generation(Iterator[Step]):
         """One step of every living row, from its logits (V,)."""
         living = [(n, row) for n, row in enumerate(self._rows) if row.live]
         return [_next_step(n, row, logits[n]) for n, row in living]
-
-    def _deliver(self, steps: list[Step]) -> Iterator[Step]:
-        for step in steps:
-            if not self._rows[step.row].cancelled:  # perhaps just now, by the caller
-                self.timings.new_tokens += 1
-                yield step
 
 
 def _next_step(number: int, row: Row, logits: Logits) -> Step:

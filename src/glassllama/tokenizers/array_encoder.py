@@ -11,13 +11,13 @@ each does one thing, so that the processor can work on the next word while it wa
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base.turn import Turn, in_turn
 from glassllama.tokenizers.compiled import Int, compiled, entry, inlined
 from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
 from glassllama.tokenizers.lines import fetch_soon
@@ -122,20 +122,20 @@ class ArrayEncoder:
         )
         self._desk = desk(DESK)
         self._text = np.full(UTF8_BYTES * LONGEST_COPIED + PADDING, 0, np.uint8)
-        self._lock = threading.Lock()
+        self.turn = Turn()
 
+    @in_turn
     def __call__(self, text: str) -> Ids:
         """(T,) ids; UnicodeEncodeError where half of a surrogate pair is in the text."""
         if self._normal_form:
             text = normalize("NFC", text)
         parts, place = [], np.zeros(2, np.int64)
-        with self._lock:
-            data = self._bytes(text)
-            while (before := int(place[AT])) < len(data) - PADDING:
-                n = encode_words(data, place, self._rule, self._known, self._seen, self._desk)
-                parts.append(self._desk.out[:n].copy())
-                if place[AT] == before:  # the next words are longer than the desk
-                    self._desk = desk(2 * len(self._desk.out))
+        data = self._bytes(text)
+        while (before := int(place[AT])) < len(data) - PADDING:
+            n = encode_words(data, place, self._rule, self._known, self._seen, self._desk)
+            parts.append(self._desk.out[:n].copy())
+            if place[AT] == before:  # the next words are longer than the desk
+                self._desk = desk(2 * len(self._desk.out))
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint32), *parts])
 
     def _bytes(self, text: str) -> Bytes:
