@@ -137,21 +137,25 @@ def test_ends_that_exclude_each_other() -> None:
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "pre unknown": ({"pre": "x"}, "pre is 'x'.*llama-bpe.*smollm.*qwen2"),
-    "pre missing": ({"pre": None}, "pre is missing; known are llama-bpe"),
+    "pre unknown": ({"pre": "bert-bge"}, "pre is 'bert-bge'.*llama-bpe.*smollm.*qwen2.*tekken"),
+    "pre missing": ({"pre": None}, "tokenizer.ggml: pre is missing; known are llama-bpe"),
     "pre is a list": ({"pre": ["llama-bpe"]}, r"pre must be text, got \['llama-bpe'\]"),
-    "another model": ({"model": "bert"}, "model must be 'gpt2' .*, got 'bert'"),
-    "no model": ({"model": None}, "model is missing"),
-    "no tokens": ({"tokens": None}, "tokens is missing"),
+    "another model": ({"model": "bert"}, "model must be 'gpt2' .* got 'bert'"),
+    "no model": ({"model": None}, "tokenizer.ggml: model is missing"),
+    "no tokens": ({"tokens": None}, "tokenizer.ggml: tokens is missing"),
     "tokens are a number": ({"tokens": 5}, "tokens must be a list of text items, got 5"),
-    "no merges": ({"merges": None}, "merges is missing"),
+    "no merges": ({"merges": None}, "tokenizer.ggml: merges is missing"),
     "merges are numbers": ({"merges": np.arange(3)}, "merges must be a list of text items"),
-    "types too few": ({"token_type": np.ones(3, np.int32)}, "token_type has 3 values for"),
-    "types are no numbers": ({"token_type": np.ones(3)}, "token_type must be a list of whole"),
-    "type unknown": ({"token_type": [9] * 903}, "token_type: 9"),
-    "types are lists": ({"token_type": [[1]] * 903}, "token_type must be a list of whole"),
+    "types too few": ({"token_type": np.ones(3, int)}, "token_type has 3 values for"),
+    "types are floats": ({"token_type": np.ones(903)}, "token_type must be a list of whole items"),
+    "type unknown": ({"token_type": [9] * 903}, "token_type: 9 has no place"),
+    "types are lists": ({"token_type": [[1]] * 903}, "token_type must be a list of whole items"),
     "not byte-level": ({"token_type": [1] * 903, "tokens": ["▁a"] * 903}, "no byte has one"),
-    "id is text": ({"eos_token_id": "2"}, "eos_token_id must be a whole number .* got '2'"),
+    "id is text": ({"eos_token_id": "2"}, "eos_token_id must be a whole number from 0 to"),
+    "id below zero": ({"bos_token_id": -2}, "bos_token_id must be a whole number from 0 to"),
+    "id of 2^31": ({"bos_token_id": 2**31}, "bos_token_id must be a whole number from 0 to"),
+    "id of 10^400": ({"bos_token_id": 10**400}, "got <a whole number of 1329 bits>"),
+    "id beyond": ({"bos_token_id": 70_000}, "id 70000: not in the vocabulary"),
 }
 
 
@@ -174,6 +178,56 @@ KEYS = [
     "model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id",
     "eot_token_id", "eom_token_id", "add_bos_token",
 ]  # fmt: skip
+
+
+def small_gguf(**changes: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "c", "ab", "bc", "<|last|>"],
+        "token_type": np.array([1, 1, 1, 1, 1, 3], np.int32), "merges": ["a b", "b c"],
+        "eos_token_id": 5,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items()}
+
+
+def test_merges_of_what_is_no_token_are_counted_in_a_note() -> None:
+    """As llama.cpp loads them: what merges make and is no token falls into its bytes."""
+    merges = ["b c", "bc a", "a b", "☃ a", "a", " b", "bca c"]
+    tokenizer = tokenizer_from_gguf(small_gguf(merges=merges))
+    assert isinstance(tokenizer, BytePairTokenizer)
+    assert tokenizer.notes == [
+        "tokenizer: 5 merges name what is no token of the vocabulary; they make none"
+    ]
+    assert tokenizer.encode("bc") == [4]
+    assert tokenizer.encode("bca") == [1, 2, 0]  # joined to "bca", which is none
+    assert tokenizer.encode("abc") == [0, 4]
+    long = "bca" * 300
+    assert tokenizer.encode(long) == [1, 2, 0] * 300  # the heap's way
+    assert tokenizer.encode_array(long).tolist() == tokenizer.encode(long)
+    assert tokenizer_from_gguf(small_gguf()).notes == []  # type: ignore[attr-defined]
+
+
+def test_of_equal_tokens_and_merges_llama_cpps_choice_counts() -> None:
+    """The last of equal tokens, the first of equal merges; empty and strange tokens are unused."""
+    tokens = ["a", "b", "c", "ab", "bc", "a", "", "☃", "abc"]
+    metadata = small_gguf(tokens=tokens, token_type=None, merges=["a b", "b c", "a b", "ab c"])
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode("a") == [5]
+    assert tokenizer.encode("abc") == [8]
+    assert [tokenizer.token_bytes(id) for id in (0, 6, 7)] == [b"a", b"", "☃".encode()]
+
+
+def test_an_id_of_2_32_minus_1_is_none() -> None:
+    for none in (2**32 - 1, -1):
+        assert tokenizer_from_gguf(small_gguf(eos_token_id=none)).stop_ids == frozenset()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_is_too_large_is_not_read(folder: Path, name: str) -> None:
+    (folder / "tokenizer.json").unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(2**28 + 1)  # holes: no bytes on the disk
+    with pytest.raises(TokenizerError, match=f"{name}: has more than 268,435,456 bytes"):
+        tokenizer_from_folder(folder)
 
 
 @settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)
@@ -241,7 +295,7 @@ def test_folder_settings(folder: Path) -> None:
         ("tokenizer_config.json", {"eos_token": 7}, "eos_token must be text, got 7"),
         ("generation_config.json", {"eos_token_id": 900}, "eos_token_id is 900; expected .* 899"),
         ("generation_config.json", {"eos_token_id": ["x"]}, "eos_token_id is ['x']"),
-        ("tokenizer.json", {"normalizer": {"type": "Unheard"}}, "Unheard"),
+        ("tokenizer.json", {"normalizer": {"type": "Bert"}}, "normalizer: type must be one of NFC"),
         ("tokenizer.json", {"model": []}, "model: expected an object"),
     ],
 )

@@ -17,18 +17,26 @@ from byte_level_families import FAMILIES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE, to_bytes
-from glassllama.tokenizers.hf_json import first_token, read_json, vocabulary_from_json
+from glassllama.tokenizers.files import read_json
+from glassllama.tokenizers.hf_json import (
+    first_token,
+    has_compiled_split,
+    vocabulary_from_json,
+)
+from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from tokenizers import AddedToken, Tokenizer, processors
 
 SPECIALS = ["<|begin|>", "<|end|>"]
 TEXT = "".join(mixed_text(seed) for seed in range(1000, 1040))
 
 
-def ours(foreign: Tokenizer) -> BytePairTokenizer:
+def ours(foreign: Tokenizer) -> Any:
     return read(json.loads(foreign.to_str()))
 
 
-def read(document: dict[str, Any]) -> BytePairTokenizer:
+def read(document: dict[str, Any]) -> Any:
+    if not has_compiled_split(document):
+        return pipeline_from_json(document)
     return BytePairTokenizer(vocabulary_from_json(document), bos=first_token(document))
 
 
@@ -88,9 +96,9 @@ def test_begin_of_text_is_the_post_processors(foreign: Tokenizer) -> None:
         assert tokenizer.bos == bos
         assert tokenizer.encode("some text", bos=True) == foreign.encode("some text").ids
     foreign.post_processor = processors.TemplateProcessing(
-        single="$A <|begin|>", special_tokens=[("<|begin|>", begin)]
+        single="<|begin|> <|begin|> $A", special_tokens=[("<|begin|>", begin)]
     )
-    with pytest.raises(TokenizerError, match=r"post_processor\.single"):
+    with pytest.raises(TokenizerError, match=r"post_processor: single must be the text"):
         ours(foreign)
 
 
@@ -102,65 +110,77 @@ def test_byte_alphabet() -> None:
             to_bytes(written)
 
 
+def pre(*stages: dict[str, Any]) -> dict[str, Any]:
+    last = {"type": "ByteLevel", "add_prefix_space": False}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*stages, last]}}
+
+
+def split(pattern: Any, behavior: str = "Isolated") -> dict[str, Any]:
+    return pre({"type": "Split", "pattern": pattern, "behavior": behavior})
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"stemmer": 1}, "stemmer"),
-    "model type": ({"model.type": "WordPiece"}, "model.type"),
-    "dropout": ({"model.dropout": 0.1}, "model.dropout"),
-    "end of word": ({"model.end_of_word_suffix": "</w>"}, "model.end_of_word_suffix"),
-    "byte fallback": ({"model.byte_fallback": True}, "model.byte_fallback"),
-    "no vocab": ({"model.vocab": None}, "model.vocab"),
-    "vocab list": ({"model.vocab": [["a", 0.0]]}, "model.vocab"),
-    "id is text": ({"model.vocab": {"a": "0"}}, "model.vocab"),
+    "model type": ({"model.type": "WordPiece"}, "model: type must be BPE, got 'WordPiece'"),
+    "dropout": ({"model.dropout": 0.1}, "model: dropout"),
+    "end of word": ({"model.end_of_word_suffix": "</w>"}, "model: end_of_word_suffix"),
+    "no vocab": ({"model.vocab": None}, "model: vocab is missing"),
+    "vocab list": ({"model.vocab": [["a", 0.0]]}, "model: vocab: expected an object"),
+    "id is text": ({"model.vocab": {"a": "0"}}, "vocab: a must be an id from 0"),
+    "id is true": ({"model.vocab": {"a": True}}, "vocab: a must be an id from 0"),
     "id below zero": ({"model.vocab.a": -1}, "-1"),
     "id of 2^40": ({"model.vocab.a": 2**40}, "1099511627776"),
-    "id twice": ({"model.vocab.a": 300}, "vocabulary"),
+    "id of 10^400": ({"model.vocab.a": 10**400}, "a whole number of 1329 bits"),
+    "id twice": ({"model.vocab.a": 300}, "vocab gives an id to two tokens"),
     "empty token": ({"model.vocab.": 5000}, "vocabulary: a token is empty"),
     "merge of nothing": ({"model.merges": [["a", "☃"]]}, "merges: number 0"),
     "merge of three": ({"model.merges": ["a b c"]}, "merges: number 0"),
     "merge is a number": ({"model.merges": [7]}, "merges: number 0"),
     "merge of lists": ({"model.merges": [[[], []]]}, "merges: number 0"),
-    "no merges": ({"model.merges": {}}, "model.merges"),
-    "normalizer": ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
-    "normalizers": (
-        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}},
-        "normalizer",
+    "no merges": ({"model.merges": {}}, "model: merges must be a list"),
+    "flag is text": ({"model.ignore_merges": "yes"}, "ignore_merges must be true or false"),
+    "normalizer": ({"normalizer": {"type": "Precompiled"}}, "normalizer: type must be one of NFC"),
+    "normalizer in a sequence": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Bert"}]}},
+        "normalizer: normalizers: type must be one of NFC",
     ),
-    "decoder": ({"decoder": {"type": "Metaspace"}}, "decoder"),
-    "no decoder": ({"decoder": None}, "decoder"),
-    "no pre-tokenizer": ({"pre_tokenizer": None}, "pre_tokenizer"),
-    "prefix blank": (
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-        "pre_tokenizer.add_prefix_space",
+    "many stages": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 65}}, "65 stages",
     ),
-    "strange stage": (
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Whitespace"}, {"type": "ByteLevel", "add_prefix_space": False}]}},
-        "Whitespace",
-    ),
-    "strange pattern": (
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"},
-            {"type": "ByteLevel", "add_prefix_space": False}]}},
-        r"\\w",
-    ),
-    "stages are text": ({"pre_tokenizer": "ByteLevel"}, "must be objects"),
-    "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "post_processor"),
-    "template": ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor.single"),
+    "decoder": ({"decoder": {"type": "Metaspace"}}, "decoder must be ByteLevel"),
+    "no decoder": ({"decoder": None}, "decoder must be ByteLevel"),
+    "no pre-tokenizer": ({"pre_tokenizer": None}, "decoder: type must be one of ByteFallback"),
+    "strange stage": (pre({"type": "UnicodeScripts"}), "type must be one of Split, .*'UnicodeScri"),
+    "strange behavior": (split({"Regex": "a"}, "Torn"), "behavior must be one of Isolated"),
+    "strange escape": (split({"Regex": r"\Gx"}), r"'\\G' is not supported"),
+    "strange property": (split({"Regex": r"\p{Greek}"}), "property 'Greek' is not supported"),
+    "strange group": (split({"Regex": r"(?P<x>a)"}), r"'\(\?P<' is not supported"),
+    "a group is open": (split({"Regex": "(a"}), "a group is not closed"),
+    "a class is open": (split({"Regex": "[a"}), "it ends too early"),
+    "pattern is a number": (split(7), "pattern: expected an object, got 7"),
+    "two patterns": (split({"Regex": "a", "String": "a"}), "an object with a String or a Regex"),
+    "long pattern": (split({"Regex": "a" * 20_000}), "pattern: 20000 characters"),
+    "stages are text": ({"pre_tokenizer": "ByteLevel"}, "pre_tokenizer: expected an object"),
+    "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "post_processor: type"),
+    "template": ({"post_processor": {"type": "TemplateProcessing"}}, "single is missing"),
     "template without its token": (
         {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [
             {"SpecialToken": {"id": "<|x|>"}}, {"Sequence": {"id": "A"}}]}},
-        "post_processor.single",
+        "<|x|> is missing",
     ),
-    "left strip": (
-        {"added_tokens": [{"id": 0, "content": "<|begin|>", "special": True, "lstrip": True}]},
-        "lstrip",
+    "flag of a token": (
+        {"added_tokens": [{"id": 0, "content": "<|begin|>", "special": True, "lstrip": 1}]},
+        "lstrip must be true or false, got 1",
     ),
-    "added token without id": ({"added_tokens": [{"content": "x", "special": True}]}, "added_tok"),
+    "added token without id": ({"added_tokens": [{"content": "x", "special": True}]}, "id is miss"),
     "added tokens share an id": (
-        {"added_tokens": [{"id": 0, "content": c, "special": True} for c in "xy"]},
-        "vocabulary",
+        {"added_tokens": [{"id": 4000, "content": c, "special": True} for c in ("☃", "☄")]},
+        "two added tokens have the id 4000",
     ),
-    "added tokens are a number": ({"added_tokens": 7}, "added_tokens"),
+    "added token has another's id": (
+        {"added_tokens": [{"id": 40, "content": "☃", "special": True}]}, "id 40 is given to two",
+    ),
+    "added tokens are a number": ({"added_tokens": 7}, "added_tokens must be a list"),
 }  # fmt: skip
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from json import JSONEncoder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.cli.options import Json, Which
-from glassllama.cli.screen import note, print_json, print_table, text_or_stdin
+from glassllama.cli.screen import note, print_table, text_or_stdin
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
 
+LONGEST_TABLE = 10_000  # rows whose widths are looked for
+PIECE_WIDTH = 20
+PART = 2**20  # characters
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model"}
 MODEL_FILES = {"config.json", "params.json"}
 MODEL_ENDINGS = {".safetensors", ".gguf", ".pth"}
@@ -48,15 +55,40 @@ def tokenize(
         text = tokenizer.decode(ids)
     else:
         ids = tokenizer.encode(text, bos=bos, specials=specials)
-    rows = [(id, repr(piece(tokenizer, id)), tokenizer.token_bytes(id).hex(" ")) for id in ids]
     if json:
-        pieces = [piece(tokenizer, id) for id in ids]
-        print_json({"model": which.model, "text": text, "ids": ids, "pieces": pieces})
+        pieces = (piece(tokenizer, id) for id in ids)
+        print_json_parts({"model": which.model, "text": text, "ids": ids, "pieces": pieces})
     elif decode:
         print(text)
     else:
-        print_table(["id>", "piece", "bytes"], rows)
+        print_tokens(tokenizer, ids)
         note(f"\n{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+
+
+def print_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    """A line for each: a table as wide as it has to be, or of fixed widths where it is long."""
+    rows = ((id, repr(piece(tokenizer, id)), tokenizer.token_bytes(id).hex(" ")) for id in ids)
+    if len(ids) <= LONGEST_TABLE:
+        print_table(["id>", "piece", "bytes"], [*rows])
+        return
+    width = len(str(tokenizer.vocab_size))
+    for id, shown, raw in rows:
+        print(f"{id:{width}}  {shown:{PIECE_WIDTH}}  {raw}")
+
+
+def print_json_parts(value: Mapping[str, str | Iterable[object]]) -> None:
+    """What `print_json` prints, a part at a time: texts and lists may be long."""
+    ascii_only = (sys.stdout.encoding or "").lower() != "utf-8"
+    dump = JSONEncoder(ensure_ascii=ascii_only).encode
+    for n, (key, content) in enumerate(value.items()):
+        sys.stdout.write(f"{', ' if n else '{'}{dump(key)}: ")
+        if isinstance(content, str):
+            parts = (content[at : at + PART] for at in range(0, len(content), PART))
+            sys.stdout.writelines(['"', *(dump(part)[1:-1] for part in parts), '"'])
+        else:
+            items = (f"{', ' if at else ''}{dump(item)}" for at, item in enumerate(content))
+            sys.stdout.writelines(chain("[", items, "]"))
+    print("}")
 
 
 def tokenizer_at(path: Path) -> Tokenizer:
@@ -81,5 +113,5 @@ def read_ids(text: str) -> list[int]:
     words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
     for word in words:
         if not word.isascii() or not word.isdigit():
-            raise TokenizerError(f"--decode: {word!r} is no token id; want whole numbers")
+            raise TokenizerError(f"--decode: {quoted(word)} is no token id; want whole numbers")
     return [int(word) for word in words]

@@ -76,10 +76,12 @@ class _Finder:
         nothing = self._find is None or (self._only_controls and not specials)
         for found in () if nothing or self._find is None else self._find.finditer(text):
             token = self._tokens[found[0]]
+            start, stop = found.span()
             if token.is_control and not specials:
                 continue
-            start, stop = found.span()
-            if token.single_word and (is_word(text[start - 1 : start]) or is_word(text[stop:][:1])):
+            if token.single_word and (
+                is_word(text[start - 1 : start]) or is_word(text[stop : stop + 1])
+            ):
                 continue
             if token.lstrip:
                 start = max(begin, _blanks_begin(text, begin, start))
@@ -89,7 +91,8 @@ class _Finder:
                 stop = behind.end()
             if begin < start:
                 yield text[begin:start]
-            yield token.id
+            if start < stop:  # else the token before took all of it, as blanks
+                yield token.id
             begin = stop
         if begin < len(text):
             yield text[begin:] if begin else text

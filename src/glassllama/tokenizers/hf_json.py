@@ -9,10 +9,7 @@ pipeline: they are settings of the last call before the file was saved.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
@@ -33,32 +30,6 @@ Json = Mapping[str, Any]
 STAGES = {"normalizer", "pre_tokenizer", "model", "post_processor", "decoder"}
 FIELDS = STAGES | {"version", "truncation", "padding", "added_tokens"}
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
-LARGEST_FILE = 2**28  # bytes; the largest published tokenizer.json has 35 MB
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. TokenizerError: it does not, or is larger than any."""
-    raw = read_bounded(path)
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as fault:
-        what = quoted(str(fault))
-        raise TokenizerError(f"{path}: is no JSON ({what}); download it again") from fault
-    if not isinstance(document, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, got {type(document).__name__}")
-    return document
-
-
-def read_bounded(path: Path) -> bytes:
-    """A tokenizer's file. TokenizerError: it is larger than LARGEST_FILE."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = file.read(min(size, LARGEST_FILE) + 1)  # Python makes room for all that is asked for
-    if len(raw) > LARGEST_FILE:
-        raise TokenizerError(
-            f"{path}: is larger than {LARGEST_FILE:,} bytes, which no tokenizer is"
-        )
-    return raw
 
 
 def root(document: Json) -> Fields:

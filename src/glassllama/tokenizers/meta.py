@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary
+from glassllama.tokenizers.files import read_bounded
 from glassllama.tokenizers.split import SPLITS
 
 N_CONTROLS = 256
@@ -65,7 +66,7 @@ def control_names() -> list[str]:
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a file of ranks, in the order of their rank, which must be 0, 1, 2, …"""
     tokens: list[bytes] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bounded(path).splitlines(), 1):
         base64, _, rank = line.partition(b" ")
         try:
             tokens.append(binascii.a2b_base64(base64, strict_mode=True))
@@ -75,7 +76,7 @@ def read_ranks(path: Path) -> list[bytes]:
         if not in_order or not tokens[-1]:
             raise TokenizerError(
                 f"{path}: line {number} must be base64, a blank and the rank {number - 1}, "
-                f"got {line[:60]!r}"
+                f"got {quoted(line)}"
             )
     known = set(tokens)
     missing = [byte for byte in BYTES if byte not in known]

@@ -1,12 +1,13 @@
 """A split pattern from a tokenizer, run on Unicode tables of our own.
 
-    pattern  \\p{L}+|\\s         text  "né 1"
-    classes  letters, blanks    text with é's class instead of é  "na 1", if U+00AA came first
+    pattern   \\p{L}+|\\s       text   "né 1"
+    classes   letters, blanks, others beyond ASCII: numbers 0x80, 0x81, 0x82
+    run as    [A-Za-z\\x80]+|[\\t-\\r \\x81]   on   "n\\x80 1"
 
-Every class in a pattern (\\p{L}, \\s, [^…]) is a set of code points. Characters that no class of
-this pattern tells apart are one to it, so each is replaced by the first of its kind, and classes
-become short lists of ASCII characters and such firsts. What `regex` thinks of Unicode, and its
-version, has no influence then. The text has its length still: what is found there is cut out here.
+Every class in a pattern (\\p{L}, \\s, [^…]) is a set of code points. Characters beyond ASCII that
+no class of this pattern tells apart are one to it: a number stands for them, in the text and in the
+classes. What `regex` thinks of Unicode, and its version, has no influence then. The text keeps its
+length: what is found there is cut out here.
 
 The syntax is Oniguruma's (Ruby's), as tokenizers uses it, as far as split patterns need it; any
 other construct is a TokenizerError that names it.
@@ -15,7 +16,6 @@ other construct is a TokenizerError that names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -37,9 +37,11 @@ from glassllama.tokenizers.unicode_tables import (
 
 LONGEST_PATTERN = 2**14  # characters
 MOST_SETS = 62  # different classes of a pattern: one bit each
-MANY = 2**18  # characters, above which words are found one by one, not in a list
+MANY = 2**21  # characters, above which words are found one by one, not in a list
 ASCII = 0x80
-# Seconds that a pattern may need for a text: a hostile one can need the age of the universe.
+# Seconds that a foreign pattern may need for a text: a hostile one can need for ever.
+# To look at the clock makes `regex` four times as slow, so it does not for patterns of our own.
+TOO_SLOW = "pattern: takes too long on this text"
 LEAST_SECONDS, SECONDS_PER_CHARACTER = 10, 1e-5
 
 CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b"}
@@ -57,25 +59,31 @@ POSIX: dict[str, Callable[[], Points]] = {
 class Pattern:
     """A compiled split pattern. Build it with `compiled`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, is_foreign: bool) -> None:
         """TokenizerError: too long, damaged, or with a construct that is not supported."""
+        self._is_foreign = is_foreign
         if len(source) > LONGEST_PATTERN:
             raise TokenizerError(f"pattern: {len(source)} characters, at most {LONGEST_PATTERN}")
         self.source = source
         parts = _Reader(source).parts
-        self._firsts, written = _classes(parts)
+        self._stand_ins, written = _classes(parts)
         try:
             self._compiled: Any = regex.compile(written)
+            self._find = self._compiled.findall
         except (regex.error, RecursionError, OverflowError) as fault:
             raise TokenizerError(f"pattern {quoted(source)}: {quoted(str(fault))}") from None
 
     def words(self, text: str) -> list[str]:
         """What is found, and what is between it, in order; none is empty."""
+        if len(text) <= 1:
+            return [text] if text else []
         alike = self._alike(text)
         if len(text) > MANY:
             return [text[begin:end] for begin, end, _ in self.cut(text, alike) if begin < end]
-        with _in_time():
-            found: list[str] = self._compiled.findall(alike, timeout=_seconds(text))
+        try:
+            found: list[str] = self._find(alike, timeout=self._seconds(text))
+        except TimeoutError:
+            raise TokenizerError(TOO_SLOW) from None
         if sum(map(len, found)) != len(text) or "" in found:
             return [text[begin:end] for begin, end, _ in self.cut(text, alike) if begin < end]
         if alike is text:
@@ -87,40 +95,33 @@ class Pattern:
         """(begin, end, whether the pattern matches there) of stretches that cover the text."""
         alike = self._alike(text) if alike is None else alike
         at = 0
-        with _in_time():
-            for found in self._compiled.finditer(alike, timeout=_seconds(text)):
+        try:
+            for found in self._compiled.finditer(alike, timeout=self._seconds(text)):
                 begin, end = found.span()
                 if at < begin:
                     yield at, begin, False
                 yield begin, end, True
                 at = end
+        except TimeoutError:
+            raise TokenizerError(TOO_SLOW) from None
         if at < len(text):
             yield at, len(text), False
+
+    def _seconds(self, text: str) -> float | None:
+        return LEAST_SECONDS + SECONDS_PER_CHARACTER * len(text) if self._is_foreign else None
 
     def _alike(self, text: str) -> str:
         """The text, with the first character of its class for every one beyond ASCII."""
         if text.isascii():
             return text
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        alike: str = self._firsts[points].tobytes().decode("utf-32-le")
+        alike: str = self._stand_ins[points].tobytes().decode("utf-32-le")
         return alike
 
 
 @cache
-def compiled(source: str) -> Pattern:
-    return Pattern(source)
-
-
-@contextmanager
-def _in_time() -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError:
-        raise TokenizerError("pattern: takes too long on this text") from None
-
-
-def _seconds(text: str) -> float:
-    return LEAST_SECONDS + SECONDS_PER_CHARACTER * len(text)
+def compiled(source: str, *, is_foreign: bool = False) -> Pattern:
+    return Pattern(source, is_foreign=is_foreign)
 
 
 def _of_characters(characters: str) -> Points:
@@ -128,7 +129,10 @@ def _of_characters(characters: str) -> Points:
 
 
 def _classes(parts: list[str | Points]) -> tuple[NDArray[np.uint32], str]:
-    """The first character of every character's class, and the pattern written with these."""
+    """Every code point's stand-in, and the pattern written with these.
+
+    ASCII stands for itself; behind it comes a number for every class beyond ASCII.
+    """
     sets = {part.tobytes(): part for part in parts if not isinstance(part, str)}
     if len(sets) > MOST_SETS:
         raise TokenizerError(f"pattern: {len(sets)} different classes, at most {MOST_SETS}")
@@ -139,16 +143,23 @@ def _classes(parts: list[str | Points]) -> tuple[NDArray[np.uint32], str]:
     for bit, points in enumerate(sets.values()):
         marks |= points[starts].astype(np.int64) << bit
     _, place, kind = np.unique(marks, return_index=True, return_inverse=True)
-    firsts = np.arange(N_CODE_POINTS, dtype=np.uint32)
-    lengths = np.diff(starts, append=N_CODE_POINTS)
-    firsts[ASCII:] = np.repeat(starts[place][kind], lengths)
-    known = [*range(ASCII), *starts[place].tolist()]
-    return firsts, "".join(p if isinstance(p, str) else _written(p, known) for p in parts)
+    stand_ins = np.arange(N_CODE_POINTS, dtype=np.uint32)
+    stand_ins[ASCII:] = np.repeat(ASCII + kind, np.diff(starts, append=N_CODE_POINTS))
+    firsts = np.concatenate([np.arange(ASCII), starts[place]])
+    return stand_ins, "".join(p if isinstance(p, str) else _written(p[firsts]) for p in parts)
 
 
-def _written(points: Points, known: list[int]) -> str:
-    members = [f"\\U{point:08x}" for point in known if points[point]]
-    return f"[{''.join(members)}]" if members else "(?!)"
+def _written(members: Points) -> str:
+    """A class of stand-ins, (ASCII + classes,) whether it holds each: the shorter of two forms."""
+    if members.all() or not members.any():
+        return r"[\s\S]" if members.all() else "(?!)"
+    forms = []
+    for sign, wanted in (("", members), ("^", ~members)):
+        edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+        ranges = [f"\\U{a:08x}-\\U{b - 1:08x}" if b - a > 1 else f"\\U{a:08x}"
+                  for a, b in edges.reshape(-1, 2).tolist()]  # fmt: skip
+        forms.append(f"[{sign}{''.join(ranges)}]")
+    return min(forms, key=len)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.files import read_bounded
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 LONGEST_VARINT = 10  # bytes: 64 bits, seven in each
@@ -49,7 +50,7 @@ class SentencePieceModel:
 def read_model(path: Path) -> SentencePieceModel:
     """TokenizerError: no such file, no protobuf message, or not one of a SentencePiece model."""
     try:
-        model = _model(memoryview(path.read_bytes()))
+        model = _model(memoryview(read_bounded(path)))
     except OSError as fault:
         raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
     except (ValueError, struct.error) as fault:

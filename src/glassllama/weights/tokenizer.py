@@ -19,10 +19,10 @@ from glassllama.tokenizers.byte_level import (
 from glassllama.tokenizers.char_json import chars_from_document, is_char_document
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
+from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.hf_json import (
     first_token,
     has_compiled_split,
-    read_json,
     vocabulary_from_json,
 )
 from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer

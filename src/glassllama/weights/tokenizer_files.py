@@ -20,7 +20,7 @@ from typing import Any
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
 from glassllama.tokenizers.byte_level import LARGEST_VOCABULARY, is_control
-from glassllama.tokenizers.hf_json import read_json
+from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.pieces import Kind, Pieces
 
 LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
