@@ -99,6 +99,9 @@ class Cache(Protocol):
     def truncate(self, row: int, length: int) -> None: ...  # forget all after `length` tokens
 
 
+FOREIGN_CACHE = "a cache of another executor: make one with this executor's new_cache"
+
+
 def require_cache_size(config: LlamaConfig, batch: int, max_len: int) -> None:
     """Raise GenerationError for a cache of no rows or tokens, or of more than the context holds."""
     for name, value in (("batch", batch), ("max_len", max_len)):

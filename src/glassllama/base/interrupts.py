@@ -30,20 +30,23 @@ class Holding:
     def on_start(self, _: object) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's, which is somewhere else
+        if self._depth == 0:
+            try:
+                self._take_over()
+            except BaseException:  # of another signal's handler
+                self._give_back()
+                raise
         self._depth += 1
-        if self._depth == 1:
-            now = {number: signal.getsignal(number) for number in HEARD}
-            self._before = {number: old for number, old in now.items() if callable(old)}
-            for number in self._before:
-                signal.signal(number, self._hold)
 
     def on_end(self, _: object) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)
         if self._depth == 0:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+            try:
+                self._give_back()
+            finally:
+                self._give_back()  # the rest, where a signal came in the middle
             held, self._held = self._held, []
             if held:
                 signal.raise_signal(held[0])
@@ -53,6 +56,18 @@ class Holding:
             self.on_start(event)
         else:
             self.on_end(event)
+
+    def _take_over(self) -> None:
+        for number in HEARD:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler != self._hold:
+                self._before[number] = handler
+                signal.signal(number, self._hold)
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _hold(self, number: int, _: object) -> None:
         at_once = instead.get(self._before[Signals(number)])

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
+from glassllama.base.turn import Turn, in_turn
 from glassllama.engine.layout import zeros
 from glassllama.engine.pages import FLOAT32, INT8, INT16, ITEM_BYTES, PAGE
-from glassllama.base.turn import Turn, in_turn
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
-from glassllama.base.interfaces import Cache, CacheType, require_cache_size
+from glassllama.base.interfaces import FOREIGN_CACHE, Cache, CacheType, require_cache_size
+from glassllama.base.turn import in_turn
 from glassllama.engine import model
 from glassllama.engine.beginning import set_out
 from glassllama.engine.cache import (
@@ -33,7 +34,6 @@ from glassllama.engine.room import Room
 from glassllama.engine.sampling import Choice, Chooser
 from glassllama.engine.step import Step
 from glassllama.engine.tiers import tier
-from glassllama.base.turn import in_turn
 
 # Tokens of one step, enough to use a weight often while it is in a near cache: the first, unless a
 # single layer would take them too long for Ctrl-C.
@@ -43,7 +43,6 @@ LAYER_SECONDS = 0.07  # the most for one layer, which cannot be divided
 FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
-FOREIGN = "a cache of another executor: make one with this executor's new_cache"
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class Engine:
 
     def _own(self, cache: Cache) -> PagedCache:
         if not isinstance(cache, PagedCache) or cache.turn is not self.turn:
-            raise GenerationError(FOREIGN)
+            raise GenerationError(FOREIGN_CACHE)
         return cache
 
     def _checked(self, row: int, new: Sequence[int], cache: PagedCache) -> list[int]:

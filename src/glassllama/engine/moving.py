@@ -167,12 +167,16 @@ MOVE: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
+FILE_BYTES = {"Q8_0": 8 * 34, "Q4_0": 8 * 18, "Q4_1": 8 * 20, "Q4_K": 144, "Q6_K": 210}  # of 256
+
+
 def move(matrix: Matrix, place: slice, raw: NDArray[np.uint8]) -> None:
     """Blocks (16·G, bytes of a row) into the groups `place` of a matrix."""
     values, scales = matrix.values[place], matrix.scales[place]
     raw = np.ascontiguousarray(raw)
-    assert len(raw) == len(values) * GROUP
-    MOVE[matrix.kind.name](
+    name, blocks = matrix.kind.name, matrix.kind.blocks(matrix.columns)
+    assert raw.nbytes * 8 == len(values) * GROUP * blocks * FILE_BYTES[name]
+    MOVE[name](
         raw.ctypes.data, values.ctypes.data, scales.ctypes.data, raw.strides[0],
-        len(values), matrix.kind.blocks(matrix.columns),
+        len(values), blocks,
     )  # fmt: skip

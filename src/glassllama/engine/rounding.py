@@ -112,7 +112,8 @@ def quantise_groups(
     numbers = np.ascontiguousarray(numbers)
     groups, columns = len(values), numbers.shape[1]
     assert len(numbers) == groups * GROUP
-    assert columns % BLOCK == 0
+    assert columns == values.shape[1] * BLOCK
+    assert numbers.dtype == np.float32
     scales = np.empty((groups, KINDS[kind].blocks(columns), GROUP), np.float32)
     ROUND[kind](
         numbers.ctypes.data, values.ctypes.data, scales.ctypes.data, columns, groups

@@ -286,6 +286,7 @@ class Chooser:
         `seen` and `said` (V,): whether prompt or answer hold an id, how often the answer does.
         `uniform` is a number in [0, 1) and decides which id is drawn.
         """
+        assert len(logits) == len(seen) == len(said) == len(self._tables[0])
         id: int = self._choose(logits, seen, said, self._choice, uniform, self._tables, self._rows)
         return id
 

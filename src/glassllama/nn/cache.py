@@ -45,12 +45,15 @@ class KVCache:
         """
         needed = max(length + n for length, n in zip(self.lengths, new, strict=True))
         if needed > self.max_len:
-            raise GenerationError(f"the cache holds {self.max_len} tokens, {needed} are needed")
+            raise GenerationError(
+                f"context full: {needed} tokens are needed, the cache holds {self.max_len}; "
+                "ask for a longer context or a shorter text"
+            )
         room = self.keys.shape[3]
         if needed > room:
-            more = min(max(needed, 2 * room), self.max_len) - room
-            self.keys = F.pad(self.keys, (0, 0, 0, more))  # (layers, B, K, room + more, D)
-            self.values = F.pad(self.values, (0, 0, 0, more))
+            more = (0, 0, 0, min(max(needed, 2 * room), self.max_len) - room)
+            # Both at once, whatever exception comes (Ctrl-C): (layers, B, K, room + more, D).
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         return needed
 
     def extend(self, layer: int, k: Tensor, v: Tensor, new: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import ConfigError, GenerationError, MemoryShortError, quoted
-from glassllama.base.interfaces import Cache, Progress
+from glassllama.base.interfaces import FOREIGN_CACHE, Cache, Progress, require_cache_size
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
@@ -147,28 +147,38 @@ class TorchExecutor:
         return self.model.tok_embeddings.weight.device
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
+        require_cache_size(self.config, batch, max_len)
         return self.model.new_cache(batch, max_len)
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """See Executor: rows are padded on the right, and a row without ids is left alone."""
         lengths = [len(row) for row in ids]
+        if not any(lengths):
+            return np.zeros((len(ids), self.config.vocab_size), np.float32)
         h = self._hidden(ids, cache)  # (B, T, C)
         last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
         rows = torch.arange(len(ids), device=self.device)
         return self._numpy(self.model.logits(h[rows, last]))  # (B, V)
 
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
+        if not len(ids):
+            return np.empty((0, self.config.vocab_size), np.float32)
         return self._numpy(self.model.logits(self._hidden([ids], cache)[0]))  # (T, V)
 
     @torch.inference_mode()
     def _hidden(self, ids: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-        assert isinstance(cache, KVCache)
+        if not isinstance(cache, KVCache):
+            raise GenerationError(FOREIGN_CACHE)
+        batch = len(cache.lengths)
+        if len(ids) != batch:
+            raise GenerationError(f"{len(ids)} rows of ids for a cache of {batch} rows")
         for row in ids:
-            if row and not 0 <= min(row) <= max(row) < self.config.vocab_size:
-                bad = next(i for i in row if not 0 <= i < self.config.vocab_size)
+            bad = next((id for id in row if not 0 <= id < self.config.vocab_size), None)
+            if bad is not None:
                 raise GenerationError(
-                    f"id {bad} is outside the vocabulary of {self.config.vocab_size}"
+                    f"id {quoted(bad)} is outside the vocabulary of {self.config.vocab_size}"
                 )
+        cache.reserve([len(row) for row in ids])
         width = max(len(row) for row in ids)
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])  # (B, T)
         lengths = [len(row) for row in ids]
