@@ -70,8 +70,9 @@ def in_turn(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
                 raise GenerationError(BUSY)
             turn.taken = True
             try:
-                return method(self, *args, **more)
+                result = method(self, *args, **more)
             finally:
                 turn.taken = False
+        return result
 
     return cast(Callable[Concatenate[S, P], R], called)

@@ -152,6 +152,7 @@ class TorchExecutor:
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """See Executor: rows are padded on the right, and a row without ids is left alone."""
+        self._check(ids, cache)
         lengths = [len(row) for row in ids]
         if not any(lengths):
             return np.zeros((len(ids), self.config.vocab_size), np.float32)
@@ -161,12 +162,13 @@ class TorchExecutor:
         return self._numpy(self.model.logits(h[rows, last]))  # (B, V)
 
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
+        self._check([ids], cache)
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
         return self._numpy(self.model.logits(self._hidden([ids], cache)[0]))  # (T, V)
 
-    @torch.inference_mode()
-    def _hidden(self, ids: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    def _check(self, ids: Sequence[Sequence[int]], cache: Cache) -> None:
+        """Raise GenerationError if these ids cannot be fed, before anything is done."""
         if not isinstance(cache, KVCache):
             raise GenerationError(FOREIGN_CACHE)
         batch = len(cache.lengths)
@@ -179,6 +181,10 @@ class TorchExecutor:
                     f"id {quoted(bad)} is outside the vocabulary of {self.config.vocab_size}"
                 )
         cache.reserve([len(row) for row in ids])
+
+    @torch.inference_mode()
+    def _hidden(self, ids: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+        assert isinstance(cache, KVCache)
         width = max(len(row) for row in ids)
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])  # (B, T)
         lengths = [len(row) for row in ids]

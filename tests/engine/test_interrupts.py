@@ -1,0 +1,214 @@
+"""Fault M2: an exception at any moment of a call, a fork in the middle of one, a call within one.
+
+Ctrl-C raises between any two steps of Python's interpreter at which it looks for signals. Here it
+does so at each of them in turn, without chance; a child process is interrupted by real signals.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glassllama.base.errors import GenerationError
+from glassllama.engine.crew import PARKED
+from glassllama.engine.executor import Engine
+from glassllama.generation import GenerationSettings, generate
+from handmade_engines import SMALL, handmade
+from interrupting import Interruption
+
+LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
+HERE = Path(__file__).parent
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 300)]
+MOMENTS = 1 if LONG else 59  # every one, or one in so many
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return handmade()
+
+
+def history(engine: Engine, cache: Any) -> list[Callable[[], Any]]:
+    """Calls that cross the borders of pages, share, copy, unite and cut them."""
+    return [
+        lambda: engine.next_logits([IDS[:130], IDS[:130], IDS[:66]], cache),
+        lambda: engine.next_logits([[1], [1], IDS[66:130]], cache),
+        lambda: cache.truncate(1, 100),
+        lambda: engine.next_logits([[], IDS[100:129], [2]], cache),
+        lambda: cache.truncate(0, 64),
+        lambda: engine.next_logits([IDS[200:202], [3], []], cache),
+    ]
+
+
+def moments(first: int) -> range:
+    return range(first, 100_000, MOMENTS)
+
+
+def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> None:
+    """And other caches that share its pages are as they were."""
+    other = engine.new_cache(1, 200)
+    engine.next_logits([IDS[:120]], other)
+    cache = engine.new_cache(3, 200)
+    wanted = []
+    for call in history(engine, cache):
+        before = [*cache.lengths]
+        wanted.append((call(), before, [*cache.lengths]))
+    neighbour = engine.next_logits([[9]], other)
+    other.truncate(0, 120)
+    del cache
+    for at in moments(1):
+        cache = engine.new_cache(3, 200)
+        interruption = Interruption(at)
+        for call, (logits, before, after) in zip(history(engine, cache), wanted, strict=True):
+            try:
+                came = call() if interruption.came else interruption.run(call)
+            except KeyboardInterrupt:
+                assert cache.lengths in (before, after)
+                came = call() if cache.lengths == before else None
+            if came is not None:
+                fed = [n for n in range(3) if after[n] != before[n]]
+                assert (came[fed] == logits[fed]).all(), at
+            assert cache.lengths == after
+        assert (engine.next_logits([[9]], other) == neighbour).all()
+        other.truncate(0, 120)
+        if not interruption.came:
+            assert at > 1000
+            break
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_interrupted_at_any_moment_of_generation_the_next_answer_is_the_same(
+    engine: Engine, speculation: bool
+) -> None:
+    prompt = IDS[:40] * 2
+    settings = GenerationSettings(max_tokens=6, speculation=speculation)
+    held: list[Any] = []
+
+    def answer() -> list[int]:
+        return [step.id for step in generate(engine, [prompt], settings, held=held)]
+
+    wanted = answer()
+    for at in moments(1):
+        interruption = Interruption(at)
+        with suppress(KeyboardInterrupt):
+            assert interruption.run(answer) == wanted
+        assert answer() == wanted, at
+        if not interruption.came:
+            assert at > 500
+            break
+
+
+def test_after_an_exception_a_generation_has_ended(engine: Engine) -> None:
+    steps = generate(engine, [IDS[:5]], GenerationSettings(max_tokens=6))
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        Interruption(40).run(lambda: next(steps))
+    assert list(steps) == []
+
+
+def test_no_python_runs_when_something_goes(engine: Engine) -> None:
+    """A signal that came in a finalizer would be raised there, and lost."""
+    cache, own = engine.new_cache(2, 100), handmade()
+    engine.next_logits([IDS[:70], IDS[:70]], cache)
+    own.next_logits([[1]], own.new_cache(1, 2))
+    steps = generate(engine, [IDS[:5]], GenerationSettings(max_tokens=6))
+    next(steps)
+    things, ran = [cache, own, steps], list[str]()
+    del cache, own, steps
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            ran.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    things.clear()
+    sys.setprofile(None)
+    assert ran == []
+
+
+def test_memory_of_a_cache_that_goes_is_free_at_once(engine: Engine) -> None:
+    cache = engine.new_cache(1, 300)
+    engine.next_logits([IDS], cache)
+    assert engine._pages.root.after
+    del cache
+    assert not [page for page in engine._pages.root.after if page.ids[:5] == IDS[:5]]
+
+
+def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that was interrupted goes on, and answers the same."""
+    wanted = engine.next_logits([IDS[:9]], engine.new_cache(1, 9))
+    other, run, errors = engine.new_cache(1, 9), engine._run, list[str]()
+
+    def handler(*_: object) -> None:
+        for call in (
+            lambda: engine.next_logits([[1]], other), lambda: engine.all_logits([1], other),
+            lambda: other.truncate(0, 0), lambda: next(steps),
+        ):  # fmt: skip
+            with pytest.raises(GenerationError) as error:
+                call()
+            errors.append(str(error.value))
+
+    def interrupted(*orders: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        run(*orders)
+
+    steps = generate(engine, [IDS[:9]], GenerationSettings(max_tokens=2))
+    before = signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(engine, "_run", interrupted)
+    try:
+        first = next(steps)
+        assert (engine.next_logits([IDS[:9]], engine.new_cache(1, 9)) == wanted).all()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert first.id == wanted[0].argmax()
+    assert len(errors) >= 8
+    assert all("already in a step in this thread" in error for error in errors)
+
+
+def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
+    wanted = engine.next_logits([IDS], engine.new_cache(1, 300))
+    if engine.threads > 1:
+        board, word = engine._crew.board, PARKED + 8
+        for _ in range(1000):
+            if board[word]:
+                break
+            threading.Event().wait(0.02)
+        assert board[word] == 1, "it does not sleep"
+    for _ in range(3):
+        assert (engine.next_logits([IDS], engine.new_cache(1, 300)) == wanted).all()
+
+
+def child(script: str, *arguments: object, seconds: float) -> str:
+    """What a script in this folder printed; it must end well."""
+    done = subprocess.run(
+        [sys.executable, HERE / script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
+    assert "Exception ignored" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such signals")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_interrupted_by_signals_at_random(threads: int) -> None:
+    rounds = 2000 if LONG else 50
+    out = child("interrupted.py", rounds, threads, seconds=3000 if LONG else 200)
+    assert out.endswith(f"{rounds} rounds, 0 wrong\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_children_of_a_fork_in_the_middle_of_a_step_go_on() -> None:
+    assert child("forked.py", 12, seconds=200) == "12 children, 0 failed\n"

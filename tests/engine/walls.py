@@ -1,0 +1,120 @@
+"""Random calls of engines of odd shapes whose memory ends at walls: see test_memory_safety.py.
+
+usage: python walls.py CALLS
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from glassllama.base.errors import GenerationError
+from glassllama.engine import cache as cache_module
+from glassllama.engine import room as room_module
+from glassllama.engine.executor import Engine
+from glassllama.engine.layout import zeros as plain_zeros
+from glassllama.generation import GenerationSettings, generate, make_sampler
+from handmade_engines import SMALL, handmade, walled, walled_engine
+
+NARROW = replace(SMALL, dim=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=33)
+WIDE = replace(SMALL, n_heads=9, n_kv_heads=3, head_dim=64, rope_layout="pairs")
+SHAPES = [
+    (SMALL, "Q8_0", {}),
+    (replace(SMALL, head_dim=24, n_kv_heads=1), "Q4_0", {"cache": "int8"}),
+    (replace(SMALL, n_layers=1, vocab_size=1, head_dim=2), "F32", {"exact": True}),
+    (replace(SMALL, dim=33, ffn_dim=7, head_dim=18, vocab_size=17, qk_norm=True), "F32", {}),
+    (WIDE, "Q8_0", {"threads": 1}),
+    (NARROW, "F32", {"cache": "int8"}),
+]  # fmt: skip
+LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513]
+
+
+def build_walls(engine: Engine) -> None:
+    """Pages and tables of its caches, and its logits, end at walls, too."""
+    new = engine._new_logits
+    engine._new_logits = lambda count: walled(new(count))  # type: ignore[method-assign]
+    for module in (cache_module, room_module):
+        module.zeros = lambda dtype, *shape: walled(plain_zeros(dtype, *shape))
+
+
+def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None:
+    """One call: feed, forget, drop a cache, generate, or ask for what must be refused."""
+    vocab, context = engine.config.vocab_size, engine.config.max_seq_len
+
+    def ids(count: int) -> list[int]:
+        return [int(id) for id in chance.integers(0, vocab, count)]
+
+    what = chance.choice(["new", "feed", "feed", "feed", "truncate", "all", "generate", "refused"])
+    if what == "new" or not caches:
+        caches.append(engine.new_cache(int(chance.integers(1, 5)), context))
+        del caches[:-3]
+        return
+    cache = caches[chance.integers(0, len(caches))]
+    if what == "feed":
+        rows = [ids(int(chance.choice([0, *LENGTHS]))) for _ in range(cache.batch)]
+        if chance.random() < 0.4:
+            rows = [rows[0]] * cache.batch
+        longest = max(n + len(row) for n, row in zip(cache.lengths, rows, strict=True))
+        if longest > context:
+            caches.clear()
+        else:
+            engine.next_logits(rows, cache)
+    elif what == "truncate":
+        row = int(chance.integers(0, cache.batch))
+        cache.truncate(row, int(chance.integers(0, cache.lengths[row] + 1)))
+    elif what == "all":
+        count = int(chance.choice(LENGTHS))
+        logits = engine.all_logits(ids(count), engine.new_cache(1, count))
+        assert logits.shape == (count, vocab)
+        assert np.isfinite(logits).all()
+    elif what == "generate":
+        sampler = make_sampler(temperature=float(chance.choice([0, 1.0])), top_p=0.9, seed=1)
+        settings = GenerationSettings(sampler=sampler, max_tokens=9)
+        text = ids(5)
+        steps = generate(engine, [text * 12, text * 12][: chance.integers(1, 3)], settings)
+        for _, _step in zip(range(chance.integers(1, 20)), steps, strict=False):
+            pass  # and dropped, perhaps in the middle
+    else:
+        refused(engine, cache, ids)
+
+
+def refused(engine: Engine, cache: Any, ids: Any) -> None:
+    context = engine.config.max_seq_len
+    for ask in (
+        lambda: engine.new_cache(1, 4 * context + 257),
+        lambda: engine.all_logits(ids(257), engine.new_cache(1, 256)),
+        lambda: engine.next_logits([ids(context + 1)] * cache.batch, cache),
+        lambda: engine.next_logits([[engine.config.vocab_size]] * cache.batch, cache),
+    ):
+        try:
+            ask()
+        except GenerationError:
+            continue
+        raise AssertionError("not refused")
+
+
+def main(calls: int) -> None:
+    faulthandler.enable()
+    chance, done = np.random.default_rng(7), 0
+    each = -(-calls // len(SHAPES))
+    for config, kind, options in SHAPES:
+        cache_module.zeros = room_module.zeros = plain_zeros
+        want = handmade(config, kind, **options)
+        engine = walled_engine(config, kind, **options)
+        build_walls(engine)
+        text = [int(id) for id in chance.integers(0, config.vocab_size, 300)]
+        same = engine.all_logits(text, engine.new_cache(1, 300))
+        assert (same == want.all_logits(text, want.new_cache(1, 300))).all()
+        caches: list[Any] = []
+        for _ in range(min(each, calls - done)):
+            call(chance, engine, caches)
+            done += 1
+    print(done, "calls")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""Engines with random weights of any shape, made without a file, and memory that ends at a wall."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.config import LlamaConfig
+from glassllama.engine.executor import Engine, Weights
+from glassllama.engine.layout import BLOCK, KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.packing import fill, fill_rounded
+
+PROT_NONE = 0
+SMALL = LlamaConfig(
+    dim=96, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=40, ffn_dim=160, vocab_size=203,
+    max_seq_len=2048, norm_eps=1e-5, rope_theta=10_000.0,
+)  # fmt: skip
+
+
+def matrix(chance: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
+    """Random numbers, as F32, or quantised to Q8_0 or Q4_0 where columns are whole blocks."""
+    name = "F32" if columns % BLOCK else kind
+    packed = KINDS[name]
+    made = empty_matrix(Arena(packed_bytes(packed, rows, columns)), packed, rows, columns)
+    numbers = chance.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
+    (fill if name == "F32" else fill_rounded)(made, 0, numbers)
+    return made
+
+
+def weights(config: LlamaConfig, kind: str = "F32") -> Weights:
+    chance, c = np.random.default_rng(3), config
+    heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    layer = [
+        (heads, c.dim), (kv_heads, c.dim), (kv_heads, c.dim), (c.dim, heads),
+        (c.ffn_dim, c.dim), (c.ffn_dim, c.dim), (c.dim, c.ffn_dim),
+    ]  # fmt: skip
+    shapes = [*layer * c.n_layers, (c.vocab_size, c.dim)]
+    matrices = [matrix(chance, kind, *shape) for shape in shapes]
+    norms = np.ones((2 * c.n_layers + 1, c.dim), np.float32)
+    return Weights(matrices, matrices[-1], norms)
+
+
+def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> Engine:
+    return Engine(config, weights(config, kind), **options)
+
+
+def walled(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy between two pages of memory that nobody may touch; it ends at the second.
+
+    It begins at a cache line: where its size is no multiple of 64, up to 63 bytes are between.
+    """
+    page, size = mmap.PAGESIZE, -(-max(array.nbytes, 1) // 64) * 64
+    pages = -(-size // page)
+    memory = np.frombuffer(mmap.mmap(-1, (pages + 2) * page), np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for wall in (0, pages + 1):
+        place = ctypes.c_void_p(memory.ctypes.data + wall * page)
+        assert protect(place, ctypes.c_size_t(page), PROT_NONE) == 0
+    start = (1 + pages) * page - size
+    copy: NDArray[Any] = memory[start : start + array.nbytes].view(array.dtype)
+    copy = copy.reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def walled_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
+    """An engine all of whose tables and weights end at walls; pages and logits: `build_walls`."""
+    plain = weights(config, kind)
+    matrices = [
+        replace(m, values=walled(m.values), scales=walled(m.scales)) for m in plain.matrices
+    ]
+    engine = Engine(config, Weights(matrices, matrices[-1], walled(plain.norms)), **options)
+    room = engine._room
+    for name, table in room.tables.items():
+        room.tables[name] = walled(table)
+        room.record[name] = room.tables[name].ctypes.data
+    return engine
