@@ -221,3 +221,14 @@ def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:
         load(default_model, device="no-such-device")
     with pytest.raises(ConfigError, match="float32"):
         load(default_model, exact=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("count", [8193, 33_025])
+def test_more_ids_than_the_context_are_refused(llm: LLM, count: int) -> None:
+    """33,025 ids, one more than 129 times 256, once wrote beyond a table."""
+    ids = [1] * count
+    with pytest.raises(GenerationError, match=f"{count} tokens.*context of 8192"):
+        llm.logits(ids)
+    for ask in (llm.generate, llm.stream, lambda ids: llm.generate_batch([[1], ids])):
+        with pytest.raises(GenerationError, match=f"{count} ids and the context holds 8192"):
+            ask(ids)
