@@ -232,3 +232,20 @@ def test_more_ids_than_the_context_are_refused(llm: LLM, count: int) -> None:
     for ask in (llm.generate, llm.stream, lambda ids: llm.generate_batch([[1], ids])):
         with pytest.raises(GenerationError, match=f"{count} ids and the context holds 8192"):
             ask(ids)
+
+
+def test_a_prompt_far_too_long_is_refused_by_its_beginning(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS.md, G4: without encoding all of it."""
+    encoded: list[int] = []
+    real = type(llm.tokenizer).encode
+
+    def encode(self: object, text: str, **options: bool) -> list[int]:
+        encoded.append(len(text))
+        return real(self, text, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(llm.tokenizer), "encode", encode)
+    with pytest.raises(GenerationError, match=r"30,000,000 characters, more than .* no room"):
+        llm.stream("words " * 5_000_000, max_tokens=1)
+    assert max(encoded) < 1_000_000

@@ -74,6 +74,9 @@ LOOP_OPTIONS = (
     "max_tokens", "ignore_eos", "logprobs", "context", "on_overflow", "speculation"
 )  # fmt: skip
 RUN_FILE = "settings.toml"  # what every run of 'glassllama train' has
+# Of a longer text only so much is encoded before it is known to have more ids than the context:
+# English has some four characters in a token, code three.
+LONG_PROMPT, CHARACTERS_PER_TOKEN = 2**16, 16
 SMALL_CONTEXT = 1024  # tokens: models of one's own below it go on past their context by default
 OPTIONS = frozenset(Options.__annotations__)
 
@@ -211,6 +214,7 @@ class LLM:
         """
         if not isinstance(prompt, str):
             return listed("a prompt", prompt, "a text or a list of ids")
+        self._refuse_early(prompt)
         ids = self.tokenizer.encode(prompt, bos=True)
         if not ids:
             raise GenerationError(
@@ -218,6 +222,18 @@ class LLM:
                 "give it at least one character"
             )
         return ids
+
+    def _refuse_early(self, prompt: str) -> None:
+        """GenerationError for a text whose beginning has more tokens than the context holds."""
+        context = self.executor.config.max_seq_len
+        if getattr(self.executor.config, "unbounded", False):
+            return
+        part = prompt[: max(LONG_PROMPT, CHARACTERS_PER_TOKEN * context)]
+        if len(part) < len(prompt) and len(self.tokenizer.encode(part)) > context:
+            raise GenerationError(
+                f"the prompt has {len(prompt):,} characters, more than {context:,} ids, and the "
+                f"context holds {context:,}: no room for an answer"
+            )
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
@@ -359,13 +375,14 @@ def load(
     else:
         kept = "float32" if exact else dtype
         executor = torch_executor(checkpoint, device, kept, threads, load_progress, stream_layers)
+    checkpoint.notes.extend(getattr(executor, "notes", []))
     return LLM(
         name=str(name),
         checkpoint=checkpoint,
         executor=executor,
         backend=chosen,
         load_seconds=time.perf_counter() - started,
-        notes=[*checkpoint.notes, *getattr(executor, "notes", [])],
+        notes=checkpoint.notes,  # the same list: reading the tokenizer adds to it
     )
 
 

@@ -401,6 +401,63 @@ def written_gguf(
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
+@pytest.fixture(scope="module")
+def metadata(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained["llama"]))
+    return written_gguf(theirs, tmp_path_factory.mktemp("gguf") / "m.gguf", True)
+
+
+def with_piece(metadata: dict[str, Any], text: str, kind: int) -> dict[str, Any]:
+    more = {"tokens": text, "token_type": kind, "scores": -1000.0}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+    return metadata | {key: [*metadata[key], value] for key, value in keys.items()}
+
+
+def test_gguf_user_defined_pieces_are_cut_out_first(metadata: dict[str, Any]) -> None:
+    """As llama.cpp: a blank before each stretch of text, none before the piece."""
+    ours = sentencepiece_from_gguf(with_piece(metadata, "<sep>", 4))
+    plain = sentencepiece_from_gguf(metadata)
+    id = plain.vocab_size
+    for before, behind in (("of", "the"), ("of ", " the"), ("", ""), ("of", "")):
+        expected = [*plain.encode(before), id, *plain.encode(behind)]
+        assert ours.encode(f"{before}<sep>{behind}") == expected
+        assert ours.encode(f"{before}<sep>{behind}", specials=True) == expected
+
+
+def test_gguf_unknown_written_in_a_text_is_read_with_specials(metadata: dict[str, Any]) -> None:
+    ours = sentencepiece_from_gguf(metadata)
+    assert ours.encode("of<unk>the", specials=True) == [*ours.encode("of"), 0, *ours.encode("the")]
+    assert 0 not in ours.encode("of<unk>the")
+
+
+def test_gguf_without_scores_or_types_loads(metadata: dict[str, Any]) -> None:
+    """Scores are equal then, so the leftmost pair goes first; pieces are normal, bytes by name."""
+    whole = sentencepiece_from_gguf(metadata)
+    untyped = {k: v for k, v in metadata.items() if k != "tokenizer.ggml.token_type"}
+    ours = sentencepiece_from_gguf(untyped)
+    for text in ("of the 🦙", PROSE[:2000], "<s>", "</s>"):
+        assert ours.encode(text) == whole.encode(text)
+    assert {*whole.specials} == {*ours.specials} == {"<s>", "</s>"}
+    ours = sentencepiece_from_gguf({k: v for k, v in metadata.items() if "scores" not in k})
+    assert ours.decode(ours.encode("of the 🦙")) == "of the 🦙"
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "a", "b", "ab", "ba"]
+    small = sentencepiece_from_gguf({"tokenizer.ggml.tokens": pieces,
+                                     "tokenizer.ggml.add_space_prefix": False})  # fmt: skip
+    assert small.encode("aba") == [261, 259]
+    assert small.encode("é") == [3 + 0xC3, 3 + 0xA9]
+
+
+def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
+    """An empty piece is never met; of equal ones the last is used, as in llama.cpp."""
+    plain = sentencepiece_from_gguf(metadata)
+    for kind in (1, 3, 4, 5):
+        ours = sentencepiece_from_gguf(with_piece(metadata, "", kind))
+        assert ours.encode("of the", specials=True) == plain.encode("of the")
+        assert ours.decode([plain.vocab_size]) == ""
+    ours = sentencepiece_from_gguf(with_piece(metadata, "e", 1))
+    assert ours.encode("▁e")[-1:] == [plain.vocab_size]
+
+
 # Faults
 
 

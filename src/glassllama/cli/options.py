@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import partial, wraps
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from glassllama.base.errors import GenerationError
+from glassllama.base.errors import GenerationError, GlassError
 from glassllama.cli.first_use import told_of_compiling
 from glassllama.cli.screen import note, progress_bars
 from glassllama.cli.values import read_by_us
@@ -180,6 +181,8 @@ class How:
                 download_progress=bar(f"downloading {which.model}", "bytes"),
                 load_progress=bar(f"loading {which.model}", "tensors"),
             )
+        with suppress(GlassError):
+            _ = llm.tokenizer  # whose notes belong to these
         for line in llm.notes:
             note(f"note: {line}")
         return llm

@@ -113,6 +113,7 @@ class Checkpoint:
         found: Tokenizer = (
             tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
         )
+        self.notes.extend(getattr(found, "notes", []))
         if found.vocab_size > rows:
             self.notes.append(
                 f"the tokenizer has {found.vocab_size} tokens, the model {rows}: texts with one of "

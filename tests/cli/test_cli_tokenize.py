@@ -1,0 +1,42 @@
+"""`tokenize` of long texts: printed in parts, the same as whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glassllama.cli import tokenize as verb
+from glassllama.formats.gguf import open_gguf
+from glassllama.weights.tokenizer import tokenizer_from_gguf
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model: Path) -> Any:
+    return tokenizer_from_gguf(open_gguf(default_model).metadata)
+
+
+def test_json_in_parts_is_json(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verb, "PART", 3)
+    text = 'a "quoted" \\ 🦙\n' * 5
+    for ids in (tokenizer.encode(text), []):
+        pieces = (verb.piece(tokenizer, id) for id in ids)
+        verb.print_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
+        expected = {"model": "m", "text": text, "ids": ids}
+        expected["pieces"] = [verb.piece(tokenizer, id) for id in ids]
+        assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_a_long_table_has_a_line_for_every_token(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verb, "LONGEST_TABLE", 5)
+    ids = tokenizer.encode("The 42 tallest llamas\n")
+    verb.print_tokens(tokenizer, ids)
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == ids
+    assert lines[-1].endswith(tokenizer.token_bytes(ids[-1]).hex(" "))
