@@ -9,7 +9,9 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 
@@ -19,7 +21,7 @@ from glassllama.hub.index import fetch_archive, html_links, json_links
 from glassllama.hub.names import LLAMA3_TOKENIZER, PACKAGE_MODELS, Archive
 from glassllama.hub.pip_settings import PYPI, pip_settings
 from glassllama.hub.texts import TEXTS, PackageText
-from glassllama.hub.web import Credentials, Web
+from glassllama.hub.web import Credentials, Web, reason, shown
 from hub.stand_in import StandIn
 
 SOURCE = Path(hub.__file__).parents[1]
@@ -231,3 +233,10 @@ def test_a_url_without_its_password() -> None:
     assert known.taken_from("https://h/x") == "https://h/x"
     with pytest.raises(ValueError, match="unknown url type"):
         Web().open("no url")
+
+
+def test_what_a_server_says_is_cut() -> None:
+    error = HTTPError("http://h", 500, "x" * 60_000, Message(), None)
+    assert len(reason(error)) < 100
+    assert len(shown("http://me:secret@h/" + "y" * 60_000)) < 100
+    assert shown("http://me:secret@h/y?z") == "http://h/y"

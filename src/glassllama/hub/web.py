@@ -21,6 +21,7 @@ from glassllama.hub.pip_settings import PipSettings
 
 CHUNK = 1 << 16  # bytes
 PATIENCE = 30.0  # seconds without a byte
+LONG = 120  # characters of an address or a reason in an error; what is longer is cut
 PARTIAL, COMPLETE = 206, 416  # HTTP: the rest as asked for; there is no rest
 NETWORK = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
@@ -184,18 +185,16 @@ def _append(url: str, came: Path, total: int, web: Web, progress: Progress | Non
 
 
 def reason(error: Exception) -> str:
-    """What went wrong on the network, in a few words."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
+    """What went wrong on the network, in a few words; what a server says of it is cut."""
     if isinstance(error, http.client.IncompleteRead):
         return f"the connection broke, {error.expected} bytes are missing"
-    return str(error) or type(error).__name__
+    words = str(getattr(error, "reason", error)) or type(error).__name__
+    words = words if len(words) <= LONG else quoted(words)
+    return f"HTTP {error.code} {words}" if isinstance(error, urllib.error.HTTPError) else words
 
 
 def shown(url: str) -> str:
     """A URL for a message: without a password, and not too long."""
     parts = urlsplit(url)
     plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    return plain if len(plain) <= 200 else quoted(plain)
+    return plain if len(plain) <= LONG else quoted(plain)
