@@ -20,6 +20,7 @@ from glassllama.cli.screen import note, progress_bars, write
 from glassllama.cli.training import View
 
 if TYPE_CHECKING:
+    from glassllama.train.bands import Band
     from glassllama.train.data import Data
     from glassllama.train.distributed import Team
     from glassllama.train.run import Run
@@ -254,12 +255,12 @@ def go(run: Run) -> int:
 
 def watched(run: Run, wish: Wish) -> None:
     """Make the steps, with a view and a journal of them."""
-    from glassllama.train.bands import Watchman, band_of
+    from glassllama.train.bands import Watchman
     from glassllama.train.beginning import FirstStep
     from glassllama.train.loop import train
     from glassllama.train.speed import dtype_of, flops_per_token, peak_flops
 
-    s, done, band = run.settings, run.progress.step, band_of(run.settings)
+    s, done, band = run.settings, run.progress.step, band_of_text(run)
     note("band: none for these settings" if band is None else f"band: of {band.seeds} seeds")
     view = View(
         steps=s.schedule.steps,
@@ -276,9 +277,17 @@ def watched(run: Run, wish: Wish) -> None:
         journal.close()
 
 
+def band_of_text(run: Run) -> Band | None:
+    """The preset's band, unless another text stands in for the preset's (see hub.fetch_text)."""
+    from glassllama.hub import has_text
+    from glassllama.train.bands import band_of
+
+    band = band_of(run.settings)
+    return band if band is not None and has_text(run.settings.data.corpus) else None
+
+
 def finish(run: Run) -> None:
     """The curve, and where the model is; a sample where the run is complete."""
-    from glassllama.train.bands import band_of
     from glassllama.train.curve import draw_curve
     from glassllama.train.journal import read_records
     from glassllama.train.loop import sample_text
@@ -287,7 +296,7 @@ def finish(run: Run) -> None:
     if not run.team.leads or not (records := read_records(run.folder)):
         return
     try:
-        draw_curve(records, run.folder, run.settings.name, band_of(run.settings))
+        draw_curve(records, run.folder, run.settings.name, band_of_text(run))
     except MissingExtraError as error:
         note(f"note: {error}")
     if run.complete:

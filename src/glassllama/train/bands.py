@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from glassllama import hub
 from glassllama.train.resolve import preset_names, resolve
 from glassllama.train.run import essential
 from glassllama.train.settings import Settings
@@ -32,16 +31,11 @@ class Band:
 
 
 def band_of(settings: Settings) -> Band | None:
-    """The band of a preset, None where there is none or the settings are not the preset's own.
-
-    Nor where another text stands in for the preset's (hub.fetch_text), which is not in the cache.
-    """
+    """The band of a preset, None where there is none or the settings are not the preset's own."""
     file = BANDS / f"{settings.name}.json"
     if settings.name not in preset_names() or not file.is_file():
         return None
     if compared(settings) != compared(resolve(settings.name)):
-        return None
-    if not hub.has_text(settings.data.corpus):
         return None
     values = json.loads(file.read_text(encoding="utf-8"))
     steps, low, high = (tuple(values[name]) for name in ("steps", "low", "high"))
