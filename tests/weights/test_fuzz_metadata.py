@@ -437,7 +437,9 @@ def test_mutants_of(name: str, tmp_path: Path) -> None:
 def failure(target: Target, seed: int) -> str:
     values = mutant(seed, target.document, target.extra)
     target.write(values)
-    if not (problem := outcome(target)):
+    if (problem := outcome(target)).endswith(" s"):  # a crowded machine's clock may jump: once more
+        problem = outcome(target)
+    if not problem:
         return ""
     changed = {k: v for k, v in values.items() if v != target.document.get(k)}
     return f"{problem}: {str(changed)[:300]}"
