@@ -20,7 +20,7 @@ from fcntl import ioctl
 
 REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]
-PATIENCE = 60  # seconds until something that never comes is given up
+PATIENCE = 300  # seconds until something that never comes is given up
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from cli.programs import COMMAND, PATIENCE
+from glassllama.cli.first_use import COMPILING
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_start_ends_while_it_compiles(
     sent: signal.Signals, code: int, default_model: Path, tmp_path: Path
 ) -> None:
-    """When the first compiled file is there, many are still to come."""
+    """When the first compiled file is there, many are still to come. (On a slow or busy machine it
+    is said by then that code is being compiled.)"""
     with subprocess.Popen(
         [*COMMAND, "generate", "hi", "-n", "3", "-m", str(default_model)],
         stdin=subprocess.DEVNULL,
@@ -35,7 +37,7 @@ def test_the_first_start_ends_while_it_compiles(
         out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert out == b""
-    assert errors.strip() == b""
+    assert errors.decode().strip() in ("", COMPILING)
 
 
 WHILE_COMPILING = """

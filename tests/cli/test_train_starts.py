@@ -21,8 +21,8 @@ TEN_TO_THE_400 = "1" + "0" * 400
 
 
 @pytest.fixture
-def text(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    return write_text(tmp_path, tinyshakespeare)
+def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    return write_text(tmp_path, romeo_and_juliet)
 
 
 def held(folder: Path) -> dict[str, bytes | None]:
@@ -141,11 +141,11 @@ def test_what_a_killed_start_leaves_is_swept(verb: Any, tmp_path: Path, text: Pa
 
 
 def test_a_failed_start_has_no_part_in_the_next(
-    verb: Any, tmp_path: Path, text: Path, tinyshakespeare: Path
+    verb: Any, tmp_path: Path, text: Path, romeo_and_juliet: Path
 ) -> None:
     """Another text and another size, refused; the vocabulary is then of what was asked for."""
     other, folder = tmp_path / "other.txt", tmp_path / "run"
-    other.write_text(tinyshakespeare.read_text()[50_000:80_000])
+    other.write_text(romeo_and_juliet.read_text()[50_000:80_000])
     asked = ["train", BIGRAM, *SHORT, "--out", folder]
     sizes = ("--set", "data.tokenizer=bpe:320", "--set", "data.context=50000")
     one_error(verb(*asked, "--data", other, *sizes))
@@ -161,10 +161,10 @@ def test_a_failed_start_has_no_part_in_the_next(
 
 
 def test_a_refused_resumption_leaves_every_byte(
-    verb: Any, tmp_path: Path, text: Path, tinyshakespeare: Path
+    verb: Any, tmp_path: Path, text: Path, romeo_and_juliet: Path
 ) -> None:
     other, folder = tmp_path / "other.txt", tmp_path / "run"
-    other.write_text(tinyshakespeare.read_text()[50_000:60_000])
+    other.write_text(romeo_and_juliet.read_text()[50_000:60_000])
     vocabulary = "data.tokenizer=bpe:300"
     assert verb(*words("llama", text, folder, vocabulary), "--no-preflight").code == 0
     before = held(folder)

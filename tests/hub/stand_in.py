@@ -190,7 +190,7 @@ class Sandbox:
     def run(self, **request: object) -> dict:
         """What a fresh process answers: {"path"} or {"error"}, with progress and the cache."""
         with self.start(**request) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert err == "", "nothing of the libraries' own noise reaches the terminal"
         return json.loads(out)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from glassllama.train.distributed import Team
 from glassllama.train.evaluate import of_all_ranks, rows_of_rank
 from glassllama.train.faults import TrainingError
 from glassllama.train.prepare import take_up
+from tolerances import CONDITION, difference, loss_bar, muon_bar
 from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of
 from train.recipes import SHORT, TINY, make_steps, new_run
@@ -37,16 +39,13 @@ TESTS = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ENDED_WITHIN = 60  # seconds after a rank was killed
 PATIENCE = 300  # until something that never comes is given up
-# Relative, losses and gradient norms of 12 steps: float32 sums in another order. (Measured: 2e-7;
-# Muon's products are in bfloat16, which falls on other sides of its coarse steps: 2e-4; so do a
-# whole model's: 3e-3.)
-ROUNDING = {"muon": 2e-3, "adamw": 5e-6, "gpt": 5e-6, "bigram": 5e-6, "bfloat16": 2e-2}
+TOKENS = 6 * 16  # of a batch: its loss is their mean
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, tinyshakespeare: Path) -> Path:
+def text(tmp_path_factory: pytest.TempPathFactory, romeo_and_juliet: Path) -> Path:
     """Documents of all lengths: rows of two ranks have different numbers of targets."""
-    words = tinyshakespeare.read_text(encoding="utf-8")[:8000]
+    words = romeo_and_juliet.read_text(encoding="utf-8")[:8000]
     cuts = np.cumsum(np.random.default_rng(0).integers(5, 200, 200)).clip(max=len(words))
     pieces = [words[a:b] for a, b in zip([0, *cuts], cuts, strict=False) if words[a:b].strip()]
     path = tmp_path_factory.mktemp("text") / "pieces.jsonl"
@@ -80,6 +79,17 @@ def report(home: Path) -> dict[str, Any]:
     return dict(json.loads((home / "report.json").read_text()))
 
 
+def rounding(way: str, steps: int) -> float:
+    """How far losses and gradient norms may be apart: sums come in another order. (Measured:
+    float32 2e-7, Muon 2e-4, bfloat16 3e-3.)"""
+    config = SimpleNamespace(dim=24, ffn_dim=40, n_layers=2)  # of recipes.TINY
+    if way == "bfloat16":
+        return loss_bar(config, steps=steps, tokens=TOKENS, dtype=torch.bfloat16)
+    if way == "muon" and steps > 1:
+        return muon_bar(config, steps=steps)
+    return loss_bar(config, steps=steps)
+
+
 def furthest(ours: list[float], theirs: list[float]) -> float:
     assert len(ours) == len(theirs) > 0
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
@@ -89,8 +99,8 @@ def furthest(ours: list[float], theirs: list[float]) -> float:
 def test_two_ranks_have_the_losses_of_one(way: str, home: Path, report: dict[str, Any]) -> None:
     one = json.loads((home / f"one-{way}.json").read_text())
     assert len(one) == 2 * STEPS + 3  # losses and norms of all steps, and three scores
-    assert furthest(report[way][:2], one[:2]) < (2e-3 if way == "bfloat16" else 1e-6)
-    assert furthest(report[way], one) < ROUNDING[way]
+    assert furthest(report[way][:2], one[:2]) < rounding(way, 1)
+    assert furthest(report[way], one) < rounding(way, STEPS)
 
 
 def test_resuming_is_exact(report: dict[str, Any]) -> None:
@@ -111,7 +121,7 @@ def test_one_process_goes_on_for_two(home: Path, text: Path, report: dict[str, A
     assert set(gathered) == set(state)
     assert all(torch.equal(gathered[name], state[name]) for name in state)
     went_on = losses(make_steps(run))
-    assert furthest(went_on, report["muon"][-len(went_on) :]) < ROUNDING["muon"]
+    assert furthest(went_on, report["muon"][-len(went_on) :]) < rounding("muon", STEPS)
 
 
 def test_two_ranks_go_on_for_one(home: Path, report: dict[str, Any]) -> None:
@@ -122,13 +132,14 @@ def test_two_ranks_go_on_for_one(home: Path, report: dict[str, Any]) -> None:
     assert set(gathered) == set(written)
     assert all(torch.equal(gathered[name], written[name]) for name in written)
     one = json.loads((home / "one-muon.json").read_text())
-    assert furthest(report["from one"], one[-len(report["from one"]) :]) < ROUNDING["muon"]
+    assert furthest(report["from one"], one[-len(report["from one"]) :]) < rounding("muon", STEPS)
 
 
 def test_the_leader_writes_a_model_that_load_reads(home: Path) -> None:
     ours, theirs = (load(str(home / name), backend="torch") for name in ("muon", "one-muon"))
     ids = ours.tokenizer.encode("To be, or not")
-    assert np.abs(ours.logits(ids) - theirs.logits(ids)).max() < 0.02
+    apart = difference(ours.logits(ids), theirs.logits(ids))
+    assert apart < CONDITION * rounding("muon", STEPS)  # single logits, not the mean of many
 
 
 def test_a_missing_shard_is_missed(home: Path, text: Path) -> None:
