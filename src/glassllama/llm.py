@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama import hub
-from glassllama.base.errors import GenerationError, MissingExtraError
+from glassllama.base.errors import GenerationError, MissingExtraError, quoted
 from glassllama.base.interfaces import Cache, CacheType, Executor, Progress, Tokenizer
 from glassllama.generation import (
     FinishReason,
@@ -32,6 +32,7 @@ from glassllama.generation import (
     generate,
     make_sampler,
 )
+from glassllama.tokenizers.bpe import alternatives
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
@@ -67,6 +68,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool  # go on after the model's own end: for measuring
     context: int | None  # fewer tokens than the model could hold
     on_overflow: Overflow | None  # at the context's end, before max_tokens; see default_overflow
+    specials: bool  # control tokens written in a prompt are read as such, not as text
     speculation: bool  # False: never several tokens in one step; the answer is the same
 
 
@@ -207,15 +209,19 @@ class LLM:
         own = run or isinstance(self.tokenizer, CharTokenizer)
         return "shift" if own and self.executor.config.max_seq_len < SMALL_CONTEXT else "stop"
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, specials: bool = False) -> list[int]:
         """Text -> ids with the model's own beginning; ids stay as they are.
 
-        Raises GenerationError for an empty text, where the model begins with no token of its own.
+        With `specials`, control tokens written in the text are read as such; a begin-of-text token
+        is then not doubled. Raises GenerationError for an empty text, where the model begins with
+        no token of its own.
         """
         if not isinstance(prompt, str):
             return listed("a prompt", prompt, "a text or a list of ids")
-        self._refuse_early(prompt)
-        ids = self.tokenizer.encode(prompt, bos=True)
+        self._refuse_early(prompt, specials)
+        ids = self.tokenizer.encode(prompt, bos=True, specials=specials)
+        if specials and ids[:2] == [self.tokenizer.bos] * 2:
+            del ids[0]
         if not ids:
             raise GenerationError(
                 "the text is empty, and this model has no begin-of-text token to go on from: "
@@ -223,17 +229,25 @@ class LLM:
             )
         return ids
 
-    def _refuse_early(self, prompt: str) -> None:
+    def _refuse_early(self, prompt: str, specials: bool) -> None:
         """GenerationError for a text whose beginning has more tokens than the context holds."""
         context = self.executor.config.max_seq_len
         if getattr(self.executor.config, "unbounded", False):
             return
         part = prompt[: max(LONG_PROMPT, CHARACTERS_PER_TOKEN * context)]
-        if len(part) < len(prompt) and len(self.tokenizer.encode(part)) > context:
+        if (
+            len(part) < len(prompt)
+            and len(self.tokenizer.encode(part, specials=specials)) > context
+        ):
             raise GenerationError(
                 f"the prompt has {len(prompt):,} characters, more than {context:,} ids, and the "
                 f"context holds {context:,}: no room for an answer"
             )
+
+    def specials_in(self, text: str) -> list[str]:
+        """Control tokens that are written in a text, each once; text without `specials`."""
+        pattern = alternatives(self.tokenizer.specials)
+        return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
@@ -309,14 +323,17 @@ class LLM:
         stop = listed("stop", values.pop("stop", ()), "a list of texts")
         if not all(isinstance(text, str) for text in stop):
             raise GenerationError(f"stop must be a list of texts, got {stop!r}")
+        specials = values.pop("specials", False)
+        if not isinstance(specials, bool):
+            raise GenerationError(f"specials must be True or False, got {quoted(specials)}")
         loop = {key: values.pop(key) for key in LOOP_OPTIONS if key in values}
         if loop.get("on_overflow") is None:
             loop["on_overflow"] = self.default_overflow
         settings = GenerationSettings(
             sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids,
-            bos=self.tokenizer.bos, **loop,
+            bos=self.tokenizer.bos, vocabulary=self.tokenizer.vocab_size, **loop,
         )  # fmt: skip
-        rows = [self.encode(prompt) for prompt in prompts]
+        rows = [self.encode(prompt, specials=specials) for prompt in prompts]
         answers = [
             Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
             for ids in rows

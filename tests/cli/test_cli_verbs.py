@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
+from glassllama.base.errors import GenerationError
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
 
@@ -118,6 +119,34 @@ def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
     assert "--exact" in verb(*line).err
     assert "--exact" not in verb(*line, "--exact").err
     assert verb(*line, "--json").err == ""
+
+
+RAW = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_a_raw_prompt_are_read_when_asked(verb: Verb, loaded: LLM) -> None:
+    expected = loaded.tokenizer.encode(RAW, bos=True, specials=True)
+    plain = loaded.tokenizer.encode(RAW, bos=True)
+    for command in (["generate", RAW, "-n", "1", "--json"], ["next", RAW, "--json"]):
+        assert json.loads(verb(*command).out)["prompt_ids"] == plain
+        assert json.loads(verb(*command, "--specials").out)["prompt_ids"] == expected
+    assert loaded.generate(RAW, max_tokens=1, specials=True).prompt_ids == expected
+    with pytest.raises(GenerationError, match="specials must be True or False, got 'yes'"):
+        loaded.generate("x", specials="yes")  # type: ignore[arg-type]
+
+
+def test_control_tokens_that_stay_text_are_noted(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(RAW * 2)
+    scoring = ["perplexity", "smollm2-135m", "-f", str(file), "--window", "64"]
+    for command in (["generate", RAW, "-n", "1"], ["next", RAW], scoring):
+        note = "the text holds <|im_start|>, <|im_end|>, read as text; --specials"
+        assert note in verb(*command).err
+        ran = verb(*command, "--specials")
+        assert "read as text" not in ran.err
+    count = len(loaded.encode(RAW * 2, specials=True))
+    assert f"{count - 1} tokens" in ran.err, "all but the first, or the begin of text"
+    assert loaded.specials_in("nothing") == []
 
 
 def test_tokenize_there_and_back(verb: Verb, llm: LLM) -> None:

@@ -118,7 +118,9 @@ def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
 def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
     """The vocabulary fits the embeddings, answers can end, and text survives the round trip."""
     size = tokenizer.vocab_size
-    yield Finding(size <= rows, f"vocabulary: {size:,} tokens for {rows:,} rows of embeddings")
+    more = f"; the last {rows - size:,} have no token and are never chosen" if size < rows else ""
+    said = f"vocabulary: {size:,} tokens for {rows:,} rows of embeddings{more}"
+    yield Finding(size <= rows, said)
     outside = sorted(id for id in tokenizer.stop_ids if id >= rows)
     if outside or not tokenizer.stop_ids:
         yield Finding(False, f"stop ids: {outside or 'none, so answers never end by themselves'}")

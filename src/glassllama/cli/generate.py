@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from glassllama.cli.answer import as_object, show_stream, speed_line
-from glassllama.cli.options import How, Json, Logprobs, SamplingOptions, Which, require_json
+from glassllama.cli.options import (
+    How,
+    Json,
+    Logprobs,
+    SamplingOptions,
+    Specials,
+    Which,
+    note_specials,
+    require_json,
+)
 from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
 
 
@@ -24,6 +33,7 @@ def generate(
             "out: what is piped in.",
         ),
     ] = None,
+    specials: Specials = False,
     logprobs: Logprobs = None,
     json: Json = False,
 ) -> None:
@@ -32,6 +42,8 @@ def generate(
     prompt = text_and_stdin(text, "TEXT")
     options = sampling.options(logprobs)
     llm = how.load(which)
+    note_specials(llm, prompt, specials)
+    options["specials"] = specials
     if json:
         print_json(as_object(llm, llm.generate(prompt, **options)))
         return

@@ -10,7 +10,7 @@ import typer
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.exits import failed
-from glassllama.cli.options import How, Json, Which
+from glassllama.cli.options import How, Json, Specials, Which, note_specials
 from glassllama.cli.screen import (
     MOST_PROMPT,
     is_terminal,
@@ -42,6 +42,7 @@ def next_tokens(
     top: Annotated[
         int, typer.Option("--top", "-k", min=1, metavar="N", help="Show the N likeliest tokens.")
     ] = 10,
+    specials: Specials = False,
     json: Json = False,
 ) -> None:
     """Show the likeliest next tokens of a text, with their probabilities."""
@@ -50,14 +51,14 @@ def next_tokens(
         prompt = text_or_stdin(prompt, "PROMPT", MOST_PROMPT)
     llm = how.load(which)
     if prompt is None:
-        ask_on(llm, top)
+        ask_on(llm, top, specials)
         return
-    show_next(llm, prompt, top, json)
+    show_next(llm, prompt, top, json, specials)
     if llm.backend == "engine" and not how.exact and not json:
         note(ROUNDED)
 
 
-def ask_on(llm: LLM, top: int) -> None:
+def ask_on(llm: LLM, top: int, specials: bool) -> None:
     """One prompt after the other, until Ctrl-D."""
     from glassllama.cli.history import line_editing
 
@@ -65,7 +66,7 @@ def ask_on(llm: LLM, top: int) -> None:
     with line_editing():
         while True:
             try:
-                show_next(llm, input("text> "), top, False)
+                show_next(llm, input("text> "), top, False, specials)
             except GlassError as error:
                 failed(str(error))
             except EOFError:
@@ -73,8 +74,9 @@ def ask_on(llm: LLM, top: int) -> None:
                 return
 
 
-def show_next(llm: LLM, prompt: str, top: int, json: bool) -> None:
-    completion = llm.generate(prompt, max_tokens=1, logprobs=top)
+def show_next(llm: LLM, prompt: str, top: int, json: bool, specials: bool) -> None:
+    note_specials(llm, prompt, specials)
+    completion = llm.generate(prompt, max_tokens=1, logprobs=top, specials=specials)
     assert completion.logprobs is not None
     tokens: list[dict[str, Any]] = [
         {

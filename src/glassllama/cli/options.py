@@ -84,6 +84,13 @@ PreferPth = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+Specials = Annotated[
+    bool,
+    typer.Option(
+        "--specials",
+        help="Read control tokens written in the text, such as <|im_start|>, as control tokens.",
+    ),
+]
 Logprobs = Annotated[
     int | None,
     typer.Option(
@@ -358,6 +365,15 @@ class ChatOptions(SamplingOptions):
         ),
     ] = 1024
     repetition_penalty: RepetitionPenalty = 1.1
+
+
+def note_specials(llm: LLM, text: str, specials: bool) -> None:
+    """Say that control tokens in a text stay text, where nobody asked for anything else."""
+    found = [] if specials else llm.specials_in(text)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        note(f"the text holds {', '.join(found[:3])}{more}, read as text; --specials reads control "
+             "tokens as such")  # fmt: skip
 
 
 def spread(verb: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
+from glassllama.cli.options import (
+    How,
+    Json,
+    ModelArgument,
+    Offline,
+    PreferPth,
+    Specials,
+    Which,
+    note_specials,
+)
 from glassllama.cli.screen import note, print_json, progress_bars
 
 if TYPE_CHECKING:
@@ -34,6 +43,7 @@ def perplexity(
         int | None,
         typer.Option(min=2, metavar="N", help="Use the first N tokens of the text only."),
     ] = None,
+    specials: Specials = False,
     offline: Offline = False,
     pth: PreferPth = False,
     json: Json = False,
@@ -45,7 +55,10 @@ def perplexity(
     """
     text = read_text(file)
     llm = how.load(Which(model=model, offline=offline, pth=pth))
-    ids = llm.tokenizer.encode(text)[:tokens]
+    note_specials(llm, text, specials)
+    ids = llm.tokenizer.encode(text, specials=specials)
+    written = specials and ids[:1] == [llm.tokenizer.bos]  # the windows begin with it anyway
+    ids = ids[written:][:tokens]
     windows = {"window": window, "stride": window // 2 if stride is None else stride}
     result = {"model": model, "file": str(file), **measure(llm, ids, windows)}
     if json:

@@ -169,9 +169,9 @@ class Engine:
             raise
         return logits[:, : self.config.vocab_size]
 
-    def chooser(self, **settings: float) -> Chooser:
+    def chooser(self, *, vocab_size: int, **settings: float) -> Chooser:
         """For one request: logits (V,) -> an id, in one native call. Settings: sampling.Choice."""
-        return Chooser(self.config.vocab_size, Choice(**settings))
+        return Chooser(vocab_size, Choice(**settings))
 
     def describe(self) -> list[str]:
         """How it runs and what the weights were packed as; then what was noted on the way."""

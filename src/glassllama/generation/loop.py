@@ -61,6 +61,7 @@ class GenerationSettings:
     logprobs: int | None = None
     context: int | None = None
     on_overflow: Overflow = "stop"
+    vocabulary: int | None = None  # ids from this one on have no token and are never chosen
     bos: int | None = None  # the begin-of-text id: never dropped where a prompt begins with it
     speculation: bool = True  # where it can, see `can_speculate`: faster, the same ids
 
@@ -311,6 +312,7 @@ class Generation(Iterator[Step]):
 
 
 def _next_step(number: int, row: Row, logits: Logits) -> Step:
+    logits = logits[: row.settings.vocabulary]
     try:
         row.last = row.sampling.choose(logits)
     except GenerationError:
@@ -375,7 +377,8 @@ def _row(
     ids = checked_ids(f"prompt {number}", prompt, config.vocab_size)
     limit, context = _sizes(f"prompt {number}", len(ids), config, settings)
     native = getattr(executor, "chooser", None)
-    sampling = settings.sampler.start(ids, config.vocab_size, native)
+    size = min(settings.vocabulary or config.vocab_size, config.vocab_size)
+    sampling = settings.sampler.start([id for id in ids if id < size], size, native)
     return Row(
         prompt=ids, settings=settings, sampling=sampling, limit=limit, context=context,
         window=[*ids],

@@ -273,7 +273,9 @@ class Sampler:
         history = History(prompt, vocab_size)
         generator = np.random.Generator(np.random.PCG64(self.seed))
         settings = self._settings()
-        chooser = None if native is None or settings is None else native(**settings)
+        chooser = None
+        if native is not None and settings is not None:
+            chooser = native(vocab_size=vocab_size, **settings)
         return Sampling(self, history, generator, chooser)
 
     def _settings(self) -> dict[str, float] | None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.added import AddedToken, AddedTokens
+from glassllama.tokenizers.rows import Rows
 from glassllama.tokenizers.split import Split
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def merge(parts: list[bytes], rank: Callable[[bytes, bytes], int]) -> list[bytes
     return parts
 
 
-class BytePairTokenizer:
+class BytePairTokenizer(Rows):
     """Text ↔ ids by byte-level BPE; a `base.interfaces.Tokenizer`.
 
     Odd input: the empty text has no ids; NUL, BOM and unassigned code points are text like any
@@ -184,9 +185,7 @@ class BytePairTokenizer:
         """The bytes of one id; a control token's are its text."""
         tokens = self.vocabulary.tokens
         token = tokens[id] if 0 <= id < len(tokens) else None
-        if token is None:
-            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {len(tokens) - 1}")
-        return token
+        return self.bytes_without_token(id, len(tokens)) if token is None else token
 
     def _encode_words(self, text: str) -> list[int]:
         ids: list[int] = []

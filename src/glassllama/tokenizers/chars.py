@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import alternatives
+from glassllama.tokenizers.rows import Rows
 
 CONTROLS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
 REPLACEMENT = "\ufffd"
 N_CODE_POINTS = 0x110000
 
 
-class CharTokenizer:
+class CharTokenizer(Rows):
     """Text ↔ ids, one per character; a `base.interfaces.Tokenizer`.
 
     Odd input: the empty text has no ids; NUL and BOM are characters like any other; a lone
@@ -76,8 +77,7 @@ class CharTokenizer:
 
     def _text(self, id: int) -> str:
         if not 0 <= id < len(self._texts):
-            last = len(self._texts) - 1
-            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
+            return self.bytes_without_token(id, len(self._texts)).decode()
         return self._texts[id]
 
 

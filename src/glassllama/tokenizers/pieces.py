@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import NEVER, alternatives, merge, surrogate_error
+from glassllama.tokenizers.rows import Rows
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.long_words import PairTable
@@ -79,7 +80,7 @@ class Pieces:
         return {text: id for id, (text, kind) in enumerate(both) if kind in kinds}
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Rows):
     """Text ↔ ids by SentencePiece's BPE; a `base.interfaces.Tokenizer`.
 
     `decode` gives the encoded text back, but ▁ as a blank. It shows no control tokens, and drops
@@ -275,23 +276,20 @@ class SentencePieceTokenizer:
         at_start = self.pieces.drop_prefix
         for id in ids:
             data = self.token_bytes(id)
-            if id in self._control_ids:
+            if id in self._control_ids or not data:
                 continue
-            if at_start and (self.pieces.texts[id] or "").startswith(BLANK):
+            if at_start and self.pieces.texts[id].startswith(BLANK):
                 data = data[1:]
                 at_start = self.pieces.trim and not data
             else:
-                at_start = at_start and not data
+                at_start = False
             texts.append(data)
         return b"".join(texts).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id, ▁ as a blank; a control token's are its text."""
         data = self._bytes[id] if 0 <= id < len(self._bytes) else None
-        if data is None:
-            last = len(self._bytes) - 1
-            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
-        return data
+        return self.bytes_without_token(id, len(self._bytes)) if data is None else data
 
 
 def _ranking(pieces: Pieces, ids: Mapping[bytes, int]) -> Callable[[bytes, bytes], int]:

@@ -16,10 +16,10 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.added import AddedTokens
 from glassllama.tokenizers.bpe import surrogate_error
 from glassllama.tokenizers.character_bpe import CharacterBPE
+from glassllama.tokenizers.rows import Rows
 from glassllama.tokenizers.stages import Stage
 
 
@@ -40,7 +40,7 @@ class Pipeline:
     drops_blank: bool
 
 
-class PipelineTokenizer:
+class PipelineTokenizer(Rows):
     """Text ↔ ids by a `Pipeline`; a `base.interfaces.Tokenizer`.
 
     Odd input: a lone surrogate is a TokenizerError; bytes that are no UTF-8 decode to U+FFFD; a
@@ -127,6 +127,4 @@ class PipelineTokenizer:
         """The bytes of one id; a control token's are its text."""
         tokens = self.pipeline.token_bytes
         token = tokens[id] if 0 <= id < len(tokens) else None
-        if token is None:
-            raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {len(tokens) - 1}")
-        return token
+        return self.bytes_without_token(id, len(tokens)) if token is None else token

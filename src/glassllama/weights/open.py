@@ -31,6 +31,7 @@ from glassllama.formats.blocks import SUPPORTED, dequantise
 from glassllama.formats.gguf import GGUFFile, open_gguf
 from glassllama.formats.gguf_header import MAGIC as GGUF_MAGIC
 from glassllama.formats.safetensors import open_safetensors, shard_names
+from glassllama.tokenizers.rows import Rows
 from glassllama.weights.architectures import TORCH_ONLY, architecture_of, resolve_torch_only
 from glassllama.weights.configs import (
     Resolved,
@@ -114,6 +115,8 @@ class Checkpoint:
             tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
         )
         self.notes.extend(getattr(found, "notes", []))
+        if isinstance(found, Rows):
+            found.model_rows = rows
         if found.vocab_size > rows:
             self.notes.append(
                 f"the tokenizer has {found.vocab_size} tokens, the model {rows}: texts with one of "

@@ -1,0 +1,21 @@
+"""Ids without a token: a model may have more rows of embeddings than its tokenizer has tokens.
+
+Sizes are rounded up for speed: nanoGPT has 50,304 rows for GPT-2's 50,257 tokens.
+"""
+
+from __future__ import annotations
+
+from glassllama.base.errors import TokenizerError
+
+
+class Rows:
+    """A tokenizer that knows how many rows its model has; 0 where there is no model."""
+
+    model_rows = 0
+
+    def bytes_without_token(self, id: int, size: int) -> bytes:
+        """No text for an id of the model's; TokenizerError for any other."""
+        if 0 <= id < self.model_rows:
+            return b""
+        last = max(size, self.model_rows) - 1
+        raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
