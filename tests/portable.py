@@ -1,0 +1,56 @@
+"""`make test-portable`: the numerical tests as other processors would run them.
+
+PyTorch without vector instructions and on one thread, then with AVX2 on two, each with an engine
+tier of like kind; then the engine's tests on every other tier that this processor has, but the best
+one, which is what `make test` runs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from glassllama.engine.tiers import TIERS, features
+
+TESTS = Path(__file__).parent
+ENGINE = ["engine/test_engine.py"]
+NUMERICAL = [
+    "test_tolerances.py", "nn", "models", "parity/test_llama.py", "parity/test_gpt2.py",
+    "parity/test_saved_llama.py", "walkthrough/test_trace.py", "weights/test_stream.py",
+    "train/test_parts.py", "generation/test_parity.py",
+]  # fmt: skip
+
+
+def combinations() -> list[tuple[dict[str, str], int, list[str]]]:
+    """What differs from the normal run: environment, threads, files."""
+    able = [name for name, needed in TIERS.items() if needed <= features()]  # the best one first
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    plain = {"ATEN_CPU_CAPABILITY": "default", "GLASSLLAMA_TIER": "plain"}
+    out = [(plain, 1, NUMERICAL + ENGINE)]
+    if x86 and "avx2" in able:
+        avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "GLASSLLAMA_TIER": "avx2"}
+        out.append((avx2, 2, NUMERICAL + ENGINE))
+    others = [name for name in able[1:] if name not in ("avx2", "plain")]
+    return out + [({"GLASSLLAMA_TIER": name}, 2, ENGINE) for name in others]
+
+
+def main() -> int:
+    failed = 0
+    for environment, threads, files in combinations():
+        print(*(f"{k}={v}" for k, v in environment.items()), f"threads={threads}", flush=True)
+        # A worker of pytest-xdist has one processor, and so the engine one thread.
+        spread = ["-n", "2", "--dist", "worksteal"] if threads == 1 else []
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *spread, *(str(TESTS / f) for f in files)],
+            env={**os.environ, **environment, "OMP_NUM_THREADS": str(threads)},
+            cwd=TESTS.parent,
+        )
+        failed += done.returncode != 0
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
