@@ -74,10 +74,11 @@ def read_settings(folder: Path) -> Settings:
     if values.get("added_tokens_decoder") is None:
         old_path = folder / "special_tokens_map.json"
         old = optional_json(old_path)
-        list(_special_tokens(Fields(str(old_path), old, TokenizerError)))  # errors name this file
-        extra = [*(values.get(EXTRA[0]) or values.get(EXTRA[1]) or ())]
+        for place, some in ((path, values), (old_path, old)):  # errors name their own file
+            list(_special_tokens(Fields(str(place), some, TokenizerError)))
+        extra = values.get(EXTRA[0]) or values.get(EXTRA[1])
         values |= old
-        if isinstance(old.get(EXTRA[0]), list):
+        if isinstance(extra, list) and isinstance(old.get(EXTRA[0]), list):
             values[EXTRA[0]] = [*extra, *(one for one in old[EXTRA[0]] if one not in extra)]
     special = list(_special_tokens(Fields(str(path), values, TokenizerError)))
     if values.get("added_tokens_decoder") is None:
