@@ -51,7 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def hf_model(seed: int = 0, **shape: Any) -> LlamaForCausalLM:
-    """A random Llama of transformers: float32, weights large enough that every part matters."""
+    """A random Llama of transformers: float32, weights large enough that every part matters.
+
+    `shape` is a whole shape, META_SHAPE by default: transformers' own defaults are those of 7B.
+    """
+    assert not shape or "num_hidden_layers" in shape, "a whole shape, not one change to it"
     config = transformers.LlamaConfig(**(shape or META_SHAPE))
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()

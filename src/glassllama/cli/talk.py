@@ -81,7 +81,7 @@ class Talk:
         text = self.llm.tokenizer.decode(ids)
         before, _, rest = text.partition(parts[0][1])
         between = rest.partition(parts[1][1])[2].partition(parts[2][1])[0]
-        before = before[: len(before) - common_suffix_length(before, between)]
+        before = before[: len(before) - shared_suffix_length(before, between)]
         for control in sorted(self.llm.tokenizer.specials, key=len, reverse=True):
             before = before.replace(control, "")
         return before.strip().removeprefix("system").strip()
@@ -96,7 +96,7 @@ class Talk:
             )
 
 
-def common_suffix_length(one: str, other: str) -> int:
-    """How many characters two texts have in common at their ends."""
+def shared_suffix_length(one: str, other: str) -> int:
+    """How many characters at their ends two texts share."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
