@@ -232,7 +232,7 @@ class LLM:
     def _refuse_early(self, prompt: str, specials: bool) -> None:
         """GenerationError for a text whose beginning has more tokens than the context holds."""
         context = self.executor.config.max_seq_len
-        if getattr(self.executor.config, "unbounded", False):
+        if self.executor.config.unbounded:
             return
         part = prompt[: max(LONG_PROMPT, CHARACTERS_PER_TOKEN * context)]
         if (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,7 @@ class LlamaConfig:
     rope_layout: RopeLayout = "halves"
     tie_embeddings: bool = False
     qk_norm: bool = False
+    unbounded: ClassVar[bool] = False  # True: what comes next depends on the last id only
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")

@@ -109,7 +109,7 @@ def require_cache_size(config: LlamaConfig, batch: int, max_len: int) -> None:
             raise GenerationError(
                 f"a cache's {name} must be a whole number from 1, got {quoted(value)}"
             )
-    if max_len > config.max_seq_len:
+    if max_len > config.max_seq_len and not config.unbounded:
         raise GenerationError(
             f"{max_len} tokens are more than the model's context of {config.max_seq_len}: "
             "shorten the text, or give it in parts"

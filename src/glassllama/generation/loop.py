@@ -393,7 +393,7 @@ def _sizes(
     Raises GenerationError: a context that the model does not have, no room for an answer.
     """
     longest, context = config.max_seq_len, settings.context
-    if context is None and getattr(config, "unbounded", False):
+    if context is None and config.unbounded:
         limit = settings.max_tokens or longest
         return limit, length + limit
     context = longest if context is None else context

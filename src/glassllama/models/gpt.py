@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     bias: bool = True
     tie_embeddings: bool = True
+    unbounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_sizes(
