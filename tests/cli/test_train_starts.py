@@ -80,7 +80,7 @@ def no_number(*_: Any) -> float:
     return float("inf")
 
 
-def ctrl_c(*_: Any) -> Any:
+def ctrl_c(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
 

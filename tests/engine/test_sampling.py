@@ -43,13 +43,13 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def native(size: int) -> Any:
-    return lambda **settings: Chooser(size, Choice(**settings))
+def native(vocab_size: int, **settings: float) -> Chooser:
+    return Chooser(vocab_size, Choice(**settings))
 
 
 def both(options: dict[str, Any], size: int, seed: int = 3) -> tuple[Sampling, Sampling]:
     sampler, prompt = make_sampler(**options, seed=seed), [0, size // 2]
-    compiled = sampler.start(prompt, size, native(size))
+    compiled = sampler.start(prompt, size, native)
     assert compiled.native is not None
     return compiled, sampler.start(prompt, size)
 
@@ -143,7 +143,7 @@ class Double:
 
 @pytest.mark.parametrize("steps", [(Double(),), (Presence(1.0), Repetition(1.1))])
 def test_steps_of_ones_own_and_in_ones_own_order_stay_numpys(steps: Any) -> None:
-    sampling = Sampler(steps=steps).start([0], 5, native(5))
+    sampling = Sampler(steps=steps).start([0], 5, native)
     assert sampling.native is None
     assert sampling.choose(np.arange(5, dtype=np.float32)) == 4
 

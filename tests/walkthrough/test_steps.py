@@ -389,7 +389,7 @@ def test_no_llama(tmp_path: Path) -> None:
     (path / "config.json").write_text(
         json.dumps({**written, "architectures": ["MambaForCausalLM"]})
     )
-    with pytest.raises(ConfigError, match=r"Mamba.*, supported are LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"Mamba.*, supported are llama"):
         open_walk(path, [1])
 
 

@@ -115,7 +115,7 @@ def test_a_tokenizer_without_a_beginning_stays_so(tmp_path: Path) -> None:
         (("model", "unk_token"), "a"),
         (("normalizer",), {"type": "NFC"}),
         (("pre_tokenizer",), {"type": "Whitespace"}),
-        (("added_tokens",), []),
+        (("added_tokens",), [{"id": 5, "content": "zz", "special": True}]),
     ],
 )
 def test_a_vocabulary_that_is_more_than_characters(
