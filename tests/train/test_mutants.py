@@ -114,8 +114,8 @@ def test_preset_files_are_settings() -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tinyshakespeare: Path) -> Path:
-    run = new_run(tmp_path / "run", write_text(tmp_path, tinyshakespeare), "bigram")
+def checkpoint(tmp_path: Path, romeo_and_juliet: Path) -> Path:
+    run = new_run(tmp_path / "run", write_text(tmp_path, romeo_and_juliet), "bigram")
     make_steps(run, stop_after=4)
     return run.checkpoints / "step-000004"
 
