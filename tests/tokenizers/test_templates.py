@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from datetime import datetime
 
 import pytest
 
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers import templates
 from glassllama.tokenizers.templates import ChatTemplate
 
 GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}"
@@ -154,3 +156,25 @@ def test_what_templates_need_works(source: str, text: str) -> None:
 def test_the_date_is_todays() -> None:
     shown = ChatTemplate("{{ strftime_now('%Y') }}").render()
     assert abs(int(shown) - datetime.now().year) <= 1
+
+
+def test_the_garbage_collector_does_not_count_as_the_templates_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a large process one collection takes longer than a template may."""
+
+    def slow_collection(phase: str, details: dict[str, int]) -> None:
+        end = time.thread_time() + 0.06
+        while time.thread_time() < end:
+            pass
+
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(slow_collection)
+    gc.set_threshold(100)
+    try:
+        text = ChatTemplate("{% for n in range(200) %}{{ [n] | first }}{% endfor %}").render()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(slow_collection)
+    assert text == "".join(map(str, range(200)))

@@ -94,9 +94,9 @@ class ChatTemplate:
             raise TokenizerError(
                 f"chat template: {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
             )
-        sandbox = _Sandbox()
         try:
             with _without_collector():
+                sandbox = _Sandbox()
                 tree = sandbox.parse(source)
                 _check_size(tree)
                 self.literals = frozenset(_literals(tree))
@@ -110,9 +110,9 @@ class ChatTemplate:
         TokenizerError if the template refuses the messages (its `raise_exception`), breaks a rule
         of the sandbox or exceeds a limit.
         """
-        sandbox = _Sandbox()
         try:
             with _without_collector():
+                sandbox = _Sandbox()
                 sandbox.charge(variables)
                 template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
                 return joined((sandbox.charge(joined(template.generate(**variables))),))
