@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from glassllama.cli import tokenize as verb
+from glassllama.base import code_cache
+from glassllama.cli import tokenize
 from glassllama.formats.gguf import open_gguf
 from glassllama.weights.tokenizer import tokenizer_from_gguf
 
@@ -21,22 +22,29 @@ def tokenizer(default_model: Path) -> Any:
 def test_json_in_parts_is_json(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verb, "PART", 3)
+    monkeypatch.setattr(tokenize, "PART", 3)
     text = 'a "quoted" \\ 🦙\n' * 5
     for ids in (tokenizer.encode(text), []):
-        pieces = (verb.piece(tokenizer, id) for id in ids)
-        verb.print_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
+        pieces = (tokenize.piece(tokenizer, id) for id in ids)
+        tokenize.print_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
         expected = {"model": "m", "text": text, "ids": ids}
-        expected["pieces"] = [verb.piece(tokenizer, id) for id in ids]
+        expected["pieces"] = [tokenize.piece(tokenizer, id) for id in ids]
         assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_a_long_table_has_a_line_for_every_token(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verb, "LONGEST_TABLE", 5)
+    monkeypatch.setattr(tokenize, "LONGEST_TABLE", 5)
     ids = tokenizer.encode("The 42 tallest llamas\n")
-    verb.print_tokens(tokenizer, ids)
+    tokenize.print_tokens(tokenizer, ids)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines] == ids
     assert lines[-1].endswith(tokenizer.token_bytes(ids[-1]).hex(" "))
+
+
+def test_why_compiled_code_is_not_kept_is_said(
+    default_model: Path, monkeypatch: pytest.MonkeyPatch, verb: Any
+) -> None:
+    monkeypatch.setattr(code_cache, "notes", ["compiling in memory"])
+    assert verb("tokenize", "-m", default_model, "hi").err.endswith("\ncompiling in memory\n")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from glassllama.base import sealed
-from glassllama.base.code_cache import UNTRUSTED
+from glassllama.base.code_cache import NO_ROOM, UNTRUSTED
 from glassllama.base.machine import cache_home
 from glassllama.base.trust import HELP
-from glassllama.engine.compiled import NO_ROOM, code_folder
+from glassllama.engine.compiled import code_folder
 from glassllama.engine.tiers import TIERS, features
 from tiny_models import META_SHAPE, hf_model, write_gguf
 from tolerances import eight_bit_bar, spread_apart
@@ -88,7 +88,8 @@ def flipped(data: bytes) -> bytes:
 
 FULL = """
 import resource
-from glassllama.engine.compiled import code_folder, entry, notes
+from glassllama.base.code_cache import notes
+from glassllama.engine.compiled import code_folder, entry
 from glassllama.tokenizers.compiled import entry as of_tokenizers
 assert code_folder() is not None
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # as a full disk: no file can grow
@@ -111,7 +112,8 @@ def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
 
 
 KEPT = """
-from glassllama.engine.compiled import code_folder, entry, notes, seal
+from glassllama.base.code_cache import notes
+from glassllama.engine.compiled import code_folder, entry, seal
 from glassllama.tokenizers.compiled import entry as of_tokenizers
 print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
 seal()

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
+from glassllama.base import code_cache
 from glassllama.engine import compiled
 from glassllama.engine.crew import cgroup_quota
 from glassllama.engine.executor import Engine
@@ -32,11 +33,11 @@ def test_without_a_writable_cache_code_is_compiled_in_memory(
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
     monkeypatch.setenv("GLASSLLAMA_HOME", str(occupied))
-    monkeypatch.setattr(compiled, "notes", [])
+    monkeypatch.setattr(code_cache, "notes", [])
     monkeypatch.setattr(compiled, "code_folder", compiled.code_folder.__wrapped__)
     double = compiled.entry(twice)
     assert double(21) == 42
-    assert compiled.notes == ["the cache folder is read-only: compiling in memory, at every start"]
+    assert code_cache.notes == [code_cache.READ_ONLY]
 
 
 def twice(x):  # type: ignore[no-untyped-def]

@@ -68,8 +68,8 @@ def test_a_mistyped_folder_is_one_before_it_is_a_hub_id(tmp_path: Path, monkeypa
         Path(folder).mkdir(parents=True)
     Path("model.gguf").touch()
     for name, words in (
-        ("runs/lama", "runs/lama: no such file or folder in runs; did you mean 'runs/llama'? for"),
-        ("runs/typo", "runs/typo: no such file or folder in runs; for the model of that name on"),
+        ("runs/lama", "runs/lama: no such file or folder here; did you mean 'runs/llama'? for"),
+        ("runs/typo", "runs/typo: no such file or folder here; for the model of that name on"),
         ("./runs/bigam", "./runs/bigam: no such file or folder; did you mean './runs/bigram'?"),
         ("modl.gguf", "modl.gguf: no such file or folder; did you mean 'model.gguf'?"),
         ("run", "no known name; did you mean 'runs'"),
@@ -81,6 +81,12 @@ def test_a_mistyped_folder_is_one_before_it_is_a_hub_id(tmp_path: Path, monkeypa
             hub.resolve(name, offline=True)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_runs_is_meant_wherever_one_stands(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DownloadError, match="runs/llama: no such file or folder here; for"):
+        hub.resolve("runs/llama")
 
 
 def test_a_hub_model_that_is_here_is_no_mistyped_folder(tmp_path: Path, monkeypatch) -> None:

@@ -224,6 +224,16 @@ def test_masks_beside_a_gpt2_are_compared(tmp_path: Path) -> None:
     assert f"no causal masks, ignored: {name}" in open_weights(tmp_path).notes
 
 
+@pytest.mark.parametrize("number", [-1e4, -1e9, -np.inf, 0.0, np.nan, 1e9])
+def test_what_a_gpt2_puts_in_masked_places_is_compared(number: float, tmp_path: Path) -> None:
+    sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    name = "transformer.h.0.attn.masked_bias"
+    with_tensors(tmp_path, **{name: torch.tensor(number)})
+    said = f"numbers that hide no score, ignored: {name}" in open_weights(tmp_path).notes
+    assert said == (not number < -1000)
+
+
 def test_divisors_and_a_factor_in_one_gguf_both_count(tmp_path: Path) -> None:
     """As llama.cpp does: frequency / divisor / factor."""
     from glassllama.base.config import rope_frequencies

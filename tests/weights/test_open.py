@@ -71,17 +71,18 @@ def test_three_formats_hold_the_same_numbers(tmp_path: Path) -> None:
     assert open_weights(write_hf(model, tmp_path / "h")).config.rope_layout == "halves"
 
 
-def test_old_tables_beside_the_weights_are_ignored(tmp_path: Path) -> None:
+def test_tables_that_are_wrong_are_ignored_with_a_note(tmp_path: Path) -> None:
+    note = "not the frequencies of the configuration, ignored: "
     model = hf_model()
     folder = write_meta(model, tmp_path / "m")
     state = {**meta_state(model), "rope.freqs": torch.zeros(4)}
     torch.save(state, folder / "consolidated.00.pth")
-    open_weights(folder)
+    assert note + "rope.freqs" in open_weights(folder).notes
     hf = write_hf(model, tmp_path / "h")
     tensors = load_file(hf / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-    save_file(tensors, hf / "model.safetensors")
-    open_weights(hf)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, name: torch.zeros(4)}, hf / "model.safetensors")
+    assert open_weights(hf).notes == [note + name]
 
 
 def test_all_mismatches_are_listed_at_once(tmp_path: Path) -> None:

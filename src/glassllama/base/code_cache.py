@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,22 @@ KEPT_VERSIONS = 3  # of a folder of sources: this one and the latest others
 PRIVATE = 0o700
 READ_ONLY = "the cache folder is read-only: compiling in memory, at every start"
 UNTRUSTED = "compiling in memory, at every start: {}"
+NO_ROOM = "the cache folder cannot take compiled code (disk full?): compiled in memory"
+DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
+
+notes: list[str] = []  # what went wrong in this process, each once
 
 
-def folder_for(
-    name: str, sources: Path, compiler: str, told: Callable[[str], None]
-) -> tuple[Path | None, int]:
+def note(text: str) -> None:
+    if text not in notes:
+        notes.append(text)
+
+
+def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
     """The folder, under `name`, for what `compiler` (its version) makes of all .py files of
-    `sources`, and how many damaged files were discarded there.
+    `sources`; damaged files in it are deleted.
 
-    None where nothing can be kept, or others can write; `told` is told why. Sources that call each
+    None, and a note why, where nothing can be kept or others can write. Sources that call each
     other across files are one state: any other text, another folder.
     """
     digest = hashlib.sha256(compiler.encode())
@@ -38,28 +44,29 @@ def folder_for(
         make_folder(folder, PRIVATE)
         if fresh:
             sweep(folder.parent)
-        damaged = discard_damaged(folder)
+        if damaged := discard_damaged(folder):
+            note(DAMAGED.format(damaged))
         if os.access(folder, os.W_OK):
-            return folder, damaged
+            return folder
     except UntrustedError as reason:
-        told(UNTRUSTED.format(reason))
-        return None, 0
+        note(UNTRUSTED.format(reason))
+        return None
     except (OSError, GlassError):  # GlassError: no home folder at all
         pass
-    told(READ_ONLY)
-    return None, 0
+    note(READ_ONLY)
+    return None
 
 
-def going_on(function: Any, told: Callable[[], None]) -> Any:
+def going_on(function: Any) -> Any:
     """A function of Numba's that is kept on disk, if it can be: where it cannot, because the disk
-    is full, say, `told` is called, and the function stays in memory."""
+    is full, say, the function stays in memory, with a note."""
     keep = function._cache.save_overload
 
     def keep_if_possible(*overload: Any) -> None:
         try:
             keep(*overload)
         except OSError:
-            told()
+            note(NO_ROOM)
 
     function._cache.save_overload = keep_if_possible
     return function

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from glassllama.base import code_cache
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.cli.options import Json, Which
 from glassllama.cli.screen import note, print_table, text_or_stdin
@@ -63,6 +64,8 @@ def tokenize(
     else:
         print_tokens(tokenizer, ids)
         note(f"\n{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+    for line in (*getattr(tokenizer, "notes", []), *code_cache.notes):
+        note(line)
 
 
 def print_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:

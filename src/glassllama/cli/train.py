@@ -18,6 +18,7 @@ from glassllama.base.errors import MissingExtraError
 from glassllama.cli.options import Offline
 from glassllama.cli.screen import note, progress_bars, write
 from glassllama.cli.training import View
+from glassllama.hub.names import RUNS
 
 if TYPE_CHECKING:
     from glassllama.train.bands import Band
@@ -110,7 +111,7 @@ def train(
     named = [f"{key}={dumps(str(value))}" for key, value in given.items() if value is not None]
     changes = [*(change or []), *named]
     settings = resolve(what, changes)
-    folder = out or Path("runs") / settings.name
+    folder = out or Path(RUNS) / settings.name
     said = announced(what, settings, changes, folder)
     asked = Asked(folder, resume is not None, preflight, offline, said)
     if code := carry_out(settings, asked):

@@ -28,19 +28,13 @@ STRICT: set[str] = set()
 # Never `nnan` or `ninf`: a NaN in the weights must come out in the logits.
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
-notes: list[str] = []
 hold_while_compiling()
-NO_ROOM = "the cache folder cannot take compiled code (disk full?): compiled in memory"
-DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
     """Where machine code is kept, or None (and a note) where nothing can be written."""
-    folder, damaged = folder_for("compiled", Path(__file__).parent, numba.__version__, notes.append)
-    if damaged:
-        notes.append(DAMAGED.format(damaged))
-    return folder
+    return folder_for("compiled", Path(__file__).parent, numba.__version__)
 
 
 def seal() -> None:
@@ -48,11 +42,6 @@ def seal() -> None:
     folder = code_folder()
     if folder is not None:
         sealed.seal(folder)
-
-
-def cannot_keep() -> None:
-    if NO_ROOM not in notes:
-        notes.append(NO_ROOM)
 
 
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:
@@ -66,7 +55,7 @@ def keep_in_cache(build: Callable[[bool], Any]) -> Any:
     settings: Any = numba.config
     before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
     try:
-        return going_on(build(True), cannot_keep)
+        return going_on(build(True))
     finally:
         settings.CACHE_DIR = before
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base import code_cache
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import FOREIGN_CACHE, Cache, CacheType, require_cache_size
@@ -25,7 +26,6 @@ from glassllama.engine.cache import (
     Pages,
     bytes_per_token,
 )
-from glassllama.engine.compiled import notes as compiler_notes
 from glassllama.engine.crew import LIVING, Crew, processors
 from glassllama.engine.heads import SPAN
 from glassllama.engine.layout import Matrix
@@ -111,7 +111,7 @@ class Engine:
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
         self._compile()
         self.assemble()
-        self.notes += compiler_notes
+        self.notes += code_cache.notes
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
         """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used.

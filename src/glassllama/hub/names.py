@@ -14,6 +14,7 @@ from pathlib import Path
 
 from glassllama.base.errors import QUOTED_CHARACTERS, DownloadError, quoted
 
+RUNS = "runs"  # the folder that training writes to, where nothing else is said
 BYTES_PER_PARAMETER = 2  # all Hub rows below are stored in bfloat16
 
 
@@ -153,13 +154,14 @@ def looks_like_path(name: str) -> bool:
 
 
 def is_mistyped_path(name: str) -> bool:
-    """Whether `name`, which is no file here, has the form of a Hub id but begins in a folder here.
+    """Whether `name`, which is no file here, has the form of a Hub id but begins in a folder here,
+    or in the one that training writes to.
 
     With a revision or a file (`org/name@main`) it can only be meant as a Hub id.
     """
     id = parse_hub_id(name)
     plain = id is not None and id.revision is None and id.gguf is None
-    return plain and Path(name).parent.is_dir()
+    return plain and (Path(name).parent.is_dir() or name.startswith(RUNS + "/"))
 
 
 def near_paths(name: str) -> list[str]:
@@ -178,7 +180,7 @@ def unknown_name(name: str) -> DownloadError:
     if is_mistyped_path(name):
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         return DownloadError(
-            f"{name}: no such file or folder in {Path(name).parent}; {meant}"
+            f"{name}: no such file or folder here; {meant}"
             f"for the model of that name on the Hub say {name}@main"
         )
     if looks_like_path(name):

@@ -22,7 +22,6 @@ from glassllama.base.interrupts import hold_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
-notes: list[str] = []
 hold_while_compiling()
 
 
@@ -33,7 +32,7 @@ def code_folder() -> Path | None:
     Sealed when the process ends: what it compiled is then whole, whatever its functions were.
     """
     sources = Path(__file__).parent
-    folder, _ = folder_for("compiled-tokenizers", sources, numba.__version__, notes.append)
+    folder = folder_for("compiled-tokenizers", sources, numba.__version__)
     if folder is not None:
         atexit.register(sealed.seal, folder)
     return folder
@@ -51,7 +50,7 @@ def native(function: F, **more: bool) -> F:
     try:
         settings.CACHE_DIR = before if folder is None else str(folder)
         made = numba.njit(cache=folder is not None, **options)(function)
-        return cast(F, made if folder is None else going_on(made, lambda: None))
+        return cast(F, made if folder is None else going_on(made))
     finally:
         settings.CACHE_DIR = before
 

@@ -7,6 +7,7 @@ the keys.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ OUTPUT = "lm_head.weight"
 # Masks that old writers stored beside the weights: ones up to the diagonal, and what replaced 0.
 MASK = re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.bias")
 MASKED = re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.masked_bias")
+EXP_IS_ZERO = -104.0  # in float32, from here downwards
 QKV = ("wq", "wk", "wv")  # in this order in one matrix
 
 
@@ -49,6 +51,9 @@ def open_gpt2(file: TensorFile, config: GPTConfig) -> Opened:
     masks = [name for name in ours.ignored if MASK.fullmatch(name)]
     if strange := [name for name in masks if not is_causal(file, name)]:
         notes.append(f"no causal masks, ignored: {listed(strange)}")
+    masked = [name for name in ours.ignored if MASKED.fullmatch(name)]
+    if strange := [name for name in masked if not hides(file, name)]:
+        notes.append(f"numbers that hide no score, ignored: {listed(strange)}")
     return Opened(ours, config, notes)
 
 
@@ -66,6 +71,13 @@ def is_causal(file: TensorFile, name: str) -> bool:
     )
     file.drop(name)
     return same
+
+
+def hides(file: TensorFile, name: str) -> bool:
+    """Whether a stored number, put in a score's place, makes its weight zero."""
+    if math.prod(file.info(name).shape) != 1:
+        return False
+    return float(file.read(name).astype(np.float32).item()) < EXP_IS_ZERO  # NaN is not
 
 
 def gpt2_rows(config: GPTConfig, prefix: str = PREFIX) -> list[Row]:
