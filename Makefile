@@ -1,6 +1,7 @@
 # Each target is what the README says in plain pip lines. Nothing but Python 3.11+, pip, make.
 PYTHON ?= python3
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE
 
 run: .venv/base.done
 	$(BIN)/glassllama chat --tour

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -10,19 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings  # before the garbage collector is told to look at nothing
+
+settings.register_profile("suite", deadline=None)  # the processor may be busy with other things
+settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of several workers a core of its own: engines that share cores wait in turns.
+    Tests marked portable mostly wait for processes that compile: those may run anywhere.
 
     And hear Ctrl-C: a shell that starts us in the background has it ignored, for children too.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None and hasattr(os, "sched_setaffinity"):
+    marked = config.getoption("markexpr") == "portable"
+    if worker is not None and not marked and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_collections() -> None:
+    """What is there when a file's tests begin will stay: the garbage collector need not look at
+    it. In a process that has imported every oracle, one collection takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ import torch
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.build import as_module
 
-SIDE, TRIES = 1024, 5  # the matrix product that stands for the peak, and how often it is tried
+# The matrix products that stand for the peak: rows of the smallest and the largest, how often each
+# is tried, and how many seconds are long enough.
+SMALLEST, LARGEST, TRIES, LONG_ENOUGH = 256, 8192, 5, 0.01
 TABLES = ("tok_embeddings.weight", "pos_embeddings.weight")  # looked up, not multiplied
 
 
@@ -55,11 +57,15 @@ def flops_per_token(model: LanguageModel, context: int) -> float:
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
-    """The most multiplications and additions per second that one large matrix product reaches."""
-    a = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
-    times = []
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - started)
-    return 2.0 * SIDE**3 / min(times)
+    """The most multiplications and additions per second that a large matrix product reaches."""
+    most, rows, seconds = 0.0, SMALLEST, 0.0
+    while rows <= LARGEST and seconds < LONG_ENOUGH:
+        a = torch.ones(rows, rows, device=device, dtype=dtype)
+        times = []
+        for _ in range(TRIES):
+            started = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - started)
+        seconds = min(times)
+        most, rows = max(most, 2.0 * rows**3 / seconds), 2 * rows
+    return most
