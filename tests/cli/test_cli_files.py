@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
 from cli.conftest import Verb
 from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
-from glassllama.base.sealed import SEAL
+from glassllama.base.interrupts import Compilations
 from glassllama.cli import first_use
 from glassllama.cli.conversation import Conversation
 from glassllama.cli.files import write_file
@@ -77,32 +74,27 @@ def test_a_pipe_is_no_conversation(tmp_path: Path) -> None:
 
 
 def test_compiling_is_said_where_it_lasts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, compiled = "glassllama.engine.executor", "glassllama.engine.compiled"
-    monkeypatch.delitem(sys.modules, engine, raising=False)
+    monkeypatch.setattr(first_use, "compilations", Compilations())
     heard: list[str] = []
 
     class Looks:
-        """An event that is over after three looks; before the second, the engine is imported."""
+        """An event that is over after three looks; before the second, a compilation begins."""
 
-        count = 0
+        def __init__(self) -> None:
+            self.count = 0
 
         def wait(self, _: float) -> bool:
             self.count += 1
             heard.append(capsys.readouterr().err)
-            if self.count == 2:
-                found: Any = ModuleType(compiled)
-                found.code_folder = lambda: tmp_path
-                monkeypatch.setitem(sys.modules, compiled, found)
-                monkeypatch.setitem(sys.modules, engine, ModuleType(engine))
+            first_use.compilations.begun += self.count == 2
             return self.count > 3
 
-    first_use.watch(Looks())  # type: ignore[arg-type]
+    first_use.watch(Looks(), 0)  # type: ignore[arg-type]
     assert heard == ["", ""]  # a download, or PyTorch
     assert capsys.readouterr().err == f"{first_use.COMPILING}\n"
-    (tmp_path / SEAL).write_text("{}")
-    first_use.watch(Looks())  # type: ignore[arg-type]
+    first_use.watch(Looks(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
     with first_use.told_of_compiling():
         pass

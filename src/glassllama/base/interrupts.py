@@ -76,13 +76,27 @@ class Holding:
         self._held.append(Signals(number))
 
 
+class Compilations:
+    """How many functions Numba has begun to compile because they were not on disk."""
+
+    begun = 0
+
+    def notify(self, event: Any) -> None:
+        self.begun += event.is_start
+
+
+compilations = Compilations()
+
+
 @lru_cache(maxsize=1)
 def hold_while_compiling() -> Holding:
-    """From now on, in this process."""
+    """From now on, in this process; and count what is compiled."""
     from numba.core import event as untyped
 
     event: Any = untyped
-    event.Listener.register(Holding)  # it is one, and this file need not import Numba
+    for listener in (Holding, Compilations):  # they are, and this file need not import Numba
+        event.Listener.register(listener)
     holding = Holding()
     event.register("numba:compiler_lock", holding)
+    event.register("numba:compile", compilations)
     return holding

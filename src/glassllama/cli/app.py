@@ -13,6 +13,7 @@ from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
 from glassllama.cli.download import download
 from glassllama.cli.exits import DEBUG, code_of, failed
+from glassllama.cli.first_use import told_of_compiling
 from glassllama.cli.generate import generate
 from glassllama.cli.help import page, parameter_sections
 from glassllama.cli.list import list_models
@@ -58,7 +59,8 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> None:
-        code = code_of(lambda: super(Verbs, self).invoke(ctx), unexpected=False)
+        with told_of_compiling():
+            code = code_of(lambda: super(Verbs, self).invoke(ctx), unexpected=False)
         if code:
             ctx.exit(code)
 

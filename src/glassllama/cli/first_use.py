@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Any
 
-from glassllama.base.sealed import SEAL
+from glassllama.base import code_cache
+from glassllama.base.interrupts import compilations
 from glassllama.cli.screen import note
 
 PATIENCE_SECONDS = 2.0
-COMPILING = "compiling for this processor: once, about 20 s"
+COMPILING = "compiling for this processor: once, up to a minute"
+AGAIN = "compiling for this processor: up to a minute"
 
 
 @contextmanager
 def told_of_compiling() -> Iterator[None]:
-    """A note on stderr where the engine is still being compiled after two seconds."""
+    """A note on stderr where something is compiled that is not over after two seconds."""
     over = Event()
-    thread = Thread(target=watch, args=(over,), daemon=True)
+    thread = Thread(target=watch, args=(over, compilations.begun), daemon=True)
     thread.start()
     try:
         yield
@@ -28,13 +28,9 @@ def told_of_compiling() -> Iterator[None]:
         thread.join()
 
 
-def watch(over: Event) -> None:
-    """Say it once, unless the work is `over` first or the code is there already."""
+def watch(over: Event, before: int) -> None:
+    """Say it once, unless the work is `over` first or nothing was compiled since `before`."""
     while not over.wait(PATIENCE_SECONDS):
-        engine: Any = sys.modules.get("glassllama.engine.executor")
-        if engine is None:  # a download, PyTorch
-            continue
-        folder = sys.modules["glassllama.engine.compiled"].code_folder()
-        if folder is not None and not (folder / SEAL).exists():
-            note(COMPILING)
-        return
+        if compilations.begun > before:
+            note(AGAIN if code_cache.notes else COMPILING)
+            return

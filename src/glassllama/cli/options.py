@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from glassllama.base.errors import GenerationError, GlassError
-from glassllama.cli.first_use import told_of_compiling
 from glassllama.cli.screen import note, progress_bars
 from glassllama.cli.values import read_by_us
 
@@ -172,7 +171,7 @@ class How:
         """The model, ready to answer, with bars for what takes long and notes of what was odd."""
         from glassllama.llm import load
 
-        with progress_bars() as bar, told_of_compiling():
+        with progress_bars() as bar:
             llm = load(
                 which.model,
                 backend=self.backend.value,
