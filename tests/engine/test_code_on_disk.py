@@ -113,8 +113,8 @@ def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
 
 
 KEPT = """
-from glassllama.base.code_cache import notes
-from glassllama.engine.compiled import code_folder, entry, seal
+from glassllama.base.code_cache import notes, seal
+from glassllama.engine.compiled import code_folder, entry
 from glassllama.tokenizers.compiled import entry as of_tokenizers
 print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
 seal()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from glassllama.base import sealed
 from glassllama.base.errors import GlassError, UntrustedError
 from glassllama.base.machine import cache_home
-from glassllama.base.sealed import discard_damaged
 from glassllama.base.trust import make_folder
 
 KEPT_VERSIONS = 3  # of a folder of sources: this one and the latest others
@@ -21,11 +22,21 @@ NO_ROOM = "the cache folder cannot take compiled code (disk full?): compiled in 
 DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 notes: list[str] = []  # what went wrong in this process, each once
+folders: list[Path] = []  # that this process keeps compiled code in
 
 
 def note(text: str) -> None:
     if text not in notes:
         notes.append(text)
+
+
+def seal() -> None:
+    """What was compiled so far is whole: let other processes use it (base/sealed.py)."""
+    for folder in folders:
+        sealed.seal(folder)
+
+
+atexit.register(seal)
 
 
 def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
@@ -44,9 +55,10 @@ def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
         make_folder(folder, PRIVATE)
         if fresh:
             sweep(folder.parent)
-        if damaged := discard_damaged(folder):
+        if damaged := sealed.discard_damaged(folder):
             note(DAMAGED.format(damaged))
         if os.access(folder, os.W_OK):
+            folders.append(folder)
             return folder
     except UntrustedError as reason:
         note(UNTRUSTED.format(reason))

@@ -18,7 +18,6 @@ from glassllama.base.errors import MissingExtraError
 from glassllama.cli.options import Offline
 from glassllama.cli.screen import note, progress_bars, write
 from glassllama.cli.training import View
-from glassllama.hub.names import RUNS
 
 if TYPE_CHECKING:
     from glassllama.train.bands import Band
@@ -99,6 +98,7 @@ def train(
     On several processors or GPUs: 'torchrun --nproc-per-node N -m glassllama train …'.
     What each part of a Llama brings, measured on the way up from a bigram: docs/ladder.md.
     """
+    from glassllama.hub.names import RUNS
     from glassllama.train.resolve import resolve
 
     if what is None:

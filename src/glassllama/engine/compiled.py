@@ -15,7 +15,6 @@ import numba
 from numba import njit
 from numba.extending import intrinsic
 
-from glassllama.base import sealed
 from glassllama.base.code_cache import folder_for, going_on
 from glassllama.base.interrupts import hold_while_compiling
 
@@ -35,13 +34,6 @@ hold_while_compiling()
 def code_folder() -> Path | None:
     """Where machine code is kept, or None (and a note) where nothing can be written."""
     return folder_for("compiled", Path(__file__).parent, numba.__version__)
-
-
-def seal() -> None:
-    """What was compiled so far is whole: let other processes use it (base/sealed.py)."""
-    folder = code_folder()
-    if folder is not None:
-        sealed.seal(folder)
 
 
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:

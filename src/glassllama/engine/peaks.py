@@ -21,7 +21,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from glassllama.engine.compiled import entry, instruction, instruction_for_constants, seal
+from glassllama.base.code_cache import seal
+from glassllama.engine.compiled import entry, instruction, instruction_for_constants
 from glassllama.engine.integer_kernels import LANES, dot
 from glassllama.engine.intrinsics import cgutils, types
 from glassllama.engine.layout import HUGE_PAGE, own_memory

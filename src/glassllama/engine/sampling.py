@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.engine.compiled import INSIDE, inlined, loosely, native, seal
+from glassllama.base.code_cache import seal
+from glassllama.engine.compiled import INSIDE, inlined, loosely, native
 from glassllama.engine.intrinsics import float_from_bits
 from glassllama.engine.rows import exponential
 

@@ -7,7 +7,6 @@ it only as it was written (base/sealed.py): what is damaged is compiled anew.
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, TypeVar, cast
 import numba
 from numba.extending import intrinsic
 
-from glassllama.base import sealed
 from glassllama.base.code_cache import folder_for, going_on
 from glassllama.base.interrupts import hold_while_compiling
 
@@ -27,15 +25,8 @@ hold_while_compiling()
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
-    """Where machine code is kept, or None (and a note) where it cannot be.
-
-    Sealed when the process ends: what it compiled is then whole, whatever its functions were.
-    """
-    sources = Path(__file__).parent
-    folder = folder_for("compiled-tokenizers", sources, numba.__version__)
-    if folder is not None:
-        atexit.register(sealed.seal, folder)
-    return folder
+    """Where machine code is kept, or None (and a note) where it cannot be."""
+    return folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
 
 
 def native(function: F, **more: bool) -> F:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from glassllama.base import code_cache
 from glassllama.base.errors import MissingExtraError
 from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
@@ -100,6 +101,7 @@ class FirstStep:
     def write(self, record: Record) -> None:
         if self._journal is None:
             settle(self._run)
+            code_cache.seal()  # all kernels are compiled now
             board = self._run.settings.run.tensorboard
             self._journal = Journal(self._run.folder, self._done, tensorboard=board)
         self._journal.write(record)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassllama.engine.compiled import seal
 from glassllama.models.llama import Layer, Llama
 from glassllama.nn.attention import Step, fused_attention
 from glassllama.train import kernels
@@ -42,7 +41,6 @@ def accelerate(model: Llama, dropout: float = 0.0, products: torch.dtype = BF16)
         layer.__class__ = FastLayer
         assert isinstance(layer, FastLayer)
         layer.dropout, layer.products = dropout, products
-    seal()
 
 
 class FastLayer(Layer):

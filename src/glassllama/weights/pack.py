@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base.code_cache import seal
 from glassllama.base.interfaces import CacheType, Progress
-from glassllama.engine.compiled import seal
 from glassllama.engine.crew import processors
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import GROUP, Arena, Matrix, empty_matrix
