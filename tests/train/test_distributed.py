@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glassllama.base import code_cache
 from glassllama.base.errors import ConfigError
 from glassllama.llm import load
 from glassllama.train.batches import IGNORED, Batch
@@ -60,6 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     for way, (kind, *_) in WAYS.items():
         run = new_run(home / f"one-{way}", text, kind, *settings_of(way))
         (home / f"one-{way}.json").write_text(json.dumps(losses(make_steps(run))))
+    code_cache.seal()  # the ranks need not compile again what was compiled here
     shutil.copytree(home / "one-muon", home / "alone")
     shutil.rmtree(home / "alone" / "checkpoints" / f"step-{STEPS:06d}")
     command = [*TORCHRUN, str(ranks.__file__), str(home), str(text)]
