@@ -1,28 +1,25 @@
 """Two checkouts of this project, measured in turns: is the new one as fast as the old one?
 
-    python benchmarks/old_new.py OLD NEW MODEL… [--pairs 10] [--prompt 512] [--new-tokens 64]
+    python benchmarks/old_new.py OLD NEW MODEL… [--pairs 40] [--prompt 128] [--new-tokens 32]
 
-OLD and NEW are folders of checkouts (`git worktree add --detach FOLDER COMMIT`). Every run is a
-process of its own: `glassllama bench MODEL` with the checkout's sources, old and new one after the
-other, and in the other order in every second pair. For each figure it prints the median of the
-ratios new / old of the pairs, and the lower limit of that median at 95 % confidence: the largest
-order statistic k with P(Binomial(pairs, 1/2) < k) ≤ 5 %. The limit is that of the sign test, so it
-assumes nothing about how the ratios are distributed. The machine must be idle.
+OLD and NEW are folders of checkouts (`git worktree add --detach FOLDER COMMIT`). Each is a process
+that has loaded the model and waits; they read a prompt and make tokens in turns, old and new one
+after the other, and in the other order in every second pair. What a machine does beside that lasts
+for seconds, so it meets both of a pair. For each figure it prints the median of the ratios new /
+old of the pairs, and the lower limit of that median at 95 % confidence: the largest order statistic
+k with P(Binomial(pairs, 1/2) < k) ≤ 5 %. The limit is that of the sign test, so it assumes nothing
+about how the ratios are distributed. The machine must be idle.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
-
-Speeds = dict[str, float]  # "prefill 512" → tokens per second
 
 
 def lower_limit(values: list[float], confidence: float = 0.95) -> float:
@@ -36,52 +33,85 @@ def lower_limit(values: list[float], confidence: float = 0.95) -> float:
     return sorted(values)[k - 1]
 
 
-def measure(checkout: Path, model: str, options: list[str]) -> Speeds:
-    """One process of that checkout: tokens per second of every line of its bench."""
-    environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "line.jsonl"
-        words = [sys.executable, "-m", "glassllama", "bench", model, *options, "--out", str(out)]
-        subprocess.run(
-            words, check=True, env=environment, cwd=folder, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        rows = json.loads(out.read_text())["rows"]
-    return {f"{row['what']} {row['tokens']}": row["tok_s"] for row in rows}
+WORKER = """
+import sys, time
+from glassllama.weights.open import open_weights
+from glassllama.weights.pack import pack
+
+engine = pack(open_weights(sys.argv[1]))
+prompt, count = int(sys.argv[2]), int(sys.argv[3])
+for line in sys.stdin:
+    cache = engine.new_cache(1, prompt + count)
+    ids = [(int(line) * 7919 + 31 * n) % engine.config.vocab_size for n in range(prompt)]
+    begun = time.perf_counter()
+    logits = engine.next_logits([ids], cache)
+    read = time.perf_counter()
+    for _ in range(count):
+        logits = engine.next_logits([[int(logits[0].argmax())]], cache)
+    written = time.perf_counter()
+    del cache
+    print(prompt / (read - begun), count / (written - read), flush=True)
+"""
 
 
-def compare(old: Path, new: Path, model: str, pairs: int, options: list[str]) -> None:
+class Checkout:
+    """A process of that checkout, with the model in memory."""
+
+    def __init__(self, folder: Path, model: str, prompt: int, count: int) -> None:
+        words = [sys.executable, "-c", WORKER, model, str(prompt), str(count)]
+        environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+        self._process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def measure(self, seed: int) -> tuple[float, float]:
+        """Tokens per second of reading a prompt, and of writing."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{seed}\n")
+        self._process.stdin.flush()
+        read, written = self._process.stdout.readline().split()
+        return float(read), float(written)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def compare(folders: tuple[Path, Path], model: str, flags: argparse.Namespace) -> None:
     """Print a line for each figure of one model."""
-    measure(old, model, options), measure(new, model, options)  # compiled, packed, in memory
-    ratios: dict[str, list[float]] = {}
-    rates: dict[str, list[tuple[float, float]]] = {}
-    for pair in range(pairs):
-        order = (old, new) if pair % 2 == 0 else (new, old)
-        found = {checkout: measure(checkout, model, options) for checkout in order}
-        for figure in found[new]:
-            ratios.setdefault(figure, []).append(found[new][figure] / found[old][figure])
-            rates.setdefault(figure, []).append((found[old][figure], found[new][figure]))
-        print(f"  pair {pair + 1}: " + ", ".join(f"{f} {r[-1]:.3f}" for f, r in ratios.items()),
-              file=sys.stderr, flush=True)  # fmt: skip
-    for figure, values in ratios.items():
-        before, after = (median(side) for side in zip(*rates[figure], strict=True))
-        print(f"{Path(model).name:24} {figure:12} old {before:8.1f} new {after:8.1f} tok/s   "
-              f"ratio {median(values):.3f}, lower limit {lower_limit(values):.3f}")  # fmt: skip
+    both = [Checkout(folder, model, flags.prompt, flags.tokens) for folder in folders]
+    for each in both:
+        each.measure(0)  # compiled, packed, in memory
+    pairs: list[list[tuple[float, float]]] = []
+    for pair in range(1, flags.pairs + 1):
+        order = (0, 1) if pair % 2 else (1, 0)
+        found = {n: both[n].measure(pair) for n in order}
+        pairs.append([found[0], found[1]])
+    for each in both:
+        each.close()
+    for figure, count in enumerate((flags.prompt, flags.tokens)):
+        old, new = ([pair[n][figure] for pair in pairs] for n in (0, 1))
+        ratios = [after / before for before, after in zip(old, new, strict=True)]
+        print(
+            f"{Path(model).name:32} {('prefill', 'decode')[figure]} {count:<4} "
+            f"old {median(old):6.1f} new {median(new):6.1f} tok/s   "
+            f"ratio {median(ratios):.3f}, lower limit {lower_limit(ratios):.3f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--prompt", default="512")
-    parser.add_argument("--new-tokens", default="64", dest="tokens")
+    parser.add_argument("models", nargs="+", metavar="MODEL.gguf")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32, dest="tokens")
     flags = parser.parse_args()
-    options = ["--prompt", flags.prompt, "--new", flags.tokens, "--runs", "3"]
     for model in flags.models:
-        named = str(Path(model).absolute()) if Path(model).exists() else model
-        compare(flags.old.absolute(), flags.new.absolute(), named, flags.pairs, options)
+        folders = (flags.old.absolute(), flags.new.absolute())
+        compare(folders, str(Path(model).absolute()), flags)
 
 
 if __name__ == "__main__":
