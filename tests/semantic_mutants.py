@@ -25,6 +25,7 @@ STRANGE: list[Any] = [
 DATES = [datetime.date(2026, 1, 1), datetime.datetime(2026, 1, 1), datetime.time(1, 2)]
 HALF_CHARACTER = "\ud800"  # JSON can say it, UTF-8 cannot
 MOST_CHANGES = 3
+LARGEST = 1e308  # of floats
 
 
 def mutant(seed: int, document: Mapping[str, Any], extra: list[Any]) -> dict[str, Any]:
@@ -59,8 +60,9 @@ def change(chance: random.Random, holder: Any, key: Any, extra: list[Any]) -> No
     elif kind < 0.3 and isinstance(value, list):
         holder[key] = chance.choice([value + value, value[:1], [value], dict(enumerate(value))])
     elif kind < 0.5 and isinstance(value, int | float) and not isinstance(value, bool):
+        real = float(max(-LARGEST, min(value, LARGEST)))
         holder[key] = chance.choice(
-            [-value, value + 1, value * 1_000_000, value * 10**20, float(value), str(value)]
+            [-value, value + 1, value * 1_000_000, value * 10**20, real, str(value)]
         )
     elif kind < 0.6:
         holder[key] = copy.deepcopy(holder[chance.choice(list(keys_of(holder)))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
     one = make_steps(new_run(tmp_path / "one", text))
     two = make_steps(new_run(tmp_path / "two", text, "llama", "run.seed=2"))
     assert [r.loss for r in one] != [r.loss for r in two]
+
+
+def test_a_foreign_name_of_any_length_is_cut(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "run"
+    make_steps(new_run(folder, text), stop_after=4)
+    (path,) = folder.rglob("state.json")
+    state = json.loads(path.read_text())
+    state["identity"]["x" * 5000] = 1
+    path.write_text(json.dumps(state))
+    with pytest.raises(TrainingError, match="another run: ") as refused:
+        new_run(folder, text)
+    assert len(str(refused.value)) < 1000
 
 
 def test_another_run_is_not_taken_up(tmp_path: Path, text: Path) -> None:

@@ -279,3 +279,16 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"vocab\.json with merges\.txt does not say how"):
         tokenizer_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[-1], {"a": 1}, 7, None])
+def test_an_added_token_whose_text_is_none_is_refused(
+    bytewise: Path, tmp_path: Path, content: Any
+) -> None:
+    folder = beside(bytewise, tmp_path, {})
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["added_tokens"] = [*document.get("added_tokens", []), {"id": 1, "content": content}]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": 0}))
+    with pytest.raises(TokenizerError, match="added_tokens"):
+        tokenizer_from_folder(folder)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glassllama.base.errors import quoted
+from glassllama.base.errors import named, quoted
 from glassllama.base.fields import Fields
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.average import Average
@@ -354,7 +354,8 @@ def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any])
     """
     differs = [name for name in sorted({*was, *is_now}) if was.get(name) != is_now.get(name)]
     said = [
-        f"{name} was {quoted(was.get(name))}, is {quoted(is_now.get(name))}" for name in differs
+        f"{named(name)} was {quoted(was.get(name))}, is {quoted(is_now.get(name))}"
+        for name in differs
     ]
     if is_now["schedule.steps"] > was["schedule.steps"]:
         others = [line for line in said if not line.startswith("schedule.")]

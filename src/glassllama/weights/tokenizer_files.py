@@ -173,7 +173,9 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
     """
     listed, model = document.get("added_tokens") or [], document.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    whole = isinstance(listed, list) and all(isinstance(one, Mapping) for one in listed)
+    whole = isinstance(listed, list) and all(
+        isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in listed
+    )
     if not whole or not isinstance(vocab, Mapping):
         return dict(document)  # its reader says what is wrong
     added = {one.get("content"): dict(one) for one in listed}
