@@ -45,6 +45,9 @@ def test_a_folder_of_our_own(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     require_trusted(tmp_path / "link" / "x")
     require_trusted(Path("/"))
+    tmp_path.chmod(0o777)  # all of it depends on this bit
+    assert "others can write" in why_not(tmp_path / "not" / "there" / "yet")
+    assert "others can write" in why_not(tmp_path / "link" / "x")
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])

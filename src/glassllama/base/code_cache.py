@@ -23,6 +23,7 @@ DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 notes: list[str] = []  # what went wrong in this process, each once
 folders: list[Path] = []  # that this process keeps compiled code in
+unsealed: list[Any] = []  # functions written to them since they were sealed
 
 
 def note(text: str) -> None:
@@ -31,9 +32,14 @@ def note(text: str) -> None:
 
 
 def seal() -> None:
-    """What was compiled so far is whole: let other processes use it (base/sealed.py)."""
-    for folder in folders:
-        sealed.seal(folder)
+    """What was compiled so far is whole: let other processes use it (base/sealed.py).
+
+    Where nothing was compiled, which is the rule, no file is looked at.
+    """
+    if unsealed:
+        unsealed.clear()
+        for folder in folders:
+            sealed.seal(folder)
 
 
 atexit.register(seal)
@@ -77,6 +83,7 @@ def going_on(function: Any) -> Any:
     def keep_if_possible(*overload: Any) -> None:
         try:
             keep(*overload)
+            unsealed.append(function)
         except OSError:
             note(NO_ROOM)
 
