@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import struct
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 
 from glassllama.base.errors import FormatError
 from glassllama.formats.safetensors import open_safetensors
+from processor_time import seconds
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -70,20 +69,6 @@ def assert_clean_error(path: Path, match: str) -> None:
     assert str(path.parent) in message
     assert "\n" not in message
     assert len(message) < 400 + 2 * len(str(path))
-
-
-def quickest(action: Callable[[], None], attempts: int = 5) -> float:
-    """The best of several: other people's work on the machine is not the reader's time."""
-    seconds = []
-    gc.disable()  # a sweep over all of torch's objects takes longer than the limit
-    try:
-        for _ in range(attempts):
-            start = time.perf_counter()
-            action()
-            seconds.append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return min(seconds)
 
 
 # ---- good files ----
@@ -393,7 +378,8 @@ def test_fault_is_found_in_time(fault: str, write: Callable[[bytes], Path]) -> N
         with pytest.raises(FormatError):
             open_safetensors(path)
 
-    assert quickest(attempt) < TIME_LIMIT * (10 if path.stat().st_size > 2**20 else 1)
+    limit = TIME_LIMIT * (10 if path.stat().st_size > 2**20 else 1)
+    assert seconds(attempt, enough=limit) < limit
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

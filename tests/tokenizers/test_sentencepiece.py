@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import pydoc_data.topics
 import random
 import re
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from glassllama.tokenizers.sentencepiece import (
     sentencepiece_from_gguf,
 )
 from glassllama.tokenizers.stream import StreamDecoder
+from processor_time import seconds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 PROSE = "\n".join(pydoc_data.topics.topics.values())
@@ -473,16 +473,10 @@ def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
 def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> None:
     """T1: round trip within five seconds, and time that grows with the length."""
 
-    def seconds(count: int) -> float:
-        begin = time.process_time()
+    def there_and_back(count: int) -> None:
         assert warm.decode(warm.encode(unit * count)) == unit * count
-        return time.process_time() - begin
 
-    gc.disable()  # the collector looks at everything else in this process, too
-    try:
-        part, whole = (min(seconds(count) for _ in range(3)) for count in (62_500, 1_000_000))
-    finally:
-        gc.enable()
+    part, whole = (seconds(partial(there_and_back, count)) for count in (62_500, 1_000_000))
     assert whole <= 5
     # 2.5 a doubling, over four: the one at which the pairs outgrow a cache takes longer by itself.
     assert whole / part <= 2.5**4

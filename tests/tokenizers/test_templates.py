@@ -11,6 +11,7 @@ import pytest
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers import templates
 from glassllama.tokenizers.templates import ChatTemplate
+from processor_time import seconds
 
 GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}"
 LONG = "{% set s = 'ab' * 999999 %}{% for i in range(99999) %}STEP{% endfor %}"
@@ -109,12 +110,14 @@ SOURCES = [
 @pytest.mark.parametrize("source", ESCAPES + TIME + MEMORY + SOURCES, ids=lambda s: s[:60])
 def test_a_hostile_template_ends_soon_in_one_line(source: str) -> None:
     messages = [{"role": "user", "content": "x"}]
-    begin = time.process_time()  # its own time, whatever else this machine is doing
-    with pytest.raises(TokenizerError, match=r"^chat template: ") as raised:
-        ChatTemplate(source).render(messages=messages)
-    assert time.process_time() - begin < 1.0
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 300
+
+    def refused() -> None:
+        with pytest.raises(TokenizerError, match=r"^chat template: ") as raised:
+            ChatTemplate(source).render(messages=messages)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 300
+
+    assert seconds(refused, enough=1.0) < 1.0
     assert messages == [{"role": "user", "content": "x"}]
 
 

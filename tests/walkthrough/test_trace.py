@@ -269,10 +269,10 @@ print(faults(), faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_what_a_pass_freed_serves_the_next_one() -> None:
-    """80 MB in pieces: new pages the first time, hardly any the second."""
+    """80 MB in pieces: new pages the first time, few the second."""
     said = subprocess.run(
         [sys.executable, "-c", TWICE], capture_output=True, encoding="utf-8", check=True
     ).stdout
     first, second = map(int, said.split())
     assert first > 10_000
-    assert second < first / 20
+    assert second < first / 4  # the system may have taken some back; all of them without the call
