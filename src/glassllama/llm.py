@@ -32,7 +32,7 @@ from glassllama.generation import (
     generate,
     make_sampler,
 )
-from glassllama.tokenizers.bpe import alternatives
+from glassllama.tokenizers.bpe import written_in
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
@@ -246,8 +246,7 @@ class LLM:
 
     def specials_in(self, text: str) -> list[str]:
         """Control tokens that are written in a text, each once; text without `specials`."""
-        pattern = alternatives(self.tokenizer.specials)
-        return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+        return written_in(text, self.tokenizer.specials)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""

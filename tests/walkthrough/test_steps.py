@@ -383,6 +383,21 @@ def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
             take_step(open_walk(path, [1]), number)
 
 
+def test_control_tokens_in_the_prompt(default_model: Path) -> None:
+    """Text, unless they are asked for: then pieces of their own, with one id each."""
+    prompt = "<|im_start|>user\nHi<|im_end|>"
+    as_text = open_walk(default_model, prompt)
+    assert len(as_text.ids) > 10
+    assert "".join(take_step(as_text, 0).data["words"]) == prompt
+    walk = open_walk(default_model, prompt, specials=True)
+    assert walk.tokenizer is not None
+    assert list(walk.ids) == walk.tokenizer.encode(prompt, bos=True, specials=True)
+    assert take_step(walk, 0).data["words"] == ["<|im_start|>", "user", "\n", "Hi", "<|im_end|>"]
+    step = take_step(walk, 1)
+    assert [check.what for check in step.checks] == ["ids, decoded"]
+    assert "--specials --step 1" in step.what_if.command
+
+
 def test_no_llama(tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text())

@@ -42,7 +42,7 @@ def generate(
     prompt = text_and_stdin(text, "TEXT")
     options = sampling.options(logprobs)
     llm = how.load(which)
-    note_specials(llm, prompt, specials)
+    note_specials(llm.tokenizer, prompt, specials)
     options["specials"] = specials
     if json:
         print_json(as_object(llm, llm.generate(prompt, **options)))

@@ -75,7 +75,7 @@ def ask_on(llm: LLM, top: int, specials: bool) -> None:
 
 
 def show_next(llm: LLM, prompt: str, top: int, json: bool, specials: bool) -> None:
-    note_specials(llm, prompt, specials)
+    note_specials(llm.tokenizer, prompt, specials)
     completion = llm.generate(prompt, max_tokens=1, logprobs=top, specials=specials)
     assert completion.logprobs is not None
     tokens: list[dict[str, Any]] = [

@@ -22,6 +22,7 @@ from glassllama.cli.screen import note, progress_bars
 from glassllama.cli.values import read_by_us
 
 if TYPE_CHECKING:
+    from glassllama.base.interfaces import Tokenizer
     from glassllama.llm import LLM, Options
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -366,9 +367,11 @@ class ChatOptions(SamplingOptions):
     repetition_penalty: RepetitionPenalty = 1.1
 
 
-def note_specials(llm: LLM, text: str, specials: bool) -> None:
+def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
     """Say that control tokens in a text stay text, where nobody asked for anything else."""
-    found = [] if specials else llm.specials_in(text)
+    from glassllama.tokenizers.bpe import written_in
+
+    found = [] if specials else written_in(text, tokenizer.specials)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         note(f"the text holds {', '.join(found[:3])}{more}, read as text; --specials reads control "

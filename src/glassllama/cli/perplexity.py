@@ -55,7 +55,7 @@ def perplexity(
     """
     text = read_text(file)
     llm = how.load(Which(model=model, offline=offline, pth=pth))
-    note_specials(llm, text, specials)
+    note_specials(llm.tokenizer, text, specials)
     ids = llm.tokenizer.encode(text, specials=specials)
     written = specials and ids[:1] == [llm.tokenizer.bos]  # the windows begin with it anyway
     ids = ids[written:][:tokens]

@@ -16,7 +16,7 @@ import typer
 
 from glassllama.base.errors import GlassError, MissingExtraError
 from glassllama.cli.files import write_file
-from glassllama.cli.options import Json, Which
+from glassllama.cli.options import Json, Specials, Which, note_specials
 from glassllama.cli.screen import (
     MOST_PROMPT,
     is_terminal,
@@ -82,6 +82,7 @@ def walkthrough(
     html: Html = None,
     open_page: OpenPage = False,
     layers: FullLayers = None,
+    specials: Specials = False,
     stream_layers: StreamLayers = False,
     no_mask: NoMask = False,
     rope_layout: RopeLayout = Correctness.right,
@@ -102,8 +103,10 @@ def walkthrough(
         require_place(html)
     asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     broken = [name for name, wanted in asked.items() if wanted]
-    where = {"layer": layer, "head": head, "stream_layers": stream_layers}
+    where = {"layer": layer, "head": head, "stream_layers": stream_layers, "specials": specials}
     walk = start(which, text_or_stdin(prompt, "PROMPT", MOST_PROMPT), step, where)
+    if walk.tokenizer is not None:
+        note_specials(walk.tokenizer, walk.prompt or "", specials)
     if paged:
         show_page(walk, broken, step, full_layers(layers, walk), html, open_page)
     elif json:

@@ -274,6 +274,12 @@ def alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
+def written_in(text: str, wanted: Iterable[str]) -> list[str]:
+    """Those of the wanted texts that are written in a text, in its order, each once."""
+    pattern = alternatives(wanted)
+    return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+
+
 def surrogate_error(text: str) -> TokenizerError:
     at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
     return TokenizerError(

@@ -13,7 +13,15 @@ from torch import Tensor
 from glassllama.base.config import rope_frequencies
 from glassllama.base.interfaces import Tokenizer
 from glassllama.formats.blocks import dequantise
-from glassllama.tokenizers.bpe import BYTES, NEVER, BytePairTokenizer, Vocabulary, merge
+from glassllama.tokenizers.bpe import (
+    BYTES,
+    NEVER,
+    BytePairTokenizer,
+    Vocabulary,
+    alternatives,
+    merge,
+    written_in,
+)
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
@@ -67,12 +75,23 @@ def cuts(walk: Walk) -> str:
 
 
 def split_words(walk: Walk) -> list[str]:
-    """The pieces between which nothing merges, as far as this kind of vocabulary has any."""
-    if isinstance(walk.tokenizer, BytePairTokenizer):
-        return walk.tokenizer.vocabulary.split.words(walk.prompt or "")
-    if isinstance(walk.tokenizer, CharTokenizer):
-        return list(walk.prompt or "")
-    return [walk.prompt] if walk.prompt else []
+    """The pieces between which nothing merges, as far as this kind of vocabulary has any.
+
+    A control token that is read as such is a piece of its own.
+    """
+    pattern = alternatives(walk.tokenizer.specials) if walk.specials and walk.tokenizer else None
+    parts = pattern.split(walk.prompt or "") if pattern else [walk.prompt or ""]
+    cut = [[part] if n % 2 else words_of(walk.tokenizer, part) for n, part in enumerate(parts)]
+    return [word for words in cut for word in words]
+
+
+def words_of(tokenizer: Tokenizer | None, text: str) -> list[str]:
+    """The same for a text without control tokens."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        return tokenizer.vocabulary.split.words(text)
+    if isinstance(tokenizer, CharTokenizer):
+        return list(text)
+    return [text] if text else []
 
 
 def joined(walk: Walk) -> str:
@@ -153,7 +172,8 @@ def merging(walk: Walk) -> tuple[tuple[str, ...], tuple[Check, ...]]:
     short = [word for word in words if len(word) <= LONGEST_SHOWN_WORD] or [b""]
     history = merge_history(tokenizer.vocabulary, max(short, key=len))
     told = tuple(" ".join(visible(part) for part in parts) for parts in history)
-    if any(text in walk.prompt for text in tokenizer.vocabulary.added):
+    cut_out = [*tokenizer.vocabulary.added, *(tokenizer.specials if walk.specials else [])]
+    if written_in(walk.prompt, cut_out):
         return told, decoded(walk, tokenizer)  # these are cut out of the text before any word
     ids = [id for word in words for id in word_ids(tokenizer.vocabulary, word)]
     begin = [] if tokenizer.bos is None else [tokenizer.bos]

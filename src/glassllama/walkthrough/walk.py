@@ -62,6 +62,7 @@ class Walk:
     prompt: str | None  # None: ids were given
     ids: tuple[int, ...]
     tokenizer: Tokenizer | None
+    specials: bool = False  # control tokens written in the prompt are read as such, not as text
     layer: int = 0
     head: int = 0
 
@@ -206,11 +207,12 @@ class Walk:
         """This walk again, with other options; what is too long to be typed is named only."""
         model = "" if self.name == DEFAULT_MODEL else f" -m {shlex.quote(self.name)}"
         prompts = [shlex.quote(self.prompt)] if self.prompt else []
+        specials = "--specials " if self.specials else ""
         for prompt, named in [*((prompt, model) for prompt in prompts), ("PROMPT", model)]:
-            command = f"glassllama walkthrough {prompt}{named} {options}"
+            command = f"glassllama walkthrough {prompt}{named} {specials}{options}"
             if cell_len(command) <= LONGEST_COMMAND:
                 return command
-        return f"glassllama walkthrough PROMPT -m MODEL {options}"
+        return f"glassllama walkthrough PROMPT -m MODEL {specials}{options}"
 
     def check(self, place: str, ours: Tensor) -> Check:
         """Our numbers against the running model's at a place, or StepMismatchError."""
@@ -245,6 +247,7 @@ def open_walk(
     prompt: str | Sequence[int],
     *,
     name: str | None = None,
+    specials: bool = False,
     layer: int = 0,
     head: int = 0,
     stream_layers: bool = False,
@@ -254,18 +257,20 @@ def open_walk(
 
     Raises GlassError before anything is loaded: no prompt, too long for the context, an id, layer
     or head that is not there; TokenizerError where a text is to be read without a vocabulary; and
-    what `open_weights` and `load_llama` raise. `progress` counts tensors loaded. `stream_layers`
-    holds one layer at a time: for models larger than memory, and patient people.
+    what `open_weights` and `load_llama` raise. With `specials`, control tokens written in a text
+    are read as such. `progress` counts tensors loaded. `stream_layers` holds one layer at a time:
+    for models larger than memory, and patient people.
     """
     checkpoint = open_weights(path)
-    checked(checkpoint, prompt, layer, head)
+    checked(checkpoint, prompt, specials, layer, head)
     model: Llama
     if stream_layers:
         model = StreamedLlama(checkpoint)
     else:
         model = load_llama(checkpoint, progress=progress)
         keep_freed_memory()
-    return start_walk(checkpoint, model, prompt, name=name, layer=layer, head=head)
+    where = {"layer": layer, "head": head}
+    return start_walk(checkpoint, model, prompt, name=name, specials=specials, **where)
 
 
 def start_walk(
@@ -274,11 +279,12 @@ def start_walk(
     prompt: str | Sequence[int],
     *,
     name: str | None = None,
+    specials: bool = False,
     layer: int = 0,
     head: int = 0,
 ) -> Walk:
     """The same through a model that is loaded already, with this checkpoint's weights."""
-    tokenizer, ids = checked(checkpoint, prompt, layer, head)
+    tokenizer, ids = checked(checkpoint, prompt, specials, layer, head)
     return Walk(
         checkpoint=checkpoint,
         model=model,
@@ -286,13 +292,14 @@ def start_walk(
         prompt=prompt if isinstance(prompt, str) else None,
         ids=tuple(ids),
         tokenizer=tokenizer,
+        specials=specials,
         layer=layer,
         head=head,
     )
 
 
 def checked(
-    checkpoint: Checkpoint, prompt: str | Sequence[int], layer: int, head: int
+    checkpoint: Checkpoint, prompt: str | Sequence[int], specials: bool, layer: int, head: int
 ) -> tuple[Tokenizer | None, list[int]]:
     """The vocabulary and the prompt's ids, if all that was asked for is there."""
     if not isinstance(checkpoint.model_config, LlamaConfig):
@@ -303,19 +310,20 @@ def checked(
         )
     require_inside("--layer", layer, checkpoint.config.n_layers)
     require_inside("--head", head, checkpoint.config.n_heads)
-    tokenizer, ids = encoded(checkpoint, prompt)
+    tokenizer, ids = encoded(checkpoint, prompt, specials)
     require_walkable(ids, checkpoint.config)
     return tokenizer, ids
 
 
 def encoded(
-    checkpoint: Checkpoint, prompt: str | Sequence[int]
+    checkpoint: Checkpoint, prompt: str | Sequence[int], specials: bool
 ) -> tuple[Tokenizer | None, list[int]]:
     """The vocabulary and the prompt's ids; ids can be walked without a vocabulary."""
     if isinstance(prompt, str):
         tokenizer = checkpoint.tokenizer
-        ids = tokenizer.encode(prompt, bos=True)
-        return tokenizer, ids if prompt else []
+        ids = tokenizer.encode(prompt, bos=True, specials=specials)
+        doubled = specials and ids[:2] == [tokenizer.bos] * 2  # the prompt begins with it, too
+        return tokenizer, ids[doubled:] if prompt else []
     with suppress(TokenizerError):
         return checkpoint.tokenizer, [int(id) for id in prompt]
     return None, [int(id) for id in prompt]
