@@ -21,7 +21,9 @@ from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.ends import end_ids
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
+from glassllama.tokenizers.files import read_json
+from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
     tokenizer_from_folder,
@@ -228,6 +230,14 @@ def test_a_file_that_is_too_large_is_not_read(folder: Path, name: str) -> None:
         file.truncate(2**28 + 1)  # holes: no bytes on the disk
     with pytest.raises(TokenizerError, match=f"{name}: has more than 268,435,456 bytes"):
         tokenizer_from_folder(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, read_meta_tokenizer, read_sentencepiece):
+        with pytest.raises(TokenizerError, match="pipe: is not a regular file"):
+            read(tmp_path / "pipe")
 
 
 @settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)

@@ -27,9 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bounded(path: Path) -> bytes:
-    """A tokenizer's file. TokenizerError: it has more than LARGEST_FILE bytes."""
+    """A tokenizer's file. TokenizerError: no regular file, or more than LARGEST_FILE bytes."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise TokenizerError(f"{path}: is not a regular file")
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size  # 0 of a pipe
+        size = os.fstat(file.fileno()).st_size
         raw = file.read(min(size, LARGEST_FILE) + 1)  # no memory for more than is there
     if len(raw) > LARGEST_FILE:
         raise TokenizerError(
