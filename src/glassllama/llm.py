@@ -330,7 +330,8 @@ class LLM:
             loop["on_overflow"] = self.default_overflow
         settings = GenerationSettings(
             sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids,
-            bos=self.tokenizer.bos, vocabulary=self.tokenizer.vocab_size, **loop,
+            bos=self.tokenizer.bos, vocabulary=self.tokenizer.vocab_size,
+            gaps=self.tokenizer.gaps, **loop,
         )  # fmt: skip
         rows = [self.encode(prompt, specials=specials) for prompt in prompts]
         answers = [

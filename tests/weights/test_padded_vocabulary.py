@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,29 @@ def test_ids_without_a_token_are_never_chosen(llm: LLM, options: dict[str, float
     assert max(again.ids) < size, "also where the prompt has one"
 
 
+@pytest.mark.parametrize("backend", ["engine", "torch"])
+def test_gaps_between_tokens_are_never_chosen(folder: Path, tmp_path: Path, backend: str) -> None:
+    """The same model, and a token added at a round number: what would be chosen is below it."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    size = len(document["model"]["vocab"])
+    added = document["added_tokens"]
+    added.append({**added[-1], "id": size + 5, "content": "<|far|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    llm = load(tmp_path, backend=backend, exact=True)
+    assert llm.tokenizer.vocab_size == size + 6
+    assert [*llm.tokenizer.gaps] == [*range(size, size + 5)]
+    assert {*llm.logits([5, 6]).argmax(axis=1)} <= {size, size + 1}, "it would choose one"
+    for options in ({}, {"temperature": 1.0, "seed": 1}, {"speculation": False}):
+        made = llm.generate("hello", max_tokens=12, ignore_eos=True, logprobs=5, **options)
+        assert made.logprobs is not None
+        shown = {token.id for step in made.logprobs for token in step.top}
+        assert not {*made.ids, *shown} & {*range(size, size + 5), *range(size + 6, ROWS)}
+    [first, *_] = vocabulary(llm.tokenizer, ROWS)
+    assert f"{size + 1} tokens" in first.text
+    assert f"{ROWS - size - 1} have no token and are never chosen" in first.text
+
+
 def test_they_are_no_text_and_others_are_an_error(llm: LLM, folder: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [*llm.tokenizer.encode("hello"), ROWS - 1, *llm.tokenizer.encode(" you")]
@@ -85,4 +110,4 @@ def test_validation_says_so(llm: LLM) -> None:
     [first, *_] = vocabulary(llm.tokenizer, ROWS)
     assert first.ok
     size = llm.tokenizer.vocab_size
-    assert f"the last {ROWS - size} have no token and are never chosen" in first.text
+    assert f"{ROWS - size} have no token and are never chosen" in first.text

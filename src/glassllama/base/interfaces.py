@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> frozenset[int]: ...
     @property
     def specials(self) -> Mapping[str, int]: ...  # control tokens: text -> id
+    @property
+    def gaps(self) -> Sequence[int]: ...  # ids below vocab_size that have no token
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]: ...
     def encode_array(self, text: str) -> NDArray[np.uint32]: ...  # for corpora

@@ -118,8 +118,9 @@ def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
 def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
     """The vocabulary fits the embeddings, answers can end, and text survives the round trip."""
     size = tokenizer.vocab_size
-    more = f"; the last {rows - size:,} have no token and are never chosen" if size < rows else ""
-    said = f"vocabulary: {size:,} tokens for {rows:,} rows of embeddings{more}"
+    none, gaps = max(rows - size, 0), len(tokenizer.gaps)
+    more = f"; {none + gaps:,} have no token and are never chosen" if none + gaps else ""
+    said = f"vocabulary: {size - gaps:,} tokens for {rows:,} rows of embeddings{more}"
     yield Finding(size <= rows, said)
     outside = sorted(id for id in tokenizer.stop_ids if id >= rows)
     if outside or not tokenizer.stop_ids:

@@ -62,6 +62,7 @@ class GenerationSettings:
     context: int | None = None
     on_overflow: Overflow = "stop"
     vocabulary: int | None = None  # ids from this one on have no token and are never chosen
+    gaps: Sequence[int] = ()  # nor are these
     bos: int | None = None  # the begin-of-text id: never dropped where a prompt begins with it
     speculation: bool = True  # where it can, see `can_speculate`: faster, the same ids
 
@@ -313,6 +314,9 @@ class Generation(Iterator[Step]):
 
 def _next_step(number: int, row: Row, logits: Logits) -> Step:
     logits = logits[: row.settings.vocabulary]
+    if row.settings.gaps:
+        logits = logits.copy()
+        logits[row.settings.gaps] = -np.inf
     try:
         row.last = row.sampling.choose(logits)
     except GenerationError:

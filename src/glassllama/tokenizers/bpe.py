@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.added import AddedToken, AddedTokens
-from glassllama.tokenizers.rows import Rows
+from glassllama.tokenizers.rows import Rows, gaps_in
 from glassllama.tokenizers.split import Split
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class BytePairTokenizer(Rows):
         self.specials: Mapping[str, int] = MappingProxyType(dict(vocabulary.controls))
         self._added = vocabulary.added_tokens()
         self.notes: list[str] = []  # what was odd in the file
+        self.gaps = gaps_in(vocabulary.tokens)
         self._cache: dict[str, list[int]] = {}
         if vocabulary.outside:
             self.notes.append(OUTSIDE.format(vocabulary.outside))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.bpe import NEVER, alternatives, merge, surrogate_error
-from glassllama.tokenizers.rows import Rows
+from glassllama.tokenizers.rows import Rows, gaps_in
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.long_words import PairTable
@@ -106,6 +106,7 @@ class SentencePieceTokenizer(Rows):
         self._byte_ids, self._unknown = _fallback(pieces)
         self._cut = cut_before_blanks(normal)
         self._bytes = [_bytes_of(pieces, id) for id in range(len(pieces.texts))]
+        self.gaps = gaps_in(self._bytes)
         self._control_ids = frozenset(self.specials.values())
         self._cache: dict[str, list[int]] = {}
         for id in (*self.stop_ids, *([] if bos is None else [bos])):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from glassllama.tokenizers.added import AddedTokens
 from glassllama.tokenizers.bpe import surrogate_error
 from glassllama.tokenizers.character_bpe import CharacterBPE
-from glassllama.tokenizers.rows import Rows
+from glassllama.tokenizers.rows import Rows, gaps_in
 from glassllama.tokenizers.stages import Stage
 
 
@@ -57,6 +57,7 @@ class PipelineTokenizer(Rows):
         controls = {t.text: t.id for t in pipeline.added.tokens if t.is_control}
         self.specials = MappingProxyType(controls)
         self._hidden = frozenset(controls.values()) if pipeline.hides_controls else frozenset()
+        self.gaps = gaps_in(pipeline.token_bytes)
         for id in (*self.stop_ids, *([] if bos is None else [bos])):
             self.token_bytes(id)  # must exist
 

@@ -1,9 +1,12 @@
 """Ids without a token: a model may have more rows of embeddings than its tokenizer has tokens.
 
-Sizes are rounded up for speed: nanoGPT has 50,304 rows for GPT-2's 50,257 tokens.
+Sizes are rounded up for speed: nanoGPT has 50,304 rows for GPT-2's 50,257 tokens. Between tokens
+there may be gaps, where tokens were added at round numbers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from glassllama.base.errors import TokenizerError
 
@@ -12,6 +15,7 @@ class Rows:
     """A tokenizer that knows how many rows its model has; 0 where there is no model."""
 
     model_rows = 0
+    gaps: Sequence[int] = ()  # ids below `vocab_size` that have no token
 
     def bytes_without_token(self, id: int, size: int) -> bytes:
         """No text for an id of the model's; TokenizerError for any other."""
@@ -19,3 +23,8 @@ class Rows:
             return b""
         last = max(size, self.model_rows) - 1
         raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
+
+
+def gaps_in(tokens: Sequence[object | None]) -> list[int]:
+    """Where a list of tokens by id has none."""
+    return [id for id, token in enumerate(tokens) if token is None] if None in tokens else []
