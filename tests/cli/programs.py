@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
+from functools import lru_cache
 
 REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]
@@ -40,9 +42,9 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 
 FORKS = """
-import json, os, sys, tempfile
+import gc, json, os, sys, tempfile
 from glassllama.__main__ import main
-import glassllama.cli.app
+import glassllama.cli.app, glassllama.engine.executor
 
 def unread():
     reader, writer = os.pipe()
@@ -50,42 +52,60 @@ def unread():
     return writer
 
 places = {"unread": unread, "full": lambda: os.open("/dev/full", os.O_WRONLY)}
-ended, kinds = [], sys.argv[2:]
-for arguments in json.loads(sys.argv[1]):
+
+def ended(folder, arguments, kinds):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, file, kind in zip((1, 2), (out, err), kinds):
                 os.dup2(places[kind]() if kind in places else file.fileno(), number)
+            os.chdir(folder)
             sys.argv[1:] = arguments
             main()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-        ended.append([code, *texts])
-print(json.dumps(ended))
+        return [code, *((file.seek(0), file.read().decode())[1] for file in (out, err))]
+
+gc.freeze()  # a child that ends need not look at what it was born with
+for request in sys.stdin:
+    folder, lines, kinds = json.loads(request)
+    print(json.dumps([ended(folder, line, kinds) for line in lines]), flush=True)
 """
+
+
+@lru_cache(maxsize=1)
+def forking() -> subprocess.Popen[str]:
+    """A process that has imported what the verbs import, and forks a child for each line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,  # as stdout no file: what children inherit cannot be sought in
+        encoding="utf-8",
+    )
+    atexit.register(process.kill)
+    return process
 
 
 def run_many(
     lines: list[list[str]], out: str = "file", err: str = "file"
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The program once for each line, as forks of one process that has imported its verbs.
+    """The program once for each line, in the current folder, as forks of `forking()`.
 
     `out`, `err`: "file", what is printed comes back; "unread", a pipe whose reader has gone;
     "full", a device without room.
     """
-    process = subprocess.run(
-        [sys.executable, "-c", FORKS, json.dumps(lines), out, err],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
-    assert process.returncode == 0, process.stderr
-    ended = json.loads(process.stdout)
+    process = forking()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([os.getcwd(), lines, [out, err]]) + "\n")
+    process.stdin.flush()
+    assert select.select([process.stdout], [], [], PATIENCE)[0], "no answer"
+    answer = process.stdout.readline()
+    assert answer, process.communicate()[1]
     return [
         subprocess.CompletedProcess(line, code, out, err)
-        for line, (code, out, err) in zip(lines, ended, strict=True)
+        for line, (code, out, err) in zip(lines, json.loads(answer), strict=True)
     ]
 
 

@@ -23,6 +23,7 @@ from glassllama.cli.wrap import fitted
 ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
 DEBUG = "--debug"
 OUT_OF_MEMORY = "out of memory: try a smaller or more quantised model, or a shorter context"
+RAISE_LIMIT = ", or raise this shell's limit ('ulimit -v')"
 REFUSED = ("failed to map segment", "cannot allocate memory", "can't allocate memory",
            "can't start new thread", "unable to allocate", "not enough memory")  # fmt: skip
 # Bytes of address space that these take, compiling included, and half as much again. They abort
@@ -114,10 +115,10 @@ def code_of(program: Callable[[], object], *, unexpected: bool = True) -> int:
 
 def foreseen(error: Exception) -> str | None:
     """The line for a fault that the user or the machine can do something about, else None."""
+    if is_of_memory(error.__cause__ if isinstance(error, GlassError) else error):
+        return OUT_OF_MEMORY + (RAISE_LIMIT if address_space_left() is not None else "")
     if isinstance(error, GlassError):
         return str(error)
-    if is_of_memory(error):
-        return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'input or output'}: {error.strerror}"
     return None
