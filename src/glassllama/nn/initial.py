@@ -8,12 +8,41 @@ sum does not grow with the depth. Norms begin as ones, biases as zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 DEVIATION = 0.02
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what layers begin with
 RESIDUAL = ("wo.weight", "down.weight")  # what is added to the residual stream
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made within have weights with shapes and without numbers: nothing is allocated."""
+    with torch.device("meta"), NoDraws():
+        yield
+
+
+class NoDraws(TorchFunctionMode):
+    """Random numbers are not drawn: for tensors that hold none, PyTorch would import its compiler
+    to draw them, which takes two seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if func in DRAWS:
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 @torch.no_grad()

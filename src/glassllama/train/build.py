@@ -18,6 +18,7 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.dropout import add_dropout
+from glassllama.nn.initial import shapes_only
 from glassllama.train.resolve import quoted_key, typed
 from glassllama.train.settings import Settings
 from glassllama.weights.load import torch_device
@@ -109,7 +110,7 @@ def numbers_of(settings: Settings, vocab_size: int) -> int:
     def of(count: int | None) -> int:
         sizes = {**settings.model.sizes, **({} if count is None else {"n_layers": count})}
         some = replace(settings, model=replace(settings.model, sizes=sizes))
-        with torch.device("meta"):  # shapes without memory
+        with shapes_only():  # shapes without memory
             return parameters(new_model(some, vocab_size))
 
     return of(None) if layers is None else of(1) + (layers - 1) * (of(2) - of(1))

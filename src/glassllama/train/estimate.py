@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,7 +144,8 @@ def kept_for_backward(run: Run) -> int:
 
     row = replace(run.batches, batch=1).at(0)
     ids, _, documents = next(iter(parts(row, 1, run.settings.run.device)))
-    as_it_stands = torch.compiler.set_stance("force_eager")  # compiling for one row takes long
+    compiled = run.settings.run.compile  # which for one row would take long
+    as_it_stands = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with as_it_stands, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         held = run.model.hidden(ids, segments=documents)  # while it lives, so does what it keeps
     count(held)

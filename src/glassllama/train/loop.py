@@ -84,7 +84,7 @@ def one_step(run: Run) -> Made:
     """Batch, loss, gradients, weights: what training consists of."""
     s, progress, started = run.settings, run.progress, time.perf_counter()
     # Dropout is a function of the step, and of the rank, whose rows are others.
-    torch.manual_seed(s.run.seed << 32 | run.team.rank << 24 | progress.step)
+    seed_dropout(s.run.seed << 32 | run.team.rank << 24 | progress.step, s.run.device)
     factor = rate_factor(progress.step, s.schedule)
     batch = run.batches.at(progress.step, run.team.rank, run.team.world)
     loss = loss_and_gradients(run, batch)
@@ -105,6 +105,15 @@ def one_step(run: Run) -> Made:
         tok_s=run.tokens_per_step / took,
         seconds=progress.seconds,
     )
+
+
+def seed_dropout(seed: int, device: str) -> None:
+    """Begin PyTorch's random numbers anew; on a CPU without looking for other devices, which
+    `torch.manual_seed` does anew every time, in milliseconds."""
+    if device == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def judged(run: Run) -> Score:

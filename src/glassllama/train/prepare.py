@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from glassllama.models.language_model import LanguageModel
+from glassllama.nn.initial import shapes_only
 from glassllama.train.arithmetic import choose_arithmetic
 from glassllama.train.average import Average
 from glassllama.train.batches import Batches, require_window
@@ -59,7 +58,7 @@ def first_weights(settings: Settings, vocab_size: int, team: Team) -> LanguageMo
         return model
     from glassllama.train.sharding import shard
 
-    with torch.device("meta"):
+    with shapes_only():
         model = new_model(settings, vocab_size)
     choose_arithmetic(model, settings.run, settings.model.dropout)
     shard(model, settings, team)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 from glassllama.models.language_model import LanguageModel
+from glassllama.nn.initial import shapes_only
 from glassllama.train.build import as_module, new_model
 from glassllama.train.distributed import Team, whole
 from glassllama.train.settings import Settings
@@ -65,7 +66,7 @@ def asked(model: LanguageModel) -> Iterator[None]:
 
 def whole_model(model: LanguageModel, settings: Settings, team: Team) -> LanguageModel:
     """All of the weights on the leader's CPU, in a model of its own; elsewhere one without any."""
-    with torch.device("meta"):
+    with shapes_only():
         copy = new_model(settings, model.config.vocab_size)
     for name, weight in as_module(model).named_parameters():
         full = whole(weight.detach())  # on every rank: it is asked for by all at once

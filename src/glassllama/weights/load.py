@@ -19,6 +19,7 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
+from glassllama.nn.initial import shapes_only
 from glassllama.weights.open import Checkpoint
 from glassllama.weights.plan import plan
 
@@ -62,7 +63,7 @@ def load_model(
     if torch.device(device).type == "cpu":
         elements = sum(int(np.prod(checkpoint.info(ours).shape)) for ours in checkpoint.names)
         require_room(checkpoint, kept, elements * kept.itemsize + WORKING_MEMORY)
-    with torch.device("meta"):
+    with shapes_only():
         model = MODELS[type(checkpoint.model_config)](checkpoint.model_config).to(kept)  # shapes
     for done, ours in enumerate(checkpoint.names, start=1):
         place(model, ours, as_tensor(checkpoint, ours, kept, torch.device(device)))

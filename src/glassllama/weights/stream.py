@@ -23,6 +23,7 @@ from glassllama.base.errors import GenerationError
 from glassllama.base.machine import require_memory
 from glassllama.models.llama import Layer, Llama
 from glassllama.nn.attention import Step
+from glassllama.nn.initial import shapes_only
 from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
 from glassllama.weights.open import Checkpoint
 from glassllama.weights.plan import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
@@ -146,7 +147,7 @@ class StreamedLlama(Llama):
                 what=f"one layer of {checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
                 instead="close other programs, or use a smaller model",
             )
-        with torch.device("meta"):
+        with shapes_only():
             super().__init__(config)  # shapes only
             self.layers = nn.ModuleList(StreamedLayer(source, n) for n in range(config.n_layers))
         self.to(kept)
