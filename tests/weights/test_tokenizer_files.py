@@ -268,6 +268,28 @@ def test_side_files_of_any_size_are_not_read(bytewise: Path, tmp_path: Path, nam
     assert seconds(refused, enough=0.5) < 0.5
 
 
+@pytest.mark.parametrize("id", [200_000, 4_194_303])
+def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, id: int) -> None:
+    """Nothing is made as large as one id says; and a token's name is cut where it is quoted."""
+    for changed, name in (("vocab", "x" * 5000), ("added", "<|far|>")):
+        folder = beside(bytewise, tmp_path, {})
+        document = json.loads((folder / "tokenizer.json").read_text())
+        if changed == "vocab":
+            document["model"]["vocab"][name] = id
+        else:
+            more = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+            document["added_tokens"].append({"id": id, "content": name, "special": True, **more})
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(TokenizerError, match=f"ids run from 0 to {id}; expected 0 to at most"):
+            tokenizer_from_folder(folder)
+        document["model"]["vocab"][name + "\n"] = "text"
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(TokenizerError, match="must be an id") as refused:
+            tokenizer_from_folder(folder)
+        assert len(str(refused.value)) < 400
+        assert "\n" not in str(refused.value)
+
+
 def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ three }}"}))
     assert chat_template_from_folder(tmp_path) == "{{ three }}"

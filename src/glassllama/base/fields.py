@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from glassllama.base.errors import ConfigError, GlassError, quoted
+from glassllama.base.errors import ConfigError, GlassError, named, quoted
 
 REQUIRED: Any = object()  # a key without a default
 LARGEST_WHOLE = 2**31 - 1  # sizes and ids: what 32-bit indexes of compiled code can hold
@@ -100,15 +100,17 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             return self._default(key, default)
-        return Fields(f"{self.place}: {key}", value, self.error)
+        return Fields(f"{self.place}: {named(key)}", value, self.error)
 
     def refuse(self, key: str, expected: str) -> None:
         """Raise the error: this key's value is not what was expected."""
-        raise self.error(f"{self.place}: {key} must be {expected}, got {quoted(self.values[key])}")
+        raise self.error(
+            f"{self.place}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
+        )
 
     def _default(self, key: str, default: T) -> T:
         if default is REQUIRED:
-            raise self.error(f"{self.place}: {key} is missing")
+            raise self.error(f"{self.place}: {named(key)} is missing")
         return default
 
 

@@ -14,6 +14,7 @@ from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.added import AddedToken
 from glassllama.tokenizers.bpe import Vocabulary
 from glassllama.tokenizers.ends import END_OF_ANSWER
+from glassllama.tokenizers.rows import rows_of
 from glassllama.tokenizers.split import Split
 
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
@@ -30,7 +31,6 @@ TO_LATIN1 = dict.fromkeys(OTHERS, NO_LATIN1) | CHARACTER_TO_BYTE  # for str.tran
 # any text, a user could end his message with them and speak as the system: they are controls.
 LOOKS_LIKE_CONTROL = re.compile(r"<\|.+\|>")
 START_OF_TURN = "<start_of_turn>"  # the same in Gemma's files
-LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a larger id in a file is damage
 
 
 def to_bytes(written: str) -> bytes:
@@ -104,13 +104,7 @@ def plain_texts(
 
 
 def by_id(tokens: Mapping[int, bytes]) -> tuple[bytes | None, ...]:
-    size = max(tokens, default=-1) + 1
-    if min(tokens, default=0) < 0 or size > LARGEST_VOCABULARY:
-        raise TokenizerError(
-            f"vocabulary: ids run from {min(tokens)} to {size - 1}; expected 0 to at most "
-            f"{LARGEST_VOCABULARY - 1}"
-        )
-    return tuple(map(tokens.get, range(size)))
+    return tuple(map(tokens.get, range(rows_of(tokens))))
 
 
 def ranked(

@@ -17,11 +17,11 @@ from glassllama.base.fields import Fields, is_whole
 from glassllama.tokenizers.added import AddedToken
 from glassllama.tokenizers.bpe import Vocabulary
 from glassllama.tokenizers.byte_level import (
-    LARGEST_VOCABULARY,
     WRITTEN_BYTES,
     byte_level_vocabulary,
     is_control,
 )
+from glassllama.tokenizers.rows import LARGEST_VOCABULARY
 from glassllama.tokenizers.split import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.stages import stage_list
 

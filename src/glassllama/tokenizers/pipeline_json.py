@@ -22,6 +22,7 @@ from glassllama.tokenizers.hf_json import (
 )
 from glassllama.tokenizers.pieces import BLANK
 from glassllama.tokenizers.pipeline import Pipeline, PipelineTokenizer
+from glassllama.tokenizers.rows import rows_of
 from glassllama.tokenizers.stages import normalizer, pre_tokenizer, stage_list
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -87,10 +88,8 @@ def _token_bytes(
     bytes_of: Mapping[int, int],
     is_byte_level: bool,
 ) -> list[bytes | None]:
-    found: list[bytes | None] = [None] * (
-        1 + max((*vocab.values(), *(token.id for token in added)), default=-1)
-    )
     named = {token.id for token in added}
+    found: list[bytes | None] = [None] * rows_of({*vocab.values(), *named})
     for text, id in vocab.items():
         if not is_byte_level:
             found[id] = _utf8(text.replace(BLANK, " "))

@@ -6,9 +6,12 @@ there may be gaps, where tokens were added at round numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from glassllama.base.errors import TokenizerError
+
+LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a larger id in a file is damage
+MOST_GAPS = 2**17  # ids without a token; a file that claims more of them is damaged, too
 
 
 class Rows:
@@ -23,6 +26,17 @@ class Rows:
             return b""
         last = max(size, self.model_rows) - 1
         raise TokenizerError(f"id {id}: not in the vocabulary, which has 0 … {last}")
+
+
+def rows_of(ids: Collection[int]) -> int:
+    """One more than the largest of a vocabulary's ids. TokenizerError: far more than it has."""
+    size, most = max(ids, default=-1) + 1, min(LARGEST_VOCABULARY, len(ids) + MOST_GAPS)
+    if min(ids, default=0) < 0 or size > most:
+        raise TokenizerError(
+            f"vocabulary: ids run from {min(ids)} to {size - 1}; expected 0 to at most {most - 1} "
+            f"for {len(ids)} tokens"
+        )
+    return size
 
 
 def gaps_in(tokens: Sequence[object | None]) -> list[int]:

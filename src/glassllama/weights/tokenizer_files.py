@@ -19,9 +19,10 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
-from glassllama.tokenizers.byte_level import LARGEST_VOCABULARY, is_control
+from glassllama.tokenizers.byte_level import is_control
 from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.pieces import Kind, Pieces
+from glassllama.tokenizers.rows import LARGEST_VOCABULARY
 
 LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
