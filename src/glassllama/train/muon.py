@@ -55,7 +55,7 @@ def orthogonalised(stack: Tensor) -> Tensor:
     return by_matrix(orthogonalise, cast("DTensor", stack))
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """Muon over hidden matrices, all of one shape orthogonalised in one batch.
 
     Their momentum lives in one tensor (N, R, C) per shape, R ≤ C, tall matrices transposed: a tiny
@@ -70,7 +70,8 @@ class Muon:
         momentum: float = 0.95,
         weight_decay: float = 0.0,
     ) -> None:
-        self.param_groups = [{"lr": lr, "momentum": momentum, "weight_decay": weight_decay}]
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(list(matrices.values()), options)
         self.products = product_dtype(next(iter(matrices.values())).device.type)
         self.stacks: dict[tuple[int, ...], dict[str, torch.nn.Parameter]] = {}
         for name, matrix in matrices.items():
@@ -81,7 +82,7 @@ class Muon:
         }  # (N, R, C) each
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients that are there: every matrix must have one."""
         rate, share, decay = (self.param_groups[0][k] for k in ("lr", "momentum", "weight_decay"))
         for shape, stack in self.stacks.items():
