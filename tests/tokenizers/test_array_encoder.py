@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
 from glassllama.tokenizers.word_ends import RULES, word_ends
 from glassllama.weights.tokenizer import tokenizer_from_gguf
+from processor_time import seconds
 
 LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 PRE = {"llama3": "llama-bpe", "gpt2": "gpt-2", "smollm": "smollm", "qwen2": "qwen2"}
@@ -57,8 +58,11 @@ def compiled_words(text: str, split: Split) -> list[str]:
     return [bytes(data[a:b]).decode() for a, b in pairwise(cuts)]
 
 
-def contexts() -> Iterator[str]:
-    """Every code point, next to letters, digits, blanks, line ends, apostrophes and itself."""
+def contexts(sample: int) -> Iterator[str]:
+    """Every code point, next to letters, digits, blanks, line ends, apostrophes and itself.
+
+    `sample`: beyond U+0300 one in so many.
+    """
     points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     alike = (range(0x3400, 0xA000), range(0xAC00, 0xF900), range(0x12000, 0x110000))
     chance = random.Random(0)
@@ -66,6 +70,8 @@ def contexts() -> Iterator[str]:
         points = [
             c for c in points if not any(ord(c) in r for r in alike) or chance.random() < 0.01
         ]
+    low = [c for c in points if ord(c) < 0x300]
+    points = [*low, *points[len(low) :: sample]]
     for at in range(0, len(points), 256):
         yield "".join(
             f"a{c}b 1{c}2 {c}{c}\n{c} '{c}'l{c}'{c}e \r{c}\n  {c}" for c in points[at : at + 256]
@@ -75,8 +81,10 @@ def contexts() -> Iterator[str]:
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.identical("words of the compiled splitter, every code point", "the regex")
 def test_words_of_every_code_point(name: str) -> None:
+    """The table of kinds is the same for all splits: one of them sees every entry."""
     split = replace(SPLITS[name], normal_form=False)
-    wrong = [text[:20] for text in contexts() if compiled_words(text, split) != split.words(text)]
+    texts = contexts(1 if LONG or name == "llama3" else 8)
+    wrong = [text[:20] for text in texts if compiled_words(text, split) != split.words(text)]
     assert wrong == []
 
 
@@ -235,16 +243,10 @@ def test_a_million_of_the_same(tokenizer: BytePairTokenizer, unit: str) -> None:
     The margin above 2.5 is for neighbours in the processor's cache; the square would be 4.
     """
     tokenizer.encode_array(unit * 200)  # compiled
-    seconds = []
-    for count in (500_000, 1_000_000):
-        text = unit * (count // len(unit))
-        runs = []
-        for _ in range(2):
-            start = time.thread_time()
-            ids = tokenizer.encode_array(text)
-            runs.append(time.thread_time() - start)
-        seconds.append(min(runs))
-        if not tokenizer.vocabulary.split.normal_form:
-            assert tokenizer.decode(ids.tolist()) == text
-    assert seconds[1] <= 5
-    assert seconds[1] <= max(3.5 * seconds[0], 0.05)
+    half, whole = (unit * (count // len(unit)) for count in (500_000, 1_000_000))
+    made: list[Any] = []
+    before = min(seconds(lambda: tokenizer.encode_array(half), enough=60) for _ in range(2))
+    most = min(max(3.5 * before, 0.05), 5)
+    assert seconds(lambda: made.append(tokenizer.encode_array(whole)), enough=most) <= most
+    if not tokenizer.vocabulary.split.normal_form:
+        assert tokenizer.decode(made[-1].tolist()) == whole
