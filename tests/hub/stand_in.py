@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import threading
 import zipfile
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from urllib.parse import unquote
 
 COMMIT = "c0ffee" + "0" * 34
@@ -169,6 +172,36 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+class Children:
+    """The process whose forks answer; see children.py. It ends when nobody can ask it any more."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(Path(__file__).parent / "children.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self.end)
+
+    def ask(self, line: str) -> str:
+        """The exit code of the process that a line was answered by."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        with self.process:
+            pass
+
+
+@cache
+def children() -> Children:
+    return Children()
+
+
 @dataclass
 class Sandbox:
     """A user with an empty cache whose only internet is the stand-in."""
@@ -189,11 +222,13 @@ class Sandbox:
 
     def run(self, **request: object) -> dict:
         """What a fresh process answers: {"path"} or {"error"}, with progress and the cache."""
-        with self.start(**request) as process:
-            out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert err == "", "nothing of the libraries' own noise reaches the terminal"
-        return json.loads(out)
+        with NamedTemporaryFile() as out, NamedTemporaryFile() as err:
+            line = [request, self.environment, str(self.home), out.name, err.name]
+            code = children().ask(json.dumps(line))
+            said = err.read().decode()
+            assert code == "0", said
+            assert said == "", "nothing of the libraries' own noise reaches the terminal"
+            return json.loads(out.read())
 
 
 def write_wheel(folder: Path, member: str, content: bytes) -> Path:
