@@ -32,7 +32,7 @@ from glassllama.generation import (
     generate,
     make_sampler,
 )
-from glassllama.tokenizers.bpe import written_in
+from glassllama.tokenizers.bpe import prompt_ids, written_in
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.stream import StopStrings, StreamDecoder
@@ -219,9 +219,7 @@ class LLM:
         if not isinstance(prompt, str):
             return listed("a prompt", prompt, "a text or a list of ids")
         self._refuse_early(prompt, specials)
-        ids = self.tokenizer.encode(prompt, bos=True, specials=specials)
-        if specials and ids[:2] == [self.tokenizer.bos] * 2:
-            del ids[0]
+        ids = prompt_ids(self.tokenizer, prompt, specials)
         if not ids:
             raise GenerationError(
                 "the text is empty, and this model has no begin-of-text token to go on from: "

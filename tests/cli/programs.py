@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
 import pty
 import re
@@ -18,11 +16,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
-from functools import lru_cache
+from pathlib import Path
+
+from forks import server
+from glassllama.cli.first_use import COMPILING
 
 REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]
 PATIENCE = 300  # seconds until something that never comes is given up
+FORKED = Path(__file__).parent / "forked.py"
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
@@ -41,72 +43,11 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-FORKS = """
-import gc, json, os, sys, tempfile
-from glassllama.__main__ import main
-import glassllama.cli.app, glassllama.engine.executor
-
-def unread():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-places = {"unread": unread, "full": lambda: os.open("/dev/full", os.O_WRONLY)}
-
-def ended(folder, arguments, kinds):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, file, kind in zip((1, 2), (out, err), kinds):
-                os.dup2(places[kind]() if kind in places else file.fileno(), number)
-            os.chdir(folder)
-            sys.argv[1:] = arguments
-            main()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return [code, *((file.seek(0), file.read().decode())[1] for file in (out, err))]
-
-gc.freeze()  # a child that ends need not look at what it was born with
-for request in sys.stdin:
-    folder, lines, kinds = json.loads(request)
-    print(json.dumps([ended(folder, line, kinds) for line in lines]), flush=True)
-"""
-
-
-@lru_cache(maxsize=1)
-def forking() -> subprocess.Popen[str]:
-    """A process that has imported what the verbs import, and forks a child for each line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,  # as stdout no file: what children inherit cannot be sought in
-        encoding="utf-8",
-    )
-    atexit.register(process.kill)
-    return process
-
-
 def run_many(
     lines: list[list[str]], out: str = "file", err: str = "file"
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The program once for each line, in the current folder, as forks of `forking()`.
-
-    `out`, `err`: "file", what is printed comes back; "unread", a pipe whose reader has gone;
-    "full", a device without room.
-    """
-    process = forking()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps([os.getcwd(), lines, [out, err]]) + "\n")
-    process.stdin.flush()
-    assert select.select([process.stdout], [], [], PATIENCE)[0], "no answer"
-    answer = process.stdout.readline()
-    assert answer, process.communicate()[1]
-    return [
-        subprocess.CompletedProcess(line, code, out, err)
-        for line, (code, out, err) in zip(lines, json.loads(answer), strict=True)
-    ]
+    """The program once for each line, in the current folder, as forks of one process."""
+    return [server(FORKED).run(line, out=out, err=err) for line in lines]
 
 
 @contextmanager
@@ -120,9 +61,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def complaints(stderr: str) -> list[str]:
+    """The lines of stderr, but for the notice of whichever process is the first to compile."""
+    return [line for line in stderr.splitlines() if line != COMPILING]
+
+
 def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:
     """Code 1, nothing on stdout, and one line on stderr that begins with "error:"."""
-    lines = process.stderr.splitlines()
+    lines = complaints(process.stderr)
     assert process.returncode == 1, process.stderr
     assert process.stdout == ""
     assert len(lines) == 1, process.stderr

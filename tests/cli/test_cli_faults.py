@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import COMMAND, PATIENCE, is_clean_error, run, run_many
+from cli.programs import COMMAND, PATIENCE, complaints, is_clean_error, run, run_many
 from glassllama.base.errors import GlassError
 from glassllama.cli.exits import foreseen
 from tiny_models import hf_model, write_hf
@@ -162,7 +162,7 @@ def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:
         process.stdout.read(5)
         process.stdout.close()
         assert process.wait(PATIENCE) == 141
-        assert process.stderr.read() == b""
+        assert complaints(process.stderr.read().decode()) == []
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "next", "tokenize"])
@@ -183,16 +183,10 @@ def test_closed_stderr_is_no_fault() -> None:
     assert b"Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("closing", [">&-", ">&- <&-", ">&- 2>&-"])
 @pytest.mark.parametrize(
-    ("words", "closing"),
-    [
-        *(
-            (words, ">&-")
-            for words in ("tokenize hi", "tokenize hi --json", "show -h", "--version")
-        ),
-        *((words, closing) for words in ("list", "--help") for closing in (">&- <&-", ">&- 2>&-")),
-    ],
-)  # fmt: skip
+    "words", ["list", "tokenize hi", "tokenize hi --json", "--help", "show -h", "--version"]
+)
 def test_an_answer_that_cannot_be_written_is_an_error(
     words: str, closing: str, default_model: Path
 ) -> None:
@@ -292,7 +286,7 @@ def test_signals_end_it_at_once(sent: signal.Signals, code: int, default_model: 
         process.send_signal(sent)
         rest, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
-    assert errors.strip() == b""
+    assert complaints(errors.decode().strip()) == []
     assert (begun + rest).endswith(b"\n")  # what was there is shown whole
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import gguf
@@ -202,10 +204,12 @@ def terms_of(matrix: Matrix) -> int:
     return 16 + matrix.columns // 4 if matrix.kind.integer_inputs else matrix.columns
 
 
-@pytest.mark.parametrize("tier", [name for name in TIERS if name not in RUNNABLE])
-def test_kernels_for_another_processor(tier: str) -> None:
-    """One line for all tests of a tier; test_tiers.py looks at the machine code of most."""
-    pytest.skip(f"kernels of tier {tier}: this processor lacks them")
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_tier_runs_where_the_processor_has_its_instructions(tier: str) -> None:
+    """One line for all tests of a tier that cannot run here; test_tiers.py reads machine code."""
+    if tier not in RUNNABLE:
+        pytest.skip(f"kernels of tier {tier}: this processor lacks them")
+    assert all(kernel_address(kind, tier) for kind in KINDS)
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
@@ -215,22 +219,28 @@ def test_kernels_against_float64(kind: str, rows: int, columns: int, tier: str) 
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
     for tokens in (1, 3, 8, 17, 41):
-        multiply_and_compare(matrix, numbers, tier, tokens)
+        x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
+        inputs = inputs_of(matrix, tier, x)
+        run = partial(multiply, matrix, tier, last=matrix.groups)
+        assert faults(matrix, numbers, inputs, terms_of(matrix), run) == []
 
 
-def multiply_and_compare(matrix: Matrix, numbers: NDArray, tier: str, tokens: int) -> None:
-    rows, columns = numbers.shape
-    x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
-    inputs = inputs_of(matrix, tier, x)
+def faults(
+    matrix: Matrix, numbers: NDArray, inputs: Inputs, terms: int, run: Callable[..., NDArray]
+) -> list[str]:
+    """What is wrong with the products of a matrix: `run(inputs=…, first=…)` -> (tokens, rows)."""
+    rows, count = len(numbers), len(inputs.seen)
     exact, size = products(inputs.seen, numbers)
-    out = multiply(matrix, tier, inputs, 0, matrix.groups)
-    assert (np.abs(out[:, :rows] - exact) <= sum_bound(terms_of(matrix), size)).all()
-    assert (out[:, rows:] == 0).all()  # padding adds nothing
-    for t in range(tokens):  # to the bit, whichever tile it was in
-        alone = multiply(matrix, tier, inputs.alone(t), 0, matrix.groups)
-        assert (alone[0] == out[t]).all()
-    last_group = multiply(matrix, tier, inputs, matrix.groups - 1, matrix.groups)
-    assert np.isnan(last_group[:, : matrix.padded_rows - 16]).all()  # touches its groups only
+    out, last = run(inputs=inputs, first=0), run(inputs=inputs, first=matrix.groups - 1)
+    right = {
+        "within rounding": (np.abs(out[:, :rows] - exact) <= sum_bound(terms, size)).all(),
+        "padding adds nothing": (out[:, rows:] == 0).all(),
+        "the same to the bit alone, whichever tile it was in": all(
+            (run(inputs=inputs.alone(t), first=0)[0] == out[t]).all() for t in range(count)
+        ),
+        "touches its groups only": np.isnan(last[:, : matrix.padded_rows - 16]).all(),
+    }
+    return [claim for claim, holds in right.items() if not holds]
 
 
 def test_quantised_inputs_are_the_nearest_steps() -> None:
@@ -366,21 +376,11 @@ TILE_SHAPES = [(1, 32), (37, 96), (50, 32 * 7), (130, 32 * 65)]
 def test_bfloat_tiles_against_float64() -> None:
     """Within float32 rounding of the exact sum, and to the bit the same in any company."""
     for rows, columns in TILE_SHAPES:
+        raw, numbers = stored("BF16", rows, columns)
+        matrix = packed("BF16", raw, columns)
         for tokens in (1, 15, 16, 17, 33, 70):
-            compare_bfloat_tiles(rows, columns, tokens)
-
-
-def compare_bfloat_tiles(rows: int, columns: int, tokens: int) -> None:
-    raw, numbers = stored("BF16", rows, columns)
-    matrix = packed("BF16", raw, columns)
-    x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(ml_dtypes.bfloat16)
-    seen = x.astype(np.float64)
-    inputs = Inputs(x, x, seen)
-    out = multiply(matrix, "amx", inputs, 0, matrix.groups, kernel=BFLOAT_TILES)
-    exact, size = products(seen, numbers)
-    assert (np.abs(out[:, :rows] - exact) <= sum_bound(columns, size)).all()
-    for t in range(tokens):
-        alone = multiply(matrix, "amx", inputs.alone(t), 0, matrix.groups, kernel=BFLOAT_TILES)
-        assert (alone[0] == out[t]).all()
-    last = multiply(matrix, "amx", inputs, matrix.groups - 1, matrix.groups, kernel=BFLOAT_TILES)
-    assert np.isnan(last[:, : matrix.padded_rows - 16]).all()  # touches its groups only
+            x = np.random.default_rng(7).standard_normal((tokens, columns))
+            narrow = x.astype(ml_dtypes.bfloat16)
+            inputs = Inputs(narrow, narrow, narrow.astype(np.float64))
+            run = partial(multiply, matrix, "amx", last=matrix.groups, kernel=BFLOAT_TILES)
+            assert faults(matrix, numbers, inputs, columns, run) == []

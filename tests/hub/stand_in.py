@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import subprocess
@@ -10,11 +9,11 @@ import sys
 import threading
 import zipfile
 from dataclasses import dataclass, field
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from urllib.parse import unquote
+
+from forks import server
 
 COMMIT = "c0ffee" + "0" * 34
 LARGE = (".safetensors", ".pth", ".gguf")  # what the Hub keeps in LFS, with a sha256
@@ -172,36 +171,6 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-class Children:
-    """The process whose forks answer; see children.py. It ends when nobody can ask it any more."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(Path(__file__).parent / "children.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        atexit.register(self.end)
-
-    def ask(self, line: str) -> str:
-        """The exit code of the process that a line was answered by."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> None:
-        with self.process:
-            pass
-
-
-@cache
-def children() -> Children:
-    return Children()
-
-
 @dataclass
 class Sandbox:
     """A user with an empty cache whose only internet is the stand-in."""
@@ -222,13 +191,11 @@ class Sandbox:
 
     def run(self, **request: object) -> dict:
         """What a fresh process answers: {"path"} or {"error"}, with progress and the cache."""
-        with NamedTemporaryFile() as out, NamedTemporaryFile() as err:
-            line = [request, self.environment, str(self.home), out.name, err.name]
-            code = children().ask(json.dumps(line))
-            said = err.read().decode()
-            assert code == "0", said
-            assert said == "", "nothing of the libraries' own noise reaches the terminal"
-            return json.loads(out.read())
+        children = server(Path(__file__).parent / "children.py", "-W", "error")
+        done = children.run(request, self.environment, self.home)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "nothing of the libraries' own noise reaches the terminal"
+        return json.loads(done.stdout)
 
 
 def write_wheel(folder: Path, member: str, content: bytes) -> Path:

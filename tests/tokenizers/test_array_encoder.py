@@ -249,4 +249,5 @@ def test_a_million_of_the_same(tokenizer: BytePairTokenizer, unit: str) -> None:
     most = min(max(8 * seconds(lambda: tokenizer.encode_array(part)), 0.05), 5)
     assert seconds(lambda: made.append(tokenizer.encode_array(whole)), enough=most) <= most
     if not tokenizer.vocabulary.split.normal_form:
+        assert tokenizer.decode(tokenizer.encode_array(part).tolist()) == part
         assert tokenizer.decode(made[-1].tolist()) == whole

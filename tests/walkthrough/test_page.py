@@ -115,7 +115,7 @@ class Browser:
         return list(self.script(f"return {found}.map((node) => node.innerText)", selector))
 
     def press(self, selector: str, index: int = 0) -> None:
-        """A third of the processor time of the driver's own click, which is a mouse's."""
+        """Press a button by script: a third of the processor time of the driver's own click."""
         self.script(PRESS, selector, index)
 
     def step(self, number: int) -> None:
@@ -328,9 +328,9 @@ def test_everything_that_can_be_used_has_a_name(page: Browser) -> None:
 def test_phone_dark_and_still(browser: Browser, file: Path) -> None:
     """360 pixels without a scrollbar to the side; other colours in the dark; nothing moves."""
     paper = []
-    for scheme, numbers in (("light", range(len(STEPS))), ("dark", (9, 11))):
+    for scheme in ("light", "dark"):
         browser.open(file, width=360, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
-        for number in numbers:
+        for number in range(len(STEPS)):
             browser.step(number)
             assert browser.script("return document.documentElement.scrollWidth") <= 360, number
         browser.step(14)

@@ -26,6 +26,7 @@ from glassllama.tokenizers.rows import Rows, gaps_in
 from glassllama.tokenizers.split import Split
 
 if TYPE_CHECKING:
+    from glassllama.base.interfaces import Tokenizer
     from glassllama.tokenizers.array_decoder import ArrayDecoder
     from glassllama.tokenizers.array_encoder import ArrayEncoder
     from glassllama.tokenizers.long_words import PairTable
@@ -279,6 +280,13 @@ def written_in(text: str, wanted: Iterable[str]) -> list[str]:
     """Those of the wanted texts that are written in a text, in its order, each once."""
     pattern = alternatives(wanted)
     return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, specials: bool) -> list[int]:
+    """A text with the model's own beginning, which is not doubled where the text has it, too."""
+    ids = tokenizer.encode(text, bos=True, specials=specials)
+    doubled = specials and ids[:2] == [tokenizer.bos] * 2
+    return ids[1:] if doubled else ids
 
 
 def surrogate_error(text: str) -> TokenizerError:

@@ -110,7 +110,7 @@ def numbers_of(settings: Settings, vocab_size: int) -> int:
     def of(count: int | None) -> int:
         sizes = {**settings.model.sizes, **({} if count is None else {"n_layers": count})}
         some = replace(settings, model=replace(settings.model, sizes=sizes))
-        with shapes_only():  # shapes without memory
+        with shapes_only():
             return parameters(new_model(some, vocab_size))
 
     return of(None) if layers is None else of(1) + (layers - 1) * (of(2) - of(1))

@@ -26,12 +26,12 @@ F32 = np.float32
 
 def wide(number: Any) -> Any:
     """A number of a narrow array as float32."""
-    raise NotImplementedError("inside kernels only")
+    raise TypeError("only compiled code may call this")
 
 
 def narrow(number: Any, array: Any) -> Any:
     """A float32 as the array holds numbers: unchanged, or rounded to bfloat16."""
-    raise NotImplementedError("inside kernels only")
+    raise TypeError("only compiled code may call this")
 
 
 @overload(wide, inline="always")

@@ -112,7 +112,7 @@ def text_source(walk: Walk) -> Source:
         return source(words, "pieces =", "for pattern", "find =", "pieces = [word")
     if isinstance(walk.tokenizer, SentencePieceTokenizer):
         return source(SentencePieceTokenizer._with_blanks, "text = text.replace")
-    return source(encoded, "ids = tokenizer.encode", "return None")
+    return source(encoded, "return tokenizer, prompt_ids", "return None")
 
 
 def token_ids(walk: Walk) -> Step:

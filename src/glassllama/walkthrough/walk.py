@@ -26,6 +26,7 @@ from glassllama.base.machine import require_memory
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
 from glassllama.nn.rope import Rotation, rope_angles, rotation
+from glassllama.tokenizers.bpe import prompt_ids
 from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
 from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
 from glassllama.walkthrough.pictures import visible
@@ -321,9 +322,7 @@ def encoded(
     """The vocabulary and the prompt's ids; ids can be walked without a vocabulary."""
     if isinstance(prompt, str):
         tokenizer = checkpoint.tokenizer
-        ids = tokenizer.encode(prompt, bos=True, specials=specials)
-        doubled = specials and ids[:2] == [tokenizer.bos] * 2  # the prompt begins with it, too
-        return tokenizer, ids[doubled:] if prompt else []
+        return tokenizer, prompt_ids(tokenizer, prompt, specials) if prompt else []
     with suppress(TokenizerError):
         return checkpoint.tokenizer, [int(id) for id in prompt]
     return None, [int(id) for id in prompt]
