@@ -22,6 +22,7 @@ from glassllama.train.settings import Settings
 
 FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # logits of a chunk, their softmax, their gradient
+HEAP = 1.15  # freed tensors of less than 32 MiB may stay with the process: a seventh, measured
 GRADIENTS = 2  # of the last layer's output: in pieces, and put together
 PATIENCE = 2.0  # seconds of trial steps, after which no other is begun
 FORWARD_SHARE = 1 / 3  # of a training step: the backward pass has two products for each
@@ -114,7 +115,10 @@ def memory_of_step(run: Run) -> int:
     """Batch, weights, gradients, optimisers, and what a part of a batch keeps for going back."""
     rows = run.settings.data.batch // run.settings.run.accumulate
     rest = memory_without_layers(run.settings, run.data, parameters(run.model), 1)
-    return rest + rows * kept_for_backward(run)
+    one, two = kept_for_backward(run, 1), kept_for_backward(run, 2)
+    row = two - one
+    once = max(0, one - row)  # joined weights, which serve all rows
+    return rest + once + round(HEAP * rows * row)
 
 
 def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> int:
@@ -127,8 +131,8 @@ def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> 
     return batch + FLOAT * (copies * numbers // world + logits)
 
 
-def kept_for_backward(run: Run) -> int:
-    """Bytes of one row at the peak of a step: what its forward pass keeps, counted while it does.
+def kept_for_backward(run: Run, rows: int) -> int:
+    """Bytes at the peak of a step of `rows`: what its forward pass keeps, counted while it does.
 
     Going back takes the gradients of one layer besides, and those of the vectors that all layers
     end in: in pieces (train/loss.py), then put together. Logits are left out.
@@ -142,9 +146,9 @@ def kept_for_backward(run: Run) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    row = replace(run.batches, batch=1).at(0)
-    ids, _, documents = next(iter(parts(row, 1, run.settings.run.device)))
-    compiled = run.settings.run.compile  # which for one row would take long
+    batch = replace(run.batches, batch=rows).at(0)
+    ids, _, documents = next(iter(parts(batch, 1, run.settings.run.device)))
+    compiled = run.settings.run.compile  # which for this once would take long
     as_it_stands = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with as_it_stands, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         held = run.model.hidden(ids, segments=documents)  # while it lives, so does what it keeps
