@@ -16,6 +16,7 @@ from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
 from glassllama.nn.dropout import add_dropout
 from glassllama.train import kernels
+from glassllama.train.adamw import STATE, AdamW
 from glassllama.train.average import Average
 from glassllama.train.fast import accelerate
 from glassllama.train.loss import summed_loss
@@ -79,6 +80,32 @@ def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
         moved = 3 * 0.1 * 0.2 * math.sqrt(max(shapes[name]))
         bound = CONDITION * unit(torch.bfloat16) * math.sqrt(15) * moved
         assert float((parameter.detach() - expected[name]).abs().max()) < bound, name
+
+
+def test_adamw_is_pytorchs() -> None:
+    """Weights, means and squares of some steps, with and without decay, by PyTorch's own plain
+    loop; a parameter without a gradient is left alone, and begins when it has one."""
+    torch.manual_seed(0)
+    shapes, rate = [(7, 5), (11,), (3,)], 0.01
+    ours, theirs = ([torch.nn.Parameter(torch.full(s, 0.5)) for s in shapes] for _ in range(2))
+    settings = {"lr": rate, "betas": (0.8, 0.95), "eps": 1e-6}
+    mine, other = (
+        make([{"params": w[:1], "weight_decay": 0.3}, {"params": w[1:], "weight_decay": 0.0}],
+             **settings, **more)
+        for make, w, more in ((AdamW, ours, {}), (torch.optim.AdamW, theirs, {"foreach": False}))
+    )  # fmt: skip
+    for step in range(9):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape) if a.shape != (3,) or step > 4 else None
+            b.grad = None if a.grad is None else a.grad.clone()
+        mine.step()
+        other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        for key in STATE:
+            apart = (mine.state[a][key] - other.state[b][key]).abs().max()
+            assert float(apart) <= 9 * 4 * unit(), key  # nine steps of some roundings; numbers < 4
+        assert float((a - b).detach().abs().max()) <= 9 * 8 * rate * unit() + 2 * unit()
+    assert float(mine.state[ours[2]]["step"]) == 4
 
 
 def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:

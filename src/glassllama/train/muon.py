@@ -55,7 +55,7 @@ def orthogonalised(stack: Tensor) -> Tensor:
     return by_matrix(orthogonalise, cast("DTensor", stack))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Muon over hidden matrices, all of one shape orthogonalised in one batch.
 
     Their momentum lives in one tensor (N, R, C) per shape, R ≤ C, tall matrices transposed: a tiny
@@ -70,8 +70,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
     ) -> None:
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(list(matrices.values()), options)
+        self.param_groups = [{"lr": lr, "momentum": momentum, "weight_decay": weight_decay}]
         self.products = product_dtype(next(iter(matrices.values())).device.type)
         self.stacks: dict[tuple[int, ...], dict[str, torch.nn.Parameter]] = {}
         for name, matrix in matrices.items():
@@ -82,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         }  # (N, R, C) each
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update from the gradients that are there: every matrix must have one."""
         rate, share, decay = (self.param_groups[0][k] for k in ("lr", "momentum", "weight_decay"))
         for shape, stack in self.stacks.items():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
+from glassllama.train.adamw import STATE, AdamW
 from glassllama.train.muon import Muon
 from glassllama.train.settings import OptimiserSettings
-
-ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what PyTorch's AdamW keeps for a parameter
 
 
 class Optimisers:
@@ -28,7 +26,7 @@ class Optimisers:
         decayed = [named[n] for n in self.adamw_names if named[n].ndim > 1]
         plain = [named[n] for n in self.adamw_names if named[n].ndim <= 1]
         self.named = named
-        self.adamw = torch.optim.AdamW(
+        self.adamw = AdamW(
             [
                 {"params": decayed, "weight_decay": settings.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
@@ -36,7 +34,6 @@ class Optimisers:
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
-            fused=True,
         )
         self.muon = (
             Muon(
@@ -48,7 +45,7 @@ class Optimisers:
             if to_muon
             else None
         )
-        self.all = [self.adamw] if self.muon is None else [self.adamw, self.muon]
+        self.all: list[AdamW | Muon] = [self.adamw, *([] if self.muon is None else [self.muon])]
         self.peaks = [(group, group["lr"]) for each in self.all for group in each.param_groups]
 
     def step(self, factor: float) -> None:
@@ -74,7 +71,7 @@ class Optimisers:
         """Go on from what `state` gave."""
         for name in self.adamw_names:
             self.adamw.state[self.named[name]] = {
-                key: tensors[f"adamw.{key}.{name}"] for key in ADAM_STATE
+                key: tensors[f"adamw.{key}.{name}"] for key in STATE
             }
         if self.muon is not None:
             for name, momentum in self.muon.momentum_by_name().items():
@@ -83,6 +80,6 @@ class Optimisers:
     def state_names(self) -> Iterator[str]:
         """The names that `state` has once a step was made."""
         for name in self.adamw_names:
-            yield from (f"adamw.{key}.{name}" for key in ADAM_STATE)
+            yield from (f"adamw.{key}.{name}" for key in STATE)
         if self.muon is not None:
             yield from (f"muon.momentum.{name}" for name in self.muon.momentum_by_name())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.models.language_model import LanguageModel
+from glassllama.train.adamw import AdamW
 from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.build import as_module
 from glassllama.train.data import Data
@@ -208,11 +209,12 @@ def repeat(
     Two steps are made at least.
     """
     learning = [p for p in as_module(model).parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
+    optimiser = AdamW([{"params": learning, "weight_decay": 0.0}], lr=rate)
     losses: list[float] = []
     while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < share * losses[0]):
         loss = mean_loss(model, ids, targets)
-        optimiser.zero_grad()
+        for parameter in learning:
+            parameter.grad = None
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
