@@ -21,6 +21,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 PATIENCE = 300  # seconds until a process that does not end is killed
+WITH_TORCH = Path(__file__).parent / "with_torch.py"
 PLACES = {"full": "/dev/full"}  # a device without room
 
 
@@ -105,3 +106,10 @@ class Server:
 def server(script: Path, *options: str) -> Server:
     """The one of this test run."""
     return Server(script, *options)
+
+
+def run_script(script: str, *arguments: object) -> str:
+    """What a script prints that is run with these arguments, PyTorch imported; it must end well."""
+    ran = server(WITH_TORCH).run([script, *map(str, arguments)])
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout

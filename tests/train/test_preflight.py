@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from forks import run_script
 from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
 from glassllama.nn import attention
 from glassllama.train import data as data_room
@@ -199,7 +198,7 @@ def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
 
 
 PEAK = """
-import re, sys
+import ctypes, re, sys
 from pathlib import Path
 from glassllama.train import estimate, loop
 from train.recipes import new_run
@@ -214,15 +213,17 @@ run = new_run(Path(folder) / "run", Path(text), kind, *large)
 counted = estimate.memory_of_step(run)
 in_pieces = "run.loss_chunk=10"  # as the large one: PyTorch imports more for that
 loop.one_step(new_run(Path(folder) / "small", Path(text), kind, in_pieces))
+ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD: what is freed goes back to the system
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of compiling perhaps, is forgotten
 before = memory("VmRSS")
 loop.one_step(run)
 print(counted, memory("VmHWM") - before)
 """
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc: what is freed goes back to the system
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux forgets a peak")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="its allocator can be told, others not"
+)
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -239,13 +240,7 @@ def test_memory_is_what_a_step_takes(
     Not less than that, and at most a seventh for the heap and an eighth for a layer's gradients
     more, each of which may not be there at the peak, and a tenth for what is rounded up.
     """
-    asked = [sys.executable, "-c", PEAK, str(tmp_path), str(text), kind, *sizes]
-    tests = str(Path(__file__).parents[1])
-    ran = subprocess.run(
-        asked, capture_output=True, env=os.environ | AT_ONCE | {"PYTHONPATH": tests}
-    )
-    assert ran.returncode == 0, ran.stderr
-    counted, taken = map(int, ran.stdout.split())
+    counted, taken = map(int, run_script(PEAK, tmp_path, text, kind, *sizes).split())
     assert taken > 1e8
     assert 1 < counted / taken < (1 + 1 / 7) * (1 + 1 / 8) * 1.1
 

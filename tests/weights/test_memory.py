@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forks import run_script
 from synthetic_models import synthetic_module
 from tiny_models import hf_model, write_gguf, write_hf, write_meta
 
@@ -58,11 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def peak(script: tuple[str, str], path: Path) -> int:
     """How far loading raises the peak of a fresh process, in bytes."""
-    code = MEASURE.format(imports=script[0], load=script[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+    return int(run_script(MEASURE.format(imports=script[0], load=script[1]), path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
@@ -103,10 +99,8 @@ def test_a_large_quantised_model_takes_its_file_and_little_more(
     path = synthetic.write(tmp_path / "x.gguf", config, "Q8_0")
     size = path.stat().st_size
     assert size > MOST_BESIDE
-    code = [sys.executable, "-c", PACKED, str(path), str(worth_keeping)]
     for _ in range(2):  # packed, and then mapped
-        done = subprocess.run(code, capture_output=True, text=True, check=True)
-        peak, nbytes, *notes = done.stdout.split()
+        peak, nbytes, *notes = run_script(PACKED, path, worth_keeping).split()
         assert not notes
         assert int(nbytes) <= 1.01 * size
         assert int(peak) <= size + MOST_BESIDE

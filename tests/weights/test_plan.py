@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from forks import run_script
 from glassllama.base import machine
 from glassllama.base.errors import MemoryShortError
 from glassllama.weights import load
@@ -84,11 +84,7 @@ with open("/proc/self/status") as status:
 )
 def test_the_peak_is_as_planned(stored: str, name: WayName, paths: dict[str, Path]) -> None:
     planned = plan(open_weights(paths[stored]), tokens=TOKENS).way(name).memory
-    arguments = [str(paths[stored]), name, str(TOKENS)]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True
-    )
-    assert planned - SLACK <= int(done.stdout) <= planned
+    assert planned - SLACK <= int(run_script(RUN, paths[stored], name, TOKENS)) <= planned
 
 
 def test_the_fastest_way_that_fits() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forks import run_script
 from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
@@ -194,9 +194,6 @@ def test_peak_memory_is_one_layer(form: str, large: dict[str, Path]) -> None:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     sizes = {name: 2 * p.numel() for name, p in model.named_parameters()}
     layer = sum(n for name, n in sizes.items() if ".layers.0." in name)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(large[form]), str(BLOCK)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
     allowed = layer + 4 * BLOCK + ALLOWED
-    assert int(done.stdout) <= allowed < sum(sizes.values()) / 2
+    peak = int(run_script(MEASURE, large[form], BLOCK))
+    assert peak <= allowed < sum(sizes.values()) / 2
