@@ -1,4 +1,4 @@
-"""What each of two ranks does in test_distributed.py: `torchrun … ranks.py FOLDER TEXT`.
+"""What each of two ranks does in test_distributed.py.
 
 FOLDER/alone holds a run by one process, whose last checkpoint is that of step 8. All results come
 back as files: report.json, and the whole state of resumed runs, gathered.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -107,8 +106,3 @@ def main(home: Path, text: Path) -> None:
         report["from one"] = losses(steps_of(from_one))
         if team.leads:
             (home / "report.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

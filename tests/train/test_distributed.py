@@ -1,12 +1,12 @@
 """Two ranks are one process: the same losses, the same state resumed, whoever wrote it.
 
-Real processes under torchrun, gloo between them, tiny models.
+Real processes, gloo between them, tiny models: under torchrun once, else forked and told who they
+are by the environment, as torchrun does.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -18,11 +18,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forks import WITH_TORCH, run_script, server
 from glassllama.base import code_cache
 from glassllama.base.errors import ConfigError
 from glassllama.llm import load
@@ -36,7 +36,41 @@ from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of
 from train.recipes import SHORT, TINY, make_steps, new_run
 
-TESTS = Path(__file__).parents[1]
+TWO_RANKS = """
+import os, socket, sys, time
+from pathlib import Path
+import torch
+from glassllama.__main__ import main
+from train import ranks
+
+def begin(rank, work):
+    process = os.fork()
+    if process == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        work()
+        os._exit(0)
+    return process
+
+with socket.create_server(("127.0.0.1", 0)) as some:
+    port = some.getsockname()[1]
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+torch.set_num_threads(1)
+"""
+BOTH_WELL = """
+both = [begin(rank, lambda: ranks.main(*map(Path, sys.argv[1:]))) for rank in (0, 1)]
+assert [os.waitpid(process, 0)[1] for process in both] == [0, 0]
+"""
+ONE_IS_KILLED = """
+log, lines = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+first, second = (begin(rank, main) for rank in (0, 1))
+while len(log.read_text().splitlines()) < lines:
+    assert os.waitpid(0, os.WNOHANG) == (0, 0), "one has ended"
+    time.sleep(0.05)
+os.kill(second, 9)
+killed = time.monotonic()
+print(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]), time.monotonic() - killed)
+"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ENDED_WITHIN = 60  # seconds after a rank was killed
 PATIENCE = 300  # until something that never comes is given up
@@ -64,15 +98,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     code_cache.seal()  # the ranks need not compile again what was compiled here
     shutil.copytree(home / "one-muon", home / "alone")
     shutil.rmtree(home / "alone" / "checkpoints" / f"step-{STEPS:06d}")
-    command = [*TORCHRUN, str(ranks.__file__), str(home), str(text)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_script(TWO_RANKS + BOTH_WELL, home, text) == ""
     return home
 
 
@@ -210,17 +236,12 @@ def test_every_row_is_judged_once() -> None:
 # --- the command ----------------------------------------------------------------------------
 
 
-def start(folder: Path, text: Path, *more: str) -> subprocess.Popen[str]:
+def arguments(folder: Path, text: Path) -> list[str]:
     endless = ["schedule.steps=100000", "run.save_every=0", "run.eval_every=0"]
     changed = [*TINY["llama"], *SHORT, *endless]
     options = [part for change in changed for part in ("--set", change)]
-    command = ["-m", "glassllama", "train", "llama-tinyshakespeare-cpu", *options, *more]
-    return subprocess.Popen(
-        [*TORCHRUN, *command, "--data", str(text), "--out", str(folder), "--no-preflight"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
+    places = ["--data", str(text), "--out", str(folder), "--no-preflight"]
+    return ["train", "llama-tinyshakespeare-cpu", *options, *places]
 
 
 def await_lines(log: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -234,7 +255,11 @@ def await_lines(log: Path, count: int, process: subprocess.Popen[str]) -> None:
 def test_stopped_resumed_and_killed(tmp_path: Path, text: Path) -> None:
     """SIGTERM to torchrun saves; from there two go on; where one is killed, both end."""
     folder = tmp_path / "run"
-    first = start(folder, text)
+    words = arguments(folder, text)
+    first = subprocess.Popen(
+        [*TORCHRUN, "-m", "glassllama", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
     await_lines(folder / "log.jsonl", 5, first)
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=PATIENCE)
@@ -246,16 +271,12 @@ def test_stopped_resumed_and_killed(tmp_path: Path, text: Path) -> None:
     step = int(checkpoint.name.removeprefix("step-"))
     assert len(list((checkpoint / "training").iterdir())) == 2
 
-    second = start(folder, text, "--resume", "auto")
-    await_lines(folder / "log.jsonl", step + 5, second)
-    workers = psutil.Process(second.pid).children()
-    (victim,) = (each for each in workers if each.environ().get("RANK") == "1")
-    victim.kill()
-    killed = time.monotonic()
-    _, err = second.communicate(timeout=ENDED_WITHIN)
-    assert time.monotonic() - killed < ENDED_WITHIN
-    assert second.returncode != 0
-    assert f"going on after step {step:,}" in err
-    assert "error: rank 0 of 2: lost the others: one was killed" in err
-    assert not any(each.is_running() and each.status() != "zombie" for each in workers)
+    given = [TWO_RANKS + ONE_IS_KILLED, str(folder / "log.jsonl"), str(step + 5), *words]
+    ran = server(WITH_TORCH).run([*given, "--resume", "auto"])
+    assert ran.returncode == 0, ran.stderr
+    code, seconds = ran.stdout.split()
+    assert code == "1"
+    assert float(seconds) < ENDED_WITHIN
+    assert f"going on after step {step:,}" in ran.stderr
+    assert "error: rank 0 of 2: lost the others: one was killed" in ran.stderr
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [checkpoint.name]
