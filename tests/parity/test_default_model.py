@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,14 @@ def end_of(checkpoint: Checkpoint) -> int:
     return int(checkpoint.file.metadata["tokenizer.ggml.eos_token_id"])
 
 
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers has the file's metadata read three times, and a table made for each tensor."""
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
+
+
+@pytest.mark.usefixtures("read_once")
 def test_greedy_text_is_what_transformers_writes(
     checkpoint: Checkpoint, texts: list[tuple[int, list[int]]], default_model: Path, parity: Any
 ) -> None:
