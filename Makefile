@@ -13,8 +13,9 @@ test: .venv/dev.done
 test-portable: .venv/dev.done
 	$(BIN)/python tests/portable.py
 
+# Every code point and megabytes of text too, of which the tests take a part.
 parity: .venv/dev.done
-	$(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
+	GLASSLLAMA_LONG=1 $(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
 		tests/generation/test_parity.py tests/formats/test_blocks.py
 
 # Into build/: the notebooks with their results, and pictures of the explorer page, to be looked at.
