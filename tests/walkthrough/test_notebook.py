@@ -48,6 +48,7 @@ def shown(folder: Path) -> str:
     return "".join(part.data.get("text/html", "") for part in parts if "data" in part)
 
 
+@pytest.mark.docs
 @pytest.mark.usefixtures("default_model")
 def test_it_runs_on_the_default_model() -> None:
     """Its results stay in build/notebooks, where `make notebooks` puts them, to be looked at."""
@@ -65,6 +66,7 @@ def test_it_runs_on_the_default_model() -> None:
     assert "stderr" not in streams
 
 
+@pytest.mark.docs
 def test_it_runs_on_metas_files_with_one_path_changed(tmp_path: Path, llama3_ranks: Path) -> None:
     model = hf_model(**{**META_SHAPE, "vocab_size": 128_256})
     path = write_meta(model, tmp_path / "meta")
@@ -75,6 +77,7 @@ def test_it_runs_on_metas_files_with_one_path_changed(tmp_path: Path, llama3_ran
     assert "[128000, 791, 6864, 315, 9822, 374]" in str(outputs(tmp_path))
 
 
+@pytest.mark.docs
 def test_a_failed_check_fails_it(tmp_path: Path, with_text: Path) -> None:
     """The walk names the step where NaN appears first, and the notebook ends there."""
     path = shutil.copytree(with_text, tmp_path / "damaged")
