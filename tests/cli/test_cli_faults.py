@@ -79,21 +79,24 @@ def test_missing_files_of_other_kinds(tmp_path: Path, default_model: Path) -> No
     assert is_clean_error(latin, "latin.txt", "not UTF-8 at byte 4")
 
 
-@pytest.mark.parametrize("name", ["list", "show", "tokenize", "download", "next", "generate"])
-def test_a_reader_that_left_is_141(name: str, default_model: Path) -> None:
+def test_a_reader_that_left_is_141(default_model: Path) -> None:
+    """Forks, and one process."""
+    names = ["list", "show", "tokenize", "download", "next", "generate"]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as broken:
-        process = subprocess.run(
-            [*COMMAND, *arguments(name, "smollm2-135m")],
+        own = subprocess.run(
+            [*COMMAND, *arguments("tokenize", "smollm2-135m")],
             stdin=subprocess.DEVNULL,
             stdout=broken,
             stderr=subprocess.PIPE,
+            encoding="utf-8",
             timeout=PATIENCE,
         )
-    assert process.returncode == 141
-    assert b"Traceback" not in process.stderr
-    assert b"rror" not in process.stderr
+    for process in [own, *run_many([arguments(n, "smollm2-135m") for n in names], out="unread")]:
+        assert process.returncode == 141
+        assert "Traceback" not in process.stderr
+        assert "rror" not in process.stderr
 
 
 ANSWERS = [["--help"], ["--version"], ["list"], ["show", "-h"], ["train", "--help"], []]
@@ -184,9 +187,7 @@ def test_closed_stderr_is_no_fault() -> None:
 
 
 @pytest.mark.parametrize("closing", [">&-", ">&- <&-", ">&- 2>&-"])
-@pytest.mark.parametrize(
-    "words", ["list", "tokenize hi", "tokenize hi --json", "--help", "show -h", "--version"]
-)
+@pytest.mark.parametrize("words", ["tokenize hi --json", "--help"])
 def test_an_answer_that_cannot_be_written_is_an_error(
     words: str, closing: str, default_model: Path
 ) -> None:
@@ -229,7 +230,6 @@ def test_a_locale_without_utf8_prints_what_it_can(
     locale: dict[str, str], default_model: Path
 ) -> None:
     text = "wörld 🙂"
-    assert run("list", env=locale).returncode == 0
     shown = run("next", "The capital of France is", env=locale).stdout.splitlines()[2]
     assert "%" in shown
     assert "######" in shown

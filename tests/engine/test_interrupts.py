@@ -25,8 +25,8 @@ from glassllama.engine.executor import Engine
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade
 from interrupting import Interruption
+from long_mode import LONG
 
-LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 HERE = Path(__file__).parent
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 300)]
 MOMENTS = 1 if LONG else 59  # every one, or one in so many

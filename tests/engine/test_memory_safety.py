@@ -19,8 +19,8 @@ from glassllama.engine.heads import SPAN
 from glassllama.engine.room import FIRST_SPANS
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade, weights
+from long_mode import LONG
 
-LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 2100)]
 
 

@@ -6,7 +6,6 @@ in theirs is left out, since nothing says how it splits; that it is young is ask
 
 from __future__ import annotations
 
-import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -30,14 +29,13 @@ from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import LLAMA3, SPLITS, Split
 from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from long_mode import LONG, SEEDS
 from tokenizers import Tokenizer
 
 Encode = Callable[[str], list[int]]
 Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no control tokens
 
-LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 TEXT_SIZE = 10_000_000 if LONG else 300_000  # characters of prose, and of code
-SEEDS = 100
 ALIKE = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
 
 

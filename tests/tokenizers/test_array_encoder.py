@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +26,9 @@ from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
 from glassllama.tokenizers.word_ends import RULES, word_ends
 from glassllama.weights.tokenizer import tokenizer_from_gguf
+from long_mode import LONG, SEEDS
 from processor_time import seconds
 
-LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 PRE = {"llama3": "llama-bpe", "gpt2": "gpt-2", "smollm": "smollm", "qwen2": "qwen2"}
 
 
@@ -83,7 +82,7 @@ def contexts(sample: int) -> Iterator[str]:
 def test_words_of_every_code_point(name: str) -> None:
     """The table of kinds is the same for all splits: one of them sees every entry."""
     split = replace(SPLITS[name], normal_form=False)
-    texts = contexts(1 if LONG or name == "llama3" else 8)
+    texts = contexts(1 if LONG or name == "llama3" else 16)
     wrong = [text[:20] for text in texts if compiled_words(text, split) != split.words(text)]
     assert wrong == []
 
@@ -104,7 +103,7 @@ def test_kinds_of_every_code_point_alone(name: str) -> None:
 @pytest.mark.identical("words of the compiled splitter, 100 seeds", "the regex")
 def test_words_of_mixed_texts(name: str) -> None:
     split = replace(SPLITS[name], normal_form=False)
-    for seed in range(100):
+    for seed in range(SEEDS):
         text = mixed_text(seed)
         assert compiled_words(text, split) == split.words(text)
 
@@ -120,7 +119,7 @@ def test_words_of_odd_mixtures(name: str) -> None:
     """Kinds of characters in all orders, at all places of the windows of 64 bytes."""
     split = replace(SPLITS[name], normal_form=False)
     chance = random.Random(11)
-    for _ in range(1000):
+    for _ in range(10 * SEEDS):
         few = chance.sample(ODDS, chance.choice([3, 6, 12, len(ODDS)]))
         text = "".join(chance.choices(few, k=200))
         assert compiled_words(text, split) == split.words(text)
@@ -134,7 +133,7 @@ def test_words_of_short_texts(text: str, name: str) -> None:
 
 
 def test_ids_are_those_of_encode(tokenizer: BytePairTokenizer) -> None:
-    for seed in range(100):
+    for seed in range(SEEDS):
         text = mixed_text(seed)
         ids = tokenizer.encode_array(text)
         assert ids.dtype == np.uint32

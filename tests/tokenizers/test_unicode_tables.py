@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import tiktoken
@@ -20,9 +18,9 @@ from glassllama.tokenizers.unicode_tables import (
     punctuation,
     word_points,
 )
+from long_mode import LONG
 from tokenizers import Regex, pre_tokenizers
 
-LONG = os.environ.get("GLASSLLAMA_LONG") == "1"
 EVERY = [chr(point) for point in range(N_CODE_POINTS) if not 0xD800 <= point < 0xE000]
 YOUNG = "\U00011de1\U00011de3\U00016ff4\U0001e6c0\u088f\U000323b0"  # since Unicode 17
 
