@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tracemalloc
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers import patterns
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.split import GPT4O, OTHER_SPLITS, TEKKEN
@@ -191,7 +193,9 @@ def test_any_stages_in_any_order(seed: int) -> None:
         theirs = copy_of(byte_level() if is_byte_level else of_pieces())
         has_normalizers = chance.random() < 0.6
         # "first" asks where a piece was before it was normalized, which only tokenizers keeps.
-        schemes = ["always", "never", *([] if has_normalizers else ["first"])]
+        schemes = ["always", "never"]
+        if is_byte_level and not has_normalizers:
+            schemes.append("first")
         splits = [some_pre_tokenizer(chance, schemes) for _ in range(chance.randrange(4))]
         if is_byte_level:
             level = pre_tokenizers.ByteLevel(chance.random() < 0.3, True, chance.random() < 0.5)
@@ -279,6 +283,24 @@ def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs.pre_tokenizer = pre_tokenizers.Sequence([isolated("(?:a|aa)+c"), end])  # type: ignore[assignment]
     with pytest.raises(TokenizerError, match="takes too long"):
         ours(theirs).encode("a" * 60)
+
+
+def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are made one by one: a list of them would take 60 bytes and more for each."""
+    monkeypatch.setattr(patterns, "MANY", 2**14)
+    theirs = copy_of(byte_level())
+    stages = [isolated(TEKKEN), pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([*stages, byte_level().pre_tokenizer])  # type: ignore[assignment]
+    tokenizer, text = ours(theirs), "to be or not 2 be, " * 10_000
+    lists = tokenizer._id_lists(text, specials=False, at_start=True)
+    tracemalloc.start()
+    try:
+        count = sum(map(len, lists))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count > len(text) / 4
+    assert peak < 20 * len(text)  # where words begin and end: 16 bytes for each, and copies
 
 
 def test_half_a_character_is_refused() -> None:

@@ -15,7 +15,8 @@ other construct is a TokenizerError that names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -73,13 +74,19 @@ class Pattern:
         except (regex.error, RecursionError, OverflowError) as fault:
             raise TokenizerError(f"pattern {quoted(source)}: {quoted(str(fault))}") from None
 
+    def each_word(self, text: str) -> Iterable[str]:
+        """As `words`; those of a long text are made one by one."""
+        if len(text) <= MANY:
+            return self.words(text)
+        return (text[begin:end] for begin, end, _ in self.cut(text) if begin < end)
+
     def words(self, text: str) -> list[str]:
         """What is found, and what is between it, in order; none is empty."""
         if len(text) <= 1:
             return [text] if text else []
-        alike = self._alike(text)
         if len(text) > MANY:
-            return [text[begin:end] for begin, end, _ in self.cut(text, alike) if begin < end]
+            return [*self.each_word(text)]
+        alike = self._alike(text)
         try:
             found: list[str] = self._find(alike, timeout=self._seconds(text))
         except TimeoutError:
@@ -92,18 +99,24 @@ class Pattern:
         return [text[begin:end] for begin, end in pairwise(ends)]
 
     def cut(self, text: str, alike: str | None = None) -> Iterator[tuple[int, int, bool]]:
-        """(begin, end, whether the pattern matches there) of stretches that cover the text."""
+        """(begin, end, whether the pattern matches there) of stretches that cover the text.
+
+        All are found before the first is given: what a caller does meanwhile takes no time of the
+        limit. They are kept in 16 bytes each.
+        """
         alike = self._alike(text) if alike is None else alike
-        at = 0
+        spans = array("q")
         try:
             for found in self._compiled.finditer(alike, timeout=self._seconds(text)):
-                begin, end = found.span()
-                if at < begin:
-                    yield at, begin, False
-                yield begin, end, True
-                at = end
+                spans.extend(found.span())
         except TimeoutError:
             raise TokenizerError(TOO_SLOW) from None
+        at = 0
+        for begin, end in zip(spans[::2], spans[1::2], strict=True):
+            if at < begin:
+                yield at, begin, False
+            yield begin, end, True
+            at = end
         if at < len(text):
             yield at, len(text), False
 
@@ -114,6 +127,10 @@ class Pattern:
         """The text, with the first character of its class for every one beyond ASCII."""
         if text.isascii():
             return text
+        parts = (text[at : at + MANY] for at in range(0, len(text), MANY))
+        return "".join(map(self._part_alike, parts))
+
+    def _part_alike(self, text: str) -> str:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         alike: str = self._stand_ins[points].tobytes().decode("utf-32-le")
         return alike

@@ -112,7 +112,7 @@ class PipelineTokenizer(Rows):
                 if isinstance(piece, int):
                     yield [piece]
                 else:
-                    for word in self.pipeline.split([piece], at_start)[0]:
+                    for word, _ in self.pipeline.split([(piece, at_start)]):
                         yield from model.id_lists(word)
                 at_start = False
         except UnicodeEncodeError as fault:

@@ -9,9 +9,10 @@ Normal forms and lower case are those of Python's `unicodedata`; all else has ta
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from io import StringIO
+from itertools import groupby, repeat
 from typing import Literal
 
 from glassllama.base.errors import TokenizerError
@@ -30,8 +31,8 @@ from glassllama.tokenizers.unicode_tables import (
 Normalizer = Callable[[str], str]
 Match = tuple[int, int, bool]  # begin, end, whether the pattern matches there
 Cut = Callable[[str], Iterator[Match]]
-# Pieces, and whether the first is the beginning of the text; the same of what becomes of them.
-Stage = Callable[[list[str], bool], tuple[list[str], bool]]
+Piece = tuple[str, bool]  # a part of the text, and whether the text begins with it
+Stage = Callable[[Iterable[Piece]], Iterable[Piece]]  # piece by piece: a text may be long
 
 MOST_STAGES = 64
 KNOWN_PATTERNS = {p for split in (*SPLITS.values(), *OTHER_SPLITS.values()) for p in split.patterns}
@@ -89,7 +90,9 @@ def _replace(stage: Fields) -> Normalizer:
     found = foreign(pattern)
 
     def replace(text: str) -> str:
-        return "".join([content if hit else text[a:b] for a, b, hit in found.cut(text)])
+        written = StringIO()  # joined, all parts would have to be there at the same time
+        written.writelines(content if hit else text[a:b] for a, b, hit in found.cut(text))
+        return written.getvalue()
 
     return replace
 
@@ -106,7 +109,11 @@ def _strip(text: str, *, left: bool, right: bool) -> str:
 
 def _without_marks(text: str) -> str:
     marks = property_points("M")
-    return text if text.isascii() else "".join([c for c in text if not marks[ord(c)]])
+    if text.isascii():
+        return text
+    written = StringIO()
+    written.writelines(c for c in text if not marks[ord(c)])
+    return written.getvalue()
 
 
 def as_byte_characters(text: str) -> str:
@@ -130,10 +137,10 @@ def pre_tokenizer(stages: Sequence[Fields]) -> Stage:
     """All pre-tokenizers of a file as one."""
     steps = [_pre_tokenizer(stage) for stage in stages]
 
-    def split(pieces: list[str], at_start: bool) -> tuple[list[str], bool]:
+    def split(pieces: Iterable[Piece]) -> Iterable[Piece]:
         for step in steps:
-            pieces, at_start = step(pieces, at_start)
-        return pieces, at_start
+            pieces = step(pieces)
+        return pieces
 
     return split
 
@@ -183,56 +190,54 @@ def _points_matches(points: Points, text: str) -> Iterator[Match]:
     """Every character of a set is a match of its own."""
     at = 0
     for is_member, run in groupby(text, key=lambda char: points[ord(char)]):
-        size = len(list(run))
-        steps = [1] * size if is_member else [size]
-        for step in steps:
+        size = sum(1 for _ in run)
+        for step in repeat(1, size) if is_member else (size,):
             yield at, at + step, bool(is_member)
             at += step
 
 
-def _cut_all(
-    cut: Cut, behavior: str, invert: bool, pieces: list[str], at_start: bool
-) -> tuple[list[str], bool]:
-    found: list[str] = []
-    still_at_start = False
-    for n, piece in enumerate(pieces):
-        matches = [(a, b, hit != invert) for a, b, hit in cut(piece)]
-        spans = [(a, b) for a, b in _joined(matches, behavior) if a < b]
-        still_at_start |= at_start and n == 0 and spans[:1] != [] and spans[0][0] == 0
-        found += [piece[a:b] for a, b in spans]
-    return found, still_at_start
+def _cut_all(cut: Cut, behavior: str, invert: bool, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for piece, is_first in pieces:
+        matches = ((begin, end, hit != invert) for begin, end, hit in cut(piece))
+        for begin, end in _joined(matches, behavior):
+            if begin < end:
+                yield piece[begin:end], is_first and begin == 0
+                is_first = False
 
 
-def _joined(matches: list[Match], behavior: str) -> list[tuple[int, int]]:
+def _joined(matches: Iterable[Match], behavior: str) -> Iterator[tuple[int, int]]:
     """The stretches that a behavior makes of matches and what is between them."""
-    if behavior == "Isolated":
-        return [(begin, end) for begin, end, _ in matches]
-    if behavior == "Removed":
-        return [(begin, end) for begin, end, hit in matches if not hit]
-    backwards = behavior == "MergedWithNext"
-    spans: list[tuple[int, int]] = []
-    previous = False
-    for begin, end, hit in reversed(matches) if backwards else matches:
-        merges = hit == previous if behavior == "Contiguous" else hit and not previous
-        if merges and spans:
-            last_begin, last_end = spans[-1]
-            spans[-1] = (begin, last_end) if backwards else (last_begin, end)
+    if behavior in ("Isolated", "Removed"):
+        yield from ((a, b) for a, b, hit in matches if behavior == "Isolated" or not hit)
+        return
+    first = last = 0
+    before = None  # whether the stretch before was a match; none was
+    for begin, end, hit in matches:
+        if behavior == "Contiguous":
+            joins = hit == before
+        elif behavior == "MergedWithPrevious":
+            joins = hit and before is False
         else:
-            spans.append((begin, end))
-        previous = hit
-    return spans[::-1] if backwards else spans
+            joins = before is True and not hit
+        if not joins:
+            if before is not None:
+                yield first, last
+            first = begin
+        last, before = end, hit
+    if before is not None:
+        yield first, last
 
 
 def _byte_level(stage: Fields) -> Stage:
     prefix = stage.boolean("add_prefix_space", True)
     pattern: Pattern | None = compiled(GPT2) if stage.boolean("use_regex", True) else None
 
-    def split(pieces: list[str], at_start: bool) -> tuple[list[str], bool]:
-        if prefix:
-            pieces = [piece if piece.startswith(" ") else f" {piece}" for piece in pieces]
-        if pattern is not None:
-            pieces = [word for piece in pieces for word in pattern.words(piece)]
-        return [as_byte_characters(piece) for piece in pieces], at_start
+    def split(pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece, is_first in pieces:
+            text = f" {piece}" if prefix and not piece.startswith(" ") else piece
+            for word in [text] if pattern is None else pattern.each_word(text):
+                yield as_byte_characters(word), is_first
+                is_first = False
 
     return split
 
@@ -259,7 +264,7 @@ def _whitespace(stage: Fields) -> Stage:
     def cut(text: str) -> Iterator[Match]:
         at = 0
         for found, run in groupby(text, key=kind):
-            size = len(list(run))
+            size = sum(1 for _ in run)
             yield at, at + size, found == 2
             at += size
 
@@ -285,17 +290,16 @@ def _metaspace(stage: Fields) -> Stage:
     splits = stage.boolean("split", True)
     cut = partial(_literal_matches, sign)
 
-    def split(pieces: list[str], at_start: bool) -> tuple[list[str], bool]:
-        found = []
-        for n, piece in enumerate(pieces):
-            piece = piece.replace(" ", sign)
-            wanted = scheme == "always" or (scheme == "first" and at_start and n == 0)
-            found.append(sign + piece if wanted and not piece.startswith(sign) else piece)
-        return _cut_all(cut, "MergedWithNext", False, found, at_start) if splits else (
-            found, at_start
-        )  # fmt: skip
+    def with_sign(pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece, is_first in pieces:
+            text = piece.replace(" ", sign)
+            wanted = scheme == "always" or (scheme == "first" and is_first)
+            yield sign + text if wanted and not text.startswith(sign) else text, is_first
 
-    return split
+    def split(pieces: Iterable[Piece]) -> Iterator[Piece]:
+        return _cut_all(cut, "MergedWithNext", False, with_sign(pieces))
+
+    return split if splits else with_sign
 
 
 PRE_TOKENIZERS: dict[str, Callable[[Fields], Stage]] = {
