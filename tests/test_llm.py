@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,8 @@ def test_what_streamed_layers_cannot_have_names_them(
         ({"threads": -3}, "got -3"),
         ({"threads": "2"}, "got '2'"),
         ({"threads": True}, "got True"),
+        ({"device": None}, "device must be a name such as cpu or cuda:0, got None"),
+        ({"device": 0}, "device must be a name .*, got 0"),
     ],
     ids=str,
 )
@@ -189,9 +192,12 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
             llm.generate(bad)  # type: ignore[arg-type]
         with pytest.raises(GenerationError, match="logits must be a list of ids"):
             llm.logits(bad)  # type: ignore[arg-type]
+    for bad in (b"hi", None, 3, {"role": "user", "content": "hi"}):
+        with pytest.raises(GenerationError, match="messages must be a text or a list of messages"):
+            llm.chat(bad)  # type: ignore[arg-type]
     with pytest.raises(GenerationError, match="prompts must be a list of texts or of ids"):
         llm.generate_batch("hi")
-    for ids in ([1.5], ["a"], np.zeros((2, 2), int)):
+    for ids in ([1.5], ["a"], [True], [np.True_], np.zeros((2, 2), int)):
         with pytest.raises(GenerationError, match="is no id"):
             llm.logits(ids)  # type: ignore[arg-type]
     with pytest.raises(GenerationError, match="logits: id 49152 at position 1"):
@@ -212,6 +218,40 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
 def test_options_of_the_wrong_kind_are_named(option: str, value: object, llm: LLM) -> None:
     with pytest.raises(GenerationError, match=rf"{option} must be .*, got"):
         llm.generate("hi", **{option: value})  # type: ignore[typeddict-item]
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda llm: llm.generate("a", stop=LONG),
+        lambda llm: llm.generate("a", stop=[5] * 50_000),
+        lambda llm: llm.logits(LONG),
+        lambda llm: llm.logits([LONG]),
+        lambda llm: llm.logits([10**5000]),
+        lambda llm: llm.generate([LONG]),
+        lambda llm: llm.generate_batch(LONG),
+        lambda llm: llm.chat({"a": LONG}),
+        lambda llm: llm.generate("a", **{LONG: 1}),
+        lambda llm: llm.generate("a", **{f"x{n}": 1 for n in range(9999)}),
+        lambda llm: llm.generate("a", temperature=LONG),
+        lambda llm: llm.generate("a", temperature=10**5000),
+        lambda llm: llm.generate("a", seed=LONG),
+        lambda llm: llm.generate("a", context=10**5000),
+        *(
+            lambda _, option=option: load("no-such-model", **{option: LONG})
+            for option in ("backend", "dtype", "quantize", "cache", "threads")
+        ),
+        lambda _: load("no-such-model", backend="engine", device=LONG),
+    ],
+)
+def test_values_of_the_callers_are_cut_in_errors(ask: Callable[[LLM], object], llm: LLM) -> None:
+    with pytest.raises(GlassError) as caught:
+        ask(llm)
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
 
 
 def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama import hub
-from glassllama.base.errors import GenerationError, MissingExtraError, quoted
+from glassllama.base.errors import GenerationError, MissingExtraError, named, quoted
 from glassllama.base.interfaces import Cache, CacheType, Executor, Progress, Tokenizer
 from glassllama.generation import (
     FinishReason,
@@ -80,6 +80,7 @@ RUN_FILE = "settings.toml"  # what every run of 'glassllama train' has
 # English has some four characters in a token, code three.
 LONG_PROMPT, CHARACTERS_PER_TOKEN = 2**16, 16
 SMALL_CONTEXT = 1024  # tokens: models of one's own below it go on past their context by default
+MOST_UNKNOWN = 12  # names of options that one message spells out
 OPTIONS = frozenset(Options.__annotations__)
 
 
@@ -250,6 +251,8 @@ class LLM:
         """A conversation -> the ids after which the model writes its answer."""
         if isinstance(messages, str):
             messages = [Message("user", messages)]
+        else:
+            messages = listed("messages", messages, "a text or a list of messages")
         return self.chat_format.encode(messages, self.tokenizer)
 
     def stream(
@@ -315,21 +318,22 @@ class LLM:
         """Check everything, start nothing. `continues`: the answer is the prompt's next words."""
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
-            raise GenerationError(f"unknown options: {', '.join(unknown)} (see llm.Options)")
+            first = ", ".join(map(named, unknown[:MOST_UNKNOWN]))
+            raise GenerationError(f"unknown options: {first} (see llm.Options)")
         values: dict[str, Any] = dict(options)
         stop = listed("stop", values.pop("stop", ()), "a list of texts")
         if not all(isinstance(text, str) for text in stop):
-            raise GenerationError(f"stop must be a list of texts, got {stop!r}")
+            raise GenerationError(f"stop must be a list of texts, got {quoted(stop)}")
         specials = values.pop("specials", False)
         if not isinstance(specials, bool):
             raise GenerationError(f"specials must be True or False, got {quoted(specials)}")
         loop = {key: values.pop(key) for key in LOOP_OPTIONS if key in values}
         if loop.get("on_overflow") is None:
             loop["on_overflow"] = self.default_overflow
+        vocabulary, gaps = choosable_ids(self.tokenizer)
         settings = GenerationSettings(
             sampler=make_sampler(**values), stop_ids=self.tokenizer.stop_ids,
-            bos=self.tokenizer.bos, vocabulary=self.tokenizer.vocab_size,
-            gaps=self.tokenizer.gaps, **loop,
+            bos=self.tokenizer.bos, vocabulary=vocabulary, gaps=gaps, **loop,
         )  # fmt: skip
         rows = [self.encode(prompt, specials=specials) for prompt in prompts]
         answers = [
@@ -341,10 +345,24 @@ class LLM:
         return generation, answers
 
 
+def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:
+    """How many ids a sampler may choose from, and those among them that it may not.
+
+    These have no token, and end no answer: a model may end at a row that its tokenizer lacks.
+    """
+    size, ends = tokenizer.vocab_size, tokenizer.stop_ids
+    count = max(size, *(id + 1 for id in ends)) if ends else size
+    return count, [id for id in (*tokenizer.gaps, *range(size, count)) if id not in ends]
+
+
 def listed(what: str, given: Any, wanted: str) -> list[Any]:
-    """What can be gone through, as a list; GenerationError for a text, bytes, or what cannot."""
-    if isinstance(given, str | bytes | bytearray | memoryview) or not isinstance(given, Iterable):
-        raise GenerationError(f"{what} must be {wanted}, got {given!r}")
+    """What can be gone through, as a list; GenerationError for others.
+
+    A text, bytes and a mapping are others, although they can be gone through.
+    """
+    single = isinstance(given, str | bytes | bytearray | memoryview | Mapping)
+    if single or not isinstance(given, Iterable):
+        raise GenerationError(f"{what} must be {wanted}, got {quoted(given)}")
     return list(given)
 
 

@@ -15,8 +15,11 @@ from cli.conftest import Verb
 from glassllama.base.errors import GenerationError
 from glassllama.generation.perplexity import passes, score
 from glassllama.llm import LLM
+from glassllama.models.gpt import GPT, GPTConfig
+from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import open_weights
+from glassllama.weights.save import save_model
 from tiny_models import META_SHAPE, hf_model, write_hf
 
 IDS = np.random.default_rng(3).integers(2, META_SHAPE["vocab_size"], 83).tolist()
@@ -95,6 +98,20 @@ def test_weights_that_are_no_numbers_are_an_error(executor: TorchExecutor) -> No
             score(executor, IDS, window=16, stride=8)
     finally:
         weight.data.copy_(kept)
+
+
+def test_the_default_window_is_no_longer_than_the_context(verb: Verb, tmp_path: Path) -> None:
+    text, folder, tokenizer = tmp_path / "text.txt", tmp_path / "m", CharTokenizer("\n abcdefghij")
+    text.write_text("a bad cab " * 20)
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 32}
+    model = GPT(GPTConfig(dim=12, n_layers=1, n_heads=3, ffn_dim=20, **shape))
+    model.initialise(torch.Generator().manual_seed(0))
+    save_model(folder, model, tokenizer)
+    ran = verb("perplexity", folder, "-f", text, "--json")
+    assert ran.code == 0, ran.err
+    assert [json.loads(ran.out)[key] for key in ("window", "stride")] == [32, 16]
+    assert "got 33" in verb("perplexity", folder, "-f", text, "--window", "33").err
+    assert "512, or the model's context" in " ".join(verb("perplexity", "-h").out.split())
 
 
 def test_the_verb_knows_english_from_noise(verb: Verb, loaded: LLM, tmp_path: Path) -> None:

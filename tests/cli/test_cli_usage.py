@@ -76,6 +76,32 @@ def test_wrong_usage_looks_like_every_other_error(
     assert words in complaint(verb, *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--" + "x" * 50_000),
+        ("show", "smollm2-135m", "x" * 50_000),
+        ("show", "smollm2-135m", "two words " * 5_000),
+        ("show", "smollm2-135m", *(["word"] * 5_000)),
+        ("bench", "smollm2-135m", "--prompt", "x" * 50_000),
+        ("x" * 50_000,),
+        ("--" + "x" * 50_000,),
+    ],
+    ids=lambda arguments: f"{arguments[0][:10]} {arguments[-1][:10]}",
+)
+def test_what_was_typed_is_cut(verb: Verb, arguments: tuple[str, ...]) -> None:
+    line = complaint(verb, *arguments)
+    assert len(line) < 500
+    assert line.endswith("-h')")
+
+
+def test_a_name_too_long_for_a_file_is_cut(verb: Verb) -> None:
+    ran = verb("perplexity", "smollm2-135m", "-f", "x" * 50_000)
+    assert (ran.code, ran.out) == (1, "")
+    assert len(ran.err) < 200
+    assert ran.err.startswith("error: 'xxx")
+
+
 def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: Path) -> None:
     from glassllama.weights.load import torch_device
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from glassllama.base.errors import DownloadError
+from glassllama.hub.names import looks_like_path
+from glassllama.hub.select import choose, gguf_files, missing_gguf_parts
 from hub.stand_in import COMMIT, Repository
 
 if TYPE_CHECKING:
@@ -123,10 +126,32 @@ def test_weights_are_the_files_that_the_index_names(
 def test_an_index_that_cannot_be_followed_is_named(
     sandbox: Sandbox, repositories: dict[str, Repository], index: bytes, words: str
 ) -> None:
-    repositories["org/bad"] = Repository({**SINGLE, "model.safetensors.index.json": index})
+    repositories["org/bad"] = Repository({**SMALL, "model.safetensors.index.json": index})
     error = sandbox.run(name="org/bad")["error"]
     assert error.startswith("org/bad: model.safetensors.index.json")
     assert words in error
+
+
+def test_a_single_file_that_the_index_does_not_name_is_the_model(
+    sandbox: Sandbox, repositories: dict[str, Repository]
+) -> None:
+    """As weights/open.py reads the folder; the shards are not downloaded."""
+    index = {"model.safetensors.index.json": index_of("a.safetensors", "gone.safetensors")}
+    repositories["org/both"] = Repository({**SINGLE, **index, "a.safetensors": b"old"})
+    answer = sandbox.run(name="org/both")
+    assert "model.safetensors" in names_in(answer["path"])
+    assert "a.safetensors" not in names_in(answer["path"])
+    assert sandbox.run(name="org/both", offline=True)["path"] == answer["path"]
+
+
+def test_gguf_and_its_parts_in_capitals() -> None:
+    parts = ["a-Q4_0-00001-of-00002.GGUF", "a-Q4_0-00002-of-00002.GGUF"]
+    assert gguf_files(parts, "q4_0", "org/r") == parts
+    assert missing_gguf_parts(parts[:1])
+    assert not missing_gguf_parts(parts)
+    with pytest.raises(DownloadError, match=r"name one of its GGUF files, as in org/r:a-Q4_0-"):
+        choose(parts, "org/r", None, False, None)
+    assert looks_like_path("a/b.GGUF")
 
 
 def test_a_model_that_is_here_is_not_asked_for_again(sandbox: Sandbox, stand_in: StandIn) -> None:

@@ -67,17 +67,54 @@ def test_a_window_bounds_the_context_in_which_it_changes_nothing(tmp_path: Path)
     [
         ({"sliding_window": None}, 131_072),
         ({"sliding_window": 2**20}, 131_072),
-        ({"sliding_window": 40, "use_sliding_window": False}, 131_072),
+        ({"sliding_window": 40, "use_sliding_window": False}, 40),  # Qwen's, not Mistral's
+        ({"sliding_window": 40, "max_window_layers": 3}, 40),
         ({"sliding_window": 40, "layer_types": ["full_attention"] * 3}, 131_072),
         ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, 40),
-        ({"sliding_window": 40, "max_window_layers": 3}, 131_072),
-        ({"sliding_window": 40, "max_window_layers": 2}, 40),
     ],
 )
 def test_windows_without_effect_bound_nothing(
     fields: dict[str, Any], context: int, tmp_path: Path
 ) -> None:
     assert open_weights(mistral(tmp_path, **fields)).config.max_seq_len == context
+
+
+@pytest.mark.parametrize("key", [{"use_sliding_window": False}, {"max_window_layers": 3}])
+def test_keys_of_other_families_leave_mistrals_window(key: dict[str, Any], tmp_path: Path) -> None:
+    folder = mistral(tmp_path, sliding_window=40, **key)
+    check_as_transformers(folder, 40)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    free = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, sliding_window=None)
+    assert not torch.allclose(theirs(IDS).logits, free(IDS).logits), "transformers has a window"
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 7e5},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+        {}, None,
+    ],
+)  # fmt: skip
+def test_rope_scaling_beside_rope_parameters(scaling: Any, tmp_path: Path) -> None:
+    """The older key holds where a file has both, and it is not empty."""
+    both = {"rope_type": "default", "rope_theta": 5e5}
+    folder = edit(
+        write_hf(hf_model(**PLAIN), tmp_path), ("rope_theta",), rope_parameters=both,
+        rope_scaling=scaling,
+    )  # fmt: skip
+    check_as_transformers(folder, 96)
+
+
+def test_a_refused_rope_scaling_beside_rope_parameters(tmp_path: Path) -> None:
+    folder = edit(
+        write_hf(hf_model(**PLAIN), tmp_path), rope_parameters={"rope_type": "default"},
+        rope_scaling={"rope_type": "yarn", "factor": 2.0},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="yarn"):
+        open_weights(folder)
 
 
 def test_a_mistral_without_the_key_has_the_window_of_transformers(tmp_path: Path) -> None:
@@ -245,3 +282,42 @@ def test_divisors_and_a_factor_in_one_gguf_both_count(tmp_path: Path) -> None:
     file.metadata = {**file.metadata, "llama.rope.scaling.factor": 4.0}
     both = rope_frequencies(config_from_gguf(file).config)  # type: ignore[arg-type]
     np.testing.assert_array_equal(both * 4, alone)  # a power of two: exact
+
+
+def changed(path: Path, **fields: Any) -> Any:
+    from glassllama.formats.gguf import open_gguf
+
+    file = open_gguf(path)
+    file.metadata = {**file.metadata, **{f"llama.{k}": v for k, v in fields.items()}}
+    return file
+
+
+def test_one_number_for_each_layer_of_a_gguf(tmp_path: Path) -> None:
+    """As llama.cpp reads them, if all are equal."""
+    from glassllama.weights.configs import config_from_gguf
+
+    path = write_gguf(hf_model(**PLAIN), tmp_path / "m.gguf")
+    usual = config_from_gguf(changed(path)).config
+    n_layers, names = usual.n_layers, ("attention.head_count", "feed_forward_length")  # type: ignore[union-attr]
+    for name in names:
+        value = changed(path).metadata[f"llama.{name}"]
+        each = np.full(n_layers, value, np.uint32)
+        assert config_from_gguf(changed(path, **{name: each})).config == usual
+        for wrong in (each[1:], np.append(each[1:], 1)):
+            with pytest.raises(ConfigError, match=f"{name} must be a whole number"):
+                config_from_gguf(changed(path, **{name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "other"),
+    [("rope.scaling.attn_factor", 1.0, 2.0), ("attention.causal", True, False)],
+)
+def test_what_llama_cpp_reads_of_every_architecture(
+    name: str, neutral: Any, other: Any, tmp_path: Path
+) -> None:
+    from glassllama.weights.configs import config_from_gguf
+
+    path = write_gguf(hf_model(**PLAIN), tmp_path / "m.gguf")
+    assert config_from_gguf(changed(path, **{name: neutral})) == config_from_gguf(changed(path))
+    with pytest.raises(ConfigError, match=f"llama.{name} is {other}, only {neutral} is supported"):
+        config_from_gguf(changed(path, **{name: other}))

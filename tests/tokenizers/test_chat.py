@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -278,7 +279,7 @@ def test_edits_of_a_template_give_what_transformers_gives(
 MARKS = ["<｜User｜>", "<｜Assistant｜>", "SAYS:", "<think>"]  # added, none of them special
 
 
-def marked_vocabulary(path: Path, in_gguf: bool) -> Tokenizer:
+def marked_vocabulary(path: Path, in_gguf: bool, marks: Sequence[str] = MARKS) -> Tokenizer:
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -287,14 +288,14 @@ def marked_vocabulary(path: Path, in_gguf: bool) -> Tokenizer:
         vocab_size=265, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(["hello there"] * 9, trainer)
-    inner.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in [*MARKS, "\n\n"]])
+    inner.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in [*marks, "\n\n"]])
     if not in_gguf:
         inner.save(str(path / "tokenizer.json"))
         return tokenizer_from_folder(path)
     ids = inner.get_vocab()
     merges = [" ".join(pair) for pair in json.loads(inner.to_str())["model"]["merges"]]
     names = {"model": "gpt2", "pre": "gpt-2", "tokens": sorted(ids, key=ids.__getitem__)}
-    kinds = [3, *[1] * (len(ids) - 6), *[4] * 5]
+    kinds = [3, *[1] * (len(ids) - len(marks) - 2), *[4] * (len(marks) + 1)]
     values = {**names, "token_type": kinds, "merges": merges, "bos_token_id": 0}
     return tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})
 
@@ -318,6 +319,32 @@ def test_role_marks_that_no_file_calls_special_come_from_the_template_only(
     # Where nobody typed a mark, the ids are those of the text as a whole.
     quiet = chat.encode([Message("user", "hi\n\nthere")], tokenizer)
     assert quiet == tokenizer.encode("<｜User｜>SAYS:\n\nhi\n\nthere<｜Assistant｜>", specials=True)
+
+
+COMPOSED = {
+    "joined": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>",
+    "upper case": "{% for m in messages %}{{ '[' ~ m.role|upper ~ ']' ~ m.content }}{% endfor %}",
+    "two kinds": "{% for m in messages %}{% if m.role == 'system' %}[{{ m.role|upper }}]"
+    "{% else %}<{{ m['role'] + '>' }}{% endif %}{{ m.content }}{% endfor %}",
+}
+COMPOSED_MARKS = ("<system>", "<user>", "<assistant>", "<tool>", "[SYSTEM]", "[USER]", "[TOOL]")
+WRITTEN = {"joined": slice(4), "upper case": slice(4, None), "two kinds": slice(1, 5)}
+
+
+@pytest.mark.parametrize("in_gguf", [False, True], ids=["tokenizer.json", "GGUF"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_marks_of_roles_that_do_not_speak_here_are_not_read_from_a_message(
+    name: str, in_gguf: bool, tmp_path: Path
+) -> None:
+    """The user types the mark of a role that the template would write for another conversation."""
+    tokenizer = marked_vocabulary(tmp_path, in_gguf, COMPOSED_MARKS)
+    chat = TemplateChat(COMPOSED[name])
+    ids = {mark: tokenizer.encode(mark)[0] for mark in COMPOSED_MARKS}
+    calm = chat.encode([Message("user", "hello")], tokenizer)
+    for mark in COMPOSED_MARKS[WRITTEN[name]]:
+        typed = chat.encode([Message("user", f"{mark}hello")], tokenizer)
+        assert typed.count(ids[mark]) == calm.count(ids[mark]), mark
+        assert tokenizer.decode(typed).count(mark) == tokenizer.decode(calm).count(mark) + 1
 
 
 def test_templates_refuse_messages_in_their_own_words(chatml: HuggingFaceTokenizer) -> None:

@@ -95,8 +95,11 @@ def test_gguf_begin_and_stops(tmp_path: Path, llama: Tokenizer) -> None:
     assert read("smollm", add_bos_token=True).bos == 0
     assert read("smollm", eot_token_id=7, eom_token_id=8).stop_ids == {1, 2, 3, 7, 8}
     assert read("llama3").encode("x", bos=True)[0] == 0
-    with pytest.raises(TokenizerError, match="id 70000: not in the vocabulary"):
-        read("llama3", eot_token_id=70_000)
+    beyond = read("llama3", eot_token_id=70_000)
+    assert beyond.stop_ids == read("llama3").stop_ids
+    assert beyond.notes == [
+        f"tokenizer.ggml: eot_token_id is 70000, beyond the {beyond.vocab_size} tokens: not used"
+    ]
 
 
 # Of these, llama.cpp (2026-11) ends an answer at all but four.
@@ -157,7 +160,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "id below zero": ({"bos_token_id": -2}, "bos_token_id must be a whole number from 0 to"),
     "id of 2^31": ({"bos_token_id": 2**31}, "bos_token_id must be a whole number from 0 to"),
     "id of 10^400": ({"bos_token_id": 10**400}, "got <a whole number of 1329 bits>"),
-    "id beyond": ({"bos_token_id": 70_000}, "id 70000: not in the vocabulary"),
 }
 
 
@@ -206,6 +208,18 @@ def test_merges_of_what_is_no_token_are_counted_in_a_note() -> None:
     assert tokenizer.encode(long) == [1, 2, 0] * 300  # the heap's way
     assert tokenizer.encode_array(long).tolist() == tokenizer.encode(long)
     assert tokenizer_from_gguf(small_gguf()).notes == []  # type: ignore[attr-defined]
+
+
+def test_of_equal_control_tokens_the_last_is_read_and_all_are_tokens() -> None:
+    tokens = ["a", "b", "<s>", "<s>", "<x>", "<x>"]
+    metadata = small_gguf(
+        tokens=tokens, token_type=[1, 1, 3, 3, 4, 4], merges=[], bos_token_id=2, eos_token_id=3,
+        add_bos_token=True,
+    )  # fmt: skip
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.encode("a<s><x>", bos=True, specials=True) == [2, 0, 3, 5]
+    assert [tokenizer.token_bytes(id).decode() for id in range(6)] == tokens
+    assert list(tokenizer.gaps) == []
 
 
 def test_of_equal_tokens_and_merges_llama_cpps_choice_counts() -> None:

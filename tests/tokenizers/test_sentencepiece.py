@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -558,6 +559,19 @@ def test_other_kinds_of_models_are_refused(
         read_sentencepiece(tmp_path / "m.model")
 
 
+def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, Any]) -> None:
+    """As llama.cpp takes them, and a note; an empty table of normal forms is none."""
+    usual = sentencepiece_from_gguf(metadata)
+    beyond = {"bos_token_id": 9000, "eos_token_id": 9001, "eot_token_id": 9002}
+    changed = {f"tokenizer.ggml.{key}": id for key, id in beyond.items()}
+    changed["tokenizer.ggml.precompiled_charsmap"] = np.uint8([])
+    tokenizer = sentencepiece_from_gguf(metadata | changed)
+    assert (tokenizer.bos, tokenizer.stop_ids) == (usual.bos, usual.stop_ids)
+    assert [note.split(" is ")[0] for note in tokenizer.notes] == [
+        f"tokenizer.ggml: {key}" for key in beyond
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -568,11 +582,13 @@ def test_other_kinds_of_models_are_refused(
         ({"token_type": [9] * 2000}, "type 9 of a token is not known"),
         ({"token_type": [-1] * 2000}, "token_type must be a list of whole items"),
         ({"token_type": [6] * 2000}, "a byte is written"),
-        ({"bos_token_id": 2000}, "id 2000: not in the vocabulary"),
         ({"eos_token_id": "x"}, "eos_token_id must be a whole number from 0 to 2147483647"),
         ({"eos_token_id": 10**400}, "eos_token_id must be a whole number from 0 to 2147483647"),
         ({"add_bos_token": "no"}, "add_bos_token must be true or false, got 'no'"),
-        ({"precompiled_charsmap": [1]}, "precompiled_charsmap is not supported"),
+        ({"precompiled_charsmap": [1]}, "precompiled_charsmap must be none"),
+        ({"precompiled_charsmap": np.uint8([1, 2])}, "precompiled_charsmap must be none"),
+        ({"precompiled_charsmap": "x"}, "precompiled_charsmap must be none"),
+        ({"precompiled_charsmap": 5}, "precompiled_charsmap must be none"),
     ],
 )
 def test_wrong_gguf_metadata_is_named(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassllama.base.errors import ConfigError, GlassError, WeightsError
+from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError, quoted
 from glassllama.base.machine import require_memory
 from glassllama.weights.load import load_llama
 from glassllama.weights.open import open_weights
@@ -207,6 +207,90 @@ def test_safetensors_and_pth_are_told_by_their_first_bytes(tmp_path: Path) -> No
     check_same_weights(meta / "weights.pt", write_meta(hf_model(), tmp_path / "again"))
 
 
+@pytest.mark.parametrize(
+    "name", ["model", "model.bin", "x.gguf", "x.pth", "MODEL.SAFETENSORS", "x.json"]
+)
+def test_safetensors_under_any_name(name: str, tmp_path: Path) -> None:
+    """The file and its folder: both by the bytes."""
+    hf = write_hf(hf_model(), tmp_path / "hf")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((hf / "config.json").read_bytes())
+    (other / name).write_bytes((hf / "model.safetensors").read_bytes())
+    check_same_weights(hf, other / name)
+    check_same_weights(hf, other)
+    check_same_weights(hf, other / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["weights", "x.gguf", "x.safetensors", "consolidated.00.bin", "x.pt", "X.PTH"]
+)
+def test_meta_weights_under_any_name(name: str, tmp_path: Path) -> None:
+    meta = write_meta(hf_model(), tmp_path / "meta")
+    other = write_meta(hf_model(), tmp_path / "other")
+    (other / "consolidated.00.pth").rename(other / name)
+    check_same_weights(meta, other / name)
+    check_same_weights(meta, other)
+
+
+def test_meta_shards_of_another_ending(tmp_path: Path) -> None:
+    folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
+    same = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "n", shards=2)
+    for file in same.glob("*.pth"):
+        file.rename(file.with_suffix(".bin"))
+    check_same_weights(folder, same)
+    check_same_weights(folder, same / "consolidated.01.bin")
+    for file in same.glob("*.bin"):
+        file.rename(same / file.name.removeprefix("consolidated."))
+    with pytest.raises(GlassError, match="2 files of PyTorch's, name one of them"):
+        open_weights(same)
+
+
+@pytest.mark.parametrize("content", [b"", b"GARBAGE IN A FILE", b"GGU"])
+def test_a_name_decides_where_the_bytes_do_not(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((write_hf(hf_model(), tmp_path / "hf") / "config.json")
+                                          .read_text())  # fmt: skip
+    for name, words in (
+        ("x.GGUF", "is not GGUF|the file is empty|truncated"),
+        ("x.safetensors", "header length|begins with 8 bytes|the file is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FormatError, match=words) as caught:
+            open_weights(tmp_path / name)
+        assert name in str(caught.value)
+        (tmp_path / name).unlink()
+
+
+def test_a_zip_of_pytorchs_without_params_is_a_pickle_file(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "x.gguf"):
+        torch.save({"a": torch.zeros(1)}, tmp_path / name)
+        with pytest.raises(GlassError, match="pickle files"):
+            open_weights(tmp_path / name)
+
+
+def test_a_single_file_that_the_index_does_not_name_is_the_model(tmp_path: Path) -> None:
+    """As in transformers. The shards are read where their index, or one of them, is named."""
+    new, old = hf_model(1), write_hf(hf_model(0), tmp_path / "old", max_shard_size="60KB")
+    single = write_hf(new, tmp_path / "new")
+    same = write_hf(hf_model(0), tmp_path / "same")
+    (old / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes())
+    check_same_weights(old, single)
+    note = "model.safetensors is read, not the files that model.safetensors.index.json names"
+    assert note in open_weights(old).notes
+    check_same_weights(old / "model.safetensors.index.json", same)
+    check_same_weights(next(old.glob("model-*.safetensors")), same)
+
+
+def test_a_single_file_that_the_index_names_is_a_shard(tmp_path: Path) -> None:
+    parts = write_hf(hf_model(), tmp_path / "parts", max_shard_size="60KB")
+    index = parts / "model.safetensors.index.json"
+    shard = next(iter(json.loads(index.read_text())["weight_map"].values()))
+    index.write_text(index.read_text().replace(shard, "model.safetensors"))
+    (parts / shard).rename(parts / "model.safetensors")
+    check_same_weights(parts, write_hf(hf_model(), tmp_path / "whole"))
+    assert open_weights(parts).notes == []
+
+
 def test_the_file_that_is_named_is_opened(tmp_path: Path) -> None:
     """Two models in one folder: each by its name, and the folder's own by the folder's."""
     folder, other = write_hf(hf_model(0), tmp_path / "a"), write_hf(hf_model(1), tmp_path / "b")
@@ -251,8 +335,10 @@ def test_a_model_that_is_not_supported_is_named_with_its_folder(tmp_path: Path) 
         (folder / name).unlink()
 
 
-@pytest.mark.parametrize("name", ["x" * 70_000, "two\nlines.safetensors", "../m.safetensors", ""])
-def test_an_index_that_names_no_plain_file(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["x" * 70_000, "two\nlines.safetensors", "../m.safetensors", "", 5, None, ["a"]]
+)
+def test_an_index_that_names_no_plain_file(name: object, tmp_path: Path) -> None:
     parts = write_hf(hf_model(), tmp_path, max_shard_size="60KB")
     index = parts / "model.safetensors.index.json"
     values = json.loads(index.read_text())
@@ -261,6 +347,7 @@ def test_an_index_that_names_no_plain_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(GlassError, match="plain name of a file beside the index") as caught:
         open_weights(parts)
     assert "\n" not in str(caught.value)
+    assert f"shard {quoted(name)} of tensor 'model.norm.weight'" in str(caught.value)
     assert len(str(caught.value)) < 400
 
 

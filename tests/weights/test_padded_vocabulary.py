@@ -50,6 +50,27 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
     return load(folder, backend=request.param, exact=True)
 
 
+@pytest.mark.parametrize("backend", ["engine", "torch"])
+@pytest.mark.parametrize("ends", [[0], [1], [0, 1]])
+def test_an_answer_may_end_at_a_row_without_a_token(
+    folder: Path, tmp_path: Path, backend: str, ends: list[int]
+) -> None:
+    """The likeliest ids are the first and the second of the rows behind the vocabulary."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    size = load(folder).tokenizer.vocab_size
+    stops = [1, *(size + n for n in ends)]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    llm = load(copy, backend=backend, exact=True)
+    made = llm.generate("hello", max_tokens=24)
+    assert made.finish_reason == "stop"
+    assert not {size, size + 1} & {*made.ids} - {*stops}
+    going_on = llm.generate("hello", max_tokens=24, ignore_eos=True)
+    assert {*going_on.ids} & {*stops[1:]}
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ROWS]}))
+    with pytest.raises(TokenizerError, match=f"expected ids from 0 to {ROWS - 1}"):
+        load(copy, backend=backend).tokenizer  # noqa: B018
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -316,3 +316,36 @@ def test_an_added_token_whose_text_is_none_is_refused(
     (folder / "added_tokens.json").write_text(json.dumps({"<new>": 0}))
     with pytest.raises(TokenizerError, match="added_tokens"):
         tokenizer_from_folder(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, {}, {"legacy": True}, {"legacy": False}, {"legacy": None},
+        {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
+    ],
+)  # fmt: skip
+@pytest.mark.identical("ids of tokenizer.model with and without `legacy`", "transformers")
+def test_where_a_blank_goes(
+    pieces: Path, tmp_path: Path, model_type: str, config: dict[str, Any] | None
+) -> None:
+    """Before the first word, or behind each control token, too."""
+    files = {"config.json": {"model_type": model_type}}
+    folder = beside(pieces, tmp_path, files)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
+    for text in ("<s>fox says</s>hi", " hi  fox", "<s> hi", "hi", "<s>", ""):
+        assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_tokens_beside_ranks_are_not_left_out(tmp_path: Path, llama3_ranks: Path) -> None:
+    shutil.copy(llama3_ranks, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": 128009}))
+    assert tokenizer_from_folder(tmp_path).vocab_size == 128_256
+    for wrong in ({"<|mark|>": 128256}, {"<|eot_id|>": 128010}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(TokenizerError, match=r"added_tokens.json: .* is no token of"):
+            tokenizer_from_folder(tmp_path)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from textwrap import shorten
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from glassllama import __version__
+from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
 from glassllama.cli.download import download
@@ -31,6 +34,8 @@ from glassllama.cli.walkthrough import walkthrough
 NAMES = {list_models: "list", next_tokens: "next", train_tokenizer: "train-tokenizer"}
 UsageError: Any = typer.BadParameter.__base__  # the parser's own class, whichever it comes with
 WRONG_USAGE = 2  # exit code
+LONG_WORD = re.compile(rf"\S{{{QUOTED_CHARACTERS + 1},}}")  # only what was typed has such
+LONGEST_FAULT = 400  # characters of a mistake's description: many words may have been typed
 USE, MAKE, LOOK = "Use a model", "Make one", "Look at one"
 
 
@@ -84,7 +89,10 @@ class Verbs(TyperGroup):
 
 def usage_fault(error: Any) -> str:
     """The parser's complaint, as it is worded everywhere here, and where to read more."""
-    text = " ".join(error.format_message().split()).rstrip(".")
+    message = LONG_WORD.sub(
+        lambda word: word[0][: QUOTED_CHARACTERS - 1] + "…", error.format_message()
+    )
+    text = shorten(message, LONGEST_FAULT, placeholder=" …").rstrip(".")
     asked = "glassllama" if error.ctx is None else error.ctx.command_path
     return f"{text[:1].lower()}{text[1:]} (see '{asked} -h')"
 

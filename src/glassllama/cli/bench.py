@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glassllama.base.errors import GenerationError, GlassError, MissingExtraError
+from glassllama.base.errors import GenerationError, GlassError, MissingExtraError, quoted
 from glassllama.cli.files import naming
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
 from glassllama.cli.screen import print_json, progress_bars
+from glassllama.formats.first_bytes import format_of
 
 if TYPE_CHECKING:
     from glassllama.cli.measure import Contestant, Grid
@@ -31,7 +32,7 @@ class PeerName(StrEnum):
 def numbers(text: str) -> str:
     """`128,512` -> the same; anything that is no list of whole numbers is a usage error."""
     if not all(part.isdecimal() for part in text.split(",")):
-        raise typer.BadParameter(f"expected whole numbers with commas between, got {text!r}")
+        raise typer.BadParameter(f"expected whole numbers with commas between, got {quoted(text)}")
     return text
 
 
@@ -134,7 +135,7 @@ class LlamaCpp:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("the comparison with llama.cpp", "bench") from None
-        if path.suffix != ".gguf":
+        if format_of(path) != "gguf":
             raise GlassError(f"{path}: llama.cpp reads GGUF files only, leave out --vs")
         self._cpp: Any = llama_cpp
         self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)

@@ -15,7 +15,7 @@ from io import TextIOBase
 from typing import IO, Any, NoReturn, cast
 
 from glassllama.base import interrupts
-from glassllama.base.errors import GlassError, MemoryShortError
+from glassllama.base.errors import GlassError, MemoryShortError, quoted
 from glassllama.base.machine import address_space_left, gigabytes
 from glassllama.cli import plain
 from glassllama.cli.wrap import fitted
@@ -120,7 +120,9 @@ def foreseen(error: Exception) -> str | None:
     if isinstance(error, GlassError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'input or output'}: {error.strerror}"
+        name = error.filename or "input or output"
+        shown = quoted(name) if error.errno == errno.ENAMETOOLONG else name
+        return f"{shown}: {error.strerror}"
     return None
 
 

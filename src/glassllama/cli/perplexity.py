@@ -33,8 +33,14 @@ def perplexity(
         Path, typer.Option("--file", "-f", metavar="FILE", help="A UTF-8 text to be predicted.")
     ],
     window: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens that the model sees at once.")
-    ] = WINDOW,
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens that the model sees at once.",
+            show_default=f"{WINDOW}, or the model's context where that is less",
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Tokens between windows.", show_default="half of it"),
@@ -59,6 +65,8 @@ def perplexity(
     ids = llm.tokenizer.encode(text, specials=specials)
     written = specials and ids[:1] == [llm.tokenizer.bos]  # the windows begin with it anyway
     ids = ids[written:][:tokens]
+    if window is None:
+        window = min(WINDOW, llm.executor.config.max_seq_len)
     windows = {"window": window, "stride": window // 2 if stride is None else stride}
     result = {"model": model, "file": str(file), **measure(llm, ids, windows)}
     if json:

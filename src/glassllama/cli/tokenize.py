@@ -100,7 +100,7 @@ def tokenizer_at(path: Path) -> Tokenizer:
     from glassllama.weights.tokenizer import tokenizer_from_folder
 
     files = list(path.iterdir()) if path.is_dir() else []
-    has_model = any(f.name in MODEL_FILES or f.suffix in MODEL_ENDINGS for f in files)
+    has_model = any(f.name in MODEL_FILES or f.suffix.lower() in MODEL_ENDINGS for f in files)
     if not has_model and any(file.name in TOKENIZER_FILES for file in files):
         return tokenizer_from_folder(path)
     return open_weights(path).tokenizer

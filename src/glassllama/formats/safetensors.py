@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
+from glassllama.formats.first_bytes import format_of
 from glassllama.formats.mapped import MappedFile, as_plain_array
 from glassllama.formats.strict_json import parse_object
 
@@ -83,7 +84,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises FormatError, naming the file and the field, before any tensor is read.
     """
     path = Path(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json" and not _is_safetensors(path):
         return _open_sharded(path)
     file = MappedFile(path)
     metadata, tensors = read_header(file)
@@ -206,10 +207,24 @@ def read_weight_map(index: Path) -> dict[str, str]:
     file.close()
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
-    for shard in {name if isinstance(name, str) else "" for name in weight_map.values()}:
-        plain = shard.isprintable() and len(shard) <= LONGEST_NAME
-        if shard in ("", ".", "..") or set(shard) & set("/\\:") or not plain:
+    for tensor, shard in weight_map.items():
+        if not _is_plain_name(shard):
             raise FormatError(
-                f"{index}: shard {quoted(shard)} must be the plain name of a file beside the index"
+                f"{index}: shard {quoted(shard)} of tensor {quoted(tensor)} must be the plain name "
+                "of a file beside the index"
             )
     return weight_map
+
+
+def _is_plain_name(name: object) -> bool:
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and len(name) <= LONGEST_NAME and not set(name) & set("/\\:")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whatever it is called. A file that cannot be read is none: opening it says why."""
+    try:
+        return format_of(path) == "safetensors"
+    except OSError:
+        return False

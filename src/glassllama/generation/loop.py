@@ -402,7 +402,7 @@ def _sizes(
         return limit, length + limit
     context = longest if context is None else context
     if context > longest:
-        raise GenerationError(f"context {context} is more than the model's {longest}")
+        raise GenerationError(f"context {quoted(context)} is more than the model's {longest}")
     room = context - length
     if room < 1:
         advice = f"shorten it to at most {context - 1}"
@@ -423,14 +423,16 @@ def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int
     ids: list[int] = []
     for position, id in enumerate(given):
         try:
+            if isinstance(id, bool):
+                raise TypeError
             ids.append(operator.index(id))  # type: ignore[arg-type]
         except TypeError:
             raise GenerationError(
-                f"{what}: {id!r} at position {position} is no id (a whole number)"
+                f"{what}: {quoted(id)} at position {position} is no id (a whole number)"
             ) from None
         if not 0 <= ids[-1] < vocab_size:
             raise GenerationError(
-                f"{what}: id {id} at position {position} is outside the vocabulary "
+                f"{what}: id {quoted(ids[-1])} at position {position} is outside the vocabulary "
                 f"0 … {vocab_size - 1}"
             )
     if not ids:

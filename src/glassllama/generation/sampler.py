@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import GenerationError
+from glassllama.base.errors import GenerationError, quoted
 
 Logits = NDArray[np.float32]  # (V,)
 
@@ -71,21 +71,23 @@ class LogitsStep(Protocol):
 def require(field: str, value: float, allowed: str, inside: bool) -> None:
     """Raise a GenerationError that names the setting, what came and what is allowed."""
     if not inside:
-        raise GenerationError(f"{field} must be {allowed}, got {value!r}")
+        raise GenerationError(f"{field} must be {allowed}, got {quoted(value)}")
 
 
 def require_number(field: str, value: object) -> None:
     """The same for settings of any size."""
     inside = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not inside:
-        raise GenerationError(f"{field} must be a number, got {value!r}")
+        raise GenerationError(f"{field} must be a number, got {quoted(value)}")
 
 
 def require_whole(field: str, value: object, least: int) -> None:
     """The same for settings that count."""
     inside = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
     if not inside:
-        raise GenerationError(f"{field} must be a whole number of at least {least}, got {value!r}")
+        raise GenerationError(
+            f"{field} must be a whole number of at least {least}, got {quoted(value)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glassllama.base.errors import DownloadError
+from glassllama.base.errors import DownloadError, quoted
 from glassllama.base.interfaces import Progress
 from glassllama.hub import snapshot
 from glassllama.hub.names import HUB_MODELS, HubId
@@ -174,7 +174,7 @@ def _reason(id: HubId, error: Exception) -> str:
             "'hf auth login' or set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{id.repo} has no revision {id.revision!r}; see {HUB}/{id.repo}/commits"
+        return f"{id.repo} has no revision {quoted(id.revision)}; see {HUB}/{id.repo}/commits"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RepositoryNotFoundError) or status == UNAUTHORIZED:
         return (

@@ -150,7 +150,7 @@ def parse_hub_id(name: str) -> HubId | None:
 
 def looks_like_path(name: str) -> bool:
     """Whether only a file or folder can have been meant, so that no hub need be asked."""
-    return name.startswith((".", "/", "~", "\\")) or name.endswith(FILE_ENDINGS)
+    return name.startswith((".", "/", "~", "\\")) or name.lower().endswith(FILE_ENDINGS)
 
 
 def is_mistyped_path(name: str) -> bool:

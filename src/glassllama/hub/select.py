@@ -23,21 +23,22 @@ SMALL = (
 
 SINGLE = "model.safetensors"
 LARGEST_INDEX = 100_000_000  # bytes
-PTH = re.compile(r"consolidated\.\d+\.pth")
-GGUF_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
+PTH = re.compile(r"consolidated\.\d+\.pth", re.IGNORECASE)
+GGUF_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
 MANY = 8  # names listed in an error
 
 
 def safetensors_files(names: Iterable[str], repo: str, index: bytes | None) -> list[str]:
     """Weights as safetensors at the top of the repository, with config and tokenizer files.
 
-    Where there is an `index`, the weights are the files that it names, however they are called.
-    Raises DownloadError: an index that cannot be read, or names a file that is not there.
+    Where there is an `index`, the weights are the files that it names, however they are called; but
+    model.safetensors is the model where the index does not name it, as in weights/open.py. Raises
+    DownloadError: an index that cannot be read, or names a file that is not there.
     """
     present = set(names)
     weights = [SINGLE] if SINGLE in present else []
-    if index is not None:
-        shards = shards_of(index, repo)
+    shards = set() if index is None else shards_of(index, repo)
+    if shards and (not weights or SINGLE in shards):
         if missing := sorted(shards - present):
             raise DownloadError(
                 f"{repo}: {INDEX} names {quoted(missing[0])}, which is not there "
@@ -75,7 +76,7 @@ def pth_files(names: Iterable[str]) -> list[str]:
 
 def gguf_files(names: Iterable[str], wanted: str, repo: str) -> list[str]:
     """The one GGUF file that `wanted` names (a file name or a quantisation), all its parts."""
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    ggufs = sorted(filter(is_gguf, names))
     found = [n for n in ggufs if wanted in (n, _base(n))] or [
         n for n in ggufs if re.search(rf"(^|[-._/]){re.escape(wanted)}(?=[-.])", n, re.IGNORECASE)
     ]
@@ -106,7 +107,7 @@ def choose(
     chosen = pth if prefer_pth else safetensors_files(names, repo, index) or pth
     if not chosen:
         expected = "" if prefer_pth else f"{SINGLE}, {INDEX} or "
-        ggufs = [name for name in names if name.endswith(".gguf")]
+        ggufs = [name for name in names if is_gguf(name)]
         hint = f"; name one of its GGUF files, as in {repo}:{ggufs[0]}" if ggufs else ""
         raise DownloadError(
             f"{repo}: expected {expected}consolidated.*.pth with params.json, found "
@@ -118,6 +119,10 @@ def choose(
 def listed(names: list[str]) -> str:
     more = f", and {len(names) - MANY} more" if len(names) > MANY else ""
     return ", ".join(names[:MANY]) + more
+
+
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
 
 
 def _base(name: str) -> str:

@@ -19,6 +19,7 @@ from glassllama.hub.select import (
     PTH,
     TOKENIZER,
     choose,
+    is_gguf,
     missing_gguf_parts,
 )
 
@@ -100,7 +101,7 @@ def _held_of(id: HubId) -> Iterator[tuple[HubId, Place]]:
     seen: set[Path] = set()
     for name in files(id):
         one = HubId(repo=id.repo, revision=id.revision, gguf=name)
-        if not name.endswith(".gguf") or (place := find(one)) is None or place.path in seen:
+        if not is_gguf(name) or (place := find(one)) is None or place.path in seen:
             continue
         seen.add(place.path)
         yield one, place

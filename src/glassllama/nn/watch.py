@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glassllama.base.errors import GlassError
+from glassllama.base.errors import GlassError, quoted
 
 
 class Watch(nn.Module):
@@ -48,7 +48,9 @@ def recording(model: nn.Module, *patterns: str) -> Iterator[dict[str, Tensor]]:
         for pattern in patterns:
             matches = [name for name in wanted if fnmatchcase(name, pattern)]
             if not matches:
-                raise GlassError(f"nothing to watch is called {pattern!r} (see nn.watch.places)")
+                raise GlassError(
+                    f"nothing to watch is called {quoted(pattern)} (see nn.watch.places)"
+                )
             for name in matches:
 
                 def keep(_m: nn.Module, _in: Any, out: Any, name: str = name) -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.bpe import alternatives
 from glassllama.tokenizers.rows import Rows
 
@@ -35,7 +35,7 @@ class CharTokenizer(Rows):
         """`characters`: a text, or any collection of characters; each counts once."""
         self.characters = tuple(sorted(set(characters)))
         if bad := [char for char in self.characters if len(char) != 1 or is_surrogate(char)]:
-            raise TokenizerError(f"characters: {bad[0]!r} is not one character")
+            raise TokenizerError(f"characters: {quoted(bad[0])} is not one character")
         n = len(self.characters)
         self.specials: Mapping[str, int] = MappingProxyType(
             {text: n + at for at, text in enumerate(CONTROLS)}

@@ -9,15 +9,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, named, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.bpe import alternatives
 from glassllama.tokenizers.written import Written, without_foreign, written
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = SYSTEM, USER, ASSISTANT, TOOL = ("system", "user", "assistant", "tool")
+# Conversations that together have every role, each also without those that a template may refuse.
+SAMPLE_ROLES = (
+    (USER,), (SYSTEM, USER), (USER, ASSISTANT), (USER, ASSISTANT, USER),
+    (USER, ASSISTANT, TOOL), (SYSTEM, USER, ASSISTANT, TOOL, ASSISTANT, USER),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,16 +129,7 @@ class TemplateChat:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        text = self._template.render(
-            messages=[
-                {"role": written(message.role), "content": message.content}
-                for message in checked_messages(messages)
-            ],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._known,
-        )
+        text = self._rendered(checked_messages(messages), add_generation_prompt)
         marks = self._marks(text, tokenizer)
         controls = {**tokenizer.specials, **marks}
         pattern, plain = alternatives(controls), str.__str__(text)
@@ -151,14 +149,40 @@ class TemplateChat:
             parts.insert(2 * n + 1, id)
         return encode_parts([part for part in parts if part != ""], tokenizer)
 
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> Written:
+        return self._template.render(
+            messages=[{"role": written(one.role), "content": one.content} for one in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._known,
+        )
+
     def _marks(self, text: Written, tokenizer: Tokenizer) -> dict[str, int]:
-        """The added tokens that the template writes; blanks and line ends are ordinary text."""
+        """The added tokens that the template writes; blanks and line ends are ordinary text.
+
+        In this conversation, in its literals, or for other roles than those of this conversation.
+        """
         if not isinstance(tokenizer, _HasAdded):
             return {}
         added = {text: id for text, id in tokenizer.added.items() if not text.isspace()}
+        if not added:
+            return {}
         blank = _unused_character(added)
-        own = blank.join([without_foreign(text, blank, shorter=True), *self._template.literals])
+        texts = [without_foreign(one, blank, shorter=True) for one in (text, *self._samples)]
+        own = blank.join([*texts, *self._template.literals])
         return {text: id for text, id in added.items() if text in own}
+
+    @cached_property
+    def _samples(self) -> list[Written]:
+        """What the template makes of short conversations; it may refuse some of them."""
+        samples: list[Written] = []
+        for roles in SAMPLE_ROLES:
+            for add_generation_prompt in (False, True):
+                with suppress(TokenizerError):
+                    messages = [Message(role, "x") for role in roles]
+                    samples.append(self._rendered(messages, add_generation_prompt))
+        return samples
 
 
 def _unused_character(texts: Iterable[str]) -> str:
@@ -252,8 +276,9 @@ def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Me
     At most one system message, and only as the first: later ones mean different things to
     different formats, or are dropped by them in silence.
     """
-    if isinstance(messages, str | Mapping) or not messages:
-        raise TokenizerError(f"messages: want a list of at least one message, got {messages!r}")
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        came = quoted(messages)
+        raise TokenizerError(f"messages: want a list of at least one message, got {came}")
     checked = [_checked_message(message, n) for n, message in enumerate(messages)]
     for n, message in enumerate(checked[1:], 1):
         if message.role == "system":
@@ -264,13 +289,14 @@ def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Me
 def _checked_message(message: object, n: int) -> Message:
     if isinstance(message, Mapping):
         if set(message) != {"role", "content"}:
-            fields = ", ".join(map(str, message)) or "nothing"
+            fields = named(", ".join(map(str, message)) or "nothing")
             raise TokenizerError(f"messages[{n}]: want role and content, got {fields}")
         message = Message(message["role"], message["content"])
     if not isinstance(message, Message):
-        raise TokenizerError(f"messages[{n}]: want role and content, got {message!r}")
+        raise TokenizerError(f"messages[{n}]: want role and content, got {quoted(message)}")
     if message.role not in ROLES:
-        raise TokenizerError(f"messages[{n}].role: want {' '.join(ROLES)}, got {message.role!r}")
+        came = quoted(message.role)
+        raise TokenizerError(f"messages[{n}].role: want {' '.join(ROLES)}, got {came}")
     if not isinstance(message.content, str):
         kind = type(message.content).__name__
         raise TokenizerError(f"messages[{n}].content: want text, got {kind}")

@@ -59,9 +59,10 @@ class Pieces:
     `texts` and `kinds` by id; of equal texts the last is used. Pieces merge by `scores`, the higher
     first. UNUSED pieces are never made.
 
-    `prefix`: a blank goes before every stretch of text between control tokens. `trim` drops blanks
-    at the ends and doubled ones. `drop_prefix`: decoding drops the blank that a text begins with.
-    `added_first`: user defined pieces without a ▁ are cut out of the text before blanks are
+    `prefix`: a blank goes before every stretch of text between control tokens; with `prefix_once`
+    only where a whole text begins; without `prefix_doubled` not before another blank. `trim` drops
+    blanks at the ends and doubled ones. `drop_prefix`: decoding drops the blank that a text begins
+    with. `added_first`: user defined pieces without a ▁ are cut out of the text before blanks are
     treated, each rest for itself, as llama.cpp does.
     """
 
@@ -69,6 +70,8 @@ class Pieces:
     kinds: tuple[Kind, ...] = field(repr=False)
     scores: tuple[float, ...] = field(repr=False)
     prefix: bool = True
+    prefix_once: bool = False
+    prefix_doubled: bool = True
     trim: bool = False
     drop_prefix: bool = True
     added_first: bool = False
@@ -107,6 +110,7 @@ class SentencePieceTokenizer(Rows):
         self._cut = cut_before_blanks(normal)
         self._bytes = [_bytes_of(pieces, id) for id in range(len(pieces.texts))]
         self.gaps = gaps_in(self._bytes)
+        self.notes: list[str] = []  # what was odd in the file
         self._control_ids = frozenset(self.specials.values())
         self._cache: dict[str, list[int]] = {}
         for id in (*self.stop_ids, *([] if bos is None else [bos])):
@@ -137,7 +141,8 @@ class SentencePieceTokenizer(Rows):
                 continue
             found = [part] if self._first_pattern is None else self._first_pattern.split(part)
             for n, stretch in enumerate(found):
-                ids += [self._added[stretch]] if n % 2 else self._encode(stretch)
+                is_first = not ids and n == 0
+                ids += [self._added[stretch]] if n % 2 else self._encode(stretch, is_first)
         return ids
 
     @property
@@ -162,26 +167,29 @@ class SentencePieceTokenizer(Rows):
         """The ids of a text without control tokens, (T,)."""
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, is_first: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
-        ids = [id for word in self._words(self._with_blanks(text)) for id in word]
+        ids = [id for word in self._words(self._with_blanks(text, is_first)) for id in word]
         if self._byte_ids is not None:
             return ids
         # Characters without a piece in a row are one unknown.
         runs = ((id, list(run)) for id, run in groupby(ids))
         return [id for value, run in runs for id in (run[:1] if value == self._unknown else run)]
 
-    def _with_blanks(self, text: str) -> str:
+    def _with_blanks(self, text: str, is_first: bool) -> str:
         """The text as it is looked up: ▁ for blanks, and one in front."""
         if self.pieces.trim:
             text = " ".join(filter(None, text.split(" ")))
         if not text:
             return ""
         text = text.replace(" ", BLANK)
-        text = BLANK + text if self.pieces.prefix else text
+        pieces = self.pieces
+        wanted = pieces.prefix and (is_first or not pieces.prefix_once)
+        if wanted and (pieces.prefix_doubled or text[0] != BLANK):
+            text = BLANK + text
         return text.rstrip(BLANK) if self.pieces.trim else text
 
     def _words(self, text: str) -> Iterator[list[int]]:

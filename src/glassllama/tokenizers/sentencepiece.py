@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ __all__ = [
 ]
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# What llama.cpp takes for such a vocabulary where a file names none, or one that it does not have.
+DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": None, "eom_token_id": None}
 NO_ID = 2**32 - 1  # -1 as GGUF's unsigned numbers have it
 
 
@@ -95,8 +98,8 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokeniz
     """
     fields = gguf_fields(metadata)
     texts = [str(text) for text in fields.items("tokens", of="text")]
-    bos = token_id(fields, "bos_token_id", 1 if len(texts) > 1 else None)
-    eos = token_id(fields, "eos_token_id", 2 if len(texts) > 2 else None)
+    ids, notes = named_ids(fields, len(texts), DEFAULT_IDS)
+    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
     kinds = as_long(fields, "token_type", len(texts), "whole")
     numbers = [int(kind) for kind in kinds] if kinds is not None else _guessed(texts, bos, eos)
     if Kind.BYTE not in numbers:
@@ -104,11 +107,11 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokeniz
             Kind.BYTE if BYTE_PIECE.fullmatch(t) else n for t, n in zip(texts, numbers, strict=True)
         ]
     scores = as_long(fields, "scores", len(texts), "number")
-    if fields.values.get("precompiled_charsmap"):
-        raise TokenizerError("tokenizer.ggml: precompiled_charsmap is not supported")
+    table = fields.values.get("precompiled_charsmap")  # bytes, as a list of numbers or as text
+    if table is not None and (not isinstance(table, Sized) or len(table)):
+        fields.refuse("precompiled_charsmap", "none: only the identity is supported")
     prefix = bool(fields.boolean("add_space_prefix", True))
-    ends = {token_id(fields, key, None) for key in ("eot_token_id", "eom_token_id")}
-    return SentencePieceTokenizer(
+    tokenizer = SentencePieceTokenizer(
         Pieces(
             texts=tuple(texts),
             kinds=_kinds(texts, numbers),
@@ -118,8 +121,10 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokeniz
             added_first=True,
         ),
         bos=bos if fields.boolean("add_bos_token", True) else None,
-        stop_ids=_ends(texts, eos) | {id for id in ends if id is not None},
+        stop_ids=_ends(texts, eos) | {id for key in STOP_KEYS if (id := ids[key]) is not None},
     )
+    tokenizer.notes += notes
+    return tokenizer
 
 
 def token_id(fields: Fields, key: str, default: int | None = None) -> int | None:
@@ -128,6 +133,22 @@ def token_id(fields: Fields, key: str, default: int | None = None) -> int | None
     if is_whole(value) and value in (-1, NO_ID):
         return None
     return fields.whole(key, default, least=0)
+
+
+def named_ids(
+    fields: Fields, size: int, defaults: Mapping[str, int | None]
+) -> tuple[dict[str, int | None], list[str]]:
+    """The ids that a GGUF file of `size` tokens names. Beyond them, the default and a note."""
+    ids: dict[str, int | None] = {}
+    notes: list[str] = []
+    for key, default in defaults.items():
+        usual = default if default is not None and default < size else None
+        id = token_id(fields, key, usual)
+        if id is not None and id >= size:
+            notes.append(f"tokenizer.ggml: {key} is {id}, beyond the {size} tokens: not used")
+            id = usual
+        ids[key] = id
+    return ids, notes
 
 
 def as_long(fields: Fields, key: str, length: int, of: str) -> Sequence[Any] | None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from glassllama.base.errors import GenerationError
+from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Tokenizer
 
 
@@ -103,11 +103,11 @@ class StopStrings:
 
 def _automaton(strings: Iterable[str]) -> _State:
     if isinstance(strings, str):
-        raise GenerationError(f"stop: want a list of strings, got the one string {strings!r}")
+        raise GenerationError(f"stop: want a list of strings, got the one string {quoted(strings)}")
     start = _State()
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise GenerationError(f"stop: want strings that are not empty, got {string!r}")
+            raise GenerationError(f"stop: want strings that are not empty, got {quoted(string)}")
         state = start
         for character in string:
             state = state.following.setdefault(character, _State(depth=state.depth + 1))

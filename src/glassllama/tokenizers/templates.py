@@ -34,7 +34,7 @@ from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.written import (
     Written,
     foreign,
@@ -412,7 +412,7 @@ class _PlainNamespace(Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise SecurityError(f"namespace: a name with an underscore in front: {name!r}")
+            raise SecurityError(f"namespace: a name with an underscore in front: {quoted(name)}")
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:

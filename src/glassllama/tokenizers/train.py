@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.interfaces import Progress
 from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
 from glassllama.tokenizers.byte_level import OTHERS, PRINTABLE
@@ -124,7 +124,7 @@ def train_bpe(
 def check(vocab_size: int, specials: Sequence[str], split: str) -> int:
     """How many tokens there are to be besides the control tokens."""
     if split not in SPLITS:
-        raise TokenizerError(f"split {split!r} is not known; known are {', '.join(SPLITS)}")
+        raise TokenizerError(f"split {quoted(split)} is not known; known are {', '.join(SPLITS)}")
     if "" in specials or len({*specials}) < len(specials):
         raise TokenizerError(f"specials: one is empty or comes twice: {list(specials)}")
     wanted = vocab_size - len(specials)

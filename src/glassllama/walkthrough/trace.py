@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from glassllama.base.errors import GenerationError, GlassError
+from glassllama.base.errors import GenerationError, GlassError, quoted
 from glassllama.models.llama import Llama
 from glassllama.nn.cache import KVCache
 
@@ -149,7 +149,7 @@ def matching(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
         return [pattern]
     found = [place for place in modules if fnmatchcase(place, pattern)]
     if not found:
-        raise GlassError(f"nothing to watch is called {pattern!r} (see nn.watch.places)")
+        raise GlassError(f"nothing to watch is called {quoted(pattern)} (see nn.watch.places)")
     return found
 
 

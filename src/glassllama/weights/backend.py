@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
 from glassllama.base.interfaces import CacheType
 from glassllama.weights.kinds import Quantise
 
@@ -19,12 +19,14 @@ def choose_backend(
 ) -> Literal["engine", "torch"]:
     """Which executor; ConfigError where what was asked for cannot go together."""
     if backend not in ("auto", "engine", "torch"):
-        raise ConfigError(f"backend must be auto, engine or torch, got {backend!r}")
+        raise ConfigError(f"backend must be auto, engine or torch, got {quoted(backend)}")
+    if not isinstance(device, str) and not hasattr(device, "type"):  # torch.device has one
+        raise ConfigError(f"device must be a name such as cpu or cuda:0, got {quoted(device)}")
     if backend == "engine" and stream_layers:
         raise ConfigError("--stream-layers is for the torch backend: leave it out, or the engine")
     needs_torch = device != "cpu" or dtype is not None
     if backend == "engine" and needs_torch:
-        asked = f"device {device}" if device != "cpu" else f"dtype {dtype}"
+        asked = f"device {quoted(device)}" if device != "cpu" else f"dtype {dtype}"
         raise ConfigError(f"the engine runs on the CPU in its own precision, not with {asked}")
     return "torch" if backend == "torch" or needs_torch or stream_layers else "engine"
 
@@ -38,11 +40,14 @@ def check_numbers(dtype: str | None, quantize: str | None, cache: str, threads: 
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ConfigError(f"{name} must be {' or '.join(map(str, allowed))}, got {value!r}")
+            raise ConfigError(
+                f"{name} must be {' or '.join(map(str, allowed))}, got {quoted(value)}"
+            )
     whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
     if threads is not None and not (whole and threads > 0):
         raise ConfigError(
-            f"threads must be a whole number of at least 1, or None for every core, got {threads!r}"
+            "threads must be a whole number of at least 1, or None for every core, got "
+            f"{quoted(threads)}"
         )
 
 

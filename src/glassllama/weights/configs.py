@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from glassllama.base.config import (
     GivenDivisors,
     LinearScaling,
@@ -62,8 +64,8 @@ HF_WITHOUT_EFFECT = frozenset(
 HF_USED = frozenset(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
     "intermediate_size max_position_embeddings rms_norm_eps rope_theta rope_scaling "
-    "rope_parameters tie_word_embeddings qk_norm use_sliding_window sliding_window layer_types "
-    "max_window_layers original_max_position_embeddings".split()
+    "rope_parameters tie_word_embeddings qk_norm sliding_window layer_types "
+    "original_max_position_embeddings".split()
 )
 # Keys that change the arithmetic -> the value at which they do not.
 HF_MUST_BE = {
@@ -100,7 +102,8 @@ def architecture(values: Mapping[str, Any]) -> str:
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a Llama-architecture model. Raises ConfigError naming the field."""
     name, get = architecture(values), Fields("config.json", values)
-    require_neutral(values, HF_MUST_BE)
+    same = {"hidden_act": "silu"} if values.get("hidden_act") == "swish" else {}  # an older name
+    require_neutral({**values, **same}, HF_MUST_BE)
     notes = unused_keys(values, HF_USED | set(HF_MUST_BE))
     n_heads, dim = get.whole("num_attention_heads"), get.whole("hidden_size")
     n_layers, qk_norm = get.whole("num_hidden_layers"), get.boolean("qk_norm", False)
@@ -108,7 +111,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     kv_heads = 8 if name == MISTRAL and "num_key_value_heads" not in values else n_heads
     context = get.whole("max_position_embeddings", 131_072 if name == MISTRAL else 2048)
     theta, scaling, exact_up_to = _hf_rope(get, context, qk_norm)
-    window = _hf_window(get, name, n_layers)
+    window = _hf_window(get, name)
     config = LlamaConfig(
         dim=dim,
         n_layers=n_layers,
@@ -138,21 +141,19 @@ def _bounded(tokens: int) -> str:
     return f"exact up to {tokens} tokens, so the context ends there"
 
 
-def _hf_window(get: Fields, name: str, n_layers: int) -> int | None:
+def _hf_window(get: Fields, name: str) -> int | None:
     """Tokens that the layer with the shortest sight sees, itself included; None: all of them.
 
     A Llama of transformers has no windows; its Mistral has one of 4,096 where the key is left out,
-    in every layer. Other keys say that only some layers have it, or none.
+    in every layer: it knows nothing of `use_sliding_window` and `max_window_layers`, which are
+    Qwen's. `layer_types` says that only some layers have it, or none.
     """
     left_out = name == MISTRAL and "sliding_window" not in get.values
     window = get.whole("sliding_window", 4096 if left_out else None)
     kinds = get.items("layer_types", None, of="text")
-    first = get.whole("max_window_layers", 0, least=0)
-    used = get.boolean("use_sliding_window", True)
     if kinds is not None and set(kinds) - {FULL, SLIDING}:
         get.refuse("layer_types", f"a list of {FULL} and {SLIDING}")
-    slides = name == MISTRAL and first < n_layers if kinds is None else SLIDING in kinds
-    return window if used and slides else None
+    return window if (name == MISTRAL if kinds is None else SLIDING in kinds) else None
 
 
 def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
@@ -200,7 +201,9 @@ def _rope_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
     return {"rope_type": "default" + norm} if norm else None
 
 
-def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> None:
+def require_neutral(
+    values: Mapping[str, Any], must_be: Mapping[str, Any], file: str = "config.json"
+) -> None:
     """Raise ConfigError where a key that changes the arithmetic has another value than this.
 
     null is as good as left out.
@@ -209,9 +212,7 @@ def require_neutral(values: Mapping[str, Any], must_be: Mapping[str, Any]) -> No
         value = values.get(key)
         boolean = isinstance(value, bool) == isinstance(neutral, bool)
         if value is not None and (value != neutral or not boolean):
-            raise ConfigError(
-                f"config.json: {key} is {quoted(value)}, only {neutral!r} is supported"
-            )
+            raise ConfigError(f"{file}: {key} is {quoted(value)}, only {neutral!r} is supported")
 
 
 def unused_keys(values: Mapping[str, Any], used: Collection[str]) -> list[str]:
@@ -225,11 +226,13 @@ def _hf_rope(
 ) -> tuple[float, RopeScaling | None, int | None]:
     """Theta, scaling, and up to how many tokens that is exact (None: all).
 
-    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`, which
+    holds where a file has both.
     """
-    inner = [get.object(key, None) for key in ("rope_scaling", "rope_parameters")]
-    values = {key: value for one in inner if one for key, value in one.values.items()}
-    rope = Fields("config.json: rope_parameters", values, get.error)
+    inner = {key: get.object(key, None) for key in ("rope_scaling", "rope_parameters")}
+    key = next((key for key, one in inner.items() if one and one.values), "rope_parameters")
+    values = one.values if (one := inner[key]) else {}
+    rope = Fields(f"config.json: {key}", values, get.error)
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
         raise ConfigError(f"{rope.place}: one for each kind of layer ({listed(nested)}), have one")
     require_neutral(values, {"partial_rotary_factor": 1.0})
@@ -240,8 +243,8 @@ def _hf_rope(
         return theta, None, None
     if kind == "linear":
         return theta, LinearScaling(factor=rope.number("factor")), None
-    key = "original_max_position_embeddings"
-    original = get.whole(key, rope.whole(key, context))
+    trained = "original_max_position_embeddings"
+    original = get.whole(trained, rope.whole(trained, context))
     if kind == "llama3":
         scaling = Llama3Scaling(
             factor=rope.number("factor"),
@@ -268,6 +271,10 @@ GGUF_USED = frozenset(
     "attention.layer_norm_rms_epsilon attention.sliding_window rope.dimension_count rope.freq_base "
     "rope.scaling.type rope.scaling.factor rope.scale_linear".split()
 )
+# What llama.cpp reads of every architecture, and that changes the arithmetic.
+GGUF_MUST_BE = {"llama.rope.scaling.attn_factor": 1.0, "llama.attention.causal": True}
+# Numbers that may stand there once for each layer.
+GGUF_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 GGUF_WITHOUT_EFFECT = frozenset(
     "expert_used_count rope.scaling.finetuned rope.scaling.original_context_length "
     "tensor_data_layout".split()
@@ -277,7 +284,7 @@ EMBEDDINGS, DIVISORS = "token_embd.weight", "rope_freqs.weight"
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     """The metadata of a `llama` GGUF, and its `rope_freqs.weight`. Raises ConfigError."""
-    get = Fields("GGUF", file.metadata)
+    get = Fields("GGUF", _one_for_all_layers(file.metadata))
     architecture = get.text("general.architecture", None)
     if architecture != "llama":
         raise ConfigError(
@@ -285,6 +292,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         )
     if get.whole("llama.expert_count", 0, least=0):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
+    require_neutral(file.metadata, GGUF_MUST_BE, "GGUF")
     dim, n_heads = get.whole("llama.embedding_length"), get.whole("llama.attention.head_count")
     head_dim = get.whole("llama.attention.key_length", _divided(dim, n_heads) or REQUIRED)
     turned = get.whole("llama.rope.dimension_count", head_dim)
@@ -318,6 +326,17 @@ def config_from_gguf(file: TensorFile) -> Resolved:
     return Resolved(config, notes)
 
 
+def _one_for_all_layers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata, with one number for a list that has the same for each layer."""
+    values = dict(metadata)
+    for key in (f"llama.{name}" for name in GGUF_BY_LAYER):
+        each = values.get(key)
+        if isinstance(each, np.ndarray) and len(each) == values.get("llama.block_count"):
+            numbers = {*each.tolist()}
+            values[key] = numbers.pop() if len(numbers) == 1 else each
+    return values
+
+
 def embedding_rows(file: TensorFile, name: str) -> int:
     """The model's vocabulary; the tokenizer's may be another. Raises ConfigError: no matrix."""
     shape = file.info(name).shape
@@ -327,7 +346,7 @@ def embedding_rows(file: TensorFile, name: str) -> int:
 
 
 def _gguf_unused(metadata: Mapping[str, Any]) -> list[str]:
-    used = {f"llama.{key}" for key in GGUF_USED | GGUF_WITHOUT_EFFECT}
+    used = {f"llama.{key}" for key in GGUF_USED | GGUF_WITHOUT_EFFECT} | {*GGUF_MUST_BE}
     unused = {key for key in metadata if key.startswith("llama.")} - used
     return [f"GGUF: no effect here: {listed(unused)}"] if unused else []
 

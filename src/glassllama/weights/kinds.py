@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import ConfigError, MemoryShortError
+from glassllama.base.errors import ConfigError, MemoryShortError, quoted
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.engine.layout import BLOCK, KINDS, Kind, packed_bytes
 from glassllama.formats.blocks import FLOATS
@@ -43,7 +43,7 @@ def choose(checkpoint: Checkpoint, *, exact: bool, quantize: Quantise | None) ->
     Raises ConfigError where exact and quantised are both asked for, and MemoryShortError.
     """
     if quantize not in (None, *CHOICES):
-        raise ConfigError(f"quantize must be one of {', '.join(CHOICES)}, got {quantize!r}")
+        raise ConfigError(f"quantize must be one of {', '.join(CHOICES)}, got {quoted(quantize)}")
     if exact and quantize not in (None, "none"):
         raise ConfigError("exact arithmetic keeps every weight as it is: leave out quantize")
     free = available_memory()

@@ -40,7 +40,7 @@ LAYER_PREFIX = {"meta": "layers.{}.", "hf": "model.layers.{}.", "gguf": "blk.{}.
 # Tables that old writers stored beside the weights; the configuration says the same.
 TABLES = {
     "meta": re.compile(r"rope\.freqs"),
-    "hf": re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"),
+    "hf": re.compile(r"model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"),
     "gguf": re.compile(r"rope_freqs\.weight"),  # read by weights/configs.py
 }
 HEADS = re.compile(r"v_head\..+")  # what training by reward leaves beside a language model

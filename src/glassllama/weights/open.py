@@ -24,12 +24,13 @@ from glassllama.base.errors import (
     GlassError,
     MissingExtraError,
     TokenizerError,
+    named,
 )
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
 from glassllama.formats.blocks import SUPPORTED, dequantise
+from glassllama.formats.first_bytes import Format, format_of, formats_in
 from glassllama.formats.gguf import GGUFFile, open_gguf
-from glassllama.formats.gguf_header import MAGIC as GGUF_MAGIC
 from glassllama.formats.safetensors import open_safetensors, shard_names
 from glassllama.tokenizers.rows import Rows
 from glassllama.weights.architectures import TORCH_ONLY, architecture_of, resolve_torch_only
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
     from glassllama.weights.configs import ModelConfig
 
 GGUF_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
-INDEX = "model.safetensors.index.json"
-ZIP_MAGIC, PICKLE_MAGIC = b"PK\3\4", b"\x80"  # torch.save since 1.6, and before
-FIRST_BYTES = 9  # enough to tell the formats apart
+SHARD = re.compile(r"consolidated\.([0-9][0-9])\.[^.]+", re.IGNORECASE)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
 LARGEST_JSON = 1 << 24  # a configuration of more than 16 MiB is none
 
 
@@ -175,6 +176,8 @@ def _opened(family: Family, source: Path) -> Checkpoint:
     file = FILES[family](source)
     try:
         config, notes = resolved or _config_from_file(source, file)
+        if family == "hf":
+            notes = [*notes, *_index_notes(source)]
         if isinstance(config, LlamaConfig):
             fitted = fit(file, config, family, frozenset(SUPPORTED))
             config, names, notes = fitted.config, fitted.names, [*notes, *fitted.notes]
@@ -197,22 +200,26 @@ def _recognise(path: Path) -> tuple[Family, Path]:
         return _recognise_file(path)
     if not path.is_dir():
         raise GlassError(f"{path}: neither a regular file nor a folder")
-    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+    formats = formats_in(path)
+    has_config = (path / "config.json").exists()
+    if has_config and any(_is_named_safetensors(file) for file in _all_of("safetensors", formats)):
         return "hf", path
     for folder in (path, path / "original"):
-        if (folder / "params.json").exists():
+        if (folder / "params.json").exists() and _meta_files(folder):
             return "meta", folder
-    models = sorted(file for file in path.glob("*") if file.is_file() and _is_gguf(file))
+    models = [file for file in _all_of("gguf", formats) if file.is_file()]
     firsts = [m for m in models if not (p := GGUF_PART.fullmatch(m.name)) or int(p[2]) == 1]
     if len(firsts) == 1:
         return "gguf", firsts[0]
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
-    if (path / "config.json").exists():
-        architecture(read_json(path / "config.json"))  # which another form would not help
-        if any(path.glob("*.bin")):
-            raise GlassError(_is_pickle(path))
-        raise GlassError(f"{path}: config.json without *.safetensors; {_resave(path)}")
+    if has_config and _all_of("safetensors", formats):
+        return "hf", path
+    for folder in (path, path / "original"):
+        if (folder / "params.json").exists():
+            return "meta", folder  # which says what is missing
+    if has_config:
+        raise _no_safetensors(path, formats)
     raise GlassError(
         f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "
         "with consolidated.*.pth)"
@@ -222,41 +229,43 @@ def _recognise(path: Path) -> tuple[Family, Path]:
 def _recognise_file(path: Path) -> tuple[Family, Path]:
     """The same for a file: by its first bytes, whatever it is called."""
     try:
-        start, folder = _first_bytes(path), path.parent
+        format, folder = format_of(path), path.parent
     except OSError as error:
         raise GlassError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if _is_gguf(path):
+    name = path.name.lower()
+    if format == "gguf":
         return "gguf", path
-    if path.name.endswith(("config.json", ".safetensors.index.json")):
-        return "hf", folder
-    if path.suffix == ".safetensors" or start[8:] == b"{":
-        return "hf", folder if path in _safetensors(folder) else path
-    zipped = start.startswith(ZIP_MAGIC)
-    if path.suffix == ".pth" or (zipped and (folder / "params.json").exists()):
+    if format == "safetensors" or (format is None and name.endswith(INDEX_ENDING)):
+        return "hf", _whole_of(path)
+    if format is None and name.endswith("config.json"):
+        return _recognise(folder)
+    if format is None:
+        raise GlassError(f"{path}: not a .gguf, .safetensors or .pth file")
+    if name.endswith(".pth") or (folder / "params.json").exists():
         return "meta", path
-    if zipped or start.startswith(PICKLE_MAGIC):
-        raise GlassError(_is_pickle(path))
-    raise GlassError(f"{path}: not a .gguf, .safetensors or .pth file")
+    raise GlassError(_is_pickle(path))
 
 
-def _is_gguf(path: Path) -> bool:
-    """By its name, so that a damaged one is told what is wrong with it, or by its first bytes."""
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        return _first_bytes(path).startswith(GGUF_MAGIC)
-    except OSError:  # a folder may hold files of others
-        return False
+def _all_of(format: Format, formats: Mapping[Path, Format]) -> list[Path]:
+    return [path for path, its_format in formats.items() if its_format == format]
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(FIRST_BYTES)
+def _is_named_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _no_safetensors(folder: Path, formats: Mapping[Path, Format]) -> GlassError:
+    """The error for a folder of Hugging Face's form whose weights are not there, or pickled."""
+    architecture(read_json(folder / "config.json"))  # which another form would not help
+    pickled = any(format in ("zip", "pickle") for format in formats.values())
+    if pickled or any(path.suffix.lower() == ".bin" for path in folder.glob("*")):
+        return GlassError(_is_pickle(folder))
+    return GlassError(f"{folder}: config.json without *.safetensors; {_resave(folder)}")
 
 
 def _is_pickle(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    return f"{path}: PyTorch's pickle files (.bin) are not read here; {_resave(folder)}"
+    return f"{path}: PyTorch's pickle files (torch.save) are not read here; {_resave(folder)}"
 
 
 def _resave(folder: Path) -> str:
@@ -269,37 +278,81 @@ def _resave(folder: Path) -> str:
     )
 
 
+def _index(folder: Path) -> Path | None:
+    """The folder's index of shards, if it has one."""
+    indexes = sorted(p for p in folder.glob("*") if p.name.lower().endswith(INDEX_ENDING))
+    if (folder / INDEX).exists():
+        return folder / INDEX
+    return indexes[0] if len(indexes) == 1 else None
+
+
 def _safetensors(folder: Path) -> list[Path]:
-    """The files that hold the folder's model. Raises GlassError where that is not clear."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    index = folder / INDEX if (folder / INDEX).exists() else None
-    if index is None and len(indexes) == 1:
-        index = indexes[0]
+    """The files that hold the folder's model, its index first where they are read by one.
+
+    model.safetensors is the model where the index does not name it, as in transformers.
+    """
+    single, index = folder / SINGLE, _index(folder)
     if index is not None:
-        return [index, *(folder / name for name in shard_names(index))]
-    files = sorted(folder.glob("*.safetensors"))
-    single = [file for file in files if file.name == "model.safetensors"]
-    return single or files
+        shards = shard_names(index)
+        if SINGLE in shards or not single.is_file():
+            return [index, *(folder / name for name in shards)]
+    if single.is_file():
+        return [single]
+    files = _all_of("safetensors", formats_in(folder))
+    return [file for file in files if _is_named_safetensors(file)] or files
+
+
+def _whole_of(path: Path) -> Path:
+    """What to open for one file of safetensors or an index: all that belongs to it."""
+    if path in _safetensors(path.parent):
+        return path.parent
+    index = _index(path.parent)
+    return index if index is not None and path.name in shard_names(index) else path
+
+
+def _index_notes(source: Path) -> list[str]:
+    """Says where an index has no effect."""
+    index = _index(source) if source.is_dir() else None
+    if index is None or index in _safetensors(source):
+        return []
+    return [f"{SINGLE} is read, not the files that {named(index.name)} names"]
 
 
 def _open_hf(source: Path) -> TensorFile:
     if source.is_file():
         return open_safetensors(source)
     files = _safetensors(source)
-    if files[0].suffix != ".json" and len(files) != 1:
+    if files[0] != _index(source) and len(files) != 1:
         raise GlassError(f"{source}: {len(files)} safetensors files, but no {INDEX}")
     return open_safetensors(files[0])
+
+
+def _meta_files(folder: Path) -> list[Path]:
+    """Meta's weights in a folder: consolidated.NN.* before other .pth files, then any other."""
+    formats = formats_in(folder)
+    files = [*_all_of("zip", formats), *_all_of("pickle", formats)]
+    named_pth = [file for file in files if file.suffix.lower() == ".pth"]
+    for shards in (
+        [file for file in named_pth if SHARD.fullmatch(file.name)],
+        [file for file in files if SHARD.fullmatch(file.name)],
+        named_pth,
+    ):
+        if shards:
+            return sorted(shards)
+    return sorted(files)
 
 
 def _open_meta(path: Path) -> TensorFile:
     folder = path if path.is_dir() else path.parent
     dim = Fields("params.json", read_json(folder / "params.json")).whole("dim", 0)
-    paths = sorted(folder.glob("consolidated.*.pth")) if path.is_dir() else [path]
-    paths = paths or sorted(folder.glob("*.pth"))
+    paths = _meta_files(folder)
+    if path.is_file() and not (SHARD.fullmatch(path.name) and path in paths):
+        paths = [path]  # one shard stands for all
     if not paths:
         raise GlassError(f"{folder}: params.json without any .pth file")
-    if re.fullmatch(r"consolidated\.[0-9][0-9]\.pth", path.name):
-        paths = sorted(folder.glob("consolidated.*.pth"))  # one shard stands for all
+    first = paths[0].name
+    if len(paths) > 1 and not (first.lower().endswith(".pth") or SHARD.fullmatch(first)):
+        raise GlassError(f"{folder}: {len(paths)} files of PyTorch's, name one of them")
     _complete(paths)
     return open_meta(paths, dim=dim)
 
@@ -329,9 +382,9 @@ def _config_from_file(source: Path, file: TensorFile) -> Resolved:
 def _complete(paths: list[Path]) -> None:
     """Shards are numbered from 00 without gaps, or one would be silently missing."""
     for expected, path in enumerate(paths):
-        number = re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name)
+        number = SHARD.fullmatch(path.name)
         if number and int(number[1]) != expected:
-            raise GlassError(f"{path.parent}: consolidated.{expected:02d}.pth is missing")
+            raise GlassError(f"{path.parent}: consolidated.{expected:02d}{path.suffix} is missing")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
@@ -30,9 +31,12 @@ from glassllama.tokenizers.pieces import Kind
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.sentencepiece import (
+    DEFAULT_IDS,
+    STOP_KEYS,
     SentencePieceTokenizer,
     as_long,
     gguf_fields,
+    named_ids,
     read_sentencepiece,
     sentencepiece_from_gguf,
     token_id,
@@ -65,7 +69,8 @@ PRE_TOKENIZERS = {
 }
 # Of these llama.cpp takes a word that is a token at once, and begins a text with bos.
 NOT_LIKE_LLAMA3 = ("smaug-bpe", "dbrx")
-STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# transformers' classes that read a tokenizer.model as Llama's where `legacy` is left out.
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 # A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
 TOKENIZER_FILES = (
@@ -76,6 +81,7 @@ TOKENIZER_FILES = (
 
 # `tokenizer.ggml.token_type` (GGUF specification, "tokenizer").
 KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+READ = (NORMAL, CONTROL, USER_DEFINED)  # from text
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -92,10 +98,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     as_llama3 = PRE_TOKENIZERS[pre] in ("llama3", "tekken") and pre not in NOT_LIKE_LLAMA3
     vocabulary = gguf_vocabulary(fields, texts, PRE_TOKENIZERS[pre], whole_words=as_llama3)
     stop_ids = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
-    stop_ids |= {id for key in STOP_KEYS if (id := token_id(fields, key)) is not None}
-    bos = token_id(fields, "bos_token_id")
-    adds_bos = fields.boolean("add_bos_token", as_llama3)
-    return BytePairTokenizer(vocabulary, bos=bos if adds_bos else None, stop_ids=stop_ids)
+    ids, notes = named_ids(fields, len(texts), dict.fromkeys(DEFAULT_IDS))
+    stop_ids |= {id for key in STOP_KEYS if (id := ids[key]) is not None}
+    bos = ids["bos_token_id"] if fields.boolean("add_bos_token", as_llama3) else None
+    tokenizer = BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids)
+    tokenizer.notes += notes
+    return tokenizer
 
 
 def gguf_vocabulary(
@@ -110,16 +118,17 @@ def gguf_vocabulary(
     written = of_kind(NORMAL, texts, numbers)
     # Of equal texts the last is used; what is empty, or no bytes in GPT-2's letters, is not.
     last = {text: id for id, text in written.items() if text and is_written(text)}
-    left = written.keys() - {*last.values()}
+    controls, added = (by_text(of_kind(kind, texts, numbers)) for kind in (CONTROL, USER_DEFINED))
+    used = {*last.values(), *controls.values(), *added.values()}
+    left = {id for id, kind in enumerate(numbers) if kind in READ} - used
     if not last.keys() & WRITTEN_BYTES:
         raise TokenizerError("tokenizer.ggml: tokens: no byte has one: no byte-level vocabulary")
     vocabulary = byte_level_vocabulary(
         written={id: text for text, id in last.items()},
         merges=(),
-        controls=by_text(of_kind(CONTROL, texts, numbers)),
-        added=by_text(of_kind(USER_DEFINED, texts, numbers)),
-        unused={id: texts[id] for id in left}
-        | of_kind(UNUSED, texts, numbers) | of_kind(UNKNOWN, texts, numbers),
+        controls=controls,
+        added=added,
+        unused={id: texts[id] for id, kind in enumerate(numbers) if id in left or kind not in READ},
         split={**SPLITS, **OTHER_SPLITS}[split],
         whole_words=whole_words,
     )  # fmt: skip
@@ -163,16 +172,44 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             "from where the weights came from"
         )
     settings = read_settings(folder)
-    return configured(read_tokenizer(found, settings.tokens), settings, folder)
+    blanks = blank_rule(settings, folder)
+    return configured(read_tokenizer(found, settings.tokens, blanks), settings, folder)
 
 
-def read_tokenizer(path: Path, tokens: Sequence[SideToken] = ()) -> Found:
+class Blanks(NamedTuple):
+    """Which blanks a SentencePiece model adds to a text: `prefix_…` of tokenizers/pieces.py."""
+
+    once: bool = False
+    doubled: bool = True
+
+
+AS_SENTENCEPIECE = Blanks()
+
+
+def blank_rule(settings: Settings, folder: Path) -> Blanks:
+    """What the files beside a SentencePiece model say of blanks, which it does not say itself.
+
+    `legacy` does. Where it is left out it is true, but for transformers' LlamaTokenizer (which a
+    Mistral never has), and that one doubles no blank.
+    """
+    is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
+    fields = Fields(str(settings.path), settings.values, TokenizerError)
+    is_llama &= fields.text("tokenizer_class", None) in LLAMA_CLASSES
+    legacy = fields.boolean("legacy", not is_llama and "legacy" not in fields.values)
+    return Blanks(once=not legacy, doubled=legacy and not is_llama)
+
+
+def read_tokenizer(
+    path: Path, tokens: Sequence[SideToken] = (), blanks: Blanks = AS_SENTENCEPIECE
+) -> Found:
     """One file's tokenizer, with the tokens that files beside it add to it.
 
-    What a tokenizer.model is, its content tells.
+    What a tokenizer.model is, its content tells; `blanks` is for one of SentencePiece.
     """
     if path.name == "tokenizer.model":
-        return read_meta_tokenizer(path) if looks_like_ranks(path) else read_pieces(path, tokens)
+        if looks_like_ranks(path):
+            return read_ranks(path, tokens)
+        return read_pieces(path, tokens, blanks)
     document = with_side_tokens(read_json(path), tokens)
     try:
         if is_char_document(document):
@@ -187,12 +224,24 @@ def read_tokenizer(path: Path, tokens: Sequence[SideToken] = ()) -> Found:
         raise TokenizerError(f"{path}: {fault}") from fault
 
 
-def read_pieces(path: Path, tokens: Sequence[SideToken]) -> SentencePieceTokenizer:
+def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
+    """Meta's ranks. TokenizerError: a file beside them names a token that they lack."""
+    tokenizer = read_meta_tokenizer(path)
+    for token in tokens:
+        ids = tokenizer.encode(token.content, specials=True)
+        if len(ids) != 1 or token.id not in (None, *ids):
+            raise TokenizerError(
+                f"{token.place}: {quoted(token.content)} is no token of {path}, to which none can "
+                "be added; use the model's tokenizer.json"
+            )
+    return tokenizer
+
+
+def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> SentencePieceTokenizer:
     """A SentencePiece model with the tokens that files beside it add to it."""
     tokenizer = read_sentencepiece(path)
-    if not tokens:
-        return tokenizer
-    pieces = with_side_pieces(tokenizer.pieces, tokens)
+    pieces = replace(tokenizer.pieces, prefix_once=blanks.once, prefix_doubled=blanks.doubled)
+    pieces = with_side_pieces(pieces, tokens) if tokens else pieces
     stop_ids = tokenizer.stop_ids | end_ids(pieces.of_kind(*Kind))
     return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
 
@@ -227,10 +276,12 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
         if named is None:
             continue
         ids = named if isinstance(named, list) else [named]
-        if not all(is_whole(id) and 0 <= id < tokenizer.vocab_size for id in ids):
+        rows: Any = optional_json(folder / "config.json").get("vocab_size")  # may be more
+        size = max(tokenizer.vocab_size, int(rows) if is_whole(rows) else 0)
+        if not all(is_whole(id) and 0 <= id < size for id in ids):
             raise TokenizerError(
-                f"{path}: eos_token_id is {quoted(named)}; expected ids from 0 to "
-                f"{tokenizer.vocab_size - 1}, the vocabulary's last"
+                f"{path}: eos_token_id is {quoted(named)}; expected ids from 0 to {size - 1}, "
+                "the vocabulary's last"
             )
         return {*ids}
     return set()
