@@ -82,6 +82,7 @@ def test_presets_are_listed(verb: Any) -> None:
         (["bigram-tinyshakespeare", "--set", "schedule.step=5"], 1, "did you mean steps"),
         (["bigram-tinyshakespeare", "--data", "nowhere.txt"], 1, "nowhere.txt: no such file"),
         (["bigram-tinyshakespeare", "--resume", "always"], 2, "always"),
+        (["bigram-tinyshakespeare", "--init-from", ""], 2, "--init-from: empty: name a model"),
         (["bigram-tinyshakespeare", "--set", "run.device=abacus"], 1, "run.device: 'abacus'"),
     ],
 )

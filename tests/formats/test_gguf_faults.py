@@ -64,6 +64,13 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "bools of 255": (gguf([pair("k", ARRAY, array(BOOL, 2, b"\1\xff"))]), "a bool of 255"),
     "nested 9 deep": (gguf([nested(9)]), "'deep' nests arrays deeper than 8"),
     "nested 5,000 deep": (gguf([nested(5000)]), "'deep' nests arrays deeper than 8"),
+    "70,000 arrays in one": (
+        gguf([pair("k", ARRAY, array(ARRAY, 70_000, array(U8, 0, b"") * 70_000))]),
+        "'k' is an array of 70000 arrays; at most 65536 are read",
+    ),
+    "70,000 pairs": (
+        gguf([pair(f"{n:x}", U8, b"\1") for n in range(70_000)]), "70000 metadata pairs; .* 65536"
+    ),
     "alignment 0": (gguf([alignment(0)]), "power of two and at least 8, got 0"),
     "alignment 4": (gguf([alignment(4)]), "power of two and at least 8, got 4"),
     "alignment 48": (gguf([alignment(48)]), "power of two and at least 8, got 48"),

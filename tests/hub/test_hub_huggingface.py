@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from glassllama.base.errors import DownloadError
-from glassllama.hub.names import looks_like_path
-from glassllama.hub.select import choose, gguf_files, missing_gguf_parts
+from glassllama.hub.names import looks_like_path, parse_hub_id
+from glassllama.hub.select import choose, gguf_files, missing_from
 from hub.stand_in import COMMIT, Repository
 
 if TYPE_CHECKING:
@@ -144,11 +144,48 @@ def test_a_single_file_that_the_index_does_not_name_is_the_model(
     assert sandbox.run(name="org/both", offline=True)["path"] == answer["path"]
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "lacking"),
+    [
+        ("org/bare", {"model.safetensors": b"x", "tokenizer.json": b"{}"}, "config.json"),
+        ("org/part:Q8_0", {"a-Q8_0-00001-of-00002.gguf": b"x"}, "part 2 of 2"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused_before_a_byte_of_it(
+    sandbox: Sandbox, repositories: dict[str, Repository], stand_in: StandIn, name: str,
+    files: dict[str, bytes], lacking: str,
+) -> None:  # fmt: skip
+    repositories[name.partition(":")[0]] = Repository(files)
+    stand_in.requests.clear()
+    assert f"no whole model: {lacking} is not there" in sandbox.run(name=name)["error"]
+    assert not [path for path in map(str, stand_in.requests) if "resolve" in path]
+
+
+def test_names_of_a_repository_are_shown_short_and_printable(
+    sandbox: Sandbox, repositories: dict[str, Repository]
+) -> None:
+    names = ["\x1b[31mevil\x07\n.bin", "/tmp/outside.gguf", "../outside.gguf", "y" * 5000 + ".gguf"]
+    repositories["org/odd"] = Repository({name: b"1" for name in names})
+    for name in ("org/odd", "org/odd:Q9"):
+        error = sandbox.run(name=name)["error"]
+        assert error.isprintable()
+        assert len(error) < 600
+        assert "outside" not in error
+
+
+@pytest.mark.parametrize("revision", ["..", "a/../b", "/x", "x//y", "q" * 300])
+def test_a_revision_that_is_none(revision: str) -> None:
+    assert parse_hub_id(f"org/r@{revision}") is None
+    assert parse_hub_id("org/r@refs/pr/1") is not None
+
+
 def test_gguf_and_its_parts_in_capitals() -> None:
     parts = ["a-Q4_0-00001-of-00002.GGUF", "a-Q4_0-00002-of-00002.GGUF"]
     assert gguf_files(parts, "q4_0", "org/r") == parts
-    assert missing_gguf_parts(parts[:1])
-    assert not missing_gguf_parts(parts)
+    assert missing_from(parts[:1]) == "part 2 of 2"
+    assert missing_from(parts[1:]) == "part 1 of 2"
+    assert missing_from(["a-00002-of-00002.gguf", "a-00003-of-00002.gguf"]) == "part 1 of 2"
+    assert missing_from(parts) is None
     with pytest.raises(DownloadError, match=r"name one of its GGUF files, as in org/r:a-Q4_0-"):
         choose(parts, "org/r", None, False, None)
     assert looks_like_path("a/b.GGUF")

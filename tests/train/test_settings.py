@@ -51,6 +51,8 @@ def test_presets_are_as_large_as_they_say() -> None:
             "steps must be a whole number from 0 to 2147483647, got 2.5",
         ),
         ("schedule.steps=0", "schedule.steps: want a number above 0, got 0"),
+        ("data.held_out=1e-300", "data.held_out: want a share from 1e-06 to below 1, got 1e-300"),
+        ("data.held_out=1", "data.held_out: want a share from 1e-06 to below 1, got 1.0"),
         (
             "schedule.warmup=5000",
             "do not fit into 1000 steps in all; add --set schedule.warmup=",

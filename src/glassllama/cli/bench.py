@@ -16,7 +16,6 @@ from glassllama.base.errors import GenerationError, GlassError, MissingExtraErro
 from glassllama.cli.files import naming
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
 from glassllama.cli.screen import print_json, progress_bars
-from glassllama.formats.first_bytes import format_of
 
 if TYPE_CHECKING:
     from glassllama.cli.measure import Contestant, Grid
@@ -135,6 +134,8 @@ class LlamaCpp:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("the comparison with llama.cpp", "bench") from None
+        from glassllama.formats.first_bytes import format_of  # NumPy: only when it is needed
+
         if format_of(path) != "gguf":
             raise GlassError(f"{path}: llama.cpp reads GGUF files only, leave out --vs")
         self._cpp: Any = llama_cpp

@@ -24,7 +24,7 @@ INSTEAD = {
     "train_tokenizer": "train-tokenizer", "tokenizer": "train-tokenizer",
 }  # fmt: skip
 FROM_PYTHON = "from Python: glassllama.load(MODEL)"
-FINETUNE = "'train' learns from a text from the beginning"
+FINETUNE = "'train PRESET --data TEXT --init-from MODEL' begins with the weights of a model"
 REMOVE = "delete the folder or file that 'list' names"
 MISSING = {
     "serve": FROM_PYTHON,

@@ -107,6 +107,8 @@ def train(
         return
     if find_spec("torch") is None:
         raise MissingExtraError("training", "train")
+    if init_from == "":
+        raise typer.BadParameter("empty: name a model, or leave it out", param_hint="--init-from")
     given = {"data.corpus": data, "model.init_from": init_from}
     named = [f"{key}={dumps(str(value))}" for key, value in given.items() if value is not None]
     changes = [*(change or []), *named]

@@ -26,6 +26,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 counted in 32 bits; 3 is 2 with big-endian files allowed
 LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds instead
 LEAST_PAIR_BYTES = U64.size + U32.size + 1  # empty key, type, one byte
+MOST_PAIRS = 2**16
 LEAST_TENSOR_BYTES = U64.size + U32.size + U32.size + U64.size  # empty name, no sizes
 DEFAULT_ALIGNMENT, LEAST_ALIGNMENT = 32, 8
 MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
@@ -100,6 +101,8 @@ def check_version(cursor: Cursor) -> None:
 
 def read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
     cursor.check_room(count, LEAST_PAIR_BYTES, f"a list of {count} metadata pairs")
+    if count > MOST_PAIRS:
+        raise cursor.error(f"{count} metadata pairs; a model has some tens, at most {MOST_PAIRS}")
     metadata: dict[str, Value] = {}
     for number in range(count):
         key = cursor.string(f"metadata key {number} of {count}")

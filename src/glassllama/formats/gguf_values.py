@@ -29,6 +29,7 @@ NUMBERS: dict[int, np.dtype[Any]] = {
 }
 BOOL, STRING, ARRAY = 7, 8, 9
 DEEPEST = 8  # arrays inside arrays; real files have none, but the format allows them
+MOST_INNER = 2**16  # arrays in an array: nothing that is used has such
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 ARRAY_HEADER_BYTES = U32.size + U64.size  # type of the elements, number of elements
@@ -166,6 +167,8 @@ def read_array(cursor: Cursor, what: str, depth: int) -> Value:
     if kind != ARRAY:
         raise cursor.error(f"{what} is an array of the unknown metadata type {kind}; have 0 to 12")
     cursor.check_room(count, ARRAY_HEADER_BYTES, what)
+    if count > MOST_INNER:
+        raise cursor.error(f"{what} is an array of {count} arrays; at most {MOST_INNER} are read")
     return tuple(read_array(cursor, what, depth + 1) for _ in range(count))
 
 

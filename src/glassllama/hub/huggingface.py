@@ -13,14 +13,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from glassllama.base.errors import DownloadError, quoted
 from glassllama.base.interfaces import Progress
 from glassllama.hub import snapshot
 from glassllama.hub.names import HUB_MODELS, HubId
-from glassllama.hub.select import INDEX, LARGEST_INDEX, choose
+from glassllama.hub.select import INDEX, LARGEST_INDEX, choose, listed, missing_from
 from glassllama.hub.watch import file_sizes, watching
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ def fetch_hub_model(
     if index and id.gguf is None and not prefer_pth:  # it names the weights
         _download(id, index, None)
     names = [file.name for file in files]
-    wanted = set(choose(names, id.repo, id.gguf, prefer_pth, snapshot.index_of(snapshot.files(id))))
-    _download(id, [file for file in files if file.name in wanted], progress)
+    chosen = choose(names, id.repo, id.gguf, prefer_pth, snapshot.index_of(snapshot.files(id)))
+    if (lacking := missing_from(chosen)) is not None:
+        raise DownloadError(f"{id}: no whole model: {lacking} is not there; found {listed(names)}")
+    _download(id, [file for file in files if file.name in chosen], progress)
     place = snapshot.find(id, prefer_pth)
     if place is None:
         raise DownloadError(f"{id}: changed on the Hub while it was downloaded; try again")
@@ -76,7 +79,13 @@ def _listing(id: HubId) -> list[RemoteFile]:
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(id.repo, revision=id.revision, files_metadata=True)
-    return [_remote_file(sibling) for sibling in info.siblings or []]
+    files = [_remote_file(sibling) for sibling in info.siblings or []]
+    # A name that leads out of the repository's folder is no file of a model.
+    return [
+        file
+        for file in files
+        if ".." not in (p := PurePosixPath(file.name)).parts and not p.is_absolute()
+    ]
 
 
 def _remote_file(sibling: RepoSibling) -> RemoteFile:
@@ -182,8 +191,7 @@ def _reason(id: HubId, error: Exception) -> str:
             "spelling, or set HF_TOKEN to a valid token if it is private"
         )
     if isinstance(error, errors.HfHubHTTPError):
-        answer = str(error).strip().splitlines()[0]
-        return f"the Hub refused ({answer}); try again later, or check HF_TOKEN"
+        return f"the Hub refused ({_first_line(error)}); try again later, or check HF_TOKEN"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or set HF_HOME to a folder on another disk"
     if isinstance(error, PermissionError):
@@ -191,9 +199,14 @@ def _reason(id: HubId, error: Exception) -> str:
             f"cannot write the Hub's cache {constants.HF_HUB_CACHE} ({error.strerror}); set "
             "HF_HOME to a folder you can write to"
         )
-    words = str(error).strip().splitlines()
-    detail = f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
     return (
-        f"no file or folder here, and could not be fetched from {constants.ENDPOINT} ({detail}); "
-        "check the network and try again: files that are whole are kept"
+        f"no file or folder here, and could not be fetched from {constants.ENDPOINT} "
+        f"({_first_line(error)}); check the network and try again: files that are whole are kept"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its words, as far as it is short and printable."""
+    words = str(error).strip().splitlines() or [""]
+    shown = "".join(character if character.isprintable() else "?" for character in words[0])
+    return f"{type(error).__name__}: {shorten(shown, 200, placeholder=' …')}".removesuffix(": ")

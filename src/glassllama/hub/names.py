@@ -114,6 +114,8 @@ SHORT_NAMES = tuple(sorted([*PACKAGE_MODELS, *HUB_MODELS]))
 
 FILE_ENDINGS = (".gguf", ".safetensors", ".pth", ".json", ".model")
 
+MAIN = "main"  # the revision where none is given
+LONGEST_ID = 250  # characters: each part of it is the name of a file in the cache
 # The Hub allows letters, digits, and - _ . inside; a revision is a branch, tag or commit.
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -144,8 +146,10 @@ def short_name(name: str) -> str | None:
 
 def parse_hub_id(name: str) -> HubId | None:
     """The parts of a Hub id, or None where `name` does not have that form."""
-    found = HUB_ID.fullmatch(name)
-    return HubId(**found.groupdict()) if found else None
+    found = HUB_ID.fullmatch(name) if len(name) <= LONGEST_ID else None
+    if found is None or {"", ".", ".."} & {*(found["revision"] or MAIN).split("/")}:
+        return None
+    return HubId(**found.groupdict())
 
 
 def looks_like_path(name: str) -> bool:

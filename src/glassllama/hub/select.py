@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from glassllama.base.errors import DownloadError, quoted
+from glassllama.base.errors import DownloadError, named, quoted
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -24,7 +24,7 @@ SMALL = (
 SINGLE = "model.safetensors"
 LARGEST_INDEX = 100_000_000  # bytes
 PTH = re.compile(r"consolidated\.\d+\.pth", re.IGNORECASE)
-GGUF_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
+GGUF_PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
 MANY = 8  # names listed in an error
 
 
@@ -88,10 +88,17 @@ def gguf_files(names: Iterable[str], wanted: str, repo: str) -> list[str]:
     return [n for n in ggufs if GGUF_PART.sub("", n) in models]
 
 
-def missing_gguf_parts(found: list[str]) -> bool:
-    """Whether a split file (-00001-of-0000N) is not all there."""
-    part = GGUF_PART.search(found[0])
-    return part is not None and len(found) != int(part[1])
+def missing_from(chosen: list[str]) -> str | None:
+    """What these files lack to be a model, as far as their names tell; None: nothing.
+
+    A part of a split GGUF file (-00001-of-0000N), or config.json beside safetensors.
+    """
+    if is_gguf(chosen[0]):
+        parts = [match for name in chosen if (match := GGUF_PART.search(name))]
+        totals = {int(part[2]) for part in parts}
+        missing = {*range(1, 1 + max(totals, default=0))} - {int(part[1]) for part in parts}
+        return f"part {min(missing)} of {max(totals)}" if missing else None
+    return None if PTH.fullmatch(_base(chosen[0])) or CONFIG in chosen else CONFIG
 
 
 def choose(
@@ -108,7 +115,7 @@ def choose(
     if not chosen:
         expected = "" if prefer_pth else f"{SINGLE}, {INDEX} or "
         ggufs = [name for name in names if is_gguf(name)]
-        hint = f"; name one of its GGUF files, as in {repo}:{ggufs[0]}" if ggufs else ""
+        hint = f"; name one of its GGUF files, as in {repo}:{named(ggufs[0])}" if ggufs else ""
         raise DownloadError(
             f"{repo}: expected {expected}consolidated.*.pth with params.json, found "
             f"{listed(names) or 'no files'}{hint}"
@@ -118,7 +125,7 @@ def choose(
 
 def listed(names: list[str]) -> str:
     more = f", and {len(names) - MANY} more" if len(names) > MANY else ""
-    return ", ".join(names[:MANY]) + more
+    return ", ".join(map(named, names[:MANY])) + more
 
 
 def is_gguf(name: str) -> bool:

@@ -20,10 +20,11 @@ from glassllama.hub.select import (
     TOKENIZER,
     choose,
     is_gguf,
-    missing_gguf_parts,
+    missing_from,
 )
 
 MAIN = "main"
+LONGEST_COMMIT = 100  # bytes; git's have 40 or 64
 FOLDER_PREFIX = "models--"
 
 
@@ -51,10 +52,16 @@ def files(id: HubId) -> dict[str, Path]:
     folder = repo_folder(id.repo)
     revision = id.revision or MAIN
     ref = folder / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    commit = _commit(ref) if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit
     found = (path for path in sorted(snapshot.rglob("*")) if path.is_file())
     return {path.relative_to(snapshot).as_posix(): path for path in found}
+
+
+def _commit(ref: Path) -> str:
+    """The commit that a reference names; what is none names no folder either."""
+    with ref.open("rb") as file:
+        return file.read(LONGEST_COMMIT).decode("ascii", "replace").strip()
 
 
 def find(id: HubId, prefer_pth: bool = False) -> Place | None:
@@ -64,14 +71,13 @@ def find(id: HubId, prefer_pth: bool = False) -> Place | None:
         chosen = choose(list(here), id.repo, id.gguf, prefer_pth, index_of(here))
     except (DownloadError, OSError):  # not all of its weights are here
         return None
+    if missing_from(chosen) is not None:
+        return None
     paths = tuple(here[name] for name in chosen)
     if id.gguf is not None:
-        whole = not missing_gguf_parts(chosen)
-        return Place(path=paths[0], files=paths, certain=True) if whole else None
+        return Place(path=paths[0], files=paths, certain=True)
     if PTH.fullmatch(paths[0].name):  # nothing in the folder tells how many shards there are
         return Place(path=paths[0].parent, files=paths, certain=False)
-    if CONFIG not in chosen:
-        return None
     tokenizer = any(name in chosen for name in TOKENIZER)
     return Place(path=here[CONFIG].parent, files=paths, certain=tokenizer)
 

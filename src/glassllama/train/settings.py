@@ -17,6 +17,7 @@ KINDS = ("bigram", "gpt", "llama")
 CHARACTERS, BPE = "characters", "bpe:"
 MOST_DIGITS = 18  # of a vocabulary's size
 SEED_LIMIT = 1 << 32  # the other half of 64 bits counts ranks and steps
+LEAST_SHARE = 1e-6  # held out: of a thousand million characters, a thousand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,11 @@ class DataSettings:
         for name in ("corpus", "tokenizer"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"data.{name}: want a name or a path, got none")
-        positive("data", self, "context", "batch", "held_out")
-        shares("data", self, "held_out")
+        positive("data", self, "context", "batch")
+        if not LEAST_SHARE <= self.held_out < 1:
+            raise ConfigError(
+                f"data.held_out: want a share from {LEAST_SHARE} to below 1, got {self.held_out}"
+            )
         if self.tokenizer.startswith(BPE) and self.bpe_size is None:
             raise ConfigError(
                 f"data.tokenizer: want bpe:N with a number of tokens, got {quoted(self.tokenizer)}"
