@@ -29,7 +29,7 @@ NUMBERS: dict[int, np.dtype[Any]] = {
 }
 BOOL, STRING, ARRAY = 7, 8, 9
 DEEPEST = 8  # arrays inside arrays; real files have none, but the format allows them
-MOST_INNER = 2**16  # arrays in an array: nothing that is used has such
+MOST_INNER = 2**16  # arrays in an array; no key that is read holds arrays of arrays
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 ARRAY_HEADER_BYTES = U32.size + U64.size  # type of the elements, number of elements

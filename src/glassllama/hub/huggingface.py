@@ -80,12 +80,13 @@ def _listing(id: HubId) -> list[RemoteFile]:
 
     info = HfApi().model_info(id.repo, revision=id.revision, files_metadata=True)
     files = [_remote_file(sibling) for sibling in info.siblings or []]
-    # A name that leads out of the repository's folder is no file of a model.
-    return [
-        file
-        for file in files
-        if ".." not in (p := PurePosixPath(file.name)).parts and not p.is_absolute()
-    ]
+    return [file for file in files if _is_inside(file.name)]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name does not lead out of the repository's folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _remote_file(sibling: RepoSibling) -> RemoteFile:
@@ -206,7 +207,7 @@ def _reason(id: HubId, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The kind of an error and the first line of its words, as far as it is short and printable."""
+    """The class of an error and its first line, cut at 200 characters, printable."""
     words = str(error).strip().splitlines() or [""]
     shown = "".join(character if character.isprintable() else "?" for character in words[0])
     return f"{type(error).__name__}: {shorten(shown, 200, placeholder=' …')}".removesuffix(": ")

@@ -89,7 +89,7 @@ def gguf_files(names: Iterable[str], wanted: str, repo: str) -> list[str]:
 
 
 def missing_from(chosen: list[str]) -> str | None:
-    """What these files lack to be a model, as far as their names tell; None: nothing.
+    """The first file that is missing from a model, judged by names only; None: none is missing.
 
     A part of a split GGUF file (-00001-of-0000N), or config.json beside safetensors.
     """

@@ -59,7 +59,7 @@ def files(id: HubId) -> dict[str, Path]:
 
 
 def _commit(ref: Path) -> str:
-    """The commit that a reference names; what is none names no folder either."""
+    """The commit that a reference file names. A damaged file gives a name that no folder has."""
     with ref.open("rb") as file:
         return file.read(LONGEST_COMMIT).decode("ascii", "replace").strip()
 

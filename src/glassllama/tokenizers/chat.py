@@ -20,7 +20,8 @@ from glassllama.tokenizers.bpe import alternatives
 from glassllama.tokenizers.written import Written, without_foreign, written
 
 ROLES = SYSTEM, USER, ASSISTANT, TOOL = ("system", "user", "assistant", "tool")
-# Conversations that together have every role, each also without those that a template may refuse.
+# Conversations that a template is rendered with to find its marks of roles. Together they have
+# every role; a template that refuses one of them accepts another.
 SAMPLE_ROLES = (
     (USER,), (SYSTEM, USER), (USER, ASSISTANT), (USER, ASSISTANT, USER),
     (USER, ASSISTANT, TOOL), (SYSTEM, USER, ASSISTANT, TOOL, ASSISTANT, USER),
@@ -175,7 +176,7 @@ class TemplateChat:
 
     @cached_property
     def _samples(self) -> list[Written]:
-        """What the template makes of short conversations; it may refuse some of them."""
+        """The template rendered with SAMPLE_ROLES; conversations that it refuses are left out."""
         samples: list[Written] = []
         for roles in SAMPLE_ROLES:
             for add_generation_prompt in (False, True):

@@ -75,7 +75,7 @@ class Pattern:
             raise TokenizerError(f"pattern {quoted(source)}: {quoted(str(fault))}") from None
 
     def each_word(self, text: str) -> Iterable[str]:
-        """As `words`; those of a long text are made one by one."""
+        """As `words`, but for a long text an iterator, so that no list of all words is held."""
         if len(text) <= MANY:
             return self.words(text)
         return (text[begin:end] for begin, end, _ in self.cut(text) if begin < end)

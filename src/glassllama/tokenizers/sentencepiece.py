@@ -138,7 +138,7 @@ def token_id(fields: Fields, key: str, default: int | None = None) -> int | None
 def named_ids(
     fields: Fields, size: int, defaults: Mapping[str, int | None]
 ) -> tuple[dict[str, int | None], list[str]]:
-    """The ids that a GGUF file of `size` tokens names. Beyond them, the default and a note."""
+    """The ids that a GGUF file names, and notes. An id of `size` or more becomes the default."""
     ids: dict[str, int | None] = {}
     notes: list[str] = []
     for key, default in defaults.items():

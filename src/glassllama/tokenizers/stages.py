@@ -90,7 +90,7 @@ def _replace(stage: Fields) -> Normalizer:
     found = foreign(pattern)
 
     def replace(text: str) -> str:
-        written = StringIO()  # joined, all parts would have to be there at the same time
+        written = StringIO()  # "".join would hold a list of all parts
         written.writelines(content if hit else text[a:b] for a, b, hit in found.cut(text))
         return written.getvalue()
 
@@ -211,7 +211,7 @@ def _joined(matches: Iterable[Match], behavior: str) -> Iterator[tuple[int, int]
         yield from ((a, b) for a, b, hit in matches if behavior == "Isolated" or not hit)
         return
     first = last = 0
-    before = None  # whether the stretch before was a match; none was
+    before = None  # whether the stretch before was a match; None: there is none
     for begin, end, hit in matches:
         if behavior == "Contiguous":
             joins = hit == before

@@ -148,7 +148,7 @@ def kept_for_backward(run: Run, rows: int) -> int:
 
     batch = replace(run.batches, batch=rows).at(0)
     ids, _, documents = next(iter(parts(batch, 1, run.settings.run.device)))
-    compiled = run.settings.run.compile  # which for this once would take long
+    compiled = run.settings.run.compile  # compiling would take longer than this one pass
     as_it_stands = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with as_it_stands, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         held = run.model.hidden(ids, segments=documents)  # while it lives, so does what it keeps

@@ -256,7 +256,9 @@ def _is_named_safetensors(path: Path) -> bool:
 
 def _no_safetensors(folder: Path, formats: Mapping[Path, Format]) -> GlassError:
     """The error for a folder of Hugging Face's form whose weights are not there, or pickled."""
-    architecture(read_json(folder / "config.json"))  # which another form would not help
+    architecture(
+        read_json(folder / "config.json")
+    )  # refuse the architecture first: saving the weights again would not help
     pickled = any(format in ("zip", "pickle") for format in formats.values())
     if pickled or any(path.suffix.lower() == ".bin" for path in folder.glob("*")):
         return GlassError(_is_pickle(folder))
@@ -279,7 +281,7 @@ def _resave(folder: Path) -> str:
 
 
 def _index(folder: Path) -> Path | None:
-    """The folder's index of shards, if it has one."""
+    """The folder's index of shards, or None."""
     indexes = sorted(p for p in folder.glob("*") if p.name.lower().endswith(INDEX_ENDING))
     if (folder / INDEX).exists():
         return folder / INDEX
@@ -303,7 +305,7 @@ def _safetensors(folder: Path) -> list[Path]:
 
 
 def _whole_of(path: Path) -> Path:
-    """What to open for one file of safetensors or an index: all that belongs to it."""
+    """The folder, index or file to open when the user names one file of a safetensors model."""
     if path in _safetensors(path.parent):
         return path.parent
     index = _index(path.parent)
@@ -311,7 +313,7 @@ def _whole_of(path: Path) -> Path:
 
 
 def _index_notes(source: Path) -> list[str]:
-    """Says where an index has no effect."""
+    """A note where model.safetensors is read although there is an index."""
     index = _index(source) if source.is_dir() else None
     if index is None or index in _safetensors(source):
         return []
