@@ -256,9 +256,8 @@ def _is_named_safetensors(path: Path) -> bool:
 
 def _no_safetensors(folder: Path, formats: Mapping[Path, Format]) -> GlassError:
     """The error for a folder of Hugging Face's form whose weights are not there, or pickled."""
-    architecture(
-        read_json(folder / "config.json")
-    )  # refuse the architecture first: saving the weights again would not help
+    # An architecture that is not supported first: saving its weights again would not help.
+    architecture(read_json(folder / "config.json"))
     pickled = any(format in ("zip", "pickle") for format in formats.values())
     if pickled or any(path.suffix.lower() == ".bin" for path in folder.glob("*")):
         return GlassError(_is_pickle(folder))
