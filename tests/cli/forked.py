@@ -2,8 +2,14 @@
 
 import sys
 
+import rich.console  # noqa: F401
+import typer._adapters  # noqa: F401
+
 import glassllama.cli.app
-import glassllama.engine.executor  # noqa: F401
+import glassllama.hub
+import glassllama.llm
+import glassllama.weights.pack
+import glassllama.weights.tokenizer  # noqa: F401
 from forks import serve
 from glassllama.__main__ import main
 

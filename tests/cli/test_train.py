@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cli.programs import COMMAND, PATIENCE, run
+from forks import WITH_TORCH, server
 from glassllama.cli.training import View, curve
 from glassllama.train.bands import Band, Watchman
 from glassllama.train.journal import Record, read_records
@@ -135,23 +134,36 @@ def test_without_matplotlib_the_run_ends_well(verb: Any, tmp_path: Path, text: P
 # --- interrupted ----------------------------------------------------------------------------
 
 
-def begin(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*COMMAND, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
+INTERRUPTED = """
+import os, signal, sys, time, torch
+from pathlib import Path
+from glassllama.__main__ import main
+from glassllama.train.journal import read_records
+folder, step, *numbers = (sys.argv.pop(1) for _ in range(4))
+torch.set_num_threads(1)
+process = os.fork()
+if process == 0:
+    main()
+    os._exit(0)
+while not any(record.step >= int(step) for record in read_records(Path(folder))):
+    assert os.waitpid(process, os.WNOHANG) == (0, 0), "it has ended"
+    time.sleep(0.01)
+for number in numbers:
+    os.kill(process, int(number))
+    time.sleep(0.1)
+print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not any(record.step >= step for record in read_records(folder)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.01)
+def interrupted(words: list[str], folder: Path, step: int, *numbers: int) -> tuple[int, str]:
+    """The command on one thread, sent two signals (0: none) after a step -> exit code and stderr.
+
+    It prints nothing on stdout.
+    """
+    ran = server(WITH_TORCH).run([INTERRUPTED, str(folder), str(step), *map(str, numbers), *words])
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    return int(ran.stdout), ran.stderr
 
 
 def test_killed_interrupted_and_resumed_is_never_interrupted(
@@ -163,17 +175,10 @@ def test_killed_interrupted_and_resumed_is_never_interrupted(
     assert verb(*options(straight, text, "llama", *more), "--no-preflight").code == 0
 
     arguments = [*options(broken, text, "llama", *more), "--no-preflight", "--resume", "auto"]
-    ends = ((12, signal.SIGKILL, -9), (40, signal.SIGTERM, 143))
-    for step, number, code in ends:
-        process = begin(arguments)
-        wait_for_step(process, broken, step)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == code, err
-        assert "Traceback" not in err
-        assert out == ""
-        if number != signal.SIGKILL:
-            assert "stopped and saved after step" in err
+    for step, number, ended in ((12, signal.SIGKILL, -9), (40, signal.SIGTERM, 143)):
+        code, err = interrupted(arguments, broken, step, number, 0)
+        assert code == ended, err
+        assert ("stopped and saved after step" in err) == (number == signal.SIGTERM)
     assert verb(*arguments).code == 0
 
     last = Path("checkpoints") / "step-000150" / "training.safetensors"
@@ -192,14 +197,9 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     slow = ["data.context=256", "data.batch=16", "model.dim=240", "model.n_layers=4",
             "model.ffn_dim=800", "model.head_dim=60"]  # fmt: skip
-    process = begin([*options(folder, text, "llama", *slow), "--no-preflight"])
-    wait_for_step(process, folder, 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    words = [*options(folder, text, "llama", *slow), "--no-preflight"]
+    code, err = interrupted(words, folder, 1, signal.SIGINT, signal.SIGINT)
+    assert code == 130, err
 
 
 def test_a_reader_that_leaves(tmp_path: Path, text: Path) -> None:

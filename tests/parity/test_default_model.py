@@ -17,6 +17,7 @@ from glassllama.base.interfaces import Executor
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
+from long_mode import LONG
 from tolerances import difference, logits_bar, ties, widened
 
 PROMPTS = [
@@ -32,9 +33,9 @@ PROMPTS = [
     "SELECT name FROM users WHERE",
     "In 1969, Neil Armstrong",
     "日本の首都は",
-]
+][:: 1 if LONG else 2]
 LENGTH = 48
-GREEDY = f"greedy text, 12 × {LENGTH} ids, engine exact: near ties"
+GREEDY = f"greedy text, {len(PROMPTS)} × {LENGTH} ids, engine exact: near ties"
 TIES = 2  # of 576 ids: two float32 computations part where the two likeliest ids are that close
 
 

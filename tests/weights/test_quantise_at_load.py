@@ -179,6 +179,17 @@ def log_softmax(logits: Any) -> Any:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+@pytest.fixture(scope="module")
+def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
+    """The default model in bfloat16, ids of prose, and what it makes of them unquantised."""
+    checkpoint = open_weights(default_model)
+    floats = replace(checkpoint, file=InFloats(checkpoint.file))
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
+    ids = checkpoint.tokenizer.encode(text)
+    engine = pack(floats, quantize="none")
+    return floats, ids, log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids))))
+
+
 # Upper bound of the mean divergence in nats, lower bound of how often the likeliest token is the
 # same. Measured: 0.007 and 0.95, which is what the engine's eight-bit inputs cost; 0.43 and 0.66,
 # which is why q4_0 is the last resort for so small a model, and for one rounded to a grid before.
@@ -186,18 +197,12 @@ def log_softmax(logits: Any) -> Any:
     ("quantize", "divergence", "agreement"), [("q8_0", 0.015, 0.92), ("q4_0", 0.6, 0.6)]
 )
 def test_quality_on_real_text(
-    quantize: Any, divergence: float, agreement: float, default_model: Path
+    quantize: Any, divergence: float, agreement: float, in_floats: tuple[Checkpoint, list[int], Any]
 ) -> None:
-    """The default model in bfloat16, quantised again, on the licence's prose."""
-    checkpoint = open_weights(default_model)
-    floats = replace(checkpoint, file=InFloats(checkpoint.file))
-    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
-    ids = checkpoint.tokenizer.encode(text)
-    results = []
-    for choice in ("none", quantize):
-        engine = pack(floats, quantize=choice)
-        results.append(log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids)))))
-    p, q = results
+    """The model quantised again, on the licence's prose."""
+    floats, ids, p = in_floats
+    engine = pack(floats, quantize=quantize)
+    q = log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids))))
     measured = (np.exp(p) * (p - q)).sum(-1).mean()
     same = (p.argmax(-1) == q.argmax(-1)).mean()
     print(f"{quantize}: divergence {measured:.4f}, same likeliest token {same:.3f}")

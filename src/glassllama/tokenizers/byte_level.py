@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.added import AddedToken
@@ -24,6 +25,7 @@ CHARACTER_TO_BYTE = {byte: byte for byte in PRINTABLE} | {
 }
 BYTE_TO_CHARACTER = {byte: chr(character) for character, byte in CHARACTER_TO_BYTE.items()}
 WRITTEN_BYTES = {*BYTE_TO_CHARACTER.values()}
+WRITTEN = re.compile(f"[{re.escape(''.join(sorted(WRITTEN_BYTES)))}]*")
 NO_LATIN1 = 0xFFFF  # what a character that stands for no byte becomes, so that encoding fails
 TO_LATIN1 = dict.fromkeys(OTHERS, NO_LATIN1) | CHARACTER_TO_BYTE  # for str.translate
 
@@ -90,7 +92,7 @@ def is_control(text: str) -> bool:
 
 
 def is_written(text: str) -> bool:
-    return all(ord(char) in CHARACTER_TO_BYTE for char in text)
+    return WRITTEN.fullmatch(text) is not None
 
 
 def plain_texts(
@@ -124,12 +126,14 @@ def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
     ranks: dict[tuple[bytes, bytes], int] = {}
     outside = 0
     ids = vocabulary.ids
+    bytes_of = cache(lambda part: to_bytes(part) if is_written(part) else b"")  # most come again
     for rank, merge in enumerate(merges):
-        left, blank, right = merge[:1] + merge[1:].partition(" ")[0], *merge[1:].partition(" ")[1:]
-        if not (left and blank and right and is_written(left + right)):
+        cut = merge.find(" ", 1)  # the first character is never the blank between
+        left, right = (merge[:cut], merge[cut + 1 :]) if cut > 0 else ("", "")
+        pair = bytes_of(left), bytes_of(right)
+        if not (pair[0] and pair[1]):
             outside += 1
             continue
-        pair = to_bytes(left), to_bytes(right)
         outside += not (pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids)
         ranks.setdefault(pair, rank)
     return replace(vocabulary, merges=ranks, outside=outside)
