@@ -131,6 +131,7 @@ def spoil(folder: Path, file: str, text: str) -> Path:
     [
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "no model here"),
+        (lambda p: spoil(p, "settings.toml", ""), "run that has saved no model yet; .* --resume"),
         (lambda p: spoil(p, "notes.txt", "hi") / "notes.txt", "not a .gguf, .safetensors or .pth"),
         (lambda p: spoil(p, "config.json", "{}"), r"without \*\.safetensors"),
         (lambda p: spoil(p, "params.json", "{}"), "without any .pth"),

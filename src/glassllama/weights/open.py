@@ -220,6 +220,11 @@ def _recognise(path: Path) -> tuple[Family, Path]:
             return "meta", folder  # which says what is missing
     if has_config:
         raise _no_safetensors(path, formats)
+    if (path / "settings.toml").is_file():
+        raise GlassError(
+            f"{path}: a training run that has saved no model yet; go on with it: glassllama train "
+            f"{path / 'settings.toml'} --out {path} --resume auto"
+        )
     raise GlassError(
         f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "
         "with consolidated.*.pth)"
