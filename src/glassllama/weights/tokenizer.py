@@ -115,6 +115,7 @@ def gguf_vocabulary(
         raise TokenizerError(
             f"tokenizer.ggml: token_type: {min(strange)} has no place in a byte-level vocabulary"
         )
+    numbers = [CONTROL if t in END_OF_ANSWER else n for t, n in zip(texts, numbers, strict=True)]
     written = of_kind(NORMAL, texts, numbers)
     # Of equal texts the last is used; what is empty, or no bytes in GPT-2's letters, is not.
     last = {text: id for id, text in written.items() if text and is_written(text)}
