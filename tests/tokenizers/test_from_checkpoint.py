@@ -366,6 +366,27 @@ def test_sentencepiece_folders(tmp_path: Path) -> None:
     assert tokenizer.bos is None
 
 
+def test_named_chat_templates_as_transformers_reads_them(tmp_path: Path, llama: Tokenizer) -> None:
+    llama.save(str(tmp_path / "tokenizer.json"))
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+
+    def check(wanted: str, chat_template: Any, **files: str) -> None:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        for name, text in files.items():
+            path = tmp_path / "chat_template.jinja" if name == "main" else more / f"{name}.jinja"
+            path.write_text(text)
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert chat_template_from_folder(tmp_path) == theirs.get_chat_template() == wanted
+
+    check("d", {"tool_use": "t", "default": "d"})
+    named = [{"name": "default", "template": "d"}, {"name": "default", "template": "later"}]
+    check("later", named)
+    check("main", named, main="main", tool_use="t")
+    check("own", named, default="own")
+
+
 def test_chat_templates(tmp_path: Path) -> None:
     assert chat_template_from_folder(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"

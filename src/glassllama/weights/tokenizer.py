@@ -288,12 +288,18 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
     return set()
 
 
+TEMPLATE_FILE = "chat_template.jinja"
+
+
 def chat_template_from_folder(folder: Path) -> str | None:
     """The jinja text of a folder, from chat_template.jinja or the `chat_template` of a JSON file.
 
-    Of several named templates the one named "default" is taken.
+    Of several named templates the one named "default" is taken, as in transformers. The others,
+    for tools or documents, are not used.
     """
-    if (path := folder / "chat_template.jinja").is_file():
+    for path in (folder / "additional_chat_templates" / "default.jinja", folder / TEMPLATE_FILE):
+        if not path.is_file():
+            continue
         check_size(path)
         try:
             return path.read_text("utf-8")
@@ -304,7 +310,9 @@ def chat_template_from_folder(folder: Path) -> str | None:
         if isinstance(template, list):
             each = [one for one in template if isinstance(one, dict)]
             named = [one.get("template") for one in each if one.get("name") == "default"]
-            template = named[0] if named else template
+            template = named[-1] if named else template
+        elif isinstance(template, dict):
+            template = template.get("default", template)
         if template is not None and not isinstance(template, str):
             raise TokenizerError(
                 f"{path}: chat_template must be text or hold one named 'default', got "
