@@ -369,6 +369,9 @@ def test_an_added_token_whose_text_is_none_is_refused(
         None, {}, {"legacy": True}, {"legacy": False}, {"legacy": None},
         {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"},
         {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": None},
+        {"legacy": True, "add_prefix_space": False},
     ],
 )  # fmt: skip
 @pytest.mark.identical("ids of tokenizer.model with and without `legacy`", "transformers")

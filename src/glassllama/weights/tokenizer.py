@@ -182,6 +182,7 @@ class Blanks(NamedTuple):
 
     once: bool = False
     doubled: bool = True
+    never: bool = False
 
 
 AS_SENTENCEPIECE = Blanks()
@@ -191,13 +192,14 @@ def blank_rule(settings: Settings, folder: Path) -> Blanks:
     """What the files beside a SentencePiece model say of blanks, which it does not say itself.
 
     `legacy` does. Where it is left out it is true, but for transformers' LlamaTokenizer (which a
-    Mistral never has), and that one doubles no blank.
+    Mistral never has), and that one doubles no blank. It alone looks at `add_prefix_space`.
     """
     is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
     fields = Fields(str(settings.path), settings.values, TokenizerError)
     is_llama &= fields.text("tokenizer_class", None) in LLAMA_CLASSES
     legacy = fields.boolean("legacy", not is_llama and "legacy" not in fields.values)
-    return Blanks(once=not legacy, doubled=legacy and not is_llama)
+    never = is_llama and not fields.boolean("add_prefix_space", True)
+    return Blanks(once=not legacy, doubled=legacy and not is_llama, never=never)
 
 
 def read_tokenizer(
@@ -242,6 +244,8 @@ def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> Sent
     """A SentencePiece model with the tokens that files beside it add to it."""
     tokenizer = read_sentencepiece(path)
     pieces = replace(tokenizer.pieces, prefix_once=blanks.once, prefix_doubled=blanks.doubled)
+    if blanks.never:
+        pieces = replace(pieces, prefix=False, drop_prefix=False)
     pieces = with_side_pieces(pieces, tokens) if tokens else pieces
     stop_ids = tokenizer.stop_ids | end_ids(pieces.of_kind(*Kind))
     return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
