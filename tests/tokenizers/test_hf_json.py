@@ -111,6 +111,17 @@ def test_begin_of_text_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) 
     assert [*tokenizer.encode("some text", bos=True), 3] == foreign.encode("some text").ids
 
 
+def test_a_word_is_no_added_token_that_stands_outside_the_model(foreign: Tokenizer) -> None:
+    """Also with `ignore_merges`, where a word that is a token of the model is taken at once."""
+    document = json.loads(foreign.to_str())
+    document["model"]["ignore_merges"] = True
+    theirs = Tokenizer.from_str(json.dumps(document))
+    theirs.add_tokens([AddedToken("</", single_word=True, normalized=False)])
+    for text in ("b</s>", "b</ x", " </ "):
+        assert ours(theirs).encode(text) == theirs.encode(text).ids
+        assert [*ours(theirs).encode_array(text)] == theirs.encode(text).ids
+
+
 def test_the_first_line_of_merges_txt_is_no_merge(foreign: Tokenizer) -> None:
     document = json.loads(foreign.to_str())
     merges = [" ".join(pair) for pair in document["model"]["merges"]]

@@ -136,6 +136,7 @@ def vocabulary_from_json(document: Json) -> Vocabulary:
         split=Split(split, normal_form=bool(stage_list(fields, "normalizer", "normalizers"))),
         whole_words=bool(fields.object("model").boolean("ignore_merges", False)),
         flagged=tokens,
+        in_words=vocab,
     )
 
 
