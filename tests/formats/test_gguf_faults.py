@@ -84,6 +84,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "tensor name is no text": (gguf((), [row(b"\xff", [8])], bytes(32)), "name 0 .* not UTF-8"),
     "five dimensions": (gguf((), [row("a", [1] * 5)], bytes(32)), "'a' has 5 dimensions"),
     "4 billion dimensions": (gguf((), [text("a") + u32(2**32 - 1) + bytes(12)]), "dimensions"),
+    "Q4_0_4_4": (gguf((), [row("a", [32], 31)], bytes(18)), r"type 31 \(Q4_0_4_4\), .* have F32"),
     "IQ3_S": (gguf((), [row("a", [256], 21)], bytes(110)), r"type 21 \(IQ3_S\), .* have F32 F16"),
     "type removed": (gguf((), [row("a", [32], 4)], bytes(32)), r"type 4 \(unknown\), .* Q8_0"),
     "type 2^32 - 1": (gguf((), [row("a", [32], 2**32 - 1)], bytes(32)), r"type 4294967295"),

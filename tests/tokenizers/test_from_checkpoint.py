@@ -115,10 +115,7 @@ GOES_ON = {"<|bos|>", "<|im_start|>", "<|end_of_turn|>", "<|EOT|>"}
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
     bytes_ = {"gpt2": [*"abc"], "llama": [f"<0x{byte:02X}>" for byte in range(256)]}[model]
-    tokens = [
-        *bytes_,
-        *(NAMES if (model, kind) != ("gpt2", 1) else [n for n in NAMES if "▁" not in n]),
-    ]
+    tokens = [*bytes_, *NAMES]
     kinds = [{"gpt2": 1, "llama": 6}[model]] * len(bytes_) + [kind] * (len(tokens) - len(bytes_))
     metadata = {
         "model": model, "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": [],
@@ -127,8 +124,9 @@ def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
     tokenizer = tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
     ends = {tokens[id] for id in tokenizer.stop_ids}
     assert ends == {name for name in tokens if name in NAMES and name not in GOES_ON}
-    if kind == 4:
-        assert {*tokenizer.specials} >= ends, "and nobody can type one"
+    by_name = ends - ({"<|eos|>"} if kind == 1 else set())  # that one is named by its id only
+    assert {*tokenizer.specials} >= by_name, "and nobody can type one"
+    assert len(tokenizer.encode("<|im_end|></s>", specials=True)) == 2
 
 
 def test_ends_that_exclude_each_other() -> None:
@@ -366,6 +364,27 @@ def test_sentencepiece_folders(tmp_path: Path) -> None:
     assert tokenizer.encode("the quick 😀 fox") == processor.encode("the quick 😀 fox")
     assert tokenizer.stop_ids == {2, 300}
     assert tokenizer.bos is None
+
+
+def test_named_chat_templates_as_transformers_reads_them(tmp_path: Path, llama: Tokenizer) -> None:
+    llama.save(str(tmp_path / "tokenizer.json"))
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+
+    def check(wanted: str, chat_template: Any, **files: str) -> None:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        for name, text in files.items():
+            path = tmp_path / "chat_template.jinja" if name == "main" else more / f"{name}.jinja"
+            path.write_text(text)
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert chat_template_from_folder(tmp_path) == theirs.get_chat_template() == wanted
+
+    check("d", {"tool_use": "t", "default": "d"})
+    named = [{"name": "default", "template": "d"}, {"name": "default", "template": "later"}]
+    check("later", named)
+    check("main", named, main="main", tool_use="t")
+    check("own", named, default="own")
 
 
 def test_chat_templates(tmp_path: Path) -> None:

@@ -102,6 +102,36 @@ def test_begin_of_text_is_the_post_processors(foreign: Tokenizer) -> None:
         ours(foreign)
 
 
+@pytest.mark.parametrize("kind", [processors.RobertaProcessing, processors.BertProcessing])
+def test_begin_of_text_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) -> None:
+    foreign = Tokenizer.from_str(foreign.to_str())
+    begin = foreign.token_to_id("<|begin|>")
+    foreign.post_processor = kind(("x", 3), ("<|begin|>", begin))
+    tokenizer = ours(foreign)
+    assert [*tokenizer.encode("some text", bos=True), 3] == foreign.encode("some text").ids
+
+
+def test_a_word_is_no_added_token_that_stands_outside_the_model(foreign: Tokenizer) -> None:
+    """Also with `ignore_merges`, where a word that is a token of the model is taken at once."""
+    document = json.loads(foreign.to_str())
+    document["model"]["ignore_merges"] = True
+    theirs = Tokenizer.from_str(json.dumps(document))
+    theirs.add_tokens([AddedToken("</", single_word=True, normalized=False)])
+    for text in ("b</s>", "b</ x", " </ "):
+        assert ours(theirs).encode(text) == theirs.encode(text).ids
+        assert [*ours(theirs).encode_array(text)] == theirs.encode(text).ids
+
+
+def test_the_first_line_of_merges_txt_is_no_merge(foreign: Tokenizer) -> None:
+    document = json.loads(foreign.to_str())
+    merges = [" ".join(pair) for pair in document["model"]["merges"]]
+    document["model"]["merges"] = ["#version: 0.2", *merges]
+    theirs = Tokenizer.from_str(json.dumps(document))
+    assert ours(theirs).encode("some text") == theirs.encode("some text").ids
+    vocabulary = vocabulary_from_json(document)
+    assert vocabulary.merges == vocabulary_from_json(json.loads(foreign.to_str())).merges
+
+
 def test_byte_alphabet() -> None:
     assert len(CHARACTER_TO_BYTE) == len({*CHARACTER_TO_BYTE.values()}) == 256
     assert to_bytes("ĠlowĊ") == b" low\n"
@@ -161,7 +191,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two patterns": (split({"Regex": "a", "String": "a"}), "an object with a String or a Regex"),
     "long pattern": (split({"Regex": "a" * 20_000}), "pattern: 20000 characters"),
     "stages are text": ({"pre_tokenizer": "ByteLevel"}, "pre_tokenizer: expected an object"),
-    "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "post_processor: type"),
+    "post-processor": ({"post_processor": {"type": "Processing"}}, "post_processor: type"),
+    "ends": ({"post_processor": {"type": "BertProcessing", "cls": ["a"]}}, "cls must be a token"),
     "template": ({"post_processor": {"type": "TemplateProcessing"}}, "single is missing"),
     "template without its token": (
         {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "single": [

@@ -84,6 +84,7 @@ def test_keys_without_effect_are_named() -> None:
         ({"num_key_value_heads": 5}, "n_kv_heads"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"vocab_size": None}, "vocab_size is missing"),
+        ({"qk_norm": True}, "qk_norm must be false in a LlamaForCausalLM"),
         ({"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.5}}, "partial"),
     ],
 )

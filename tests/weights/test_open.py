@@ -307,6 +307,43 @@ def test_an_index_of_another_name(tmp_path: Path) -> None:
     check_same_weights(write_hf(model, tmp_path / "whole"), parts)
 
 
+def test_a_tied_matrix_that_is_stored_as_the_output_only(tmp_path: Path) -> None:
+    model = hf_model(**{**META_SHAPE, "tie_word_embeddings": True})
+    usual, other = write_hf(model, tmp_path / "usual"), write_hf(model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, other / "model.safetensors")
+    check_same_weights(usual, other)
+    assert open_weights(other).config.tie_embeddings
+
+
+BUFFERS = (
+    "model.layers.0.self_attn.masked_bias", "model.causal_mask",
+    "model.embed_tokens.position_ids", "model.layers.1.self_attn.rotary_emb.cos_cached",
+)  # fmt: skip
+
+
+def test_buffers_of_old_versions_are_ignored_with_a_note(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(3) for name in BUFFERS}, folder / "model.safetensors")
+    (note,) = open_weights(folder).notes
+    assert all(name in note for name in BUFFERS)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    folder = write_hf(hf_model(), tmp_path / "m")
+    names = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({names: torch.ones(2, 48)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    (note,) = open_weights(folder).notes
+    assert "adapter_config.json: the adapter beside the model is not applied" in note
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        with pytest.raises(GlassError, match=r"m: adapter_config.json without a model: .* merge"):
+            open_weights(folder)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickle_files_get_the_two_lines_that_save_them_again(legacy: bool, tmp_path: Path) -> None:
     model = hf_model()

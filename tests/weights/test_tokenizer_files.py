@@ -115,6 +115,16 @@ SIDE_FILES: dict[str, dict[str, Any]] = {
     "extra_special_tokens, named": {
         "tokenizer_config.json": {"extra_special_tokens": {"mark_token": "<mark>"}},
     },
+    "new tokens in the order of transformers, not of the file": {
+        "tokenizer_config.json": {
+            "tool_token": "<tool>", "additional_special_tokens": ["<|x|>"], "mask_token": "<mark>",
+            "pad_token": "[PAD]", "extra_special_tokens": [], "sep_token": "<extra>",
+        },
+    },
+    "two lists of the older name": {
+        "tokenizer_config.json": {"additional_special_tokens": ["<|x|>", "<mark>"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["<tool>"]},
+    },
     "tokens by other names": {
         "tokenizer_config.json": {"pad_token": "[PAD]", "tool_token": "<tool>"},
     },
@@ -149,6 +159,40 @@ def test_tokens_of_side_files(
     named = template_tokens_from_folder(folder)
     assert named.items() <= theirs.special_tokens_map.items()
     assert named["eos_token"] == theirs.eos_token
+
+
+# Beside a tokenizer.model transformers forgets additional_special_tokens.
+NEW_TOKENS: dict[str, dict[str, Any]] = {
+    "extra_special_tokens, named, beside a list of the older name": {
+        "tokenizer_config.json": {
+            "extra_special_tokens": {"image": "<|x|>", "mark_token": "<mark>"},
+            "additional_special_tokens": ["<tool>", "<extra>"],
+        },
+    },
+    "a beginning that no file adds keeps its id free": {
+        "tokenizer_config.json": {"bos_token": "<begin>", "pad_token": "[PAD]"},
+    },
+    "the last flags of a token": {
+        "tokenizer_config.json": {
+            "mask_token": "<mark>",
+            "extra_special_tokens": [{"__type": "AddedToken", **row("<mark>", True, rstrip=True)}],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", NEW_TOKENS)
+@pytest.mark.identical("ids with tokens of side files", "transformers")
+def test_new_tokens_are_numbered_as_by_transformers(
+    bytewise: Path, tmp_path: Path, name: str
+) -> None:
+    files = NEW_TOKENS[name]
+    files["tokenizer_config.json"]["tokenizer_class"] = "PreTrainedTokenizerFast"
+    folder = beside(bytewise, tmp_path, files)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
+    for text in TEXTS + WITH_BLANKS:
+        assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
+    assert template_tokens_from_folder(folder) == theirs.special_tokens_map
 
 
 def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
@@ -325,6 +369,9 @@ def test_an_added_token_whose_text_is_none_is_refused(
         None, {}, {"legacy": True}, {"legacy": False}, {"legacy": None},
         {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"},
         {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": None},
+        {"legacy": True, "add_prefix_space": False},
     ],
 )  # fmt: skip
 @pytest.mark.identical("ids of tokenizer.model with and without `legacy`", "transformers")

@@ -7,7 +7,7 @@ U+0100 and on, so a blank is written Ġ and a line end Ċ. " low" is the token "
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -56,17 +56,20 @@ def byte_level_vocabulary(
     split: Split,
     whole_words: bool,
     flagged: Iterable[AddedToken] = (),
+    in_words: Container[str] | None = None,
 ) -> Vocabulary:
     """A vocabulary from tokens `written` in GPT-2's characters and others in plain text.
 
-    Merges rank by their order, and name tokens only. TokenizerError: a token or id given twice, or
-    out of all bounds.
+    Merges rank by their order, and name tokens only. `in_words`: the added tokens that a word can
+    become where they are not cut out of the text; None: all. TokenizerError: a token or id given
+    twice, or out of all bounds.
     """
     texts = plain_texts(controls, added, unused)
     if both := texts.keys() & written.keys():
         raise TokenizerError(f"vocabulary: id {min(both)} is given to two tokens")
     # Merges may make an added token, too.
-    written = {**written, **{id: text for text, id in added.items() if is_written(text)}}
+    words = [text for text in added if is_written(text) and (in_words is None or text in in_words)]
+    written = {**written, **{added[text]: text for text in words}}
     bytes_of = {token: to_bytes(token) for token in written.values()}
     ids = {bytes_of[token]: id for id, token in written.items()}
     if b"" in ids or len(ids) < len(written):

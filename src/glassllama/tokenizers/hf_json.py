@@ -29,6 +29,7 @@ Json = Mapping[str, Any]
 
 STAGES = {"normalizer", "pre_tokenizer", "model", "post_processor", "decoder"}
 FIELDS = STAGES | {"version", "truncation", "padding", "added_tokens"}
+CLS_AND_SEP = ("RobertaProcessing", "BertProcessing")  # post-processors with both ends
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
 
 
@@ -63,6 +64,8 @@ def token_ids(document: Fields) -> dict[str, int]:
 def merge_pairs(document: Fields) -> Iterator[tuple[str, str]]:
     """`model.merges` in their order, each written "a b" or ["a", "b"]."""
     for number, merge in enumerate(document.object("model").items("merges")):
+        if isinstance(merge, str) and merge.startswith("#version"):
+            continue  # the first line of the merges.txt that a file was made of
         pair = merge.split(" ") if isinstance(merge, str) else merge
         match pair:
             case [str(left), str(right)]:
@@ -133,6 +136,7 @@ def vocabulary_from_json(document: Json) -> Vocabulary:
         split=Split(split, normal_form=bool(stage_list(fields, "normalizer", "normalizers"))),
         whole_words=bool(fields.object("model").boolean("ignore_merges", False)),
         flagged=tokens,
+        in_words=vocab,
     )
 
 
@@ -163,12 +167,14 @@ def text_ends(document: Json) -> tuple[int | None, int | None]:
     stages = stage_list(
         Fields("tokenizer.json", document, TokenizerError), "post_processor", "processors"
     )
-    templates = [stage for stage in stages if stage.text("type") == "TemplateProcessing"]
-    for stage in stages:
-        if stage.text("type") not in ("ByteLevel", "TemplateProcessing") or len(templates) > 1:
-            stage.refuse("type", "ByteLevel, or one TemplateProcessing")
+    templates = [stage for stage in stages if stage.text("type") != "ByteLevel"]
+    for stage in templates:
+        if stage.text("type") not in ("TemplateProcessing", *CLS_AND_SEP) or len(templates) > 1:
+            stage.refuse("type", f"ByteLevel, or one of TemplateProcessing {' '.join(CLS_AND_SEP)}")
     if not templates:
         return None, None
+    if templates[0].text("type") in CLS_AND_SEP:
+        return named_end(templates[0], "cls"), named_end(templates[0], "sep")
     match [*templates[0].items("single")]:
         case [{"Sequence": _}]:
             names: tuple[Any, Any] = None, None
@@ -188,6 +194,14 @@ def text_ends(document: Json) -> tuple[int | None, int | None]:
             )
     begin, end = (None if name is None else template_id(templates[0], name) for name in names)
     return begin, end
+
+
+def named_end(stage: Fields, name: str) -> int:
+    """The id of a pair ["<s>", 0]."""
+    pair = [*stage.items(name)]
+    if len(pair) != 2 or not is_whole(pair[1]) or not 0 <= pair[1] < LARGEST_VOCABULARY:
+        stage.refuse(name, "a token and its id")
+    return int(pair[1])
 
 
 def template_id(template: Fields, name: str) -> int:

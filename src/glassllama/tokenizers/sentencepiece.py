@@ -106,6 +106,9 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokeniz
         numbers = [
             Kind.BYTE if BYTE_PIECE.fullmatch(t) else n for t, n in zip(texts, numbers, strict=True)
         ]
+    numbers = [
+        Kind.CONTROL if t in END_OF_ANSWER else n for t, n in zip(texts, numbers, strict=True)
+    ]
     scores = as_long(fields, "scores", len(texts), "number")
     table = fields.values.get("precompiled_charsmap")  # bytes, as a list of numbers or as text
     if table is not None and (not isinstance(table, Sized) or len(table)):

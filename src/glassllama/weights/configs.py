@@ -107,6 +107,8 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     notes = unused_keys(values, HF_USED | set(HF_MUST_BE))
     n_heads, dim = get.whole("num_attention_heads"), get.whole("hidden_size")
     n_layers, qk_norm = get.whole("num_hidden_layers"), get.boolean("qk_norm", False)
+    if qk_norm and name != WITH_QK_NORM:
+        get.refuse("qk_norm", f"false in a {name}, which has none for anybody else")
     # What transformers assumes where the keys are left out.
     kv_heads = 8 if name == MISTRAL and "num_key_value_heads" not in values else n_heads
     context = get.whole("max_position_embeddings", 131_072 if name == MISTRAL else 2048)

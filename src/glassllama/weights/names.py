@@ -44,6 +44,8 @@ TABLES = {
     "gguf": re.compile(r"rope_freqs\.weight"),  # read by weights/configs.py
 }
 HEADS = re.compile(r"v_head\..+")  # what training by reward leaves beside a language model
+# Numbers that old versions of transformers stored though they follow from the configuration.
+BUFFERS = re.compile(r"(.+\.)?(masked_bias|causal_mask|position_ids|rotary_emb\.(cos|sin)_cached)")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SHOWN = 12  # mismatches spelled out in an error; the rest are counted
 COMPARED_NUMBERS = 1 << 20  # of two tensors, at once
@@ -101,6 +103,9 @@ def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozen
     require_layers(file, config.n_layers)
     table = foreign_names(family, config.n_layers)
     output = table["output.weight"]
+    held, embeddings = {*file.names()}, table["tok_embeddings.weight"]
+    if config.tie_embeddings and output in held and embeddings not in held:
+        table["tok_embeddings.weight"] = output  # the one matrix, by its other name
     config, notes = with_stored_output(file, config, table["tok_embeddings.weight"], output)
     shapes = expected_shapes(config)
     wanted = {ours: table[ours] for ours in shapes}
@@ -108,7 +113,7 @@ def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozen
         file,
         {theirs: shapes[ours] for ours, theirs in wanted.items()},
         known={output},  # a tied output may be stored again
-        ignored=[TABLES[family], HEADS],
+        ignored=[TABLES[family], HEADS, BUFFERS],
         types=FLOATS | quantised,
     )
     notes += head_notes(ignored)
@@ -140,7 +145,7 @@ def with_stored_output(
     As transformers 5 does: what is stored is used, unless it is the embeddings again.
     """
     names = set(file.names())
-    if not config.tie_embeddings or not {embeddings, output} <= names:
+    if not config.tie_embeddings or embeddings == output or not {embeddings, output} <= names:
         return config, []
     if same_numbers(file, embeddings, output):
         return config, []
@@ -171,7 +176,7 @@ def same_numbers(file: TensorFile, one: str, other: str) -> bool:
 
 def head_notes(ignored: Collection[str]) -> list[str]:
     """A note that names what is no part of a language model, if there is any."""
-    heads = [name for name in ignored if HEADS.fullmatch(name)]
+    heads = [name for name in ignored if HEADS.fullmatch(name) or BUFFERS.fullmatch(name)]
     return [f"no part of a language model, ignored: {listed(heads)}"] if heads else []
 
 

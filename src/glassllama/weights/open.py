@@ -52,6 +52,11 @@ GGUF_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
 SHARD = re.compile(r"consolidated\.([0-9][0-9])\.[^.]+", re.IGNORECASE)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT: changes to the weights of another model
+ADAPTER_ONLY = (
+    "without a model: an adapter only changes the weights of another; merge both with PEFT's "
+    "merge_and_unload, and save the result"
+)
 LARGEST_JSON = 1 << 24  # a configuration of more than 16 MiB is none
 
 
@@ -177,7 +182,7 @@ def _opened(family: Family, source: Path) -> Checkpoint:
     try:
         config, notes = resolved or _config_from_file(source, file)
         if family == "hf":
-            notes = [*notes, *_index_notes(source)]
+            notes = [*notes, *_index_notes(source), *_adapter_notes(source)]
         if isinstance(config, LlamaConfig):
             fitted = fit(file, config, family, frozenset(SUPPORTED))
             config, names, notes = fitted.config, fitted.names, [*notes, *fitted.notes]
@@ -202,7 +207,7 @@ def _recognise(path: Path) -> tuple[Family, Path]:
         raise GlassError(f"{path}: neither a regular file nor a folder")
     formats = formats_in(path)
     has_config = (path / "config.json").exists()
-    if has_config and any(_is_named_safetensors(file) for file in _all_of("safetensors", formats)):
+    if has_config and any(_is_named_safetensors(file) for file in _models_in(formats)):
         return "hf", path
     for folder in (path, path / "original"):
         if (folder / "params.json").exists() and _meta_files(folder):
@@ -213,19 +218,26 @@ def _recognise(path: Path) -> tuple[Family, Path]:
         return "gguf", firsts[0]
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
-    if has_config and _all_of("safetensors", formats):
+    if has_config and _models_in(formats):
         return "hf", path
     for folder in (path, path / "original"):
         if (folder / "params.json").exists():
             return "meta", folder  # which says what is missing
     if has_config:
         raise _no_safetensors(path, formats)
+    raise _no_model(path)
+
+
+def _no_model(path: Path) -> GlassError:
+    """The error for a folder without weights of any form."""
     if (path / "settings.toml").is_file():
-        raise GlassError(
+        return GlassError(
             f"{path}: a training run that has saved no model yet; go on with it: glassllama train "
             f"{path / 'settings.toml'} --out {path} --resume auto"
         )
-    raise GlassError(
+    if (path / ADAPTER).exists():
+        return GlassError(f"{path}: {ADAPTER} {ADAPTER_ONLY}")
+    return GlassError(
         f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "
         "with consolidated.*.pth)"
     )
@@ -255,6 +267,12 @@ def _all_of(format: Format, formats: Mapping[Path, Format]) -> list[Path]:
     return [path for path, its_format in formats.items() if its_format == format]
 
 
+def _models_in(formats: Mapping[Path, Format]) -> list[Path]:
+    """Safetensors files but for those of an adapter."""
+    files = _all_of("safetensors", formats)
+    return [file for file in files if not file.name.lower().startswith("adapter_model.")]
+
+
 def _is_named_safetensors(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
@@ -263,6 +281,8 @@ def _no_safetensors(folder: Path, formats: Mapping[Path, Format]) -> GlassError:
     """The error for a folder of Hugging Face's form whose weights are not there, or pickled."""
     # An architecture that is not supported first: saving its weights again would not help.
     architecture(read_json(folder / "config.json"))
+    if (folder / ADAPTER).exists():
+        return GlassError(f"{folder}: {ADAPTER} {ADAPTER_ONLY}")
     pickled = any(format in ("zip", "pickle") for format in formats.values())
     if pickled or any(path.suffix.lower() == ".bin" for path in folder.glob("*")):
         return GlassError(_is_pickle(folder))
@@ -304,7 +324,7 @@ def _safetensors(folder: Path) -> list[Path]:
             return [index, *(folder / name for name in shards)]
     if single.is_file():
         return [single]
-    files = _all_of("safetensors", formats_in(folder))
+    files = _models_in(formats_in(folder))
     return [file for file in files if _is_named_safetensors(file)] or files
 
 
@@ -314,6 +334,14 @@ def _whole_of(path: Path) -> Path:
         return path.parent
     index = _index(path.parent)
     return index if index is not None and path.name in shard_names(index) else path
+
+
+def _adapter_notes(source: Path) -> list[str]:
+    """A note where there is an adapter, whose changes are not made."""
+    folder = source if source.is_dir() else source.parent
+    if not (folder / ADAPTER).exists():
+        return []
+    return [f"{ADAPTER}: the adapter beside the model is not applied; merge it first"]
 
 
 def _index_notes(source: Path) -> list[str]:

@@ -115,6 +115,7 @@ def gguf_vocabulary(
         raise TokenizerError(
             f"tokenizer.ggml: token_type: {min(strange)} has no place in a byte-level vocabulary"
         )
+    numbers = [CONTROL if t in END_OF_ANSWER else n for t, n in zip(texts, numbers, strict=True)]
     written = of_kind(NORMAL, texts, numbers)
     # Of equal texts the last is used; what is empty, or no bytes in GPT-2's letters, is not.
     last = {text: id for id, text in written.items() if text and is_written(text)}
@@ -181,6 +182,7 @@ class Blanks(NamedTuple):
 
     once: bool = False
     doubled: bool = True
+    never: bool = False
 
 
 AS_SENTENCEPIECE = Blanks()
@@ -190,13 +192,14 @@ def blank_rule(settings: Settings, folder: Path) -> Blanks:
     """What the files beside a SentencePiece model say of blanks, which it does not say itself.
 
     `legacy` does. Where it is left out it is true, but for transformers' LlamaTokenizer (which a
-    Mistral never has), and that one doubles no blank.
+    Mistral never has), and that one doubles no blank. It alone looks at `add_prefix_space`.
     """
     is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
     fields = Fields(str(settings.path), settings.values, TokenizerError)
     is_llama &= fields.text("tokenizer_class", None) in LLAMA_CLASSES
     legacy = fields.boolean("legacy", not is_llama and "legacy" not in fields.values)
-    return Blanks(once=not legacy, doubled=legacy and not is_llama)
+    never = is_llama and not fields.boolean("add_prefix_space", True)
+    return Blanks(once=not legacy, doubled=legacy and not is_llama, never=never)
 
 
 def read_tokenizer(
@@ -241,6 +244,8 @@ def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> Sent
     """A SentencePiece model with the tokens that files beside it add to it."""
     tokenizer = read_sentencepiece(path)
     pieces = replace(tokenizer.pieces, prefix_once=blanks.once, prefix_doubled=blanks.doubled)
+    if blanks.never:
+        pieces = replace(pieces, prefix=False, drop_prefix=False)
     pieces = with_side_pieces(pieces, tokens) if tokens else pieces
     stop_ids = tokenizer.stop_ids | end_ids(pieces.of_kind(*Kind))
     return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
@@ -287,12 +292,18 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
     return set()
 
 
+TEMPLATE_FILE = "chat_template.jinja"
+
+
 def chat_template_from_folder(folder: Path) -> str | None:
     """The jinja text of a folder, from chat_template.jinja or the `chat_template` of a JSON file.
 
-    Of several named templates the one named "default" is taken.
+    Of several named templates the one named "default" is taken, as in transformers. The others,
+    for tools or documents, are not used.
     """
-    if (path := folder / "chat_template.jinja").is_file():
+    for path in (folder / "additional_chat_templates" / "default.jinja", folder / TEMPLATE_FILE):
+        if not path.is_file():
+            continue
         check_size(path)
         try:
             return path.read_text("utf-8")
@@ -303,7 +314,9 @@ def chat_template_from_folder(folder: Path) -> str | None:
         if isinstance(template, list):
             each = [one for one in template if isinstance(one, dict)]
             named = [one.get("template") for one in each if one.get("name") == "default"]
-            template = named[0] if named else template
+            template = named[-1] if named else template
+        elif isinstance(template, dict):
+            template = template.get("default", template)
         if template is not None and not isinstance(template, str):
             raise TokenizerError(
                 f"{path}: chat_template must be text or hold one named 'default', got "

@@ -27,7 +27,8 @@ from glassllama.tokenizers.rows import LARGEST_VOCABULARY
 LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer name first
-NAMED = re.compile(r"[a-z_]*_token")
+# Named tokens of every tokenizer, in the order in which transformers adds them; others follow.
+STANDARD = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 # A named token that the vocabulary has as a piece is a control token if it looks like one. Others
 # (a line end as eos) stay what they are, or no text could be written without them.
 IN_BRACKETS = re.compile(r"<.+>|\[.+\]", re.DOTALL)
@@ -39,8 +40,8 @@ Json = Mapping[str, Any]
 class SideToken:
     """A token that a small file names. `place` is the file and key, for errors.
 
-    Without `id` a token that the vocabulary lacks gets the next one, but for the ends of a text: a
-    model that was trained with them has them.
+    Without `id` a token that the vocabulary lacks gets the next one. The ends of a text only keep
+    it free: a model that was trained with them has them.
     """
 
     content: str
@@ -53,38 +54,69 @@ class SideToken:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the small files say together: `values` are tokenizer_config.json's, with the others'."""
+    """What the small files say together.
+
+    `values` are tokenizer_config.json's, with the others'; `named` the texts of bos_token, …
+    """
 
     path: Path  # of tokenizer_config.json, for errors
     values: Json
     tokens: tuple[SideToken, ...]
-
-    @property
-    def named(self) -> dict[str, str]:
-        """The texts of named tokens: bos_token, eos_token, …"""
-        fields = Fields(str(self.path), self.values, TokenizerError)
-        texts = {name: _content(fields, name) for name in self.values if NAMED.fullmatch(name)}
-        return {name: text for name, text in texts.items() if text is not None}
+    named: dict[str, str]
 
 
 def read_settings(folder: Path) -> Settings:
     """The small files of a folder. TokenizerError: names the file and key that is wrong."""
     path = folder / "tokenizer_config.json"
-    values: dict[str, Any] = dict(optional_json(path))
-    tokens = list(_decoder_tokens(Fields(str(path), values, TokenizerError)))
-    if values.get("added_tokens_decoder") is None:
+    config = optional_json(path)
+    tokens = list(_decoder_tokens(Fields(str(path), config, TokenizerError)))
+    old: dict[str, Any] = {}
+    if config.get("added_tokens_decoder") is None:
         old_path = folder / "special_tokens_map.json"
         old = optional_json(old_path)
-        for place, some in ((path, values), (old_path, old)):  # errors name their own file
+        for place, some in ((path, config), (old_path, old)):  # errors name their own file
             list(_special_tokens(Fields(str(place), some, TokenizerError)))
-        extra = values.get(EXTRA[0]) or values.get(EXTRA[1])
-        values |= old
-        if isinstance(extra, list) and isinstance(old.get(EXTRA[0]), list):
-            values[EXTRA[0]] = [*extra, *(one for one in old[EXTRA[0]] if one not in extra)]
-    special = list(_special_tokens(Fields(str(path), values, TokenizerError)))
-    if values.get("added_tokens_decoder") is None:
+    named, more = _named_and_more(config, old)
+    fields = Fields(str(path), named, TokenizerError)
+    special = [token for name in named for token in _special_token(fields, name)]
+    special += _special_tokens(Fields(str(path), {EXTRA[0]: more}, TokenizerError))
+    if config.get("added_tokens_decoder") is None:
         tokens += _added_tokens(folder / "added_tokens.json", {token.content for token in special})
-    return Settings(path, values, (*tokens, *special))
+    texts = {name: text for name in named if (text := _content(fields, name)) is not None}
+    return Settings(path, {**config, **old}, (*tokens, *special), texts)
+
+
+def _named_and_more(config: Json, old: Json) -> tuple[dict[str, Any], Any]:
+    """Named special tokens and the list of more, both in the order in which new ones get an id.
+
+    `old` is special_tokens_map.json. The older name of the list counts where the newer is missing,
+    or names its tokens in an object.
+    """
+    newer, older = EXTRA
+    values, own = dict(config), dict[str, Any]()
+    if not values.get(newer) and older in values:
+        values[newer] = values.pop(older)
+    for name in [name for name in values if _is_name(name, values) and name not in STANDARD]:
+        if isinstance(values[name], str):
+            own[name] = values.pop(name)
+    for some in ({}, old):
+        known, more = values.get(newer), some.get(newer)
+        values |= some
+        if isinstance(known, list) and isinstance(more, list):
+            values[newer] = [*known, *(one for one in more if one not in known)]
+        if isinstance(values.get(newer), Mapping):
+            own |= values.pop(newer)
+    names = [*STANDARD, *(name for name in values if name not in STANDARD)]
+    named = {name: values[name] for name in names if _is_name(name, values)}
+    return {**named, **own}, values[newer] if newer in values else values.get(older)
+
+
+def _is_name(name: str, values: Json) -> bool:
+    """Whether a key names a token; `add_bos_token` does not."""
+    kinds = (str, Mapping)
+    return (name in STANDARD and name in values and not isinstance(values[name], bool)) or (
+        name.endswith("_token") and isinstance(values.get(name), kinds)
+    )
 
 
 def _decoder_tokens(config: Fields) -> Iterator[SideToken]:
@@ -117,24 +149,20 @@ def _added_tokens(path: Path, special: set[str]) -> list[SideToken]:
 def _special_tokens(fields: Fields) -> Iterator[SideToken]:
     """Named tokens, then the list of more, or an object of more named ones."""
     for name in fields.values:
-        if NAMED.fullmatch(name) and not isinstance(fields.values[name], bool):
+        if _is_name(name, fields.values):
             yield from _special_token(fields, name)
     for key in EXTRA:
         more = fields.values.get(key)
         if isinstance(more, Mapping):
             inner = fields.object(key)
             assert inner is not None
-            for name in inner.values:
-                yield from _special_token(inner, name)
         elif more is not None:
-            items = enumerate(fields.items(key))
-            inner = Fields(
-                f"{fields.place}: {key}", {str(n): one for n, one in items}, fields.error
-            )
-            for name in inner.values:
-                yield from _special_token(inner, name)
-        if more:
-            return  # the older name counts where the newer is missing
+            items = {str(n): one for n, one in enumerate(fields.items(key))}
+            inner = Fields(f"{fields.place}: {key}", items, fields.error)
+        else:
+            continue
+        for name in inner.values:
+            yield from _special_token(inner, name)
 
 
 def _special_token(fields: Fields, name: str) -> Iterator[SideToken]:
@@ -181,14 +209,18 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
         return dict(document)  # its reader says what is wrong
     added = {one.get("content"): dict(one) for one in listed}
     ids = _Ids({**vocab, **{content: one.get("id") for content, one in added.items()}})
+    new = set[str]()  # named without an id: of several flags the last count
     for token in tokens:
+        flags = token.flags or {name: not token.special and name == FLAGS[3] for name in FLAGS}
         if (known := added.get(token.content)) is not None:
-            if token.id is not None and token.flags is not None:
-                known |= {**token.flags, "special": token.special}
-        elif _becomes_control(token) if token.content in vocab else not token.is_end:
-            flags = token.flags or {name: not token.special and name == FLAGS[3] for name in FLAGS}
+            if token.content in new or (token.id is not None and token.flags is not None):
+                known |= {**flags, "special": token.special}
+        elif token.is_end and token.content not in vocab:
+            ids.of(token)  # keeps its place, as the tokens behind it were given theirs
+        elif token.content not in vocab or _becomes_control(token):
             entry = {"id": ids.of(token), "content": token.content, "special": token.special}
             added[token.content] = {**entry, **flags}
+            new |= {token.content} if token.id is None else set()
     return {**document, "added_tokens": [*added.values()]}
 
 
@@ -203,11 +235,11 @@ def with_side_pieces(pieces: Pieces, tokens: Iterable[SideToken]) -> Pieces:
                 f"{token.place}: {quoted(token.content)} has lstrip, rstrip or single_word, which "
                 "is not supported beside a tokenizer.model; use the model's tokenizer.json"
             )
-        is_new = token.content not in ids
-        if is_new and token.is_end:
-            continue
-        id = ids.of(token)
+        is_known, id = token.content in ids, ids.of(token)
+        if token.is_end and not is_known:
+            continue  # keeps its place only
         missing = id + 1 - len(texts)
+        is_new = missing > 0 or kinds[id] is Kind.UNUSED
         texts += [""] * missing
         kinds += [Kind.UNUSED] * missing
         if is_new or (kinds[id] in (Kind.NORMAL, Kind.USER_DEFINED) and _becomes_control(token)):
