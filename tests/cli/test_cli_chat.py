@@ -143,3 +143,10 @@ def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert template.endswith("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
     repl.obey("/system Be brief.")
     assert capsys.readouterr().out == "Be brief.\n"
+
+
+def test_files_of_a_user_who_is_unknown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    repl = Repl(talk_with(llm))
+    for command in ("/save", "/load"):
+        repl.obey(f"{command} ~nobody-of-that-name/a")
+        assert "No such file or directory" in capsys.readouterr().err

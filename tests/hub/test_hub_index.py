@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from email.message import Message
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -159,7 +160,7 @@ def test_what_a_page_says() -> None:
     base, ((first, sha256), other) = html_links(page)
     assert (base, first.partition("#")[0], sha256) == ("../up/", "f-1.whl", "a" * 64)
     assert other == ("https://h/p/g.whl", None)
-    files = [{"url": "f.whl", "hashes": {"sha256": "a" * 64}}, {"url": "g.whl", "hashes": {}}]
+    files = [{"url": "f.whl", "hashes": {"sha256": "A" * 64}}, {"url": "g.whl", "hashes": {}}]
     page = json.dumps({"files": files}).encode()
     assert json_links(page) == ("", [("f.whl", "a" * 64), ("g.whl", None)])
     for bad in (
@@ -240,3 +241,27 @@ def test_what_a_server_says_is_cut() -> None:
     assert len(reason(error)) < 100
     assert len(shown("http://me:secret@h/" + "y" * 60_000)) < 100
     assert shown("http://me:secret@h/y?z") == "http://h/y"
+
+
+def test_what_a_server_says_is_one_printable_line() -> None:
+    for words in ("never\nending", "\x1b[31mred\x07"):
+        said = reason(HTTPError("http://h", 503, words, Message(), None))
+        assert said.isprintable()
+        assert said.startswith("HTTP 503 ")
+    assert reason(IncompleteRead(b"", 5)) == "the connection broke, 5 bytes are missing"
+    assert reason(IncompleteRead(b"")) == "the connection broke"
+
+
+def test_what_is_longer_than_the_file_is_fetched_anew(user: User, stand_in: StandIn) -> None:
+    came = user.home / "came"
+    came.write_bytes(DATA + b"more")
+    assert fetch_archive(user.archive, came).read_bytes() == DATA
+    assert stand_in.gets(user.archive.archive) == [None]
+
+
+def test_a_page_of_wrong_links_is_a_short_error(user: User) -> None:
+    link = f'<a href="/{{}}/{user.archive.archive}#sha256={"0" * 64}">x</a>'
+    user.index.page = "".join(link.format(number) for number in range(2000))
+    with pytest.raises(DownloadError, match="; and 1992 more") as error:
+        user.fetch()
+    assert len(str(error.value)) < 2000

@@ -263,3 +263,20 @@ def test_the_cache_is_where_the_platform_keeps_caches(
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr("glassllama.base.machine.sys.platform", platform)
     assert cache_home() == Path(expected)
+
+
+@pytest.mark.parametrize("variable", ["GLASSLLAMA_HOME", "XDG_CACHE_HOME"])
+def test_a_cache_that_cannot_be_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    monkeypatch.delenv("GLASSLLAMA_HOME", raising=False)
+    monkeypatch.setenv(variable, "~nobody-of-that-name/a")
+    with pytest.raises(DownloadError, match=f"{variable} is '~nobody.*no user of that name"):
+        cache_home()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv(variable, "relative")
+    with pytest.raises(DownloadError, match=f"{variable} is 'relative': .* is gone; set"):
+        cache_home()

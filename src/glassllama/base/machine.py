@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from glassllama.base.errors import DownloadError, MemoryShortError
+from glassllama.base.errors import DownloadError, MemoryShortError, quoted
 
 # Linux: the ceiling a container sets, version 2 and version 1 of control groups.
 CGROUP_LIMITS = (
@@ -78,11 +78,14 @@ def require_memory(needed: int, *, what: str, instead: str) -> None:
 
 
 def cache_home() -> Path:
-    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches."""
-    if home := os.environ.get("GLASSLLAMA_HOME"):
-        return Path(home).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "glassllama"
+    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches.
+
+    Raises DownloadError: a folder that cannot be told, such as the home of an unknown user.
+    """
+    if (home := _named_by("GLASSLLAMA_HOME")) is not None:
+        return home
+    if (xdg := _named_by("XDG_CACHE_HOME")) is not None:
+        return xdg / "glassllama"
     if sys.platform == "darwin":
         return _user_home() / "Library" / "Caches" / "glassllama"
     if sys.platform == "win32":
@@ -90,6 +93,20 @@ def cache_home() -> Path:
         base = Path(local) if local else _user_home() / "AppData" / "Local"
         return base / "glassllama"
     return _user_home() / ".cache" / "glassllama"
+
+
+def _named_by(variable: str) -> Path | None:
+    """The folder that an environment variable names; None where it is unset or empty."""
+    name = os.environ.get(variable)
+    try:
+        return Path(name).expanduser().absolute() if name else None
+    except RuntimeError:
+        reason = "no user of that name has a home folder"
+    except OSError:
+        reason = "the folder that it is relative to is gone"
+    raise DownloadError(
+        f"cache: {variable} is {quoted(name)}: {reason}; set GLASSLLAMA_HOME to a folder for models"
+    )
 
 
 def _user_home() -> Path:

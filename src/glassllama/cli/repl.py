@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -112,12 +113,12 @@ class Repl:
         print(f"context    {used:,} of {self.talk.context:,} tokens")
 
     def save(self, file: str) -> None:
-        path = Path(required(file, "/save FILE")).expanduser()
+        path = named_path(file, "/save FILE")
         self.talk.conversation.save(path)
         print(f"{len(self.talk.conversation.messages)} messages in {path}")
 
     def load(self, file: str) -> None:
-        path = Path(required(file, "/load FILE")).expanduser()
+        path = named_path(file, "/load FILE")
         self.talk.conversation = Conversation.load(path)
         print(f"{len(self.talk.conversation.messages)} messages from {path}")
 
@@ -138,6 +139,11 @@ def read_message() -> str:
     while QUOTES not in text:
         text += "\n" + input(MORE)
     return text[: text.index(QUOTES)].strip("\n")
+
+
+def named_path(file: str, usage: str) -> Path:
+    """The path that was typed. Of a user who is unknown the name stays: no such folder."""
+    return Path(os.path.expanduser(required(file, usage)))
 
 
 def required(value: str, usage: str) -> str:

@@ -9,6 +9,7 @@ Sources: PEP 503 (pages in HTML), PEP 691 (in JSON).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -27,6 +28,7 @@ JSON_PAGE = "application/vnd.pypi.simple.v1+json"
 ACCEPT = f"{JSON_PAGE}, application/vnd.pypi.simple.v1+html;q=0.1, text/html;q=0.01"
 LARGEST_PAGE = 32_000_000  # bytes; PyPI's largest have a few million
 NOT_FOUND = 404
+MOST_REASONS = 8  # that one message spells out; the rest are counted
 Links = list[tuple[str, str | None]]  # and their sha256, where it is given
 SHA256 = re.compile(r"\bsha256=([0-9a-fA-F]{64})")
 
@@ -57,6 +59,8 @@ def fetch_archive(archive: Archive, came: Path, *, progress: Progress | None = N
                 reasons.append(str(error))
     asked = ", ".join(shown(place) for place in (*settings.indexes, *settings.find_links))
     missing = f"it is not at {asked}" if asked else "no index is configured"
+    if len(reasons) > MOST_REASONS:
+        reasons[MOST_REASONS:] = [f"and {len(reasons) - MOST_REASONS} more"]
     raise DownloadError(
         f"{archive.archive} could not be had from pip's index ({'; '.join(reasons) or missing}); "
         "check the network and pip's index ('pip config list')"
@@ -81,7 +85,7 @@ def as_url(place: str) -> str:
     """A folder or file as a URL; what is a URL already stays."""
     if "://" in place or place.startswith("file:"):
         return place
-    return Path(place).expanduser().absolute().as_uri()
+    return Path(os.path.expanduser(place)).absolute().as_uri()
 
 
 def links_to(name: str, place: str, web: Web) -> Iterator[tuple[str, str | None]]:
@@ -117,7 +121,10 @@ def json_links(page: bytes) -> tuple[str, Links]:
     """Raises ValueError: not a page of PEP 691."""
     try:
         files: list[Any] = json.loads(page)["files"]
-        return "", [(str(file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
+        found = [(str(file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
+        return "", [
+            (url, sha256 if sha256 is None else str(sha256).lower()) for url, sha256 in found
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"not a list of files: {quoted(page)}") from None
 

@@ -167,6 +167,7 @@ def fetch_url(
 def _append(url: str, came: Path, total: int, web: Web, progress: Progress | None) -> None:
     """Raises what urllib does, IncompleteRead, and ValueError where more than `total` comes."""
     have = came.stat().st_size if came.exists() else 0
+    have = have if have <= total else 0  # else it is something else
     with web.open(url, {"Range": f"bytes={have}-"} if have else None) as answer:
         rest = str(answer.headers.get("Content-Range")).startswith(f"bytes {have}-")
         if answer.status != PARTIAL or not rest:
@@ -187,9 +188,10 @@ def _append(url: str, came: Path, total: int, web: Web, progress: Progress | Non
 def reason(error: Exception) -> str:
     """What went wrong on the network, in a few words; what a server says of it is cut."""
     if isinstance(error, http.client.IncompleteRead):
-        return f"the connection broke, {error.expected} bytes are missing"
-    words = str(getattr(error, "reason", error)) or type(error).__name__
-    words = words if len(words) <= LONG else quoted(words)
+        missing = f", {error.expected} bytes are missing" if error.expected else ""
+        return f"the connection broke{missing}"
+    said = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+    words = said if len(said) <= LONG and said.isprintable() else quoted(said)
     return f"HTTP {error.code} {words}" if isinstance(error, urllib.error.HTTPError) else words
 
 

@@ -125,9 +125,11 @@ def apply_change(tables: Tables, change: str) -> None:
     if len(change) > LONGEST_CHANGE:
         raise ConfigError(f"--set {quoted(change)}: more than {LONGEST_CHANGE:,} characters")
     try:
-        value = tomllib.loads(f"value = {typed}")["value"]
+        read = tomllib.loads(f"value = {typed}")
     except (ValueError, RecursionError):
-        value = typed.strip()
+        read = {}
+    # What is no TOML is text, and so is what sets more than this one value, in several lines.
+    value = read["value"] if set(read) == {"value"} else typed.strip()
     tables.setdefault(table, {})[name] = value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from glassllama.base.errors import ConfigError, quoted
 
+LARGEST_RATE = 1e6  # beyond any run: what is larger is a mistake
 KINDS = ("bigram", "gpt", "llama")
 CHARACTERS, BPE = "characters", "bpe:"
 MOST_DIGITS = 18  # of a vocabulary's size
@@ -95,6 +96,7 @@ class OptimiserSettings:
         positive("optimiser", self, "lr", "matrix_lr", "eps")
         shares("optimiser", self, "beta1", "beta2", "momentum", "ema")
         not_negative("optimiser", self, "weight_decay", "clip")
+        of_a_rate("optimiser", self, "lr", "matrix_lr", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,7 @@ class ScheduleSettings:
         one_of("schedule.kind", self.kind, ("cosine", "wsd"))
         positive("schedule", self, "steps")
         not_negative("schedule", self, "warmup", "floor")
+        of_a_rate("schedule", self, "floor")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"schedule.decay: want a share in (0, 1], got {self.decay}")
         if self.warmup >= self.steps and self.steps > 1:
@@ -188,6 +191,14 @@ def not_negative(table: str, settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"{table}.{name}: want 0 or more, got {value}")
+
+
+def of_a_rate(table: str, settings: object, *names: str) -> None:
+    """Steps multiply them by each other, and divide by small numbers, in float32."""
+    for name in names:
+        value = getattr(settings, name)
+        if value > LARGEST_RATE:
+            raise ConfigError(f"{table}.{name}: want a number up to {LARGEST_RATE:g}, got {value}")
 
 
 def shares(table: str, settings: object, *names: str) -> None:
