@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
@@ -295,13 +295,10 @@ def test_folder_of_transformers(folder: Path, llama: Tokenizer) -> None:
 
 def test_folder_settings(folder: Path) -> None:
     config, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
-    edit(config, add_bos_token=False)
-    assert tokenizer_from_folder(folder).bos is None
     edit(config, add_bos_token=True, bos_token={"content": "<|eot_id|>"}, eos_token="e")
     edit(generation, eos_token_id=[2, 77])
     edit(folder / "config.json", eos_token_id=88)
     tokenizer = tokenizer_from_folder(folder)
-    assert tokenizer.bos == 2
     assert tokenizer.stop_ids == {1, 2, 3, 77, *tokenizer.encode("e")}
     generation.unlink()
     assert 88 in tokenizer_from_folder(folder).stop_ids
@@ -344,6 +341,22 @@ def test_tokenizer_model_is_told_by_its_content(
     assert tokenizer_from_folder(weights).vocab_size == 128_256  # Meta keeps it above
     shutil.copy(folder / "tokenizer.json", weights)
     assert tokenizer_from_folder(weights).vocab_size == 900  # tokenizer.json goes first
+
+
+@pytest.mark.parametrize("adds", [True, False, None])
+@pytest.mark.parametrize("template", [True, False])
+def test_a_text_begins_as_in_transformers(folder: Path, template: bool, adds: bool | None) -> None:
+    """The post_processor of tokenizer.json decides; what contradicts it has no effect."""
+    if not template:
+        edit(folder / "tokenizer.json", post_processor=None)
+    edit(
+        folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+        bos_token="<|begin_of_text|>", **({} if adds is None else {"add_bos_token": adds}),
+    )  # fmt: skip
+    tokenizer = tokenizer_from_folder(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("a b", bos=True) == theirs.encode("a b")
+    assert any("add_bos_token" in note for note in tokenizer.notes) == (adds == (not template))
 
 
 def test_sentencepiece_folders(tmp_path: Path) -> None:

@@ -609,7 +609,7 @@ def test_wrong_gguf_metadata_is_named(
         ("pre_tokenizer", {"type": "ByteLevel"}, "decoder must be ByteLevel"),
         ("decoder", {"type": "WordPiece"}, "decoder: type must be one of ByteFallback"),
         ("decoder", None, "decoder is missing"),
-        ("post_processor", {"type": "BertProcessing"}, "post_processor: type must be ByteLevel"),
+        ("post_processor", {"type": "Sentences"}, "post_processor: type must be ByteLevel"),
         ("model", {"type": "Unigram"}, "model: type must be BPE, got 'Unigram'"),
         ("model", {"type": "BPE", "dropout": 0.1}, "model: dropout must be null, got 0.1"),
         ("model", {"type": "BPE", "vocab": {"a": 3}, "merges": ["a b"]}, "merges: number 0"),

@@ -54,6 +54,7 @@ class PipelineTokenizer(Rows):
         self.pipeline = pipeline
         self.bos = bos
         self.stop_ids = frozenset(stop_ids)
+        self.notes: list[str] = []  # what was odd in the files
         controls = {t.text: t.id for t in pipeline.added.tokens if t.is_control}
         self.specials = MappingProxyType(controls)
         self._hidden = frozenset(controls.values()) if pipeline.hides_controls else frozenset()

@@ -174,7 +174,10 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         )
     settings = read_settings(folder)
     blanks = blank_rule(settings, folder)
-    return configured(read_tokenizer(found, settings.tokens, blanks), settings, folder)
+    tokenizer = read_tokenizer(found, settings.tokens, blanks)
+    add_bos(tokenizer, settings, found)
+    add_stops(tokenizer, settings, folder)
+    return tokenizer
 
 
 class Blanks(NamedTuple):
@@ -251,14 +254,29 @@ def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> Sent
     return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
 
 
-def configured(tokenizer: Found, settings: Settings, folder: Path) -> Found:
-    """The tokenizer with begin and stop ids as the files beside the weights have them."""
+def add_bos(tokenizer: Found, settings: Settings, path: Path) -> None:
+    """Whether a text begins with a token, as `add_bos_token` says.
+
+    But not beside a tokenizer.json, whose post_processor says it, as in transformers 5. Our own
+    vocabularies of characters have none.
+    """
     fields = Fields(str(settings.path), settings.values, TokenizerError)
-    if (adds_bos := fields.boolean("add_bos_token", None)) is not None:
+    adds_bos = fields.boolean("add_bos_token", None)
+    if adds_bos is None:
+        return
+    if path.name == "tokenizer.model" or isinstance(tokenizer, CharTokenizer):
         tokenizer.bos = named_id(tokenizer, settings, "bos_token") if adds_bos else None
+    elif adds_bos != (tokenizer.bos is not None):
+        tokenizer.notes.append(
+            f"tokenizer_config.json: add_bos_token {str(adds_bos).lower()} has no effect: the "
+            "post_processor of tokenizer.json says what a text begins with"
+        )
+
+
+def add_stops(tokenizer: Found, settings: Settings, folder: Path) -> None:
+    """The ends of an answer that the files beside the weights name."""
     eos = named_id(tokenizer, settings, "eos_token")
     tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
-    return tokenizer
 
 
 def named_id(tokenizer: Found, settings: Settings, name: str) -> int | None:
