@@ -220,7 +220,10 @@ def edit_index(index: Path, change: Callable[[dict[str, Any]], object]) -> None:
 BAD_SHARDS = [
     "../model.safetensors",
     "/etc/passwd",
-    "a/b.safetensors",
+    "a/../../b.safetensors",
+    ".",
+    "/",
+    "a" * 256,
     "..",
     "",
     "a\\b",
@@ -233,7 +236,21 @@ BAD_SHARDS = [
 def test_index_reaches_outside_its_folder(shards: Any, tmp_path: Path, shard: object) -> None:
     index = copy_folder(shards[0], tmp_path)
     edit_index(index, lambda weights: weights.update({"model.norm.weight": shard}))
-    assert_clean_error(index, "plain name of a file beside the index")
+    assert_clean_error(index, "must be the name of a file beside or below the index")
+
+
+def test_shards_below_the_index(shards: Any, tmp_path: Path) -> None:
+    index = copy_folder(shards[0], tmp_path)
+    (tmp_path / "shards").mkdir()
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.rename(tmp_path / "shards" / shard.name)
+    here, below = open_safetensors(shards[0] / index.name), "./shards//{}"
+    edit_index(index, lambda w: w.update({name: below.format(w[name]) for name in w}))
+    there = open_safetensors(index)
+    assert all((here.read(name) == there.read(name)).all() for name in here.names())
+    there.close()
+    edit_index(index, lambda w: w.update({"model.norm.weight": min(w.values())}))
+    assert_clean_error(index, "'model.norm.weight' is in shards/model-0.*, expected shards/model-")
 
 
 def test_index_names_a_missing_shard(shards: Any, tmp_path: Path) -> None:

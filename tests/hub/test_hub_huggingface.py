@@ -95,6 +95,7 @@ OTHER_NAMES = {
     "six digits": ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),
     "one file": ("model.safetensors",),
     "renamed": ("pytorch_model-00001-of-00001.safetensors",),
+    "below": ("shards/1.safetensors", "shards/deep/2.safetensors"),
     "dotted": ("a.safetensors-1.safetensors", "b"),
 }
 
@@ -117,8 +118,8 @@ def test_weights_are_the_files_that_the_index_names(
     ("index", "words"),
     [
         (index_of("absent.safetensors"), "names 'absent.safetensors', which is not there (1 of 1"),
-        (index_of("../up.safetensors"), "names '../up.safetensors': no plain name of a file"),
-        (b'{"weight_map": {"a": 7}}', "names 7: no plain name"),
+        (index_of("../up.safetensors"), "names '../up.safetensors': no file inside the repository"),
+        (b'{"weight_map": {"a": 7}}', "names 7: no file inside"),
         (b'{"weight_map": {}}', "expected a weight_map"),
         (b"not json", "expected a weight_map"),
     ],

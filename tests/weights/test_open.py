@@ -373,6 +373,22 @@ def test_a_model_that_is_not_supported_is_named_with_its_folder(tmp_path: Path) 
         (folder / name).unlink()
 
 
+def test_shards_below_the_folder(tmp_path: Path) -> None:
+    parts = write_hf(hf_model(), tmp_path, max_shard_size="60KB")
+    before = open_weights(parts)
+    (parts / "shards").mkdir()
+    for shard in parts.glob("*.safetensors"):
+        shard.rename(parts / "shards" / shard.name)
+    index = parts / "model.safetensors.index.json"
+    with pytest.raises(GlassError, match="no such file"):
+        open_weights(parts)
+    values = json.loads(index.read_text())
+    below = {name: f"shards/{shard}" for name, shard in values["weight_map"].items()}
+    index.write_text(json.dumps({**values, "weight_map": below}))
+    after = open_weights(parts)
+    assert all((before.read(name) == after.read(name)).all() for name in before.names)
+
+
 @pytest.mark.parametrize(
     "name", ["x" * 70_000, "two\nlines.safetensors", "../m.safetensors", "", 5, None, ["a"]]
 )
@@ -382,7 +398,7 @@ def test_an_index_that_names_no_plain_file(name: object, tmp_path: Path) -> None
     values = json.loads(index.read_text())
     values["weight_map"]["model.norm.weight"] = name
     index.write_text(json.dumps(values))
-    with pytest.raises(GlassError, match="plain name of a file beside the index") as caught:
+    with pytest.raises(GlassError, match="name of a file beside or below the index") as caught:
         open_weights(parts)
     assert "\n" not in str(caught.value)
     assert f"shard {quoted(name)} of tensor 'model.norm.weight'" in str(caught.value)

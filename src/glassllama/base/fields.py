@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from glassllama.base.errors import ConfigError, GlassError, named, quoted
 
 REQUIRED: Any = object()  # a key without a default
 LARGEST_WHOLE = 2**31 - 1  # sizes and ids: what 32-bit indexes of compiled code can hold
+LONGEST_NAME = 255  # of a file, on every usual system
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
@@ -112,6 +114,16 @@ class Fields:
         if default is REQUIRED:
             raise self.error(f"{self.place}: {named(key)} is missing")
         return default
+
+
+def inside(name: object) -> str | None:
+    """A file's name relative to a folder, with / between; None: no such name, or it leads out."""
+    if not isinstance(name, str) or not name.isprintable() or set(name) & set("\\:"):
+        return None
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        return None
+    return path.as_posix() if max(map(len, path.parts)) <= LONGEST_NAME else None
 
 
 def is_whole(value: object) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
+from glassllama.base.fields import inside
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
 from glassllama.formats.first_bytes import format_of
@@ -26,7 +27,6 @@ from glassllama.formats.strict_json import parse_object
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # the format's own limit
-LONGEST_NAME = 255  # of a file, on every usual system
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -181,7 +181,7 @@ def _open_sharded(index: Path) -> SafetensorsFile:
         its_metadata, its_tensors = read_header(file)
         if twice := tensors.keys() & its_tensors.keys():
             name = min(twice)
-            other = Path(tensors[name].path).name
+            other = Path(tensors[name].path).relative_to(index.parent)
             raise FormatError(f"{index}: tensor {quoted(name)} is in {other} and in {shard}")
         files.append(file)
         tensors |= its_tensors
@@ -189,13 +189,14 @@ def _open_sharded(index: Path) -> SafetensorsFile:
     for name, shard in weight_map.items():
         if name not in tensors:
             raise FormatError(f"{index}: tensor {quoted(name)} is not in {shard}, nor elsewhere")
-        if (found := Path(tensors[name].path).name) != shard:
+        found = Path(tensors[name].path).relative_to(index.parent).as_posix()
+        if found != shard:
             raise FormatError(f"{index}: tensor {quoted(name)} is in {found}, expected {shard}")
     return SafetensorsFile(files, tensors, metadata)
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, all of them beside it. Raises FormatError."""
+    """The files that an index names, all of them beside or below it. Raises FormatError."""
     return sorted(set(read_weight_map(index).values()))
 
 
@@ -207,19 +208,16 @@ def read_weight_map(index: Path) -> dict[str, str]:
     file.close()
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
+    places: dict[str, str] = {}
     for tensor, shard in weight_map.items():
-        if not _is_plain_name(shard):
+        place = inside(shard)
+        if place is None:
             raise FormatError(
-                f"{index}: shard {quoted(shard)} of tensor {quoted(tensor)} must be the plain name "
-                "of a file beside the index"
+                f"{index}: shard {quoted(shard)} of tensor {quoted(tensor)} must be the name of a "
+                "file beside or below the index"
             )
-    return weight_map
-
-
-def _is_plain_name(name: object) -> bool:
-    if not isinstance(name, str) or name in ("", ".", ".."):
-        return False
-    return name.isprintable() and len(name) <= LONGEST_NAME and not set(name) & set("/\\:")
+        places[tensor] = place
+    return places
 
 
 def _is_safetensors(path: Path) -> bool:

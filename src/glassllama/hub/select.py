@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from glassllama.base.errors import DownloadError, named, quoted
+from glassllama.base.fields import inside
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -19,6 +20,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is one o
 SMALL = (
     *(CONFIG, "generation_config.json", *TOKENIZER, "merges.txt", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/default.jinja",
 )
 
 SINGLE = "model.safetensors"
@@ -49,7 +51,7 @@ def safetensors_files(names: Iterable[str], repo: str, index: bytes | None) -> l
 
 
 def shards_of(index: bytes, repo: str) -> set[str]:
-    """The files that an index names. Raises DownloadError: not an index, or no plain names."""
+    """The files that an index names. Raises DownloadError: not an index, or they lead outside."""
     try:
         shards = set(json.loads(index)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -57,9 +59,11 @@ def shards_of(index: bytes, repo: str) -> set[str]:
     if not shards:
         raise DownloadError(f"{repo}: {INDEX}: expected a weight_map, tensor names to file names")
     for name in shards:
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
-            raise DownloadError(f"{repo}: {INDEX} names {quoted(name)}: no plain name of a file")
-    return shards
+        if inside(name) is None:
+            raise DownloadError(
+                f"{repo}: {INDEX} names {quoted(name)}: no file inside the repository"
+            )
+    return {place for name in shards if (place := inside(name)) is not None}
 
 
 def pth_files(names: Iterable[str]) -> list[str]:

@@ -218,7 +218,7 @@ def _recognise(path: Path) -> tuple[Family, Path]:
         return "gguf", firsts[0]
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
-    if has_config and _models_in(formats):
+    if has_config and (_models_in(formats) or _index(path) is not None):
         return "hf", path
     for folder in (path, path / "original"):
         if (folder / "params.json").exists():
