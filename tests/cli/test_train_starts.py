@@ -214,7 +214,7 @@ def test_memory_is_looked_at_before_it_is_taken(
         ("run.prompt=\udcff", r"run.prompt must be text in UTF-8, got '\udcff'"),
         ("data.corpus=", "data.corpus: want a name or a path, got none"),
         ("data.tokenizer=", "data.tokenizer: want a name or a path, got none"),
-        ("model.dim=3", "model.dim: a bigram has no such setting; there are no sizes to choose"),
+        ("model.dim=3", "model.dim: a bigram has no such setting; have vocab_size"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(

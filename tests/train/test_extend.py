@@ -18,6 +18,7 @@ from glassllama.nn.rope import rotate_halves, rotate_pairs, rotation
 from glassllama.train.data import vocabulary_folder
 from glassllama.train.faults import TrainingError
 from glassllama.train.journal import Record
+from glassllama.train.loop import sample_text
 from glassllama.train.preflight import preflight
 from glassllama.train.prepare import prepare
 from glassllama.train.resolve import changed_lines, resolve
@@ -28,6 +29,7 @@ from train.recipes import PRESET, make_steps, new_run, write_text
 from train.test_resume import assert_same_run
 
 EMA = "optimiser.ema=0.9"
+HUGE = torch.tensor([[1000.0], [-1000.0]])
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_a_run_from_other_weights_is_resumed_exactly(tmp_path: Path, text: Path)
     (first.folder / "model.safetensors").unlink()  # they were needed for the first step only
     make_steps(new_run(halves, text, "llama", EMA, begun))
     assert_same_run(straight, halves, 12)
-    with pytest.raises(TrainingError, match=r"model\.init_from was '.*', is None"):
+    with pytest.raises(TrainingError, match=r"model\.init_from was '.*', is not set"):
         new_run(halves, text, "llama", EMA, f"data.tokenizer={first.folder}")
 
 
@@ -150,6 +152,28 @@ def test_every_difference_from_the_other_model_is_named(tmp_path: Path, text: Pa
     make_steps(gpt, stop_after=1)
     with pytest.raises(WeightsError, match="pos_embeddings"):
         new_run(tmp_path / "e", text, "gpt", f"model.init_from={gpt.folder}", "data.context=20")
+
+
+def test_a_model_with_more_rows_than_tokens(tmp_path: Path, text: Path) -> None:
+    """As in files whose vocabulary was padded; rows without a token are never drawn."""
+    with pytest.raises(ConfigError, match="vocab_size: 20, but the tokenizer has "):
+        new_run(tmp_path / "few", text, "gpt", "model.vocab_size=20")
+    padded = "model.vocab_size=90"
+    first = new_run(tmp_path / "first", text, "llama", padded, "run.sample_tokens=40")
+    make_steps(first, stop_after=2)
+    with torch.no_grad():  # whatever comes before, one of two rows is by far the likeliest
+        first.model.tok_embeddings.weight[-2:] = torch.randn(first.model.config.dim) * HUGE
+    ids = first.data.tokenizer.encode(sample_text(first))
+    assert len(ids) >= 40
+    opened = open_weights(first.folder)
+    assert opened.config.vocab_size == 90 > opened.tokenizer.vocab_size
+    begun = f"model.init_from={first.folder}"
+    with pytest.raises(WeightsError, match=r"vocab_size is 90 there and \d+ here"):
+        new_run(tmp_path / "a", text, "llama", begun)
+    run = new_run(tmp_path / "b", text, "llama", begun, padded)
+    saved = load_model(open_weights(first.folder)).named_parameters()
+    assert all(torch.equal(run.optimisers.named[name], weight) for name, weight in saved)
+    make_steps(run)
 
 
 def test_a_llamas_context_may_be_another(tmp_path: Path, text: Path) -> None:

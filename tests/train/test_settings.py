@@ -87,7 +87,8 @@ def test_a_bad_setting_is_named(change: str, words: str) -> None:
     ("change", "words"),
     [
         ("model.n_head=4", "model.n_head: a llama has no such setting; did you mean n_heads?"),
-        ("model.vocab_size=99", "model.vocab_size: a llama has no such setting"),
+        ("model.vocab_size=60", "model.vocab_size: 60, but the tokenizer has 69 tokens"),
+        ("model.max_seq_len=9", "model.max_seq_len: a llama has no such setting"),
         ("model.norm_eps=small", "model.norm_eps must be a finite number, got 'small'"),
         ("model.tie_embeddings=3", "model.tie_embeddings must be true or false, got 3"),
         ("model.dim=2.5", "model.dim must be a whole number from 1 to 1048576, got 2.5"),

@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "gpt": (GPTConfig, GPT),
     "llama": (LlamaConfig, Llama),
 }
-GIVEN = ("vocab_size", "max_seq_len")  # by the tokenizer, and by data.context
+GIVEN = "max_seq_len"  # by data.context
 LARGEST_SIZE, MOST_LAYERS = 1 << 20, 1000  # beyond any model: what is larger is a mistake
 NOT_LEARNT = ("rope_scaling", "rope_layout")  # of other people's checkpoints
 
@@ -58,23 +58,28 @@ def new_config(settings: Settings, vocab_size: int) -> Any:
     """The model's configuration. Raises ConfigError naming `model.field`: unknown, missing, or a
     size that cannot be."""
     kind, config_class = settings.model.kind, MODELS[settings.model.kind][0]
-    known = [f.name for f in fields(config_class) if f.name not in (*GIVEN, *NOT_LEARNT)]
+    known = [f.name for f in fields(config_class) if f.name not in (GIVEN, *NOT_LEARNT)]
     for name in settings.model.sizes:
         if name not in known:
             close = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"have {', '.join(known)}"
-            if not known:
-                hint = "there are no sizes to choose, leave it out"
             raise ConfigError(f"model.{quoted_key(name)}: a {kind} has no such setting; {hint}")
     sizes = checked_sizes(settings, get_type_hints(config_class))
-    given = dict(zip(GIVEN, (vocab_size, settings.data.context), strict=True))
+    sizes["vocab_size"] = rows = vocabulary_rows(settings, vocab_size)
+    if rows < vocab_size:
+        raise ConfigError(f"model.vocab_size: {rows}, but the tokenizer has {vocab_size} tokens")
     try:
-        return config_class(**sizes, **given)
+        return config_class(**sizes, max_seq_len=settings.data.context)
     except TypeError:  # a field without default was left out
-        missing = [name for name in known if name not in settings.model.sizes]
+        missing = [name for name in known if name not in sizes]
         raise ConfigError(f"model: a {kind} also needs {', '.join(missing)}") from None
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from None
+
+
+def vocabulary_rows(settings: Settings, vocab_size: int) -> int:
+    """Rows of the embeddings: `model.vocab_size`, or one for each token of the tokenizer."""
+    return int(settings.model.sizes.get("vocab_size", vocab_size))
 
 
 def checked_sizes(settings: Settings, hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.train.batches import bytes_of_batch
-from glassllama.train.build import as_module, numbers_of, parameters
+from glassllama.train.build import as_module, numbers_of, parameters, vocabulary_rows
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.loop import one_step, parts
@@ -126,7 +126,7 @@ def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> 
     copies = 2 + 2 + (s.optimiser.ema > 0)  # weights, gradients, AdamW's two means (Muon: one)
     rows = s.data.batch // world
     positions = min(s.run.loss_chunk, rows // s.run.accumulate * s.data.context)
-    logits = LOGIT_COPIES * positions * data.tokenizer.vocab_size
+    logits = LOGIT_COPIES * positions * vocabulary_rows(s, data.tokenizer.vocab_size)
     batch = bytes_of_batch(data.learnt, rows, s.data.context)
     return batch + FLOAT * (copies * numbers // world + logits)
 

@@ -128,7 +128,7 @@ def sample_text(run: Run) -> str:
     s, tokenizer = run.settings.run, run.data.tokenizer
     prompt = tokenizer.encode(s.prompt, bos=tokenizer.bos is not None)
     with used(run):
-        ids = sample(run.model, prompt, count=s.sample_tokens, seed=s.seed)
+        ids = sample(run.model, prompt, s.sample_tokens, s.seed, tokenizer.vocab_size)
     return s.prompt + tokenizer.decode(ids)
 
 

@@ -353,10 +353,11 @@ def require_same(place: Path, was: Mapping[str, Any], is_now: Mapping[str, Any])
     With more steps than before the schedule may differ -> in what.
     """
     differs = [name for name in sorted({*was, *is_now}) if was.get(name) != is_now.get(name)]
-    said = [
-        f"{named(name)} was {quoted(was.get(name))}, is {quoted(is_now.get(name))}"
-        for name in differs
-    ]
+    there, here = (
+        {name: quoted(values[name]) if name in values else "not set" for name in differs}
+        for values in (was, is_now)
+    )
+    said = [f"{named(name)} was {there[name]}, is {here[name]}" for name in differs]
     if is_now["schedule.steps"] > was["schedule.steps"]:
         others = [line for line in said if not line.startswith("schedule.")]
         if not others:

@@ -14,8 +14,10 @@ TEMPERATURE = 0.8
 
 
 @torch.no_grad()  # not inference_mode: weights gathered in it cannot be trained after
-def sample(model: LanguageModel, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-    """`count` ids that follow the prompt, however small the model's context is.
+def sample(
+    model: LanguageModel, prompt: Sequence[int], count: int, seed: int, vocab_size: int
+) -> list[int]:
+    """`count` ids below `vocab_size` that follow the prompt, however small the model's context is.
 
     Where the context is full, the text goes on from its last half, read anew.
     """
@@ -24,13 +26,13 @@ def sample(model: LanguageModel, prompt: Sequence[int], count: int, seed: int) -
     module.eval()
     context = model.config.max_seq_len
     ids, unread = list(prompt), list(prompt)[-context // 2 or -1 :]
-    sampling = make_sampler(temperature=TEMPERATURE, seed=seed).start(ids, model.config.vocab_size)
+    sampling = make_sampler(temperature=TEMPERATURE, seed=seed).start(ids, vocab_size)
     cache = model.new_cache(1, context)
     for _ in range(count):
         if cache.lengths[0] + len(unread) > context:
             cache, unread = model.new_cache(1, context), ids[-(context // 2 or 1) :]
         h = model.hidden(torch.tensor([unread], device=device), cache)  # (1, T, C)
-        ids.append(sampling.choose(model.logits(h[0, -1]).cpu().numpy()))
+        ids.append(sampling.choose(model.logits(h[0, -1])[:vocab_size].cpu().numpy()))
         unread = ids[-1:]
     module.train(learning)
     return ids[len(prompt) :]

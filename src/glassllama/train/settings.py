@@ -25,9 +25,10 @@ LEAST_SHARE = 1e-6  # held out: of a thousand million characters, a thousand
 class ModelSettings:
     """Which architecture, and its sizes: the fields of its configuration class.
 
-    `vocab_size` follows from the tokenizer and `max_seq_len` from data.context, so neither stands
-    here. The configuration class checks its sizes itself. `init_from` is a model as `load` takes
-    it, whose weights the run begins with; "": random ones.
+    `max_seq_len` follows from data.context and does not stand here. `vocab_size`, the rows of the
+    embeddings, follows from the tokenizer; more rows than it has tokens can be set, as a model to
+    begin with may have them. The configuration class checks its sizes itself. `init_from` is a
+    model as `load` takes it, whose weights the run begins with; "": random ones.
     """
 
     kind: str
