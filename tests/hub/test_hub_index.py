@@ -160,7 +160,7 @@ def test_what_a_page_says() -> None:
     base, ((first, sha256), other) = html_links(page)
     assert (base, first.partition("#")[0], sha256) == ("../up/", "f-1.whl", "a" * 64)
     assert other == ("https://h/p/g.whl", None)
-    files = [{"url": "f.whl", "hashes": {"sha256": "A" * 64}}, {"url": "g.whl", "hashes": {}}]
+    files = [{"url": "f.whl", "hashes": {"sha256": "A" * 64}}, {"url": "g.whl", "hashes": None}]
     page = json.dumps({"files": files}).encode()
     assert json_links(page) == ("", [("f.whl", "a" * 64), ("g.whl", None)])
     for bad in (
@@ -194,6 +194,11 @@ def test_pages_that_mislead(user: User, tmp_path: Path) -> None:
             user.fetch()
         assert "\n" not in str(error.value)
         assert not (tmp_path / "came").exists()
+    name = user.archive.archive
+    user.index.page = (
+        f'<a href="http://[broken/{name}">{name}</a><a href="/wheels/{name}">{name}</a>'
+    )
+    assert user.fetch() == DATA, "one link that is none does not spoil the page"
 
 
 def test_credentials_go_to_their_host_alone(user: User, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,11 @@ def links_to(name: str, place: str, web: Web) -> Iterator[tuple[str, str | None]
         for link, sha256 in found:
             if name not in unquote(link):  # whatever the others are
                 continue
-            url = urljoin(urljoin(answer.url, base), link)
-            local = urlsplit(url).scheme not in ("http", "https")
+            try:
+                url = urljoin(urljoin(answer.url, base), link)
+                local = urlsplit(url).scheme not in ("http", "https")
+            except ValueError:  # one bad link of many
+                continue
             if file_name(url) == name and not (local and not place.startswith("file:")):
                 yield url, sha256
 
@@ -121,7 +124,7 @@ def json_links(page: bytes) -> tuple[str, Links]:
     """Raises ValueError: not a page of PEP 691."""
     try:
         files: list[Any] = json.loads(page)["files"]
-        found = [(str(file["url"]), file.get("hashes", {}).get("sha256")) for file in files]
+        found = [(str(file["url"]), (file.get("hashes") or {}).get("sha256")) for file in files]
         return "", [
             (url, sha256 if sha256 is None else str(sha256).lower()) for url, sha256 in found
         ]
