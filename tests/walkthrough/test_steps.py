@@ -89,7 +89,10 @@ def test_every_shape(variant: str, tmp_path: Path) -> None:
     walk_all(open_walk(write_checkpoint("hf", tmp_path, **OTHERS[variant]), IDS))
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"max_position_embeddings": 8}], ids=str)
+WITH_QK_NORM = {"qk_norm": True, "model_type": "glass_llama", "architectures": None}
+
+
+@pytest.mark.parametrize("changes", [WITH_QK_NORM, {"max_position_embeddings": 8}], ids=str)
 def test_odd_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text()) | changes
