@@ -72,7 +72,7 @@ def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     theirs = tmp_path / "theirs"
     (theirs / "inner").mkdir(parents=True)
     given_away(theirs, monkeypatch)
-    assert why_not(theirs).startswith(f"{theirs} belongs to another user")
+    assert why_not(theirs) == f"{theirs} belongs to another user: {trust.NOT_OURS}"
     assert why_not(theirs / "inner").startswith(f"{theirs} belongs to another user")
 
 

@@ -336,6 +336,8 @@ def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
         (["hi"], {}, "prompt 0: 'h' at position 0 is no id"),
         ([[1]], {"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
         ([[1]], {"logprobs": -1}, "logprobs must be a whole number of at least 0, got -1"),
+        ([[1]], {"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
+        ([[1]], {"speculation": None}, "speculation must be True or False, got None"),
         ([[1]], {"context": 1}, "context must be a whole number of at least 2, got 1"),
     ],
 )  # fmt: skip

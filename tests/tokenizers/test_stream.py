@@ -133,7 +133,11 @@ def test_a_long_stop_string_costs_linear_time() -> None:
     assert run(stops, ["a"] * 200_000) == ("a" * 200_000, None)
 
 
-@pytest.mark.parametrize("stops", [[""], ["a", ""], [3], "END"])
+@pytest.mark.parametrize(
+    "stops",
+    [[""], ["a", ""], [3], "END", ["a" * 10**6], ["ab" * 20_000] * 2],
+    ids=["empty", "one empty", "a number", "one text", "one too long", "too long together"],
+)
 def test_unusable_stop_strings_are_refused(stops: list[str]) -> None:
     with pytest.raises(GenerationError, match="stop:"):
         StopStrings(stops)

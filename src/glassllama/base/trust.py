@@ -18,6 +18,7 @@ from glassllama.base.errors import UntrustedError
 ROOT = 0
 MODE = 0o755  # of folders that we make, whatever the umask says
 CHECKED = os.name == "posix"  # Windows: folders of a profile are the user's alone as they are made
+NOT_OURS = "it is not used; make it yours (chown) or set GLASSLLAMA_HOME to a folder of your own"
 HELP = "it is not used; take write permission from others (chmod go-w) or set GLASSLLAMA_HOME"
 
 
@@ -41,7 +42,7 @@ def require_trusted(folder: Path) -> None:
         # With this bit others can make files in it, but not replace or rename what is ours.
         fixed = facts.st_mode & stat.S_ISVTX and not (itself and os.path.samestat(facts, itself))
         if facts.st_uid not in (os.geteuid(), ROOT):
-            raise UntrustedError(f"{place} belongs to another user: {HELP}")
+            raise UntrustedError(f"{place} belongs to another user: {NOT_OURS}")
         if not fixed and written_by_others(facts):
             raise UntrustedError(f"others can write to {place}: {HELP}")
 

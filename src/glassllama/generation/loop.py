@@ -70,6 +70,9 @@ class GenerationSettings:
         for name, least in (("max_tokens", 1), ("logprobs", 0), ("context", 2)):
             if (value := getattr(self, name)) is not None:
                 require_whole(name, value, least)
+        for name in ("ignore_eos", "speculation"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise GenerationError(f"{name} must be True or False, got {quoted(value)}")
         if self.on_overflow not in get_args(Overflow):
             raise GenerationError(
                 f"on_overflow must be 'stop' or 'shift', got {quoted(self.on_overflow)}"

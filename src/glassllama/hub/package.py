@@ -33,8 +33,10 @@ def fetch_package_file(
     if is_whole(file):
         return place
     if offline:
+        state = "another file or a damaged one is" if place.exists() else "not"
         raise DownloadError(
-            f"{file.short}: not in the cache ({place}) and offline; download it once while online"
+            f"{file.short}: {state} in the cache ({place}) and offline; "
+            "download it once while online"
         )
     with locked(place.parent):
         if not is_whole(file):  # another process may have been faster

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Tokenizer
 
+MOST_STOP_CHARACTERS = 2**16  # of all stop strings together: each is a state of the automaton
+
 
 class StreamDecoder:
     """Text as soon as it is certain: the bytes of a split character wait for the rest of it.
@@ -104,10 +106,16 @@ class StopStrings:
 def _automaton(strings: Iterable[str]) -> _State:
     if isinstance(strings, str):
         raise GenerationError(f"stop: want a list of strings, got the one string {quoted(strings)}")
-    start = _State()
+    start, room = _State(), MOST_STOP_CHARACTERS
     for string in strings:
         if not isinstance(string, str) or not string:
             raise GenerationError(f"stop: want strings that are not empty, got {quoted(string)}")
+        room -= len(string)
+        if room < 0:
+            raise GenerationError(
+                f"stop: want at most {MOST_STOP_CHARACTERS:,} characters in all strings together, "
+                f"got more, the last one {quoted(string)}"
+            )
         state = start
         for character in string:
             state = state.following.setdefault(character, _State(depth=state.depth + 1))
