@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_a_sound_run_passes_and_is_left_as_it_was(
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.progress.step == 0
     assert not run.optimisers.adamw.state
+
+
+def test_a_text_that_repeats_its_characters_is_no_leak(tmp_path: Path, text: Path) -> None:
+    """Tied embeddings expect the same token again, as tables and indentation have it."""
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_text("".join(8 * character for character in text.read_text()[:3000]))
+    run = new_run(tmp_path / "run", repeated, "llama", "model.dim=120", "model.tie_embeddings=true")
+    (line,) = (line for line in preflight(run) if line.startswith("beginning: loss "))
+    loss, guessing = map(float, re.findall(r"\d+\.\d+", line))
+    assert loss < guessing - 0.5
 
 
 class Wrong(Batches):
