@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from glassllama.base.errors import DownloadError, quoted
+from glassllama.base.fields import inside
 from glassllama.base.interfaces import Progress
 from glassllama.hub import snapshot
 from glassllama.hub.names import HUB_MODELS, HubId
@@ -80,13 +81,7 @@ def _listing(id: HubId) -> list[RemoteFile]:
 
     info = HfApi().model_info(id.repo, revision=id.revision, files_metadata=True)
     files = [_remote_file(sibling) for sibling in info.siblings or []]
-    return [file for file in files if _is_inside(file.name)]
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a file's name does not lead out of the repository's folder."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return [file for file in files if inside(file.name) is not None]
 
 
 def _remote_file(sibling: RepoSibling) -> RemoteFile:

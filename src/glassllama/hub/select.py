@@ -58,12 +58,15 @@ def shards_of(index: bytes, repo: str) -> set[str]:
         shards = set()
     if not shards:
         raise DownloadError(f"{repo}: {INDEX}: expected a weight_map, tensor names to file names")
+    places: set[str] = set()
     for name in shards:
-        if inside(name) is None:
+        place = inside(name)
+        if place is None:
             raise DownloadError(
                 f"{repo}: {INDEX} names {quoted(name)}: no file inside the repository"
             )
-    return {place for name in shards if (place := inside(name)) is not None}
+        places.add(place)
+    return places
 
 
 def pth_files(names: Iterable[str]) -> list[str]:
