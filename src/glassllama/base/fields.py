@@ -117,7 +117,7 @@ class Fields:
 
 
 def inside(name: object) -> str | None:
-    """A file's name relative to a folder, with / between; None: no such name, or it leads out."""
+    """The normalized path of a file below a folder; None if it leads outside or is no path."""
     if not isinstance(name, str) or not name.isprintable() or set(name) & set("\\:"):
         return None
     path = PurePosixPath(name)

@@ -80,7 +80,7 @@ def require_memory(needed: int, *, what: str, instead: str) -> None:
 def cache_home() -> Path:
     """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches.
 
-    Raises DownloadError: a folder that cannot be told, such as the home of an unknown user.
+    Raises DownloadError: the folder cannot be determined, such as the home of an unknown user.
     """
     if (home := _named_by("GLASSLLAMA_HOME")) is not None:
         return home

@@ -142,7 +142,7 @@ def read_message() -> str:
 
 
 def named_path(file: str, usage: str) -> Path:
-    """The path that was typed. Of a user who is unknown the name stays: no such folder."""
+    """The path that was typed, with ~ expanded; ~NAME of an unknown user is left as it is."""
     return Path(os.path.expanduser(required(file, usage)))
 
 

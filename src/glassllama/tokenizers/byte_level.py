@@ -129,9 +129,11 @@ def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
     ranks: dict[tuple[bytes, bytes], int] = {}
     outside = 0
     ids = vocabulary.ids
-    bytes_of = cache(lambda part: to_bytes(part) if is_written(part) else b"")  # most come again
+    bytes_of = cache(
+        lambda part: to_bytes(part) if is_written(part) else b""
+    )  # most parts occur often
     for rank, merge in enumerate(merges):
-        cut = merge.find(" ", 1)  # the first character is never the blank between
+        cut = merge.find(" ", 1)  # a merge may begin with a blank
         left, right = (merge[:cut], merge[cut + 1 :]) if cut > 0 else ("", "")
         pair = bytes_of(left), bytes_of(right)
         if not (pair[0] and pair[1]):

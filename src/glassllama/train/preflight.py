@@ -161,7 +161,7 @@ def check_beginning(
         return f"{found}: it begins with the weights of another model"
     if not loss < guessing + slack:
         raise PreflightError(f"beginning: {found}: the initial weights are too large")
-    # With tied embeddings a fresh model expects the same token again, and may be right.
+    # With tied embeddings a fresh model predicts the input token again, which may be right.
     others = targets.masked_fill(targets == ids, IGNORED)
     known = bool((others != IGNORED).any()) and mean_loss(model, ids, others) < guessing - slack
     if loss < guessing - slack and known:

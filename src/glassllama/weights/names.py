@@ -105,7 +105,7 @@ def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozen
     output = table["output.weight"]
     held, embeddings = {*file.names()}, table["tok_embeddings.weight"]
     if config.tie_embeddings and output in held and embeddings not in held:
-        table["tok_embeddings.weight"] = output  # the one matrix, by its other name
+        table["tok_embeddings.weight"] = output  # the shared matrix, stored under its other name
     config, notes = with_stored_output(file, config, table["tok_embeddings.weight"], output)
     shapes = expected_shapes(config)
     wanted = {ours: table[ours] for ours in shapes}

@@ -195,7 +195,7 @@ def blank_rule(settings: Settings, folder: Path) -> Blanks:
     """What the files beside a SentencePiece model say of blanks, which it does not say itself.
 
     `legacy` does. Where it is left out it is true, but for transformers' LlamaTokenizer (which a
-    Mistral never has), and that one doubles no blank. It alone looks at `add_prefix_space`.
+    Mistral never has), and that one doubles no blank. Only that class reads `add_prefix_space`.
     """
     is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
     fields = Fields(str(settings.path), settings.values, TokenizerError)
@@ -255,10 +255,10 @@ def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> Sent
 
 
 def add_bos(tokenizer: Found, settings: Settings, path: Path) -> None:
-    """Whether a text begins with a token, as `add_bos_token` says.
+    """Set the token that a text begins with, by `add_bos_token`.
 
-    But not beside a tokenizer.json, whose post_processor says it, as in transformers 5. Our own
-    vocabularies of characters have none.
+    Beside a tokenizer.json it has no effect: as in transformers 5 the post_processor decides.
+    Exception: vocabularies of characters, which are written here and have no post_processor.
     """
     fields = Fields(str(settings.path), settings.values, TokenizerError)
     adds_bos = fields.boolean("add_bos_token", None)
@@ -274,7 +274,7 @@ def add_bos(tokenizer: Found, settings: Settings, path: Path) -> None:
 
 
 def add_stops(tokenizer: Found, settings: Settings, folder: Path) -> None:
-    """The ends of an answer that the files beside the weights name."""
+    """Add the stop tokens that the files beside the weights name."""
     eos = named_id(tokenizer, settings, "eos_token")
     tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
 
