@@ -4,7 +4,7 @@
 
 Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
 of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
-Prints a table; machine, threads and what one thread can do at best (engine/peaks.py) come first.
+Prints a table; machine, threads and what one thread can do at best (engine/roofline.py) come first.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from glassllama.engine import amx_superblocks
-from glassllama.engine.crew import processors
+from glassllama.engine import gemm_kquant_amx
+from glassllama.engine.dispatch import TIERS, features, kernel_address
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, own_memory, packed_bytes
-from glassllama.engine.packing import FLOAT_TYPES
-from glassllama.engine.peaks import peaks, read_bandwidth
-from glassllama.engine.row_kernels import FACTORS, WIDE_BYTES
-from glassllama.engine.tiers import TIERS, features, kernel_address
+from glassllama.engine.quantize_activations import FACTORS, WIDE_BYTES
+from glassllama.engine.repack import FLOAT_TYPES
+from glassllama.engine.roofline import peaks, read_bandwidth
+from glassllama.engine.thread_pool import processors
 
 ROUNDS = 7
 STRETCH = 1 << 29  # bytes, larger than most caches
@@ -70,7 +70,7 @@ def aligned(kind: Any, *shape: int) -> Any:
 
 def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
     columns = matrix.columns
-    if tier == "amx" and matrix.kind.name in amx_superblocks.BASE:
+    if tier == "amx" and matrix.kind.name in gemm_kquant_amx.BASE:
         x = factors = aligned(np.uint8, columns // 256 + 1, tokens, WIDE_BYTES)
     else:
         x = aligned(np.int8 if matrix.kind.integer_inputs else np.float32, tokens, columns)

@@ -37,7 +37,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.train.batches import Batches
 from glassllama.train.data import Data, open_data
 from glassllama.train.loop import judged, one_step
-from glassllama.train.optimisers import Optimisers
+from glassllama.train.optimizers import Optimisers
 from glassllama.train.run import Run
 from glassllama.train.settings import (
     DataSettings,

@@ -21,8 +21,7 @@ from typing import Any
 
 from glassllama import load
 from glassllama.base.machine import usable_cores
-from glassllama.cli.machine_facts import machine, versions
-from glassllama.cli.measure import (
+from glassllama.cli.bench_runner import (
     Cell,
     Needs,
     Ours,
@@ -31,6 +30,7 @@ from glassllama.cli.measure import (
     random_ids,
     seconds_of,
 )
+from glassllama.cli.machine_facts import machine, versions
 
 PROMPT, NEW = 512, 64
 CELLS = (Cell("prefill", PROMPT), Cell("decode", NEW))

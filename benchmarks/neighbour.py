@@ -26,8 +26,8 @@ from statistics import median
 
 from glassllama import load
 from glassllama.cli.bench import LlamaCpp
+from glassllama.cli.bench_runner import Cell, Contestant, Ours, seconds_of
 from glassllama.cli.machine_facts import machine, versions
-from glassllama.cli.measure import Cell, Contestant, Ours, seconds_of
 
 CORES = 2
 SPIN = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from record_page import BESIDE_IK, DEFAULT, HERE, LINES, PAGE, PROGRAM, WIDENED, Line, page
 
-from glassllama.weights import kept
+from glassllama.weights import packed_cache
 
 
 def measure(line: Line, models: Path, program_of_fork: str) -> None:
@@ -61,7 +61,7 @@ def model_file(model: str, models: Path) -> Iterator[str]:
     if model == DEFAULT or path.exists():
         yield model if model == DEFAULT else str(path)
         return
-    before = set(kept.folder().glob("*.packed"))
+    before = set(packed_cache.folder().glob("*.packed"))
     random = ["synthetic.py", "--shape", shape]
     script, *options = ["widened.py"] if shape == WIDENED else random
     words = [str(HERE / script), str(models), *options, "--type", kind]
@@ -70,7 +70,7 @@ def model_file(model: str, models: Path) -> Iterator[str]:
         yield str(path)
     finally:
         path.unlink(missing_ok=True)
-        for packed in set(kept.folder().glob("*.packed")) - before:
+        for packed in set(packed_cache.folder().glob("*.packed")) - before:
             packed.unlink()
 
 

@@ -27,7 +27,7 @@ from glassllama.nn.attention import (
     split_heads,
 )
 from glassllama.nn.feed_forward import FeedForward as SwiGLU
-from glassllama.nn.initial import initialise
+from glassllama.nn.init import initialise
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.nn.rope import Rotation, rope_angles, rotate_halves, rotation
 

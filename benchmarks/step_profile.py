@@ -19,11 +19,11 @@ import numba
 import numpy as np
 
 from glassllama import load
-from glassllama.engine.peaks import peaks, read_bandwidth
-from glassllama.engine.room import KERNEL
+from glassllama.engine.roofline import peaks, read_bandwidth
+from glassllama.engine.workspace import KERNEL
 
 TOKENS, RUNS = 64, 5
-KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see engine/kernels.py
+KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see engine/gemm_plain.py
 
 
 @numba.cfunc(KERNEL_FORM)

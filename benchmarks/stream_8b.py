@@ -52,13 +52,13 @@ Shapes = dict[str, tuple[int, ...]]
 def shapes_of(layers: int) -> Shapes:
     """Our tensor names and shapes; the writers below translate the names."""
     from glassllama.weights.configs import config_from_hf
-    from glassllama.weights.names import expected_shapes
+    from glassllama.weights.tensor_map import expected_shapes
 
     return expected_shapes(config_from_hf({**LLAMA_3_8B, "num_hidden_layers": layers}).config)
 
 
 def named(shapes: Shapes, family: Any, layers: int) -> Shapes:
-    from glassllama.weights.names import foreign_names
+    from glassllama.weights.tensor_map import foreign_names
 
     table = foreign_names(family, layers)
     return {table[ours]: shape for ours, shape in shapes.items()}
@@ -233,9 +233,9 @@ def walkthrough(path: Path) -> dict[str, Any]:
 
 
 def plan_of(path: Path) -> dict[str, float]:
-    """What weights/plan.py says before anything runs."""
+    """What weights/memory.py says before anything runs."""
+    from glassllama.weights.memory import plan
     from glassllama.weights.open import open_weights
-    from glassllama.weights.plan import plan
 
     made = plan(open_weights(path), tokens=len(PROMPT))
     print(made.describe())

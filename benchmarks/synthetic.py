@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
-from glassllama.tokenizers.meta import control_names, read_ranks
-from glassllama.weights.names import expected_shapes, foreign_names
+from glassllama.tokenizers.tiktoken_file import control_names, read_ranks
+from glassllama.weights.tensor_map import expected_shapes, foreign_names
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
 POOL = (1 << 24) + (1 << 12) * 37  # numbers in the stretch; no multiple of a tensor's size

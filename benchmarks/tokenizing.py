@@ -28,10 +28,10 @@ import tiktoken
 
 import glassllama
 import tokenizers
-from glassllama.tokenizers.array_encoder import ArrayEncoder
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.meta import chunks, read_meta_tokenizer
-from glassllama.tokenizers.split import LLAMA3
+from glassllama.tokenizers.corpus_encoder import ArrayEncoder
+from glassllama.tokenizers.pretokenizer import LLAMA3
+from glassllama.tokenizers.tiktoken_file import chunks, read_meta_tokenizer
 from glassllama.tokenizers.train import train_bpe
 from glassllama.tokenizers.writers import hf_document
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from glassllama.train.build import parameters
 from glassllama.train.data import open_data
 from glassllama.train.loop import one_step
+from glassllama.train.model_factory import parameters
 from glassllama.train.prepare import prepare
 from glassllama.train.resolve import from_tables
 

@@ -11,13 +11,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from glassllama.train import bands
+from glassllama.train import reference_runs
 from glassllama.train.data import open_data
-from glassllama.train.journal import Journal, Record, read_records
 from glassllama.train.loop import train
+from glassllama.train.metrics import Journal, Record, read_records
 from glassllama.train.prepare import prepare
 from glassllama.train.resolve import resolve
-from glassllama.train.stopping import Wish
+from glassllama.train.signals import Wish
 
 BLOCKS = 20  # of steps, at whose ends a run is compared
 
@@ -54,8 +54,8 @@ def main() -> None:
         losses = [losses_of(name, seed) for seed in range(1, options.seeds + 1)]
         total = len(losses[0])
         steps = [total * block // BLOCKS for block in range(1, BLOCKS + 1)]
-        band = bands.make_band(steps, losses)
-        path = Path(bands.__file__).parent / "bands" / f"{name}.json"
+        band = reference_runs.make_band(steps, losses)
+        path = Path(reference_runs.__file__).parent / "bands" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(asdict(band)) + "\n", encoding="utf-8")
         print(f"{path}: {len(steps)} blocks of {options.seeds} seeds")

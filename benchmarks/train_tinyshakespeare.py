@@ -31,7 +31,7 @@ import torch
 from glassllama import hub
 from glassllama.train.batches import every_window
 from glassllama.train.data import open_data
-from glassllama.train.journal import read_records
+from glassllama.train.metrics import read_records
 from glassllama.train.settings import DataSettings
 
 PRESET = "llama-tinyshakespeare-cpu"

@@ -22,8 +22,8 @@ from synthetic import SUPERBLOCK, add_words, describe, rope_divisors, smollm_wor
 
 from glassllama import hub
 from glassllama.base.config import LlamaConfig
-from glassllama.weights.names import expected_shapes, foreign_names
 from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.tensor_map import expected_shapes, foreign_names
 
 TYPES = ("Q4_K_M", "Q6_K")
 

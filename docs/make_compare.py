@@ -78,7 +78,7 @@ Llama 3 8B has more parameters than LLaMA 7B and needs a quarter of its cache pe
 context of 131,072 tokens the cache of Llama 3.1 8B is larger than its bfloat16 weights: the memory
 of a long conversation is a question of K and of the context, not of parameters. Whether a model
 fits *this* machine, and how to run it where it does not, says
-[`weights/plan.py`](../src/glassllama/weights/plan.py).
+[`weights/memory.py`](../src/glassllama/weights/memory.py).
 """
 
 SOURCES_HEAD = """

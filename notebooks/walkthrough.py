@@ -32,13 +32,13 @@ from glassllama.hub import resolve
 from glassllama.nn.attention import attention_weights
 from glassllama.nn.rope import ROTATE, rope_angles, rotation
 from glassllama.walkthrough import Edit, ablate_head, patch, predictions, run_with_trace
-from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.all_steps import take_step
 from glassllama.walkthrough.experiment import experiment
+from glassllama.walkthrough.interventions import MISTAKES
 from glassllama.walkthrough.notebook import show
 from glassllama.walkthrough.pictures import Bars, HeatMap, Table
-from glassllama.walkthrough.rounding import moved
-from glassllama.walkthrough.steps import take_step
-from glassllama.walkthrough.timing import seconds_by_part
+from glassllama.walkthrough.steps.quantization import moved
+from glassllama.walkthrough.steps.timing import seconds_by_part
 from glassllama.walkthrough.walk import open_walk, start_walk
 
 # %% [markdown]
@@ -479,7 +479,7 @@ show(experiment(walk, MISTAKES["scale"]))
 
 # %% [markdown]
 # ## Where to go from here
-# - `walkthrough/by_hand.py`: a whole layer in twenty lines, the ones that were checked above.
+# - `walkthrough/manual_block.py`: a whole layer in twenty lines, the ones that were checked above.
 # - `models/llama.py`, `nn/attention.py`, `nn/rope.py`: the model itself, in three files.
 # - `glassllama walkthrough PROMPT --open`: the same walk as a page to click through.
 # - Set `MODEL` to another checkpoint and run all cells again: every check holds there, too.

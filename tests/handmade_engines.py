@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import BLOCK, KINDS, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.packing import fill, fill_rounded
+from glassllama.engine.repack import fill, fill_rounded
 
 PROT_NONE = 0
 SMALL = LlamaConfig(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from glassllama.cli import exits
+from glassllama.cli import errors
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code (cli/exits.py)."""
-    exits.prepare()
-    code = exits.code_of(_run_verb)
+    """Run the command line and leave with its exit code (cli/errors.py)."""
+    errors.prepare()
+    code = errors.code_of(_run_verb)
     sys.exit(code)
 
 

@@ -35,7 +35,7 @@ from glassllama.generation import (
 from glassllama.tokenizers.bpe import prompt_ids, written_in
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
-from glassllama.tokenizers.stream import StopStrings, StreamDecoder
+from glassllama.tokenizers.detokenizer import StopStrings, StreamDecoder
 from glassllama.weights.backend import (
     Backend,
     Dtype,
@@ -43,8 +43,8 @@ from glassllama.weights.backend import (
     check_precision,
     choose_backend,
 )
-from glassllama.weights.kinds import Quantise
 from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.quantization import Quantise
 
 DEFAULT_MODEL = "smollm2-135m"
 Prompt = str | Sequence[int]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glassllama.base import code_cache, sealed, trust
+from glassllama.base import checksums, code_cache, trust
 from glassllama.base.code_cache import folder_for
 from glassllama.base.errors import UntrustedError
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
@@ -146,15 +146,15 @@ def test_files_of_others_are_discarded_whatever_the_seal_says(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "link").symlink_to("ours")
-    sealed.seal(tmp_path)
+    checksums.seal(tmp_path)
     (tmp_path / "open").chmod(0o666)
     (tmp_path / "open_folder").chmod(0o777)
-    assert sealed.discard_damaged(tmp_path) == 2  # and a folder
-    assert [name for name, _ in sealed.files(tmp_path)] == ["in/ours", "ours"]
-    (tmp_path / sealed.SEAL).chmod(0o666)
-    assert sealed.read_seal(tmp_path) == {}, "a seal that others may have written is none"
-    assert sealed.discard_damaged(tmp_path) == 0
-    assert list(sealed.files(tmp_path)) == []
+    assert checksums.discard_damaged(tmp_path) == 2  # and a folder
+    assert [name for name, _ in checksums.files(tmp_path)] == ["in/ours", "ours"]
+    (tmp_path / checksums.SEAL).chmod(0o666)
+    assert checksums.read_seal(tmp_path) == {}, "a seal that others may have written is none"
+    assert checksums.discard_damaged(tmp_path) == 0
+    assert list(checksums.files(tmp_path)) == []
 
 
 def test_what_a_careless_umask_leaves_open_is_closed_when_it_is_sealed(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_what_a_careless_umask_leaves_open_is_closed_when_it_is_sealed(tmp_path:
     try:
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "file").write_text("x")
-        sealed.seal(tmp_path)
+        checksums.seal(tmp_path)
     finally:
         os.umask(before)
-    assert sealed.discard_damaged(tmp_path) == 0
-    assert [name for name, _ in sealed.files(tmp_path)] == ["sub/file"]
-    assert is_trusted((tmp_path / sealed.SEAL).lstat())
+    assert checksums.discard_damaged(tmp_path) == 0
+    assert [name for name, _ in checksums.files(tmp_path)] == ["sub/file"]
+    assert is_trusted((tmp_path / checksums.SEAL).lstat())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cli.conftest import Verb
-from glassllama.cli.measure import (
+from glassllama.cli.bench_runner import (
     Cell,
     Grid,
     Needs,
@@ -28,7 +28,7 @@ SMALL = ("--prompt", "6,3", "--new", "2", "--runs", "1", "--context", "0,5", "--
 @pytest.fixture(autouse=True)
 def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory's speed is read from a few megabytes here, not from a model's weights."""
-    monkeypatch.setattr("glassllama.cli.measure.LARGEST_STRETCH", 1 << 22)
+    monkeypatch.setattr("glassllama.cli.bench_runner.LARGEST_STRETCH", 1 << 22)
 
 
 def test_bench_measures_the_grid_and_its_bounds(verb: Verb, loaded: LLM, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from cli.conftest import Verb
 from glassllama.base.errors import GlassError
-from glassllama.cli import screen
+from glassllama.cli import console
+from glassllama.cli.console import text_and_stdin
 from glassllama.cli.conversation import Conversation
 from glassllama.cli.options import ChatOptions, SamplingOptions
 from glassllama.cli.repl import Repl
-from glassllama.cli.screen import text_and_stdin
-from glassllama.cli.talk import Talk
+from glassllama.cli.session import Talk
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import ChatML, TemplateChat
 
@@ -57,7 +57,7 @@ def test_what_cannot_follow_a_text_is_one_line(
     piped(monkeypatch, b"abc\xff")
     with pytest.raises(GlassError, match="standard input: not UTF-8 at byte 3"):
         text_and_stdin(text, "TEXT")
-    monkeypatch.setattr(screen, "MOST_PROMPT", 8)
+    monkeypatch.setattr(console, "MOST_PROMPT", 8)
     piped(monkeypatch, b"123456789")
     with pytest.raises(GlassError, match="standard input: more than 8 bytes"):
         text_and_stdin(text, "TEXT")
@@ -74,7 +74,7 @@ def test_a_closed_stdin_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_for_stdin_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(screen, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(console, "WAITING_SECONDS", 0.01)
     reader, writer = os.pipe()
     Timer(0.3, os.close, [writer]).start()
     with open(reader, encoding="utf-8") as pipe:

@@ -14,7 +14,7 @@ import pytest
 
 from cli.programs import COMMAND, PATIENCE, complaints, is_clean_error, run, run_many
 from glassllama.base.errors import GlassError
-from glassllama.cli.exits import foreseen
+from glassllama.cli.errors import foreseen
 from tiny_models import hf_model, write_hf
 
 # Every verb, with arguments that would work if the model were there.

@@ -11,7 +11,7 @@ from cli.conftest import Verb
 from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
 from glassllama.base.interrupts import Compilations
-from glassllama.cli import first_use
+from glassllama.cli import compile_notice
 from glassllama.cli.conversation import Conversation
 from glassllama.cli.files import write_file
 from tiny_models import hf_model, write_hf
@@ -76,7 +76,7 @@ def test_a_pipe_is_no_conversation(tmp_path: Path) -> None:
 def test_compiling_is_said_where_it_lasts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(first_use, "compilations", Compilations())
+    monkeypatch.setattr(compile_notice, "compilations", Compilations())
     heard: list[str] = []
 
     class Looks:
@@ -88,13 +88,13 @@ def test_compiling_is_said_where_it_lasts(
         def wait(self, _: float) -> bool:
             self.count += 1
             heard.append(capsys.readouterr().err)
-            first_use.compilations.begun += self.count == 2
+            compile_notice.compilations.begun += self.count == 2
             return self.count > 3
 
-    first_use.watch(Looks(), 0)  # type: ignore[arg-type]
+    compile_notice.watch(Looks(), 0)  # type: ignore[arg-type]
     assert heard == ["", ""]  # a download, or PyTorch
-    assert capsys.readouterr().err == f"{first_use.COMPILING}\n"
-    first_use.watch(Looks(), 2)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == f"{compile_notice.COMPILING}\n"
+    compile_notice.watch(Looks(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
-    with first_use.told_of_compiling():
+    with compile_notice.told_of_compiling():
         pass

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from cli.conftest import Verb
 from glassllama.base.errors import GlassError
-from glassllama.cli.answer import speed_line
+from glassllama.cli.console import AfterAWhile, amount
 from glassllama.cli.conversation import Conversation
-from glassllama.cli.exits import foreseen
+from glassllama.cli.errors import foreseen
 from glassllama.cli.help import two_columns
 from glassllama.cli.options import SamplingOptions
-from glassllama.cli.screen import AfterAWhile, amount
+from glassllama.cli.render import speed_line
+from glassllama.cli.session import Talk
 from glassllama.cli.settings import changed
-from glassllama.cli.talk import Talk
 from glassllama.cli.tokenize import read_ids
 from glassllama.cli.wrap import WordWrap, cells
 from glassllama.llm import LLM
@@ -215,12 +215,12 @@ def test_a_number_that_no_option_can_have_is_wrong_usage_too(verb: Verb) -> None
 
 
 def test_drawings_are_drawn_with_what_the_output_has() -> None:
-    from glassllama.cli import plain
+    from glassllama.cli import ascii_fallback
 
     drawing = "✓ ███▊ ░▒▓ ▁▂█ → … 日é"
-    assert drawing.encode("ascii", plain.NAME) == b"+ #### .+# _.# > . ??"
-    assert "█░ é√".encode("cp437", plain.NAME).decode("cp437") == "█░ é√"
-    assert drawing.encode("utf-8", plain.NAME).decode() == drawing
+    assert drawing.encode("ascii", ascii_fallback.NAME) == b"+ #### .+# _.# > . ??"
+    assert "█░ é√".encode("cp437", ascii_fallback.NAME).decode("cp437") == "█░ é√"
+    assert drawing.encode("utf-8", ascii_fallback.NAME).decode() == drawing
 
 
 def test_ids_are_read_in_every_usual_form() -> None:

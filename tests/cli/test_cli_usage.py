@@ -15,7 +15,7 @@ import pytest
 from cli.conftest import Verb
 from glassllama.base.errors import ConfigError
 from glassllama.cli.app import app
-from glassllama.cli.exits import failed
+from glassllama.cli.errors import failed
 from glassllama.cli.other_names import ASIDE, INSTEAD, MISSING, no_such_verb
 from glassllama.cli.wrap import fitted
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from cli.programs import COMMAND, PATIENCE, run
 from forks import WITH_TORCH, server
-from glassllama.cli.training import View, curve
-from glassllama.train.bands import Band, Watchman
-from glassllama.train.journal import Record, read_records
+from glassllama.cli.train_view import View, curve
+from glassllama.train.metrics import Record, read_records
+from glassllama.train.reference_runs import Band, Watchman
 from train.recipes import PRESET, changes, write_text
 
 LONG = ["schedule.steps=150", "run.eval_every=50", "run.save_every=5"]
@@ -138,7 +138,7 @@ INTERRUPTED = """
 import os, signal, sys, time, torch
 from pathlib import Path
 from glassllama.__main__ import main
-from glassllama.train.journal import read_records
+from glassllama.train.metrics import read_records
 folder, step, *numbers = (sys.argv.pop(1) for _ in range(4))
 torch.set_num_threads(1)
 process = os.fork()

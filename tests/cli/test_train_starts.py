@@ -115,7 +115,7 @@ def test_a_signal_before_the_first_step(
         os.kill(os.getpid(), signal.SIGINT)
         return 1e9
 
-    monkeypatch.setattr("glassllama.train.speed.peak_flops", interrupted)
+    monkeypatch.setattr("glassllama.train.mfu.peak_flops", interrupted)
     ran = verb(*words("bigram", text, tmp_path / "run"), "--no-preflight")
     assert ran.code == 130
     assert "stopped before step 1; nothing has changed" in ran.err
@@ -123,7 +123,7 @@ def test_a_signal_before_the_first_step(
 
 
 def test_without_tensorboard(verb: Any, tmp_path: Path, text: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("glassllama.train.beginning.find_spec", lambda name: None)
+    monkeypatch.setattr("glassllama.train.run_dir.find_spec", lambda name: None)
     ran = verb(*words("bigram", text, tmp_path / "run", "run.tensorboard=true"), "--no-preflight")
     assert "run.tensorboard needs an extra" in one_error(ran)
     assert not (tmp_path / "run").exists()

@@ -15,12 +15,12 @@ import numba
 import numpy as np
 import pytest
 
-from glassllama.base import sealed
+from glassllama.base import checksums
 from glassllama.base.code_cache import NO_ROOM, UNTRUSTED
 from glassllama.base.machine import cache_home
 from glassllama.base.trust import HELP
 from glassllama.engine.compiled import code_folder
-from glassllama.engine.tiers import TIERS, features
+from glassllama.engine.dispatch import TIERS, features
 from tiny_models import META_SHAPE, hf_model, write_gguf
 from tolerances import eight_bit_bar, spread_apart
 
@@ -28,7 +28,7 @@ SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 1
 ANSWER = """
 import sys
 import numpy as np
-from glassllama.engine.tiers import tier
+from glassllama.engine.dispatch import tier
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
 engine = pack(open_weights(sys.argv[1]))
@@ -63,7 +63,7 @@ def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: P
     folder = Path(shutil.copytree(now, tmp_path / "compiled" / now.name))
     first, right = answer(model, tmp_path)
     assert not any("compiled" in line for line in first)
-    files = [path for _, path in sealed.files(folder)]
+    files = [path for _, path in checksums.files(folder)]
     objects = [path for path in files if path.suffix == ".nbc"]
     indexes = [path for path in files if path.suffix == ".nbi"]
     assert len(objects) >= 8
@@ -151,8 +151,8 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     for index in indexes:
         index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
         (folder,) = (path for path in index.parents if path.parent.parent == home)
-        (folder / sealed.SEAL).unlink()
-        sealed.seal(folder)  # as a stranger would
+        (folder / checksums.SEAL).unlink()
+        checksums.seal(folder)  # as a stranger would
     home.chmod(0o777)
     three, four, *notes = run()
     assert (three, four) == ("3", "4")
@@ -167,18 +167,18 @@ def test_seals(tmp_path: Path) -> None:
     """Written files are sealed; changed, unknown and all files of a broken seal are deleted."""
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text(name)
-    sealed.seal(tmp_path)
-    assert sealed.discard_damaged(tmp_path) == 0
+    checksums.seal(tmp_path)
+    assert checksums.discard_damaged(tmp_path) == 0
     facts = (tmp_path / "b").stat()
     (tmp_path / "b").write_text("x")
     os.utime(tmp_path / "b", ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    sealed.seal(tmp_path)  # does not make damage the rule
+    checksums.seal(tmp_path)  # does not make damage the rule
     (tmp_path / "d").write_text("half writ")
-    assert sealed.discard_damaged(tmp_path) == 1  # d never was whole as far as we know
-    assert [name for name, _ in sealed.files(tmp_path)] == ["a", "c"]
-    (tmp_path / sealed.SEAL).write_text('{"a": 7')
-    assert sealed.discard_damaged(tmp_path) == 0
-    assert list(sealed.files(tmp_path)) == []
+    assert checksums.discard_damaged(tmp_path) == 1  # d never was whole as far as we know
+    assert [name for name, _ in checksums.files(tmp_path)] == ["a", "c"]
+    (tmp_path / checksums.SEAL).write_text('{"a": 7')
+    assert checksums.discard_damaged(tmp_path) == 0
+    assert list(checksums.files(tmp_path)) == []
 
 
 # Numba is told of a processor that has a tier's features and no others. The tiers of AVX-512 are

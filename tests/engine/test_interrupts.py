@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.crew import PARKED
 from glassllama.engine.executor import Engine
+from glassllama.engine.thread_pool import PARKED
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade
 from interrupting import Interruption

@@ -14,11 +14,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from engine.unpacked import read_rows
-from glassllama.engine import amx_superblocks
+from glassllama.engine import gemm_kquant_amx
+from glassllama.engine.dispatch import BFLOAT_TILES, TIERS, features, kernel_address
+from glassllama.engine.elementwise import encode as encode_native
+from glassllama.engine.elementwise import exponential
 from glassllama.engine.intrinsics import call_kernel
 from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.packing import FLOAT_TYPES, fill, fill_plainly, fill_rounded
-from glassllama.engine.row_kernels import (
+from glassllama.engine.quantize_activations import (
     FACTORS,
     WIDE_BYTES,
     WIDE_SCALE,
@@ -27,9 +29,7 @@ from glassllama.engine.row_kernels import (
     WIDE_Y,
     encode_superblock,
 )
-from glassllama.engine.rows import encode as encode_native
-from glassllama.engine.rows import exponential
-from glassllama.engine.tiers import BFLOAT_TILES, TIERS, features, kernel_address
+from glassllama.engine.repack import FLOAT_TYPES, fill, fill_plainly, fill_rounded
 from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
 from tolerances import sum_bound, unit
 
@@ -121,7 +121,7 @@ def inputs_of(matrix: Matrix, tier: str, x: NDArray[np.float32]) -> Inputs:
     tokens, columns = x.shape
     if not matrix.kind.integer_inputs:
         return Inputs(x, x, x.astype(np.float64))
-    if tier == "amx" and matrix.kind.name in amx_superblocks.BASE:
+    if tier == "amx" and matrix.kind.name in gemm_kquant_amx.BASE:
         return superblocks_of(x)
     codes = np.zeros((tokens, columns), np.int8)
     factors = np.zeros((tokens, columns // 32, FACTORS), np.float32)

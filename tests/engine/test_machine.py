@@ -12,8 +12,8 @@ import pytest
 
 from glassllama.base import code_cache
 from glassllama.engine import compiled
-from glassllama.engine.crew import cgroup_quota
 from glassllama.engine.executor import Engine
+from glassllama.engine.thread_pool import cgroup_quota
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError, WeightsError
+from glassllama.engine.attention import SPAN
 from glassllama.engine.executor import Engine, Weights
-from glassllama.engine.heads import SPAN
-from glassllama.engine.room import FIRST_SPANS
+from glassllama.engine.workspace import FIRST_SPANS
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade, weights
 from long_mode import LONG

@@ -12,9 +12,9 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
-from glassllama.engine import attention, row_kernels
-from glassllama.engine.pages import FLOAT32, INT8, INT16, ITEM_BYTES, LANES, PAGE, score_tile
-from glassllama.engine.tiers import features
+from glassllama.engine import attention_kernels, quantize_activations
+from glassllama.engine.dispatch import features
+from glassllama.engine.kv_pages import FLOAT32, INT8, INT16, ITEM_BYTES, LANES, PAGE, score_tile
 from tolerances import sum_bound, unit
 
 LESSER_RUN = "GLASSLLAMA_LESSER" in os.environ  # this file in a process of its own: see its end
@@ -27,12 +27,12 @@ VISIBLE = [*range(4), 15, 16, 17, 31, 40, 63, 64]
 
 @njit
 def unpack(source, count, target, ahead, kind):  # type: ignore[no-untyped-def]
-    attention.unpack(source, count, target, ahead, kind)
+    attention_kernels.unpack(source, count, target, ahead, kind)
 
 
 @njit
 def score(queries, count, keys, width, scores, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention.score(queries, count, keys, width, scores, 4096, kind)
+    attention_kernels.score(queries, count, keys, width, scores, 4096, kind)
 
 
 @njit
@@ -43,22 +43,22 @@ def score_few_registers(queries, keys, width, scores):  # type: ignore[no-untype
 
 @njit
 def mix(weights, count, values, width, parts, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention.mix(weights, count, values, width, parts, 4096, kind)
+    attention_kernels.mix(weights, count, values, width, parts, 4096, kind)
 
 
 @njit
 def weigh(scores, visible, part, width, scales=0, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention.weigh(scores, visible, part, width, scales, kind)
+    attention_kernels.weigh(scores, visible, part, width, scales, kind)
 
 
 @njit
 def store(key, value, keys, values, scales, slot, kind):  # type: ignore[no-untyped-def]
-    attention.store(key, value, keys, values, scales, slot, kind)
+    attention_kernels.store(key, value, keys, values, scales, slot, kind)
 
 
 @njit
 def encode_block(x, codes, factors, starts):  # type: ignore[no-untyped-def]
-    row_kernels.encode_block(x, codes, factors, starts)
+    quantize_activations.encode_block(x, codes, factors, starts)
 
 
 def random(*shape: int) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from glassllama.engine.integer_kernels import FORMATS, SIDE_BY_SIDE, write_tile
+from glassllama.engine.gemm_int8 import FORMATS, SIDE_BY_SIDE, write_tile
 
 MACHINES = {
     "vnni": ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+fma,+f16c", r"vpdpbusd.*zmm"),

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine import cache as cache_module
-from glassllama.engine import room as room_module
+from glassllama.engine import kv_cache as cache_module
+from glassllama.engine import workspace as room_module
 from glassllama.engine.executor import Engine
 from glassllama.engine.layout import zeros as plain_zeros
 from glassllama.generation import GenerationSettings, generate, make_sampler

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.pickle_machine import ACTIONS, REFUSED, STOP
 from glassllama.formats.pth import open_pth
+from glassllama.formats.restricted_unpickler import ACTIONS, REFUSED, STOP
 from glassllama.formats.safetensors import open_safetensors
 
 INPUTS = int(os.environ.get("GLASSLLAMA_FUZZ", "300"))

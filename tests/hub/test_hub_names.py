@@ -8,7 +8,7 @@ import pytest
 
 from glassllama import hub
 from glassllama.base.errors import DownloadError
-from glassllama.hub import snapshot
+from glassllama.hub import hf_cache
 from glassllama.hub.names import HUB_ID, HUB_MODELS, PACKAGE_MODELS, HubId, parse_hub_id
 
 
@@ -92,8 +92,8 @@ def test_the_folder_of_runs_is_meant_wherever_one_stands(tmp_path: Path, monkeyp
 def test_a_hub_model_that_is_here_is_no_mistyped_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org").mkdir()
-    place = snapshot.Place(path=tmp_path, files=(), certain=True)
-    monkeypatch.setattr(snapshot, "find", lambda *_: place)
+    place = hf_cache.Place(path=tmp_path, files=(), certain=True)
+    monkeypatch.setattr(hf_cache, "find", lambda *_: place)
     assert hub.resolve("org/name") == tmp_path
 
 

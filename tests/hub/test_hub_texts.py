@@ -14,7 +14,7 @@ import pytest
 
 from glassllama import hub
 from glassllama.base.errors import DownloadError
-from glassllama.hub.texts import TEXTS, PackageText, _plays, tidied
+from glassllama.hub.datasets import TEXTS, PackageText, _plays, tidied
 
 if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn

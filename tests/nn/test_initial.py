@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from glassllama.nn.initial import shapes_only
+from glassllama.nn.init import shapes_only
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from byte_level_families import (
 from conftest import wheel_file
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.meta import read_meta_tokenizer
-from glassllama.tokenizers.split import LLAMA3, SPLITS, Split
+from glassllama.tokenizers.pretokenizer import LLAMA3, SPLITS, Split
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from long_mode import LONG, SEEDS
 from tokenizers import Tokenizer

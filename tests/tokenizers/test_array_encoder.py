@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
-from glassllama.tokenizers import array_encoder, long_words
+from glassllama.tokenizers import corpus_encoder, pair_table
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
-from glassllama.tokenizers.eight_bytes import PADDING, WINDOW, padded
-from glassllama.tokenizers.kinds import character_kinds
-from glassllama.tokenizers.meta import read_meta_tokenizer
-from glassllama.tokenizers.split import DIGIT_RUNS, GPT2, SPLITS, Split
-from glassllama.tokenizers.word_ends import RULES, word_ends
+from glassllama.tokenizers.byte_scan import PADDING, WINDOW, padded
+from glassllama.tokenizers.char_classes import character_kinds
+from glassllama.tokenizers.compiled_pretokenizer import RULES, word_ends
+from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, GPT2, SPLITS, Split
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import tokenizer_from_gguf
 from long_mode import LONG, SEEDS
 from processor_time import seconds
@@ -157,13 +157,13 @@ def test_words_of_every_length(tokenizer: BytePairTokenizer) -> None:
 
 def test_a_full_table_is_emptied(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """… a desk too small for a word grows, and a text too long for its place gets another."""
-    monkeypatch.setattr(array_encoder, "WORDS", 2)  # and up to 64 that are found together
-    monkeypatch.setattr(array_encoder, "WORD_SLOTS", 128)
-    monkeypatch.setattr(array_encoder, "KEPT_BYTES", 72 * 66)
-    monkeypatch.setattr(array_encoder, "KEPT_IDS", 64 * 66)
-    monkeypatch.setattr(array_encoder, "DESK", 128)
-    monkeypatch.setattr(array_encoder, "LONGEST_COPIED", 1500)
-    monkeypatch.setattr(array_encoder, "PIECE", 100)
+    monkeypatch.setattr(corpus_encoder, "WORDS", 2)  # and up to 64 that are found together
+    monkeypatch.setattr(corpus_encoder, "WORD_SLOTS", 128)
+    monkeypatch.setattr(corpus_encoder, "KEPT_BYTES", 72 * 66)
+    monkeypatch.setattr(corpus_encoder, "KEPT_IDS", 64 * 66)
+    monkeypatch.setattr(corpus_encoder, "DESK", 128)
+    monkeypatch.setattr(corpus_encoder, "LONGEST_COPIED", 1500)
+    monkeypatch.setattr(corpus_encoder, "PIECE", 100)
     small = tokenizer_from_gguf(open_gguf(default_model).metadata)
     for seed in range(20):
         text = mixed_text(seed) + "x" * 1000
@@ -171,10 +171,10 @@ def test_a_full_table_is_emptied(default_model: Path, monkeypatch: pytest.Monkey
 
 
 def test_pairs_behind_a_full_line(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_words, "FULLEST", 1.0)
+    monkeypatch.setattr(pair_table, "FULLEST", 1.0)
     crowded = tokenizer_from_gguf(open_gguf(default_model).metadata)
     assert isinstance(crowded, BytePairTokenizer)
-    full = long_words.pair_table(crowded.vocabulary).slots[:, -1] != 0
+    full = pair_table.pair_table(crowded.vocabulary).slots[:, -1] != 0
     assert full.mean() > 0.05
     for seed in range(30):
         text = mixed_text(seed)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from numba.core.caching import _CacheLocator
 
-from glassllama.base import sealed
+from glassllama.base import checksums
 from glassllama.tokenizers import compiled
 
 IDS = """
 from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary
-from glassllama.tokenizers.split import SPLITS
+from glassllama.tokenizers.pretokenizer import SPLITS
 tokens = (*BYTES, b"th", b"the", b" the", b"in", b"an")
 tokenizer = BytePairTokenizer(
     Vocabulary(
@@ -49,7 +49,7 @@ def ids(home: Path) -> str:
 
 
 def facts(folder: Path) -> dict[str, int]:
-    return {name: path.stat().st_mtime_ns for name, path in sealed.files(folder)}
+    return {name: path.stat().st_mtime_ns for name, path in checksums.files(folder)}
 
 
 def flipped(data: bytes) -> bytes:
@@ -94,5 +94,5 @@ def test_damaged_code_is_compiled_anew(home: Path) -> None:
     entry = largest.relative_to(folder).as_posix()  # others are only made where a caller is made
     assert facts(folder)[entry] != before[entry]
     assert largest.read_bytes() != damaged
-    assert sealed.discard_damaged(folder) == 0
+    assert checksums.discard_damaged(folder) == 0
     assert ids(home) == right

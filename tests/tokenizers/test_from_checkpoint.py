@@ -22,8 +22,8 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.ends import end_ids
 from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.meta import read_meta_tokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
     tokenizer_from_folder,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 
 ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is "
 

@@ -16,7 +16,7 @@ from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers import patterns
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
-from glassllama.tokenizers.split import GPT4O, OTHER_SPLITS, TEKKEN
+from glassllama.tokenizers.pretokenizer import GPT4O, OTHER_SPLITS, TEKKEN
 from tokenizers import (
     AddedToken,
     Regex,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.chat import Message, TemplateChat
+from glassllama.tokenizers.detokenizer import StreamDecoder
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.sentencepiece import (
@@ -28,7 +29,6 @@ from glassllama.tokenizers.sentencepiece import (
     read_sentencepiece,
     sentencepiece_from_gguf,
 )
-from glassllama.tokenizers.stream import StreamDecoder
 from long_mode import LONG, SEEDS
 from processor_time import seconds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers

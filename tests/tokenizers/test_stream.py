@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foreign_tokenizers import MetaTokenizer
 from glassllama.base.errors import GenerationError, TokenizerError
-from glassllama.tokenizers.stream import StopStrings, StreamDecoder
+from glassllama.tokenizers.detokenizer import StopStrings, StreamDecoder
 
 MIXED = "naïve café — 日本語のテキスト 👩‍👩‍👧 हिन्दी ก็ e\u0301\u0323 \U0001f1ea\U0001f1fa 0"
 

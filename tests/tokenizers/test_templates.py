@@ -9,8 +9,8 @@ from datetime import datetime
 import pytest
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers import templates
-from glassllama.tokenizers.templates import ChatTemplate
+from glassllama.tokenizers import chat_template
+from glassllama.tokenizers.chat_template import ChatTemplate
 from processor_time import seconds
 
 GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}"
@@ -171,7 +171,7 @@ def test_the_garbage_collector_does_not_count_as_the_templates_time(
         while time.thread_time() < end:
             pass
 
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.05)
     thresholds = gc.get_threshold()
     gc.callbacks.append(slow_collection)
     gc.set_threshold(100)

@@ -17,7 +17,7 @@ from glassllama.tokenizers import bpe_first_lesson as first_lesson
 from glassllama.tokenizers import train
 from glassllama.tokenizers import word_counts as counting
 from glassllama.tokenizers.bpe_lesson import learn_merges
-from glassllama.tokenizers.split import SPLITS
+from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.train import BYTE_TOKENS, TrainedBPE, train_bpe
 from glassllama.tokenizers.word_counts import WordCounts
 from glassllama.tokenizers.writers import characters

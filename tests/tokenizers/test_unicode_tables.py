@@ -7,9 +7,9 @@ import pytest
 import tiktoken
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.kinds import LETTER, NUMBER, character_kinds
+from glassllama.tokenizers.char_classes import LETTER, NUMBER, character_kinds
 from glassllama.tokenizers.patterns import compiled
-from glassllama.tokenizers.split import OTHER_SPLITS, SPLITS, Split, blocks
+from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS, Split, blocks
 from glassllama.tokenizers.unicode_data import CATEGORIES, VERSION
 from glassllama.tokenizers.unicode_tables import (
     N_CODE_POINTS,
@@ -106,6 +106,6 @@ def test_a_long_text_is_split_in_blocks_without_another_word(
     text = "It's 12345 \u00e9te\u0301 words, (and)\r\n\n  more  \tof \U0001f999\u0301 x\ny"
     text = f"{text} \u65e5\u672c ok \n" * 40
     whole = split.words(text)
-    monkeypatch.setattr("glassllama.tokenizers.split.BLOCK", 20)
+    monkeypatch.setattr("glassllama.tokenizers.pretokenizer.BLOCK", 20)
     assert len([*blocks(text)]) > 40
     assert [word for words in split.word_lists(text) for word in words] == whole

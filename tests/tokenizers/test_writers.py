@@ -15,7 +15,7 @@ from byte_level_families import LLAMA3, mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers import train
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.meta import control_names, read_meta_tokenizer
+from glassllama.tokenizers.tiktoken_file import control_names, read_meta_tokenizer
 from glassllama.tokenizers.train import TrainedBPE, train_bpe
 from glassllama.tokenizers.writers import visible
 from glassllama.weights.tokenizer import tokenizer_from_folder

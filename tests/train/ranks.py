@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from glassllama.train.data import open_data
 from glassllama.train.distributed import Team, together, whole
-from glassllama.train.journal import Record
 from glassllama.train.loop import Nobody, train
+from glassllama.train.metrics import Record
 from glassllama.train.prepare import prepare, take_up
 from glassllama.train.resolve import resolve
 from glassllama.train.run import Run, training_state
-from glassllama.train.stopping import Wish
+from glassllama.train.signals import Wish
 from train.recipes import PRESET, Listener, changes
 
 # The preset's own rate is Muon's; of AdamW for every matrix it is so large that gradients leap

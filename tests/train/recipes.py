@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from glassllama.train.data import open_data
-from glassllama.train.journal import Journal, Record
 from glassllama.train.loop import train
+from glassllama.train.metrics import Journal, Record
 from glassllama.train.prepare import prepare, take_up
 from glassllama.train.resolve import resolve
 from glassllama.train.run import Run
-from glassllama.train.stopping import Wish
+from glassllama.train.signals import Wish
 
 TINY = {
     "llama": ["model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=6",

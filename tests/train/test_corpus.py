@@ -12,7 +12,7 @@ import pytest
 
 from glassllama.base.errors import ConfigError, GlassError
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.tokenizers.meta import read_meta_tokenizer
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.train import corpus as corpora
 from glassllama.train.corpus import (
     PARTS,

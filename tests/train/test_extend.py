@@ -17,8 +17,8 @@ from glassllama.base.errors import ConfigError, TokenizerError, WeightsError
 from glassllama.nn.rope import rotate_halves, rotate_pairs, rotation
 from glassllama.train.data import vocabulary_folder
 from glassllama.train.faults import TrainingError
-from glassllama.train.journal import Record
 from glassllama.train.loop import sample_text
+from glassllama.train.metrics import Record
 from glassllama.train.preflight import preflight
 from glassllama.train.prepare import prepare
 from glassllama.train.resolve import changed_lines, resolve

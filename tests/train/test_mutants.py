@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glassllama.base.errors import GlassError
-from glassllama.train.build import numbers_of
-from glassllama.train.journal import read_records
+from glassllama.train.metrics import read_records
+from glassllama.train.model_factory import numbers_of
 from glassllama.train.resolve import PRESETS, from_tables, parse, preset_names, resolve
 from glassllama.train.run import read_state
 from glassllama.train.tokens import open_tokens

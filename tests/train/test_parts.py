@@ -17,11 +17,11 @@ from glassllama.models.llama import Llama
 from glassllama.nn.dropout import add_dropout
 from glassllama.train import kernels
 from glassllama.train.adamw import STATE, AdamW
-from glassllama.train.average import Average
-from glassllama.train.fast import accelerate
+from glassllama.train.ema import Average
+from glassllama.train.fused_blocks import accelerate
 from glassllama.train.loss import summed_loss
 from glassllama.train.muon import Muon, orthogonalise
-from glassllama.train.optimisers import Optimisers
+from glassllama.train.optimizers import Optimisers
 from glassllama.train.settings import OptimiserSettings
 from tolerances import CONDITION, assert_logits, difference, logits_bar, unit
 

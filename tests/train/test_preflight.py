@@ -16,18 +16,18 @@ from forks import run_script
 from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
 from glassllama.nn import attention
 from glassllama.train import data as data_room
-from glassllama.train import estimate, fast, loop
+from glassllama.train import estimate, fused_blocks, loop
 from glassllama.train.adamw import AdamW
-from glassllama.train.bands import BANDS, Band, Watchman, band_of, make_band
 from glassllama.train.batches import Batch, Batches, bytes_of_batch
-from glassllama.train.build import as_module
 from glassllama.train.checkpoints import complete_steps
-from glassllama.train.curve import draw_curve
 from glassllama.train.data import open_data
 from glassllama.train.faults import PreflightError, TrainingError
-from glassllama.train.journal import Journal, Record, read_records
+from glassllama.train.metrics import Journal, Record, read_records
+from glassllama.train.model_factory import as_module
+from glassllama.train.plot import draw_curve
 from glassllama.train.preflight import check_targets, preflight
 from glassllama.train.prepare import prepare
+from glassllama.train.reference_runs import BANDS, Band, Watchman, band_of, make_band
 from glassllama.train.resolve import resolve
 from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings
@@ -116,7 +116,7 @@ def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any)
     from glassllama.models import gpt
 
     run = new_run(tmp_path / "run", text, kind)
-    for place in (attention, gpt, fast):
+    for place in (attention, gpt, fused_blocks):
         monkeypatch.setattr(place, "fused_attention", seeing_all)
     fails(run, "future", "its causal mask is missing")
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from glassllama.base.errors import ConfigError
 from glassllama.llm import load
-from glassllama.train.beginning import occupy, require_free
 from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
-from glassllama.train.journal import Journal, read_records
+from glassllama.train.metrics import Journal, read_records
 from glassllama.train.resolve import resolve
+from glassllama.train.run_dir import occupy, require_free
 from tolerances import assert_logits, logits_bar, loss_bar, muon_bar
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
@@ -205,7 +205,7 @@ def test_samples_and_tensorboard(tmp_path: Path, text: Path) -> None:
     run = new_run(tmp_path / "run", text, "gpt", "run.sample_every=6", "run.sample_tokens=40")
     listener = Listener()
     from glassllama.train.loop import train
-    from glassllama.train.stopping import Wish
+    from glassllama.train.signals import Wish
 
     journal = Journal(run.folder, tensorboard=True)
     train(run, journal, listener, Wish())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glassllama.base.errors import ConfigError
-from glassllama.train.build import make_model, parameters
+from glassllama.train.model_factory import make_model, parameters
 from glassllama.train.resolve import preset_names, resolve, to_toml
 from glassllama.train.schedule import rate_factor
 from glassllama.train.settings import ScheduleSettings

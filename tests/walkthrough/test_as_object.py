@@ -15,9 +15,9 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from glassllama.walkthrough.as_object import CANDIDATES, SCHEMA, as_object, rounded
-from glassllama.walkthrough.edits import MISTAKES
 from glassllama.walkthrough.experiment import experiment
+from glassllama.walkthrough.interventions import MISTAKES
+from glassllama.walkthrough.to_json import CANDIDATES, SCHEMA, as_object, rounded
 from glassllama.walkthrough.trace import run_with_trace
 from glassllama.walkthrough.walk import Walk, open_walk
 

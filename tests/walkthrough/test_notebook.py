@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.all_steps import STEPS, take_step
 from glassllama.walkthrough.experiment import experiment
+from glassllama.walkthrough.interventions import MISTAKES
 from glassllama.walkthrough.notebook import show
-from glassllama.walkthrough.steps import STEPS, take_step
 from glassllama.walkthrough.walk import Walk
 from tiny_models import META_SHAPE, hf_model, write_meta
 

@@ -20,10 +20,10 @@ import torch
 
 from cli.conftest import Verb
 from cli.programs import files_of_at_most
-from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.all_steps import STEPS
 from glassllama.walkthrough.experiment import experiment
+from glassllama.walkthrough.interventions import MISTAKES
 from glassllama.walkthrough.page.page import explorer_page, page_of
-from glassllama.walkthrough.steps import STEPS
 from glassllama.walkthrough.trace import Trace, run_with_trace
 from glassllama.walkthrough.walk import Walk, open_walk
 from walkthrough.conftest import write_checkpoint

@@ -20,12 +20,11 @@ from glassllama.base.errors import ConfigError, GenerationError, GlassError, Tok
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.walkthrough import by_hand, choosing
+from glassllama.walkthrough import manual_block
 from glassllama.walkthrough import step as step_module
-from glassllama.walkthrough.as_object import step_object
-from glassllama.walkthrough.edits import MISTAKES
+from glassllama.walkthrough.all_steps import STEPS, step_of, take_step
 from glassllama.walkthrough.experiment import experiment, render_experiment
-from glassllama.walkthrough.rounding import rounded
+from glassllama.walkthrough.interventions import MISTAKES
 from glassllama.walkthrough.step import (
     LAYER_DEPTH,
     Step,
@@ -34,8 +33,10 @@ from glassllama.walkthrough.step import (
     same,
     source,
 )
-from glassllama.walkthrough.steps import STEPS, step_of, take_step
+from glassllama.walkthrough.steps import sampling
+from glassllama.walkthrough.steps.quantization import rounded
 from glassllama.walkthrough.text import Page, render
+from glassllama.walkthrough.to_json import step_object
 from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
 from glassllama.weights.open import open_weights
 from glassllama.weights.save import save_model
@@ -264,7 +265,7 @@ def test_a_changed_function_is_noticed(
     name: str, tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number, wrong = WRONG[name]
-    monkeypatch.setattr(by_hand, name, wrong)
+    monkeypatch.setattr(manual_block, name, wrong)
     for earlier in range(5, number):
         take_step(tiny_walk, earlier)
     with pytest.raises(StepMismatchError, match=f"step {number}, "):
@@ -272,15 +273,15 @@ def test_a_changed_function_is_noticed(
 
 
 def test_the_wrong_rotation_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = {"halves": by_hand.ROTATE["pairs"]}
-    monkeypatch.setattr(by_hand, "ROTATE", swapped)
+    swapped = {"halves": manual_block.ROTATE["pairs"]}
+    monkeypatch.setattr(manual_block, "ROTATE", swapped)
     with pytest.raises(StepMismatchError, match=r"step 8, rope: layers\.1\.attention\.q_rope"):
         take_step(tiny_walk, 8)
 
 
 def test_a_wrong_nucleus_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = choosing.nucleus_by_hand
-    monkeypatch.setattr(choosing, "nucleus_by_hand", lambda probs, p: right(probs, p)[:-1])
+    right = sampling.nucleus_by_hand
+    monkeypatch.setattr(sampling, "nucleus_by_hand", lambda probs, p: right(probs, p)[:-1])
     with pytest.raises(StepMismatchError, match="step 14, sampling"):
         take_step(tiny_walk, 14)
 
@@ -430,7 +431,7 @@ def test_source_lines_are_the_files(tiny_walk: Walk) -> None:
             assert text[found.line - 1].strip() == found.lines[0].strip()
             assert all(line.strip() in {known.strip() for known in text} for line in found.lines)
     with pytest.raises(LookupError, match="attention_scores has no statement 'gone ='"):
-        source(by_hand.attention_scores, "gone =")
+        source(manual_block.attention_scores, "gone =")
 
 
 def test_colours_only_where_they_are_wanted(tiny_walk: Walk) -> None:
@@ -459,11 +460,11 @@ def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
     """bfloat16 leaves few different logits: thousands of tokens may be equally likely."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
     for kept in (logits.bfloat16().float(), logits, torch.zeros(size)):
-        cooled, theirs = choosing.softmax_by_hand(kept, 0.6), choosing.sampled(kept)
-        nucleus = choosing.nucleus_by_hand(cooled, 0.9)
-        ours = choosing.cut(cooled, nucleus, theirs)
+        cooled, theirs = sampling.softmax_by_hand(kept, 0.6), sampling.sampled(kept)
+        nucleus = sampling.nucleus_by_hand(cooled, 0.9)
+        ours = sampling.cut(cooled, nucleus, theirs)
         both = (torch.from_numpy(probs).float() for probs in (ours, theirs))
-        assert not compare("probs", *both, terms=size, depth=choosing.DEPTH).warns
+        assert not compare("probs", *both, terms=size, depth=sampling.DEPTH).warns
         assert abs(len(nucleus) - np.count_nonzero(theirs)) <= size // 10_000
         below = np.setdiff1d(np.arange(size), nucleus)
         assert cooled[below].max(initial=0.0) < cooled[nucleus].min()

@@ -25,7 +25,7 @@ from glassllama.walkthrough import (
     residual_norms,
     run_with_trace,
 )
-from glassllama.walkthrough.edits import MISTAKES, mistaken
+from glassllama.walkthrough.interventions import MISTAKES, mistaken
 from tolerances import assert_logits, difference, logits_bar, sum_bound
 from walkthrough.conftest import random_llama
 

@@ -16,13 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import handmade_gguf as hand
 from glassllama.base.config import GivenDivisors, LinearScaling, LlamaConfig
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError
-from glassllama.cli.model_facts import describe
+from glassllama.cli.model_info import describe
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.load import load_model
+from glassllama.weights.memory import plan
 from glassllama.weights.open import Checkpoint, open_weights
-from glassllama.weights.plan import plan
 from glassllama.weights.save import save_model
 from processor_time import seconds
 from semantic_mutants import gguf_bytes

@@ -23,15 +23,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.model_facts import describe
+from glassllama.cli.model_info import describe
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.resolve import preset_names, read_tables, resolve
 from glassllama.train.run import FORMAT, read_state, require_same
 from glassllama.weights.load import load_model
+from glassllama.weights.memory import plan
 from glassllama.weights.open import Checkpoint, open_weights
-from glassllama.weights.plan import plan
 from glassllama.weights.save import save_model
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,

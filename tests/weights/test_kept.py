@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from glassllama.engine.executor import Engine
-from glassllama.weights import kept, pack
+from glassllama.weights import pack, packed_cache
 from glassllama.weights.open import open_weights
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf
 
@@ -28,8 +28,8 @@ AN_HOUR = 3600
 @pytest.fixture(autouse=True)
 def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is worth keeping, in a cache of this test's own."""
-    monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
-    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "packed")
+    monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "packed")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def aged(path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def old_inode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "RECENT", -AN_HOUR * 10**9)
+    monkeypatch.setattr(packed_cache, "RECENT", -AN_HOUR * 10**9)
 
 
 def logits(engine: Engine) -> Any:
@@ -88,17 +88,17 @@ def test_the_second_start_maps_what_the_first_packed(model: Path, packings: Coun
     assert not kept_notes(first)
     assert not kept_notes(second)
     assert not second.weights.matrices[0].values.flags.writeable
-    assert len(kept.entries()) == 1
+    assert len(packed_cache.entries()) == 1
 
 
 def test_small_models_are_not_kept(
     model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "WORTH_KEEPING", 10**9)
+    monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 10**9)
     for _ in range(2):
         pack.pack(open_weights(model))
     assert packings.times == 2
-    assert kept.entries() == []
+    assert packed_cache.entries() == []
 
 
 def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: Counted) -> None:
@@ -115,7 +115,7 @@ def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: C
     engine = pack.pack(open_weights(model))
     assert packings.times == 2
     assert np.abs(logits(engine) - before).max() > 0.1
-    assert len(kept.entries()) == 1  # the old one is of no use to anybody
+    assert len(packed_cache.entries()) == 1  # the old one is of no use to anybody
 
 
 def test_where_the_system_keeps_no_times_the_contents_tell(
@@ -126,16 +126,16 @@ def test_where_the_system_keeps_no_times_the_contents_tell(
     seen = []
     for place in (10, model.stat().st_size // 2, model.stat().st_size - 1):
         facts = model.stat()
-        seen.append(kept.digest(checkpoint, packed))
+        seen.append(packed_cache.digest(checkpoint, packed))
         with model.open("r+b") as file:
             file.seek(place)
             byte = file.read(1)[0]
             file.seek(place)
             file.write(bytes([byte ^ 1]))
         monkeypatch.setattr(Path, "stat", lambda _path, facts=facts, **_: facts)
-        seen.append(kept.digest(checkpoint, packed))
+        seen.append(packed_cache.digest(checkpoint, packed))
         monkeypatch.undo()
-        monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
+        monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
     assert len(set(seen[0:2])) == len(set(seen[2:4])) == len(set(seen[4:6])) == 2
 
 
@@ -147,19 +147,19 @@ def test_other_kinds_or_other_code_are_other_entries(
     assert packings.times == 2
     source = tmp_path / "layout.py"
     source.write_text("# another layout")
-    monkeypatch.setattr(kept, "CODE", (type("module", (), {"__file__": str(source)}),))
+    monkeypatch.setattr(packed_cache, "CODE", (type("module", (), {"__file__": str(source)}),))
     pack.pack(open_weights(model))
     assert packings.times == 3
-    assert len(kept.entries()) == 2  # the exact one, and the newest of the others
+    assert len(packed_cache.entries()) == 2  # the exact one, and the newest of the others
 
 
 def test_a_file_that_may_be_changing_is_not_kept(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "RECENT", 2 * 10**9)
+    monkeypatch.setattr(packed_cache, "RECENT", 2 * 10**9)
     os.utime(model)
     assert "changed a moment ago" in kept_notes(pack.pack(open_weights(model)))[0]
-    assert kept.entries() == []
+    assert packed_cache.entries() == []
 
 
 def test_a_file_that_changes_meanwhile_is_not_kept(
@@ -183,9 +183,9 @@ def test_entries_that_are_not_whole_are_made_anew(
     damage: str, model: Path, packings: Counted
 ) -> None:
     right = logits(pack.pack(open_weights(model)))
-    [entry] = kept.entries()
+    [entry] = packed_cache.entries()
     data = entry.read_bytes()
-    at = {"magic": 0, "digest": 20, "length": len(kept.MAGIC) + 33}
+    at = {"magic": 0, "digest": 20, "length": len(packed_cache.MAGIC) + 33}
     if damage in at:
         data = data[: at[damage]] + bytes([data[at[damage]] ^ 1]) + data[at[damage] + 1 :]
     entry.write_bytes({"shorter": data[:-1], "longer": data + b"x", "empty": b""}.get(damage, data))
@@ -199,9 +199,9 @@ def test_entries_that_are_not_whole_are_made_anew(
 def test_what_others_can_write_to_is_not_mapped(
     opened: str, model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "home" / "packed")
+    monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "home" / "packed")
     right = logits(pack.pack(open_weights(model)))
-    [entry] = kept.entries()
+    [entry] = packed_cache.entries()
     place = {"folder": entry.parent, "its parent": entry.parent.parent, "entry": entry}[opened]
     place.chmod(0o777)
     engine = pack.pack(open_weights(model))
@@ -232,7 +232,7 @@ pack.pack(open_weights(sys.argv[1]))
 def test_a_process_that_is_killed_leaves_nothing_that_is_used(
     model: Path, packings: Counted
 ) -> None:
-    folder = kept.folder()
+    folder = packed_cache.folder()
     done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(folder)])
     assert done.returncode == 9
     assert len(list(folder.glob("*.part"))) == 1
@@ -248,7 +248,7 @@ def test_several_processes_at_once_pack_once(model: Path) -> None:
         "pack.fill_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"
     ) + "print(engine.all_logits([1, 2, 3], engine.new_cache(1, 3)).sum())"  # fmt: skip
-    arguments = [sys.executable, "-c", script, str(model), str(kept.folder())]
+    arguments = [sys.executable, "-c", script, str(model), str(packed_cache.folder())]
     running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     lines = [process.communicate()[0].split() for process in running]
     assert sum("packed" in words for words in lines) == 1
@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     model = write(tmp_path / "x.gguf", seed=0)
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
-    monkeypatch.setattr(kept, "folder", lambda: occupied / "packed")
+    monkeypatch.setattr(packed_cache, "folder", lambda: occupied / "packed")
     engine = pack.pack(open_weights(model))
     assert len(kept_notes(engine)) == 1
     assert np.isfinite(logits(engine)).all()
@@ -268,13 +268,13 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_full_disk_is_said_before_or_while_room_is_reserved(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "free_on_disk", lambda: 1_000_000_000)
+    monkeypatch.setattr(packed_cache, "free_on_disk", lambda: 1_000_000_000)
     engine = pack.pack(open_weights(model))
     assert "1.00 GB of the disk" in kept_notes(engine)[0]
     monkeypatch.undo()
-    monkeypatch.setattr(kept, "WORTH_KEEPING", 0)
-    monkeypatch.setattr(kept, "RECENT", -AN_HOUR * 10**9)
-    monkeypatch.setattr(kept, "folder", lambda: model.parent / "packed")
+    monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(packed_cache, "RECENT", -AN_HOUR * 10**9)
+    monkeypatch.setattr(packed_cache, "folder", lambda: model.parent / "packed")
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -292,13 +292,13 @@ def test_the_least_recently_used_goes_first(
     models = [write(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
     for number, path in enumerate(models[:2]):
         pack.pack(open_weights(path))
-        newest = max(kept.entries(), key=lambda entry: entry.stat().st_ctime_ns)
+        newest = max(packed_cache.entries(), key=lambda entry: entry.stat().st_ctime_ns)
         os.utime(newest, (number, number))
     pack.pack(open_weights(models[0]))  # used again: it is not the oldest any more
-    size = kept.entries()[0].stat().st_size
-    monkeypatch.setattr(kept, "KEPT_BYTES", 2 * size + 100)
+    size = packed_cache.entries()[0].stat().st_size
+    monkeypatch.setattr(packed_cache, "KEPT_BYTES", 2 * size + 100)
     pack.pack(open_weights(models[2]))
-    assert sorted(entry.name[0] for entry in kept.entries()) == ["0", "2"]
+    assert sorted(entry.name[0] for entry in packed_cache.entries()) == ["0", "2"]
 
 
 def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
@@ -316,9 +316,9 @@ def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
 def test_waiting_for_another_process_has_an_end(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "PATIENCE", 0.1)
-    kept.folder().mkdir()
-    with kept.FileLock(kept.folder() / ".lock"):
+    monkeypatch.setattr(packed_cache, "PATIENCE", 0.1)
+    packed_cache.folder().mkdir()
+    with packed_cache.FileLock(packed_cache.folder() / ".lock"):
         engine = pack.pack(open_weights(model))
     assert "another process" in kept_notes(engine)[0]
     assert np.isfinite(logits(engine)).all()

@@ -13,9 +13,9 @@ from forks import run_script
 from glassllama.base import machine
 from glassllama.base.errors import MemoryShortError
 from glassllama.weights import load
-from glassllama.weights import plan as plans
+from glassllama.weights import memory as plans
+from glassllama.weights.memory import Plan, Way, WayName, plan
 from glassllama.weights.open import Checkpoint, open_weights
-from glassllama.weights.plan import Plan, Way, WayName, plan
 from glassllama.weights.stream import StreamedLlama
 from tiny_models import hf_model, write_gguf, write_hf
 
@@ -137,7 +137,7 @@ def test_it_is_said_in_plain_lines(checkpoint: Checkpoint) -> None:
 def test_a_machine_that_does_not_say(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glassllama.weights.plan.available_memory", lambda: None)
+    monkeypatch.setattr("glassllama.weights.memory.available_memory", lambda: None)
     made: Plan = plan(checkpoint, tokens=TOKENS)
     assert made.best is made.way("engine")
     assert "memory unknown" in made.describe()

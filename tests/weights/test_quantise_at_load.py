@@ -18,10 +18,10 @@ from glassllama.engine.executor import Engine
 from glassllama.engine.layout import Matrix
 from glassllama.formats.blocks import dequantise
 from glassllama.llm import load
-from glassllama.weights import kinds
-from glassllama.weights.kinds import CHOICES, WORKING_MEMORY, as_packed, choose
+from glassllama.weights import quantization
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
+from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, as_packed, choose
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tolerances import eight_bit_bar, spread_apart
 
@@ -118,7 +118,7 @@ def test_memory_decides_and_it_is_said(
 ) -> None:
     checkpoint = open_weights(models["bf16"])
     free = sizes(checkpoint)[short_by] + WORKING_MEMORY
-    monkeypatch.setattr(kinds, "available_memory", lambda: free)
+    monkeypatch.setattr(quantization, "available_memory", lambda: free)
     packed = choose(checkpoint, exact=False, quantize=None)
     assert packed.nbytes == free - WORKING_MEMORY
     if kind == "none":
@@ -135,12 +135,12 @@ def test_too_large_even_so(
 ) -> None:
     """The error says what would do, by the planner's figures."""
     checkpoint = open_weights(models[form])
-    monkeypatch.setattr(kinds, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr(quantization, "available_memory", lambda: 10_000_000)
     with pytest.raises(MemoryShortError, match=r"of memory, 10\.0 MB are free; nothing fits"):
         choose(checkpoint, exact=False, quantize=None)
-    monkeypatch.setattr(kinds, "available_memory", lambda: 500_000_000)
-    big = kinds.Packed({}, 10**9, [])
-    assert "use backend engine" in str(kinds.too_large(checkpoint, big, 500_000_000))
+    monkeypatch.setattr(quantization, "available_memory", lambda: 500_000_000)
+    big = quantization.Packed({}, 10**9, [])
+    assert "use backend engine" in str(quantization.too_large(checkpoint, big, 500_000_000))
 
 
 def test_what_cannot_be_had_together(models: dict[str, Path]) -> None:

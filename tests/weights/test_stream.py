@@ -15,7 +15,7 @@ from forks import run_script
 from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
-from glassllama.nn.watch import places, recording
+from glassllama.nn.hooks import places, recording
 from glassllama.weights import stream
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights

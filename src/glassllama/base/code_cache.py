@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from glassllama.base import sealed
+from glassllama.base import checksums
 from glassllama.base.errors import GlassError, UntrustedError
 from glassllama.base.machine import cache_home
 from glassllama.base.trust import make_folder
@@ -32,14 +32,14 @@ def note(text: str) -> None:
 
 
 def seal() -> None:
-    """What was compiled so far is whole: let other processes use it (base/sealed.py).
+    """What was compiled so far is whole: let other processes use it (base/checksums.py).
 
     Where nothing was compiled, which is the rule, no file is looked at.
     """
     if unsealed:
         unsealed.clear()
         for folder in folders:
-            sealed.seal(folder)
+            checksums.seal(folder)
 
 
 atexit.register(seal)
@@ -61,7 +61,7 @@ def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
         make_folder(folder, PRIVATE)
         if fresh:
             sweep(folder.parent)
-        if damaged := sealed.discard_damaged(folder):
+        if damaged := checksums.discard_damaged(folder):
             note(DAMAGED.format(damaged))
         if os.access(folder, os.W_OK):
             folders.append(folder)

@@ -14,9 +14,9 @@ from glassllama import __version__
 from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
+from glassllama.cli.compile_notice import told_of_compiling
 from glassllama.cli.download import download
-from glassllama.cli.exits import DEBUG, code_of, failed
-from glassllama.cli.first_use import told_of_compiling
+from glassllama.cli.errors import DEBUG, code_of, failed
 from glassllama.cli.generate import generate
 from glassllama.cli.help import page, parameter_sections
 from glassllama.cli.list import list_models

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GenerationError, GlassError, MissingExtraError, quoted
+from glassllama.cli.console import print_json, progress_bars
 from glassllama.cli.files import naming
 from glassllama.cli.options import How, Json, ModelArgument, Offline, PreferPth, Which
-from glassllama.cli.screen import print_json, progress_bars
 
 if TYPE_CHECKING:
-    from glassllama.cli.measure import Contestant, Grid
+    from glassllama.cli.bench_runner import Contestant, Grid
 
 WHOLE_GRID = {"prompt": "128,512,2048", "context": "0,1024,4096", "batch": "1,4,8"}
 
@@ -68,7 +68,7 @@ class Questions:
     ] = 3
 
     def as_grid(self) -> Grid:
-        from glassllama.cli.measure import Grid
+        from glassllama.cli.bench_runner import Grid
 
         texts = WHOLE_GRID if self.grid else asdict(self)
         prompts, contexts, batches = (
@@ -105,8 +105,8 @@ def bench(
     decode of one row cannot be faster than memory gives them; a prefill cannot be faster than the
     processor multiplies. Prompts are random tokens, and no token is guessed (no speculation).
     """
+    from glassllama.cli.bench_runner import measure, threads_of
     from glassllama.cli.bench_table import print_measured
-    from glassllama.cli.measure import measure, threads_of
 
     llm = how.load(Which(model=model, offline=offline, pth=pth))
     peers: list[Contestant] = [LlamaCpp(llm.path, threads_of(how), peer) for peer in vs or ()]
@@ -183,7 +183,7 @@ class LlamaCpp:
             self._lengths[row] = length
 
     def decode(self, new: int) -> None:
-        from glassllama.cli.measure import FIRST
+        from glassllama.cli.bench_runner import FIRST
 
         ids = [FIRST + row for row in range(len(self._lengths))]
         for _ in range(new):

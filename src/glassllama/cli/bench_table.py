@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glassllama.base.machine import gigabytes
-from glassllama.cli.screen import note, print_table
+from glassllama.cli.console import note, print_table
 
 if TYPE_CHECKING:
-    from glassllama.cli.measure import Measured, Row
+    from glassllama.cli.bench_runner import Measured, Row
 
 
 def print_measured(m: Measured) -> None:

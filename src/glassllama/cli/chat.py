@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glassllama.cli.answer import as_object, speed_line
+from glassllama.cli.console import is_terminal, note, print_json, text_and_stdin
 from glassllama.cli.options import ChatOptions, How, Json, Logprobs, Which, require_json
-from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
+from glassllama.cli.render import as_object, speed_line
 
 if TYPE_CHECKING:
-    from glassllama.cli.talk import Talk
+    from glassllama.cli.session import Talk
 
 TOUR_QUESTION = "What is photosynthesis?"
 TRY_NEXT = """
@@ -61,7 +61,7 @@ def chat(
     if message is not None or (not tour and (json or not alive)):
         message = text_and_stdin(message, "MESSAGE")
     from glassllama.cli.conversation import Conversation
-    from glassllama.cli.talk import Talk
+    from glassllama.cli.session import Talk
 
     talk = Talk(how.load(which), Conversation(system=system), sampling)
     if tour:

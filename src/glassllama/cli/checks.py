@@ -18,7 +18,7 @@ from glassllama.weights.open import Checkpoint, open_weights
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress, Tokenizer
-    from glassllama.cli.screen import Bars
+    from glassllama.cli.console import Bars
 
 SLICE_NUMBERS = 1 << 22  # numbers looked at together: 16 MiB as float32
 CHUNK = 1 << 20  # bytes hashed at a time

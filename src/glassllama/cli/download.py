@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from glassllama.cli.console import note, progress_bars
 from glassllama.cli.options import ModelArgument, Offline, PreferPth, find
-from glassllama.cli.screen import note, progress_bars
 
 
 def download(

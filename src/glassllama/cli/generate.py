@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from glassllama.cli.answer import as_object, show_stream, speed_line
+from glassllama.cli.console import is_terminal, note, print_json, text_and_stdin
 from glassllama.cli.options import (
     How,
     Json,
@@ -18,7 +18,7 @@ from glassllama.cli.options import (
     note_specials,
     require_json,
 )
-from glassllama.cli.screen import is_terminal, note, print_json, text_and_stdin
+from glassllama.cli.render import as_object, show_stream, speed_line
 
 
 def generate(

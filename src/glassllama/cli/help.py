@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from glassllama.cli.screen import is_terminal
+from glassllama.cli.console import is_terminal
 
 WIDEST = 100
 LEFT = 28  # columns for the names; what is longer gets a line of its own

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from glassllama.base.errors import UntrustedError
 from glassllama.base.trust import make_folder
-from glassllama.cli.screen import note
+from glassllama.cli.console import note
 
 KEPT_LINES = 1000
 PRIVATE = 0o600  # what one says to a model is nobody else's business

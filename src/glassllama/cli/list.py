@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from glassllama.cli.console import note, print_json, print_table, write
 from glassllama.cli.options import Json
-from glassllama.cli.screen import note, print_json, print_table, write
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.exits import failed
-from glassllama.cli.options import How, Json, Specials, Which, note_specials
-from glassllama.cli.screen import (
+from glassllama.cli.console import (
     MOST_PROMPT,
     is_terminal,
     note,
@@ -19,6 +17,8 @@ from glassllama.cli.screen import (
     print_table,
     text_or_stdin,
 )
+from glassllama.cli.errors import failed
+from glassllama.cli.options import How, Json, Specials, Which, note_specials
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from glassllama.base.errors import GenerationError, GlassError
-from glassllama.cli.screen import note, progress_bars
-from glassllama.cli.values import read_by_us
+from glassllama.cli.console import note, progress_bars
+from glassllama.cli.param_types import read_by_us
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
@@ -381,7 +381,7 @@ def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
 def spread(verb: Callable[..., None]) -> Callable[..., None]:
     """`verb` with every parameter that is a dataclass replaced by that dataclass's fields.
 
-    What is typed is read by cli/values.py.
+    What is typed is read by cli/param_types.py.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

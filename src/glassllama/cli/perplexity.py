@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.console import note, print_json, progress_bars
 from glassllama.cli.options import (
     How,
     Json,
@@ -18,7 +19,6 @@ from glassllama.cli.options import (
     Which,
     note_specials,
 )
-from glassllama.cli.screen import note, print_json, progress_bars
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.answer import speed_line
+from glassllama.cli.console import note
 from glassllama.cli.conversation import Conversation
-from glassllama.cli.exits import failed, foreseen
+from glassllama.cli.errors import failed, foreseen
 from glassllama.cli.history import line_editing
-from glassllama.cli.screen import note
+from glassllama.cli.render import speed_line
+from glassllama.cli.session import Talk
 from glassllama.cli.settings import changed, known, option_names
-from glassllama.cli.talk import Talk
 
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 WELCOME = "{name}: write something, or /help; Ctrl-D leaves"

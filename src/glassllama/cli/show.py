@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from glassllama.cli.model_facts import describe
+from glassllama.cli.console import print_json, print_table
+from glassllama.cli.model_info import describe
 from glassllama.cli.options import Json, ModelArgument, Offline, PreferPth, find
-from glassllama.cli.screen import print_json, print_table
 
 LLAMA = "Llama"
 

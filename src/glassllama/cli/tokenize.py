@@ -13,8 +13,8 @@ import typer
 
 from glassllama.base import code_cache
 from glassllama.base.errors import TokenizerError, quoted
+from glassllama.cli.console import note, print_table, text_or_stdin
 from glassllama.cli.options import Json, Which
-from glassllama.cli.screen import note, print_table, text_or_stdin
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer

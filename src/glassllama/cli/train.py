@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from glassllama.base.errors import MissingExtraError
+from glassllama.cli.console import note, progress_bars, write
 from glassllama.cli.options import Offline
-from glassllama.cli.screen import note, progress_bars, write
-from glassllama.cli.training import View
+from glassllama.cli.train_view import View
 
 if TYPE_CHECKING:
-    from glassllama.train.bands import Band
     from glassllama.train.data import Data
     from glassllama.train.distributed import Team
+    from glassllama.train.reference_runs import Band
     from glassllama.train.run import Run
     from glassllama.train.settings import Settings
-    from glassllama.train.stopping import Wish
+    from glassllama.train.signals import Wish
 
 
 class Resume(StrEnum):
@@ -153,12 +153,12 @@ def announced(what: str, settings: Settings, changes: list[str], folder: Path) -
 def carry_out(settings: Settings, asked: Asked) -> int:
     """The whole run -> the exit code."""
     # PyTorch's threads are to sleep where they would spin: the loops between its products run in
-    # threads of ours (train/fast.py), and small steps have many ends of parallel work to wait at.
+    # threads of ours (train/fused_blocks.py), and small steps have many ends of parallel work to wait at.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is loaded
-    from glassllama.train.beginning import occupy, require_free
     from glassllama.train.distributed import together
     from glassllama.train.estimate import require_step_fits
     from glassllama.train.prepare import prepare, take_up
+    from glassllama.train.run_dir import occupy, require_free
 
     folder = asked.folder
     with together(settings.run.device) as team, ExitStack() as held:
@@ -188,8 +188,8 @@ def carry_out(settings: Settings, asked: Asked) -> int:
 
 def opened(settings: Settings, folder: Path, team: Team, offline: bool) -> Data:
     """The text as ids: written by the leader, read by all ranks."""
-    from glassllama.train.beginning import STAGE
     from glassllama.train.data import open_data
+    from glassllama.train.run_dir import STAGE
 
     stage = folder / STAGE
     if not team.leads:
@@ -239,7 +239,7 @@ def go(run: Run) -> int:
     A signal during the last save stops nothing: the run is complete.
     """
     from glassllama.train.loop import Nobody, train
-    from glassllama.train.stopping import listening
+    from glassllama.train.signals import listening
 
     first = run.progress.step
     with listening() as wish:
@@ -258,10 +258,10 @@ def go(run: Run) -> int:
 
 def watched(run: Run, wish: Wish) -> None:
     """Make the steps, with a view and a journal of them."""
-    from glassllama.train.bands import Watchman
-    from glassllama.train.beginning import FirstStep
     from glassllama.train.loop import train
-    from glassllama.train.speed import dtype_of, flops_per_token, peak_flops
+    from glassllama.train.mfu import dtype_of, flops_per_token, peak_flops
+    from glassllama.train.reference_runs import Watchman
+    from glassllama.train.run_dir import FirstStep
 
     s, done, band = run.settings, run.progress.step, band_of_text(run)
     note("band: none for these settings" if band is None else f"band: of {band.seeds} seeds")
@@ -283,7 +283,7 @@ def watched(run: Run, wish: Wish) -> None:
 def band_of_text(run: Run) -> Band | None:
     """The preset's band, unless another text stands in for the preset's (see hub.fetch_text)."""
     from glassllama.hub import has_text
-    from glassllama.train.bands import band_of
+    from glassllama.train.reference_runs import band_of
 
     band = band_of(run.settings)
     return band if band is not None and has_text(run.settings.data.corpus) else None
@@ -291,9 +291,9 @@ def band_of_text(run: Run) -> Band | None:
 
 def finish(run: Run) -> None:
     """The curve, and where the model is; a sample where the run is complete."""
-    from glassllama.train.curve import draw_curve
-    from glassllama.train.journal import read_records
     from glassllama.train.loop import sample_text
+    from glassllama.train.metrics import read_records
+    from glassllama.train.plot import draw_curve
 
     text = sample_text(run) if run.complete else ""  # by all ranks together
     if not run.team.leads or not (records := read_records(run.folder)):

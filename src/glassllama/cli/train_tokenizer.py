@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.console import note, print_json, print_table, progress_bars
 from glassllama.cli.files import naming
 from glassllama.cli.options import Json
-from glassllama.cli.screen import note, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
@@ -142,7 +142,7 @@ def read(paths: Sequence[Path], progress: Progress | None) -> Iterator[str]:
 
 def control_tokens(format: Format, special: list[str] | None) -> Sequence[str]:
     """The control tokens of a form. Meta's has names of its own."""
-    from glassllama.tokenizers.meta import control_names
+    from glassllama.tokenizers.tiktoken_file import control_names
 
     if format is Format.hf:
         return ("<|begin_of_text|>", "<|end_of_text|>") if special is None else special

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from glassllama.base.errors import GlassError
+from glassllama.cli.console import print_json, progress_bars
 from glassllama.cli.options import Json, ModelArgument, Offline, PreferPth, find
-from glassllama.cli.screen import print_json, progress_bars
 
 
 def validate(

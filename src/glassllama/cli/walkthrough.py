@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError, MissingExtraError
-from glassllama.cli.files import write_file
-from glassllama.cli.options import Json, Specials, Which, note_specials
-from glassllama.cli.screen import (
+from glassllama.cli.console import (
     MOST_PROMPT,
     is_terminal,
     print_json,
@@ -25,6 +23,8 @@ from glassllama.cli.screen import (
     text_or_stdin,
     write,
 )
+from glassllama.cli.files import write_file
+from glassllama.cli.options import Json, Specials, Which, note_specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
@@ -151,7 +151,7 @@ def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) ->
     # work to do a walk took five times as long. Must be said before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for all that is kept
-    from glassllama.walkthrough.steps import require_step
+    from glassllama.walkthrough.all_steps import require_step
     from glassllama.walkthrough.walk import open_walk
 
     if step is not None:
@@ -177,7 +177,7 @@ def page() -> Page:
 
 def print_steps(walk: Walk, step: int | None) -> None:
     """One after the other as they are ready; a bar stands in for the one that is being taken."""
-    from glassllama.walkthrough.steps import STEPS, take_step
+    from glassllama.walkthrough.all_steps import STEPS, take_step
     from glassllama.walkthrough.text import render
 
     shown = page()
@@ -194,8 +194,8 @@ def tell(progress: Progress | None, done: int, total: int) -> None:
 
 
 def experiments(walk: Walk, broken: list[str]) -> list[Experiment]:
-    from glassllama.walkthrough.edits import MISTAKES
     from glassllama.walkthrough.experiment import experiment
+    from glassllama.walkthrough.interventions import MISTAKES
 
     done: list[Experiment] = []
     with progress_bars() as bar:
@@ -214,7 +214,7 @@ def print_experiments(walk: Walk, broken: list[str]) -> None:
 
 
 def print_object(walk: Walk, broken: list[str], step: int | None, full: list[int] | None) -> None:
-    from glassllama.walkthrough.as_object import as_object
+    from glassllama.walkthrough.to_json import as_object
 
     done = experiments(walk, broken)
     with progress_bars() as bar:

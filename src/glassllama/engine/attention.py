@@ -1,287 +1,246 @@
-"""Rotation, the cache's pages, and attention over them.
+"""Attention of a step: positions, the cache, and what every head sees.
 
-A page keeps the keys and values of 64 consecutive tokens of one row, for all layers:
-
-    keys   (layers, K, D, 64)   transposed: one vector holds one coordinate of many tokens
-    values (layers, K, 64, D)
-    scales (layers, K, 2, 64)   float32, of keys and of values, where they are integers
-
-in int16 or int8 with a scale for each token and head, or in float32 where the engine is exact. The
-largest number of a head is its largest integer, so no model is out of range; int16 is closer than
-the halves or bfloat16 of the same size. A row's pages are found by their addresses.
+Queries that look at the same keys do so together: those of the heads that share a key/value head,
+and those of up to eight tokens next to each other in a row (a tile). Each query's own sums are
+taken in the same order in any company.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from glassllama.engine.compiled import compiled, inlined
-from glassllama.engine.intrinsics import float_from_bits, floats, integers8, integers16
-from glassllama.engine.pages import (
-    FLOAT32,
-    INT8,
-    INT16,
-    LANES,
-    PAGE,
-    mix_tile,
-    score_tile,
-    unpack_numbers,
+from glassllama.engine.attention_kernels import (
+    begin,
+    finish,
+    item_bytes,
+    merge,
+    mix,
+    place,
+    score,
+    store,
+    unpack,
+    weigh,
+    worth_unpacking,
 )
-from glassllama.engine.row_kernels import STEPS, weigh_page
-from glassllama.engine.rows import exponential, inverse_rms
-from glassllama.engine.tiers import features
+from glassllama.engine.compiled import compiled, inlined
+from glassllama.engine.intrinsics import integers64
+from glassllama.engine.kv_pages import FLOAT32, PAGE
+from glassllama.engine.layer_ops import convert, field, inputs_of, row, told
+from glassllama.engine.thread_pool import complete, take
+from glassllama.engine.workspace import GROUPS, LANES, MATRICES, POSITION, ROW, WK, WQ
 
-F32 = np.float32
-STEPS_16 = 32767  # int16 without -32768, as row_kernels.STEPS for int8
-# Queries of the largest tile, and tokens or columns across it: as many sums as there are registers.
-MOST, ACROSS = (6, 64) if "avx512f" in features() else (4, 16)
-
-
-@compiled
-def rotate_pairs(head: Any, cos: Any, sin: Any) -> None:
-    """Turn a head's coordinates in place: (0,1), (2,3), … each by its angle."""
-    for i in range(len(cos)):
-        a, b = head[2 * i], head[2 * i + 1]
-        head[2 * i] = a * cos[i] - b * sin[i]
-        head[2 * i + 1] = a * sin[i] + b * cos[i]
+SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
 
 
-@compiled
-def rotate_halves(head: Any, cos: Any, sin: Any) -> None:
-    """Turn a head's coordinates in place: (0, D/2), (1, D/2 + 1), …"""
-    half = len(cos)
-    for i in range(half):
-        a, b = head[i], head[half + i]
-        head[i] = a * cos[i] - b * sin[i]
-        head[half + i] = a * sin[i] + b * cos[i]
+class Places(NamedTuple):
+    """Bytes from a page's start."""
+
+    keys: int
+    values: int
+    scales: int
+
+
+class Seat(NamedTuple):
+    """Where one thread keeps what it looks at: addresses."""
+
+    queries: int  # of a tile
+    scores: int
+    opened: int  # a page's keys, then its values, unpacked
 
 
 @compiled
-def place(head: Any, cos: Any, sin: Any, pairs: int, unit: int, eps: float) -> None:
-    """Give a query or key its position; `unit` adds the weightless norm of Llama 4-style models."""
-    if pairs:
-        rotate_pairs(head, cos, sin)
-    else:
-        rotate_halves(head, cos, sin)
-    if unit:
-        scale = inverse_rms(head, eps)
-        for i in range(len(head)):
-            head[i] *= scale
+def page_offsets(room: Any, layer: int, kv_head: int, kind: int) -> Any:
+    """Bytes from a page's start to the keys, the values and the scales of a layer and kv head."""
+    heads, head = room.layers * room.kv_heads, layer * room.kv_heads + kv_head
+    size = room.head_dim * PAGE * item_bytes(kind)
+    return Places(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
 
 
 @compiled
-def store(key: Any, value: Any, keys: int, values: int, scales: int, slot: int, kind: int) -> None:
-    """Write one token's key and value (D,) into its slot of a page."""
-    width, of_keys, of_values = len(key), floats(scales, PAGE), floats(scales + PAGE * 4, PAGE)
-    if kind == FLOAT32:
-        k, v = floats(keys, (width, PAGE)), floats(values, (PAGE, width))
-        for i in range(width):
-            k[i, slot] = key[i]
-            v[slot, i] = value[i]
-    elif kind == INT8:
-        of_keys[slot] = store_steps(key, integers8(keys, (width, PAGE))[:, slot], STEPS)
-        of_values[slot] = store_steps(value, integers8(values, (PAGE, width))[slot], STEPS)
-    else:
-        of_keys[slot] = store_steps(key, integers16(keys, (width, PAGE))[:, slot], STEPS_16)
-        of_values[slot] = store_steps(value, integers16(values, (PAGE, width))[slot], STEPS_16)
+def row_pages(room: Any, step: Any, t: int) -> Any:
+    """Addresses of the pages of a token's row."""
+    batch_row = told(room, t)[ROW]
+    return integers64(step.table + batch_row * step.pages * 8, step.pages)
+
+
+@compiled
+def position_of(room: Any, t: int) -> Any:
+    return told(room, t)[POSITION]
+
+
+@compiled
+def place_heads(room: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
+    """Turn a token's key of one kv head, and the queries that look at it, by the token's position;
+    key and value go into the cache."""
+    width, group, m = room.head_dim, room.group_size, layer * MATRICES
+    cos, sin = row(room.cos, t, width // 2), row(room.sin, t, width // 2)
+    queries = room.qkv + t * room.qkv_width * 4
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        place(row(queries, head, width), cos, sin, room.pairs, room.qk_norm, room.eps)
+    first_key = queries + field(room, m + WQ, GROUPS) * LANES * 4
+    first_value = first_key + field(room, m + WK, GROUPS) * LANES * 4
+    key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
+    place(key, cos, sin, room.pairs, room.qk_norm, room.eps)
+    position = position_of(room, t)
+    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
+    at = page_offsets(room, layer, kv_head, step.kind)
+    store(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kind)
 
 
 @inlined
-def store_steps(numbers: Any, out: Any, most: int) -> Any:
-    """Numbers in whole steps, −most … most -> what a step stands for.
+def spans_shared(room: Any, step: Any) -> Any:
+    """Whether spans are items of their own: for one token that looks at several."""
+    return step.tokens == 1 and step.spans > 1
 
-    The largest magnitude is found on the bits, where NaN and infinity are largest too: where they
-    are no numbers, their scale carries that into every product.
+
+@compiled
+def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
+    """`place_heads` for all tokens and kv heads; a token alone is placed by who looks at it."""
+    if step.tokens == 1 and not spans_shared(room, step):
+        return
+    first, last = take(me, phase, step.tokens, 1)
+    mine = 0
+    while first < last:
+        for t in range(first, last):
+            for kv_head in range(room.kv_heads):
+                place_heads(room, layer, step, t, kv_head)
+        mine += last - first
+        first, last = take(me, phase, step.tokens, 1)
+    complete(me, phase, step.tokens, mine)
+
+
+@inlined
+def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int, count: int,
+                 part: int, at: Any, kind: int) -> None:  # fmt: skip
+    """A tile's queries look at one page, which `past` tokens come before.
+
+    The page that is `ahead` bytes away comes next, and is asked for.
     """
-    bits, largest = numbers.view(np.int32), np.int32(0)
-    for i in range(len(bits)):
-        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    size = float_from_bits(largest) / F32(most)
-    inverse = F32(1) / size if size > F32(0) else F32(0)
-    usable = inverse > F32(0) and inverse < F32(np.inf)
-    for i in range(len(out)):
-        out[i] = np.int32(np.rint(numbers[i] * inverse)) if usable else 0
-    return size
+    group, width, scores = room.group_size, room.head_dim, seat.scores
+    keys, values, form = page + at.keys, page + at.values, kind
+    apart = worth_unpacking(count * group, width, kind)
+    if apart:
+        unpack(keys, width * PAGE, seat.opened, ahead, kind)
+        keys, values, form = seat.opened, seat.opened, FLOAT32
+    score(seat.queries, count * group, keys, width, scores, ahead, form)
+    for n in range(count):
+        visible = min(PAGE, position_of(room, t + n) + 1 - past)
+        for g in range(n * group, (n + 1) * group):
+            seen = part + g * (width + 2) * 4
+            weigh(scores + g * PAGE * 4, visible, seen, width, page + at.scales, kind)
+    if apart:
+        unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
+    mix(scores, count * group, values, width, part, ahead, form)
 
 
 @compiled
-def begin(query: Any, seat: Any, part: Any) -> None:
-    """Take a query (D,) to its seat, scaled by 1/√D, and clear what it has seen.
-
-    `part` (D + 2,) holds the weighted sum of values, the largest score, and the sum of weights:
-    softmax with a running maximum (Milakov & Gimelshein, 2018), in memory for one page of scores
-    however long the context.
-    """
-    width = len(query)
-    scale = F32(1) / np.sqrt(F32(width))
-    for i in range(width):
-        seat[i] = query[i] * scale
-        part[i] = F32(0)
-    part[width], part[width + 1] = F32(-np.inf), F32(0)
-
-
-@inlined
-def item_bytes(kind: int) -> Any:
-    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
-
-
-@inlined
-def worth_unpacking(queries: int, width: int, kind: int) -> Any:
-    """Whether numbers that are not float32 are made that first: they are read more than once, or
-    columns are left over from whole vectors."""
-    return kind != FLOAT32 and (queries > MOST or width % LANES > 0)
-
-
-@compiled
-def unpack(source: int, count: int, target: int, ahead: int, kind: int) -> None:
-    """`count` of a page's keys or values as float32 at `target`.
-
-    What is `ahead` bytes further on is asked for from memory meanwhile.
-    """
-    if kind == INT8:
-        unpack_numbers(INT8, source, count, target, ahead)
-    else:
-        unpack_numbers(INT16, source, count, target, ahead)
-
-
-@inlined
-def score_as(
-    kind: int, queries: int, count: int, keys: int, width: int, scores: int, ahead: int
+def look_at_span(
+    me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int, span: int, part: int
 ) -> None:
-    """Dot products of `count` queries with all keys of a page (D, 64) -> (count, 64).
+    """The queries of a tile and kv head look at one span -> `part` (queries, D + 2)."""
+    t = integers64(room.tile_first + tile * 8, 1)[0]
+    count = integers64(room.tile_count + tile * 8, 1)[0]
+    group, width, seats = room.group_size, room.head_dim, room.tile_queries
+    seat = Seat(
+        room.queries + me.thread * seats * width * 4,
+        room.scores + me.thread * seats * PAGE * 4,
+        room.opened + me.thread * width * PAGE * 4,
+    )
+    for n in range(count):
+        own = room.qkv + (t + n) * room.qkv_width * 4
+        for g in range(group):
+            begin(row(own, kv_head * group + g, width), row(seat.queries, n * group + g, width),
+                  row(part, n * group + g, width + 2))  # fmt: skip
+    at = page_offsets(room, layer, kv_head, step.kind)
+    pages, last = row_pages(room, step, t), position_of(room, t + count - 1) // PAGE
+    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN // PAGE - 1, last) + 1):
+        ahead = pages[min(page + 1, last)] - pages[page]
+        look_at_page(room, seat, pages[page], ahead, page * PAGE, t, count, part, at, step.kind)
 
-    Those of empty slots mean nothing. A query's own sums are the same in tiles of any size.
-    """
-    n, step = 0, ACROSS * item_bytes(kind)
-    while n < count:
-        query, out, left = queries + n * width * 4, scores + n * PAGE * 4, count - n
-        for part in range(PAGE // ACROSS):
-            some, to = keys + part * step, out + part * ACROSS * 4
-            if left >= MOST:
-                score_tile(kind, MOST, ACROSS, query, some, width, to, ahead)
-            elif left >= 4:
-                score_tile(kind, 4, ACROSS, query, some, width, to, ahead)
-            elif left == 3:
-                score_tile(kind, 3, ACROSS, query, some, width, to, ahead)
-            elif left == 2:
-                score_tile(kind, 2, ACROSS, query, some, width, to, ahead)
+
+@inlined
+def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int) -> None:
+    """The queries of a tile and kv head look at their row, span after span -> `mixed`."""
+    t = integers64(room.tile_first + tile * 8, 1)[0]
+    count = integers64(room.tile_count + tile * 8, 1)[0]
+    group, width, seats = room.group_size, room.head_dim, room.tile_queries
+    whole = room.part + 2 * me.thread * seats * (width + 2) * 4
+    part = whole + seats * (width + 2) * 4
+    look_at_span(me, room, layer, step, tile, kv_head, 0, whole)
+    for span in range(1, position_of(room, t + count - 1) // SPAN + 1):
+        look_at_span(me, room, layer, step, tile, kv_head, span, part)
+        for n in range(count):
+            if span * SPAN <= position_of(room, t + n):
+                for g in range(n * group, (n + 1) * group):
+                    merge(row(whole, g, width + 2), row(part, g, width + 2), width)
+    for n in range(count):
+        out = room.mixed + (t + n) * room.heads * width * 4
+        for g in range(group):
+            finish(row(whole, n * group + g, width + 2), row(out, kv_head * group + g, width))
+
+
+@compiled
+def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
+    """Every query head of every token looks at its row's keys up to its own position."""
+    kv_heads, group = room.kv_heads, room.group_size
+    spans = step.spans if spans_shared(room, step) else 1
+    items = step.tiles * kv_heads * spans
+    first, last = take(me, phase, items, 1)
+    mine = 0
+    while first < last:
+        for item in range(first, last):
+            tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
+            if spans == 1:
+                if step.tokens == 1:
+                    place_heads(room, layer, step, 0, kv_head)
+                look_at_row(me, room, layer, step, tile, kv_head)
             else:
-                score_tile(kind, 1, ACROSS, query, some, width, to, ahead)
-        n += tile_size(left)
-
-
-@compiled
-def score(
-    queries: int, count: int, keys: int, width: int, scores: int, ahead: int, kind: int
-) -> None:
-    if kind == FLOAT32:
-        score_as(FLOAT32, queries, count, keys, width, scores, ahead)
-    elif kind == INT8:
-        score_as(INT8, queries, count, keys, width, scores, ahead)
-    else:
-        score_as(INT16, queries, count, keys, width, scores, ahead)
+                part = room.parts + (span * kv_heads + kv_head) * group * (room.head_dim + 2) * 4
+                look_at_span(me, room, layer, step, tile, kv_head, span, part)
+        mine += last - first
+        first, last = take(me, phase, items, 1)
+    complete(me, phase, items, mine)
 
 
 @inlined
-def tile_size(left: int) -> Any:
-    """How many of the queries that are left go into the next tile."""
-    return MOST if left >= MOST else min(left, 4)
-
-
-@inlined
-def mix_as(
-    kind: int, weights: int, count: int, values: int, width: int, parts: int, ahead: int
-) -> None:
-    """Add a page's values (64, D), times their weights, to `count` parts (D + 2,)."""
-    n, row = 0, (width + 2) * 4
-    while n < count:
-        some, out, left = weights + n * PAGE * 4, parts + n * row, count - n
-        if left >= MOST:
-            mix_columns(kind, MOST, some, values, width, out, ahead)
-        elif left >= 4:
-            mix_columns(kind, 4, some, values, width, out, ahead)
-        elif left == 3:
-            mix_columns(kind, 3, some, values, width, out, ahead)
-        elif left == 2:
-            mix_columns(kind, 2, some, values, width, out, ahead)
-        else:
-            mix_columns(kind, 1, some, values, width, out, ahead)
-        n += tile_size(left)
+def merge_spans(me: Any, room: Any, step: Any, out: int) -> None:
+    """The spans that threads shared become what the only token's heads saw, at `out`."""
+    width, heads = room.head_dim, room.heads
+    whole = row(room.part, 2 * me.thread * room.tile_queries, width + 2)
+    for head in range(heads):
+        first = row(room.parts, head, width + 2)
+        for i in range(width + 2):
+            whole[i] = first[i]
+        for span in range(1, step.spans):
+            merge(whole, row(room.parts, span * heads + head, width + 2), width)
+        finish(whole, row(out, head, width))
 
 
 @compiled
-def mix(
-    weights: int, count: int, values: int, width: int, parts: int, ahead: int, kind: int
-) -> None:
-    if kind == FLOAT32:
-        mix_as(FLOAT32, weights, count, values, width, parts, ahead)
-        for n in range(count if width % LANES > 0 else 0):
-            own = floats(weights + n * PAGE * 4, PAGE)
-            sums = floats(parts + n * (width + 2) * 4, width)
-            mix_plainly(own, floats(values, (PAGE, width)), width // LANES * LANES, sums)
-    elif kind == INT8:
-        mix_as(INT8, weights, count, values, width, parts, ahead)
+def merge_token(me: Any, room: Any, step: Any, t: int, reads: int, slot: int) -> None:
+    """What a token's heads saw becomes inputs."""
+    inputs, width = inputs_of(room), room.heads * room.head_dim
+    numbers, seen = row(inputs.numbers, slot, inputs.width), row(room.mixed, t, width)
+    if spans_shared(room, step):
+        merge_spans(me, room, step, inputs.numbers + slot * inputs.width * 4)
     else:
-        mix_as(INT16, weights, count, values, width, parts, ahead)
-
-
-@inlined
-def mix_columns(
-    kind: int, queries: int, weights: int, values: int, width: int, parts: int, ahead: int
-) -> None:
-    """All columns of a page's values: many at a time, then 16; fewer are left to `mix_plainly`."""
-    i, size = 0, item_bytes(kind)
-    while i + ACROSS <= width:
-        mix_tile(kind, queries, ACROSS, weights, values + size * i, width, parts + 4 * i, ahead)
-        i += ACROSS
-    while i + LANES <= width:
-        mix_tile(kind, queries, LANES, weights, values + size * i, width, parts + 4 * i, ahead)
-        i += LANES
-
-
-@compiled
-def mix_plainly(weights: Any, values: Any, first: int, sums: Any) -> None:
-    """What `mix_tile` does, for one query and its columns from `first` on: few, or none."""
-    for s in range(PAGE):
-        for i in range(first, len(sums)):
-            sums[i] += weights[s] * values[s, i]
-
-
-@compiled
-def weigh(scores: int, visible: int, part: int, width: int, scales: int, kind: int) -> None:
-    """A page's scores become weights e^(score − largest so far); those not visible become 0.
-
-    Where the cache is of integers, scores and weights take up the scales of keys and values.
-    """
-    weights, sums = floats(scores, PAGE), floats(part, width)
-    if visible <= 0:
-        for s in range(PAGE):
-            weights[s] = F32(0)
-    else:
-        if kind == FLOAT32:
-            shrink = weigh_page(False, scores, visible, part, width, scales)
-        else:
-            shrink = weigh_page(True, scores, visible, part, width, scales)
         for i in range(width):
-            sums[i] *= shrink
+            numbers[i] = seen[i]
+    convert(reads, inputs, slot, numbers, 0, width)
 
 
 @compiled
-def merge(whole: Any, part: Any, width: int) -> None:
-    """Two `attend` results over different tokens become that over both, in `whole`."""
-    top = max(whole[width], part[width])
-    mine, theirs = exponential(whole[width] - top), exponential(part[width] - top)
-    for i in range(width):
-        whole[i] = whole[i] * mine + part[i] * theirs
-    whole[width] = top
-    whole[width + 1] = whole[width + 1] * mine + part[width + 1] * theirs
-
-
-@compiled
-def finish(whole: Any, out: Any) -> None:
-    """Divide by the sum of weights -> out (D,)."""
-    weight = whole[len(out) + 1]
-    for i in range(len(out)):
-        out[i] = whole[i] / weight
+def prepare_mixed(me: Any, phase: int, room: Any, reads: int, step: Any) -> Any:
+    """What the heads saw becomes inputs -> slot of the first token's: see `prepare_norms`."""
+    if step.tokens == 1:
+        merge_token(me, room, step, 0, reads, room.slots + me.thread)
+        return room.slots + me.thread
+    first, last = take(me, phase, step.tokens, 1)
+    mine = 0
+    while first < last:
+        for t in range(first, last):
+            merge_token(me, room, step, t, reads, t)
+        mine += last - first
+        first, last = take(me, phase, step.tokens, 1)
+    complete(me, phase, step.tokens, mine)
+    return 0

@@ -19,21 +19,21 @@ from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import FOREIGN_CACHE, Cache, CacheType, require_cache_size
 from glassllama.base.turn import in_turn
 from glassllama.engine import model
-from glassllama.engine.beginning import set_out
-from glassllama.engine.cache import (
+from glassllama.engine.attention import SPAN
+from glassllama.engine.dispatch import tier
+from glassllama.engine.kv_cache import (
     CACHE_KINDS,
     PagedCache,
     Pages,
     bytes_per_token,
 )
-from glassllama.engine.crew import LIVING, Crew, processors
-from glassllama.engine.heads import SPAN
+from glassllama.engine.kv_pages import FLOAT32, PAGE
+from glassllama.engine.layer_ops import Step
 from glassllama.engine.layout import Matrix
-from glassllama.engine.pages import FLOAT32, PAGE
-from glassllama.engine.room import Room
+from glassllama.engine.prepare_step import set_out
 from glassllama.engine.sampling import Choice, Chooser
-from glassllama.engine.step import Step
-from glassllama.engine.tiers import tier
+from glassllama.engine.thread_pool import LIVING, Crew, processors
+from glassllama.engine.workspace import Room
 
 # Tokens of one step, enough to use a weight often while it is in a near cache: the first, unless a
 # single layer would take them too long for Ctrl-C.
@@ -66,7 +66,7 @@ NOTHING = (0,) * len(Step._fields)  # orders of a step without tokens
 
 
 class Token(NamedTuple):
-    """One id on its way through a step, told as room.py's ID, ROW, POSITION."""
+    """One id on its way through a step, told as engine/workspace.py's ID, ROW, POSITION."""
 
     id: int
     row: int

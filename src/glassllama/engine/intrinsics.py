@@ -155,7 +155,7 @@ def call_system(context: Any, address: Any) -> Any:
 
 @instruction
 def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
-    """Call a kernel (kernels.py, reading.py), or a C function, by its address, with a tuple of its
+    """Call a kernel (engine/gemm_plain.py, engine/get_rows.py), or a C function, by its address, with a tuple of its
     integers."""
     count = len(arguments)
 

@@ -27,7 +27,7 @@ A block is 32 inputs of the sixteen rows, and has its scales beside it:
                                                16 signed bytes; value = d · scale · (code − 32)
 
 G is the number of groups; a last group that is not full is padded with rows of zeros. Numbers and
-nibble order are those of the file: packing.py only moves them.
+nibble order are those of the file: engine/repack.py only moves them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Read it from the bottom up, `forward` first: it is the forward pass. Tokens of all rows of a batch
 stand in one list; each knows its row and its position. Every part of a layer is a phase whose items
-the threads share out (crew.py): groups of sixteen rows of a matrix, tokens, or heads. No sum is
+the threads share out (engine/thread_pool.py): groups of sixteen rows of a matrix, tokens, or heads. No sum is
 ever split between threads, so the numbers depend neither on their number nor on the batch.
 """
 
@@ -10,8 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from glassllama.engine.attention import attend_heads, place_all, prepare_mixed
 from glassllama.engine.compiled import compiled, entry, inlined
-from glassllama.engine.crew import (
+from glassllama.engine.elementwise import BLOCK, add, gate
+from glassllama.engine.intrinsics import atomic_load, floats
+from glassllama.engine.layer_ops import (
+    Step,
+    convert,
+    field,
+    inputs_of,
+    inputs_of_down,
+    multiply,
+    prepare_norms,
+    row,
+)
+from glassllama.engine.layout import WIDE
+from glassllama.engine.quantize_activations import SUPERBLOCK
+from glassllama.engine.thread_pool import (
     ORDERS,
     STOP,
     YIELD,
@@ -21,10 +36,7 @@ from glassllama.engine.crew import (
     next_epoch,
     take,
 )
-from glassllama.engine.heads import attend_heads, place_all, prepare_mixed
-from glassllama.engine.intrinsics import atomic_load, floats
-from glassllama.engine.layout import WIDE
-from glassllama.engine.room import (
+from glassllama.engine.workspace import (
     DOWN,
     GATE,
     GROUPS,
@@ -36,18 +48,6 @@ from glassllama.engine.room import (
     WO,
     WQ,
     WV,
-)
-from glassllama.engine.row_kernels import SUPERBLOCK
-from glassllama.engine.rows import BLOCK, add, gate
-from glassllama.engine.step import (
-    Step,
-    convert,
-    field,
-    inputs_of,
-    inputs_of_down,
-    multiply,
-    prepare_norms,
-    row,
 )
 
 # Phases of a layer; after the last layer come the two of the logits.

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from glassllama.base.code_cache import seal
 from glassllama.engine.compiled import INSIDE, inlined, loosely, native
+from glassllama.engine.elementwise import exponential
 from glassllama.engine.intrinsics import float_from_bits
-from glassllama.engine.rows import exponential
 
 F32 = np.float32
 I32 = np.int32

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.elements import ELEMENT_TYPES
+from glassllama.formats.dtypes import ELEMENT_TYPES
 from glassllama.formats.k_blocks import K_BLOCKS, STEPS, Blocks, Codes, Floats
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -20,10 +20,10 @@ from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.elements import ELEMENT_TYPES
+from glassllama.formats.dtypes import ELEMENT_TYPES
 from glassllama.formats.gguf_header import read_header
 from glassllama.formats.gguf_values import Cursor, Value
-from glassllama.formats.mapped import MappedFile, as_plain_array
+from glassllama.formats.mmap_file import MappedFile, as_plain_array
 
 PART_NAME = re.compile(
     r"(?P<stem>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)", re.IGNORECASE

@@ -19,7 +19,7 @@ from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.elements import checked_shape
+from glassllama.formats.dtypes import checked_shape
 from glassllama.formats.gguf_values import U32, U64, Cursor, Value, read_value
 
 MAGIC = b"GGUF"

@@ -1,7 +1,7 @@
 """Meta's .pth: what torch.save writes, read without torch and without running anything.
 
 A zip of stored entries (formats/stored_zip.py): NAME/data.pkl is a pickle of the state dict
-(formats/pickle_machine.py), in which each tensor says: storage K, from element `offset`, this
+(formats/restricted_unpickler.py), in which each tensor says: storage K, from element `offset`, this
 shape, these strides. NAME/data/K holds the bytes of storage K. NAME/byteorder says how.
 
 Source: the serialization notes of PyTorch's documentation, and files of torch 1.6 … 2.13.
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import Progress, TensorInfo
-from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
-from glassllama.formats.mapped import MappedFile, as_plain_array
-from glassllama.formats.pickle_machine import PickleMachine
+from glassllama.formats.dtypes import ELEMENT_TYPES, checked_shape
+from glassllama.formats.mmap_file import MappedFile, as_plain_array
+from glassllama.formats.restricted_unpickler import PickleMachine
 from glassllama.formats.stored_zip import Entry, read_directory
 from glassllama.formats.torch_names import HINTS, NAMES, StoredTensor, storage
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import inside
 from glassllama.base.interfaces import TensorInfo
-from glassllama.formats.elements import ELEMENT_TYPES, checked_shape
+from glassllama.formats.dtypes import ELEMENT_TYPES, checked_shape
 from glassllama.formats.first_bytes import format_of
-from glassllama.formats.mapped import MappedFile, as_plain_array
+from glassllama.formats.mmap_file import MappedFile, as_plain_array
 from glassllama.formats.strict_json import parse_object
 
 LENGTH_BYTES = 8

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.errors import FormatError, quoted
-from glassllama.formats.mapped import MappedFile
+from glassllama.formats.mmap_file import MappedFile
 
 END = struct.Struct("<4s4H2IH")  # signature, disk ×2, entries ×2, directory size, offset, comment
 LOCATOR = struct.Struct("<4sIQI")  # signature, disk, offset of the 64-bit end record, disks

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from glassllama.base.errors import quoted
-from glassllama.formats.pickle_machine import Call
+from glassllama.formats.restricted_unpickler import Call
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.interfaces import Progress
-from glassllama.hub import snapshot
+from glassllama.hub import hf_cache
 from glassllama.hub.cache import is_whole, place_of
+from glassllama.hub.datasets import TEXTS, fetch_text, has_text, keep_text, place_of_text
 from glassllama.hub.huggingface import fetch_hub_model
 from glassllama.hub.names import (
     HUB_MODELS,
@@ -24,7 +25,6 @@ from glassllama.hub.names import (
     unknown_name,
 )
 from glassllama.hub.package import fetch_package_file
-from glassllama.hub.texts import TEXTS, fetch_text, has_text, keep_text, place_of_text
 
 __all__ = [
     "HUB_MODELS",
@@ -76,7 +76,7 @@ def resolve(
     id = HubId(repo=HUB_MODELS[name].repo) if name in HUB_MODELS else parse_hub_id(name)
     if id is None or (id.gguf is None and looks_like_path(name)):
         raise unknown_name(name)
-    if name not in HUB_MODELS and is_mistyped_path(name) and snapshot.find(id, prefer_pth) is None:
+    if name not in HUB_MODELS and is_mistyped_path(name) and hf_cache.find(id, prefer_pth) is None:
         raise unknown_name(name)
     return fetch_hub_model(id, offline=offline, prefer_pth=prefer_pth, progress=progress)
 
@@ -97,7 +97,7 @@ def cached() -> list[CachedModel]:
         if is_whole(file)
     ]
     short = {model.repo: name for name, model in HUB_MODELS.items()}
-    for id, place in snapshot.held():
+    for id, place in hf_cache.held():
         size = sum(path.stat().st_size for path in place.files)
         models.append(CachedModel(name=short.get(str(id), str(id)), path=place.path, bytes=size))
     return models

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from glassllama.base.errors import DownloadError, quoted
 from glassllama.base.fields import inside
 from glassllama.base.interfaces import Progress
-from glassllama.hub import snapshot
+from glassllama.hub import hf_cache
 from glassllama.hub.names import HUB_MODELS, HubId
+from glassllama.hub.progress import file_sizes, watching
 from glassllama.hub.select import INDEX, LARGEST_INDEX, choose, listed, missing_from
-from glassllama.hub.watch import file_sizes, watching
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -51,7 +51,7 @@ def fetch_hub_model(
     """
     from huggingface_hub import constants
 
-    place = snapshot.find(id, prefer_pth)
+    place = hf_cache.find(id, prefer_pth)
     offline = offline or constants.HF_HUB_OFFLINE
     if place is not None and (offline or place.certain):
         return place.path
@@ -66,11 +66,11 @@ def fetch_hub_model(
     if index and id.gguf is None and not prefer_pth:  # it names the weights
         _download(id, index, None)
     names = [file.name for file in files]
-    chosen = choose(names, id.repo, id.gguf, prefer_pth, snapshot.index_of(snapshot.files(id)))
+    chosen = choose(names, id.repo, id.gguf, prefer_pth, hf_cache.index_of(hf_cache.files(id)))
     if (lacking := missing_from(chosen)) is not None:
         raise DownloadError(f"{id}: no whole model: {lacking} is not there; found {listed(names)}")
     _download(id, [file for file in files if file.name in chosen], progress)
-    place = snapshot.find(id, prefer_pth)
+    place = hf_cache.find(id, prefer_pth)
     if place is None:
         raise DownloadError(f"{id}: changed on the Hub while it was downloaded; try again")
     return place.path
@@ -92,8 +92,8 @@ def _remote_file(sibling: RepoSibling) -> RemoteFile:
 def _download(id: HubId, files: list[RemoteFile], progress: Progress | None) -> None:
     from huggingface_hub import hf_hub_download
 
-    folder = snapshot.repo_folder(id.repo)
-    here = snapshot.files(id)
+    folder = hf_cache.repo_folder(id.repo)
+    here = hf_cache.files(id)
     new = [file for file in files if file.name not in here]
     total = sum(file.bytes for file in new)
     _require_space(id, total, folder)
@@ -105,7 +105,7 @@ def _download(id: HubId, files: list[RemoteFile], progress: Progress | None) -> 
     ):
         for file in files:  # one by one in this thread, so that Ctrl-C stops at once
             hf_hub_download(id.repo, file.name, revision=id.revision)
-    here = snapshot.files(id)
+    here = hf_cache.files(id)
     for file in new:
         if file.name in here:
             _check(id, file, here[file.name])

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from glassllama.base.config import require_sizes
-from glassllama.nn.cache import KVCache
-from glassllama.nn.initial import initialise
+from glassllama.nn.init import initialise
+from glassllama.nn.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)

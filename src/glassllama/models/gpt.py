@@ -29,8 +29,8 @@ from glassllama.nn.attention import (
     same_segment,
     split_heads,
 )
-from glassllama.nn.cache import KVCache
-from glassllama.nn.initial import initialise
+from glassllama.nn.init import initialise
+from glassllama.nn.kv_cache import KVCache
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -152,7 +152,7 @@ class GPT(nn.Module):
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew, as GPT-2 did (nn/initial.py)."""
+        """Begin anew, as GPT-2 did (nn/init.py)."""
         initialise(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from glassllama.nn.cache import KVCache
+from glassllama.nn.kv_cache import KVCache
 
 
 class LanguageModel(Protocol):

@@ -23,12 +23,12 @@ from glassllama.nn.attention import (
     positions_in_segments,
     same_segment,
 )
-from glassllama.nn.cache import KVCache
 from glassllama.nn.feed_forward import FeedForward
-from glassllama.nn.initial import initialise
+from glassllama.nn.hooks import Watch
+from glassllama.nn.init import initialise
+from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm
 from glassllama.nn.rope import rope_angles, rotation
-from glassllama.nn.watch import Watch
 
 
 class Layer(nn.Module):
@@ -63,7 +63,7 @@ class Llama(nn.Module):
         self.frequencies = torch.tensor(rope_frequencies(config).tolist(), device="cpu")
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew with small random weights (nn/initial.py), the same for the same generator."""
+        """Begin anew with small random weights (nn/init.py), the same for the same generator."""
         initialise(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:

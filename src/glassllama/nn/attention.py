@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassllama.base.config import LlamaConfig
-from glassllama.nn.cache import KVCache
+from glassllama.nn.hooks import Watch
+from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import rms_norm
 from glassllama.nn.rope import ROTATE, Rotation
-from glassllama.nn.watch import Watch
 
 
 @dataclass(frozen=True)

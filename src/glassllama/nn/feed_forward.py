@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassllama.nn.watch import Watch
+from glassllama.nn.hooks import Watch
 
 
 class FeedForward(nn.Module):

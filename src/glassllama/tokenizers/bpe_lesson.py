@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from glassllama.tokenizers.byte_level import OTHERS, PRINTABLE
-from glassllama.tokenizers.split import SPLITS, Split
+from glassllama.tokenizers.pretokenizer import SPLITS, Split
 
 Word = tuple[bytes, ...]  # a word as its tokens: (b" ", b"l", b"o", b"w")
 Pair = tuple[bytes, bytes]

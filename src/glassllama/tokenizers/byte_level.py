@@ -15,8 +15,8 @@ from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.added import AddedToken
 from glassllama.tokenizers.bpe import Vocabulary
 from glassllama.tokenizers.ends import END_OF_ANSWER
+from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.rows import rows_of
-from glassllama.tokenizers.split import Split
 
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]

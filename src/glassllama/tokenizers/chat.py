@@ -118,7 +118,9 @@ class TemplateChat:
     """
 
     def __init__(self, template: str, **tokens: str | None) -> None:
-        from glassllama.tokenizers.templates import ChatTemplate  # jinja2: only for who needs it
+        from glassllama.tokenizers.chat_template import (
+            ChatTemplate,  # jinja2: only for who needs it
+        )
 
         self._template = ChatTemplate(template)
         self._known = {name: written(text) for name, text in tokens.items() if text is not None}

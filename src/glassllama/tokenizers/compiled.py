@@ -2,7 +2,7 @@
 
 Numba keeps compiled code per source file; ours call each other across files. So the folder that
 keeps them is named after the digest of them all: other sources, another folder. Code is read from
-it only as it was written (base/sealed.py): what is damaged is compiled anew.
+it only as it was written (base/checksums.py): what is damaged is compiled anew.
 """
 
 from __future__ import annotations
@@ -68,5 +68,5 @@ def inlined(function: F) -> F:
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function written in LLVM's own words: see eight_bytes.py."""
+    """A function written in LLVM's own words: see tokenizers/byte_scan.py."""
     return cast(Callable[..., Any], intrinsic(function))

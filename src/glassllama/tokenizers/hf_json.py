@@ -21,8 +21,8 @@ from glassllama.tokenizers.byte_level import (
     byte_level_vocabulary,
     is_control,
 )
+from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.rows import LARGEST_VOCABULARY
-from glassllama.tokenizers.split import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.stages import stage_list
 
 Json = Mapping[str, Any]

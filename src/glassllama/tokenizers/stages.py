@@ -19,7 +19,7 @@ from glassllama.base.errors import TokenizerError
 from glassllama.base.fields import Fields
 from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
 from glassllama.tokenizers.patterns import Pattern, compiled
-from glassllama.tokenizers.split import GPT2, OTHER_SPLITS, SPLITS
+from glassllama.tokenizers.pretokenizer import GPT2, OTHER_SPLITS, SPLITS
 from glassllama.tokenizers.unicode_tables import (
     Points,
     blanks,

@@ -37,7 +37,7 @@ from glassllama.tokenizers.pair_counts import (
     positions_of,
     with_room,
 )
-from glassllama.tokenizers.split import SPLITS
+from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.word_counts import Bytes, WordCounts
 from glassllama.tokenizers.writers import Form, write_folder
 

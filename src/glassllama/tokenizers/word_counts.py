@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.tokenizers.bpe import surrogate_error
+from glassllama.tokenizers.byte_scan import PADDING
+from glassllama.tokenizers.char_classes import character_kinds
 from glassllama.tokenizers.compiled import Int, entry
-from glassllama.tokenizers.eight_bytes import PADDING
-from glassllama.tokenizers.kinds import character_kinds
-from glassllama.tokenizers.split import Split
-from glassllama.tokenizers.word_ends import RULES, piece_end, word_end
+from glassllama.tokenizers.compiled_pretokenizer import RULES, piece_end, word_end
+from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.word_table import (
     HI,
     LENGTH,

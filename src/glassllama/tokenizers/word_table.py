@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.tokenizers.byte_scan import eight_bytes, put_eight_bytes
 from glassllama.tokenizers.compiled import Int, compiled, inlined
-from glassllama.tokenizers.eight_bytes import eight_bytes, put_eight_bytes
-from glassllama.tokenizers.lines import table_of_zeros
+from glassllama.tokenizers.memory import table_of_zeros
 
 Bytes = NDArray[np.uint8]
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
-from glassllama.tokenizers.long_words import pairs
-from glassllama.tokenizers.meta import control_names
-from glassllama.tokenizers.split import EACH_DIGIT, GPT2, SPLITS, Split
+from glassllama.tokenizers.pair_table import pairs
+from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, SPLITS, Split
+from glassllama.tokenizers.tiktoken_file import control_names
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.bpe import BytePairTokenizer

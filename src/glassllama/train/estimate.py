@@ -12,11 +12,11 @@ from torch import Tensor
 
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.train.batches import bytes_of_batch
-from glassllama.train.build import as_module, numbers_of, parameters, vocabulary_rows
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.loop import one_step, parts
-from glassllama.train.optimisers import Optimisers
+from glassllama.train.model_factory import as_module, numbers_of, parameters, vocabulary_rows
+from glassllama.train.optimizers import Optimisers
 from glassllama.train.run import Progress, Run
 from glassllama.train.settings import Settings
 

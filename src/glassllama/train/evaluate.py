@@ -12,9 +12,9 @@ from torch import Tensor
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.batches import Batch, every_window
-from glassllama.train.build import as_module
 from glassllama.train.distributed import ALONE, Team
 from glassllama.train.loss import IGNORED, summed_loss
+from glassllama.train.model_factory import as_module
 from glassllama.train.tokens import Tokens
 
 POSITIONS_AT_ONCE = 8192  # of which logits are held

@@ -2,7 +2,7 @@
 
 In PyTorch each of these is a row of operations that write and read whole tensors; on a CPU they
 take longer than the matrices themselves. Here a thread takes some rows, and what belongs to a row
-stays in its nearest cache. Matrices take and give what train/arithmetic.py chooses: bfloat16, kept
+stays in its nearest cache. Matrices take and give what train/precision.py chooses: bfloat16, kept
 as the upper 16 bits of a float32, or float32; everything in between is float32. Below, "narrow"
 stands for that type: each kernel is compiled for both.
 
@@ -18,8 +18,8 @@ from numba import types
 from numba.extending import overload
 
 from glassllama.engine.compiled import LOOSE, inlined, native
+from glassllama.engine.elementwise import exponential
 from glassllama.engine.intrinsics import bfloat_from_float, float_from_bfloat
-from glassllama.engine.rows import exponential
 
 F32 = np.float32
 

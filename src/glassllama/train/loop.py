@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from glassllama.train.arithmetic import arithmetic
 from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.distributed import whole
 from glassllama.train.evaluate import Score, evaluate
 from glassllama.train.faults import TrainingError
-from glassllama.train.journal import Made, Record
 from glassllama.train.loss import summed_loss
+from glassllama.train.metrics import Made, Record
+from glassllama.train.precision import arithmetic
 from glassllama.train.run import Run, save, used
 from glassllama.train.sample import sample
 from glassllama.train.schedule import rate_factor
-from glassllama.train.stopping import Wish
+from glassllama.train.signals import Wish
 
 LOWER = (
     "resume from the last checkpoint with a lower optimiser.lr, a longer schedule.warmup or a "
@@ -40,7 +40,7 @@ class Listener(Protocol):
 
 
 class Book(Protocol):
-    """Where it is written down: train/journal.py."""
+    """Where it is written down: train/metrics.py."""
 
     def write(self, record: Record) -> None: ...
 

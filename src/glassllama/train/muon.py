@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glassllama.train.distributed import is_sharded
-from glassllama.train.speed import product_dtype
+from glassllama.train.mfu import product_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

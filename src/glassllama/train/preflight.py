@@ -19,11 +19,11 @@ from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.adamw import AdamW
 from glassllama.train.batches import IGNORED, Batch
-from glassllama.train.build import as_module
 from glassllama.train.data import Data
 from glassllama.train.estimate import estimate
 from glassllama.train.faults import PreflightError
 from glassllama.train.loss import summed_loss
+from glassllama.train.model_factory import as_module
 from glassllama.train.run import Run
 
 ROWS, TOKENS = 4, 32  # enough of a batch to look at

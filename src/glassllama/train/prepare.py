@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from glassllama.models.language_model import LanguageModel
-from glassllama.nn.initial import shapes_only
-from glassllama.train.arithmetic import choose_arithmetic
-from glassllama.train.average import Average
+from glassllama.nn.init import shapes_only
 from glassllama.train.batches import Batches, require_window
-from glassllama.train.build import as_module, make_model, new_model
 from glassllama.train.checkpoints import complete_steps, sweep
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team
+from glassllama.train.ema import Average
 from glassllama.train.estimate import require_space
-from glassllama.train.optimisers import Optimisers
+from glassllama.train.model_factory import as_module, make_model, new_model
+from glassllama.train.optimizers import Optimisers
+from glassllama.train.precision import choose_arithmetic
 from glassllama.train.run import CHECKPOINTS, Run, resume
 from glassllama.train.settings import Settings
 

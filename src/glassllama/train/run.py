@@ -16,14 +16,14 @@ from torch import Tensor
 from glassllama.base.errors import named, quoted
 from glassllama.base.fields import Fields
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.average import Average
 from glassllama.train.batches import Batches
-from glassllama.train.build import as_module
 from glassllama.train.checkpoints import prune, publish, unfinished, write_checkpoint
 from glassllama.train.data import Data
 from glassllama.train.distributed import ALONE, Team, is_sharded
+from glassllama.train.ema import Average
 from glassllama.train.faults import TrainingError
-from glassllama.train.optimisers import Optimisers
+from glassllama.train.model_factory import as_module
+from glassllama.train.optimizers import Optimisers
 from glassllama.train.settings import Settings
 from glassllama.weights.open import read_json
 from glassllama.weights.save import save_model, save_tensors

@@ -8,7 +8,7 @@ import torch
 
 from glassllama.generation.sampler import make_sampler
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.build import as_module
+from glassllama.train.model_factory import as_module
 
 TEMPERATURE = 0.8
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 from glassllama.models.language_model import LanguageModel
-from glassllama.nn.initial import shapes_only
-from glassllama.train.build import as_module, new_model
+from glassllama.nn.init import shapes_only
 from glassllama.train.distributed import Team, whole
+from glassllama.train.model_factory import as_module, new_model
 from glassllama.train.settings import Settings
 
 

@@ -19,8 +19,8 @@ from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import WeightsError, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.build import as_module
 from glassllama.train.distributed import is_sharded
+from glassllama.train.model_factory import as_module
 from glassllama.weights.load import as_tensor
 from glassllama.weights.open import Checkpoint, open_weights
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glassllama.walkthrough.edits import Mistake, mistaken
-from glassllama.walkthrough.lens import Predictions, predictions
+from glassllama.walkthrough.analysis import Predictions, predictions
+from glassllama.walkthrough.interventions import Mistake, mistaken
 from glassllama.walkthrough.pictures import HeatMap, Picture, Table
-from glassllama.walkthrough.rounding import divergence
 from glassllama.walkthrough.step import Check, Source, source
+from glassllama.walkthrough.steps.quantization import divergence
 from glassllama.walkthrough.text import MARGIN, Page, check_lines, heading, source_lines
 from glassllama.walkthrough.trace import run_with_trace
 from glassllama.walkthrough.walk import Walk

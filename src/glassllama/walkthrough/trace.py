@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from glassllama.base.errors import GenerationError, GlassError, quoted
 from glassllama.models.llama import Llama
-from glassllama.nn.cache import KVCache
+from glassllama.nn.kv_cache import KVCache
 
 TOKEN_AXIS = -2
 # What keep_freed_memory tells glibc, by malloc.h's numbers: blocks up to 32 MiB (its limit) are

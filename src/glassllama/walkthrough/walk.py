@@ -24,11 +24,11 @@ from glassllama.base.errors import (
 from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.base.machine import require_memory
 from glassllama.models.llama import Llama
-from glassllama.nn.cache import KVCache
+from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.rope import Rotation, rope_angles, rotation
 from glassllama.tokenizers.bpe import prompt_ids
-from glassllama.walkthrough.by_hand import PLACES, LayerByHand, layer_by_hand
-from glassllama.walkthrough.lens import Predictions, logit_lens, predictions
+from glassllama.walkthrough.analysis import Predictions, logit_lens, predictions
+from glassllama.walkthrough.manual_block import PLACES, LayerByHand, layer_by_hand
 from glassllama.walkthrough.pictures import visible
 from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, keep_freed_memory, run_with_trace

@@ -8,7 +8,7 @@ import numpy as np
 
 from glassllama.base.errors import ConfigError, quoted
 from glassllama.base.interfaces import CacheType
-from glassllama.weights.kinds import Quantise
+from glassllama.weights.quantization import Quantise
 
 Backend = Literal["auto", "engine", "torch"]
 Dtype = Literal["float32", "bfloat16"]

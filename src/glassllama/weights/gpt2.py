@@ -17,14 +17,14 @@ import numpy as np
 from glassllama.base.errors import listed
 from glassllama.base.fields import Fields
 from glassllama.weights.configs import GPT2, Resolved, require_neutral, unused_keys
-from glassllama.weights.names import (
+from glassllama.weights.rows import Opened, Rearranged, Row
+from glassllama.weights.tensor_map import (
     COMPARED_NUMBERS,
     HEADS,
     head_notes,
     require_layers,
     with_stored_output,
 )
-from glassllama.weights.rows import Opened, Rearranged, Row
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import TensorFile

@@ -18,10 +18,10 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
-from glassllama.nn.cache import KVCache
-from glassllama.nn.initial import shapes_only
+from glassllama.nn.init import shapes_only
+from glassllama.nn.kv_cache import KVCache
+from glassllama.weights.memory import plan
 from glassllama.weights.open import Checkpoint
-from glassllama.weights.plan import plan
 
 WORKING_MEMORY = 100_000_000  # activations and PyTorch's own needs beside weights and cache
 

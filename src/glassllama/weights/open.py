@@ -42,8 +42,8 @@ from glassllama.weights.configs import (
     config_from_meta,
     embedding_rows,
 )
-from glassllama.weights.names import Family, fit
 from glassllama.weights.shards import open_meta
+from glassllama.weights.tensor_map import Family, fit
 
 if TYPE_CHECKING:
     from glassllama.weights.configs import ModelConfig

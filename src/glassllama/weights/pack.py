@@ -1,7 +1,7 @@
 """A checkpoint → the packed CPU engine: in slices of rows, by all threads, strictly in order.
 
-What is packed as what is decided in kinds.py; what large models were packed to is kept on disk by
-kept.py, and mapped the next time.
+What is packed as what is decided in weights/quantization.py; what large models were packed to is kept on disk by
+weights/packed_cache.py, and mapped the next time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from glassllama.base.code_cache import seal
 from glassllama.base.interfaces import CacheType, Progress
-from glassllama.engine.crew import processors
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import GROUP, Arena, Matrix, empty_matrix
-from glassllama.engine.packing import fill, fill_rounded
-from glassllama.weights.kept import place_for
-from glassllama.weights.kinds import EMBEDDINGS, Quantise, choose
+from glassllama.engine.repack import fill, fill_rounded
+from glassllama.engine.thread_pool import processors
 from glassllama.weights.open import Checkpoint
+from glassllama.weights.packed_cache import place_for
+from glassllama.weights.quantization import EMBEDDINGS, Quantise, choose
 
 SLICE_NUMBERS = 1 << 18  # numbers of a tensor in the making at once, per thread
 MAPPED_BYTES = 1 << 26  # of the file, in memory at once before they are let go

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig, RopeScaling
 from glassllama.formats.blocks import BLOCKS, block_layout
-from glassllama.weights.names import expected_shapes
+from glassllama.weights.tensor_map import expected_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import WeightsError, listed
 from glassllama.base.interfaces import TensorFile, TensorInfo
-from glassllama.weights.names import require_fit
+from glassllama.weights.tensor_map import require_fit
 
 
 class Opened(NamedTuple):

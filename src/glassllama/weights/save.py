@@ -31,8 +31,8 @@ from glassllama.tokenizers.char_json import char_document
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.architectures import architecture_of
 from glassllama.weights.configs import llama_to_hf
-from glassllama.weights.names import foreign_names
 from glassllama.weights.rows import Row
+from glassllama.weights.tensor_map import foreign_names
 from glassllama.weights.tokenizer import TOKENIZER_FILES
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

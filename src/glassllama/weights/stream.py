@@ -23,10 +23,10 @@ from glassllama.base.errors import GenerationError
 from glassllama.base.machine import require_memory
 from glassllama.models.llama import Layer, Llama
 from glassllama.nn.attention import Step
-from glassllama.nn.initial import shapes_only
+from glassllama.nn.init import shapes_only
 from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
+from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
 from glassllama.weights.open import Checkpoint
-from glassllama.weights.plan import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 

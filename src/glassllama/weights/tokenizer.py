@@ -26,10 +26,10 @@ from glassllama.tokenizers.hf_json import (
     has_compiled_split,
     vocabulary_from_json,
 )
-from glassllama.tokenizers.meta import looks_like_ranks, read_meta_tokenizer
 from glassllama.tokenizers.pieces import Kind
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.pipeline_json import pipeline_from_json
+from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS
 from glassllama.tokenizers.sentencepiece import (
     DEFAULT_IDS,
     STOP_KEYS,
@@ -41,7 +41,7 @@ from glassllama.tokenizers.sentencepiece import (
     sentencepiece_from_gguf,
     token_id,
 )
-from glassllama.tokenizers.split import OTHER_SPLITS, SPLITS
+from glassllama.tokenizers.tiktoken_file import looks_like_ranks, read_meta_tokenizer
 from glassllama.weights.tokenizer_files import (
     Settings,
     SideToken,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from glassllama.base.interfaces import Progress
-from glassllama.walkthrough.as_object import array, as_object
 from glassllama.walkthrough.experiment import Experiment
+from glassllama.walkthrough.to_json import array, as_object
 from glassllama.walkthrough.walk import Walk
 
 # In this order: each uses what stands before it.

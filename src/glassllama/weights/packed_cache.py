@@ -1,0 +1,282 @@
+"""Packed weights on disk: what a large model's packing made, to be mapped the next time.
+
+    4096 bytes of header │ the arena as it was packed (engine/layout.py)
+
+An entry is served only while the files that it was made of are the same. Its name is a digest of
+    - where every tensor lies in them, as what it is stored and as what it is packed,
+    - their size, inode, and times of change: the inode's too, which nobody can set back,
+    - their beginning, and pages from all over them, for file systems that keep no such times,
+    - the code that packs. Another layout is another digest.
+A file that changed in the last seconds, or while it was packed, is not kept at all: its times may
+stay the same when it changes again.
+
+An entry appears whole or not at all: it is packed under another name, into room that was reserved,
+written out, and then renamed. One process packs, others wait for it and then map what it made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import time
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from glassllama.base.checksums import close_to_others
+from glassllama.base.errors import GlassError
+from glassllama.base.machine import cache_home, gigabytes
+from glassllama.base.trust import is_trusted, make_folder, require_trusted
+from glassllama.engine import layout, repack, repack_moves, repack_rounding
+from glassllama.engine.layout import own_memory
+from glassllama.weights.open import Checkpoint
+from glassllama.weights.quantization import Packed
+
+MAGIC = b"glassllama packed"
+HEADER = struct.Struct(f"<{len(MAGIC)}s32sQ")  # magic, digest, bytes of data; then their sha256
+HEADER_BYTES = 4096  # a page, so that weights begin on one
+SUM_BYTES = 32
+WORTH_KEEPING = 1_000_000_000  # packed bytes; fewer are packed in a fraction of a second
+KEPT_BYTES = 60_000_000_000  # of all entries together; the least recently used goes first
+SPARE_BYTES = 2_000_000_000  # of the disk, left to others
+RECENT = 2_000_000_000  # nanoseconds: coarser than the clock of any file system (FAT's)
+SAMPLES, SAMPLE_BYTES, FIRST_BYTES = 64, 4096, 1 << 16  # of every file
+PATIENCE = 120.0  # seconds that another process may pack before this one does without
+CODE = (layout, repack, repack_moves, repack_rounding)  # what decides how weights lie
+NOT_KEPT = "packed weights are not kept on disk, but made at every start: {}"
+
+
+class NotKept(Exception):
+    """Why an entry cannot be had or made."""
+
+
+class Place:
+    """Memory for packed weights, this process's own; a context, inside which they are packed."""
+
+    filled = False  # whether the weights are there already
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = own_memory(nbytes)
+
+    def keep(self) -> None:
+        """The weights are whole: let the next process have them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        pass
+
+
+def place_for(checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> Place:
+    """Where to pack: on disk if the model is large, and if not, why not is added to `notes`."""
+    if packed.nbytes < WORTH_KEEPING:
+        return Place(packed.nbytes)
+    try:
+        return KeptPlace(checkpoint, packed, notes)
+    except NotKept as reason:
+        notes.append(NOT_KEPT.format(reason))
+    except GlassError as reason:  # no home folder, or one that others can write to
+        notes.append(NOT_KEPT.format(reason))
+    except OSError as error:
+        notes.append(NOT_KEPT.format(f"{folder()}: {error.strerror or error}"))
+    return Place(packed.nbytes)
+
+
+class KeptPlace(Place):
+    """Memory that is a file: mapped from an entry, or from what is going to be one."""
+
+    def __init__(self, checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> None:
+        """Raises NotKept, UntrustedError, OSError."""
+        if os.name != "posix":
+            raise NotKept("this system does not rename a file in use")
+        self._checkpoint, self._packed, self._notes = checkpoint, packed, notes
+        self._digest = digest(checkpoint, packed)
+        self._path = folder() / f"{family(checkpoint, packed)}{self._digest.hex()[:16]}.packed"
+        self._part = self._path.with_suffix(".part")
+        self._lock = FileLock(folder() / ".lock")
+        require_trusted(folder())
+        if self._found():
+            return
+        make_folder(folder())
+        try:
+            self._lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise NotKept("another process has been packing for minutes") from None
+        try:
+            if not self._found():
+                self._begin()
+        except BaseException:
+            self._end()
+            raise
+
+    def _found(self) -> bool:
+        """Whether another process made the entry; then it is ours too."""
+        memory = mapped(self._path, self._digest, self._packed.nbytes)
+        if memory is not None:
+            self.memory, self.filled = memory, True
+            with suppress(OSError):  # a read-only cache is a cache
+                os.utime(self._path)
+        return memory is not None
+
+    def _begin(self) -> None:
+        if recently_changed(self._checkpoint):
+            raise NotKept("the file changed a moment ago, and may be changing")
+        size = HEADER_BYTES + self._packed.nbytes
+        make_room(size)
+        with self._part.open("w+b") as file:
+            close_to_others(self._part)
+            reserve(file.fileno(), size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self.memory = np.frombuffer(self._map, np.uint8)[HEADER_BYTES:]
+
+    def keep(self) -> None:
+        """Write out, then give it its name; whatever prevents that is noted."""
+        try:
+            if digest(self._checkpoint, self._packed) != self._digest:
+                raise NotKept("the file changed while it was packed")
+            self._map.flush()
+            header = HEADER.pack(MAGIC, self._digest, self._packed.nbytes)
+            header += hashlib.sha256(header).digest()
+            self._map[: len(header)] = header
+            self._map.flush()
+            os.replace(self._part, self._path)
+            forget_others(self._path, family(self._checkpoint, self._packed))
+        except NotKept as reason:
+            self._notes.append(NOT_KEPT.format(reason))
+        except OSError as error:
+            self._notes.append(NOT_KEPT.format(f"{self._path}: {error.strerror or error}"))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def folder() -> Path:
+    return cache_home() / "packed"
+
+
+def entries() -> list[Path]:
+    """All that is kept, the least recently used first."""
+    found = []
+    for path in folder().glob("*.packed"):
+        with suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
+def family(checkpoint: Checkpoint, packed: Packed) -> str:
+    """How the names of entries begin that can replace each other: same model, packed alike."""
+    kinds = json.dumps([kind.name for kind in packed.kinds.values()])
+    where = hashlib.sha256(f"{checkpoint.path.absolute()} {kinds}".encode())
+    return f"{checkpoint.path.stem[:64]}-{where.hexdigest()[:8]}-"
+
+
+def digest(checkpoint: Checkpoint, packed: Packed) -> bytes:
+    """32 bytes that are others if any weight may be another, or would lie elsewhere."""
+    total = hashlib.sha256()
+    for module in CODE:
+        total.update(Path(str(module.__file__)).read_bytes())
+    for name, kind in packed.kinds.items():
+        info = checkpoint.info(name)
+        line = (name, kind.name, info.dtype, info.shape, Path(info.path).name, info.offset)
+        total.update(json.dumps(line).encode())
+    for path in sources(checkpoint):
+        facts = path.stat()
+        times = (facts.st_mtime_ns, facts.st_ctime_ns)
+        total.update(json.dumps((facts.st_size, facts.st_ino, *times)).encode())
+        with path.open("rb") as file:
+            total.update(file.read(FIRST_BYTES))
+            for n in range(SAMPLES):
+                file.seek(n * facts.st_size // SAMPLES)
+                total.update(file.read(SAMPLE_BYTES))
+    return total.digest()
+
+
+def sources(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({Path(checkpoint.info(name).path) for name in checkpoint.names})
+
+
+def recently_changed(checkpoint: Checkpoint) -> bool:
+    facts = [path.stat() for path in sources(checkpoint)]
+    latest = max(max(fact.st_mtime_ns, fact.st_ctime_ns) for fact in facts)
+    return latest > time.time_ns() - RECENT
+
+
+def mapped(path: Path, wanted: bytes, nbytes: int) -> NDArray[np.uint8] | None:
+    """The data of an entry, read-only; None where there is none, not a whole one, or others'."""
+    expected = HEADER.pack(MAGIC, wanted, nbytes)
+    expected += hashlib.sha256(expected).digest()
+    try:
+        with path.open("rb") as file:
+            whole = file.seek(0, os.SEEK_END) == HEADER_BYTES + nbytes
+            file.seek(0)
+            ours = is_trusted(os.fstat(file.fileno()))
+            if not (ours and whole) or file.read(HEADER.size + SUM_BYTES) != expected:
+                return None
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:
+        return None
+    return np.frombuffer(data, np.uint8)[HEADER_BYTES:]
+
+
+def make_room(size: int) -> None:
+    """Delete what is left over and, if need be, what was not used for longest. With the lock."""
+    for part in folder().glob("*.part"):
+        part.unlink(missing_ok=True)
+    for path in entries():
+        total = sum(entry.stat().st_size for entry in entries())
+        if total + size <= KEPT_BYTES and free_on_disk() >= size + SPARE_BYTES:
+            return
+        path.unlink(missing_ok=True)
+    if size > KEPT_BYTES or free_on_disk() < size + SPARE_BYTES:
+        raise NotKept(
+            f"they take {gigabytes(size)}, {gigabytes(free_on_disk())} of the disk of {folder()} "
+            f"are free and {gigabytes(SPARE_BYTES)} are left to others"
+        )
+
+
+def free_on_disk() -> int:
+    return shutil.disk_usage(folder()).free
+
+
+def reserve(file: int, size: int) -> None:
+    """Make the disk promise the bytes: writing to a mapped file that finds no room is a crash."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    zeros = bytes(1 << 20)
+    for start in range(0, size, len(zeros)):
+        os.write(file, zeros[: size - start])
+
+
+def forget_others(path: Path, beginning: str) -> None:
+    """Entries that this one replaces: the file changed, or the engine."""
+    for other in folder().glob(f"{escape(beginning)}*.packed"):
+        if other != path:
+            other.unlink(missing_ok=True)
