@@ -23,11 +23,18 @@ from numba import njit
 from glassllama.engine import gemm_kquant_amx
 from glassllama.engine.dispatch import TIERS, features, kernel_address
 from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, own_memory, packed_bytes
-from glassllama.engine.quantize_activations import FACTORS, WIDE_BYTES
+from glassllama.engine.layout import (
+    WEIGHT_TYPES,
+    Arena,
+    Matrix,
+    empty_matrix,
+    own_memory,
+    packed_bytes,
+)
+from glassllama.engine.quantize_activations import FACTORS, Q11_BYTES
 from glassllama.engine.repack import FLOAT_TYPES
 from glassllama.engine.roofline import peaks, read_bandwidth
-from glassllama.engine.thread_pool import processors
+from glassllama.engine.thread_pool import num_processors
 
 ROUNDS = 7
 STRETCH = 1 << 29  # bytes, larger than most caches
@@ -51,7 +58,7 @@ def call(address, arguments):
 
 def random_matrix(kind: str, rows: int, columns: int) -> Matrix:
     """Any codes, small scales: speed does not depend on the numbers, unless they are not finite."""
-    rng, form = np.random.default_rng(0), KINDS[kind]
+    rng, form = np.random.default_rng(0), WEIGHT_TYPES[kind]
     matrix = empty_matrix(Arena(packed_bytes(form, rows, columns)), form, rows, columns)
     if kind in FLOAT_TYPES:
         numbers = matrix.values.view(FLOAT_TYPES[kind])
@@ -70,15 +77,15 @@ def aligned(kind: Any, *shape: int) -> Any:
 
 def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
     columns = matrix.columns
-    if tier == "amx" and matrix.kind.name in gemm_kquant_amx.BASE:
-        x = factors = aligned(np.uint8, columns // 256 + 1, tokens, WIDE_BYTES)
+    if tier == "amx" and matrix.weight_type.name in gemm_kquant_amx.BASE:
+        x = factors = aligned(np.uint8, columns // 256 + 1, tokens, Q11_BYTES)
     else:
-        x = aligned(np.int8 if matrix.kind.integer_inputs else np.float32, tokens, columns)
+        x = aligned(np.int8 if matrix.weight_type.integer_inputs else np.float32, tokens, columns)
         factors = aligned(np.float32, tokens, columns // 32, FACTORS)
     out = aligned(np.float32, tokens, matrix.padded_rows)
-    address = kernel_address(matrix.kind.name, tier)
+    address = kernel_address(matrix.weight_type.name, tier)
     arguments = (
-        matrix.values.ctypes.data, matrix.scales.ctypes.data, matrix.kind.blocks(columns),
+        matrix.values.ctypes.data, matrix.scales.ctypes.data, matrix.weight_type.blocks(columns),
         x.ctypes.data, x.strides[-2], factors.ctypes.data, factors.strides[0], tokens,
         out.ctypes.data, out.strides[0], 0, matrix.groups,
     )  # fmt: skip
@@ -88,7 +95,7 @@ def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
 def kernels() -> None:
     able = [tier for tier, needed in TIERS.items() if needed <= features()]
     print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in able))
-    for kind in KINDS:
+    for kind in WEIGHT_TYPES:
         large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 768)
         cells = []
         for tier in able:
@@ -129,7 +136,8 @@ def steps(path: str) -> None:
 
 def main() -> None:
     best = ", ".join(f"{name} {rate / 1e9:.0f} GOP/s" for name, rate in peaks(1).items())
-    print(f"{platform.processor() or platform.machine()}, {processors()} processors; one thread "
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {num_processors()} processors; one thread "
           f"reads {read_bandwidth(STRETCH, 1) / 1e9:.1f} GB/s; {best}")  # fmt: skip
     kernels()
     if len(sys.argv) > 1:

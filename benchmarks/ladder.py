@@ -138,7 +138,7 @@ def make_run(task: Task) -> Run:
     rung, data = BY_NAME[task.rung], data_of(task.data, task.folder)
     sizes = Sizes(vocab_size=data.tokenizer.vocab_size, max_seq_len=CONTEXT, **rung.sizes)
     model = rung.model(sizes)
-    model.initialise(torch.Generator().manual_seed(task.seed))
+    model.initialize(torch.Generator().manual_seed(task.seed))
     return Run(
         settings=settings(task),
         folder=Path(task.folder),

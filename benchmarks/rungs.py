@@ -27,9 +27,9 @@ from glassllama.nn.attention import (
     split_heads,
 )
 from glassllama.nn.feed_forward import FeedForward as SwiGLU
-from glassllama.nn.init import initialise
+from glassllama.nn.init import initialize
 from glassllama.nn.norm import RMSNorm, rms_norm
-from glassllama.nn.rope import Rotation, rope_angles, rotate_halves, rotation
+from glassllama.nn.rope import RopeTable, rope_angles, rope_table, rotate_half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class Sizes:
         return (self.rope_theta**-exponents).float()
 
 
-class Step(NamedTuple):
+class ForwardContext(NamedTuple):
     """What all layers share in one forward pass."""
 
-    turn: Rotation
+    rope: RopeTable
     mask: Tensor | None  # (B, 1, T, T), True where seen; None: causal
 
 
@@ -95,35 +95,35 @@ class Attention(nn.Module):
         self.wv = nn.Linear(sizes.dim, keys, bias=False)
         self.wo = nn.Linear(sizes.dim, sizes.dim, bias=False)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         q = split_heads(self.wq(x), self.sizes.n_heads)  # (B, H, T, D)
         k = split_heads(self.wk(x), self.sizes.n_kv_heads)  # (B, K, T, D)
         v = split_heads(self.wv(x), self.sizes.n_kv_heads)  # (B, K, T, D)
-        q, k = self.place(q, step.turn), self.place(k, step.turn)
-        return self.wo(join_heads(fused_attention(q, k, v, step.mask)))  # (B, T, C)
+        q, k = self.apply_rope(q, context.rope), self.apply_rope(k, context.rope)
+        return self.wo(join_heads(fused_attention(q, k, v, context.mask)))  # (B, T, C)
 
-    def place(self, x: Tensor, turn: Rotation) -> Tensor:
+    def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
         return x
 
 
 class Turned(Attention):
     """Queries and keys are turned by their position."""
 
-    def place(self, x: Tensor, turn: Rotation) -> Tensor:
-        return rotate_halves(x, turn)
+    def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
+        return rotate_half(x, rope)
 
 
 class TurnedAndNormed(Turned):
     """And all have the same length, so that only their directions are compared."""
 
-    def place(self, x: Tensor, turn: Rotation) -> Tensor:
-        return rms_norm(super().place(x, turn), self.sizes.norm_eps)
+    def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
+        return rms_norm(super().apply_rope(x, rope), self.sizes.norm_eps)
 
 
 # --- the rungs ------------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
     """Two additions to the residual stream, of whatever parts the rung is made of."""
 
     def __init__(self, rung: GPT, sizes: Sizes) -> None:
@@ -133,8 +133,8 @@ class Layer(nn.Module):
         self.ffn_norm = rung.Norm(sizes.dim, sizes.norm_eps)
         self.feed_forward = rung.FeedForward(sizes.dim, sizes.ffn_dim)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step)  # (B, T, C)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context)  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
 
 
@@ -150,11 +150,11 @@ class GPT(nn.Module):
         self.config = sizes
         self.tok_embeddings = nn.Embedding(sizes.vocab_size, sizes.dim)
         self.pos_embeddings = nn.Embedding(sizes.max_seq_len, sizes.dim)
-        self.layers = nn.ModuleList(Layer(self, sizes) for _ in range(sizes.n_layers))
+        self.layers = nn.ModuleList(Block(self, sizes) for _ in range(sizes.n_layers))
         self.norm = self.Norm(sizes.dim, sizes.norm_eps)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        initialise(self, generator, self.config.n_layers)
+    def initialize(self, generator: torch.Generator) -> None:
+        initialize(self, generator, self.config.n_layers)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.tok_embeddings(ids) + self.pos_embeddings(positions)  # (B, T, C)
@@ -166,10 +166,10 @@ class GPT(nn.Module):
         if segments is not None:
             mask = causal_mask(positions, ids.shape[1]) & same_segment(segments)  # (B, 1, T, T)
             positions = positions_in_segments(segments)  # (B, T)
-        step = Step(rotation(rope_angles(positions, self.config.frequencies)), mask)
+        context = ForwardContext(rope_table(rope_angles(positions, self.config.frequencies)), mask)
         x = self.embed(ids, positions)
         for layer in self.layers:
-            x = layer(x, step)
+            x = layer(x, context)
         return self.norm(x)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def main() -> None:
     size, numbers = sum(m.nbytes for m in weights), sum(m.rows * m.columns for m in weights)
     layers = sum(m.rows * m.columns for m in weights[:-1])  # logits are wanted of the last token
     bandwidth, best = read_bandwidth(min(size, 1 << 30), engine.threads), peaks(engine.threads)
-    integers = all(m.kind.integer_inputs for m in weights)
+    integers = all(m.weight_type.integer_inputs for m in weights)
     peak = {name: rate for name, rate in best.items() if name.startswith("int8") == integers}
     fastest = max(peak, key=lambda name: peak[name])
     works = {
@@ -95,7 +95,7 @@ def main() -> None:
             reading(512), RUNS, 2 * (512 * layers + numbers - layers) / peak[fastest],
         ),
     }  # fmt: skip
-    watched, table = Watched(engine), engine._room.tables["matrices"]
+    watched, table = Watched(engine), engine._workspace.tables["matrices"]
     print(f"{engine.threads} threads, {size / 1e6:.0f} MB of matrices, memory read at "
           f"{bandwidth / 1e9:.1f} GB/s, {fastest} {peak[fastest] / 1e9:.0f} GOP/s")  # fmt: skip
     print(f"{'milliseconds':22}{'whole':>9}{'Python':>9}{'between':>9}{'matrices':>10}{'bound':>9}")

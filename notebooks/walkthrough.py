@@ -30,7 +30,7 @@ from IPython.display import display
 from glassllama.generation.sampler import make_sampler
 from glassllama.hub import resolve
 from glassllama.nn.attention import attention_weights
-from glassllama.nn.rope import ROTATE, rope_angles, rotation
+from glassllama.nn.rope import ROTATE, rope_angles, rope_table
 from glassllama.walkthrough import Edit, ablate_head, patch, predictions, run_with_trace
 from glassllama.walkthrough.all_steps import take_step
 from glassllama.walkthrough.experiment import experiment
@@ -241,7 +241,7 @@ rotate = ROTATE[config.rope_layout]
 
 def scores_from(start):
     positions = torch.arange(start, start + len(walk.ids))[None]
-    turn = rotation(rope_angles(positions, model.frequencies))
+    turn = rope_table(rope_angles(positions, model.frequencies))
     return rotate(q.float(), turn) @ rotate(k.float(), turn).mT
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
 from glassllama.engine.executor import Engine, Weights
-from glassllama.engine.layout import BLOCK, KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.layout import BLOCK, WEIGHT_TYPES, Arena, Matrix, empty_matrix, packed_bytes
 from glassllama.engine.repack import fill, fill_rounded
 
 PROT_NONE = 0
@@ -25,7 +25,7 @@ SMALL = LlamaConfig(
 def matrix(chance: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
     """Random numbers, as F32, or quantised to Q8_0 or Q4_0 where columns are whole blocks."""
     name = "F32" if columns % BLOCK else kind
-    packed = KINDS[name]
+    packed = WEIGHT_TYPES[name]
     made = empty_matrix(Arena(packed_bytes(packed, rows, columns)), packed, rows, columns)
     numbers = chance.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
     (fill if name == "F32" else fill_rounded)(made, 0, numbers)
@@ -75,8 +75,8 @@ def walled_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
         replace(m, values=walled(m.values), scales=walled(m.scales)) for m in plain.matrices
     ]
     engine = Engine(config, Weights(matrices, matrices[-1], walled(plain.norms)), **options)
-    room = engine._room
-    for name, table in room.tables.items():
-        room.tables[name] = walled(table)
-        room.record[name] = room.tables[name].ctypes.data
+    workspace = engine._workspace
+    for name, table in workspace.tables.items():
+        workspace.tables[name] = walled(table)
+        workspace.record[name] = workspace.tables[name].ctypes.data
     return engine

@@ -91,7 +91,7 @@ def test_what_is_timed_is_done(loaded: LLM) -> None:
         for run in range(2):
             seconds_of(ours, cell, random_ids(cell.tokens, words, run))
             assert list(ours._cache.lengths) == [cell.context + cell.tokens] * cell.batch
-            assert ours._cache.recalled == 0
+            assert ours._cache.cached_tokens == 0
 
 
 def test_the_torch_backend_is_measured_too(default_model: Path) -> None:

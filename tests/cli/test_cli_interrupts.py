@@ -43,7 +43,7 @@ def test_the_first_start_ends_while_it_compiles(
 WHILE_COMPILING = """
 import os, signal, threading, time
 import numba
-from glassllama.base.interrupts import hold_while_compiling
+from glassllama.base.interrupts import defer_signals_while_compiling
 {hold}
 compiling = threading.Event()
 
@@ -70,7 +70,7 @@ print(*ended, function(4), signal.getsignal(signal.SIGINT) is signal.default_int
 
 @pytest.mark.parametrize(
     ("hold", "says"),
-    [("hold_while_compiling()", "typed interrupted 4 True"), ("", "interrupted")],
+    [("defer_signals_while_compiling()", "typed interrupted 4 True"), ("", "interrupted")],
 )
 def test_a_program_is_interrupted_when_the_compiler_is_done(hold: str, says: str) -> None:
     """And without the holding at once: so what is tested here is the holding."""

@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     else:
-        model.initialise(torch.Generator().manual_seed(0))
+        model.initialize(torch.Generator().manual_seed(0))
     save_model(tmp_path / request.param, model, TOKENIZER)
     return tmp_path / request.param
 

@@ -105,7 +105,7 @@ def test_the_default_window_is_no_longer_than_the_context(verb: Verb, tmp_path: 
     text.write_text("a bad cab " * 20)
     shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 32}
     model = GPT(GPTConfig(dim=12, n_layers=1, n_heads=3, ffn_dim=20, **shape))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     save_model(folder, model, tokenizer)
     ran = verb("perplexity", folder, "-f", text, "--json")
     assert ran.code == 0, ran.err

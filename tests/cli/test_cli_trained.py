@@ -25,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "GPT":
         sizes = {"dim": 12, "n_layers": 2, "n_heads": 3, "ffn_dim": 20}
         model = GPT(GPTConfig(**sizes, vocab_size=V, max_seq_len=32))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     save_model(tmp_path / request.param, model, TOKENIZER)
     return tmp_path / request.param
 

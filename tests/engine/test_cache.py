@@ -44,7 +44,7 @@ def alone(engine: Engine, ids: list[int]) -> Any:
     text = (engine.cache_kind, tuple(ids))
     if text not in KNOWN:
         gc.collect()
-        assert not engine._pages.root.after, "something of another test is still there"
+        assert not engine._pages.root.children, "something of another test is still there"
         KNOWN[text] = engine.next_logits([ids], engine.new_cache(1, len(ids)))[0]
     return KNOWN[text]
 
@@ -80,7 +80,7 @@ def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
     cache = engine.new_cache(5, 700)
     engine.next_logits([SAME] * 5, cache)  # four whole pages and 44 tokens
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
-    assert cache.recalled == 4 * (len(SAME) - 1)
+    assert cache.cached_tokens == 4 * (len(SAME) - 1)
     assert cache.nbytes == (4 + 5) * page
     for row in range(1, 5):
         cache.truncate(row, 0)
@@ -98,7 +98,7 @@ def test_prompts_in_pieces_are_shared_all_along(engine: Engine, piece: int) -> N
     assert logits is not None
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
     assert cache.nbytes == (700 // PAGE + 3) * page
-    assert cache.recalled == 2 * (700 - -(-700 // piece))  # all but the last of each piece
+    assert cache.cached_tokens == 2 * (700 - -(-700 // piece))  # all but the last of each piece
     del cache
     assert (logits == alone(engine, IDS)).all()
 
@@ -107,15 +107,15 @@ def test_memory_is_given_back(engine: Engine) -> None:
     cache, other = engine.new_cache(2, 700), engine.new_cache(1, 700)
     engine.next_logits([SAME, SAME], cache)
     engine.next_logits([SAME], other)
-    assert other.recalled == len(SAME) - 1
-    pages = [page.memory for page in engine._pages.root.after]
+    assert other.cached_tokens == len(SAME) - 1
+    pages = [page.memory for page in engine._pages.root.children]
     assert len(pages) == 1
     del cache
     gc.collect()
-    assert len(engine._pages.root.after) == 1, "the other cache goes on using it"
+    assert len(engine._pages.root.children) == 1, "the other cache goes on using it"
     del other
     gc.collect()
-    assert not engine._pages.root.after
+    assert not engine._pages.root.children
 
 
 def test_a_shared_page_is_copied_before_it_is_written(engine: Engine) -> None:
@@ -162,7 +162,7 @@ def test_all_logits_and_perplexity_recall_nothing(engine: Engine) -> None:
     whole = engine.all_logits(IDS[:150], held)
     cache = engine.new_cache(1, 200)
     assert (engine.all_logits(IDS[:150], cache) == whole).all()
-    assert cache.recalled == 0
+    assert cache.cached_tokens == 0
 
 
 def test_a_refused_call_leaves_the_cache_as_it_was(engine: Engine) -> None:

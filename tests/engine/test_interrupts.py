@@ -21,7 +21,7 @@ import pytest
 
 from glassllama.base.errors import GenerationError
 from glassllama.engine.executor import Engine
-from glassllama.engine.thread_pool import PARKED
+from glassllama.engine.thread_pool import ASLEEP
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade
 from interrupting import Interruption
@@ -138,9 +138,9 @@ def test_no_python_runs_when_something_goes(engine: Engine) -> None:
 def test_memory_of_a_cache_that_goes_is_free_at_once(engine: Engine) -> None:
     cache = engine.new_cache(1, 300)
     engine.next_logits([IDS], cache)
-    assert engine._pages.root.after
+    assert engine._pages.root.children
     del cache
-    assert not [page for page in engine._pages.root.after if page.ids[:5] == IDS[:5]]
+    assert not [page for page in engine._pages.root.children if page.ids[:5] == IDS[:5]]
 
 
 def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
@@ -179,12 +179,12 @@ def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
 def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
     wanted = engine.next_logits([IDS], engine.new_cache(1, 300))
     if engine.threads > 1:
-        board, word = engine._crew.board, PARKED + 8
+        block, word = engine._pool.control_block, ASLEEP + 8
         for _ in range(1000):
-            if board[word]:
+            if block[word]:
                 break
             threading.Event().wait(0.02)
-        assert board[word] == 1, "it does not sleep"
+        assert block[word] == 1, "it does not sleep"
     for _ in range(3):
         assert (engine.next_logits([IDS], engine.new_cache(1, 300)) == wanted).all()
 

@@ -16,18 +16,17 @@ from numpy.typing import NDArray
 from engine.unpacked import read_rows
 from glassllama.engine import gemm_kquant_amx
 from glassllama.engine.dispatch import BFLOAT_TILES, TIERS, features, kernel_address
-from glassllama.engine.elementwise import encode as encode_native
-from glassllama.engine.elementwise import exponential
+from glassllama.engine.elementwise import exponential, quantize_blocks
 from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import KINDS, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.engine.layout import WEIGHT_TYPES, Arena, Matrix, empty_matrix, packed_bytes
 from glassllama.engine.quantize_activations import (
     FACTORS,
-    WIDE_BYTES,
-    WIDE_SCALE,
-    WIDE_SUMS,
-    WIDE_TOTALS,
-    WIDE_Y,
-    encode_superblock,
+    Q11_BYTES,
+    Q11_SCALE,
+    Q11_SUMS,
+    Q11_TOTALS,
+    Q11_Y,
+    quantize_superblock,
 )
 from glassllama.engine.repack import FLOAT_TYPES, fill, fill_plainly, fill_rounded
 from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
@@ -43,7 +42,7 @@ ODD_SHAPES = [
 ]  # the last: groups go four by four
 CASES = [
     (kind, rows, columns * 8 if kind.endswith("_K") else columns)
-    for kind in KINDS
+    for kind in WEIGHT_TYPES
     for rows, columns in ODD_SHAPES
 ]
 ODD_COLUMNS = [(5, 1), (33, 3), (17, 37)]
@@ -74,8 +73,8 @@ def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.floa
 def packed(kind: str, raw: NDArray, columns: int, rows: int | None = None) -> Matrix:
     """Packed rows; or none, but room for `rows`."""
     count = len(raw) if rows is None else rows
-    arena = Arena(packed_bytes(KINDS[kind], count, columns))
-    matrix = empty_matrix(arena, KINDS[kind], count, columns)
+    arena = Arena(packed_bytes(WEIGHT_TYPES[kind], count, columns))
+    matrix = empty_matrix(arena, WEIGHT_TYPES[kind], count, columns)
     if len(raw) == 0:
         return matrix
     fill(matrix, 0, raw[:16])  # in two pieces, as slices of a large tensor come
@@ -91,7 +90,7 @@ def call(address, arguments):  # type: ignore[no-untyped-def]
 
 @njit
 def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
-    encode_native(x, first, last, codes, factors)
+    quantize_blocks(x, first, last, codes, factors)
 
 
 def scales_and_starts(factors: NDArray) -> tuple[NDArray, NDArray]:
@@ -119,9 +118,9 @@ class Inputs(NamedTuple):
 def inputs_of(matrix: Matrix, tier: str, x: NDArray[np.float32]) -> Inputs:
     """Rows (tokens, columns) in the form that the matrix's kernel on that tier reads."""
     tokens, columns = x.shape
-    if not matrix.kind.integer_inputs:
+    if not matrix.weight_type.integer_inputs:
         return Inputs(x, x, x.astype(np.float64))
-    if tier == "amx" and matrix.kind.name in gemm_kquant_amx.BASE:
+    if tier == "amx" and matrix.weight_type.name in gemm_kquant_amx.BASE:
         return superblocks_of(x)
     codes = np.zeros((tokens, columns), np.int8)
     factors = np.zeros((tokens, columns // 32, FACTORS), np.float32)
@@ -134,19 +133,19 @@ def inputs_of(matrix: Matrix, tier: str, x: NDArray[np.float32]) -> Inputs:
 def superblocks_of(x: NDArray[np.float32]) -> Inputs:
     """Rows in two digits; with one superblock too many, as kernels read on beyond the last row."""
     tokens, columns = x.shape
-    codes = np.zeros((columns // 256 + 1, tokens, WIDE_BYTES), np.uint8)
+    codes = np.zeros((columns // 256 + 1, tokens, Q11_BYTES), np.uint8)
     for t in range(tokens):
         for n in range(columns // 256):
             encode_wide(x[t, n * 256 :], codes[n, t])
     whole = 8 * codes[:-1, :, :256].view(np.int8).astype(np.int64)
-    whole += codes[:-1, :, WIDE_Y : WIDE_Y + 256]
-    seen = whole * codes[:-1].view(np.float32)[..., WIDE_SCALE // 4, None].astype(np.float64)
+    whole += codes[:-1, :, Q11_Y : Q11_Y + 256]
+    seen = whole * codes[:-1].view(np.float32)[..., Q11_SCALE // 4, None].astype(np.float64)
     return Inputs(codes, codes, seen.swapaxes(0, 1).reshape(tokens, columns))
 
 
 @njit
 def encode_wide(x, out):  # type: ignore[no-untyped-def]
-    encode_superblock(x.ctypes.data, out.ctypes.data)
+    quantize_superblock(x.ctypes.data, out.ctypes.data)
 
 
 def multiply(
@@ -155,10 +154,10 @@ def multiply(
     codes, factors = inputs.codes, inputs.factors
     out = np.full((len(inputs.seen), matrix.padded_rows), np.nan, np.float32)
     call(
-        kernel_address(kernel or matrix.kind.name, tier),
+        kernel_address(kernel or matrix.weight_type.name, tier),
         (
             matrix.values.ctypes.data, matrix.scales.ctypes.data,
-            matrix.kind.blocks(matrix.columns), codes.ctypes.data, codes.strides[-2],
+            matrix.weight_type.blocks(matrix.columns), codes.ctypes.data, codes.strides[-2],
             factors.ctypes.data, factors.strides[0], len(inputs.seen),
             out.ctypes.data, out.strides[0], first, last,
         ),
@@ -201,7 +200,7 @@ def terms_of(matrix: Matrix) -> int:
     the smallest number, which may be twice as large as what is left of them; and a few roundings
     make each term.
     """
-    return 16 + matrix.columns // 4 if matrix.kind.integer_inputs else matrix.columns
+    return 16 + matrix.columns // 4 if matrix.weight_type.integer_inputs else matrix.columns
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -209,7 +208,7 @@ def test_a_tier_runs_where_the_processor_has_its_instructions(tier: str) -> None
     """One line for all tests of a tier that cannot run here; test_tiers.py reads machine code."""
     if tier not in RUNNABLE:
         pytest.skip(f"kernels of tier {tier}: this processor lacks them")
-    assert all(kernel_address(kind, tier) for kind in KINDS)
+    assert all(kernel_address(kind, tier) for kind in WEIGHT_TYPES)
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
@@ -266,13 +265,13 @@ def test_superblocks_of_inputs_are_the_nearest_steps() -> None:
     codes, _, seen = superblocks_of(x)
     assert seen.shape == x.shape
     step = np.abs(x.reshape(3, 2, 256)).max(2) / np.float32(1016)
-    steps = codes[:-1].view(np.float32)[..., WIDE_SCALE // 4].T
+    steps = codes[:-1].view(np.float32)[..., Q11_SCALE // 4].T
     assert (np.abs(steps - step) <= 2 * unit() * step).all()
     assert (np.abs(seen - x) <= np.repeat(step, 256, 1) * 0.5001).all()
     whole = np.divide(seen, np.repeat(step, 256, 1), where=seen != 0, out=np.zeros_like(seen))
     sums = np.rint(whole).astype(int).reshape(3, 2, 16, 16).sum(-1).swapaxes(0, 1)
-    assert (codes[:-1, :, WIDE_TOTALS : WIDE_TOTALS + 32].view(np.int16) == sums).all()
-    parts = codes[:-1, :, WIDE_SUMS : WIDE_SUMS + 64].view(ml_dtypes.bfloat16).astype(int)
+    assert (codes[:-1, :, Q11_TOTALS : Q11_TOTALS + 32].view(np.int16) == sums).all()
+    parts = codes[:-1, :, Q11_SUMS : Q11_SUMS + 64].view(ml_dtypes.bfloat16).astype(int)
     assert (parts.reshape(2, 3, 16, 2).sum(-1) == sums).all()
 
 
@@ -285,9 +284,9 @@ def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
     scales, _ = scales_and_starts(factors)
     assert np.isfinite(scales[0]).all()
     assert not np.isfinite(scales[1, 0])
-    wide = np.zeros(WIDE_BYTES, np.uint8)
+    wide = np.zeros(Q11_BYTES, np.uint8)
     encode_wide(np.tile(x, 4), wide)
-    assert not np.isfinite(wide.view(np.float32)[WIDE_SCALE // 4])
+    assert not np.isfinite(wide.view(np.float32)[Q11_SCALE // 4])
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)

@@ -92,10 +92,10 @@ def test_an_engine_that_is_not_used_any_more_takes_its_threads_along(tmp_path: P
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
     engine = pack(open_weights(path))
     engine.next_logits([[1]], engine.new_cache(1, 8))
-    members: list[threading.Thread] = list(engine._crew.others)
-    assert len(members) == engine.threads - 1
+    workers: list[threading.Thread] = list(engine._pool.workers)
+    assert len(workers) == engine.threads - 1
     del engine
     gc.collect()
-    for member in members:
+    for member in workers:
         member.join(10)
         assert not member.is_alive()

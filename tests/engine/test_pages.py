@@ -27,12 +27,12 @@ VISIBLE = [*range(4), 15, 16, 17, 31, 40, 63, 64]
 
 @njit
 def unpack(source, count, target, ahead, kind):  # type: ignore[no-untyped-def]
-    attention_kernels.unpack(source, count, target, ahead, kind)
+    attention_kernels.convert_page(source, count, target, ahead, kind)
 
 
 @njit
 def score(queries, count, keys, width, scores, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention_kernels.score(queries, count, keys, width, scores, 4096, kind)
+    attention_kernels.score_page(queries, count, keys, width, scores, 4096, kind)
 
 
 @njit
@@ -43,22 +43,22 @@ def score_few_registers(queries, keys, width, scores):  # type: ignore[no-untype
 
 @njit
 def mix(weights, count, values, width, parts, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention_kernels.mix(weights, count, values, width, parts, 4096, kind)
+    attention_kernels.accumulate_values(weights, count, values, width, parts, 4096, kind)
 
 
 @njit
 def weigh(scores, visible, part, width, scales=0, kind=FLOAT32):  # type: ignore[no-untyped-def]
-    attention_kernels.weigh(scores, visible, part, width, scales, kind)
+    attention_kernels.softmax_page(scores, visible, part, width, scales, kind)
 
 
 @njit
 def store(key, value, keys, values, scales, slot, kind):  # type: ignore[no-untyped-def]
-    attention_kernels.store(key, value, keys, values, scales, slot, kind)
+    attention_kernels.store_kv(key, value, keys, values, scales, slot, kind)
 
 
 @njit
 def encode_block(x, codes, factors, starts):  # type: ignore[no-untyped-def]
-    quantize_activations.encode_block(x, codes, factors, starts)
+    quantize_activations.quantize_block(x, codes, factors, starts)
 
 
 def random(*shape: int) -> NDArray[np.float32]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.sampling import CUT, Choice, Chooser
-from glassllama.generation.sampler import Presence, Repetition, Sampler, Sampling, make_sampler
+from glassllama.engine.sampling import BLOCK, NativeSampler, SamplerParams
+from glassllama.generation.sampler import Presence, Repetition, Sampler, SamplerState, make_sampler
 
 HUGE = float(np.finfo(np.float32).max)
 SETTINGS: list[dict[str, Any]] = [
@@ -43,11 +43,11 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def native(vocab_size: int, **settings: float) -> Chooser:
-    return Chooser(vocab_size, Choice(**settings))
+def native(vocab_size: int, **settings: float) -> NativeSampler:
+    return NativeSampler(vocab_size, SamplerParams(**settings))
 
 
-def both(options: dict[str, Any], size: int, seed: int = 3) -> tuple[Sampling, Sampling]:
+def both(options: dict[str, Any], size: int, seed: int = 3) -> tuple[SamplerState, SamplerState]:
     sampler, prompt = make_sampler(**options, seed=seed), [0, size // 2]
     compiled = sampler.start(prompt, size, native)
     assert compiled.native is not None
@@ -66,14 +66,14 @@ def kinds_of_logits(rng: np.random.Generator, size: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-@pytest.mark.parametrize("size", [1, 7, CUT, 3 * CUT + 1, 4321])
+@pytest.mark.parametrize("size", [1, 7, BLOCK, 3 * BLOCK + 1, 4321])
 def test_the_same_ids_as_numpy(options: dict[str, Any], size: int) -> None:
     rng = np.random.default_rng(size)
     compiled, plain = both(options, size)
     for _ in range(15):
         for logits in kinds_of_logits(rng, size):
             assert compiled.choose(logits) == plain.choose(logits)
-    assert (compiled.history.said == plain.history.said).all()
+    assert (compiled.history.counts == plain.history.counts).all()
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
@@ -111,14 +111,14 @@ def test_the_same_ids_at_the_borders_of_floats(
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
 @pytest.mark.parametrize("options", SETTINGS[:4], ids=str)
 def test_no_id_is_made_of_logits_that_are_no_numbers(bad: float, options: dict[str, Any]) -> None:
-    for size in (1, CUT + 1, 1000):
+    for size in (1, BLOCK + 1, 1000):
         for place in {0, size // 2, size - 1}:
             logits = np.random.default_rng(0).standard_normal(size).astype(np.float32)
             logits[place] = bad
             compiled, _ = both(options, size)
             with pytest.raises(GenerationError, match=rf"1 Inf of {size}|1 NaN and 0 Inf"):
                 compiled.choose(logits)
-            assert not compiled.history.said.any()
+            assert not compiled.history.counts.any()
     compiled, _ = both(options, 9)
     with pytest.raises(GenerationError, match="-Inf alone"):
         compiled.choose(np.full(9, -np.inf, np.float32))

@@ -51,7 +51,7 @@ def test_a_whole_model_from_file_to_logits(
     assert 1 < reference.std() < 4  # of ordinary size, as `LOGIT_WIDTH` wants
     assert_logits(logits(pack(checkpoint, exact=True)), reference, CONFIG)
     engine = pack(checkpoint)
-    packed = {matrix.kind.name for matrix in engine.weights.matrices}
+    packed = {matrix.weight_type.name for matrix in engine.weights.matrices}
     assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
     assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit
@@ -159,7 +159,7 @@ def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) ->
     model = load_llama(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     engine = pack(checkpoint)
-    assert {matrix.kind.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
+    assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
     assert any("IQ4_NL" in line and "Q8_0" in line for line in engine.describe())
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
     assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit

@@ -8,7 +8,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from glassllama.engine.gemm_int8 import FORMATS, SIDE_BY_SIDE, write_tile
+from glassllama.engine.gemm_int8 import FORMATS, ROW_GROUPS, write_tile
 
 MACHINES = {
     "vnni": ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+fma,+f16c", r"vpdpbusd.*zmm"),
@@ -46,7 +46,7 @@ def test_the_intended_instruction_does_the_work(target: str, kind: str) -> None:
         llvm.Target.from_triple(f"{architecture}-unknown-linux-gnu")
     except RuntimeError:
         pytest.skip(f"this LLVM was built without {architecture}: its kernels are not compiled")
-    alone = assembly(target, kind, SIDE_BY_SIDE.get((target, kind), 1), 1, architecture, features)
+    alone = assembly(target, kind, ROW_GROUPS.get((target, kind), 1), 1, architecture, features)
     assert re.search(wanted, alone)
     text = assembly(target, kind, 1, 4, architecture, features)
     dots = re.findall(wanted, text)

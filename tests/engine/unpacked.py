@@ -21,7 +21,10 @@ def read_rows(matrix: Matrix, rows: int | None = None) -> NDArray[np.float32]:
     count = matrix.rows if rows is None else rows
     out = np.full((count, matrix.columns), np.nan, np.float32)
     values, scales = matrix.values.ctypes.data, matrix.scales.ctypes.data
-    blocks, reader = matrix.kind.blocks(matrix.columns), reader_address(matrix.kind.name)
+    blocks, reader = (
+        matrix.weight_type.blocks(matrix.columns),
+        reader_address(matrix.weight_type.name),
+    )
     for row in range(count):
         call(reader, (values, scales, blocks, row, out[row].ctypes.data))
     return out

@@ -14,7 +14,7 @@ import numpy as np
 
 from glassllama.base.errors import GenerationError
 from glassllama.engine import kv_cache as cache_module
-from glassllama.engine import workspace as room_module
+from glassllama.engine import workspace as workspace_module
 from glassllama.engine.executor import Engine
 from glassllama.engine.layout import zeros as plain_zeros
 from glassllama.generation import GenerationSettings, generate, make_sampler
@@ -37,7 +37,7 @@ def build_walls(engine: Engine) -> None:
     """Pages and tables of its caches, and its logits, end at walls, too."""
     new = engine._new_logits
     engine._new_logits = lambda count: walled(new(count))  # type: ignore[method-assign]
-    for module in (cache_module, room_module):
+    for module in (cache_module, workspace_module):
         module.zeros = lambda dtype, *shape: walled(plain_zeros(dtype, *shape))
 
 
@@ -102,7 +102,7 @@ def main(calls: int) -> None:
     chance, done = np.random.default_rng(7), 0
     each = -(-calls // len(SHAPES))
     for config, kind, options in SHAPES:
-        cache_module.zeros = room_module.zeros = plain_zeros
+        cache_module.zeros = workspace_module.zeros = plain_zeros
         want = handmade(config, kind, **options)
         engine = walled_engine(config, kind, **options)
         build_walls(engine)

@@ -312,4 +312,4 @@ def test_nothing_is_chosen_by_logits_that_are_no_numbers(bad: list[float]) -> No
         sampling = make_sampler(**settings, seed=1).start([0], 3)
         with pytest.raises(GenerationError, match="the logits hold"):
             sampling.choose(np.array(bad, np.float32))
-        assert not sampling.history.said.any()
+        assert not sampling.history.counts.any()

@@ -92,11 +92,11 @@ def test_one_slow_step_changes_little() -> None:
 class Watched:
     """The engine, with a note of how many ids each call read."""
 
-    same_in_pieces = True
+    batch_invariant = True
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config, self.read = engine, engine.config, list[int]()
-        self.chooser, self.new_cache = engine.chooser, engine.new_cache
+        self.native_sampler, self.new_cache = engine.native_sampler, engine.new_cache
         self.poisoned: int | None = None  # the length of text after which logits are NaN
 
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Any) -> Any:
@@ -201,15 +201,15 @@ def test_a_row_ended_from_outside_says_no_more(engine: Watched) -> None:
 @pytest.mark.usefixtures("confident")
 def test_logits_that_are_no_numbers_end_it_after_the_same_ids(engine: Watched) -> None:
     for made in range(1, 60):
-        engine.poisoned, said = len(PROMPT) + made, []
+        engine.poisoned, counts = len(PROMPT) + made, []
         for speculation in (True, False):
             steps: list[Step] = []
             with pytest.raises(GenerationError, match=f"after position {engine.poisoned - 1} "):
                 steps.extend(begin(engine, speculation, {}))
-            said.append(steps)
+            counts.append(steps)
         engine.poisoned = None
-        assert said[0] == said[1]
-        assert len(said[0]) == made
+        assert counts[0] == counts[1]
+        assert len(counts[0]) == made
 
 
 def test_several_rows_and_other_executors_do_without(engine: Watched) -> None:
@@ -222,7 +222,7 @@ def test_several_rows_and_other_executors_do_without(engine: Watched) -> None:
 class Unlike(Watched):
     """An executor that does not promise the same logits in pieces, as PyTorch does not."""
 
-    same_in_pieces = False
+    batch_invariant = False
 
 
 PROMPTS = [
@@ -254,7 +254,7 @@ def test_the_default_models_answers_are_the_same(default_model: Path, exact: boo
 
 
 def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
-    """Beyond several spans of attention (engine/attention.py), where one id is read in another way."""
+    """Several spans of attention (engine/attention.py), where one id is computed differently."""
     engine = pack(open_weights(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
     cache = engine.new_cache(1, len(ids))

@@ -26,7 +26,7 @@ def counted() -> np.ndarray:
 
 def test_trained_it_has_counted() -> None:
     model = Bigram(BigramConfig(vocab_size=V, max_seq_len=len(IDS)))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     ids, targets = torch.tensor(IDS[None, :-1]), torch.tensor(IDS[1:])
     optimiser = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=200)
 

@@ -71,7 +71,7 @@ def llama() -> Llama:
         max_seq_len=64, norm_eps=1e-5, rope_theta=10_000.0,
     )  # fmt: skip
     model = Llama(config)
-    model.initialise(torch.Generator().manual_seed(1))
+    model.initialize(torch.Generator().manual_seed(1))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data *= 8.0
@@ -131,7 +131,7 @@ def made_anew(seed: int) -> list[GPT | Llama | Bigram]:
         Bigram(BigramConfig(vocab_size=V, max_seq_len=64)),
     ]  # fmt: skip
     for model in models:
-        model.initialise(torch.Generator().manual_seed(seed))
+        model.initialize(torch.Generator().manual_seed(seed))
     return models
 
 

@@ -9,7 +9,7 @@ import torch
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.models.llama import Llama
-from glassllama.nn.hooks import places, recording
+from glassllama.nn.hooks import hook_names, recording
 from tolerances import assert_logits, difference, sum_bound, wide
 
 V = 37
@@ -88,7 +88,7 @@ def test_truncated_cache_continues_from_there() -> None:
 
 
 def test_the_cache_grows_with_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glassllama.nn.kv_cache.FIRST_ROOM", 4)
+    monkeypatch.setattr("glassllama.nn.kv_cache.FIRST_CAPACITY", 4)
     model = llama()
     cache = model.new_cache(2, 1_000_000)
     parts = [model(piece, cache) for piece in IDS.split([3, 1, 1, 19], dim=1)]
@@ -141,7 +141,7 @@ def test_every_intermediate_can_be_watched_and_nothing_changes() -> None:
         "feed_forward.down": (2, 24, 48),
         "feed_forward": (2, 24, 48),
     }
-    assert set(seen) == set(places(model)) - {"layers"}
+    assert set(seen) == set(hook_names(model)) - {"layers"}
 
 
 def test_watched_weights_are_those_of_the_cached_step() -> None:

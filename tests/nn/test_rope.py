@@ -16,7 +16,7 @@ from glassllama.base.config import (
     rope_frequencies,
 )
 from glassllama.base.errors import ConfigError
-from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex, rotation
+from glassllama.nn.rope import ROTATE, rope_angles, rope_table, rotate_complex
 from tolerances import unit
 
 SIZES = {
@@ -40,7 +40,7 @@ def test_real_and_complex_statement_agree(layout: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 7, 10)
     angles = rope_angles(torch.arange(14).reshape(2, 7) * 5, torch.rand(5))
-    real = ROTATE[layout](x, rotation(angles))
+    real = ROTATE[layout](x, rope_table(angles))
     # A cosine and a sine, two products and a sum, here and there.
     bound = 2 * 5 * unit() * 2 * x.abs().max()
     assert ((real - rotate_complex(x, angles, layout)).abs() <= bound).all()
@@ -54,7 +54,7 @@ def test_scores_depend_on_distance_only_and_lengths_stay(layout: str) -> None:
 
     def score(i: int, j: int) -> float:
         turned = [
-            ROTATE[layout](x.float(), rotation(rope_angles(torch.tensor([[p]]), f)))
+            ROTATE[layout](x.float(), rope_table(rope_angles(torch.tensor([[p]]), f)))
             for x, p in ((q, i), (k, j))
         ]
         assert turned[0].norm().item() == pytest.approx(q.norm().item(), rel=20 * unit())
@@ -68,10 +68,10 @@ def test_scores_depend_on_distance_only_and_lengths_stay(layout: str) -> None:
 
 def test_layouts_are_one_rotation_in_two_orders() -> None:
     torch.manual_seed(2)
-    x, turn = torch.randn(1, 2, 5, 8), rotation(rope_angles(torch.arange(5)[None], torch.rand(4)))
+    x, rope = torch.randn(1, 2, 5, 8), rope_table(rope_angles(torch.arange(5)[None], torch.rand(4)))
     halves = x.unflatten(-1, (4, 2)).mT.flatten(-2)  # (a0 b0 a1 b1 …) -> (a0 a1 … b0 b1 …)
-    turned = ROTATE["pairs"](x, turn).unflatten(-1, (4, 2)).mT.flatten(-2)
-    assert torch.equal(ROTATE["halves"](halves, turn), turned)
+    turned = ROTATE["pairs"](x, rope).unflatten(-1, (4, 2)).mT.flatten(-2)
+    assert torch.equal(ROTATE["halves"](halves, rope), turned)
 
 
 def test_llama3_scaling_leaves_fast_rotations_and_divides_slow_ones() -> None:

@@ -122,7 +122,7 @@ def test_our_folder_there_and_here_again(
     change: dict[str, Any], tmp_path: Path, parity: Any
 ) -> None:
     model = GPT(GPTConfig(**{**CONFIG, **change}))
-    model.initialise(torch.Generator().manual_seed(1))
+    model.initialize(torch.Generator().manual_seed(1))
     for parameter in model.parameters():
         parameter.data = parameter.data * 8.0 if parameter.ndim > 1 else parameter.data + 0.1
     save_model(tmp_path, model, TOKENIZER)

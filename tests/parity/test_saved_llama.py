@@ -41,7 +41,7 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % V
 
 def llama(**change: Any) -> Llama:
     model = Llama(LlamaConfig(**{**SIZES, **change}))
-    model.initialise(torch.Generator().manual_seed(1))
+    model.initialize(torch.Generator().manual_seed(1))
     for name, parameter in model.named_parameters():
         parameter.data *= 1.0 if "norm" in name else 7.0
     return model.requires_grad_(False)

@@ -152,7 +152,7 @@ def test_packed_windows_give_each_documents_own_loss() -> None:
         dim=12, n_layers=2, n_heads=2, ffn_dim=20, vocab_size=25, max_seq_len=24
     )  # fmt: skip
     model = GPT(config)
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         parameter.data *= 10.0
     ids, targets, segments = (torch.tensor(part) for part in Batches(corpus, 24, 1, 0).at(0))

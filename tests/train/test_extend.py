@@ -14,7 +14,7 @@ import torch
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import ConfigError, TokenizerError, WeightsError
-from glassllama.nn.rope import rotate_halves, rotate_pairs, rotation
+from glassllama.nn.rope import rope_table, rotate_half, rotate_interleaved
 from glassllama.train.data import vocabulary_folder
 from glassllama.train.faults import TrainingError
 from glassllama.train.loop import sample_text
@@ -190,16 +190,16 @@ def test_rows_in_pairs_become_rows_in_halves() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 9, 24, generator=generator)
     wq, wk = torch.randn(24, 24, generator=generator), torch.randn(12, 24, generator=generator)
-    turn = rotation(torch.arange(9.0)[:, None] * torch.rand(1, 3, generator=generator)[None])
+    turn = rope_table(torch.arange(9.0)[:, None] * torch.rand(1, 3, generator=generator)[None])
     pairs = replace(config, rope_layout="pairs")
 
     def heads(weight: torch.Tensor, rotate: Any) -> torch.Tensor:
         return rotate((x @ weight.T).unflatten(-1, (-1, 6)).transpose(1, 2), turn)
 
-    expected = heads(wq, rotate_pairs)[:, ::2] @ heads(wk, rotate_pairs).mT
+    expected = heads(wq, rotate_interleaved)[:, ::2] @ heads(wk, rotate_interleaved).mT
     names = ("layers.0.attention.wq.weight", "layers.0.attention.wk.weight")
     moved = [in_layout_of(config, pairs, n, w) for n, w in zip(names, (wq, wk), strict=True)]
-    found = heads(moved[0], rotate_halves)[:, ::2] @ heads(moved[1], rotate_halves).mT
+    found = heads(moved[0], rotate_half)[:, ::2] @ heads(moved[1], rotate_half).mT
     assert not torch.equal(moved[0], wq)
     # Six products of sums of 24: each sum of terms of about one is rounded about 30 times.
     assert torch.allclose(found, expected, rtol=0, atol=float(expected.abs().max()) * 30 * 2**-23)

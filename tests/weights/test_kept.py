@@ -220,11 +220,11 @@ def test_what_others_can_write_to_is_not_mapped(
 KILLED = """
 import os, sys
 from pathlib import Path
-from glassllama.weights import kept, pack
+from glassllama.weights import pack, packed_cache
 from glassllama.weights.open import open_weights
-kept.WORTH_KEEPING, kept.RECENT = 0, -10**15
-kept.folder = lambda: Path(sys.argv[2])
-kept.KeptPlace.keep = lambda self: os._exit(9)
+packed_cache.WORTH_KEEPING, packed_cache.RECENT = 0, -10**15
+packed_cache.folder = lambda: Path(sys.argv[2])
+packed_cache.KeptPlace.keep = lambda self: os._exit(9)
 pack.pack(open_weights(sys.argv[1]))
 """
 
@@ -243,7 +243,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_used(
 
 
 def test_several_processes_at_once_pack_once(model: Path) -> None:
-    script = KILLED.replace("kept.KeptPlace.keep = lambda self: os._exit(9)", "").replace(
+    script = KILLED.replace("packed_cache.KeptPlace.keep = lambda self: os._exit(9)", "").replace(
         "pack.pack(open", "really = pack.fill_all\n"
         "pack.fill_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"

@@ -75,10 +75,10 @@ PACKED = """
 import sys
 import numba
 from pathlib import Path
-from glassllama.weights import kept, pack
+from glassllama.weights import pack, packed_cache
 from glassllama.weights.open import open_weights
-kept.WORTH_KEEPING, kept.RECENT = int(sys.argv[2]), -1e18
-kept.folder = lambda: Path(sys.argv[1]).parent / "packed"
+packed_cache.WORTH_KEEPING, packed_cache.RECENT = int(sys.argv[2]), -1e18
+packed_cache.folder = lambda: Path(sys.argv[1]).parent / "packed"
 engine = pack.pack(open_weights(sys.argv[1]))
 engine.next_logits([[1, 2, 3]], engine.new_cache(1, 8))
 with open("/proc/self/status") as status:

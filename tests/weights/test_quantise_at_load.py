@@ -58,7 +58,7 @@ def rows_of(matrix: Matrix) -> Any:
 
 def packed_as(engine: Engine) -> set[str]:
     weights = engine.weights
-    return {matrix.kind.name for matrix in (*weights.matrices, weights.embeddings)}
+    return {matrix.weight_type.name for matrix in (*weights.matrices, weights.embeddings)}
 
 
 @pytest.mark.parametrize("form", ["pth", "bf16", "f16", "f32"])
@@ -86,7 +86,11 @@ def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]
         pack(open_weights(models["q4_0"])),
     )
     assert packed_as(engine) == {"Q4_0", "Q8_0"}
-    assert engine.weights.embeddings.kind.name == engine.weights.matrices[-1].kind.name == "Q8_0"
+    assert (
+        engine.weights.embeddings.weight_type.name
+        == engine.weights.matrices[-1].weight_type.name
+        == "Q8_0"
+    )
     for ours, theirs in zip(engine.weights.matrices[:-1], file.weights.matrices[:-1], strict=True):
         assert (rows_of(ours) == rows_of(theirs)).all()
 

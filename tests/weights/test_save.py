@@ -45,7 +45,7 @@ def models(seed: int = 0) -> dict[str, Any_]:
         "Llama with qk_norm": Llama(LlamaConfig(**shape, **heads, qk_norm=True)),
     }
     for model in made.values():
-        model.initialise(torch.Generator().manual_seed(seed))
+        model.initialize(torch.Generator().manual_seed(seed))
         for parameter in model.parameters():
             parameter.data *= 10.0 if parameter.ndim > 1 else 1.0
         model.requires_grad_(False)

@@ -15,7 +15,7 @@ from forks import run_script
 from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
-from glassllama.nn.hooks import places, recording
+from glassllama.nn.hooks import hook_names, recording
 from glassllama.weights import stream
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
@@ -103,7 +103,7 @@ def test_generation(checkpoint: Checkpoint) -> None:
 
 def test_every_place_can_be_watched(checkpoint: Checkpoint) -> None:
     loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
-    assert places(streamed) == places(loaded)
+    assert hook_names(streamed) == hook_names(loaded)
 
     def seen_in(model: Llama) -> dict[str, torch.Tensor]:
         with recording(model, "*") as seen:

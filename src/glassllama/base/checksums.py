@@ -1,8 +1,8 @@
-"""Telling whether files of a cache are as they were written: a list of their digests beside them.
+"""Checksums of cached machine code, in a list beside the files; damaged files are deleted.
 
-Machine code that came off the disk damaged would crash the process or, worse, not crash it. A
-reader of such files cannot know; so what is not on the list, or not as the list says, is deleted
-before anybody reads it, and made again.
+Damaged machine code would crash the process or, worse, compute something else, and Numba does not
+check it. So a file that is not in the list, or differs from it, is deleted before it is read, and
+compiled again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEAL = "sealed.json"
 
 
 def discard_damaged(folder: Path) -> int:
-    """Delete what is not as it was sealed, or not this user's alone -> how many files were sealed.
+    """Delete files that differ from the list or that others can write -> how many were listed.
 
     Raises OSError: then nothing of the folder may be used.
     """
@@ -48,10 +48,10 @@ def is_as_sealed(path: Path, entry: tuple[str, int] | None) -> bool:
 
 
 def seal(folder: Path) -> None:
-    """Note all files as they are now; without an effect where the folder is read-only.
+    """Write the checksums of all files; no effect if the folder is read-only.
 
-    What was not written since it was sealed is not read again: were it damaged in the meantime,
-    the damage would become the rule.
+    A file that was not written since it was listed is not read again: if it was damaged meanwhile,
+    the damage must not get into the list.
     """
     before, now = read_seal(folder), {}
     with suppress(OSError):
@@ -69,14 +69,14 @@ def seal(folder: Path) -> None:
 
 
 def close_to_others(path: Path) -> None:
-    """Take the permission to write that a careless umask has given to others."""
+    """Remove the permission to write that a permissive umask has given to others."""
     facts = path.lstat()
     if written_by_others(facts):
         path.chmod(stat.S_IMODE(facts.st_mode) & ~WRITTEN_BY_OTHERS)
 
 
 def contents(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All that is in there but the seals themselves, as name within the folder and path."""
+    """Everything in the folder but the lists, as (name within the folder, path)."""
     for path in sorted(folder.rglob("*")):
         if not path.name.startswith(SEAL):
             yield path.relative_to(folder).as_posix(), path
@@ -91,7 +91,7 @@ def digest(path: Path) -> str:
 
 
 def read_seal(folder: Path) -> dict[str, tuple[str, int]]:
-    """File name -> digest and time of writing; empty where there is no list that can be read."""
+    """File name -> digest and time of writing; empty if there is no readable list."""
     try:
         if not is_trusted((folder / SEAL).lstat()):
             return {}

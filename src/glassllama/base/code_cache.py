@@ -1,4 +1,4 @@
-"""Where compiled code is kept between two starts: a folder for each state of its sources."""
+"""The on-disk cache of compiled code: one folder for each version of its sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glassllama.base.errors import GlassError, UntrustedError
 from glassllama.base.machine import cache_home
 from glassllama.base.trust import make_folder
 
-KEPT_VERSIONS = 3  # of a folder of sources: this one and the latest others
+KEPT_VERSIONS = 3  # the current version of the sources and the latest others
 PRIVATE = 0o700
 READ_ONLY = "the cache folder is read-only: compiling in memory, at every start"
 UNTRUSTED = "compiling in memory, at every start: {}"
@@ -22,8 +22,8 @@ NO_ROOM = "the cache folder cannot take compiled code (disk full?): compiled in 
 DAMAGED = "{} files of compiled code on disk were damaged: compiled anew"
 
 notes: list[str] = []  # what went wrong in this process, each once
-folders: list[Path] = []  # that this process keeps compiled code in
-unsealed: list[Any] = []  # functions written to them since they were sealed
+folders: list[Path] = []  # used by this process
+unsealed: list[Any] = []  # functions written to them since the last checksums
 
 
 def note(text: str) -> None:
@@ -32,9 +32,9 @@ def note(text: str) -> None:
 
 
 def seal() -> None:
-    """What was compiled so far is whole: let other processes use it (base/checksums.py).
+    """Write checksums of what was compiled so far, so that other processes can use it.
 
-    Where nothing was compiled, which is the rule, no file is looked at.
+    Usually nothing was compiled, and no file is read.
     """
     if unsealed:
         unsealed.clear()
@@ -46,11 +46,10 @@ atexit.register(seal)
 
 
 def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
-    """The folder, under `name`, for what `compiler` (its version) makes of all .py files of
-    `sources`; damaged files in it are deleted.
+    """The cache folder `name`/digest, for all .py files of `sources` and a compiler's version.
 
-    None, and a note why, where nothing can be kept or others can write. Sources that call each
-    other across files are one state: any other text, another folder.
+    Damaged files in it are deleted. None, and a note, if the folder cannot be written or others can
+    write to it. The digest is of all sources together, because they call each other across files.
     """
     digest = hashlib.sha256(compiler.encode())
     for source in sorted(sources.rglob("*.py")):
@@ -75,9 +74,8 @@ def folder_for(name: str, sources: Path, compiler: str) -> Path | None:
     return None
 
 
-def going_on(function: Any) -> Any:
-    """A function of Numba's that is kept on disk, if it can be: where it cannot, because the disk
-    is full, say, the function stays in memory, with a note."""
+def best_effort_cache(function: Any) -> Any:
+    """Cache a Numba function on disk if possible; if not (disk full), note it and go on."""
     keep = function._cache.save_overload
 
     def keep_if_possible(*overload: Any) -> None:
@@ -92,7 +90,7 @@ def going_on(function: Any) -> Any:
 
 
 def sweep(parent: Path) -> None:
-    """Delete what older sources became, but for the latest: nobody else would."""
+    """Delete the folders of older versions, but for the latest ones."""
     folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
     for folder in folders[:-KEPT_VERSIONS]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM while code is compiled: held back until the compiler is out of the way.
+"""Deferred SIGINT and SIGTERM: while Numba compiles, signal handlers wait until it has finished.
 
-Python raises what a signal's handler raises wherever it happens to be. In one of LLVM's callbacks
-it would be lost, and between two of them the compiler would be left half done. So the handlers that
-were there are called when compiling ends. A program that has nothing to save then need not wait.
+A signal handler may raise an exception at any bytecode. In a callback of LLVM it would be lost, and
+between two of them the compiler would be left in an undefined state. So the handlers are called
+when compiling ends. A handler that ends the process at once can be named in `instead`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import lru_cache
 from signal import Signals
 from typing import Any
 
-HEARD = (signal.SIGINT, signal.SIGTERM)
-# What is called at once instead of a handler: something that ends the process.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Handler -> what is called at once instead of it, and ends the process.
 instead: dict[Any, Callable[[Signals], None]] = {}
 
 
-class Holding:
-    """What Numba tells when its compiler is taken and given back, by any thread and nested."""
+class DeferredSignals:
+    """A listener for the events of Numba's compiler lock, which any thread takes, also nested."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -29,11 +29,11 @@ class Holding:
 
     def on_start(self, _: object) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # signals are the main thread's, which is somewhere else
+            return  # signal handlers run in the main thread only
         if self._depth == 0:
             try:
                 self._take_over()
-            except BaseException:  # of another signal's handler
+            except BaseException:  # raised by the handler of another signal
                 self._give_back()
                 raise
         self._depth += 1
@@ -46,7 +46,7 @@ class Holding:
             try:
                 self._give_back()
             finally:
-                self._give_back()  # the rest, where a signal came in the middle
+                self._give_back()  # the rest, if a signal came in between
             held, self._held = self._held, []
             if held:
                 signal.raise_signal(held[0])
@@ -58,7 +58,7 @@ class Holding:
             self.on_end(event)
 
     def _take_over(self) -> None:
-        for number in HEARD:
+        for number in SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler) and handler != self._hold:
                 self._before[number] = handler
@@ -77,7 +77,7 @@ class Holding:
 
 
 class Compilations:
-    """How many functions Numba has begun to compile because they were not on disk."""
+    """Counts the functions that Numba compiles because they are not in the cache."""
 
     begun = 0
 
@@ -89,14 +89,14 @@ compilations = Compilations()
 
 
 @lru_cache(maxsize=1)
-def hold_while_compiling() -> Holding:
-    """From now on, in this process; and count what is compiled."""
+def defer_signals_while_compiling() -> DeferredSignals:
+    """From now on, in this process. Also counts what is compiled."""
     from numba.core import event as untyped
 
     event: Any = untyped
-    for listener in (Holding, Compilations):  # they are, and this file need not import Numba
+    for listener in (DeferredSignals, Compilations):  # without importing Numba at the top
         event.Listener.register(listener)
-    holding = Holding()
-    event.register("numba:compiler_lock", holding)
+    deferred = DeferredSignals()
+    event.register("numba:compiler_lock", deferred)
     event.register("numba:compile", compilations)
-    return holding
+    return deferred

@@ -302,13 +302,13 @@ class Needs:
         engine: Any = llm.executor
         matrices, config = engine.weights.matrices, engine.config
         largest = max(matrices, key=lambda matrix: matrix.nbytes * (matrix is not matrices[-1]))
-        floats: Numbers = "bfloat16" if largest.kind.name == "BF16" else "float32"
+        floats: Numbers = "bfloat16" if largest.weight_type.name == "BF16" else "float32"
         return cls(
             bytes=sum(matrix.nbytes for matrix in matrices),
             ops=2 * sum(matrix.rows * matrix.columns for matrix in matrices),
             output_ops=2 * matrices[-1].rows * matrices[-1].columns,
             cache_bytes=bytes_per_token(config, engine.cache_kind),
-            numbers="int8" if largest.kind.integer_inputs else floats,
+            numbers="int8" if largest.weight_type.integer_inputs else floats,
             words=config.vocab_size,
         )
 

@@ -1,5 +1,5 @@
-"""The CPU executor: packed weights, compiled loops, no torch.
+"""The CPU engine: packed weights and compiled loops, without PyTorch.
 
-Read model.py (the step, as a forward pass), then layout.py (how weights lie in memory), engine/gemm_plain.py
-(matrix times rows), engine/attention_kernels.py, and executor.py (the way in).
+Read executor.py (the interface), model.py (one forward step), then layout.py (packed weights),
+gemm_plain.py (matrix products) and attention_kernels.py.
 """

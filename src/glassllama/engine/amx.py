@@ -22,8 +22,8 @@ from glassllama.engine.ir_builder import I8, I32, LINE, number, vector
 ROWS_OFFSET = 48  # of the rows of tile 0 in a configuration
 # Rows and bytes of a row of each tile; 0: as many rows as there are tokens.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
-    "integers": ((16, 64), (16, 32), (8, 64)),  # see engine/gemm_amx.py
-    "floats": ((16, 64),) * 8,  # see engine/gemm_amx_float.py and engine/gemm_kquant_amx.py
+    "integers": ((16, 64), (16, 32), (8, 64)),  # see gemm_amx.py
+    "floats": ((16, 64),) * 8,  # see gemm_amx_float.py and gemm_kquant_amx.py
     "floats of few": (*((0, 64),) * 5, *((16, 64),) * 3),
 }
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64

@@ -1,8 +1,8 @@
-"""Attention of a step: positions, the cache, and what every head sees.
+"""Attention of a step: RoPE, the KV cache, and softmax over the keys of each sequence.
 
-Queries that look at the same keys do so together: those of the heads that share a key/value head,
-and those of up to eight tokens next to each other in a row (a tile). Each query's own sums are
-taken in the same order in any company.
+Queries that see the same keys are computed together: those of the heads that share a KV head, and
+those of up to eight consecutive tokens of a sequence (a tile). The sums of each query are taken in
+the same order, whatever is computed beside it.
 """
 
 from __future__ import annotations
@@ -10,237 +10,271 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from glassllama.engine.attention_kernels import (
-    begin,
-    finish,
+    accumulate_values,
+    apply_rope,
+    convert_page,
+    converts_page,
+    init_accumulator,
     item_bytes,
-    merge,
-    mix,
-    place,
-    score,
-    store,
-    unpack,
-    weigh,
-    worth_unpacking,
+    merge_accumulators,
+    normalize_accumulator,
+    score_page,
+    softmax_page,
+    store_kv,
 )
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.intrinsics import integers64
 from glassllama.engine.kv_pages import FLOAT32, PAGE
-from glassllama.engine.layer_ops import convert, field, inputs_of, row, told
-from glassllama.engine.thread_pool import complete, take
-from glassllama.engine.workspace import GROUPS, LANES, MATRICES, POSITION, ROW, WK, WQ
+from glassllama.engine.layer_ops import (
+    inputs_of,
+    matrix_field,
+    quantize_inputs,
+    row,
+    token_fields,
+)
+from glassllama.engine.thread_pool import claim, finish_phase
+from glassllama.engine.workspace import GROUPS, LANES, MATRICES, POSITION, SEQUENCE, WK, WQ
 
-SPAN = 4 * PAGE  # tokens of one item of attention: long contexts are shared between threads
+SPAN = 4 * PAGE  # tokens of one work item: threads share a long context span by span
 
 
-class Places(NamedTuple):
-    """Bytes from a page's start."""
+class PageOffsets(NamedTuple):
+    """Bytes from the start of a page."""
 
     keys: int
     values: int
     scales: int
 
 
-class Seat(NamedTuple):
-    """Where one thread keeps what it looks at: addresses."""
+class Scratch(NamedTuple):
+    """Addresses of a thread's own buffers."""
 
     queries: int  # of a tile
     scores: int
-    opened: int  # a page's keys, then its values, unpacked
+    kv_f32: int  # the keys of a page, then its values, as float32
 
 
 @compiled
-def page_offsets(room: Any, layer: int, kv_head: int, kind: int) -> Any:
-    """Bytes from a page's start to the keys, the values and the scales of a layer and kv head."""
-    heads, head = room.layers * room.kv_heads, layer * room.kv_heads + kv_head
-    size = room.head_dim * PAGE * item_bytes(kind)
-    return Places(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
+def page_offsets(workspace: Any, layer: int, kv_head: int, kv_type: int) -> Any:
+    """Where keys, values and scales of a layer and KV head begin in a page."""
+    heads, head = workspace.layers * workspace.kv_heads, layer * workspace.kv_heads + kv_head
+    size = workspace.head_dim * PAGE * item_bytes(kv_type)
+    return PageOffsets(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
 
 
 @compiled
-def row_pages(room: Any, step: Any, t: int) -> Any:
-    """Addresses of the pages of a token's row."""
-    batch_row = told(room, t)[ROW]
-    return integers64(step.table + batch_row * step.pages * 8, step.pages)
+def pages_of(workspace: Any, step: Any, t: int) -> Any:
+    """Addresses of the pages of a token's sequence."""
+    sequence = token_fields(workspace, t)[SEQUENCE]
+    return integers64(step.page_table + sequence * step.table_columns * 8, step.table_columns)
 
 
 @compiled
-def position_of(room: Any, t: int) -> Any:
-    return told(room, t)[POSITION]
+def position_of(workspace: Any, t: int) -> Any:
+    return token_fields(workspace, t)[POSITION]
 
 
 @compiled
-def place_heads(room: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
-    """Turn a token's key of one kv head, and the queries that look at it, by the token's position;
-    key and value go into the cache."""
-    width, group, m = room.head_dim, room.group_size, layer * MATRICES
-    cos, sin = row(room.cos, t, width // 2), row(room.sin, t, width // 2)
-    queries = room.qkv + t * room.qkv_width * 4
+def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
+    """Apply RoPE to the key of token t and one KV head, and to the queries that attend to it.
+
+    The key and the value go into the cache.
+    """
+    width, group, m = workspace.head_dim, workspace.group_size, layer * MATRICES
+    cos, sin = row(workspace.cos, t, width // 2), row(workspace.sin, t, width // 2)
+    interleaved, qk_norm, eps = workspace.interleaved, workspace.qk_norm, workspace.eps
+    queries = workspace.qkv + t * workspace.qkv_width * 4
     for head in range(kv_head * group, (kv_head + 1) * group):
-        place(row(queries, head, width), cos, sin, room.pairs, room.qk_norm, room.eps)
-    first_key = queries + field(room, m + WQ, GROUPS) * LANES * 4
-    first_value = first_key + field(room, m + WK, GROUPS) * LANES * 4
+        apply_rope(row(queries, head, width), cos, sin, interleaved, qk_norm, eps)
+    first_key = queries + matrix_field(workspace, m + WQ, GROUPS) * LANES * 4
+    first_value = first_key + matrix_field(workspace, m + WK, GROUPS) * LANES * 4
     key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
-    place(key, cos, sin, room.pairs, room.qk_norm, room.eps)
-    position = position_of(room, t)
-    page, slot = row_pages(room, step, t)[position // PAGE], position % PAGE
-    at = page_offsets(room, layer, kv_head, step.kind)
-    store(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kind)
+    apply_rope(key, cos, sin, interleaved, qk_norm, eps)
+    position = position_of(workspace, t)
+    page, slot = pages_of(workspace, step, t)[position // PAGE], position % PAGE
+    at = page_offsets(workspace, layer, kv_head, step.kv_type)
+    store_kv(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kv_type)
 
 
 @inlined
-def spans_shared(room: Any, step: Any) -> Any:
-    """Whether spans are items of their own: for one token that looks at several."""
-    return step.tokens == 1 and step.spans > 1
+def shares_spans(workspace: Any, step: Any) -> Any:
+    """Whether each span is a work item: for a single token with several spans."""
+    return step.num_tokens == 1 and step.num_spans > 1
 
 
 @compiled
-def place_all(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
-    """`place_heads` for all tokens and kv heads; a token alone is placed by who looks at it."""
-    if step.tokens == 1 and not spans_shared(room, step):
+def rope_and_store_all(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
+    """`rope_and_store` for all tokens and KV heads.
+
+    A single token with one span is left to `attend`, where the thread that attends does it.
+    """
+    if step.num_tokens == 1 and not shares_spans(workspace, step):
         return
-    first, last = take(me, phase, step.tokens, 1)
-    mine = 0
+    first, last = claim(worker, phase, step.num_tokens, 1)
+    num_done = 0
     while first < last:
         for t in range(first, last):
-            for kv_head in range(room.kv_heads):
-                place_heads(room, layer, step, t, kv_head)
-        mine += last - first
-        first, last = take(me, phase, step.tokens, 1)
-    complete(me, phase, step.tokens, mine)
+            for kv_head in range(workspace.kv_heads):
+                rope_and_store(workspace, layer, step, t, kv_head)
+        num_done += last - first
+        first, last = claim(worker, phase, step.num_tokens, 1)
+    finish_phase(worker, phase, step.num_tokens, num_done)
 
 
 @inlined
-def look_at_page(room: Any, seat: Any, page: int, ahead: int, past: int, t: int, count: int,
-                 part: int, at: Any, kind: int) -> None:  # fmt: skip
-    """A tile's queries look at one page, which `past` tokens come before.
+def attend_page(workspace: Any, scratch: Any, page: int, ahead: int, past: int, t: int, count: int,
+                accumulators: int, at: Any, kv_type: int) -> None:  # fmt: skip
+    """Attend to one page with the queries of a tile: tokens t … t + count - 1.
 
-    The page that is `ahead` bytes away comes next, and is asked for.
+    `past` tokens come before the page. The next page is `ahead` bytes away and is prefetched.
     """
-    group, width, scores = room.group_size, room.head_dim, seat.scores
-    keys, values, form = page + at.keys, page + at.values, kind
-    apart = worth_unpacking(count * group, width, kind)
-    if apart:
-        unpack(keys, width * PAGE, seat.opened, ahead, kind)
-        keys, values, form = seat.opened, seat.opened, FLOAT32
-    score(seat.queries, count * group, keys, width, scores, ahead, form)
+    group, width, scores = workspace.group_size, workspace.head_dim, scratch.scores
+    keys, values, form = page + at.keys, page + at.values, kv_type
+    converted = converts_page(count * group, width, kv_type)
+    if converted:
+        convert_page(keys, width * PAGE, scratch.kv_f32, ahead, kv_type)
+        keys, values, form = scratch.kv_f32, scratch.kv_f32, FLOAT32
+    score_page(scratch.queries, count * group, keys, width, scores, ahead, form)
     for n in range(count):
-        visible = min(PAGE, position_of(room, t + n) + 1 - past)
+        visible = min(PAGE, position_of(workspace, t + n) + 1 - past)
         for g in range(n * group, (n + 1) * group):
-            seen = part + g * (width + 2) * 4
-            weigh(scores + g * PAGE * 4, visible, seen, width, page + at.scales, kind)
-    if apart:
-        unpack(page + at.values, width * PAGE, seat.opened, ahead, kind)
-    mix(scores, count * group, values, width, part, ahead, form)
+            accumulator = accumulators + g * (width + 2) * 4
+            softmax_page(
+                scores + g * PAGE * 4, visible, accumulator, width, page + at.scales, kv_type
+            )
+    if converted:
+        convert_page(page + at.values, width * PAGE, scratch.kv_f32, ahead, kv_type)
+    accumulate_values(scores, count * group, values, width, accumulators, ahead, form)
 
 
 @compiled
-def look_at_span(
-    me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int, span: int, part: int
-) -> None:
-    """The queries of a tile and kv head look at one span -> `part` (queries, D + 2)."""
-    t = integers64(room.tile_first + tile * 8, 1)[0]
-    count = integers64(room.tile_count + tile * 8, 1)[0]
-    group, width, seats = room.group_size, room.head_dim, room.tile_queries
-    seat = Seat(
-        room.queries + me.thread * seats * width * 4,
-        room.scores + me.thread * seats * PAGE * 4,
-        room.opened + me.thread * width * PAGE * 4,
+def attend_span(
+    worker: Any, workspace: Any, layer: int, step: Any, tile: int, kv_head: int, span: int,
+    accumulators: int,
+) -> None:  # fmt: skip
+    """Attend to one span with the queries of a tile and KV head.
+
+    The result is in `accumulators` (queries, D + 2).
+    """
+    t = integers64(workspace.tile_first + tile * 8, 1)[0]
+    count = integers64(workspace.tile_count + tile * 8, 1)[0]
+    group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
+    scratch = Scratch(
+        workspace.queries + worker.thread * queries * width * 4,
+        workspace.scores + worker.thread * queries * PAGE * 4,
+        workspace.kv_f32 + worker.thread * width * PAGE * 4,
     )
     for n in range(count):
-        own = room.qkv + (t + n) * room.qkv_width * 4
+        own = workspace.qkv + (t + n) * workspace.qkv_width * 4
         for g in range(group):
-            begin(row(own, kv_head * group + g, width), row(seat.queries, n * group + g, width),
-                  row(part, n * group + g, width + 2))  # fmt: skip
-    at = page_offsets(room, layer, kv_head, step.kind)
-    pages, last = row_pages(room, step, t), position_of(room, t + count - 1) // PAGE
+            init_accumulator(
+                row(own, kv_head * group + g, width),
+                row(scratch.queries, n * group + g, width),
+                row(accumulators, n * group + g, width + 2),
+            )
+    at = page_offsets(workspace, layer, kv_head, step.kv_type)
+    pages, last = pages_of(workspace, step, t), position_of(workspace, t + count - 1) // PAGE
     for page in range(span * SPAN // PAGE, min((span + 1) * SPAN // PAGE - 1, last) + 1):
         ahead = pages[min(page + 1, last)] - pages[page]
-        look_at_page(room, seat, pages[page], ahead, page * PAGE, t, count, part, at, step.kind)
+        attend_page(
+            workspace, scratch, pages[page], ahead, page * PAGE, t, count, accumulators, at,
+            step.kv_type,
+        )  # fmt: skip
 
 
 @inlined
-def look_at_row(me: Any, room: Any, layer: int, step: Any, tile: int, kv_head: int) -> None:
-    """The queries of a tile and kv head look at their row, span after span -> `mixed`."""
-    t = integers64(room.tile_first + tile * 8, 1)[0]
-    count = integers64(room.tile_count + tile * 8, 1)[0]
-    group, width, seats = room.group_size, room.head_dim, room.tile_queries
-    whole = room.part + 2 * me.thread * seats * (width + 2) * 4
-    part = whole + seats * (width + 2) * 4
-    look_at_span(me, room, layer, step, tile, kv_head, 0, whole)
-    for span in range(1, position_of(room, t + count - 1) // SPAN + 1):
-        look_at_span(me, room, layer, step, tile, kv_head, span, part)
+def attend_sequence(
+    worker: Any, workspace: Any, layer: int, step: Any, tile: int, kv_head: int
+) -> None:
+    """Attend to all spans with the queries of a tile and KV head, one by one -> `attn_out`."""
+    t = integers64(workspace.tile_first + tile * 8, 1)[0]
+    count = integers64(workspace.tile_count + tile * 8, 1)[0]
+    group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
+    total = workspace.accumulators + 2 * worker.thread * queries * (width + 2) * 4
+    part = total + queries * (width + 2) * 4
+    attend_span(worker, workspace, layer, step, tile, kv_head, 0, total)
+    for span in range(1, position_of(workspace, t + count - 1) // SPAN + 1):
+        attend_span(worker, workspace, layer, step, tile, kv_head, span, part)
         for n in range(count):
-            if span * SPAN <= position_of(room, t + n):
+            if span * SPAN <= position_of(workspace, t + n):
                 for g in range(n * group, (n + 1) * group):
-                    merge(row(whole, g, width + 2), row(part, g, width + 2), width)
+                    merge_accumulators(row(total, g, width + 2), row(part, g, width + 2), width)
     for n in range(count):
-        out = room.mixed + (t + n) * room.heads * width * 4
+        out = workspace.attn_out + (t + n) * workspace.heads * width * 4
         for g in range(group):
-            finish(row(whole, n * group + g, width + 2), row(out, kv_head * group + g, width))
+            normalize_accumulator(
+                row(total, n * group + g, width + 2), row(out, kv_head * group + g, width)
+            )
 
 
 @compiled
-def attend_heads(me: Any, phase: int, room: Any, layer: int, step: Any) -> None:
-    """Every query head of every token looks at its row's keys up to its own position."""
-    kv_heads, group = room.kv_heads, room.group_size
-    spans = step.spans if spans_shared(room, step) else 1
-    items = step.tiles * kv_heads * spans
-    first, last = take(me, phase, items, 1)
-    mine = 0
+def attend(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
+    """Attention of all query heads and tokens over the keys up to each token's position."""
+    kv_heads, group = workspace.kv_heads, workspace.group_size
+    spans = step.num_spans if shares_spans(workspace, step) else 1
+    items = step.num_tiles * kv_heads * spans
+    first, last = claim(worker, phase, items, 1)
+    num_done = 0
     while first < last:
         for item in range(first, last):
             tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
             if spans == 1:
-                if step.tokens == 1:
-                    place_heads(room, layer, step, 0, kv_head)
-                look_at_row(me, room, layer, step, tile, kv_head)
+                if step.num_tokens == 1:
+                    rope_and_store(workspace, layer, step, 0, kv_head)
+                attend_sequence(worker, workspace, layer, step, tile, kv_head)
             else:
-                part = room.parts + (span * kv_heads + kv_head) * group * (room.head_dim + 2) * 4
-                look_at_span(me, room, layer, step, tile, kv_head, span, part)
-        mine += last - first
-        first, last = take(me, phase, items, 1)
-    complete(me, phase, items, mine)
+                first_head = (span * kv_heads + kv_head) * group
+                partial = workspace.partials + first_head * (workspace.head_dim + 2) * 4
+                attend_span(worker, workspace, layer, step, tile, kv_head, span, partial)
+        num_done += last - first
+        first, last = claim(worker, phase, items, 1)
+    finish_phase(worker, phase, items, num_done)
 
 
 @inlined
-def merge_spans(me: Any, room: Any, step: Any, out: int) -> None:
-    """The spans that threads shared become what the only token's heads saw, at `out`."""
-    width, heads = room.head_dim, room.heads
-    whole = row(room.part, 2 * me.thread * room.tile_queries, width + 2)
+def merge_spans(worker: Any, workspace: Any, step: Any, out: int) -> None:
+    """Merge the accumulators of all spans -> the attention output of the single token, at `out`."""
+    width, heads = workspace.head_dim, workspace.heads
+    total = row(workspace.accumulators, 2 * worker.thread * workspace.tile_queries, width + 2)
     for head in range(heads):
-        first = row(room.parts, head, width + 2)
+        first = row(workspace.partials, head, width + 2)
         for i in range(width + 2):
-            whole[i] = first[i]
-        for span in range(1, step.spans):
-            merge(whole, row(room.parts, span * heads + head, width + 2), width)
-        finish(whole, row(out, head, width))
+            total[i] = first[i]
+        for span in range(1, step.num_spans):
+            merge_accumulators(
+                total, row(workspace.partials, span * heads + head, width + 2), width
+            )
+        normalize_accumulator(total, row(out, head, width))
 
 
 @compiled
-def merge_token(me: Any, room: Any, step: Any, t: int, reads: int, slot: int) -> None:
-    """What a token's heads saw becomes inputs."""
-    inputs, width = inputs_of(room), room.heads * room.head_dim
-    numbers, seen = row(inputs.numbers, slot, inputs.width), row(room.mixed, t, width)
-    if spans_shared(room, step):
-        merge_spans(me, room, step, inputs.numbers + slot * inputs.width * 4)
+def prepare_output(
+    worker: Any, workspace: Any, step: Any, t: int, input_format: int, out: int
+) -> None:
+    """The attention output of token t becomes input row `out` of the output projection."""
+    inputs, width = inputs_of(workspace), workspace.heads * workspace.head_dim
+    numbers, attn_out = row(inputs.act_f32, out, inputs.width), row(workspace.attn_out, t, width)
+    if shares_spans(workspace, step):
+        merge_spans(worker, workspace, step, inputs.act_f32 + out * inputs.width * 4)
     else:
         for i in range(width):
-            numbers[i] = seen[i]
-    convert(reads, inputs, slot, numbers, 0, width)
+            numbers[i] = attn_out[i]
+    quantize_inputs(input_format, inputs, out, numbers, 0, width)
 
 
 @compiled
-def prepare_mixed(me: Any, phase: int, room: Any, reads: int, step: Any) -> Any:
-    """What the heads saw becomes inputs -> slot of the first token's: see `prepare_norms`."""
-    if step.tokens == 1:
-        merge_token(me, room, step, 0, reads, room.slots + me.thread)
-        return room.slots + me.thread
-    first, last = take(me, phase, step.tokens, 1)
-    mine = 0
+def prepare_outputs(worker: Any, phase: int, workspace: Any, input_format: int, step: Any) -> Any:
+    """`prepare_output` for all tokens -> the first row of inputs: see `layer_ops.norm_rows`."""
+    if step.num_tokens == 1:
+        own_row = workspace.max_tokens + worker.thread
+        prepare_output(worker, workspace, step, 0, input_format, own_row)
+        return own_row
+    first, last = claim(worker, phase, step.num_tokens, 1)
+    num_done = 0
     while first < last:
         for t in range(first, last):
-            merge_token(me, room, step, t, reads, t)
-        mine += last - first
-        first, last = take(me, phase, step.tokens, 1)
-    complete(me, phase, step.tokens, mine)
+            prepare_output(worker, workspace, step, t, input_format, t)
+        num_done += last - first
+        first, last = claim(worker, phase, step.num_tokens, 1)
+    finish_phase(worker, phase, step.num_tokens, num_done)
     return 0

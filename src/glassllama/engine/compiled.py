@@ -1,7 +1,7 @@
-"""How this engine's functions become machine code: once, kept on disk, without the GIL.
+"""Decorators that compile the engine's functions with Numba, without the GIL, cached on disk.
 
-Numba keeps compiled code per source file; ours depend on each other across files. So the folder
-that keeps them is named after the digest of the whole engine: another engine, another folder.
+Numba's cache checks one source file at a time, but our functions depend on each other across files.
+So the cache folder is named after the digest of all sources of the engine.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import numba
 from numba import njit
 from numba.extending import intrinsic
 
-from glassllama.base.code_cache import folder_for, going_on
-from glassllama.base.interrupts import hold_while_compiling
+from glassllama.base.code_cache import best_effort_cache, folder_for
+from glassllama.base.interrupts import defer_signals_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The arithmetic that is written and no other. Not even contraction (fused multiply-add): either
-# product of a·b − c·d may be fused, and code just compiled and code from disk chose differently.
+# Exactly the arithmetic that is written. No contraction (fused multiply-add) either: each product
+# of a·b − c·d may be fused, and code just compiled and the same code from disk chose differently.
 STRICT: set[str] = set()
-# Reassociation lets sums go in parallel: for plain kernels, and sums that are exact in any order.
-# Never `nnan` or `ninf`: a NaN in the weights must come out in the logits.
+# Reassociation lets loops over sums vectorize: for plain kernels, and sums that are exact in any
+# order. Never `nnan` or `ninf`: a NaN in the weights must reach the logits.
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 
-hold_while_compiling()
+defer_signals_while_compiling()
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
-    """Where machine code is kept, or None (and a note) where nothing can be written."""
+    """The cache folder of machine code; None (and a note) if it cannot be used."""
     return folder_for("compiled", Path(__file__).parent, numba.__version__)
 
 
 def keep_in_cache(build: Callable[[bool], Any]) -> Any:
-    """Run a Numba decorator so that what it makes is cached in our folder and nowhere else.
+    """Run a Numba decorator so that its machine code is cached in our folder.
 
     `build` gets the decorator's `cache` option.
     """
@@ -47,7 +47,7 @@ def keep_in_cache(build: Callable[[bool], Any]) -> Any:
     settings: Any = numba.config
     before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
     try:
-        return going_on(build(True))
+        return best_effort_cache(build(True))
     finally:
         settings.CACHE_DIR = before
 
@@ -58,34 +58,34 @@ def native(function: F, fastmath: set[str], **more: bool) -> F:
 
 
 def entry(function: F) -> F:
-    """Machine code that Python calls too."""
+    """Compile a function that Python calls."""
     return native(function, STRICT)
 
 
-# Python does not call these: the way in and out of each one would double its time to compile.
-INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Python does not call these functions: their wrappers would double the time to compile.
+INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: F) -> F:
-    """Machine code for other compiled functions, in the arithmetic that is written."""
-    return native(function, STRICT, **INSIDE)
+    """Compile a function that other compiled functions call."""
+    return native(function, STRICT, **INTERNAL)
 
 
-def loosely(function: F) -> F:
-    """The same, but sums may be taken in any order, so that they vectorise."""
-    return native(function, LOOSE, **INSIDE)
+def reassociating(function: F) -> F:
+    """The same, but sums may be taken in any order, so that loops vectorize."""
+    return native(function, LOOSE, **INTERNAL)
 
 
 def inlined(function: F) -> F:
-    """A small function that vanishes into its callers, under their rules of arithmetic."""
+    """A small function that is inlined into its callers, with their rules of arithmetic."""
     return cast(F, njit(inline="always", error_model="numpy")(function))
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function written in LLVM's own words: see intrinsics.py."""
+    """A function written in LLVM's intermediate representation: see intrinsics.py."""
     return cast(Callable[..., Any], intrinsic(function))
 
 
 def instruction_for_constants(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, where some arguments are constants that decide what is written."""
+    """The same, for functions some of whose arguments are compile-time constants."""
     return cast(Callable[..., Any], intrinsic(prefer_literal=True)(function))

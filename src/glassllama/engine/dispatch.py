@@ -31,9 +31,9 @@ from glassllama.engine import (
 from glassllama.engine.compiled import LOOSE, keep_in_cache
 from glassllama.engine.gemm_float import FLOAT_KERNELS
 from glassllama.engine.intrinsics import types
-from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, WIDE, Kind
+from glassllama.engine.layout import BFLOAT16, FLOAT32, INT8, Q11, WeightType
 
-SIGNATURE = types.void(*[types.int64] * 12)  # see engine/gemm_plain.py
+SIGNATURE = types.void(*[types.int64] * 12)  # see gemm_plain.py
 VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 AMX = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
 BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx
@@ -71,13 +71,13 @@ def tier() -> str:
     return asked
 
 
-def choose(kind: Kind, columns: int) -> tuple[str, int]:
+def choose(kind: WeightType, columns: int) -> tuple[str, int]:
     """Which kernel multiplies a packed matrix, and what its inputs must be."""
     if tier() == "amx":
         if kind.name == "BF16" and columns % gemm_amx_float.STEP == 0:
             return BFLOAT_TILES, BFLOAT16
         if kind.name in gemm_kquant_amx.BASE:
-            return kind.name, WIDE
+            return kind.name, Q11
     return kind.name, INT8 if kind.integer_inputs else FLOAT32
 
 

@@ -1,6 +1,6 @@
-"""What happens to one row of numbers between two matrices: norm, gate, quantisation.
+"""Elementwise operations on one row between two matrices: RMSNorm, SwiGLU, quantization.
 
-Plain loops that LLVM vectorises on any processor.
+Plain loops that LLVM vectorizes on any processor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ import numpy as np
 
 from glassllama.engine.compiled import compiled, inlined
 from glassllama.engine.intrinsics import float_from_bits
-from glassllama.engine.quantize_activations import SCALE_BYTES, START_BYTES, encode_block, squares
+from glassllama.engine.quantize_activations import (
+    CORRECTION_BYTES,
+    SCALE_BYTES,
+    quantize_block,
+    squares,
+)
 
 F32 = np.float32
 I32 = np.int32
@@ -25,7 +30,7 @@ LOWEST, HIGHEST = F32(-87.3), F32(88.3)  # e^x beyond these is no normal float32
 
 @inlined
 def exponential(x: Any) -> Any:
-    """e^x to 2 units in the last place, without a call, so that loops over it vectorise.
+    """e^x to 2 units in the last place, without a call, so that loops over it vectorize.
 
     x = n·ln 2 + r with |r| ≤ ln(2)/2; e^r by its Taylor polynomial of degree 7 (remainder 5e-9).
     NaN stays NaN: comparisons below let it pass.
@@ -57,7 +62,7 @@ def inverse_rms(x: Any, eps: float) -> Any:
 
 
 @compiled
-def normalise(x: Any, weight: Any, eps: float, out: Any) -> None:
+def normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
     """RMSNorm: (C,) scaled to a root mean square of one, times its learned weight."""
     scale = inverse_rms(x, eps)
     for i in range(len(x)):
@@ -65,26 +70,27 @@ def normalise(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 
 @compiled
-def encode(x: Any, first: int, last: int, codes: Any, factors: Any) -> None:
-    """Quantise blocks first … last-1 of a row to int8, with their factors (blocks, FACTORS)."""
-    starts = factors.ctypes.data + len(factors) * SCALE_BYTES
+def quantize_blocks(x: Any, first: int, last: int, codes: Any, scales: Any) -> None:
+    """Quantize blocks first … last-1 of a row to int8 -> codes (C,), scales (blocks, FACTORS)."""
+    corrections = scales.ctypes.data + len(scales) * SCALE_BYTES
     for b in range(first, last):
-        encode_block(
+        quantize_block(
             x.ctypes.data + b * BLOCK * 4,
             codes.ctypes.data + b * BLOCK,
-            factors.ctypes.data + b * SCALE_BYTES,
-            starts + b * START_BYTES,
+            scales.ctypes.data + b * SCALE_BYTES,
+            corrections + b * CORRECTION_BYTES,
         )
 
 
 @compiled
-def gate(gates: Any, ups: Any, first: int, last: int, out: Any) -> None:
+def swiglu(gates: Any, ups: Any, first: int, last: int, out: Any) -> None:
     """SwiGLU of columns first … last-1: silu(gate) · up -> out. Source: Shazeer, 2020."""
     for i in range(first, last):
         out[i] = gates[i] / (F32(1) + exponential(-gates[i])) * ups[i]
 
 
 @compiled
-def add(x: Any, more: Any) -> None:
+def add_to(x: Any, y: Any) -> None:
+    """x += y."""
     for i in range(len(x)):
-        x[i] += more[i]
+        x[i] += y[i]

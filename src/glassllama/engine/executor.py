@@ -1,4 +1,4 @@
-"""The engine from outside: packed weights in, ids in, logits out (base.interfaces.Executor)."""
+"""The engine as an executor: packed weights in, ids in, logits out (base.interfaces.Executor)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from glassllama.engine.kv_cache import (
 from glassllama.engine.kv_pages import FLOAT32, PAGE
 from glassllama.engine.layer_ops import Step
 from glassllama.engine.layout import Matrix
-from glassllama.engine.prepare_step import set_out
-from glassllama.engine.sampling import Choice, Chooser
-from glassllama.engine.thread_pool import LIVING, Crew, processors
-from glassllama.engine.workspace import Room
+from glassllama.engine.prepare_step import prepare_step
+from glassllama.engine.sampling import NativeSampler, SamplerParams
+from glassllama.engine.thread_pool import LIVE_POOLS, ThreadPool, num_processors
+from glassllama.engine.workspace import Workspace
 
-# Tokens of one step, enough to use a weight often while it is in a near cache: the first, unless a
-# single layer would take them too long for Ctrl-C.
+# Tokens of one step, enough to use a weight often while it is in a near cache. The first is used
+# unless one layer would take so long for them that Ctrl-C had to wait.
 CHUNKS = (256, 128)
-NATIVE_SECONDS = 0.04  # the aim for one native call, so that Ctrl-C is answered within 0.1 s
-LAYER_SECONDS = 0.07  # the most for one layer, which cannot be divided
-FIRST_GUESS = 4e9  # weight bytes × tokens per second, until it has been measured
+CALL_SECONDS = 0.04  # planned duration of one native call, so that Ctrl-C is answered within 0.1 s
+LAYER_SECONDS = 0.07  # most for one layer, which is not divided
+FIRST_SPEED = 4e9  # assumed weight bytes × tokens per second, until it has been measured
 
 IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
 
@@ -49,7 +49,7 @@ IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for ano
 class Weights:
     """A whole model, packed. `matrices` are wq wk wv wo gate up down of every layer, then output.
 
-    `embeddings` is the same object as the last of `matrices` where the two are tied.
+    `embeddings` is the same object as the last of `matrices` if the two are tied.
     """
 
     matrices: list[Matrix]
@@ -62,21 +62,21 @@ class Weights:
         return sum(distinct.values()) + self.norms.nbytes
 
 
-NOTHING = (0,) * len(Step._fields)  # orders of a step without tokens
+EMPTY_STEP = (0,) * len(Step._fields)  # arguments of a step without tokens
 
 
 class Token(NamedTuple):
-    """One id on its way through a step, told as engine/workspace.py's ID, ROW, POSITION."""
+    """One row of the workspace's table `tokens`."""
 
     id: int
-    row: int
+    sequence: int
     position: int
 
 
 class Engine:
-    """A Llama on this machine's processors. Several callers at once wait for each other."""
+    """A Llama on the CPU. Calls of several threads wait for each other."""
 
-    same_in_pieces = True  # logits are equal to the bit, however a row's ids are cut into calls
+    batch_invariant = True  # logits are bit-identical, however the ids of a row are cut into calls
 
     def __init__(
         self,
@@ -88,35 +88,34 @@ class Engine:
         threads: int | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """`exact` keeps keys and values in float32, else `cache` says how; the weights' kinds are
-        the caller's choice.
+        """`exact` stores keys and values in float32, else `cache` says how.
 
-        `threads` is how many processors to use, all that this process may use if None.
+        `threads` is how many processors to use; None: all that this process may use.
         """
         self.config = config
         self.weights = weights
         self.exact = exact
         self.cache_kind = FLOAT32 if exact else CACHE_KINDS[cache]
-        available = processors()
+        available = num_processors()
         self.threads = min(threads or available, available)
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
         self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
         self.turn = self._pages.turn
-        self._room = Room(
+        self._workspace = Workspace(
             config, weights.matrices, weights.embeddings, weights.norms,
-            slots=CHUNKS[0], threads=self.threads,
+            max_tokens=CHUNKS[0], threads=self.threads,
         )  # fmt: skip
-        self._layer_seconds = weights.nbytes / config.n_layers / FIRST_GUESS
+        self._layer_seconds = weights.nbytes / config.n_layers / FIRST_SPEED
         self._compile()
-        self.assemble()
+        self.create_pool()
         self.notes += code_cache.notes
 
     def new_cache(self, batch: int, max_len: int) -> PagedCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens; grows as it is used.
+        """An empty cache for `batch` rows of at most `max_len` tokens; it grows as it is used.
 
-        Rows that begin alike, in this cache or another one that is still there, share memory and
+        Rows with a common beginning, in this cache or another one of this engine, share memory and
         work. Raises GenerationError if `max_len` is more than the model's context.
         """
         require_cache_size(self.config, batch, max_len)
@@ -124,10 +123,10 @@ class Engine:
 
     @in_turn
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
-        """Feed each row its new ids -> (B, V) float32 logits after each row's last.
+        """Feed each row its new ids -> (B, V) float32 logits after each row's last id.
 
-        A row's logits are the same to the bit, alone or in a batch. Raises GenerationError where
-        an id is not of this vocabulary or the cache has no room. After any exception, Ctrl-C too,
+        The logits of a row are bit-identical, alone or in a batch. Raises GenerationError if an id
+        is not of this vocabulary or the cache is full. After any exception, also KeyboardInterrupt,
         the cache is as before.
         """
         own = self._own(cache)
@@ -138,7 +137,7 @@ class Engine:
         try:
             return self._next_logits(rest, own)
         except BaseException:
-            own.go_back(before)
+            own.roll_back(before)
             raise
 
     def _next_logits(self, rest: list[list[int]], cache: PagedCache) -> NDArray[np.float32]:
@@ -155,7 +154,7 @@ class Engine:
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
         """Feed the only row -> (T, V) float32 logits after every one of its new ids.
 
-        Errors as `next_logits`.
+        Errors as in `next_logits`.
         """
         own = self._own(cache)
         if own.batch != 1:
@@ -165,22 +164,25 @@ class Engine:
         try:
             self._feed([(0, new)], range(len(new)), own, logits)
         except BaseException:
-            own.go_back(before)
+            own.roll_back(before)
             raise
         return logits[:, : self.config.vocab_size]
 
-    def chooser(self, *, vocab_size: int, **settings: float) -> Chooser:
-        """For one request: logits (V,) -> an id, in one native call. Settings: sampling.Choice."""
-        return Chooser(vocab_size, Choice(**settings))
+    def native_sampler(self, *, vocab_size: int, **settings: float) -> NativeSampler:
+        """A sampler for one request: logits (V,) -> an id, in one native call.
+
+        Settings are the fields of sampling.Choice.
+        """
+        return NativeSampler(vocab_size, SamplerParams(**settings))
 
     def describe(self) -> list[str]:
-        """How it runs and what the weights were packed as; then what was noted on the way."""
-        kinds: dict[str, int] = {}
+        """How the engine runs and which formats the weights were packed as, then the notes."""
+        sizes: dict[str, int] = {}
         for matrix in {
             id(m): m for m in (*self.weights.matrices, self.weights.embeddings)
         }.values():
-            kinds[matrix.kind.name] = kinds.get(matrix.kind.name, 0) + matrix.nbytes
-        packed = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sorted(kinds.items()))
+            sizes[matrix.weight_type.name] = sizes.get(matrix.weight_type.name, 0) + matrix.nbytes
+        packed = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sorted(sizes.items()))
         how = f"engine: {self.threads} threads, kernels of tier {tier()}, packed as {packed}"
         return [how, *self.notes]
 
@@ -190,7 +192,7 @@ class Engine:
     def _in_order(
         self, logits: NDArray[np.float32], fed: list[int], batch: int
     ) -> NDArray[np.float32]:
-        """Logits of rows in the order in which they were fed -> (B, V)."""
+        """Logits of rows, in the order in which these were fed -> (B, V)."""
         if fed != list(range(batch)):
             every = np.empty((batch, logits.shape[1]), np.float32)
             every[fed] = logits
@@ -205,12 +207,11 @@ class Engine:
     def _feed(
         self,
         new: list[tuple[int, list[int]]],
-        wanted: Sequence[int],
+        output_rows: Sequence[int],
         cache: PagedCache,
         logits: NDArray[np.float32],
     ) -> None:
-        """Feed rows their new ids; tokens whose numbers are `wanted`, in order, fill the rows of
-        `logits`."""
+        """Feed rows their new ids. Logits of the tokens `output_rows`, in order, fill `logits`."""
         for row, ids in new:
             cache.reserve(row, cache.lengths[row] + len(ids))
         tokens = [
@@ -219,11 +220,11 @@ class Engine:
         first = 0
         while first < len(tokens):
             last = first + self.prefill_chunk
-            some = [n - first for n in wanted if first <= n < last]
+            some = [n - first for n in output_rows if first <= n < last]
             self._step(tokens[first:last], some, cache, logits)
             logits, first = logits[len(some) :], last
         for row, ids in new:
-            cache.remember(row, ids)
+            cache.commit(row, ids)
 
     def _own(self, cache: Cache) -> PagedCache:
         if not isinstance(cache, PagedCache) or cache.turn is not self.turn:
@@ -246,66 +247,68 @@ class Engine:
     def _step(
         self,
         tokens: list[Token],
-        wanted: list[int],
+        output_rows: list[int],
         cache: PagedCache,
         logits: NDArray[np.float32],
     ) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
-        tables, count, table = self._room.tables, len(tokens), cache.table
+        tables, count, page_table = self._workspace.tables, len(tokens), cache.table
         position = max(token.position for token in tokens)
         spans = position // SPAN + 1
         assert count <= CHUNKS[0]
-        assert len(wanted) <= min(count, len(logits))
-        assert position < min(cache.max_len, table.shape[1] * PAGE)
-        tables["told"][:count] = tokens
-        tables["wanted"][: len(wanted)] = wanted
-        self._room.make_room_for(spans)
-        tiles = set_out(self._room.record, count)
-        shared = (table.ctypes.data, table.shape[1], spans, cache.kind, logits.ctypes.data)
+        assert len(output_rows) <= min(count, len(logits))
+        assert position < min(cache.max_len, page_table.shape[1] * PAGE)
+        tables["tokens"][:count] = tokens
+        tables["output_rows"][: len(output_rows)] = output_rows
+        self._workspace.reserve_partials(spans)
+        tiles = prepare_step(self._workspace.record, count)
+        places = (page_table.ctypes.data, page_table.shape[1], spans, cache.kind)
         for layers in self._calls(count):
             started = time.perf_counter()
-            self._run(count, tiles, len(wanted), *layers, *shared)
+            self._run(count, tiles, len(output_rows), *layers, *places, logits.ctypes.data)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * count)
 
-    def _run(self, *orders: int) -> None:
-        """One native call, on all threads; `orders` are the fields of model.Step."""
-        crew = self._crew
-        if not crew.complete:  # in the child of a fork, or interrupted at the start
-            self._start_crew()
-        model.serve(0, *crew.place, orders, self._room.record)
+    def _run(self, *step_args: int) -> None:
+        """One native call, on all threads; `step_args` are the fields of layer_ops.Step."""
+        pool = self._pool
+        if not pool.is_started:  # in the child of a fork, or interrupted at the start
+            self._start_pool()
+        model.worker_loop(0, *pool.native_args, step_args, self._workspace.record)
 
     def _calls(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of layers, each about as long as a native call may take."""
+        """Ranges of layers, each of about the planned duration of a native call."""
         first, layers = 0, self.config.n_layers
         while first < layers:
-            count = max(1, int(NATIVE_SECONDS / (self._layer_seconds * tokens)))
+            count = max(1, int(CALL_SECONDS / (self._layer_seconds * tokens)))
             yield first, min(first + count, layers)
             first += count
 
     def _compile(self) -> None:
-        """Everything, before there are other threads: one that waits for the compiler while another
-        waits for it would wait for ever."""
-        set_out(self._room.record, 0)
-        model.serve(0, *Crew(1, 0).place, NOTHING, self._room.record)
+        """Compile everything before other threads exist.
 
-    def assemble(self) -> None:
-        """Threads that are ready to compute, once they are needed."""
+        A thread that waited for the compiler while another thread waited for it would never end.
+        """
+        prepare_step(self._workspace.record, 0)
+        model.worker_loop(0, *ThreadPool(1, 0).native_args, EMPTY_STEP, self._workspace.record)
+
+    def create_pool(self) -> None:
+        """A new thread pool; its threads start with the first step."""
         phases = self.config.n_layers * model.PHASES + model.LOGITS_PHASES
-        self._crew = Crew(self.threads, phases)
-        self._crew.stop_with(self)
+        self._pool = ThreadPool(self.threads, phases)
+        self._pool.stop_with(self)
 
-    def _start_crew(self) -> None:
-        keep = (self._room, self.weights)
-        self._crew.start(model.serve, NOTHING, self._room.record, keep=keep)
+    def _start_pool(self) -> None:
+        keep = (self._workspace, self.weights)
+        self._pool.start(model.worker_loop, EMPTY_STEP, self._workspace.record, keep=keep)
 
 
-def assemble_all() -> None:
-    """A child has none of its parent's other threads; base/turn.py sees to the locks."""
-    for owner, _ in [*LIVING]:
+def create_pools_after_fork() -> None:
+    """The child of a fork has none of its parent's other threads. (Locks: base/turn.py.)"""
+    for owner, _ in [*LIVE_POOLS]:
         if isinstance(engine := owner(), Engine):
-            engine.assemble()
+            engine.create_pool()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=assemble_all)
+    os.register_at_fork(after_in_child=create_pools_after_fork)

@@ -15,9 +15,9 @@ In memory near by, the calling thread's stack:
     for each of GROUPS groups  FEW blocks' bytes (8, 64), then their scales (2, 16) float32
     sums                       (FEW, 16 tokens, 16 outputs) int32, of blocks
 
-The sums are whole numbers and what follows is in the order of engine/gemm_int8.py, so a token's
+The sums are whole numbers and what follows is in the order of gemm_int8.py, so a token's
 numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there. K-quants
-have a way of their own: engine/gemm_kquant_amx.py.
+have a way of their own: gemm_kquant_amx.py.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from glassllama.engine.gemm_float import clear
 from glassllama.engine.gemm_int8 import (
     FORMATS,
     MINIMA,
+    ROW_GROUPS,
     ROWS,
-    SIDE_BY_SIDE,
     TILE,
     add_scaled,
     factors_at,
-    sweep,
+    run_groups,
 )
 from glassllama.engine.intrinsics import types
 from glassllama.engine.ir_builder import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
@@ -51,16 +51,16 @@ from glassllama.engine.quantize_activations import SCALE_BYTES
 TOKENS = 16
 BLOCK = 32  # inputs
 BLOCK_BYTES, SUM_BYTES = 512, 1024
-FEW = 16  # blocks at a time, whose bytes and sums stay in a core's nearest cache
+CHUNK = 16  # blocks at a time, whose bytes and sums stay in a core's nearest cache
 SCALES = 128  # bytes of a block's, once they are float32
-SCALES_AT = FEW * BLOCK_BYTES
-GROUP_BYTES = SCALES_AT + FEW * SCALES
+SCALES_AT = CHUNK * BLOCK_BYTES
+GROUP_BYTES = SCALES_AT + CHUNK * SCALES
 GROUPS = 4  # groups at a time: inputs come from afar once for all of them
 SUMS_AT = GROUPS * GROUP_BYTES
 SUMS, INPUTS, WEIGHTS = range(3)
 BYTES = vector(I8, 64)
 SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
-SCRATCH_LINES = (SUMS_AT + FEW * SUM_BYTES) // LINE
+SCRATCH_LINES = (SUMS_AT + CHUNK * SUM_BYTES) // LINE
 
 
 @instruction_for_constants
@@ -117,18 +117,18 @@ def add_block(
 
 @instruction_for_constants
 def multiply_sixteen(  # type: ignore[no-untyped-def]
-    context, kind, near, sums, count, x, x_stride, f, f_stride, y, y_stride
+    context, kind, scratch_address, sums, count, x, x_stride, f, f_stride, y, y_stride
 ):
-    """y += `count` blocks of sixteen rows, unpacked at `near`, times sixteen tokens."""
+    """y += `count` blocks of sixteen rows, unpacked at `scratch_address`, times sixteen tokens."""
     format = kind.literal_value
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        near, sums, count, x, x_stride, f, f_stride, y, y_stride = arguments[1:]
+        scratch_address, sums, count, x, x_stride, f, f_stride, y, y_stride = arguments[1:]
         v, floats = Vectors(builder), vector(F32, ROWS)
-        scales = v.at(near, SCALES_AT)
+        scales = v.at(scratch_address, SCALES_AT)
 
         def products(n: Any, nothing: list[Any]) -> list[Any]:
-            w, inputs = v.step(near, n, BLOCK_BYTES), v.step(x, n, BLOCK)
+            w, inputs = v.step(scratch_address, n, BLOCK_BYTES), v.step(x, n, BLOCK)
             multiply_block(v, w, inputs, x_stride, v.step(sums, n, SUM_BYTES))
             return nothing
 
@@ -148,29 +148,29 @@ def multiply_sixteen(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def sweep_sixteens(
+def run_tiles(
     kind: str, value_bytes: int, scale_bytes: int,
     values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """All whole sixteens of tokens, for some groups; a few blocks at a time, which stay near."""
-    near = scratch(SCRATCH_LINES)
+    scratch_address = scratch(SCRATCH_LINES)
     begin_tiles("integers", TOKENS)
     for group in range(first, last):
         for t in range(tokens):
             clear(y + group * LINE + t * y_stride)
     for start in range(first, last, GROUPS):
-        beside = min(GROUPS, last - start)
-        for block in range(0, blocks, FEW):
-            count = min(FEW, blocks - block)
-            for g in range(beside):
+        row_groups = min(GROUPS, last - start)
+        for block in range(0, blocks, CHUNK):
+            count = min(CHUNK, blocks - block)
+            for g in range(row_groups):
                 w = values + (start + g) * blocks * value_bytes
                 d = scales + (start + g) * blocks * scale_bytes
-                unpack(kind, w, d, block, count, near + g * GROUP_BYTES)
+                unpack(kind, w, d, block, count, scratch_address + g * GROUP_BYTES)
             for t in range(0, tokens, TOKENS):
-                for g in range(beside):
+                for g in range(row_groups):
                     multiply_sixteen(
-                        kind, near + g * GROUP_BYTES, near + SUMS_AT, count,
+                        kind, scratch_address + g * GROUP_BYTES, scratch_address + SUMS_AT, count,
                         x + t * x_stride + block * BLOCK, x_stride,
                         f + t * f_stride + block * SCALE_BYTES, f_stride,
                         y + (start + g) * LINE + t * y_stride, y_stride)  # fmt: skip
@@ -178,10 +178,10 @@ def sweep_sixteens(
 
 
 def kernel(kind: str) -> Callable[..., None]:
-    """The kernel of a packed format, for `cfunc`: see engine/gemm_plain.py."""
+    """The kernel of a packed format, for `cfunc`: see gemm_plain.py."""
     value_bytes, scale_bytes = FORMATS[kind][:2]
-    target, many = SAME_AS, TILE[SAME_AS]
-    beside = SIDE_BY_SIDE.get((target, kind), 1)
+    target, tile_tokens = SAME_AS, TILE[SAME_AS]
+    row_groups = ROW_GROUPS.get((target, kind), 1)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
@@ -189,11 +189,11 @@ def kernel(kind: str) -> Callable[..., None]:
     ) -> None:  # fmt: skip
         t = tokens // TOKENS * TOKENS
         if t > 0:
-            sweep_sixteens(kind, value_bytes, scale_bytes, values, scales, blocks, x, x_stride,
-                           f, f_stride, t, y, y_stride, first, last)  # fmt: skip
+            run_tiles(kind, value_bytes, scale_bytes, values, scales, blocks, x, x_stride,
+                      f, f_stride, t, y, y_stride, first, last)  # fmt: skip
         if t < tokens:
-            sweep(target, kind, beside, many, value_bytes, scale_bytes, values, scales, blocks,
-                  x + t * x_stride, x_stride, f + t * f_stride, f_stride,
-                  tokens - t, y + t * y_stride, y_stride, first, last)  # fmt: skip
+            run_groups(target, kind, row_groups, tile_tokens, value_bytes, scale_bytes,
+                       values, scales, blocks, x + t * x_stride, x_stride, f + t * f_stride,
+                       f_stride, tokens - t, y + t * y_stride, y_stride, first, last)  # fmt: skip
 
     return run

@@ -7,7 +7,7 @@ Two groups of sixteen outputs meet up to 32 tokens, whose inputs are bfloat16 as
     tile 6, 7   32 inputs × 16 outputs: sixteen vectors of pairs, as layout.py has them
 
 Up to sixteen tokens may meet four groups, whose sums are tiles 0 … 3 then. Of long groups that is
-faster: see SIDE_BY_SIDE of engine/gemm_int8.py.
+faster: see SIDE_BY_SIDE of gemm_int8.py.
 
 Four sums at a time, for one instruction must not wait for the last. A token's sum goes through its
 inputs from first to last, 32 at a time, in any company; so it is the same to the bit.
@@ -20,7 +20,7 @@ from typing import Any
 from glassllama.engine.amx import begin_tiles, end_tiles, tile_at, tile_call
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.ir_builder import AHEAD, LINE, SOON, Vectors, number
+from glassllama.engine.ir_builder import AHEAD, LINE, NEAR, Vectors, number
 
 TOKENS, STEP = 16, 32  # of a tile; inputs of one product
 STEP_BYTES = 1024  # of a group's weights
@@ -29,9 +29,9 @@ MANY, LONG = 4, 64  # groups side by side, where they have so many steps
 
 def soon(v: Vectors, n: Any, steps: Any, group_bytes: Any) -> Any:
     """From a step in use to the one that is asked for: near, then the first of the groups after."""
-    inside = v.builder.icmp_signed("<", v.builder.add(n, number(SOON // STEP_BYTES)), steps)
+    inside = v.builder.icmp_signed("<", v.builder.add(n, number(NEAR // STEP_BYTES)), steps)
     others = v.builder.mul(group_bytes, number(MANY - 1))
-    return v.builder.add(number(SOON), v.builder.select(inside, number(0), others))
+    return v.builder.add(number(NEAR), v.builder.select(inside, number(0), others))
 
 
 @instruction_for_constants
@@ -107,7 +107,7 @@ def bf16(
     values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """The kernel, for `cfunc`: see engine/gemm_plain.py. Inputs are bfloat16, a multiple of 32 of them."""
+    """The kernel, for `cfunc`: see gemm_plain.py. Inputs are bfloat16, a multiple of 32 of them."""
     size, steps, t = columns * 32, columns // STEP, 0
     if tokens >= TOKENS:
         begin_tiles("floats", TOKENS)

@@ -1,15 +1,15 @@
-"""Vector kernels for integer weights: sixteen rows at a time, in the processor's own dot products.
+"""Vector kernels for integer weights: sixteen rows at a time, with dot-product instructions.
 
-What a processor multiplies at once differs (`dot`), and so does how many of the sixteen rows its
-vectors hold: all (AVX-512), eight (AVX2) or four (NEON). The layout (layout.py) suits them all: a
-vector holds four inputs of each of its rows, next to the rows of the vector after it.
+Processors differ in what one instruction multiplies (`dot`) and in how many of the sixteen rows a
+vector holds: all (AVX-512), eight (AVX2) or four (NEON). The layout (layout.py) fits all of them: a
+vector holds four inputs of each of its rows, and the next vector holds the next rows.
 
     vnni     vpdpbusd, 64 bytes: unsigned weights times signed inputs, four products to a lane
     avxvnni  the same with 32 bytes
     avx2     vpmaddubsw adds two products to 16 bits, and saturates there: see `dot_in_halves`
     neon     sdot, 16 bytes: signed times signed
 
-Weights are unpacked once for all tokens of a tile.
+The weights are unpacked once for all tokens of a tile.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from llvmlite import ir
 
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.intrinsics import types
-from glassllama.engine.ir_builder import AHEAD, F32, I8, I16, I32, SOON, Vectors, number, vector
+from glassllama.engine.ir_builder import AHEAD, F32, I8, I16, I32, NEAR, Vectors, number, vector
 from glassllama.engine.quantize_activations import (
+    CORRECTION_8,
+    CORRECTION_32_HIGH,
+    CORRECTION_32_LOW,
+    CORRECTION_128,
+    CORRECTION_BYTES,
     FACTORS,
-    LESS_8,
-    LESS_32_HIGH,
-    LESS_32_LOW,
-    LESS_128,
     SCALE,
     SCALE_BYTES,
-    START_BYTES,
     TOTAL,
 )
 
 ROWS = 16
 LANES = {"amx": 16, "vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
-TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once: what registers hold
-SIGNED = ("neon", "avx2", "amx")  # these want Q8_0's bytes without the 128 that layout.py adds
+TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once, limited by registers
+SIGNED = ("neon", "avx2", "amx")  # need Q8_0's bytes without the 128 that layout.py adds
 
 
 def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
-    """sums += the products of weights' and inputs' bytes, four to a lane."""
+    """sums += the products of bytes of weights and inputs, four for each lane."""
     b, kind = v.builder, sums.type
     if target == "avx2":
         return b.add(sums, dot_in_halves(v, weights, inputs))
@@ -53,10 +53,11 @@ def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
 
 
 def dot_in_halves(v: Vectors, weights: Any, inputs: Any) -> Any:
-    """The same without a dot product: sums of two in 16 bits, then of four in 32.
+    """The same without a dot-product instruction: sums of two in 16 bits, then of four in 32.
 
-    The first instruction wants unsigned weights and saturates at 32,767. So it gets the weights'
-    magnitude, at most 128, and inputs that have taken the weights' sign: 2 · 128 · 127 = 32,512.
+    The first instruction takes unsigned weights and saturates at 32,767. So it gets the magnitudes
+    of the weights, at most 128, and the inputs with the signs of the weights: 2 · 128 · 127 =
+    32,512.
     """
     b, pairs, quads = v.builder, vector(I16, 16), vector(I32, 8)
     zero = v.same(weights.type, 0)
@@ -68,7 +69,7 @@ def dot_in_halves(v: Vectors, weights: Any, inputs: Any) -> Any:
 
 
 def quads_of_bytes(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """(which four inputs, their weights) of a block of Q8_0."""
+    """A block of Q8_0 -> [(number of four inputs, their weights)]."""
     size = 4 * LANES[target]
     quads = [(q, v.load(v.at(values, 64 * q), vector(I8, size), size)) for q in range(8)]
     if target in SIGNED:
@@ -77,7 +78,7 @@ def quads_of_bytes(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]
 
 
 def quads_of_nibbles(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """The same of Q4_0 and Q4_1: low nibbles are inputs 0 … 15, high ones 16 … 31."""
+    """The same for Q4_0 and Q4_1: low nibbles are inputs 0 … 15, high ones 16 … 31."""
     quads, size = [], 4 * LANES[target]
     for q in range(4):
         packed = v.load(v.at(values, 64 * q), vector(I8, size), size)
@@ -86,7 +87,7 @@ def quads_of_nibbles(v: Vectors, target: str, values: Any) -> list[tuple[int, An
 
 
 def quads_of_six_bits(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """The same of Q6_K: nibbles, and two upper bits from two more vectors."""
+    """The same for Q6_K: nibbles, and two upper bits from two more vectors."""
     b, size = v.builder, 4 * LANES[target]
     tops = [v.load(v.at(values, 256 + 64 * n), vector(I8, size), size) for n in range(2)]
     words, quads = vector(I16, size // 2), []
@@ -127,7 +128,7 @@ def scales_of_q4_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -
 
 
 def scales_of_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
-    """d · scale, of a block's two halves."""
+    """d · scale, for each half of a block."""
     lanes, b = LANES[target], v.builder
     start, own = in_superblock(v, scales, block, 288, 32)
     d = v.halves(v.at(start, 2 * row), lanes)
@@ -137,15 +138,19 @@ def scales_of_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -
 Factor = Callable[[int], Any]
 Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
 Scales = Callable[[Vectors, str, Any, Any, int], list[Any]]
-HALVES = ("Q6_K",)  # sixteen inputs have a scale, not 32
-MINIMA = ("Q4_1", "Q4_K")  # the second scale meets the sum of the inputs
-# What sums begin with, where weights are stored 128, 8 or 32 too large: engine/quantize_activations.py.
-STARTS = {"Q8_0": (LESS_128,), "Q4_0": (LESS_8,), "Q6_K": (LESS_32_LOW, LESS_32_HIGH)}
-# Groups that a single token meets at once, where they are small and long: memory is read faster in
-# several places, and their products need not wait for each other.
-SIDE_BY_SIDE = {("vnni", kind): 4 for kind in ("Q4_0", "Q4_1", "Q4_K", "Q6_K")}
-LONG = 64  # blocks. Below, what is won is lost again on pieces of a few groups (docs/log.md)
-# kind: bytes of values and of scales per block, and how to unpack them
+HALVES = ("Q6_K",)  # sixteen inputs share a scale, not 32
+MINIMA = ("Q4_1", "Q4_K")  # the second scale is multiplied by the sum of the inputs
+# Zero-point corrections, where weights are stored plus 128, 8 or 32: quantize_activations.py.
+CORRECTIONS = {
+    "Q8_0": (CORRECTION_128,),
+    "Q4_0": (CORRECTION_8,),
+    "Q6_K": (CORRECTION_32_LOW, CORRECTION_32_HIGH),
+}
+# Groups computed together for a single token: memory is read faster at several places, and the
+# products of different groups do not wait for each other.
+ROW_GROUPS = {("vnni", kind): 4 for kind in ("Q4_0", "Q4_1", "Q4_K", "Q6_K")}
+MIN_BLOCKS = 64  # of a row, for that; for shorter rows there is no gain (docs/log.md)
+# weight type: bytes of values and of scales per block, and how to unpack them
 FORMATS: dict[str, tuple[int, int, Unpack, Scales]] = {
     "Q8_0": (512, 32, quads_of_bytes, scales_of_bytes),
     "Q4_0": (256, 32, quads_of_nibbles, scales_of_bytes),
@@ -158,7 +163,7 @@ FORMATS: dict[str, tuple[int, int, Unpack, Scales]] = {
 def add_scaled(
     v: Vectors, kind: str, scales: list[Any], sums: list[Any], factor: Factor, y: Any
 ) -> Any:
-    """y + Σ weights · inputs of a block, from its integer sums, one or two."""
+    """y + Σ weights · inputs of a block, from its one or two integer sums."""
     for d, total in zip(scales, sums, strict=False):
         scale = v.builder.fmul(d, factor(SCALE))
         y = v.multiply_add(v.builder.sitofp(total, y.type), scale, y)
@@ -166,25 +171,28 @@ def add_scaled(
 
 
 def factors_at(v: Vectors, address: Any, lanes: int) -> Factor:
-    """A token's factors of a block: by number, in every lane."""
+    """The scales of a token's block, by number, in every lane."""
     return lambda n: v.splat(v.load(v.at(address, 4 * n), F32, 4), lanes)
 
 
-def first_sums(v: Vectors, target: str, kind: str, starts: Any) -> list[Any]:
-    """What a token's sums of a block begin with, so that it need not be taken off later."""
+def first_sums(v: Vectors, target: str, kind: str, corrections: Any) -> list[Any]:
+    """Initial sums of a token and block: zero, or the zero-point correction."""
     whole, too_large = vector(I32, LANES[target]), kind == "Q4_0" or target not in SIGNED
-    if kind in STARTS and too_large:
-        return [v.splat(v.load(v.at(starts, 4 * n), I32, 4), LANES[target]) for n in STARTS[kind]]
+    if kind in CORRECTIONS and too_large:
+        return [
+            v.splat(v.load(v.at(corrections, 4 * n), I32, 4), LANES[target])
+            for n in CORRECTIONS[kind]
+        ]
     return [v.same(whole, 0)] * (2 if kind in HALVES else 1)
 
 
 def block_sums(
-    v: Vectors, target: str, kind: str, values: Any, inputs: list[Any], starts: list[Any]
+    v: Vectors, target: str, kind: str, values: Any, inputs: list[Any], corrections: list[Any]
 ) -> list[Any]:
-    """One block of a vector's rows times that block of every token -> one or two int32 sums."""
-    sums = [first_sums(v, target, kind, address) for address in starts]
+    """One block of the rows of a vector times that block of every token -> int32 sums."""
+    sums = [first_sums(v, target, kind, address) for address in corrections]
     if len(inputs) == 1 and kind not in HALVES:
-        # A token alone would wait for each sum before the next: two chains, low and high inputs.
+        # A single token would wait for each sum before the next: two chains of sums instead.
         sums[0].append(v.same(sums[0][0].type, 0))
     for q, weights in FORMATS[kind][2](v, target, values):
         for t, address in enumerate(inputs):
@@ -200,12 +208,15 @@ def sum_of(v: Vectors, sums: list[Any]) -> Any:
 
 
 def blocks_ahead(v: Vectors, kind: str, groups: int, block: Any, blocks: Any) -> Any:
-    """From a block in use to the one that is asked for. Of groups side by side it is near, and
-    after their last blocks come the groups after them."""
+    """How many blocks further on to prefetch.
+
+    For several groups at once the distance is short, and the last blocks of one set of groups are
+    followed by the next set.
+    """
     value_bytes, b = FORMATS[kind][0], v.builder
     if groups == 1:
         return number(AHEAD // value_bytes)
-    few = number(SOON // value_bytes)
+    few = number(NEAR // value_bytes)
     inside = b.icmp_signed("<", b.add(block, few), blocks)
     return b.add(few, b.select(inside, number(0), b.mul(blocks, number(groups - 1))))
 
@@ -213,22 +224,22 @@ def blocks_ahead(v: Vectors, kind: str, groups: int, block: Any, blocks: Any) ->
 def block_step(
     v: Vectors, target: str, kind: str, addresses: Any, block: Any, ahead: Any, ys: list[Any]
 ) -> list[Any]:
-    """One block of all sixteen rows and every token, added to ys: those of a vector in turn."""
-    values, scales, (x, x_rows), (f, f_rows), starts_at = addresses
+    """Add one block of all sixteen rows and every token to `ys`, vector by vector."""
+    values, scales, (x, x_rows), (f, f_rows), corrections_at = addresses
     value_bytes, scale_bytes, _, scales_of = FORMATS[kind]
     lanes = LANES[target]
     later = v.builder.add(block, ahead)
     v.prefetch(v.step(values, later, value_bytes), value_bytes)
     v.prefetch(v.step(scales, later, scale_bytes), scale_bytes)
-    add, first_start = v.builder.add, v.step(starts_at, block, START_BYTES)
+    add, first_correction = v.builder.add, v.step(corrections_at, block, CORRECTION_BYTES)
     inputs = [add(v.step(x, block, 32), row) for row in x_rows]
     factors = [add(v.step(f, block, SCALE_BYTES), row) for row in f_rows]
-    starts = [add(first_start, row) for row in f_rows]
+    corrections = [add(first_correction, row) for row in f_rows]
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
         own = scales_of(v, target, scales, block, first)
-        for t, sums in enumerate(block_sums(v, target, kind, some, inputs, starts)):
+        for t, sums in enumerate(block_sums(v, target, kind, some, inputs, corrections)):
             factor = factors_at(v, factors[t], lanes)
             results.append(add_scaled(v, kind, own, sums, factor, ys[len(results)]))
     return results
@@ -237,9 +248,11 @@ def block_step(
 def write_tile(
     builder: Any, target: str, kind: str, groups: int, tokens: int, arguments: Any
 ) -> None:
-    """Instructions for some groups of sixteen rows, side by side, times some tokens."""
+    """Emit the instructions for some groups of sixteen rows times some tokens."""
     values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
-    before_starts = builder.udiv(builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS))
+    before_corrections = builder.udiv(
+        builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS)
+    )
     v, lanes = Vectors(builder), LANES[target]
     value_bytes, scale_bytes = FORMATS[kind][:2]
     size = tokens * ROWS // lanes  # vectors of sums, of one group
@@ -248,13 +261,13 @@ def write_tile(
         ahead, results = blocks_ahead(v, kind, groups, block, blocks), list[Any]()
         for g in range(groups):
             own = (v.step(values, cells[g], value_bytes), v.step(scales, cells[g], scale_bytes))
-            mine = ys[g * size : (g + 1) * size]
-            results += block_step(v, target, kind, (*own, *inputs), block, ahead, mine)
+            group_sums = ys[g * size : (g + 1) * size]
+            results += block_step(v, target, kind, (*own, *inputs), block, ahead, group_sums)
         return results
 
     cells = [builder.mul(blocks, number(g)) for g in range(groups)]
     inputs = ((x, v.multiples(x_stride, tokens)), (f, v.multiples(f_stride, tokens)),
-              builder.add(f, before_starts))  # fmt: skip
+              builder.add(f, before_corrections))  # fmt: skip
     outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
     sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
     places = [v.at(row, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
@@ -268,9 +281,9 @@ def tile(  # type: ignore[no-untyped-def]
     context, target, kind, groups, tokens, values, scales, blocks, x, x_stride, f, f_stride, y,
     y_stride
 ):  # fmt: skip
-    """`write_tile` as a function for compiled loops; the first four arguments are constants.
+    """`write_tile` for compiled loops; the first four arguments are constants.
 
-    Everything else is of the first group and token, as in engine/gemm_plain.py.
+    All addresses are those of the first group and token, as in gemm_plain.py.
     """
     form = (target.literal_value, kind.literal_value)
     size = (groups.literal_value, tokens.literal_value)
@@ -283,24 +296,26 @@ def tile(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def sweep(
-    target: str, kind: str, beside: int, many: int, value_bytes: int, scale_bytes: int,
+def run_groups(
+    target: str, kind: str, row_groups: int, tile_tokens: int, value_bytes: int, scale_bytes: int,
     values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
     tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Groups and tokens of a kernel: tiles of `many` tokens, then one by one; of a single token
-    `beside` groups at once, where they are long."""
-    while tokens == 1 and blocks >= LONG and first + beside <= last:
+    """All groups and tokens of a kernel, in tiles of `tile_tokens` tokens, then one by one.
+
+    For a single token `row_groups` groups at once, if rows are long.
+    """
+    while tokens == 1 and blocks >= MIN_BLOCKS and first + row_groups <= last:
         w, d = values + first * blocks * value_bytes, scales + first * blocks * scale_bytes
-        tile(target, kind, beside, 1, w, d, blocks, x, 0, f, f_stride, y + first * 64, 0)
-        first += beside
+        tile(target, kind, row_groups, 1, w, d, blocks, x, 0, f, f_stride, y + first * 64, 0)
+        first += row_groups
     for group in range(first, last):
         w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
         out, t = y + group * 64, 0
-        while t + many <= tokens:
-            tile(target, kind, 1, many, w, d, blocks, x + t * x_stride, x_stride,
+        while t + tile_tokens <= tokens:
+            tile(target, kind, 1, tile_tokens, w, d, blocks, x + t * x_stride, x_stride,
                  f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
-            t += many
+            t += tile_tokens
         while t + 4 <= tokens:
             tile(target, kind, 1, 4, w, d, blocks, x + t * x_stride, x_stride,
                  f + t * f_stride, f_stride, out + t * y_stride, y_stride)  # fmt: skip
@@ -312,18 +327,19 @@ def sweep(
 
 
 def kernel(target: str, kind: str) -> Callable[..., None]:
-    """The kernel of one tier and packed format, for `cfunc`: see engine/gemm_plain.py.
+    """The kernel of one tier and weight type, for `cfunc`: see gemm_plain.py.
 
-    What it closes over is strings and numbers, so that Numba can tell on disk which one it is.
+    It closes over strings and numbers only, so that Numba can distinguish the kernels on disk.
     """
-    value_bytes, scale_bytes, many = *FORMATS[kind][:2], TILE[target]
-    beside = SIDE_BY_SIDE.get((target, kind), 1)
+    value_bytes, scale_bytes, tile_tokens = *FORMATS[kind][:2], TILE[target]
+    row_groups = ROW_GROUPS.get((target, kind), 1)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
         tokens: int, y: int, y_stride: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        sweep(target, kind, beside, many, value_bytes, scale_bytes, values, scales, blocks,
-              x, x_stride, f, f_stride, tokens, y, y_stride, first, last)  # fmt: skip
+        run_groups(target, kind, row_groups, tile_tokens, value_bytes, scale_bytes,
+                   values, scales, blocks, x, x_stride, f, f_stride,
+                   tokens, y, y_stride, first, last)  # fmt: skip
 
     return run

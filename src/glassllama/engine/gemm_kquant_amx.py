@@ -1,6 +1,6 @@
 """K-quants in matrix registers: whole superblocks of many tokens are summed as integers.
 
-What is summed is in engine/gemm_kquant_vnni.py. Tiles multiply bytes; inputs are x = 8 · X + Y, and
+What is summed is in gemm_kquant_vnni.py. Tiles multiply bytes; inputs are x = 8 · X + Y, and
 weights have two digits as well, w = base · H + L. So a superblock takes four products:
 
     Σ w·x = base · (8 · Σ H·X + Σ H·Y) + 8 · Σ L·X + Σ L·Y
@@ -45,27 +45,27 @@ from glassllama.engine.gemm_int8 import (
 )
 from glassllama.engine.gemm_kquant_vnni import (
     BLOCKS,
-    DIGIT_BITS,
-    FEW,
-    REAL,
-    WHOLE,
+    FLOATS,
+    INTS,
+    LOW_BITS,
+    MAX_VECTOR_TOKENS,
     WORDS,
     add_scaled,
+    run_few_tokens,
     scale_of_token,
     scales_of_superblock,
     small,
-    sweep_few,
     twice,
 )
 from glassllama.engine.intrinsics import types
 from glassllama.engine.ir_builder import LINE, Vectors, number
 from glassllama.engine.quantize_activations import (
-    DIGIT,
+    LOW_STEPS,
+    Q11_BYTES,
+    Q11_SUMS,
+    Q11_X,
+    Q11_Y,
     SUPERBLOCK,
-    WIDE_BYTES,
-    WIDE_SUMS,
-    WIDE_X,
-    WIDE_Y,
 )
 
 TOKENS, TILE = 16, 8  # at a time; of a tile
@@ -94,15 +94,15 @@ def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
     def block(j: Any, nothing: list[Any]) -> list[Any]:
         own = v.step(v.at(scales, 4 * ROWS), j, 2 * ROWS)
         scale = small(v, own, signed=False)
-        digits = (b.lshr(scale, v.same(WHOLE, 3)), b.and_(scale, v.same(WHOLE, 7)))
+        digits = (b.lshr(scale, v.same(INTS, 3)), b.and_(scale, v.same(INTS, 7)))
         pairs = [twice(v, digit) for digit in digits]
         place = v.step(out, j, 8 * LINE)
         for q, codes in quads_of_nibbles(v, "amx", v.step(values, j, 4 * LINE)):
             for n, digit in enumerate(pairs):
                 product = b.mul(b.bitcast(codes, WORDS), digit)
                 v.store(product, v.at(place, DIGIT_BYTES * n + LINE * q), LINE)
-        minimum = b.bitcast(v.whole(v.at(own, ROWS), ROWS, signed=False), WHOLE)
-        both = b.or_(minimum, b.lshr(minimum, v.same(WHOLE, 16)))  # as bfloat16, twice
+        minimum = b.bitcast(v.whole(v.at(own, ROWS), ROWS, signed=False), INTS)
+        both = b.or_(minimum, b.lshr(minimum, v.same(INTS, 16)))  # as bfloat16, twice
         for half in (0, 1):
             v.store(both, v.step(v.at(out, MINIMA_AT + LINE * half), j, 2 * LINE), LINE)
         return nothing
@@ -166,22 +166,23 @@ def begin_sums(context: Any) -> Any:
 
 
 @instruction_for_constants
-def multiply(context, groups, near, x):  # type: ignore[no-untyped-def]
-    """Sums += 64 inputs of a superblock: two tiles of tokens times a group, unpacked at `near`, or
-    one tile times two groups. `groups` is a constant."""
+def multiply(context, groups, scratch_address, x):  # type: ignore[no-untyped-def]
+    """Sums += 64 inputs of a superblock: two tiles of tokens times a group, unpacked at
+    `scratch_address`, or one tile times two groups. `groups` is a constant.
+    """
     count = groups.literal_value
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (near, x), v, b = arguments[1:], Vectors(builder), builder
+        (scratch_address, x), v, b = arguments[1:], Vectors(builder), builder
 
         def tokens(tile: int) -> None:
-            place = v.at(x, WIDE_X + tile * TILE * WIDE_BYTES)
-            tile_at(b, "tileloadd64", INPUTS + tile, place, WIDE_Y - WIDE_X)
+            place = v.at(x, Q11_X + tile * TILE * Q11_BYTES)
+            tile_at(b, "tileloadd64", INPUTS + tile, place, Q11_Y - Q11_X)
 
         tokens(0)
         for n in range(2 * count):  # of each group H, then L
             weights = WEIGHTS - n % 3
-            digit = v.at(near, n // 2 * GROUP_BYTES + n % 2 * DIGIT_BYTES)
+            digit = v.at(scratch_address, n // 2 * GROUP_BYTES + n % 2 * DIGIT_BYTES)
             tile_at(b, "tileloadd64", weights, digit)
             tile_call(b, "tdpbssd", n, INPUTS, weights)
             if count == 1:
@@ -194,19 +195,21 @@ def multiply(context, groups, near, x):  # type: ignore[no-untyped-def]
 
 
 @instruction_for_constants
-def end_sums(context, kind, groups, near, x, sums):  # type: ignore[no-untyped-def]
+def end_sums(context, kind, groups, scratch_address, x, sums):  # type: ignore[no-untyped-def]
     """Sums go to memory, with those of the minima."""
     has_minima, count = kind.literal_value in MINIMA, groups.literal_value
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (near, x, sums), v, b = arguments[2:], Vectors(builder), builder
+        (scratch_address, x, sums), v, b = arguments[2:], Vectors(builder), builder
         places = {tile: tile * TILE_BYTES for tile in range(SUMS)}
         if has_minima:
-            tile_at(b, "tileloadd64", INPUTS, v.at(x, WIDE_SUMS), WIDE_BYTES)
+            tile_at(b, "tileloadd64", INPUTS, v.at(x, Q11_SUMS), Q11_BYTES)
             for g in range(count):
                 own = INPUTS + 1 + g
                 tile_call(b, "tilezero", own)
-                tile_at(b, "tileloadd64", WEIGHTS, v.at(near, g * GROUP_BYTES + MINIMA_AT))
+                tile_at(
+                    b, "tileloadd64", WEIGHTS, v.at(scratch_address, g * GROUP_BYTES + MINIMA_AT)
+                )
                 tile_call(b, "tdpbf16ps", own, INPUTS, WEIGHTS)
                 places[own] = MINIMA_SUMS + g * HALF  # of two groups eight tokens count
         for tile, place in places.items():
@@ -218,38 +221,40 @@ def end_sums(context, kind, groups, near, x, sums):  # type: ignore[no-untyped-d
 
 def whole_sum(v: Vectors, kind: str, sums: Any) -> Any:
     """Σ w·x of a token, from its HX and HY, LX and LY."""
-    b, bits = v.builder, v.same(WHOLE, DIGIT_BITS)
+    b, bits = v.builder, v.same(INTS, LOW_BITS)
     hx, hy, lx, ly = (
-        v.load(v.at(sums, tile * TILE_BYTES + n * LINE), WHOLE, LINE)
+        v.load(v.at(sums, tile * TILE_BYTES + n * LINE), INTS, LINE)
         for tile in (0, 1)
         for n in (0, 1)
     )
-    if BASE[kind] == DIGIT:
+    if BASE[kind] == LOW_STEPS:
         return b.add(b.shl(b.add(b.shl(hx, bits), b.add(hy, lx)), bits), ly)
     upper, lower = b.add(b.shl(hx, bits), hy), b.add(b.shl(lx, bits), ly)
-    return b.add(b.shl(upper, v.same(WHOLE, BASE[kind].bit_length() - 1)), lower)
+    return b.add(b.shl(upper, v.same(INTS, BASE[kind].bit_length() - 1)), lower)
 
 
 @instruction_for_constants
 def add_tokens(  # type: ignore[no-untyped-def]
-    context, kind, near, sums, minima, first, last, x, y, y_stride
+    context, kind, scratch_address, sums, minima, first, last, x, y, y_stride
 ):
     """Sums of the tokens first … last-1 > first of a tile, scaled and added to y."""
     format = kind.literal_value
     count = 2 if format in MINIMA else 1
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        near, sums, minima, first, last, x, y, y_stride = arguments[1:]
+        scratch_address, sums, minima, first, last, x, y, y_stride = arguments[1:]
         v, b = Vectors(builder), builder
-        scales = [v.load(v.at(near, SCALES_AT + LINE * n), REAL, LINE) for n in range(count)]
+        scales = [
+            v.load(v.at(scratch_address, SCALES_AT + LINE * n), FLOATS, LINE) for n in range(count)
+        ]
 
         def token(n: Any, nothing: list[Any]) -> list[Any]:
             t = b.add(first, n)
-            found = [b.sitofp(whole_sum(v, format, v.step(sums, t, 2 * LINE)), REAL)]
+            found = [b.sitofp(whole_sum(v, format, v.step(sums, t, 2 * LINE)), FLOATS)]
             if count > 1:
-                found.append(v.load(v.step(minima, t, LINE), REAL, LINE))
-            s, out = scale_of_token(v, v.step(x, t, WIDE_BYTES)), b.add(y, b.mul(t, y_stride))
-            v.store(add_scaled(v, scales, found, s, v.load(out, REAL, 4)), out, 4)
+                found.append(v.load(v.step(minima, t, LINE), FLOATS, LINE))
+            s, out = scale_of_token(v, v.step(x, t, Q11_BYTES)), b.add(y, b.mul(t, y_stride))
+            v.store(add_scaled(v, scales, found, s, v.load(out, FLOATS, 4)), out, 4)
             return nothing
 
         v.count_up(b.sub(last, first), [], token)
@@ -259,7 +264,9 @@ def add_tokens(  # type: ignore[no-untyped-def]
 
 
 @instruction_for_constants
-def ask(context, kind, groups, values, scales, blocks, cell, k):  # type: ignore[no-untyped-def]
+def prefetch_part(  # type: ignore[no-untyped-def]
+    context, kind, groups, values, scales, blocks, cell, k
+):
     """Ask for part k of STEPS of a superblock of some groups, which begins with block `cell`; the
     first two arguments are constants."""
     value_bytes, scale_bytes = FORMATS[kind.literal_value][:2]
@@ -281,7 +288,7 @@ def ask(context, kind, groups, values, scales, blocks, cell, k):  # type: ignore
 # --- all groups and tokens ------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
+class KernelArgs(NamedTuple):
     """A kernel's arguments: see `kernel`."""
 
     values: int
@@ -294,73 +301,94 @@ class Work(NamedTuple):
     y_stride: int
 
 
-class Made(NamedTuple):
+class PendingSums(NamedTuple):
     """Sums in memory of a tile's tokens, which are to be scaled and added to y."""
 
     tokens: int
-    near: int
+    scratch_address: int
     x: int
     y: int
 
 
 @inlined
-def add_made(kind: str, sums: int, tile: int, made: Any, first: int, last: int, w: Any) -> None:
+def add_pending(
+    kind: str, sums: int, tile: int, pending: Any, first: int, last: int, w: Any
+) -> None:
     """Some tokens of the first or second tile that was made."""
-    last = min(last, made.tokens)
+    last = min(last, pending.tokens)
     if first < last:
         own, minima = sums + tile * 2 * TILE_BYTES, sums + MINIMA_SUMS + tile * HALF
-        add_tokens(kind, made.near, own, minima, first, last, made.x, made.y, w.y_stride)
+        add_tokens(
+            kind,
+            pending.scratch_address,
+            own,
+            minima,
+            first,
+            last,
+            pending.x,
+            pending.y,
+            w.y_stride,
+        )
 
 
 @inlined
 def multiply_tiles(
-    kind: str, groups: int, near: int, x: int, sums: int, one: Any, two: Any, w: Any, soon: int
+    kind: str,
+    groups: int,
+    scratch_address: int,
+    x: int,
+    sums: int,
+    one: Any,
+    two: Any,
+    w: Any,
+    next_block: int,
 ) -> None:
     """A superblock of one group times sixteen tokens, or of two times eight.
 
     While tiles are multiplied, vectors add what was made before, one tile's tokens and another's,
-    and the superblock that begins with block `soon` is asked for; −1: none.
+    and the superblock that begins with block `next_block` is asked for; −1: none.
     """
     begin_sums()
     for k in range(STEPS):
-        multiply(groups, near + k * TILE_BYTES, x + k * LINE)
-        if soon >= 0:
-            ask(kind, groups, w.values, w.scales, w.blocks, soon, k)
+        multiply(groups, scratch_address + k * TILE_BYTES, x + k * LINE)
+        if next_block >= 0:
+            prefetch_part(kind, groups, w.values, w.scales, w.blocks, next_block, k)
         first = k % 2 * TILE // 2
-        add_made(kind, sums, k // 2, one if k < 2 else two, first, first + TILE // 2, w)
-    end_sums(kind, groups, near, x, sums)
+        add_pending(kind, sums, k // 2, one if k < 2 else two, first, first + TILE // 2, w)
+    end_sums(kind, groups, scratch_address, x, sums)
 
 
 @inlined
-def multiply_superblock(kind: str, near: int, n: int, group: int, beside: int, w: Any,
-                        soon: int) -> None:  # fmt: skip
-    """Superblock n of one or two groups, unpacked at `near`, times all tokens."""
-    sums, y = near + SUMS_AT, w.y + group * LINE
-    one = two = Made(0, near, w.x, y)
+def multiply_superblock(
+    kind: str, scratch_address: int, n: int, group: int, row_groups: int, w: Any, next_block: int
+) -> None:
+    """Superblock n of one or two groups, unpacked at `scratch_address`, times all tokens."""
+    sums, y = scratch_address + SUMS_AT, w.y + group * LINE
+    one = two = PendingSums(0, scratch_address, w.x, y)
     for t in range(0, w.tokens, TOKENS):
-        x, out, left = w.x + n * w.x_next + t * WIDE_BYTES, y + t * w.y_stride, w.tokens - t
+        x, out, left = w.x + n * w.x_next + t * Q11_BYTES, y + t * w.y_stride, w.tokens - t
         if left > TILE:
-            for g in range(beside):
-                own, last = near + g * GROUP_BYTES, left <= TOKENS
-                next_own = soon + g * w.blocks if last and soon >= 0 else -1
+            for g in range(row_groups):
+                own, last = scratch_address + g * GROUP_BYTES, left <= TOKENS
+                next_own = next_block + g * w.blocks if last and next_block >= 0 else -1
                 multiply_tiles(kind, 1, own, x, sums, one, two, w, next_own)
-                one = Made(TILE, own, x, out + g * LINE)
-                two = Made(min(left, TOKENS) - TILE, own, x + TILE * WIDE_BYTES,
+                one = PendingSums(TILE, own, x, out + g * LINE)
+                two = PendingSums(min(left, TOKENS) - TILE, own, x + TILE * Q11_BYTES,
                            out + g * LINE + TILE * w.y_stride)  # fmt: skip
         else:
-            multiply_tiles(kind, 2, near, x, sums, one, two, w, soon)
-            one = Made(left, near, x, out)
-            two = Made(left if beside > 1 else 0, near + GROUP_BYTES, x, out + LINE)
-    add_made(kind, sums, 0, one, 0, TILE, w)
-    add_made(kind, sums, 1, two, 0, TILE, w)
+            multiply_tiles(kind, 2, scratch_address, x, sums, one, two, w, next_block)
+            one = PendingSums(left, scratch_address, x, out)
+            two = PendingSums(
+                left if row_groups > 1 else 0, scratch_address + GROUP_BYTES, x, out + LINE
+            )
+    add_pending(kind, sums, 0, one, 0, TILE, w)
+    add_pending(kind, sums, 1, two, 0, TILE, w)
 
 
 @inlined
-def sweep_tiles(
-    kind: str, value_bytes: int, scale_bytes: int, w: Any, first: int, last: int
-) -> None:
+def run_tiles(kind: str, value_bytes: int, scale_bytes: int, w: Any, first: int, last: int) -> None:
     """More than a few tokens times all groups: chunk by chunk of the inputs, two by two groups."""
-    near, supers = scratch(SCRATCH_LINES), w.blocks // BLOCKS
+    scratch_address, supers = scratch(SCRATCH_LINES), w.blocks // BLOCKS
     begin_tiles("floats", TOKENS)
     for group in range(first, last):
         for t in range(w.tokens):
@@ -368,26 +396,26 @@ def sweep_tiles(
     for chunk in range(0, supers, CHUNK):
         end = min(chunk + CHUNK, supers)
         for group in range(first, last, GROUPS):
-            beside = min(GROUPS, last - group)
+            row_groups = min(GROUPS, last - group)
             for n in range(chunk, end):
-                for g in range(beside):
+                for g in range(row_groups):
                     cell = (group + g) * w.blocks + n * BLOCKS
                     unpack(kind, w.values + cell * value_bytes, w.scales + cell * scale_bytes,
-                           near + g * GROUP_BYTES)  # fmt: skip
-                soon = -1
+                           scratch_address + g * GROUP_BYTES)  # fmt: skip
+                next_block = -1
                 if n + 1 < end:
-                    soon = group * w.blocks + (n + 1) * BLOCKS
+                    next_block = group * w.blocks + (n + 1) * BLOCKS
                 elif group + 2 * GROUPS <= last:
-                    soon = (group + GROUPS) * w.blocks + chunk * BLOCKS
-                multiply_superblock(kind, near, n, group, beside, w, soon)
+                    next_block = (group + GROUPS) * w.blocks + chunk * BLOCKS
+                multiply_superblock(kind, scratch_address, n, group, row_groups, w, next_block)
     end_tiles()
 
 
 def kernel(kind: str) -> Callable[..., None]:
-    """The kernel of a packed format, for `cfunc`: see engine/gemm_plain.py.
+    """The kernel of a packed format, for `cfunc`: see gemm_plain.py.
 
-    Inputs are superblocks in two digits (engine/quantize_activations.py), those of all tokens next to each other at
-    `x`; the next superblock's are `x_next` bytes further.
+    Inputs are superblocks in two digits (quantize_activations.py), those of all tokens next to each
+    other at `x`; the next superblock's are `x_next` bytes further.
     """
     value_bytes, scale_bytes = FORMATS[kind][:2]
 
@@ -395,11 +423,11 @@ def kernel(kind: str) -> Callable[..., None]:
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, x_next: int,
         tokens: int, y: int, y_stride: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        if tokens <= FEW:
-            sweep_few(kind, value_bytes, scale_bytes, values, scales, blocks, x, x_next, tokens,
-                      y, y_stride, first, last)  # fmt: skip
+        if tokens <= MAX_VECTOR_TOKENS:
+            run_few_tokens(kind, value_bytes, scale_bytes, values, scales, blocks, x, x_next,
+                           tokens, y, y_stride, first, last)  # fmt: skip
         else:
-            w = Work(values, scales, blocks, x, x_next, tokens, y, y_stride)
-            sweep_tiles(kind, value_bytes, scale_bytes, w, first, last)
+            w = KernelArgs(values, scales, blocks, x, x_next, tokens, y, y_stride)
+            run_tiles(kind, value_bytes, scale_bytes, w, first, last)
 
     return run

@@ -8,8 +8,8 @@ inputs, are small whole numbers. So a weight is d · w, w = scale · code, less 
 
 Eight bits would be too coarse for inputs with one scale for so many; these have eleven, in two
 digits: x = 8 · X + Y. Bytes are what processors multiply, so every weight is multiplied twice. That
-pays where prompts go through matrix registers (engine/gemm_kquant_amx.py); elsewhere K-quants are
-multiplied as all other formats are (engine/gemm_int8.py).
+pays where prompts go through matrix registers (gemm_kquant_amx.py); elsewhere K-quants are
+multiplied as all other formats are (gemm_int8.py).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from llvmlite import ir
 from glassllama.engine.compiled import inlined, instruction_for_constants
 from glassllama.engine.gemm_int8 import (
     FORMATS,
-    LONG,
+    MIN_BLOCKS,
     MINIMA,
+    ROW_GROUPS,
     ROWS,
-    SIDE_BY_SIDE,
     blocks_ahead,
     dot,
     quads_of_nibbles,
@@ -33,37 +33,37 @@ from glassllama.engine.gemm_int8 import (
 from glassllama.engine.intrinsics import types
 from glassllama.engine.ir_builder import F32, I8, I16, I32, LINE, Vectors, number, vector
 from glassllama.engine.quantize_activations import (
-    DIGIT,
-    WIDE_BYTES,
-    WIDE_SCALE,
-    WIDE_TOTALS,
-    WIDE_X,
-    WIDE_Y,
+    LOW_STEPS,
+    Q11_BYTES,
+    Q11_SCALE,
+    Q11_TOTALS,
+    Q11_X,
+    Q11_Y,
 )
 
 BLOCKS = 8  # of a superblock
-DIGIT_BITS = DIGIT.bit_length() - 1
-WORDS, WHOLE, REAL = vector(I16, 2 * ROWS), vector(I32, ROWS), vector(F32, ROWS)
-FEW = 4  # tokens; more go through tiles
-BESIDE = SIDE_BY_SIDE["vnni", "Q4_K"]  # groups that a single token meets at once
+LOW_BITS = LOW_STEPS.bit_length() - 1
+WORDS, INTS, FLOATS = vector(I16, 2 * ROWS), vector(I32, ROWS), vector(F32, ROWS)
+MAX_VECTOR_TOKENS = 4  # tokens; more go through tiles
+GROUPS_AT_ONCE = ROW_GROUPS["vnni", "Q4_K"]  # groups that a single token meets at once
 
 
 def small(v: Vectors, address: Any, *, signed: bool) -> Any:
     """Sixteen bytes as int32."""
     some = v.load(address, vector(I8, ROWS), ROWS)
-    return v.builder.sext(some, WHOLE) if signed else v.builder.zext(some, WHOLE)
+    return v.builder.sext(some, INTS) if signed else v.builder.zext(some, INTS)
 
 
 def twice(v: Vectors, lanes: Any) -> Any:
     """Sixteen small numbers, each in both halves of its lane: as 32 words."""
     b = v.builder
-    low = b.and_(lanes, v.same(WHOLE, 0xFFFF))
-    return b.bitcast(b.or_(low, b.shl(lanes, v.same(WHOLE, 16))), WORDS)
+    low = b.and_(lanes, v.same(INTS, 0xFFFF))
+    return b.bitcast(b.or_(low, b.shl(lanes, v.same(INTS, 16))), WORDS)
 
 
 def pairs_added(v: Vectors, left: Any, right: Any) -> Any:
     """Products of words, those of each lane added up."""
-    return v.call("llvm.x86.avx512.pmaddw.d.512", WHOLE, left, right)
+    return v.call("llvm.x86.avx512.pmaddw.d.512", INTS, left, right)
 
 
 def add_scaled(v: Vectors, scales: list[Any], sums: list[Any], s: Any, y: Any) -> Any:
@@ -81,25 +81,25 @@ def scales_of_superblock(v: Vectors, kind: str, scales: Any) -> list[Any]:
 
 
 def scale_of_token(v: Vectors, x: Any) -> Any:
-    return v.splat(v.load(v.at(x, WIDE_SCALE), F32, 4), ROWS)
+    return v.splat(v.load(v.at(x, Q11_SCALE), F32, 4), ROWS)
 
 
 def dots(v: Vectors, quads: list[tuple[int, Any]], x: Any, starts: list[Any]) -> list[Any]:
     """A block's codes times its inputs at `x`: of the whole block, or of either half."""
     b = v.builder
-    fine, coarse = list(starts), [v.same(WHOLE, 0)] * len(starts)
+    low, high = list(starts), [v.same(INTS, 0)] * len(starts)
     for q, codes in quads:
         n = q * len(starts) // 8
-        for sums, digit in ((coarse, WIDE_X), (fine, WIDE_Y)):
+        for sums, digit in ((high, Q11_X), (low, Q11_Y)):
             four = v.splat(v.load(v.at(x, digit + 4 * q), I32, 4), ROWS)
             sums[n] = dot(v, "vnni", sums[n], codes, four)
-    bits = v.same(WHOLE, DIGIT_BITS)
-    return [b.add(b.shl(c, bits), f) for c, f in zip(coarse, fine, strict=True)]
+    bits = v.same(INTS, LOW_BITS)
+    return [b.add(b.shl(c, bits), f) for c, f in zip(high, low, strict=True)]
 
 
 def totals_at(v: Vectors, x: Any, j: Any) -> Any:
     """Σ of the inputs of block j's halves, in the halves of every lane."""
-    both = v.splat(v.load(v.step(v.at(x, WIDE_TOTALS), j, 4), I32, 4), ROWS)
+    both = v.splat(v.load(v.step(v.at(x, Q11_TOTALS), j, 4), I32, 4), ROWS)
     return v.builder.bitcast(both, WORDS)
 
 
@@ -110,7 +110,7 @@ def block_of_q4_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any
     scale, minimum = (small(v, v.at(own, ROWS * n), signed=False) for n in (0, 1))
     sums = []
     for x in inputs:
-        (total,) = dots(v, quads, v.step(x, j, 32), [v.same(WHOLE, 0)])
+        (total,) = dots(v, quads, v.step(x, j, 32), [v.same(INTS, 0)])
         sums += [b.mul(total, scale), pairs_added(v, totals_at(v, x, j), twice(v, minimum))]
     return sums
 
@@ -153,7 +153,7 @@ def multiply(  # type: ignore[no-untyped-def]
 
         def superblock(n: Any, ys: list[Any]) -> list[Any]:
             start, first = b.add(x, b.mul(n, x_next)), b.mul(n, number(BLOCKS))
-            inputs = [v.at(start, t * WIDE_BYTES) for t in range(count)]
+            inputs = [v.at(start, t * Q11_BYTES) for t in range(count)]
             places = [v.step(own, first, scale_bytes) for own in own_scales]
 
             def block(j: Any, sums: list[Any]) -> list[Any]:
@@ -166,17 +166,17 @@ def multiply(  # type: ignore[no-untyped-def]
                     found += BLOCK_OF[format](v, some, places[g], j, inputs)
                 return [b.add(*pair) for pair in zip(sums, found, strict=True)]
 
-            zeros = [v.same(WHOLE, 0)] * (kept * len(ys))
+            zeros = [v.same(INTS, 0)] * (kept * len(ys))
             sums = v.count_up(number(BLOCKS), zeros, block)
             results = []
             for n, y in enumerate(ys):
                 d = scales_of_superblock(v, format, places[n // count])
-                real = [b.sitofp(total, REAL) for total in sums[n * kept : (n + 1) * kept]]
+                real = [b.sitofp(total, FLOATS) for total in sums[n * kept : (n + 1) * kept]]
                 results.append(add_scaled(v, d, real, scale_of_token(v, inputs[n % count]), y))
             return results
 
         supers = b.udiv(blocks, number(BLOCKS))
-        ys = v.count_up(supers, [v.same(REAL, 0.0)] * (beside * count), superblock)
+        ys = v.count_up(supers, [v.same(FLOATS, 0.0)] * (beside * count), superblock)
         for n, total in enumerate(ys):
             row = b.add(y, b.mul(y_stride, number(n % count)))
             v.store(total, v.at(row, LINE * (n // count)), 4)
@@ -186,25 +186,27 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def sweep_few(
+def run_few_tokens(
     kind: str, value_bytes: int, scale_bytes: int, values: int, scales: int, blocks: int,
     x: int, x_next: int, tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """All groups times up to FEW tokens; a single one meets several groups at once, where they
     are long."""
-    while tokens == 1 and blocks >= LONG and first + BESIDE <= last:
+    while tokens == 1 and blocks >= MIN_BLOCKS and first + GROUPS_AT_ONCE <= last:
         w, d = values + first * blocks * value_bytes, scales + first * blocks * scale_bytes
-        multiply(kind, BESIDE, 1, w, d, blocks, x, x_next, y + first * LINE, y_stride)
-        first += BESIDE
+        multiply(kind, GROUPS_AT_ONCE, 1, w, d, blocks, x, x_next, y + first * LINE, y_stride)
+        first += GROUPS_AT_ONCE
     for group in range(first, last):
         w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
         t = 0
-        if tokens == FEW:
-            multiply(kind, 1, FEW, w, d, blocks, x, x_next, y + group * LINE, y_stride)
-            t = FEW
+        if tokens == MAX_VECTOR_TOKENS:
+            multiply(
+                kind, 1, MAX_VECTOR_TOKENS, w, d, blocks, x, x_next, y + group * LINE, y_stride
+            )
+            t = MAX_VECTOR_TOKENS
         if tokens - t >= 2:
             multiply(kind, 1, 2, w, d, blocks, x, x_next, y + group * LINE, y_stride)
             t = 2
         if t < tokens:
-            multiply(kind, 1, 1, w, d, blocks, x + t * WIDE_BYTES, x_next,
+            multiply(kind, 1, 1, w, d, blocks, x + t * Q11_BYTES, x_next,
                      y + group * LINE + t * y_stride, y_stride)  # fmt: skip

@@ -5,11 +5,11 @@ All have one form, so that the step can call any of them by its address:
     kernel(values, scales, blocks, inputs, input_stride, factors, factor_stride,
            tokens, outputs, output_stride, first, last)
 
-For groups first … last-1 of a packed matrix (layout.py) and every token t,
-`outputs[t, 16·group : 16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`.
-Everything is an address or a count; strides are bytes from token to token. Integer kernels read
-int8 inputs and a row's factors (engine/quantize_activations.py), of which these want two for every block: the
-inputs' scale s, and s times their sum.
+For groups first … last-1 of a packed matrix (layout.py) and every token t, `outputs[t, 16·group :
+16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`. Everything is an address or a
+count; strides are bytes from token to token. Integer kernels read int8 inputs and a row's factors
+(quantize_activations.py), of which these want two for every block: the inputs' scale s, and s times
+their sum.
 """
 
 from __future__ import annotations

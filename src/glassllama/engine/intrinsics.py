@@ -1,7 +1,8 @@
-"""What Python's loops cannot say: addresses, the bits of a float, atomics, a call by address.
+"""Numba intrinsics for what Python cannot express: addresses, bit patterns, atomics, calls by
+address.
 
-Each function is one or two instructions. Addresses are plain integers that come in as arguments:
-a compiled function that is kept on disk must never remember one.
+Each function is one or two instructions. Addresses are plain integers that are passed as arguments:
+a compiled function that is cached on disk must not contain one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numba.core import types as untyped_types
 from glassllama.engine.compiled import inlined, instruction
 
 WORD = ir.IntType(64)
-# Numba's own annotations are partial and would be in the way.
+# Numba's own annotations are incomplete.
 cgutils: Any = untyped_cgutils
 types: Any = untyped_types
 carray: Any = numba.carray  # type: ignore[attr-defined]
@@ -26,7 +27,7 @@ carray: Any = numba.carray  # type: ignore[attr-defined]
 
 @instruction
 def pointer(context: Any, address: Any) -> Any:
-    """An address as what `carray` takes: (int) -> void*."""
+    """An address as a pointer for `carray`: (int) -> void*."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
@@ -36,7 +37,7 @@ def pointer(context: Any, address: Any) -> Any:
 
 @instruction
 def stack_words(context: Any) -> Any:
-    """Sixteen 32-bit words of the caller's own stack, one cache line: () -> void*."""
+    """Sixteen 32-bit words on the caller's stack, one cache line: () -> void*."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = cgutils.alloca_once(builder, ir.VectorType(ir.IntType(32), 16))
@@ -47,7 +48,7 @@ def stack_words(context: Any) -> Any:
 
 @instruction
 def float_from_bits(context: Any, bits: Any) -> Any:
-    """(int32) -> the float32 of these bits."""
+    """(int32) -> the float32 with these bits."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -67,7 +68,7 @@ def bits_from_float(context: Any, number: Any) -> Any:
 
 @instruction
 def atomic_add(context: Any, address: Any, amount: Any) -> Any:
-    """Add to a 64-bit word that threads share -> its value before."""
+    """Add to a shared 64-bit word -> its value before."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = builder.inttoptr(arguments[0], WORD.as_pointer())
@@ -78,7 +79,7 @@ def atomic_add(context: Any, address: Any, amount: Any) -> Any:
 
 @instruction
 def atomic_swap(context: Any, address: Any, value: Any) -> Any:
-    """Write a word that threads share -> its value before."""
+    """Write a shared word -> its value before."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = builder.inttoptr(arguments[0], WORD.as_pointer())
@@ -89,7 +90,7 @@ def atomic_swap(context: Any, address: Any, value: Any) -> Any:
 
 @instruction
 def compare_and_swap(context: Any, address: Any, expected: Any, value: Any) -> Any:
-    """Write a shared word if it still is as expected -> whether it was."""
+    """Write a shared word if it still has the expected value -> whether it had."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = builder.inttoptr(arguments[0], WORD.as_pointer())
@@ -101,7 +102,7 @@ def compare_and_swap(context: Any, address: Any, expected: Any, value: Any) -> A
 
 @instruction
 def atomic_load(context: Any, address: Any) -> Any:
-    """Read a word that threads share; what its writer wrote before is visible then."""
+    """Read a shared word; everything that its writer wrote before is visible afterwards."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = builder.inttoptr(arguments[0], WORD.as_pointer())
@@ -112,7 +113,7 @@ def atomic_load(context: Any, address: Any) -> Any:
 
 @instruction
 def atomic_store(context: Any, address: Any, value: Any) -> Any:
-    """Write a word that threads share, after all that was written before."""
+    """Write a shared word, after everything that was written before."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = builder.inttoptr(arguments[0], WORD.as_pointer())
@@ -124,7 +125,7 @@ def atomic_store(context: Any, address: Any, value: Any) -> Any:
 
 @instruction
 def relax(context: Any) -> Any:
-    """Tell the processor that this is a waiting loop: it saves power, and its twin core gains."""
+    """Tell the processor that this is a spin loop: it saves power."""
     triple = get_process_triple()
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -155,8 +156,10 @@ def call_system(context: Any, address: Any) -> Any:
 
 @instruction
 def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
-    """Call a kernel (engine/gemm_plain.py, engine/get_rows.py), or a C function, by its address, with a tuple of its
-    integers."""
+    """Call a kernel (gemm_plain.py, get_rows.py) or a C function by its address.
+
+    `arguments` is a tuple of integers.
+    """
     count = len(arguments)
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -170,11 +173,13 @@ def call_kernel(context: Any, address: Any, arguments: Any) -> Any:
 
 @inlined
 def float_from_half(half: int) -> Any:
-    """The float32 of an IEEE half's 16 bits; infinities and NaN stay what they are."""
+    """The float32 of an IEEE half's 16 bits; also infinities and NaN."""
     bits = np.int32(half)
     shifted = np.int32((bits & np.int32(0x7FFF)) << np.int32(13))
-    magnitude = float_from_bits(shifted) * np.float32(2.0**112)  # exponents' zeros: 127 - 15 apart
-    if shifted >= np.int32(0x0F800000):  # a half's largest exponent
+    magnitude = float_from_bits(shifted) * np.float32(
+        2.0**112
+    )  # the exponent biases differ by 127 - 15
+    if shifted >= np.int32(0x0F800000):  # the largest exponent: infinity or NaN
         magnitude = float_from_bits(np.int32(shifted | np.int32(0x7F800000)))
     return -magnitude if bits & np.int32(0x8000) else magnitude
 
@@ -195,7 +200,7 @@ def bfloat_from_float(number: float) -> Any:
 
 @inlined
 def floats(address: int, shape: Any) -> Any:
-    """A float32 array over memory: no copy, no bounds."""
+    """A float32 array at an address: no copy, no bounds check."""
     return carray(pointer(address), shape, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""A few words over LLVM's builder, so that the vector kernels read like the arithmetic they do."""
+"""Operations on vectors on top of llvmlite's IR builder, for the vector kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from glassllama.engine.intrinsics import cgutils
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 LINE = 64  # bytes of a cache line
-SOON = 1024  # the same, where memory is read in several places
-AHEAD = 8192  # bytes from a weight in use to one asked for: two small pages, where hardware stops
+NEAR = 1024  # prefetch distance in bytes, if memory is read at several places at once
+AHEAD = 8192  # prefetch distance in bytes: two small pages; hardware prefetching stops at one
 
 
 def vector(kind: Any, lanes: int) -> Any:
@@ -38,11 +38,11 @@ class Vectors:
         return self.builder.add(address, self.builder.mul(index, number(size)))
 
     def multiples(self, stride: Any, count: int) -> list[Any]:
-        """0, stride, 2 · stride, …; those of odd numbers as if nothing were known of them.
+        """0, stride, 2 · stride, …; odd multiples go through an empty assembler statement.
 
-        Else the compiler, to save registers, makes the address of every token's input from that of
-        the one before: as many instructions as there are products. The others need no register:
-        processors add twice, four or eight times one to an address by themselves.
+        Otherwise the compiler, to save registers, computes the address of every token's input from
+        that of the token before: as many instructions as there are products. Even multiples need no
+        register: addressing modes multiply by two, four or eight.
         """
         alone = ir.FunctionType(stride.type, [stride.type])
         odd = {
@@ -60,7 +60,7 @@ class Vectors:
         return loaded
 
     def prefetch(self, address: Any, nbytes: int) -> None:
-        """Ask for `nbytes` of memory that will be read soon, into the second-level cache."""
+        """Prefetch `nbytes` of memory into the second-level cache."""
         byte, b = I8.as_pointer(), self.builder
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
@@ -96,7 +96,7 @@ class Vectors:
         return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
     def fused(self, x: Any, y: Any, z: Any) -> Any:
-        """x · y + z, with one rounding where the processor can."""
+        """x · y + z, with one rounding if the processor has the instruction."""
         flags = ("contract",)
         return self.builder.fadd(self.builder.fmul(x, y, flags=flags), z, flags=flags)
 
@@ -116,7 +116,7 @@ class Vectors:
         return self.builder.and_(packed, self.same(packed.type, 15))
 
     def high_nibbles(self, packed: Any) -> Any:
-        """Shifted in 16-bit lanes, as there is no shift of bytes; the mask drops the neighbour."""
+        """Shifted in 16-bit lanes: there is no shift of bytes. The mask drops other bits."""
         words = vector(I16, packed.type.count // 2)
         shifted = self.builder.lshr(self.builder.bitcast(packed, words), self.same(words, 4))
         return self.low_nibbles(self.builder.bitcast(shifted, packed.type))
@@ -124,7 +124,7 @@ class Vectors:
     def count_up(
         self, count: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
     ) -> list[Any]:
-        """A loop of `count` ≥ 1 rounds: body(index, values) -> values of the next round."""
+        """A loop of `count` ≥ 1 iterations: body(index, values) -> values of the next iteration."""
         b = self.builder
         before, loop = b.block, b.append_basic_block("loop")
         after = b.append_basic_block("after")
@@ -145,13 +145,13 @@ class Vectors:
         return results
 
     def reduce(self, name: str, x: Any) -> Any:
-        """All lanes into one: umax or add of integers."""
+        """Reduce all lanes to one: umax or add of integers."""
         letter = "f" if isinstance(x.type.element, ir.FloatType) else "i"
         suffix = f"v{x.type.count}{letter}32"
         return self.call(f"llvm.vector.reduce.{name}.{suffix}", x.type.element, x)
 
     def folded(self, x: Any, join: Callable[[Any, Any], Any]) -> Any:
-        """All lanes into one, halving: lane n with lane n + half, until one is left."""
+        """Reduce all lanes to one by halving: lane n with lane n + half, until one is left."""
         while x.type.count > 1:
             half = x.type.count // 2
             low, high = (
@@ -167,7 +167,7 @@ class Vectors:
         return self.folded(x, self.builder.fadd)
 
     def largest(self, x: Any) -> Any:
-        """The largest of all lanes, one instruction a step: what it says of NaN is no matter."""
+        """The largest of all lanes, one instruction per step; the result for NaN is undefined."""
         b = self.builder
         return self.folded(x, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 

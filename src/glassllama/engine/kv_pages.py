@@ -1,11 +1,11 @@
-"""Vector kernels over a page of the cache: several queries at once share every key and value.
+"""Vector kernels over one page of the KV cache: several queries share every key and value.
 
-Where many queries look at a page, its numbers are unpacked to float32 first, into a few kilobytes
-that stay in the nearest cache, once for all of them. Few queries widen them on the way. Either way
-the next page is asked for meanwhile.
+If many queries attend to a page, its integers are converted to float32 once for all of them, into a
+few kilobytes that stay in the first-level cache. For few queries they are converted while they are
+loaded. In both cases the next page is prefetched meanwhile.
 
-Written in LLVM's own vectors without any processor's instructions, so that they run everywhere;
-their twins in plain loops are in tests/engine/test_pages.py.
+Written with LLVM's generic vectors, without instructions of one processor, so that they run
+everywhere. The same computations in plain loops are in tests/engine/test_pages.py.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from glassllama.engine.ir_builder import F32, I8, I16, I32, LINE, Vectors, numbe
 
 PAGE = 64  # tokens
 LANES = 16  # float32 in a vector of 64 bytes
-INT16, FLOAT32, INT8 = range(3)  # how keys and values are kept
+INT16, FLOAT32, INT8 = range(3)  # how keys and values are stored
 ITEM_BYTES = {INT16: CACHE_NUMBER["int16"], FLOAT32: 4, INT8: CACHE_NUMBER["int8"]}
 INTEGERS = {INT16: I16, INT8: I8}
 
 
-def widen(v: Vectors, address: Any, kind: int) -> Any:
-    """Numbers in memory as float32."""
+def load_f32(v: Vectors, address: Any, kv_type: int) -> Any:
+    """Load one vector of numbers as float32."""
     b, floats = v.builder, vector(F32, LANES)
-    if kind == FLOAT32:
+    if kv_type == FLOAT32:
         return v.load(address, floats, 4)
-    steps = v.load(address, vector(INTEGERS[kind], LANES), ITEM_BYTES[kind])
+    steps = v.load(address, vector(INTEGERS[kv_type], LANES), ITEM_BYTES[kv_type])
     return b.sitofp(b.sext(steps, vector(I32, LANES)), floats)
 
 
 @instruction_for_constants
-def unpack_numbers(context, kind, source, count, target, ahead):  # type: ignore[no-untyped-def]
-    """`count` numbers, a multiple of 64, as float32; those `ahead` bytes further are asked for.
+def convert_numbers(context, kv_type, source, count, target, ahead):  # type: ignore[no-untyped-def]
+    """Convert `count` numbers, a multiple of 64, to float32; prefetch `ahead` bytes further on.
 
-    `kind` is a constant, INT16 or INT8.
+    `kv_type` is a constant, INT16 or INT8.
     """
-    form = kind.literal_value
+    form = kv_type.literal_value
     size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -47,28 +47,28 @@ def unpack_numbers(context, kind, source, count, target, ahead):  # type: ignore
         v = Vectors(builder)
 
         def some(i: Any, nothing: list[Any]) -> list[Any]:
-            place, to = v.step(source, i, PAGE * size), v.step(target, i, PAGE * 4)
-            v.prefetch(builder.add(place, ahead), PAGE * size)
+            address, to = v.step(source, i, PAGE * size), v.step(target, i, PAGE * 4)
+            v.prefetch(builder.add(address, ahead), PAGE * size)
             for n in range(0, PAGE, LANES):
-                v.store(widen(v, v.at(place, n * size), form), v.at(to, n * 4), 4)
+                v.store(load_f32(v, v.at(address, n * size), form), v.at(to, n * 4), 4)
             return nothing
 
         v.count_up(builder.sdiv(count, number(PAGE)), [], some)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 4), emit
+    return types.void(kv_type, *[types.int64] * 4), emit
 
 
 @instruction_for_constants
 def score_tile(  # type: ignore[no-untyped-def]
-    context, kind, count, tokens, query, keys, width, scores, ahead
+    context, kv_type, count, tokens, query, keys, width, scores, ahead
 ):
     """Dot products of some queries with some of the 64 keys of a page, (width, 64).
 
-    What the keys are kept as, and how many queries and tokens are constants. Keys `ahead` bytes
-    further are asked for, where they are not float32.
+    The type of the keys and the numbers of queries and tokens are constants. Keys that are not
+    float32 are prefetched `ahead` bytes further on.
     """
-    form, queries, parts = kind.literal_value, count.literal_value, tokens.literal_value // LANES
+    form, queries, parts = kv_type.literal_value, count.literal_value, tokens.literal_value // LANES
     size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def score_tile(  # type: ignore[no-untyped-def]
             line = v.step(keys, i, size * PAGE)
             if form != FLOAT32:
                 v.prefetch(builder.add(line, ahead), size * LANES * parts)
-            k = [widen(v, v.at(line, size * LANES * p), form) for p in range(parts)]
+            k = [load_f32(v, v.at(line, size * LANES * p), form) for p in range(parts)]
             results = []
             for n in range(queries):
                 q = v.splat(v.load(v.step(places[n], i, 4), F32, 4), LANES)
@@ -93,18 +93,22 @@ def score_tile(  # type: ignore[no-untyped-def]
             v.store(total, v.at(scores, 4 * PAGE * (n // parts) + LINE * (n % parts)), 4)
         return context.get_dummy_value()
 
-    return types.void(kind, count, tokens, *[types.int64] * 5), emit
+    return types.void(kv_type, count, tokens, *[types.int64] * 5), emit
 
 
 @instruction_for_constants
-def mix_tile(  # type: ignore[no-untyped-def]
-    context, kind, count, columns, weights, values, width, parts, ahead
+def accumulate_tile(  # type: ignore[no-untyped-def]
+    context, kv_type, count, columns, weights, values, width, parts, ahead
 ):
-    """Some columns of a page's 64 values (64, width), weighted and added to some queries' sums.
+    """Add some columns of the values (64, width) of a page, times weights, to accumulators.
 
-    What the values are kept as, and how many queries and columns are constants. `ahead` as above.
+    The type of the values and the numbers of queries and columns are constants. `ahead` as above.
     """
-    form, queries, vectors = kind.literal_value, count.literal_value, columns.literal_value // LANES
+    form, queries, vectors = (
+        kv_type.literal_value,
+        count.literal_value,
+        columns.literal_value // LANES,
+    )
     size = ITEM_BYTES[form]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -122,7 +126,7 @@ def mix_tile(  # type: ignore[no-untyped-def]
             line = builder.add(values, builder.mul(s, stride))
             if form != FLOAT32:
                 v.prefetch(builder.add(line, ahead), size * LANES * vectors)
-            value = [widen(v, v.at(line, size * LANES * c), form) for c in range(vectors)]
+            value = [load_f32(v, v.at(line, size * LANES * c), form) for c in range(vectors)]
             results = []
             for n in range(queries):
                 weight = v.splat(v.load(v.at(v.step(weights, s, 4), 4 * PAGE * n), F32, 4), LANES)
@@ -131,9 +135,9 @@ def mix_tile(  # type: ignore[no-untyped-def]
                 ]
             return results
 
-        start = [v.load(place, floats, 4) for place in places]
-        for total, place in zip(v.count_up(number(PAGE), start, token), places, strict=True):
-            v.store(total, place, 4)
+        start = [v.load(address, floats, 4) for address in places]
+        for total, address in zip(v.count_up(number(PAGE), start, token), places, strict=True):
+            v.store(total, address, 4)
         return context.get_dummy_value()
 
-    return types.void(kind, count, columns, *[types.int64] * 5), emit
+    return types.void(kv_type, count, columns, *[types.int64] * 5), emit

@@ -1,9 +1,9 @@
-"""What the phases of a step share: its orders, inputs of matrices, and multiplication by one.
+"""Operations that the phases of a step share: matrix products, norms, and quantized inputs.
 
-All numbers lie in the room (engine/workspace.py), and functions get at them by address: an array as an argument
-is seven words to Numba, and a step handed twenty of them took 20 seconds to compile.
+All buffers are in the workspace (workspace.py), and functions reach them by address: to Numba an
+array argument is seven words, and a step that passed twenty arrays took 20 seconds to compile.
 
-Shapes: N tokens of this step, C model width, H query heads, K kv heads, D head width, F ffn width.
+Shapes: N tokens of this step, C model width, H query heads, K KV heads, D head width, F ffn width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from glassllama.engine.compiled import compiled
-from glassllama.engine.elementwise import BLOCK, encode, normalise
+from glassllama.engine.elementwise import BLOCK, normalize, quantize_blocks
 from glassllama.engine.intrinsics import (
     bfloat_from_float,
     call_kernel,
@@ -20,66 +20,67 @@ from glassllama.engine.intrinsics import (
     integers64,
     words16,
 )
-from glassllama.engine.layout import BFLOAT16, INT8, WIDE
+from glassllama.engine.layout import BFLOAT16, INT8, Q11
 from glassllama.engine.quantize_activations import (
     FACTORS,
+    Q11_BYTES,
     SUPERBLOCK,
-    WIDE_BYTES,
-    encode_superblock,
+    quantize_superblock,
 )
-from glassllama.engine.thread_pool import complete, take
+from glassllama.engine.thread_pool import claim, finish_phase
 from glassllama.engine.workspace import (
     BLOCKS,
-    FIELDS,
+    INPUT_FORMAT,
     KERNEL,
-    READS,
+    MATRIX_FIELDS,
     SCALES,
-    TOLD,
+    TOKEN_FIELDS,
     VALUES,
 )
 
 
 class Step(NamedTuple):
-    """What is asked of one step: the board's orders."""
+    """Arguments of one step, as they stand in the control block of the thread pool."""
 
-    tokens: int
-    tiles: int  # tokens of one row, next to each other: see attention
-    wanted: int  # how many logits
+    num_tokens: int
+    num_tiles: int  # groups of consecutive tokens of one sequence: see attention.py
+    num_outputs: int  # tokens whose logits are computed
     first: int  # layers first … last-1; the logits follow the last layer
     last: int
-    table: int  # address of the cache's table of pages
-    pages: int  # columns of that table
-    spans: int  # of the longest row, SPAN tokens each
-    kind: int  # of the numbers in the cache: pages.INT16, FLOAT32, INT8
-    logits: int  # address of the table that takes them: (wanted, padded V)
+    page_table: int  # address of the cache's page table
+    table_columns: int  # columns of that table
+    num_spans: int  # of the longest sequence, SPAN tokens each
+    kv_type: int  # how keys and values are stored: kv_pages.INT16, FLOAT32, INT8
+    logits: int  # address of the output buffer (num_outputs, padded V)
 
 
 class Inputs(NamedTuple):
-    """Rows that go into a matrix, `width` numbers each: float32 and, where wanted, more."""
+    """Addresses of the inputs of a matrix, `width` numbers a row, in every input format."""
 
-    numbers: int
-    codes: int
-    factors: int
-    bfloats: int
-    wides: int
-    wide_next: int  # bytes from a superblock of a row to the next
+    act_f32: int
+    act_q8: int
+    act_scales: int
+    act_bf16: int
+    act_q11: int
+    q11_next: int  # bytes from a superblock of a row to its next
     width: int
 
 
 @compiled
-def inputs_of(room: Any) -> Any:
+def inputs_of(workspace: Any) -> Any:
     """Inputs of the matrices that read C or H·D numbers."""
     return Inputs(
-        room.numbers, room.codes, room.factors, room.bfloats, room.wides, room.seats * WIDE_BYTES,
-        room.width,
+        workspace.act_f32, workspace.act_q8, workspace.act_scales, workspace.act_bf16,
+        workspace.act_q11, workspace.rows_with_scratch * Q11_BYTES, workspace.width,
     )  # fmt: skip
 
 
 @compiled
-def inputs_of_down(room: Any) -> Any:
+def inputs_of_down(workspace: Any) -> Any:
+    """Inputs of the matrix `down`."""
     return Inputs(
-        room.hidden_numbers, room.hidden_codes, room.hidden_factors, room.hidden_bfloats,
-        room.hidden_wides, room.slots * WIDE_BYTES, room.hidden_width,
+        workspace.hidden_f32, workspace.hidden_q8, workspace.hidden_scales, workspace.hidden_bf16,
+        workspace.hidden_q11, workspace.max_tokens * Q11_BYTES, workspace.hidden_width,
     )  # fmt: skip
 
 
@@ -90,91 +91,100 @@ def row(address: int, t: int, width: int) -> Any:
 
 
 @compiled
-def field(room: Any, matrix: int, name: int) -> Any:
-    """What the room's table says of a matrix."""
-    return integers64(room.matrices + (matrix * FIELDS + name) * 8, 1)[0]
+def matrix_field(workspace: Any, matrix: int, name: int) -> Any:
+    """One column of the table of matrices: KERNEL, VALUES, …"""
+    return integers64(workspace.matrices + (matrix * MATRIX_FIELDS + name) * 8, 1)[0]
 
 
 @compiled
-def told(room: Any, t: int) -> Any:
-    """What the step was told of a token: id, row, position."""
-    return integers64(room.told + t * TOLD * 8, TOLD)
+def token_fields(workspace: Any, t: int) -> Any:
+    """Id, sequence and position of a token: (TOKEN_FIELDS,)."""
+    return integers64(workspace.tokens + t * TOKEN_FIELDS * 8, TOKEN_FIELDS)
 
 
 @compiled
 def multiply(
-    room: Any, matrix: int, inputs: Any, slot: int, tokens: int, groups: Any, out: int, width: int
-) -> None:
-    """Groups (first, last + 1) of a matrix times the inputs from `slot` on -> rows at `out`."""
+    workspace: Any, matrix: int, inputs: Any, first_row: int, num_tokens: int, groups: Any,
+    out: int, width: int,
+) -> None:  # fmt: skip
+    """Multiply groups (first, last + 1) of a matrix by inputs -> rows of `width` floats at `out`.
+
+    The inputs are `num_tokens` rows from `first_row` on.
+    """
     w = inputs.width
-    address, stride = inputs.numbers + slot * w * 4, w * 4
-    reads = field(room, matrix, READS)
-    if reads == INT8:
-        address, stride = inputs.codes + slot * w, w
-    elif reads == BFLOAT16:
-        address, stride = inputs.bfloats + slot * w * 2, w * 2
-    factor_stride = w // BLOCK * FACTORS * 4
-    factors = inputs.factors + slot * factor_stride
-    if reads == WIDE:
-        address, stride = inputs.wides + slot * WIDE_BYTES, WIDE_BYTES
-        factors, factor_stride = address, inputs.wide_next
+    address, stride = inputs.act_f32 + first_row * w * 4, w * 4
+    input_format = matrix_field(workspace, matrix, INPUT_FORMAT)
+    if input_format == INT8:
+        address, stride = inputs.act_q8 + first_row * w, w
+    elif input_format == BFLOAT16:
+        address, stride = inputs.act_bf16 + first_row * w * 2, w * 2
+    scale_stride = w // BLOCK * FACTORS * 4
+    scales = inputs.act_scales + first_row * scale_stride
+    if input_format == Q11:
+        address, stride = inputs.act_q11 + first_row * Q11_BYTES, Q11_BYTES
+        scales, scale_stride = address, inputs.q11_next
     arguments = (
-        field(room, matrix, VALUES), field(room, matrix, SCALES), field(room, matrix, BLOCKS),
-        address, stride, factors, factor_stride,
-        tokens, out, width * 4, groups[0], groups[1],
+        matrix_field(workspace, matrix, VALUES), matrix_field(workspace, matrix, SCALES),
+        matrix_field(workspace, matrix, BLOCKS), address, stride, scales, scale_stride,
+        num_tokens, out, width * 4, groups[0], groups[1],
     )  # fmt: skip
-    call_kernel(field(room, matrix, KERNEL), arguments)
+    call_kernel(matrix_field(workspace, matrix, KERNEL), arguments)
 
 
 @compiled
-def convert(reads: int, inputs: Any, slot: int, numbers: Any, first: int, last: int) -> None:
-    """Columns first … last-1 of a row, whole blocks, in the forms that matrices read.
+def quantize_inputs(
+    input_format: int, inputs: Any, t: int, numbers: Any, first: int, last: int
+) -> None:
+    """Convert columns first … last-1 of input row t to the formats that the next matrices read.
 
-    Whole superblocks, where one of these forms is WIDE.
+    `input_format` is a combination of flags. Columns are whole blocks, and whole superblocks if one
+    of the formats is Q11.
     """
-    if reads & INT8:
-        codes = integers8(inputs.codes + slot * inputs.width, inputs.width)
+    if input_format & INT8:
+        codes = integers8(inputs.act_q8 + t * inputs.width, inputs.width)
         blocks = inputs.width // BLOCK
-        factors = floats(inputs.factors + slot * blocks * FACTORS * 4, (blocks, FACTORS))
-        encode(numbers, first // BLOCK, last // BLOCK, codes, factors)
-    if reads & BFLOAT16:
-        bfloats = words16(inputs.bfloats + slot * inputs.width * 2, inputs.width)
+        scales = floats(inputs.act_scales + t * blocks * FACTORS * 4, (blocks, FACTORS))
+        quantize_blocks(numbers, first // BLOCK, last // BLOCK, codes, scales)
+    if input_format & BFLOAT16:
+        bfloats = words16(inputs.act_bf16 + t * inputs.width * 2, inputs.width)
         for i in range(first, last):
             bfloats[i] = bfloat_from_float(numbers[i])
-    if reads & WIDE:
+    if input_format & Q11:
         for n in range(first // SUPERBLOCK, last // SUPERBLOCK):
-            out = inputs.wides + n * inputs.wide_next + slot * WIDE_BYTES
-            encode_superblock(numbers.ctypes.data + n * SUPERBLOCK * 4, out)
+            out = inputs.act_q11 + n * inputs.q11_next + t * Q11_BYTES
+            quantize_superblock(numbers.ctypes.data + n * SUPERBLOCK * 4, out)
 
 
 @compiled
-def norm_row(room: Any, norm: int, t: int, reads: int, slot: int) -> None:
-    """RMSNorm of one row of the residual stream becomes inputs."""
-    inputs = inputs_of(room)
-    numbers = row(inputs.numbers, slot, inputs.width)
-    normalise(row(room.x, t, room.dim), row(room.norms, norm, room.dim), room.eps, numbers)
-    convert(reads, inputs, slot, numbers, 0, room.dim)
+def norm_row(workspace: Any, norm: int, t: int, input_format: int, out: int) -> None:
+    """RMSNorm of row t of the residual stream -> input row `out`."""
+    inputs = inputs_of(workspace)
+    numbers = row(inputs.act_f32, out, inputs.width)
+    weights = row(workspace.norms, norm, workspace.dim)
+    normalize(row(workspace.x, t, workspace.dim), weights, workspace.eps, numbers)
+    quantize_inputs(input_format, inputs, out, numbers, 0, workspace.dim)
 
 
 @compiled
-def prepare_norms(
-    me: Any, phase: int, room: Any, norm: int, reads: int, tokens: int, count: int
+def norm_rows(
+    worker: Any, phase: int, workspace: Any, norm: int, input_format: int, tokens: int, count: int
 ) -> Any:
-    """RMSNorm at `count` tokens, whose numbers are at `tokens` -> slot of the first one's inputs.
+    """RMSNorm of `count` rows of the residual stream -> the first row of inputs.
 
-    A single token's inputs are made by every thread for itself: cheaper than to wait for one. In
-    a slot of its own, for a late thread may still be at it when the next step has begun.
+    `tokens` is the address of the numbers of the rows. For a single token every thread computes the
+    inputs itself, which is cheaper than waiting for another thread. It writes them into a row of
+    its own, because a late thread may still write when the next step has begun.
     """
-    which = integers64(tokens, count)
+    rows = integers64(tokens, count)
     if count == 1:
-        norm_row(room, norm, which[0], reads, room.slots + me.thread)
-        return room.slots + me.thread
-    first, last = take(me, phase, count, 1)
-    mine = 0
+        norm_row(workspace, norm, rows[0], input_format, workspace.max_tokens + worker.thread)
+        return workspace.max_tokens + worker.thread
+    first, last = claim(worker, phase, count, 1)
+    num_done = 0
     while first < last:
         for t in range(first, last):
-            norm_row(room, norm, which[t], reads, t)
-        mine += last - first
-        first, last = take(me, phase, count, 1)
-    complete(me, phase, count, mine)
+            norm_row(workspace, norm, rows[t], input_format, t)
+        num_done += last - first
+        first, last = claim(worker, phase, count, 1)
+    finish_phase(worker, phase, count, num_done)
     return 0

@@ -1,4 +1,4 @@
-"""How a weight matrix lies in memory, so that one 64-byte vector feeds sixteen outputs at once.
+"""Memory layout of packed weight matrices: one 64-byte vector serves sixteen outputs at once.
 
 Sixteen rows (outputs) make a group. Within a group the rows are interleaved, four inputs of each
 row at a time, because the processor's dot instructions multiply four bytes per 32-bit lane:
@@ -27,7 +27,7 @@ A block is 32 inputs of the sixteen rows, and has its scales beside it:
                                                16 signed bytes; value = d · scale · (code − 32)
 
 G is the number of groups; a last group that is not full is padded with rows of zeros. Numbers and
-nibble order are those of the file: engine/repack.py only moves them.
+nibble order are those of the file: repack.py only rearranges them.
 """
 
 from __future__ import annotations
@@ -45,39 +45,39 @@ QUAD = 4  # inputs per lane
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
 
-# What a kernel reads its inputs as; flags, where several kernels read the same inputs.
-FLOAT32, INT8, BFLOAT16, WIDE = 0, 1, 2, 4
-# Python maps shared memory where nothing is said, and that gets no huge pages.
+# Input formats of kernels. They are flags, because several kernels may read the same inputs.
+FLOAT32, INT8, BFLOAT16, Q11 = 0, 1, 2, 4
+# By default Python maps shared memory, which gets no huge pages.
 PRIVATE: dict[str, Any] = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 )
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One packed format. Sizes in bytes, per group of sixteen rows and block of inputs."""
+class WeightType:
+    """A packed format of weights. Sizes in bytes, per group of sixteen rows and block of inputs."""
 
     name: str
     block: int  # inputs per block
     value_bytes: int
     scale_bytes: int
-    integer_inputs: bool  # reads its inputs as int8 with scales, else as float32
+    integer_inputs: bool  # its kernels read int8 inputs with scales, else float32
 
     def blocks(self, columns: int) -> int:
         return -(-columns // self.block)
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("F32", 1, GROUP * 4, 0, integer_inputs=False),
-        Kind("F16", 1, GROUP * 2, 0, integer_inputs=False),
-        Kind("BF16", 1, GROUP * 2, 0, integer_inputs=False),
-        Kind("Q8_0", BLOCK, GROUP * BLOCK, GROUP * 2, integer_inputs=True),
-        Kind("Q4_0", BLOCK, GROUP * BLOCK // 2, GROUP * 2, integer_inputs=True),
-        Kind("Q4_1", BLOCK, GROUP * BLOCK // 2, GROUP * 4, integer_inputs=True),
-        Kind("Q4_K", BLOCK, GROUP * BLOCK // 2, GROUP * 5 // 2, integer_inputs=True),
-        Kind("Q6_K", BLOCK, GROUP * BLOCK * 3 // 4, GROUP * 9 // 4, integer_inputs=True),
+WEIGHT_TYPES = {
+    weight_type.name: weight_type
+    for weight_type in (
+        WeightType("F32", 1, GROUP * 4, 0, integer_inputs=False),
+        WeightType("F16", 1, GROUP * 2, 0, integer_inputs=False),
+        WeightType("BF16", 1, GROUP * 2, 0, integer_inputs=False),
+        WeightType("Q8_0", BLOCK, GROUP * BLOCK, GROUP * 2, integer_inputs=True),
+        WeightType("Q4_0", BLOCK, GROUP * BLOCK // 2, GROUP * 2, integer_inputs=True),
+        WeightType("Q4_1", BLOCK, GROUP * BLOCK // 2, GROUP * 4, integer_inputs=True),
+        WeightType("Q4_K", BLOCK, GROUP * BLOCK // 2, GROUP * 5 // 2, integer_inputs=True),
+        WeightType("Q6_K", BLOCK, GROUP * BLOCK * 3 // 4, GROUP * 9 // 4, integer_inputs=True),
     )
 }
 
@@ -86,7 +86,7 @@ KINDS = {
 class Matrix:
     """A packed weight matrix: rows are outputs, columns inputs."""
 
-    kind: Kind
+    weight_type: WeightType
     rows: int
     columns: int
     values: NDArray[np.uint8]  # (G, blocks, value_bytes)
@@ -106,7 +106,7 @@ class Matrix:
 
 
 def zeros(dtype: Any, *shape: int) -> NDArray[Any]:
-    """An array that begins at a cache line. What is never used never becomes real memory."""
+    """A zeroed array that begins at a cache line. Parts that are never used take no memory."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -115,20 +115,20 @@ def zeros(dtype: Any, *shape: int) -> NDArray[Any]:
 
 
 def own_memory(nbytes: int) -> NDArray[np.uint8]:
-    """Zeros of this process alone, aligned, in huge pages where the system has them."""
-    room = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE) + HUGE_PAGE, **PRIVATE)
+    """Private zeroed memory, aligned, in huge pages if the system has them."""
+    mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE) + HUGE_PAGE, **PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(room, np.uint8)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(mapping, np.uint8)
     start = -memory.ctypes.data % HUGE_PAGE
     return memory[start : start + nbytes]
 
 
 class Arena:
-    """One aligned stretch of memory for all weights, handed out from front to back."""
+    """One aligned block of memory for all weights, allocated from front to back."""
 
     def __init__(self, nbytes: int, memory: NDArray[np.uint8] | None = None) -> None:
-        """`memory` begins at a multiple of ALIGNMENT; zeros, or what was packed there before."""
+        """`memory` begins at a multiple of ALIGNMENT: zeros, or weights packed earlier."""
         self._free = own_memory(nbytes) if memory is None else memory
 
     def take(self, *shape: int) -> NDArray[np.uint8]:
@@ -143,14 +143,15 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def packed_bytes(kind: Kind, rows: int, columns: int) -> int:
-    """What an empty matrix takes from an arena."""
-    cells = -(-rows // GROUP) * kind.blocks(columns)
-    return aligned(cells * kind.value_bytes) + aligned(cells * kind.scale_bytes)
+def packed_bytes(weight_type: WeightType, rows: int, columns: int) -> int:
+    """How many bytes of an arena a matrix takes."""
+    cells = -(-rows // GROUP) * weight_type.blocks(columns)
+    return aligned(cells * weight_type.value_bytes) + aligned(cells * weight_type.scale_bytes)
 
 
-def empty_matrix(arena: Arena, kind: Kind, rows: int, columns: int) -> Matrix:
-    """A matrix in the arena's next bytes: empty, or as it was packed there."""
-    groups, blocks = -(-rows // GROUP), kind.blocks(columns)
-    values = arena.take(groups, blocks, kind.value_bytes)
-    return Matrix(kind, rows, columns, values, arena.take(groups, blocks, kind.scale_bytes))
+def empty_matrix(arena: Arena, weight_type: WeightType, rows: int, columns: int) -> Matrix:
+    """A matrix in the next bytes of the arena."""
+    groups, blocks = -(-rows // GROUP), weight_type.blocks(columns)
+    values = arena.take(groups, blocks, weight_type.value_bytes)
+    scales = arena.take(groups, blocks, weight_type.scale_bytes)
+    return Matrix(weight_type, rows, columns, values, scales)

@@ -1,48 +1,48 @@
-"""One step of a Llama, as every thread of the crew runs it: from embeddings to logits.
+"""One forward step of a Llama, as every thread of the pool runs it: from embeddings to logits.
 
-Read it from the bottom up, `forward` first: it is the forward pass. Tokens of all rows of a batch
-stand in one list; each knows its row and its position. Every part of a layer is a phase whose items
-the threads share out (engine/thread_pool.py): groups of sixteen rows of a matrix, tokens, or heads. No sum is
-ever split between threads, so the numbers depend neither on their number nor on the batch.
+Read it from the bottom up: `forward` is the forward pass. The tokens of all sequences of a batch
+stand in one list; each has its sequence and position. Every part of a layer is a phase whose work
+items the threads share (thread_pool.py): groups of sixteen rows of a matrix, tokens, or heads. No
+sum is ever split between threads, so the results depend neither on their number nor on the batch.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from glassllama.engine.attention import attend_heads, place_all, prepare_mixed
+from glassllama.engine.attention import attend, prepare_outputs, rope_and_store_all
 from glassllama.engine.compiled import compiled, entry, inlined
-from glassllama.engine.elementwise import BLOCK, add, gate
+from glassllama.engine.elementwise import BLOCK, add_to, swiglu
 from glassllama.engine.intrinsics import atomic_load, floats
 from glassllama.engine.layer_ops import (
     Step,
-    convert,
-    field,
     inputs_of,
     inputs_of_down,
+    matrix_field,
     multiply,
-    prepare_norms,
+    norm_rows,
+    quantize_inputs,
     row,
 )
-from glassllama.engine.layout import WIDE
+from glassllama.engine.layout import Q11
 from glassllama.engine.quantize_activations import SUPERBLOCK
 from glassllama.engine.thread_pool import (
-    ORDERS,
+    STEP_ARGS,
     STOP,
     YIELD,
-    Member,
-    announce,
-    complete,
+    Worker,
+    begin_step,
+    claim,
+    finish_phase,
     next_epoch,
-    take,
 )
 from glassllama.engine.workspace import (
     DOWN,
     GATE,
     GROUPS,
+    INPUT_FORMAT,
     LANES,
     MATRICES,
-    READS,
     UP,
     WK,
     WO,
@@ -50,174 +50,198 @@ from glassllama.engine.workspace import (
     WV,
 )
 
-# Phases of a layer; after the last layer come the two of the logits.
-NORM, QKV, PLACE, HEADS, MERGE, OUT, FFN_NORM, HIDDEN, DOWNWARD = range(9)
+# The phases of a layer. After the last layer come the two phases of the logits.
+NORM, QKV, ROPE, ATTENTION, ATTENTION_OUT, WO_PROJECTION, FFN_NORM, GATE_UP, DOWN_PROJECTION = (
+    range(9)
+)
 PHASES = 9
 LOGITS_PHASES = 2
 
-FEW_GROUPS = 4  # no smaller piece of a matrix is worth a trip to the board
-MORE_GROUPS = 8  # where many tokens' inputs, in two digits, come from afar for every piece
+MIN_GROUPS = 4  # a smaller piece of a matrix is not worth a claim
+MIN_GROUPS_Q11 = (
+    8  # for many tokens with inputs in 11 bits, which every piece reads from far caches
+)
 
 
 @compiled
-def project(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -> None:
-    """Queries, keys and values of all tokens: three matrices whose groups count through."""
+def project_qkv(
+    worker: Any, phase: int, workspace: Any, layer: int, first_row: int, step: Any
+) -> None:
+    """Queries, keys and values of all tokens: three matrices whose groups are counted through."""
     m = layer * MATRICES
-    wk = field(room, m + WQ, GROUPS)
-    wv = wk + field(room, m + WK, GROUPS)
-    groups = wv + field(room, m + WV, GROUPS)
+    wk = matrix_field(workspace, m + WQ, GROUPS)
+    wv = wk + matrix_field(workspace, m + WK, GROUPS)
+    groups = wv + matrix_field(workspace, m + WV, GROUPS)
     starts = (0, wk, wv, groups)
-    first, last = take(me, phase, groups, FEW_GROUPS)
-    mine = 0
+    first, last = claim(worker, phase, groups, MIN_GROUPS)
+    num_done = 0
     while first < last:
         for n in range(3):
             low, high = max(first, starts[n]), min(last, starts[n + 1])
             if low < high:
                 some = (low - starts[n], high - starts[n])
-                out = room.qkv + starts[n] * LANES * 4
-                width = room.qkv_width
-                multiply(room, m + n, inputs_of(room), slot, step.tokens, some, out, width)
-        mine += last - first
-        first, last = take(me, phase, groups, FEW_GROUPS)
-    complete(me, phase, groups, mine)
+                out, width = workspace.qkv + starts[n] * LANES * 4, workspace.qkv_width
+                inputs = inputs_of(workspace)
+                multiply(workspace, m + n, inputs, first_row, step.num_tokens, some, out, width)
+        num_done += last - first
+        first, last = claim(worker, phase, groups, MIN_GROUPS)
+    finish_phase(worker, phase, groups, num_done)
 
 
 @compiled
-def add_product(
-    me: Any, phase: int, room: Any, matrix: int, inputs: Any, slot: int, step: Any
+def add_projection(
+    worker: Any, phase: int, workspace: Any, matrix: int, inputs: Any, first_row: int, step: Any
 ) -> None:
-    """x += matrix · inputs, at all tokens."""
-    groups, width, few = field(room, matrix, GROUPS), room.added_width, FEW_GROUPS
-    if step.tokens > 1 and field(room, matrix, READS) == WIDE:
-        few = MORE_GROUPS
-    first, last = take(me, phase, groups, few)
-    mine = 0
+    """x += matrix · inputs, for all tokens."""
+    groups, width = matrix_field(workspace, matrix, GROUPS), workspace.proj_out_width
+    min_groups = MIN_GROUPS
+    if step.num_tokens > 1 and matrix_field(workspace, matrix, INPUT_FORMAT) == Q11:
+        min_groups = MIN_GROUPS_Q11
+    first, last = claim(worker, phase, groups, min_groups)
+    num_done = 0
     while first < last:
-        multiply(room, matrix, inputs, slot, step.tokens, (first, last), room.added, width)
-        start, count = first * LANES * 4, min(last * LANES, room.dim) - first * LANES
-        for t in range(step.tokens):
-            x = floats(room.x + t * room.dim * 4 + start, count)
-            add(x, floats(room.added + t * width * 4 + start, count))
-        mine += last - first
-        first, last = take(me, phase, groups, few)
-    complete(me, phase, groups, mine)
+        some, out = (first, last), workspace.proj_out
+        multiply(workspace, matrix, inputs, first_row, step.num_tokens, some, out, width)
+        start, count = first * LANES * 4, min(last * LANES, workspace.dim) - first * LANES
+        for t in range(step.num_tokens):
+            x = floats(workspace.x + t * workspace.dim * 4 + start, count)
+            add_to(x, floats(workspace.proj_out + t * width * 4 + start, count))
+        num_done += last - first
+        first, last = claim(worker, phase, groups, min_groups)
+    finish_phase(worker, phase, groups, num_done)
 
 
 @inlined
-def gate_groups(room: Any, layer: int, slot: int, step: Any, groups: Any) -> None:
-    """Some groups of gate and up, SwiGLU between them, and what comes out made inputs of `down`."""
-    m, inputs, down = layer * MATRICES, inputs_of(room), inputs_of_down(room)
-    ups, width = room.hidden + room.hidden_columns * 4, 2 * room.hidden_columns
-    multiply(room, m + GATE, inputs, slot, step.tokens, groups, room.hidden, width)
-    multiply(room, m + UP, inputs, slot, step.tokens, groups, ups, width)
-    first, last = groups[0] * LANES, min(groups[1] * LANES, room.ffn_dim)
-    for t in range(step.tokens):
-        numbers = row(down.numbers, t, down.width)
-        gate(row(room.hidden, t, width), row(ups, t, width), first, last, numbers)
-        convert(field(room, m + DOWN, READS), down, t, numbers, first, last)
+def gate_up_groups(workspace: Any, layer: int, first_row: int, step: Any, groups: Any) -> None:
+    """Some groups of gate and up, then SwiGLU, whose results become inputs of `down`."""
+    m, inputs, down = layer * MATRICES, inputs_of(workspace), inputs_of_down(workspace)
+    gates, ups = workspace.hidden, workspace.hidden + workspace.hidden_columns * 4
+    width = 2 * workspace.hidden_columns
+    multiply(workspace, m + GATE, inputs, first_row, step.num_tokens, groups, gates, width)
+    multiply(workspace, m + UP, inputs, first_row, step.num_tokens, groups, ups, width)
+    first, last = groups[0] * LANES, min(groups[1] * LANES, workspace.ffn_dim)
+    for t in range(step.num_tokens):
+        numbers = row(down.act_f32, t, down.width)
+        swiglu(row(gates, t, width), row(ups, t, width), first, last, numbers)
+        input_format = matrix_field(workspace, m + DOWN, INPUT_FORMAT)
+        quantize_inputs(input_format, down, t, numbers, first, last)
 
 
 @compiled
-def gate_all(me: Any, phase: int, room: Any, layer: int, slot: int, step: Any) -> None:
-    """`gate_groups` for all groups: as many at a time as make a block of `down`'s inputs."""
+def gate_up(worker: Any, phase: int, workspace: Any, layer: int, first_row: int, step: Any) -> None:
+    """`gate_up_groups` for all groups; one item is as many as make a block of `down`'s inputs."""
     m = layer * MATRICES
-    groups, beside = field(room, m + GATE, GROUPS), BLOCK // LANES
-    if field(room, m + DOWN, READS) & WIDE:
-        beside = SUPERBLOCK // LANES
-    items, few = (groups + beside - 1) // beside, max(1, FEW_GROUPS // beside)
-    first, last = take(me, phase, items, few)
-    mine = 0
+    groups, per_item = matrix_field(workspace, m + GATE, GROUPS), BLOCK // LANES
+    if matrix_field(workspace, m + DOWN, INPUT_FORMAT) & Q11:
+        per_item = SUPERBLOCK // LANES
+    items, min_items = (groups + per_item - 1) // per_item, max(1, MIN_GROUPS // per_item)
+    first, last = claim(worker, phase, items, min_items)
+    num_done = 0
     while first < last:
-        gate_groups(room, layer, slot, step, (first * beside, min(last * beside, groups)))
-        mine += last - first
-        first, last = take(me, phase, items, few)
-    complete(me, phase, items, mine)
+        some = (first * per_item, min(last * per_item, groups))
+        gate_up_groups(workspace, layer, first_row, step, some)
+        num_done += last - first
+        first, last = claim(worker, phase, items, min_items)
+    finish_phase(worker, phase, items, num_done)
 
 
 @inlined
-def attention(me: Any, room: Any, layer: int, step: Any) -> None:
-    """x += wo · heads(norm(x))."""
+def attention(worker: Any, workspace: Any, layer: int, step: Any) -> None:
+    """x += wo · attention(norm(x))."""
     m, phase = layer * MATRICES, layer * PHASES
-    reads = field(room, m + WQ, READS) | field(room, m + WK, READS)
-    reads |= field(room, m + WV, READS)
-    slot = prepare_norms(me, phase + NORM, room, 2 * layer, reads, room.everyone, step.tokens)
-    project(me, phase + QKV, room, layer, slot, step)
-    place_all(me, phase + PLACE, room, layer, step)
-    attend_heads(me, phase + HEADS, room, layer, step)
-    slot = prepare_mixed(me, phase + MERGE, room, field(room, m + WO, READS), step)
-    add_product(me, phase + OUT, room, m + WO, inputs_of(room), slot, step)
+    formats = matrix_field(workspace, m + WQ, INPUT_FORMAT)
+    formats |= matrix_field(workspace, m + WK, INPUT_FORMAT)
+    formats |= matrix_field(workspace, m + WV, INPUT_FORMAT)
+    norm, all_rows = 2 * layer, workspace.all_rows
+    first_row = norm_rows(worker, phase + NORM, workspace, norm, formats, all_rows, step.num_tokens)
+    project_qkv(worker, phase + QKV, workspace, layer, first_row, step)
+    rope_and_store_all(worker, phase + ROPE, workspace, layer, step)
+    attend(worker, phase + ATTENTION, workspace, layer, step)
+    formats = matrix_field(workspace, m + WO, INPUT_FORMAT)
+    first_row = prepare_outputs(worker, phase + ATTENTION_OUT, workspace, formats, step)
+    inputs = inputs_of(workspace)
+    add_projection(worker, phase + WO_PROJECTION, workspace, m + WO, inputs, first_row, step)
 
 
 @inlined
-def feed_forward(me: Any, room: Any, layer: int, step: Any) -> None:
+def feed_forward(worker: Any, workspace: Any, layer: int, step: Any) -> None:
     """x += down · (silu(gate · norm(x)) · (up · norm(x)))."""
     m, phase = layer * MATRICES, layer * PHASES
-    reads = field(room, m + GATE, READS) | field(room, m + UP, READS)
-    slot = prepare_norms(
-        me, phase + FFN_NORM, room, 2 * layer + 1, reads, room.everyone, step.tokens
+    formats = matrix_field(workspace, m + GATE, INPUT_FORMAT)
+    formats |= matrix_field(workspace, m + UP, INPUT_FORMAT)
+    norm, all_rows = 2 * layer + 1, workspace.all_rows
+    first_row = norm_rows(
+        worker, phase + FFN_NORM, workspace, norm, formats, all_rows, step.num_tokens
     )
-    gate_all(me, phase + HIDDEN, room, layer, slot, step)
-    add_product(me, phase + DOWNWARD, room, m + DOWN, inputs_of_down(room), 0, step)
+    gate_up(worker, phase + GATE_UP, workspace, layer, first_row, step)
+    inputs = inputs_of_down(workspace)
+    add_projection(worker, phase + DOWN_PROJECTION, workspace, m + DOWN, inputs, 0, step)
 
 
 @inlined
-def output(me: Any, room: Any, step: Any) -> None:
-    """Logits of the wanted tokens: output · norm(x)."""
-    layers = room.layers
+def output(worker: Any, workspace: Any, step: Any) -> None:
+    """Logits of the output rows: output · norm(x)."""
+    layers = workspace.layers
     m, phase = layers * MATRICES, layers * PHASES
-    reads, groups = field(room, m, READS), field(room, m, GROUPS)
-    slot = prepare_norms(me, phase, room, 2 * layers, reads, room.wanted, step.wanted)
-    inputs, width = inputs_of(room), groups * LANES
-    first, last = take(me, phase + 1, groups, FEW_GROUPS)
-    mine = 0
+    input_format = matrix_field(workspace, m, INPUT_FORMAT)
+    groups = matrix_field(workspace, m, GROUPS)
+    norm, rows = 2 * layers, workspace.output_rows
+    first_row = norm_rows(worker, phase, workspace, norm, input_format, rows, step.num_outputs)
+    inputs, width = inputs_of(workspace), groups * LANES
+    first, last = claim(worker, phase + 1, groups, MIN_GROUPS)
+    num_done = 0
     while first < last:
-        multiply(room, m, inputs, slot, step.wanted, (first, last), step.logits, width)
-        mine += last - first
-        first, last = take(me, phase + 1, groups, FEW_GROUPS)
-    complete(me, phase + 1, groups, mine)
+        some, out = (first, last), step.logits
+        multiply(workspace, m, inputs, first_row, step.num_outputs, some, out, width)
+        num_done += last - first
+        first, last = claim(worker, phase + 1, groups, MIN_GROUPS)
+    finish_phase(worker, phase + 1, groups, num_done)
 
 
 @inlined
-def forward(me: Any, room: Any, step: Any) -> None:
+def forward(worker: Any, workspace: Any, step: Any) -> None:
     """Layers first … last-1 for all tokens of the step, and the logits after the last layer."""
     for layer in range(step.first, step.last):
-        attention(me, room, layer, step)
-        feed_forward(me, room, layer, step)
-    if step.last == room.layers and step.wanted > 0:
-        output(me, room, step)
+        attention(worker, workspace, layer, step)
+        feed_forward(worker, workspace, layer, step)
+    if step.last == workspace.layers and step.num_outputs > 0:
+        output(worker, workspace, step)
 
 
 @inlined
-def take_part(
-    thread: int, threads: int, board: int, first_phase: int, words: int, epoch: int, room: Any
-) -> None:
-    """One thread's part of the step on the board, unless that is over already."""
-    orders = board + ORDERS * 8
+def run_step(
+    thread: int, threads: int, control_block: int, first_phase: int, words: int, epoch: int,
+    workspace: Any,
+) -> None:  # fmt: skip
+    """One thread's part of the step in the control block, unless the step is over already."""
+    args = control_block + STEP_ARGS * 8
     step = Step(
-        atomic_load(orders), atomic_load(orders + 8), atomic_load(orders + 16),
-        atomic_load(orders + 24), atomic_load(orders + 32), atomic_load(orders + 40),
-        atomic_load(orders + 48), atomic_load(orders + 56), atomic_load(orders + 64),
-        atomic_load(orders + 72),
+        atomic_load(args), atomic_load(args + 8), atomic_load(args + 16), atomic_load(args + 24),
+        atomic_load(args + 32), atomic_load(args + 40), atomic_load(args + 48),
+        atomic_load(args + 56), atomic_load(args + 64), atomic_load(args + 72),
     )  # fmt: skip
-    if atomic_load(board) == epoch:
-        offer = atomic_load(board + YIELD * 8)
-        me = Member(thread, threads, board + first_phase * 8, words, epoch, offer)
-        forward(me, room, step)
+    if atomic_load(control_block) == epoch:
+        yield_address = atomic_load(control_block + YIELD * 8)
+        phases = control_block + first_phase * 8
+        worker = Worker(thread, threads, phases, words, epoch, yield_address)
+        forward(worker, workspace, step)
 
 
 @entry
-def serve(
-    thread: int, threads: int, board: int, first_phase: int, words: int, orders: Any, room: Any
-) -> None:
-    """Thread 0, the caller: one step, from its announcement to its end; `orders` are Step's fields.
-    Other threads: their part in all steps, until they are let go.
+def worker_loop(
+    thread: int, threads: int, control_block: int, first_phase: int, words: int, step_args: Any,
+    workspace: Any,
+) -> None:  # fmt: skip
+    """Thread 0, the caller: one step, from its announcement to its end; `step_args` is a `Step`.
+
+    Other threads: their part of every step, until the pool is stopped.
     """
     epoch = 0
-    while thread == 0 or atomic_load(board + STOP * 8) == 0:
+    while thread == 0 or atomic_load(control_block + STOP * 8) == 0:
         if thread == 0:
-            epoch = announce(board, threads, first_phase, words, orders)
+            epoch = begin_step(control_block, threads, first_phase, words, step_args)
         else:
-            epoch = next_epoch(board, thread, epoch)
-        take_part(thread, threads, board, first_phase, words, epoch, room)
+            epoch = next_epoch(control_block, thread, epoch)
+        run_step(thread, threads, control_block, first_phase, words, epoch, workspace)
         if thread == 0:
             break

@@ -1,4 +1,4 @@
-"""What a step begins with: the embedding of every token, the angles of its position, the tiles.
+"""What is prepared before a step: embeddings of its tokens, angles of their positions, tiles.
 
 Letters: C model width, D head width.
 """
@@ -12,35 +12,38 @@ import numpy as np
 
 from glassllama.engine.compiled import compiled, entry
 from glassllama.engine.intrinsics import call_kernel, floats, integers64
-from glassllama.engine.layer_ops import field, row, told
+from glassllama.engine.layer_ops import matrix_field, row, token_fields
 from glassllama.engine.workspace import (
     BLOCKS,
-    ID,
     KERNEL,
     MATRICES,
     POSITION,
-    ROW,
     SCALES,
+    SEQUENCE,
     TILE,
+    TOKEN_ID,
     VALUES,
 )
 
 
 @compiled
-def embed(room: Any, t: int) -> None:
-    """A token's row of the embedding matrix -> x[t] (C,)."""
-    m = room.layers * MATRICES + 1
-    values, scales, blocks = field(room, m, VALUES), field(room, m, SCALES), field(room, m, BLOCKS)
-    out = room.x + t * room.dim * 4
-    call_kernel(field(room, m, KERNEL), (values, scales, blocks, told(room, t)[ID], out))
+def embed(workspace: Any, t: int) -> None:
+    """Copy the embedding of token t into x[t] (C,)."""
+    m = workspace.layers * MATRICES + 1
+    arguments = (
+        matrix_field(workspace, m, VALUES), matrix_field(workspace, m, SCALES),
+        matrix_field(workspace, m, BLOCKS), token_fields(workspace, t)[TOKEN_ID],
+        workspace.x + t * workspace.dim * 4,
+    )  # fmt: skip
+    call_kernel(matrix_field(workspace, m, KERNEL), arguments)
 
 
 @compiled
-def find_angles(room: Any, t: int) -> None:
-    """Cosine and sine of position · frequency, of each pair of a head's numbers: (D/2,)."""
-    half, position = room.head_dim // 2, np.float32(told(room, t)[POSITION])
-    frequencies = floats(room.frequencies, half)
-    cos, sin = row(room.cos, t, half), row(room.sin, t, half)
+def compute_angles(workspace: Any, t: int) -> None:
+    """Cosine and sine of position · frequency, for each pair of a head's coordinates: (D/2,)."""
+    half, position = workspace.head_dim // 2, np.float32(token_fields(workspace, t)[POSITION])
+    frequencies = floats(workspace.frequencies, half)
+    cos, sin = row(workspace.cos, t, half), row(workspace.sin, t, half)
     for i in range(half):
         angle = position * frequencies[i]
         cos[i] = math.cos(angle)
@@ -48,16 +51,18 @@ def find_angles(room: Any, t: int) -> None:
 
 
 @compiled
-def share_out(room: Any, tokens: int) -> Any:
-    """Tokens that may look at the cache together become a tile -> how many tiles.
+def make_tiles(workspace: Any, num_tokens: int) -> Any:
+    """Group tokens that attend together into tiles -> how many tiles.
 
-    They are of one row, next to each other, and not too many.
+    A tile is up to TILE consecutive tokens of one sequence.
     """
-    first, count = integers64(room.tile_first, tokens), integers64(room.tile_count, tokens)
+    first = integers64(workspace.tile_first, num_tokens)
+    count = integers64(workspace.tile_count, num_tokens)
     tiles = 0
-    for t in range(tokens):
+    for t in range(num_tokens):
         fits = tiles > 0 and count[tiles - 1] < TILE
-        if fits and told(room, t)[ROW] == told(room, t - 1)[ROW]:
+        sequence = token_fields(workspace, t)[SEQUENCE]
+        if fits and sequence == token_fields(workspace, t - 1)[SEQUENCE]:
             count[tiles - 1] += 1
         else:
             first[tiles], count[tiles] = t, 1
@@ -66,9 +71,9 @@ def share_out(room: Any, tokens: int) -> Any:
 
 
 @entry
-def set_out(room: Any, tokens: int) -> Any:
-    """Make the tables that a step reads from what it was told of its tokens -> tiles."""
-    for t in range(tokens):
-        embed(room, t)
-        find_angles(room, t)
-    return share_out(room, tokens)
+def prepare_step(workspace: Any, num_tokens: int) -> Any:
+    """Fill the buffers that a step reads, from the table `tokens` -> how many tiles."""
+    for t in range(num_tokens):
+        embed(workspace, t)
+        compute_angles(workspace, t)
+    return make_tiles(workspace, num_tokens)

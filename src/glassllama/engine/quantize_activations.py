@@ -15,23 +15,23 @@ from glassllama.engine.ir_builder import F32, I8, I16, I32, Vectors, vector
 
 BLOCK = 32
 PAGE = 64
-STEPS = 127  # int8 without -128, so that a sign can always be turned
+INT8_MAX = 127  # int8 without -128, so that a sign can always be turned
 
 # A row's factors, beside its codes. First two float32 for every block of 32: the scale s, and
 # s · Σ codes. Then four int32 for every block: what integer sums begin with, where weights are
 # stored 128, 8 or 32 too large: −128 · Σ codes and so on, for 32 of either half of the block.
 SCALE, TOTAL = range(2)
-LESS_128, LESS_8, LESS_32_LOW, LESS_32_HIGH = range(4)
-SCALE_BYTES, START_BYTES = 8, 16  # of a block
-FACTORS = (SCALE_BYTES + START_BYTES) // 4
+CORRECTION_128, CORRECTION_8, CORRECTION_32_LOW, CORRECTION_32_HIGH = range(4)
+SCALE_BYTES, CORRECTION_BYTES = 8, 16  # of a block
+FACTORS = (SCALE_BYTES + CORRECTION_BYTES) // 4
 
-# 256 numbers in two digits, with one scale s: each is s · (8 · X + Y). See engine/gemm_kquant_amx.py.
-SUPERBLOCK, DIGIT, WIDE_STEPS = 256, 8, 8 * STEPS
-WIDE_X, WIDE_Y = 0, 320  # bytes; X and Y of all rows are equally far apart, as a tile wants them
-WIDE_SUMS = 256  # Σ of each half block in two bfloat16 that add up to it
-WIDE_TOTALS = 576  # the same as int16
-WIDE_SCALE = 608
-WIDE_BYTES = 2 * (WIDE_Y - WIDE_X)
+# 256 numbers in two digits, with one scale s: each is s · (8 · X + Y). See gemm_kquant_amx.py.
+SUPERBLOCK, LOW_STEPS, Q11_STEPS = 256, 8, 8 * INT8_MAX
+Q11_X, Q11_Y = 0, 320  # bytes; X and Y of all rows are equally far apart, as a tile wants them
+Q11_SUMS = 256  # Σ of each half block in two bfloat16 that add up to it
+Q11_TOTALS = 576  # the same as int16
+Q11_SCALE = 608
+Q11_BYTES = 2 * (Q11_Y - Q11_X)
 
 LOG2_E = 1.4426950408889634
 LN2_UPPER = 0.693359375  # few bits: its product with a whole number is exact
@@ -41,7 +41,7 @@ TAYLOR = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0]
 
 
 def exponential(v: Vectors, x: Any) -> Any:
-    """e^x in every lane, as in engine/elementwise.py: NaN stays NaN."""
+    """e^x in every lane, as in elementwise.py: NaN stays NaN."""
     b, kind = v.builder, x.type
     for bound, beyond in ((LOWEST, "<"), (HIGHEST, ">")):
         x = b.select(b.fcmp_ordered(beyond, x, v.same(kind, bound)), v.same(kind, bound), x)
@@ -60,21 +60,21 @@ def lanes(start: int, count: int) -> Any:
 
 
 @instruction
-def encode_block(context, x, codes, factors, starts):  # type: ignore[no-untyped-def]
-    """32 numbers as int8 codes, with the block's factors and starts.
+def quantize_block(context, x, codes, factors, corrections):  # type: ignore[no-untyped-def]
+    """32 numbers as int8 codes, with the block's factors and corrections.
 
     The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
     carries them into every product, instead of losing them among integers.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, codes, factors, starts = arguments
+        address, codes, factors, corrections = arguments
         v, b = Vectors(builder), builder
         x = v.load(address, vector(F32, BLOCK), 4)
         words = vector(I32, BLOCK)
         magnitudes = b.and_(b.bitcast(x, words), v.same(words, 0x7FFFFFFF))
         largest = b.bitcast(v.reduce("umax", magnitudes), F32)
-        scale, inverse = steps_of(v, largest, STEPS)
+        scale, inverse = scale_of(v, largest, INT8_MAX)
         q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
         v.store(b.trunc(q, vector(I8, BLOCK)), codes, 1)
         low, high = sums_of_halves(v, q)
@@ -82,16 +82,16 @@ def encode_block(context, x, codes, factors, starts):  # type: ignore[no-untyped
         v.store(scale, v.at(factors, 4 * SCALE), 4)
         v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, 4 * TOTAL), 4)
         for place, some, times in (
-            (LESS_128, total, 128), (LESS_8, total, 8), (LESS_32_LOW, low, 32),
-            (LESS_32_HIGH, high, 32),
+            (CORRECTION_128, total, 128), (CORRECTION_8, total, 8), (CORRECTION_32_LOW, low, 32),
+            (CORRECTION_32_HIGH, high, 32),
         ):  # fmt: skip
-            v.store(b.mul(some, ir.Constant(I32, -times)), v.at(starts, 4 * place), 4)
+            v.store(b.mul(some, ir.Constant(I32, -times)), v.at(corrections, 4 * place), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), emit
 
 
-def steps_of(v: Vectors, largest: Any, steps: int) -> tuple[Any, Any]:
+def scale_of(v: Vectors, largest: Any, steps: int) -> tuple[Any, Any]:
     """The scale of numbers up to `largest` in so many steps, and what makes steps of them."""
     b, nothing, most = v.builder, ir.Constant(F32, 0.0), ir.Constant(F32, float(steps))
     usable = b.fcmp_ordered(">", largest, nothing)
@@ -106,7 +106,7 @@ def sums_of_halves(v: Vectors, q: Any) -> tuple[Any, Any]:
 
 
 @instruction
-def encode_superblock(context, x, out):  # type: ignore[no-untyped-def]
+def quantize_superblock(context, x, out):  # type: ignore[no-untyped-def]
     """256 numbers in two digits, with their sums and scale."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -119,17 +119,17 @@ def encode_superblock(context, x, out):  # type: ignore[no-untyped-def]
         for other in sizes[1:]:
             size = b.select(b.icmp_unsigned(">", size, other), size, other)
         largest = b.bitcast(v.reduce("umax", size), F32)
-        scale, inverse = steps_of(v, largest, WIDE_STEPS)
-        v.store(scale, v.at(out, WIDE_SCALE), 4)
+        scale, inverse = scale_of(v, largest, Q11_STEPS)
+        v.store(scale, v.at(out, Q11_SCALE), 4)
         for n, x in enumerate(numbers):
             q = b.fptosi(v.rounded(b.fmul(x, v.splat(inverse, BLOCK))), words)
-            upper, lower = b.ashr(q, v.same(words, 3)), b.and_(q, v.same(words, DIGIT - 1))
-            v.store(b.trunc(upper, vector(I8, BLOCK)), v.at(out, WIDE_X + BLOCK * n), 1)
-            v.store(b.trunc(lower, vector(I8, BLOCK)), v.at(out, WIDE_Y + BLOCK * n), 1)
+            upper, lower = b.ashr(q, v.same(words, 3)), b.and_(q, v.same(words, LOW_STEPS - 1))
+            v.store(b.trunc(upper, vector(I8, BLOCK)), v.at(out, Q11_X + BLOCK * n), 1)
+            v.store(b.trunc(lower, vector(I8, BLOCK)), v.at(out, Q11_Y + BLOCK * n), 1)
             for k, total in enumerate(sums_of_halves(v, q)):
                 half = 2 * n + k
-                v.store(b.trunc(total, I16), v.at(out, WIDE_TOTALS + 2 * half), 2)
-                v.store(two_bfloats(b, total), v.at(out, WIDE_SUMS + 4 * half), 4)
+                v.store(b.trunc(total, I16), v.at(out, Q11_TOTALS + 2 * half), 2)
+                v.store(two_bfloats(b, total), v.at(out, Q11_SUMS + 4 * half), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 2), emit
@@ -166,7 +166,7 @@ def squares(context, x, count):  # type: ignore[no-untyped-def]
 
 
 @instruction_for_constants
-def weigh_page(  # type: ignore[no-untyped-def]
+def softmax_page_tile(  # type: ignore[no-untyped-def]
     context, scaled, scores, visible, part, width, scales
 ):
     """A page's scores become weights e^(score − largest so far), 0 where not visible.

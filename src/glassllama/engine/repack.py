@@ -1,7 +1,7 @@
 """From a file's blocks to the packed layout (layout.py), and back for single rows.
 
 Nothing is rounded here, only moved. What moves blocks is said plainly here, in numpy, and done by
-engine/repack_moves.py, compiled and ten times as fast.
+repack_moves.py, compiled and ten times as fast.
 """
 
 from __future__ import annotations
@@ -136,16 +136,16 @@ def fill(matrix: Matrix, first: int, raw: Raw) -> None:
     bytes of a row); where it ends within a group it must be the matrix's end, and zeros follow.
     """
     raw, place = whole_groups(raw, first)
-    if matrix.kind.name in MOVE:
+    if matrix.weight_type.name in MOVE:
         move(matrix, place, raw)
     else:
-        PACK[matrix.kind.name](raw, matrix.values[place], matrix.scales[place])
+        PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
 
 
 def fill_plainly(matrix: Matrix, first: int, raw: Raw) -> None:
     """The same by the functions of this file."""
     raw, place = whole_groups(raw, first)
-    PACK[matrix.kind.name](raw, matrix.values[place], matrix.scales[place])
+    PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
 
 
 def whole_groups(rows: Raw, first: int) -> tuple[Raw, slice]:
@@ -162,4 +162,4 @@ def fill_rounded(matrix: Matrix, first: int, numbers: NDArray[np.float32]) -> No
     values, scales = matrix.values[place], matrix.scales[place]
     halves = scales.view(np.float16)
     with np.errstate(over="ignore"):  # beyond a half's range: infinity, which comes out as NaN
-        halves[:] = quantise_groups(matrix.kind.name, numbers, values).reshape(halves.shape)
+        halves[:] = quantise_groups(matrix.weight_type.name, numbers, values).reshape(halves.shape)

@@ -1,4 +1,4 @@
-"""The work of engine/repack.py, compiled: from a file's blocks to the packed layout, a word at a time.
+"""The work of repack.py, compiled: from a file's blocks to the packed layout, a word at a time.
 
 Each function moves some groups of sixteen rows. It takes addresses: of the first row in the file's
 form, and of the values and scales of the first group; then the bytes of a row, the number of groups
@@ -174,7 +174,7 @@ def move(matrix: Matrix, place: slice, raw: NDArray[np.uint8]) -> None:
     """Blocks (16·G, bytes of a row) into the groups `place` of a matrix."""
     values, scales = matrix.values[place], matrix.scales[place]
     raw = np.ascontiguousarray(raw)
-    name, blocks = matrix.kind.name, matrix.kind.blocks(matrix.columns)
+    name, blocks = matrix.weight_type.name, matrix.weight_type.blocks(matrix.columns)
     assert raw.nbytes * 8 == len(values) * GROUP * blocks * FILE_BYTES[name]
     MOVE[name](
         raw.ctypes.data, values.ctypes.data, scales.ctypes.data, raw.strides[0],

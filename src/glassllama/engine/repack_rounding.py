@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from glassllama.engine.compiled import inlined
 from glassllama.engine.intrinsics import carray, float_from_bits, floats, pointer, stack_words
-from glassllama.engine.layout import BLOCK, GROUP, KINDS
+from glassllama.engine.layout import BLOCK, GROUP, WEIGHT_TYPES
 from glassllama.engine.repack_moves import moving, store32, word_place
 
 LANES = GROUP
@@ -114,7 +114,7 @@ def quantise_groups(
     assert len(numbers) == groups * GROUP
     assert columns == values.shape[1] * BLOCK
     assert numbers.dtype == np.float32
-    scales = np.empty((groups, KINDS[kind].blocks(columns), GROUP), np.float32)
+    scales = np.empty((groups, WEIGHT_TYPES[kind].blocks(columns), GROUP), np.float32)
     ROUND[kind](
         numbers.ctypes.data, values.ctypes.data, scales.ctypes.data, columns, groups
     )  # fmt: skip

@@ -127,10 +127,10 @@ DOTS = {
     "float32 avx512": in_vectors("avx512f", FLOAT_ONE, np.float32, 16),
     "float32": in_vectors("", FLOAT_ONE, np.float32, 8),
 }
-WIDE = ("int8 vnni", "bfloat16 avx512", "float32 avx512")
+Q11 = ("int8 vnni", "bfloat16 avx512", "float32 avx512")
 TIER_DOTS = {
-    "amx": ("int8 amx", "bfloat16 amx", *WIDE),
-    "vnni": WIDE,
+    "amx": ("int8 amx", "bfloat16 amx", *Q11),
+    "vnni": Q11,
     "avxvnni": ("int8 avxvnni", "float32"),
     "avx2": ("int8 avx2", "float32"),
     "neon": ("int8 neon", "float32"),

@@ -24,7 +24,7 @@ from glassllama.generation.sampler import (
     GREEDY,
     Logits,
     Sampler,
-    Sampling,
+    SamplerState,
     likeliest,
     logprobs_of,
     require_whole,
@@ -132,7 +132,7 @@ class Row:
 
     prompt: list[int]
     settings: GenerationSettings
-    sampling: Sampling
+    sampling: SamplerState
     limit: int  # ids it may still be given at most, prompt not counted
     context: int  # the most ids that `window` may have
     window: list[int]  # what the model sees: prompt and answer, but for what was dropped
@@ -217,7 +217,7 @@ class Generation(Iterator[Step]):
         cache = self._executor.new_cache(len(self._rows), longest)
         steps = self._choose(self._read(self._unread(cache), cache, self._progress))
         self.timings.prefill_s = time.perf_counter() - started
-        self.timings.reused_tokens = getattr(cache, "recalled", 0)
+        self.timings.reused_tokens = getattr(cache, "cached_tokens", 0)
         if self._held is not None:
             self._held[:] = [cache]
         if can_speculate(self._executor, self._rows):
@@ -348,7 +348,7 @@ def _next_step(number: int, row: Row, logits: Logits) -> Step:
 def can_speculate(executor: Executor, rows: Sequence[Row]) -> bool:
     """One row only, and an executor whose logits are the same to the bit, however ids are fed."""
     alone = len(rows) == 1 and rows[0].settings.speculation
-    return alone and getattr(executor, "same_in_pieces", False)
+    return alone and getattr(executor, "batch_invariant", False)
 
 
 def generate(
@@ -383,7 +383,7 @@ def _row(
     config = executor.config
     ids = checked_ids(f"prompt {number}", prompt, config.vocab_size)
     limit, context = _sizes(f"prompt {number}", len(ids), config, settings)
-    native = getattr(executor, "chooser", None)
+    native = getattr(executor, "native_sampler", None)
     size = min(settings.vocabulary or config.vocab_size, config.vocab_size)
     sampling = settings.sampler.start([id for id in ids if id < size], size, native)
     return Row(

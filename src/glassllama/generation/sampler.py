@@ -40,25 +40,28 @@ OPENAI_PENALTY = 2.0  # presence and frequency penalties lie between -2 and 2 in
 
 
 class History:
-    """Which ids a request has seen and how often it has said them, by id: (V,) each."""
+    """The ids of a request so far: whether prompt or answer hold an id, how often the answer does.
+
+    Two arrays of (V,).
+    """
 
     def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
         self.seen = np.zeros(vocab_size, dtype=bool)  # in the prompt or the answer
-        self.said = np.zeros(vocab_size, dtype=np.int32)  # times in the answer
+        self.counts = np.zeros(vocab_size, dtype=np.int32)  # times in the answer
         self.seen[np.asarray(prompt, dtype=np.intp)] = True
 
     def add(self, id: int) -> None:
         self.seen[id] = True
-        self.said[id] += 1
+        self.counts[id] += 1
 
 
-class Chooser(Protocol):
-    """All steps and the draw at once, as an executor may offer them."""
+class NativeSampler(Protocol):
+    """All steps and the draw in one call, if an executor has it."""
 
     def __call__(
-        self, logits: Logits, seen: NDArray[np.bool_], said: NDArray[np.int32], uniform: float
+        self, logits: Logits, seen: NDArray[np.bool_], counts: NDArray[np.int32], uniform: float
     ) -> int:
-        """The id, or -1; `seen` and `said` are those of History, `uniform` is in [0, 1)."""
+        """The id, or -1; `seen` and `counts` are those of History, `uniform` is in [0, 1)."""
         ...
 
 
@@ -122,7 +125,7 @@ class Presence:
         require("presence_penalty", self.penalty, "between -2 and 2", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        return np.where(history.said > 0, logits - np.float32(self.penalty), logits)
+        return np.where(history.counts > 0, logits - np.float32(self.penalty), logits)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Frequency:
         require("frequency_penalty", self.penalty, "between -2 and 2", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        return logits - np.float32(self.penalty) * history.said.astype(np.float32)
+        return logits - np.float32(self.penalty) * history.counts.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Temperature:
         require("temperature", self.value, f"0 (greedy) or from {COOLEST:g} to {HOTTEST:g}", inside)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        with np.errstate(over="ignore"):  # what overflows is -inf, and as good as impossible
+        with np.errstate(over="ignore"):  # what overflows is -inf: impossible
             out: Logits = below_largest(logits) / np.float32(self.value)
         return out
 
@@ -216,7 +219,7 @@ class MinP:
 
 def below_largest(logits: Logits) -> Logits:
     """Logits shifted so that the largest is 0, which changes no probability."""
-    with np.errstate(over="ignore"):  # what overflows is -inf, and as good as impossible
+    with np.errstate(over="ignore"):  # what overflows is -inf: impossible
         out: Logits = logits - logits.max()
     return out
 
@@ -266,19 +269,22 @@ class Sampler:
             require_whole("seed", self.seed, 0)
 
     def start(
-        self, prompt: Sequence[int], vocab_size: int, native: Callable[..., Chooser] | None = None
-    ) -> Sampling:
-        """The sampling of one request, with a history and a generator of its own.
+        self,
+        prompt: Sequence[int],
+        vocab_size: int,
+        native: Callable[..., NativeSampler] | None = None,
+    ) -> SamplerState:
+        """The state for one request, with a history and a random generator of its own.
 
-        `native` is an executor's way to do all the steps at once; without it numpy takes them.
+        `native` makes an executor's native sampler; without it NumPy computes the steps.
         """
         history = History(prompt, vocab_size)
         generator = np.random.Generator(np.random.PCG64(self.seed))
         settings = self._settings()
-        chooser = None
+        native_sampler = None
         if native is not None and settings is not None:
-            chooser = native(vocab_size=vocab_size, **settings)
-        return Sampling(self, history, generator, chooser)
+            native_sampler = native(vocab_size=vocab_size, **settings)
+        return SamplerState(self, history, generator, native_sampler)
 
     def _settings(self) -> dict[str, float] | None:
         """The steps as plain numbers, for `native`; None where they are not those of this file."""
@@ -290,7 +296,7 @@ class Sampler:
         return settings | {"temperature": 0.0} if self.greedy else settings
 
 
-# What each step is to a native chooser, and which field of it; in the order they are taken.
+# The setting of a native sampler that each step is, and the step's field; in order.
 NUMBERS: dict[type, tuple[str, str]] = {
     Repetition: ("repetition", "penalty"),
     Presence: ("presence", "penalty"),
@@ -347,13 +353,13 @@ GREEDY = Sampler()
 
 
 @dataclass
-class Sampling:
-    """One request under way: what it has seen, and its random numbers."""
+class SamplerState:
+    """The sampling state of one request: its history and its random generator."""
 
     sampler: Sampler
     history: History
     generator: np.random.Generator = field(repr=False)
-    native: Chooser | None = None
+    native: NativeSampler | None = None
 
     def choose(self, logits: Logits) -> int:
         """The next id for logits (V,), remembered.
@@ -377,9 +383,9 @@ class Sampling:
             return -1
         return int(logits.argmax()) if self.sampler.greedy else draw(logits, self.generator)
 
-    def _compiled(self, logits: Logits, native: Chooser) -> int:
+    def _compiled(self, logits: Logits, native: NativeSampler) -> int:
         uniform = 0.0 if self.sampler.greedy else self.generator.random()
-        return native(logits, self.history.seen, self.history.said, uniform)
+        return native(logits, self.history.seen, self.history.counts, uniform)
 
 
 def trouble(logits: Logits) -> str:

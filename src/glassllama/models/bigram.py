@@ -1,7 +1,7 @@
-"""The bigram: the least model there is. What comes next depends on the last token alone.
+"""Bigram model: the next token depends on the last token only.
 
-One table, V × V: row i holds the logits of what follows token i. Trained, its softmax becomes how
-often each pair of tokens occurs in the text; counting pairs would give the same (a test does).
+One table, V × V: row i holds the logits of the token after token i. After training its softmax is
+the relative frequency of each pair of tokens in the text (a test compares it with counts).
 
 Shapes: B batch, T new tokens, V vocabulary; the model's width C is V, too.
 """
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from glassllama.base.config import require_sizes
-from glassllama.nn.init import initialise
+from glassllama.nn.init import initialize
 from glassllama.nn.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class BigramConfig:
-    """`max_seq_len` is the length of the texts in training. It bounds no generation: what comes
-    next depends on the last token alone, so `unbounded` tells the loop to have no limit."""
+    """The configuration of a bigram.
+
+    `max_seq_len` is the length of a row in training. Generation has no limit (`unbounded`), because
+    the next token depends on the last one only.
+    """
 
     vocab_size: int
     max_seq_len: int
@@ -34,19 +37,19 @@ class BigramConfig:
 
 
 class Bigram(nn.Module):
-    """Ids to logits, by looking them up."""
+    """Ids to logits by lookup."""
 
     def __init__(self, config: BigramConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.vocab_size)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew: close to "all tokens are equally likely"."""
-        initialise(self, generator, n_layers=0)
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill with small random numbers: all tokens are almost equally likely."""
+        initialize(self, generator, n_layers=0)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """Without layers there is nothing to keep but how long each row is."""
+        """A cache without layers: it holds the lengths of the rows only."""
         weight = self.tok_embeddings.weight
         return KVCache(
             n_layers=0, batch=batch, n_kv_heads=1, max_len=max_len, head_dim=1,
@@ -61,7 +64,7 @@ class Bigram(nn.Module):
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, V). Arguments as in models/llama.py; `segments` change nothing."""
+        """(B, T) ids -> (B, T, V). Arguments as in models/llama.py; `segments` have no effect."""
         batch, count = ids.shape
         if cache is not None:
             new = [count] * batch if lengths is None else lengths
@@ -70,7 +73,7 @@ class Bigram(nn.Module):
         return self.tok_embeddings(ids)  # (B, T, V)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(…, V) -> (…, V) float32: the rows of the table are logits already."""
+        """(…, V) -> (…, V) float32: hidden states are logits already."""
         return h.float()
 
     def forward(

@@ -1,8 +1,8 @@
-"""GPT, whole: what a Llama was before its four changes.
+"""GPT-2: embeddings with learned positions, blocks of attention and feed-forward, logits.
 
-Source: GPT-2 (Radford et al., 2019). Beside models/llama.py: positions are learned and added to the
-embeddings, where a Llama turns queries and keys; LayerNorm, where a Llama has RMSNorm; every query
-head has its own keys and values; and one activation, where a Llama has a gate.
+Source: GPT-2 (Radford et al., 2019). It differs from models/llama.py in four parts: learned
+positions instead of RoPE, LayerNorm instead of RMSNorm, as many KV heads as query heads, and a
+feed-forward network without a gate.
 
 Shapes: B batch, T new tokens, S visible tokens, C model width, H heads, D head width, F ffn width,
 V vocabulary.
@@ -29,7 +29,7 @@ from glassllama.nn.attention import (
     same_segment,
     split_heads,
 )
-from glassllama.nn.init import initialise
+from glassllama.nn.init import initialize
 from glassllama.nn.kv_cache import KVCache
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
@@ -42,7 +42,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Everything that distinguishes one GPT from another; sizes in elements.
+    """The configuration of a GPT; sizes in elements.
 
     GPT-2's own activation is "gelu_tanh", an approximation of "gelu". Without `bias` neither the
     matrices nor the norms have one.
@@ -53,7 +53,7 @@ class GPTConfig:
     n_heads: int
     ffn_dim: int
     vocab_size: int
-    max_seq_len: int  # positions are learned one by one: there are no others
+    max_seq_len: int  # the number of learned positions
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-5
     bias: bool = True
@@ -80,10 +80,10 @@ class GPTConfig:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What all layers share in one forward pass."""
+class ForwardContext:
+    """What all blocks share in one forward pass."""
 
-    mask: Tensor | None  # (B or 1, 1, T, S), True where seen; None: causal from the first token on
+    mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal from the first token on
     cache: KVCache | None
     new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
 
@@ -99,13 +99,13 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.wo = nn.Linear(config.dim, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         q = split_heads(self.wq(x), self.n_heads)  # (B, H, T, D)
         k = split_heads(self.wk(x), self.n_heads)  # (B, H, T, D)
         v = split_heads(self.wv(x), self.n_heads)  # (B, H, T, D)
-        if step.cache is not None:
-            k, v = step.cache.extend(self.layer, k, v, step.new)  # (B, H, S, D)
-        heads = fused_attention(q, k, v, step.mask)  # (B, H, T, D)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v, context.new)  # (B, H, S, D)
+        heads = fused_attention(q, k, v, context.mask)  # (B, H, T, D)
         return self.wo(join_heads(heads))  # (B, T, C)
 
 
@@ -123,8 +123,8 @@ class FeedForward(nn.Module):
         return self.down(features)  # (B, T, C)
 
 
-class Layer(nn.Module):
-    """Two additions to the residual stream: what was seen, and what follows from it."""
+class Block(nn.Module):
+    """Pre-norm transformer block: x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -133,30 +133,30 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step)  # (B, T, C)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context)  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
-    """Ids to logits. Holds weights and nothing else: what was said before is in the cache."""
+    """Ids to logits. It holds weights only; past tokens are in the cache, an argument."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.pos_embeddings = nn.Embedding(config.max_seq_len, config.dim)
-        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         if not config.tie_embeddings:
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew, as GPT-2 did (nn/init.py)."""
-        initialise(self, generator, self.config.n_layers)
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill with random weights as in GPT-2 (nn/init.py)."""
+        initialize(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache like the weights, for no more tokens than there are positions."""
+        """An empty cache on the weights' device, for at most as many tokens as positions."""
         c, weight = self.config, self.tok_embeddings.weight
         return KVCache(
             n_layers=c.n_layers,
@@ -176,10 +176,10 @@ class GPT(nn.Module):
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C), what the layers make of them, after the last norm.
+        """(B, T) ids -> (B, T, C), the hidden states after the last norm.
 
-        Arguments as in models/llama.py. Raises GenerationError where a row would be longer than
-        there are learned positions.
+        Arguments as in models/llama.py. Raises GenerationError if a row would be longer than the
+        number of learned positions.
         """
         batch, count = ids.shape
         new = [count] * batch if lengths is None else lengths
@@ -195,19 +195,19 @@ class GPT(nn.Module):
         if segments is not None:
             mask = causal_mask(positions, count) & same_segment(segments)  # (B, 1, T, T)
             positions = positions_in_segments(segments)  # (B, T)
-        # Padding may stand behind the last position; what comes of it means nothing.
+        # Padding may be after the last position; its outputs have no meaning.
         positions = positions.clamp(max=self.config.max_seq_len - 1)
 
         x = self.tok_embeddings(ids) + self.pos_embeddings(positions)  # (B, T, C)
-        step = Step(mask, cache, new)
+        context = ForwardContext(mask, cache, new)
         for layer in self.layers:
-            x = layer(x, step)  # (B, T, C)
+            x = layer(x, context)  # (B, T, C)
         if cache is not None:
             cache.advance(new)
         return self.norm(x)  # (B, T, C)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V) float32: how well each token of the vocabulary would follow."""
+        """(…, C) -> (…, V) float32: the logits of the next token."""
         if self.config.tie_embeddings:
             return F.linear(h, self.tok_embeddings.weight).float()  # (…, V)
         return self.output(h).float()  # (…, V)

@@ -1,4 +1,4 @@
-"""What all our models can do, whatever they are made of: bigram, GPT, Llama."""
+"""The interface of all language models: bigram, GPT, Llama."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LanguageModel(Protocol):
     @property
     def config(self) -> Any: ...
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew: random weights, the same for the same generator."""
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill with random weights, the same for the same generator."""
         ...
 
     def new_cache(self, batch: int, max_len: int) -> KVCache: ...
@@ -40,7 +40,7 @@ class LanguageModel(Protocol):
         ...
 
     def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V) float32, apart from `hidden` so that a loss can go in chunks."""
+        """(…, C) -> (…, V) float32; separate from `hidden`, so that a loss can be chunked."""
         ...
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Llama, whole: embeddings, layers of attention and feed-forward, logits.
+"""Llama: embeddings, blocks of attention and feed-forward, logits.
 
 Source: LLaMA (Touvron et al., 2023), Llama 2 (2023), The Llama 3 Herd of Models (2024). Its
 configuration is base/config.py; to understand a forward pass read this file, nn/attention.py and
@@ -18,53 +18,53 @@ from torch import Tensor, nn
 from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.nn.attention import (
     Attention,
-    Step,
+    ForwardContext,
     causal_mask,
     positions_in_segments,
     same_segment,
 )
 from glassllama.nn.feed_forward import FeedForward
-from glassllama.nn.hooks import Watch
-from glassllama.nn.init import initialise
+from glassllama.nn.hooks import HookPoint
+from glassllama.nn.init import initialize
 from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm
-from glassllama.nn.rope import rope_angles, rotation
+from glassllama.nn.rope import rope_angles, rope_table
 
 
-class Layer(nn.Module):
-    """Two additions to the residual stream: what was seen, and what follows from it."""
+class Block(nn.Module):
+    """Pre-norm transformer block: x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
-        self.after_attention = Watch()
+        self.after_attention = HookPoint()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = self.after_attention(x + self.attention(self.attention_norm(x), step))  # (B, T, C)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = self.after_attention(x + self.attention(self.attention_norm(x), context))  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
 
 
 class Llama(nn.Module):
-    """Ids to logits. Holds weights and nothing else: what was said before is in the cache."""
+    """Ids to logits. It holds weights only; past tokens are in the cache, an argument."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.last_logits = Watch()
-        # No buffer: it must hold numbers even while the weights are still on the meta device.
+        self.last_logits = HookPoint()
+        # Not a buffer: it must have data even while the weights are on the meta device.
         self.frequencies = torch.tensor(rope_frequencies(config).tolist(), device="cpu")
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Begin anew with small random weights (nn/init.py), the same for the same generator."""
-        initialise(self, generator, self.config.n_layers)
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill with small random weights (nn/init.py), the same for the same generator."""
+        initialize(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache on the weights' device, in their dtype."""
@@ -87,12 +87,12 @@ class Llama(nn.Module):
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C), what the layers make of them, after the last norm.
+        """(B, T) ids -> (B, T, C), the hidden states after the last norm.
 
-        With a cache the ids follow what it holds, and are added to it. `lengths` are the real ids
-        per row where rows are padded on the right; what comes out beyond them means nothing.
-        `segments` (B, T) numbers the documents of packed rows (without a cache): a token sees its
-        own document only. Raises GenerationError where the cache has no room.
+        With a cache the ids follow the tokens in it, and are added to it. `lengths` are the numbers
+        of real ids if rows are padded on the right; outputs of padding have no meaning. `segments`
+        (B, T) numbers the documents of packed rows (without a cache): a token sees its own document
+        only. Raises GenerationError if the cache is full.
         """
         batch, count = ids.shape
         new = [count] * batch if lengths is None else lengths
@@ -104,18 +104,18 @@ class Llama(nn.Module):
         if segments is not None:
             mask = causal_mask(positions, count) & same_segment(segments)  # (B, 1, T, T)
             positions = positions_in_segments(segments)  # (B, T)
-        turn = rotation(rope_angles(positions, self.frequencies.to(ids.device)))
+        rope = rope_table(rope_angles(positions, self.frequencies.to(ids.device)))
 
         x = self.tok_embeddings(ids)  # (B, T, C)
-        step = Step(turn, mask, cache, new)
+        context = ForwardContext(rope, mask, cache, new)
         for layer in self.layers:
-            x = layer(x, step)  # (B, T, C)
+            x = layer(x, context)  # (B, T, C)
         if cache is not None:
             cache.advance(new)
         return self.norm(x)  # (B, T, C)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V) float32: how well each token of the vocabulary would follow."""
+        """(…, C) -> (…, V) float32: the logits of the next token."""
         if self.config.tie_embeddings:
             logits = F.linear(h, self.tok_embeddings.weight)
         else:

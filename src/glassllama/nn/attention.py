@@ -1,10 +1,10 @@
-"""Attention: every position asks (q), every visible position answers (k) with what it holds (v).
+"""Grouped-query attention with RoPE and a KV cache.
 
 Source: Attention Is All You Need (Vaswani et al., 2017), section 3.2; grouped queries: GQA (Ainslie
-et al., 2023). Stated twice, as the formula and as PyTorch's fused kernel; a test ties them, and the
-model runs the formula whenever somebody watches the scores or weights.
+et al., 2023). Written twice, as the formula and as PyTorch's fused kernel; a test compares them.
+The model runs the formula if its scores or weights have a hook.
 
-Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, K kv heads, D head
+Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, K KV heads, D head
 width.
 """
 
@@ -19,24 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassllama.base.config import LlamaConfig
-from glassllama.nn.hooks import Watch
+from glassllama.nn.hooks import HookPoint
 from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import rms_norm
-from glassllama.nn.rope import ROTATE, Rotation
+from glassllama.nn.rope import ROTATE, RopeTable
 
 
 @dataclass(frozen=True)
-class Step:
-    """What all layers share in one forward pass."""
+class ForwardContext:
+    """What all blocks share in one forward pass."""
 
-    turn: Rotation
-    mask: Tensor | None  # (B or 1, 1, T, S), True where seen; None: causal from the first token on
+    rope: RopeTable
+    mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal from the first token on
     cache: KVCache | None
     new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
 
 
 def causal_mask(positions: Tensor, visible: int) -> Tensor:
-    """Nobody sees the future: (B, T) positions, S -> (B, 1, T, S), True where s ≤ position."""
+    """(B, T) positions, S -> (B, 1, T, S), True where s ≤ position: no token sees a later one."""
     return torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
 
 
@@ -62,20 +62,20 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q·k/√D for every pair of positions, float32; query head h asks kv head h // (H/K)."""
+    """q·k/√D for every pair of positions, float32; query head h uses KV head h // (H/K)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, K, S, D) -> (B, H, S, D)
     return q.float() / math.sqrt(q.shape[-1]) @ k.float().mT  # (B, H, T, S)
 
 
 def attention_weights(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over what may be seen: each row of (B, H, T, S) sums to one."""
+    """Softmax over the visible positions: each row of (B, H, T, S) sums to one."""
     # Adding -∞ to all heads at once takes a fifth of the time of filling it in.
     hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
     return (scores + hidden).softmax(-1)  # (B, H, T, S)
 
 
 def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
-    """What each head takes home: (B, H, T, S), (B, K, S, D) -> (B, H, T, D), in v's dtype."""
+    """Weighted sum of values: (B, H, T, S), (B, K, S, D) -> (B, H, T, D), in v's dtype."""
     v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)  # (B, H, S, D)
     return (weights @ v.float()).type_as(v)
 
@@ -88,7 +88,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 class Attention(nn.Module):
-    """Project to heads, rotate, attend, project back."""
+    """Project to heads, apply RoPE, attend, project back."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -99,29 +99,29 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, keys, bias=False)
         self.wv = nn.Linear(config.dim, keys, bias=False)
         self.wo = nn.Linear(queries, config.dim, bias=False)
-        self.q, self.k, self.v = Watch(), Watch(), Watch()  # by head, before rotation
-        self.q_rope, self.k_rope = Watch(), Watch()  # as they are compared
-        self.scores, self.weights, self.heads = Watch(), Watch(), Watch()
+        self.q, self.k, self.v = HookPoint(), HookPoint(), HookPoint()  # per head, before RoPE
+        self.q_rope, self.k_rope = HookPoint(), HookPoint()  # after RoPE and QK-norm
+        self.scores, self.weights, self.heads = HookPoint(), HookPoint(), HookPoint()
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         q = self.q(split_heads(self.wq(x), self.config.n_heads))  # (B, H, T, D)
         k = self.k(split_heads(self.wk(x), self.config.n_kv_heads))  # (B, K, T, D)
         v = self.v(split_heads(self.wv(x), self.config.n_kv_heads))  # (B, K, T, D)
-        q, k = self.place(q, step.turn), self.place(k, step.turn)
+        q, k = self.apply_rope(q, context.rope), self.apply_rope(k, context.rope)
         q, k = self.q_rope(q), self.k_rope(k)
-        if step.cache is not None:
-            k, v = step.cache.extend(self.layer, k, v, step.new)  # (B, K, S, D)
-        heads = self.heads(self.attend(q, k, v, step.mask))  # (B, H, T, D)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v, context.new)  # (B, K, S, D)
+        heads = self.heads(self.attend(q, k, v, context.mask))  # (B, H, T, D)
         return self.wo(join_heads(heads))  # (B, T, C)
 
-    def place(self, x: Tensor, turn: Rotation) -> Tensor:
-        """Give a head its position; with `qk_norm` its length is made one, too."""
-        turned = self.rotate(x, turn)
+    def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
+        """Apply RoPE, then the weightless QK-norm if configured. (B, H, T, D) -> same."""
+        turned = self.rotate(x, rope)
         return rms_norm(turned, self.config.norm_eps) if self.config.qk_norm else turned
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The fused kernel, or the formula while somebody watches. -> (B, H, T, D)."""
-        if not (self.scores.watched or self.weights.watched):
+        """The fused kernel, or the formula if scores or weights have a hook. -> (B, H, T, D)."""
+        if not (self.scores.is_hooked or self.weights.is_hooked):
             return fused_attention(q, k, v, mask)
         if mask is None:
             mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2])

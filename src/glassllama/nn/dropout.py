@@ -1,8 +1,8 @@
-"""Dropout: while training, a share of the numbers is left out, so that no one can be relied upon.
+"""Dropout: during training a share of the activations is set to zero.
 
-Source: Srivastava et al., 2014; the places are GPT-2's: what the embeddings give, and what every
-attention and feed-forward part adds. The models know nothing of it: dropout is hung onto them from
-outside and acts only in training mode, so there is nothing of it in inference.
+Source: Srivastava et al., 2014. As in GPT-2 it is applied to the embeddings and to the outputs of
+all attention and feed-forward modules. It is added to a model by hooks and acts in training mode
+only, so that the models and inference need no code for it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from glassllama.base.errors import ConfigError
 
-PARTS = ("attention", "feed_forward")  # what is added to the residual stream
+PARTS = ("attention", "feed_forward")  # the modules that add to the residual stream
 
 
 def add_dropout(model: nn.Module, probability: float) -> None:
-    """Let `model`, in training mode, drop numbers with this probability; the rest grow to match.
+    """Add dropout with this probability to `model`; the other activations are scaled up.
 
-    Call it once. Draws from PyTorch's own generator of the device. Raises ConfigError: no
+    Call it once. It draws from PyTorch's default generator of the device. Raises ConfigError: no
     probability, or a model without layers.
     """
     if not 0.0 <= probability < 1.0:

@@ -1,11 +1,11 @@
-"""SwiGLU: a gate decides how much of each of F features passes (Shazeer, 2020)."""
+"""SwiGLU feed-forward network (Shazeer, 2020)."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassllama.nn.hooks import Watch
+from glassllama.nn.hooks import HookPoint
 
 
 class FeedForward(nn.Module):
@@ -16,7 +16,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(dim, ffn_dim, bias=False)
         self.up = nn.Linear(dim, ffn_dim, bias=False)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
-        self.gated = Watch()
+        self.gated = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.gated(F.silu(self.gate(x)) * self.up(x))  # (B, T, F)

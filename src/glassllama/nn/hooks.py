@@ -1,8 +1,8 @@
-"""Looking inside a running model: named places, PyTorch's own hooks, no second model.
+"""Hook points: names for the intermediate tensors of a model, for PyTorch's forward hooks.
 
-Every module of a model already has a name (`layers.3.attention.wq`, `layers.3.ffn_norm`). Where an
-intermediate is not the output of a module, a `Watch` makes it one: an identity with a name, such as
-`layers.3.attention.weights`. Unwatched, it is one empty call.
+Every module of a model has a name (`layers.3.attention.wq`, `layers.3.ffn_norm`). Where an
+intermediate tensor is not the output of a module, a `HookPoint` makes it one: an identity with a
+name, such as `layers.3.attention.weights`. Without a hook it costs one empty call.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch import Tensor, nn
 from glassllama.base.errors import GlassError, quoted
 
 
-class Watch(nn.Module):
-    """Passes a tensor on unchanged; a forward hook may look at it, or return another one."""
+class HookPoint(nn.Module):
+    """Returns its input. A forward hook can read the tensor, or return another one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
     @property
-    def watched(self) -> bool:
-        """Whether anybody looks: then the textbook form is computed, so that there is something."""
+    def is_hooked(self) -> bool:
+        """Whether it has a hook. Then the formula is computed, so that the intermediate exists."""
         return bool(self._forward_hooks)
 
 
-def places(model: nn.Module) -> list[str]:
-    """The names that can be watched: every module but the model itself."""
+def hook_names(model: nn.Module) -> list[str]:
+    """The names that hooks can be registered for: every module but the model itself."""
     return [name for name, _ in model.named_modules() if name]
 
 
 @contextmanager
 def recording(model: nn.Module, *patterns: str) -> Iterator[dict[str, Tensor]]:
-    """Keep the output of every place whose name matches a pattern such as `layers.*.attention.q`.
+    """Record the outputs of all modules whose names match, such as `layers.*.attention.q`.
 
-    Yields a dict that a forward pass inside the `with` fills, name -> tensor (detached, not
-    copied; what a later call records replaces it). Raises GlassError where a pattern matches
-    nothing, because a misspelt name would otherwise record silence.
+    Yields a dict that a forward pass inside the `with` fills: name -> tensor, detached, not copied;
+    a later call replaces it. Raises GlassError if a pattern matches nothing, because a misspelt
+    name would otherwise record nothing.
     """
     wanted = {name: module for name, module in model.named_modules() if name}
     kept: dict[str, Tensor] = {}
@@ -49,7 +49,7 @@ def recording(model: nn.Module, *patterns: str) -> Iterator[dict[str, Tensor]]:
             matches = [name for name in wanted if fnmatchcase(name, pattern)]
             if not matches:
                 raise GlassError(
-                    f"nothing to watch is called {quoted(pattern)} (see nn.watch.places)"
+                    f"nothing to watch is called {quoted(pattern)} (see nn.hooks.hook_names)"
                 )
             for name in matches:
 

@@ -1,8 +1,8 @@
-"""What weights are before anything is learned: small random numbers, the same for the same seed.
+"""Initial weights: small random numbers, the same for the same seed.
 
 Source: GPT-2 (Radford et al., 2019), section 2.3. Matrices are normal with standard deviation 0.02;
-those that write into the residual stream, two a layer, are smaller by √(2 · layers), so that their
-sum does not grow with the depth. Norms begin as ones, biases as zeros.
+those that write into the residual stream, two per layer, are divided by √(2 · layers), so that
+their sum does not grow with the depth. Norms are ones, biases zeros.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 DEVIATION = 0.02
-DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what layers begin with
-RESIDUAL = ("wo.weight", "down.weight")  # what is added to the residual stream
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what modules call
+RESIDUAL = ("wo.weight", "down.weight")  # write into the residual stream
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules made within have weights with shapes and without numbers: nothing is allocated."""
+    """Modules made inside have weights without data, on the meta device: nothing is allocated."""
     with torch.device("meta"), NoDraws():
         yield
 
 
 class NoDraws(TorchFunctionMode):
-    """Random numbers are not drawn: for tensors that hold none, PyTorch would import its compiler
-    to draw them, which takes two seconds."""
+    """Skip random initialization: on the meta device PyTorch would import its compiler for it.
+
+    That takes two seconds.
+    """
 
     def __torch_function__(
         self,
@@ -46,10 +48,10 @@ class NoDraws(TorchFunctionMode):
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, generator: torch.Generator, n_layers: int) -> None:
+def initialize(model: nn.Module, generator: torch.Generator, n_layers: int) -> None:
     """Fill all weights in the order of the model's parameters, drawn on the generator's device.
 
-    So a model on a GPU begins with the same numbers as on the CPU, if the generator is the CPU's.
+    So a model on a GPU gets the same numbers as on the CPU, if the generator is the CPU's.
     """
     for name, weight in model.named_parameters():
         if weight.ndim == 1:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) along the last axis, computed in float32, given back in x's dtype."""
+    """x / √(mean(x²) + eps) along the last axis, computed in float32, returned in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x)
 

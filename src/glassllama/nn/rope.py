@@ -1,9 +1,9 @@
-"""Rotary positions: each pair of coordinates is turned by an angle that grows with the position.
+"""RoPE: each pair of coordinates of a head is rotated by an angle proportional to the position.
 
 Source: RoFormer (Su et al., 2021), section 3.2. Which coordinates form a pair is a convention of
-the checkpoint: "pairs" turns neighbours (0,1), (2,3), …; "halves" turns (0, D/2), (1, D/2+1), ….
-The same rotation is stated twice: as multiplication of complex numbers, the textbook form, and in
-real arithmetic, the form that models run; a test ties them.
+the checkpoint: "pairs" rotates neighbours (0,1), (2,3), …; "halves" rotates (0, D/2), (1, D/2+1),
+…. The rotation is written twice: as multiplication of complex numbers, as in textbooks, and in real
+arithmetic, which models run; a test compares them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from glassllama.base.config import RopeLayout
 
 
-class Rotation(NamedTuple):
+class RopeTable(NamedTuple):
     """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32: the 1 is for the heads."""
 
     cos: Tensor
@@ -24,35 +24,35 @@ class Rotation(NamedTuple):
 
 
 def rope_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Radians to turn by: position × frequency. (B, T), (D/2,) -> (B, T, D/2) float32."""
+    """Angles in radians: position × frequency. (B, T), (D/2,) -> (B, T, D/2) float32."""
     return positions.float().unsqueeze(-1) * frequencies
 
 
-def rotation(angles: Tensor) -> Rotation:
-    """(B, T, D/2) angles -> what `rotate_pairs` and `rotate_halves` take."""
+def rope_table(angles: Tensor) -> RopeTable:
+    """(B, T, D/2) angles -> their cosines and sines."""
     angles = angles.unsqueeze(1)  # (B, 1, T, D/2)
-    return Rotation(angles.cos(), angles.sin())
+    return RopeTable(angles.cos(), angles.sin())
 
 
-def rotate_pairs(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbours (0,1), (2,3), …: Meta's and GGUF's layout. (B, H, T, D) -> same."""
+def rotate_interleaved(x: Tensor, rope: RopeTable) -> Tensor:
+    """Rotate neighbours (0,1), (2,3), …: Meta's and GGUF's layout. (B, H, T, D) -> same."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # two (B, H, T, D/2)
-    turned = torch.stack((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
+    turned = torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
     return turned.flatten(-2).type_as(x)  # (B, H, T, D)
 
 
-def rotate_halves(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn (0, D/2), (1, D/2+1), …: Hugging Face's layout. (B, H, T, D) -> same."""
+def rotate_half(x: Tensor, rope: RopeTable) -> Tensor:
+    """Rotate (0, D/2), (1, D/2+1), …: Hugging Face's layout. (B, H, T, D) -> same."""
     a, b = x.float().chunk(2, dim=-1)  # two (B, H, T, D/2)
-    turned = torch.cat((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
+    turned = torch.cat((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
     return turned.type_as(x)  # (B, H, T, D)
 
 
-ROTATE = {"pairs": rotate_pairs, "halves": rotate_halves}
+ROTATE = {"pairs": rotate_interleaved, "halves": rotate_half}
 
 
 def rotate_complex(x: Tensor, angles: Tensor, layout: RopeLayout) -> Tensor:
-    """The textbook form: a pair (a, b) is the number a + bi, and turning it is · e^(i·angle).
+    """The textbook form: a pair (a, b) is the number a + bi, and is multiplied by e^(i·angle).
 
     (B, H, T, D), (B, T, D/2) -> (B, H, T, D).
     """

@@ -1,8 +1,7 @@
-"""How the tokenizers' functions become machine code: once, kept on disk, without the GIL.
+"""Decorators that compile the tokenizers' functions with Numba, without the GIL, cached on disk.
 
-Numba keeps compiled code per source file; ours call each other across files. So the folder that
-keeps them is named after the digest of them all: other sources, another folder. Code is read from
-it only as it was written (base/checksums.py): what is damaged is compiled anew.
+As in engine/compiled.py the cache folder is named after the digest of all sources, and its files
+are checked before they are read (base/checksums.py).
 """
 
 from __future__ import annotations
@@ -15,24 +14,24 @@ from typing import Any, TypeVar, cast
 import numba
 from numba.extending import intrinsic
 
-from glassllama.base.code_cache import folder_for, going_on
-from glassllama.base.interrupts import hold_while_compiling
+from glassllama.base.code_cache import best_effort_cache, folder_for
+from glassllama.base.interrupts import defer_signals_while_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 Int = Any  # a number in compiled code: a machine integer, signed or not, of 8 to 64 bits
-hold_while_compiling()
+defer_signals_while_compiling()
 
 
 @lru_cache(maxsize=1)
 def code_folder() -> Path | None:
-    """Where machine code is kept, or None (and a note) where it cannot be."""
+    """The cache folder of machine code; None (and a note) if it cannot be used."""
     return folder_for("compiled-tokenizers", Path(__file__).parent, numba.__version__)
 
 
 def native(function: F, **more: bool) -> F:
-    """Without Numba's reference counts, which cost a loop over bytes half its time.
+    """Compile without Numba's reference counting, which takes half the time of loops over bytes.
 
-    So compiled code may not make arrays: it works in those that Python hands in.
+    So compiled code cannot allocate arrays: it uses those that Python passes in.
     """
     folder = code_folder()
     options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False, **more}
@@ -41,32 +40,31 @@ def native(function: F, **more: bool) -> F:
     try:
         settings.CACHE_DIR = before if folder is None else str(folder)
         made = numba.njit(cache=folder is not None, **options)(function)
-        return cast(F, made if folder is None else going_on(made))
+        return cast(F, made if folder is None else best_effort_cache(made))
     finally:
         settings.CACHE_DIR = before
 
 
-# What nobody uses is not made. The way in and out of a function that Python does not call would
-# double its time to compile; nothing here is called from C.
+# Wrappers that are not used are not compiled: they would double the time to compile.
 ONLY_FROM_PYTHON = {"no_cfunc_wrapper": True}
-INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def entry(function: F) -> F:
-    """Machine code that Python calls, compiled at the first call."""
+    """A function that Python calls, compiled at the first call."""
     return native(function, **ONLY_FROM_PYTHON)
 
 
 def compiled(function: F) -> F:
-    """Machine code for other compiled functions."""
-    return native(function, **INSIDE)
+    """A function that other compiled functions call."""
+    return native(function, **INTERNAL)
 
 
 def inlined(function: F) -> F:
-    """A function that vanishes into its callers: a call would hand on whole array descriptions."""
-    return native(function, **INSIDE, forceinline=True)
+    """A function that is inlined: a call would pass the descriptors of all its arrays."""
+    return native(function, **INTERNAL, forceinline=True)
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function written in LLVM's own words: see tokenizers/byte_scan.py."""
+    """A function written in LLVM's intermediate representation: see byte_scan.py."""
     return cast(Callable[..., Any], intrinsic(function))

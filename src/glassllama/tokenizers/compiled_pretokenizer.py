@@ -1,8 +1,8 @@
-"""Where words end: the split patterns of tokenizers/pretokenizer.py by hand, for compiled code.
+"""Where words end: the split patterns of pretokenizer.py by hand, for compiled code.
 
 A pattern of alternatives that is tried at every place becomes a decision on the kinds of the next
-characters: letter, number, blank, line end, other (tokenizers/char_classes.py). A test holds both ways of splitting
-equal.
+characters: letter, number, blank, line end, other (char_classes.py). A test holds both ways of
+splitting equal.
 """
 
 from __future__ import annotations

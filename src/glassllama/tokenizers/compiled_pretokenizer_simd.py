@@ -1,4 +1,5 @@
-"""Where words end, 64 bytes at once: the rules of Llama 3 and Qwen 2 in tokenizers/compiled_pretokenizer.py, on bits.
+"""Where words end, 64 bytes at once: the rules of Llama 3 and Qwen 2 in compiled_pretokenizer.py,
+on bits.
 
 A window of text that begins with a word becomes a mask for each kind of character: a bit for each
 byte. Where the next words begin then follows from shifts, for all of them together:
@@ -12,7 +13,7 @@ byte. Where the next words begin then follows from shifts, for all of them toget
 A character of several bytes has a bit for each: whether it is a letter is looked up, one by one.
 Only what these masks decide is answered, up to a place where the rest of the window does not
 matter. Blanks and numbers beyond ASCII, words that begin with an apostrophe and long numbers are
-left to tokenizers/compiled_pretokenizer.py.
+left to compiled_pretokenizer.py.
 """
 
 from __future__ import annotations

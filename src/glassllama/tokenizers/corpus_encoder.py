@@ -1,9 +1,10 @@
 """Text → ids at the speed of a corpus: words found in a table, in compiled loops.
 
 Text repeats its words. So words are looked up by their bytes in a table (word_table.py), and only
-those that were not seen before are made of tokens (tokenizers/interleaved_merge.py). When the table is full it is
-emptied. Nothing is allocated on the way. Some two thousand words at a time go through four loops:
-each does one thing, so that the processor can work on the next word while it waits for this one.
+those that were not seen before are made of tokens (interleaved_merge.py). When the table is full it
+is emptied. Nothing is allocated on the way. Some two thousand words at a time go through four
+loops: each does one thing, so that the processor can work on the next word while it waits for this
+one.
 
     text ──next_words──▶ where words end ──look_up──▶ slots of the table ──write──▶ ids
                                               └─new words─▶ learn ─▶ their ids in the slots

@@ -25,7 +25,7 @@ Longs = NDArray[np.int64]
 NONE = -1
 N_PAIRS, HEAP_SIZE, N_TOUCHED = range(3)  # what `used` counts
 COUNT, KEY = range(2)  # columns of the heap
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # see tokenizers/pair_table.py
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # see pair_table.py
 
 
 class Rows(NamedTuple):

@@ -1,7 +1,7 @@
 """What is known before any text is seen, and the ids of one long word by it.
 
 The rules are those of `bpe.merge`, on ids and tables instead of bytes and dictionaries. Short
-words that are new are merged in tokenizers/interleaved_merge.py, several at a time.
+words that are new are merged in interleaved_merge.py, several at a time.
 """
 
 from __future__ import annotations

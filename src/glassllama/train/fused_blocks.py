@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassllama.models.llama import Layer, Llama
-from glassllama.nn.attention import Step, fused_attention
+from glassllama.models.llama import Block, Llama
+from glassllama.nn.attention import ForwardContext, fused_attention
 from glassllama.train import kernels
 
 BF16 = torch.bfloat16
@@ -38,24 +38,24 @@ def accelerate(model: Llama, dropout: float = 0.0, products: torch.dtype = BF16)
     of a layer, which are not called here.
     """
     for layer in model.layers:
-        layer.__class__ = FastLayer
-        assert isinstance(layer, FastLayer)
+        layer.__class__ = FusedBlock
+        assert isinstance(layer, FusedBlock)
         layer.dropout, layer.products = dropout, products
 
 
-class FastLayer(Layer):
+class FusedBlock(Block):
     """A drop-in for models.llama.Layer wherever no cache is in play."""
 
     dropout: float
     products: torch.dtype
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        if step.cache is not None:
-            return super().forward(x, step)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        if context.cache is not None:
+            return super().forward(x, context)
         a, f, eps = self.attention, self.feed_forward, self.attention_norm.eps
         x, normed = AddNorm.apply(x, None, eps, self.products)  # (B, T, C) float32, narrow
         qkv = product(normed, self.attention_norm.weight, a.wq, a.wk, a.wv)  # (B, T, (H+K+K)·D)
-        heads = attend(qkv, step, a.config)  # (B, T, H·D)
+        heads = attend(qkv, context, a.config)  # (B, T, H·D)
         branch = self.drop(product(heads, None, a.wo))  # (B, T, C)
         x, normed = AddNorm.apply(x, branch, eps, self.products)
         both = product(normed, self.ffn_norm.weight, f.gate, f.up)  # (B, T, 2F)
@@ -71,13 +71,13 @@ def product(x: Tensor, scale: Tensor | None, *maps: torch.nn.Linear) -> Tensor:
     return F.linear(x, (weight if scale is None else weight * scale).to(x.dtype))
 
 
-def attend(qkv: Tensor, step: Step, config: Any) -> Tensor:
+def attend(qkv: Tensor, context: ForwardContext, config: Any) -> Tensor:
     """Place queries and keys, and attend in float32. (B, T, (H+K+K)·D) -> (B, T, H·D) narrow."""
     heads = qkv.unflatten(-1, (-1, config.head_dim))  # (B, T, H+K+K, D)
-    angles = [each.expand(len(qkv), -1, -1, -1).flatten(0, 2) for each in step.turn]  # (N, D/2)
+    angles = [each.expand(len(qkv), -1, -1, -1).flatten(0, 2) for each in context.rope]  # (N, D/2)
     eps = config.norm_eps if config.qk_norm else NO_NORM
     q, k, v = Place.apply(heads, *angles, (config.n_heads, config.n_kv_heads), eps)
-    out = fused_attention(q, k, v, step.mask)  # (B, H, T, D)
+    out = fused_attention(q, k, v, context.mask)  # (B, H, T, D)
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

@@ -40,7 +40,7 @@ def make_model(settings: Settings, vocab_size: int) -> LanguageModel:
     """
     model = new_model(settings, vocab_size)
     require_device(settings.run.device)
-    model.initialise(torch.Generator().manual_seed(settings.run.seed))
+    model.initialize(torch.Generator().manual_seed(settings.run.seed))
     return cast(LanguageModel, as_module(model).to(settings.run.device))
 
 

@@ -2,7 +2,8 @@
 
 Weights, optimisers and everything that is added up stay float32; `precision` is that of matrix
 products. "auto" is bfloat16 where the device has instructions for it, else float32. A Llama on a
-CPU is computed by train/fused_blocks.py, everything else by PyTorch, with its autocast for bfloat16.
+CPU is computed by train/fused_blocks.py, everything else by PyTorch, with its autocast for
+bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.train.faults import TrainingError
-from glassllama.train.fused_blocks import FastLayer, accelerate
+from glassllama.train.fused_blocks import FusedBlock, accelerate
 from glassllama.train.mfu import dtype_of
 from glassllama.train.model_factory import as_module
 from glassllama.train.settings import RunSettings
@@ -43,7 +44,7 @@ def choose_arithmetic(model: LanguageModel, run: RunSettings, dropout: float) ->
 
 def arithmetic(model: LanguageModel, run: RunSettings) -> AbstractContextManager[object]:
     """Within, the model's matrix products are in `run.precision`."""
-    fast = isinstance(model, Llama) and isinstance(model.layers[0], FastLayer)
+    fast = isinstance(model, Llama) and isinstance(model.layers[0], FusedBlock)
     if fast or dtype_of(run.precision, run.device) == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(run.device).type, torch.bfloat16)

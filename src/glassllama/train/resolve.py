@@ -167,7 +167,7 @@ def from_tables(name: str, tables: Tables) -> Settings:
 
 
 def _model_settings(place: str, values: Mapping[str, Any]) -> ModelSettings:
-    """The fields of every model, and apart from them the sizes, which train/model_factory.py checks."""
+    """The fields of every model, and apart from them the sizes, which model_factory.py checks."""
     own = {field.name for field in fields(ModelSettings)} - {"sizes"}
     of_all = {name: value for name, value in values.items() if name in own}
     sizes = {name: value for name, value in values.items() if name not in own}

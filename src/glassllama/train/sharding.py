@@ -42,7 +42,7 @@ def shard(model: LanguageModel, settings: Settings, team: Team) -> None:
     register_fsdp_forward_method(module, "hidden")  # what the loop calls instead of the model
     module.to_empty(device=device)
     with implicit_replication():
-        model.initialise(torch.Generator().manual_seed(settings.run.seed))
+        model.initialize(torch.Generator().manual_seed(settings.run.seed))
 
 
 def add_up_gradients(part: FSDPModule) -> None:

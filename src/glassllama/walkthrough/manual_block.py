@@ -27,7 +27,7 @@ from glassllama.nn.attention import (
     weighted_sum,
 )
 from glassllama.nn.norm import rms_norm
-from glassllama.nn.rope import ROTATE, Rotation
+from glassllama.nn.rope import ROTATE, RopeTable
 
 Weights = Callable[[str], Tensor]  # "attention.wq" -> the layer's matrix (out, in)
 
@@ -69,7 +69,7 @@ PLACES = {
 def layer_by_hand(
     weight: Weights,
     x: Tensor,
-    turn: Rotation,
+    rope: RopeTable,
     config: LlamaConfig,
     *,
     past: tuple[Tensor, Tensor] | None = None,
@@ -84,7 +84,7 @@ def layer_by_hand(
     q = split_heads(F.linear(normed, weight("attention.wq")), c.n_heads)  # (B, H, T, D)
     k = split_heads(F.linear(normed, weight("attention.wk")), c.n_kv_heads)  # (B, K, T, D)
     v = split_heads(F.linear(normed, weight("attention.wv")), c.n_kv_heads)  # (B, K, T, D)
-    q_rope, k_rope = place(q, turn, c), place(k, turn, c)
+    q_rope, k_rope = place(q, rope, c), place(k, rope, c)
     keys = k_rope if past is None else torch.cat((past[0], k_rope), dim=2)  # (B, K, S, D)
     values = v if past is None else torch.cat((past[1], v), dim=2)  # (B, K, S, D)
     scores, weights, heads = attend(q_rope, keys, values, formula)
@@ -103,9 +103,9 @@ def layer_by_hand(
     )  # fmt: skip
 
 
-def place(x: Tensor, turn: Rotation, config: LlamaConfig) -> Tensor:
+def place(x: Tensor, rope: RopeTable, config: LlamaConfig) -> Tensor:
     """A head turned by its position, and with `qk_norm` made of length one."""
-    turned = ROTATE[config.rope_layout](x, turn)
+    turned = ROTATE[config.rope_layout](x, rope)
     return rms_norm(turned, config.norm_eps) if config.qk_norm else turned
 
 

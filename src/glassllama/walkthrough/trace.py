@@ -4,7 +4,7 @@
     trace["layers.3.attention.weights"]  # (B, H, T, S)
 
 The running model itself is watched, with PyTorch's own hooks: there is no second model that could
-drift. `nn.watch.places(model)` lists the names.
+drift. `nn.hooks.hook_names(model)` lists the names.
 
 Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, D head width, V
 vocabulary. Every place has the tokens on its last axis but one: (B, T, C), (B, H, T, D), (B, T, V).
@@ -149,7 +149,7 @@ def matching(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
         return [pattern]
     found = [place for place in modules if fnmatchcase(place, pattern)]
     if not found:
-        raise GlassError(f"nothing to watch is called {quoted(pattern)} (see nn.watch.places)")
+        raise GlassError(f"nothing to watch is called {quoted(pattern)} (see nn.hooks.hook_names)")
     return found
 
 

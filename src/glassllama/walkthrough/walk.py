@@ -25,7 +25,7 @@ from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.base.machine import require_memory
 from glassllama.models.llama import Llama
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.rope import Rotation, rope_angles, rotation
+from glassllama.nn.rope import RopeTable, rope_angles, rope_table
 from glassllama.tokenizers.bpe import prompt_ids
 from glassllama.walkthrough.analysis import Predictions, logit_lens, predictions
 from glassllama.walkthrough.manual_block import PLACES, LayerByHand, layer_by_hand
@@ -34,7 +34,7 @@ from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, keep_freed_memory, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
-from glassllama.weights.stream import StreamedLayer, StreamedLlama
+from glassllama.weights.stream import StreamedBlock, StreamedLlama
 
 # Attention of every layer is kept for prompts up to this length; its size grows with the square.
 LONGEST_FOR_ALL_MAPS = 64
@@ -175,8 +175,8 @@ class Walk:
         return rope_angles(torch.arange(len(self.ids))[None], self.model.frequencies)
 
     @cached_property
-    def turn(self) -> Rotation:
-        return rotation(self.angles)
+    def rope(self) -> RopeTable:
+        return rope_table(self.angles)
 
     def weight(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
@@ -187,7 +187,7 @@ class Walk:
     def held(self, name: str) -> Tensor:
         """The first row of one of the chosen layer's matrices, as the running model holds it."""
         layer = self.model.layers[self.layer]
-        with layer.filled() if isinstance(layer, StreamedLayer) else nullcontext():
+        with layer.filled() if isinstance(layer, StreamedBlock) else nullcontext():
             return layer.get_parameter(f"{name}.weight")[:1].clone().cpu()
 
     def layer_weight(self, layer: int, name: str) -> Tensor:
@@ -197,7 +197,7 @@ class Walk:
     def by_hand(self) -> LayerByHand:
         """The chosen layer, unrolled."""
         weight = partial(self.layer_weight, self.layer)
-        return layer_by_hand(weight, self.residual_before, self.turn, self.config)
+        return layer_by_hand(weight, self.residual_before, self.rope, self.config)
 
     @property
     def shown(self) -> range:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassllama.base.fields import Fields
 from glassllama.weights.configs import BIGRAM, Resolved, unused_keys
-from glassllama.weights.rows import Opened, Rearranged, Row
+from glassllama.weights.rows import Opened, RemappedFile, Row
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import TensorFile
@@ -43,4 +43,4 @@ def bigram_rows(config: BigramConfig) -> list[Row]:
 
 
 def open_bigram(file: TensorFile, config: BigramConfig) -> Opened:
-    return Opened(Rearranged(file, bigram_rows(config)), config, [])
+    return Opened(RemappedFile(file, bigram_rows(config)), config, [])

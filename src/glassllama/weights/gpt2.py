@@ -17,7 +17,7 @@ import numpy as np
 from glassllama.base.errors import listed
 from glassllama.base.fields import Fields
 from glassllama.weights.configs import GPT2, Resolved, require_neutral, unused_keys
-from glassllama.weights.rows import Opened, Rearranged, Row
+from glassllama.weights.rows import Opened, RemappedFile, Row
 from glassllama.weights.tensor_map import (
     COMPARED_NUMBERS,
     HEADS,
@@ -46,7 +46,7 @@ def open_gpt2(file: TensorFile, config: GPTConfig) -> Opened:
     config, notes = with_stored_output(file, config, f"{prefix}wte.weight", OUTPUT)
     rows = gpt2_rows(config, prefix)
     # A tied output may be stored again.
-    ours = Rearranged(file, rows, known={OUTPUT}, ignored=[MASK, MASKED, HEADS])
+    ours = RemappedFile(file, rows, known={OUTPUT}, ignored=[MASK, MASKED, HEADS])
     notes += head_notes(ours.ignored)
     masks = [name for name in ours.ignored if MASK.fullmatch(name)]
     if strange := [name for name in masks if not is_causal(file, name)]:

@@ -1,7 +1,7 @@
 """A checkpoint → the packed CPU engine: in slices of rows, by all threads, strictly in order.
 
-What is packed as what is decided in weights/quantization.py; what large models were packed to is kept on disk by
-weights/packed_cache.py, and mapped the next time.
+What is packed as what is decided in quantization.py; what large models were packed to is kept on
+disk by packed_cache.py, and mapped the next time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from glassllama.base.interfaces import CacheType, Progress
 from glassllama.engine.executor import Engine, Weights
 from glassllama.engine.layout import GROUP, Arena, Matrix, empty_matrix
 from glassllama.engine.repack import fill, fill_rounded
-from glassllama.engine.thread_pool import processors
+from glassllama.engine.thread_pool import num_processors
 from glassllama.weights.open import Checkpoint
 from glassllama.weights.packed_cache import place_for
 from glassllama.weights.quantization import EMBEDDINGS, Quantise, choose
@@ -51,7 +51,7 @@ def pack(
         for name, kind in packed.kinds.items():
             matrices[name] = empty_matrix(arena, kind, *checkpoint.info(name).shape)
         if not place.filled:
-            fill_all(checkpoint, matrices, threads or processors(), progress)
+            fill_all(checkpoint, matrices, threads or num_processors(), progress)
             place.keep()
     weights = Weights(
         matrices=[
@@ -102,9 +102,9 @@ def slices(matrix: Matrix) -> Iterator[slice]:
 
 def move_rows(checkpoint: Checkpoint, name: str, matrix: Matrix, rows: slice) -> None:
     """Some rows of a tensor: as the file has them if of that kind, else by way of floats."""
-    if checkpoint.info(name).dtype == matrix.kind.name:
+    if checkpoint.info(name).dtype == matrix.weight_type.name:
         fill(matrix, rows.start, checkpoint.read(name, rows))
-    elif matrix.kind.name == "F32":
+    elif matrix.weight_type.name == "F32":
         fill(matrix, rows.start, checkpoint.float32(name, rows))
     else:
         fill_rounded(matrix, rows.start, checkpoint.float32(name, rows))

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import ConfigError, MemoryShortError, quoted
 from glassllama.base.machine import available_memory, gigabytes
-from glassllama.engine.layout import BLOCK, KINDS, Kind, packed_bytes
+from glassllama.engine.layout import BLOCK, WEIGHT_TYPES, WeightType, packed_bytes
 from glassllama.formats.blocks import FLOATS
 from glassllama.weights.open import Checkpoint
 
@@ -32,7 +32,7 @@ WORKING_MEMORY = 200_000_000  # compiled code, a step's intermediate numbers, sl
 class Packed:
     """How a checkpoint is to be packed. `kinds` in the order in which matrices lie in memory."""
 
-    kinds: dict[str, Kind]
+    kinds: dict[str, WeightType]
     nbytes: int
     notes: list[str]
 
@@ -89,7 +89,7 @@ def matrix_names(config: LlamaConfig) -> list[str]:
 
 def packed_kind(
     checkpoint: Checkpoint, name: str, exact: bool = False, quantize: Quantise = "none"
-) -> Kind:
+) -> WeightType:
     """What a matrix is packed as.
 
     Embeddings and output never have fewer than eight bits: every token's probability is read from
@@ -97,15 +97,15 @@ def packed_kind(
     """
     info = checkpoint.info(name)
     if exact:
-        return KINDS["F32"]
+        return WEIGHT_TYPES["F32"]
     if info.dtype in FLOATS:
         if quantize == "none" or info.shape[1] % BLOCK:
-            return KINDS["F32" if info.dtype == "F64" else info.dtype]
-        return KINDS["Q8_0" if name in (EMBEDDINGS, OUTPUT) else quantize.upper()]
-    return KINDS.get(info.dtype, KINDS["Q8_0"])
+            return WEIGHT_TYPES["F32" if info.dtype == "F64" else info.dtype]
+        return WEIGHT_TYPES["Q8_0" if name in (EMBEDDINGS, OUTPUT) else quantize.upper()]
+    return WEIGHT_TYPES.get(info.dtype, WEIGHT_TYPES["Q8_0"])
 
 
-def conversions(checkpoint: Checkpoint, kinds: dict[str, Kind]) -> list[str]:
+def conversions(checkpoint: Checkpoint, kinds: dict[str, WeightType]) -> list[str]:
     """One line on what is not computed in its own format."""
     pairs = {(checkpoint.info(name).dtype, kind.name) for name, kind in kinds.items()}
     changed = [f"{stored} as {kind}" for stored, kind in sorted(pairs) if stored != kind]

@@ -1,6 +1,6 @@
 """A model's tensors as a table: where each is in a file, and how it lies there.
 
-Models other than Llama have a table of rows (weights/gpt2.py, weights/bigram.py). `Rearranged`
+Models other than Llama have a table of rows (weights/gpt2.py, weights/bigram.py). `RemappedFile`
 shows their files as all other files are: under our names, (out, in), every matrix on its own.
 weights/save.py goes through the same rows the other way.
 """
@@ -22,7 +22,7 @@ from glassllama.weights.tensor_map import require_fit
 class Opened(NamedTuple):
     """A file under our names, its configuration, and notes on what the file holds besides."""
 
-    file: Rearranged
+    file: RemappedFile
     config: Any
     notes: list[str]
 
@@ -45,7 +45,7 @@ class Row(NamedTuple):
         return whole[::-1] if self.transposed else whole
 
 
-class Rearranged:
+class RemappedFile:
     """A `TensorFile` under our names, over a file that these rows describe."""
 
     def __init__(

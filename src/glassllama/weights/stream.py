@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from glassllama.base.errors import GenerationError
 from glassllama.base.machine import require_memory
-from glassllama.models.llama import Layer, Llama
-from glassllama.nn.attention import Step
+from glassllama.models.llama import Block, Llama
+from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
 from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
 from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
@@ -97,7 +97,7 @@ class StreamedOutput(nn.Module):
         return self.source.linear(OUTPUT, h)  # (…, V)
 
 
-class StreamedLayer(Layer):
+class StreamedBlock(Block):
     """A layer whose weights are in memory while it works."""
 
     def __init__(self, source: Source, layer: int) -> None:
@@ -105,7 +105,7 @@ class StreamedLayer(Layer):
         self.source, self.number = source, layer
 
     @contextmanager
-    def filled(self) -> Iterator[StreamedLayer]:
+    def filled(self) -> Iterator[StreamedBlock]:
         """Inside this `with` the weights are numbers, not only shapes, also for a closer look."""
         if not self.attention_norm.weight.is_meta:  # by an outer `with`, which empties it, too
             yield self
@@ -119,7 +119,7 @@ class StreamedLayer(Layer):
             for name, shape in shapes.items():
                 place(self, name, shape)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext) -> Tensor:
         with self.filled():
             return super().forward(x, step)  # (B, T, C)
 
@@ -149,7 +149,7 @@ class StreamedLlama(Llama):
             )
         with shapes_only():
             super().__init__(config)  # shapes only
-            self.layers = nn.ModuleList(StreamedLayer(source, n) for n in range(config.n_layers))
+            self.layers = nn.ModuleList(StreamedBlock(source, n) for n in range(config.n_layers))
         self.to(kept)
         self.tok_embeddings = StreamedEmbedding(source)
         place(self, "norm.weight", source.tensor("norm.weight"))

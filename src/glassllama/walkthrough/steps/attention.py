@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from glassllama.models.llama import Layer
+from glassllama.models.llama import Block
 from glassllama.nn.attention import Attention, attention_scores, attention_weights, weighted_sum
 from glassllama.nn.norm import rms_norm
 from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex
@@ -172,7 +172,7 @@ def into_the_residual(walk: Walk) -> Step:
         sources=(
             source(weighted_sum, "v =", "return"),
             source(Attention.forward, "return"),
-            source(Layer.forward, "x = self.after_attention"),
+            source(Block.forward, "x = self.after_attention"),
         ),
         text=(
             "Each head takes the values of those it listens to, in proportion. wo turns the heads, "

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glassllama.models.llama import Layer, Llama
+from glassllama.models.llama import Block, Llama
 from glassllama.nn.feed_forward import FeedForward
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.walkthrough.analysis import Predictions, predictions, residual_norms
@@ -46,7 +46,7 @@ def swiglu(walk: Walk) -> Step:
         shapes=f"ffn_norm {shape(hand.ffn_norm)} → gated {shape(hand.gated)} → {shape(hand.down)}",
         sources=(
             source(FeedForward.forward, "features =", "return"),
-            source(Layer.forward, "return"),
+            source(Block.forward, "return"),
         ),
         text=(
             f"{walk.config.ffn_dim:,} features. up says how strongly each is there, gate whether "
@@ -92,7 +92,7 @@ def layers_by_hand(walk: Walk) -> Check:
         place = f"layers.{n}"
         formula = f"{place}.attention.weights" in walk.trace  # as the model itself did
         weight = partial(walk.layer_weight, n)
-        x = layer_by_hand(weight, x, walk.turn, walk.config, formula=formula).output
+        x = layer_by_hand(weight, x, walk.rope, walk.config, formula=formula).output
         errors.append(walk.compare_runs(place, x, walk.trace[place]))
     worst = max(errors, key=lambda check: check.relative)
     return replace(worst, what=f"layers.0 … layers.{walk.config.n_layers - 1}")
@@ -108,7 +108,7 @@ def all_layers(walk: Walk) -> Step:
         question="What happens to a token on its way up?",
         shapes=f"x {x} → {c.n_layers} layers → {x}",
         sources=(
-            source(Layer.forward, "x =", "return"),
+            source(Block.forward, "x =", "return"),
             source(Llama.hidden, "for layer", "x = layer"),
         ),
         text=(

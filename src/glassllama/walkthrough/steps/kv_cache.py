@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glassllama.nn.attention import Attention
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.rope import rope_angles, rotation
+from glassllama.nn.rope import rope_angles, rope_table
 from glassllama.walkthrough.analysis import predictions
 from glassllama.walkthrough.manual_block import LayerByHand, layer_by_hand
 from glassllama.walkthrough.pictures import Drawing
@@ -51,7 +51,7 @@ def new_token_by_hand(walk: Walk, trace: Trace) -> LayerByHand:
     return layer_by_hand(
         partial(walk.layer_weight, walk.layer),
         trace[before],
-        rotation(angles),
+        rope_table(angles),
         walk.config,
         past=(walk.by_hand.k_rope, walk.by_hand.v),
     )
@@ -86,8 +86,8 @@ def second_token(walk: Walk) -> Step:
         question="What need not be computed again?",
         shapes=f"1 new id, {past} cached keys and values → logits {shape(logits)}",
         sources=(
-            source(Attention.forward, "if step.cache", "k, v = step.cache"),
-            source(KVCache.extend, "kept[:, :, self.lengths"),
+            source(Attention.forward, "if context.cache", "k, v = context.cache"),
+            source(KVCache.extend, "cached[:, :, self.lengths"),
         ),
         text=(
             f"{walk.piece(first.id)} is appended and fed alone. The {past} tokens before it cannot "
