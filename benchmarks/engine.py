@@ -4,7 +4,8 @@
 
 Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
 of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
-Prints a table; machine, threads and what one thread can do at best (engine/roofline.py) come first.
+Prints a table; machine, threads and what one thread can do at best (native/engine/roofline.py) come
+first.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from glassllama.engine import gemm_kquant_amx
-from glassllama.engine.dispatch import TIERS, features, kernel_address
-from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import (
+from glassllama.native.engine import gemm_kquant_amx
+from glassllama.native.engine.dispatch import TIERS, features, kernel_address
+from glassllama.native.engine.layout import (
     WEIGHT_TYPES,
     Arena,
     Matrix,
@@ -31,10 +31,11 @@ from glassllama.engine.layout import (
     own_memory,
     packed_bytes,
 )
-from glassllama.engine.quantize_activations import FACTORS, Q11_BYTES
-from glassllama.engine.repack import FLOAT_TYPES
-from glassllama.engine.roofline import peaks, read_bandwidth
-from glassllama.engine.thread_pool import num_processors
+from glassllama.native.engine.quantize_activations import FACTORS, Q11_BYTES
+from glassllama.native.engine.repack import FLOAT_TYPES
+from glassllama.native.engine.roofline import peaks, read_bandwidth
+from glassllama.native.engine.thread_pool import num_processors
+from glassllama.native.jit.intrinsics import call_kernel
 
 ROUNDS = 7
 STRETCH = 1 << 29  # bytes, larger than most caches

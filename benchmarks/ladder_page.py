@@ -123,7 +123,7 @@ cannot tell the two apart. **KV** is what a cache keeps of each token in bfloat1
 training is relative to the GPT, by processor time of one thread, the best of some short turns in
 plain PyTorch. There LayerNorm is one fused operation, while RMSNorm and the rotation are several in
 plain sight: what is less arithmetic is not less time yet. Fused by hand, they are in
-[`train/fused_blocks.py`](../src/glassllama/train/fused_blocks.py).
+[`native/training/blocks.py`](../src/glassllama/native/training/blocks.py).
 """
 HELD_OUT = 111_540  # characters of Tiny Shakespeare's validation split
 

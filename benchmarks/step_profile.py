@@ -19,11 +19,11 @@ import numba
 import numpy as np
 
 from glassllama import load
-from glassllama.engine.roofline import peaks, read_bandwidth
-from glassllama.engine.workspace import KERNEL
+from glassllama.native.engine.roofline import peaks, read_bandwidth
+from glassllama.native.engine.workspace import KERNEL
 
 TOKENS, RUNS = 64, 5
-KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see engine/gemm_plain.py
+KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see native/engine/gemm_plain.py
 
 
 @numba.cfunc(KERNEL_FORM)

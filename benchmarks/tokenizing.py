@@ -28,8 +28,8 @@ import tiktoken
 
 import glassllama
 import tokenizers
+from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.corpus_encoder import ArrayEncoder
 from glassllama.tokenizers.pretokenizer import LLAMA3
 from glassllama.tokenizers.tiktoken_file import chunks, read_meta_tokenizer
 from glassllama.tokenizers.train import train_bpe

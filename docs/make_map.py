@@ -25,7 +25,7 @@ corpus → tokens → batches → training step → checkpoint folder → open_w
 [`nn/attention.py`](../src/glassllama/nn/attention.py),
 [`nn/rope.py`](../src/glassllama/nn/rope.py).
 Its sizes are [`base/config.py`](../src/glassllama/base/config.py). The same pass without PyTorch is
-[`engine/model.py`](../src/glassllama/engine/model.py).
+[`native/engine/model.py`](../src/glassllama/native/engine/model.py).
 
 What each part of a Llama is good for is measured, one change at a time, from a bigram on:
 [the ladder](ladder.md).
@@ -33,11 +33,12 @@ What each part of a Llama is good for is measured, one change at a time, from a 
 Imports only go down, and parts on one floor do not know each other (a test checks it).
 """
 FLOORS = [
-    (6, ("__main__.py", "cli")),
-    (4, ("llm.py",)),
-    (3, ("train", "walkthrough")),
-    (2, ("weights", "generation", "hub")),
-    (1, ("models", "engine")),
+    (7, ("__main__.py", "cli")),
+    (5, ("llm.py",)),
+    (4, ("train", "walkthrough")),
+    (3, ("weights", "generation", "hub")),
+    (2, ("native",)),
+    (1, ("models",)),
     (0, ("tokenizers", "formats", "nn")),
     ("base", ("base",)),
 ]

@@ -11,9 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.engine.executor import Engine, Weights
-from glassllama.engine.layout import BLOCK, WEIGHT_TYPES, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.repack import fill, fill_rounded
+from glassllama.native.engine.executor import Engine, Weights
+from glassllama.native.engine.layout import (
+    BLOCK,
+    WEIGHT_TYPES,
+    Arena,
+    Matrix,
+    empty_matrix,
+    packed_bytes,
+)
+from glassllama.native.engine.repack import fill, fill_rounded
 
 PROT_NONE = 0
 SMALL = LlamaConfig(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from glassllama.engine.dispatch import TIERS, features
+from glassllama.native.engine.dispatch import TIERS, features
 
 TESTS = Path(__file__).parent
 ENGINE = ["engine/test_engine.py"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from glassllama.base import checksums, code_cache, trust
-from glassllama.base.code_cache import folder_for
+from glassllama.base import trust
 from glassllama.base.errors import UntrustedError
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
+from glassllama.native.jit import checksums, code_cache
+from glassllama.native.jit.code_cache import folder_for
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 STRANGER = 4242
@@ -124,17 +125,17 @@ def test_compiled_code_is_kept_in_folders_of_our_own_only(
     home, told = tmp_path / "home", list[str]()
     monkeypatch.setattr(code_cache, "notes", told)
     monkeypatch.setenv("GLASSLLAMA_HOME", str(home))
-    folder = folder_for("compiled", Path(__file__).parent, "1")
+    folder = folder_for("engine", [Path(__file__)], "1")
     assert folder is not None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert told == []
     home.chmod(0o777)
-    assert folder_for("compiled", Path(__file__).parent, "1") is None
-    assert folder_for("compiled", Path(__file__).parent, "2") is None
+    assert folder_for("engine", [Path(__file__)], "1") is None
+    assert folder_for("engine", [Path(__file__)], "2") is None
     assert told == [
         f"compiling in memory, at every start: others can write to {home}: {trust.HELP}"
     ]
-    assert [path.name for path in (home / "compiled").iterdir()] == [folder.name]
+    assert [path.name for path in (home / "compiled").iterdir()] == [folder.parent.name]
 
 
 def test_files_of_others_are_discarded_whatever_the_seal_says(

@@ -10,10 +10,10 @@ import pytest
 from cli.conftest import Verb
 from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
-from glassllama.base.interrupts import Compilations
 from glassllama.cli import compile_notice
 from glassllama.cli.conversation import Conversation
 from glassllama.cli.files import write_file
+from glassllama.native.jit.deferred_signals import Compilations
 from tiny_models import hf_model, write_hf
 
 ROOM = 4096  # bytes

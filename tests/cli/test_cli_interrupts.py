@@ -43,7 +43,7 @@ def test_the_first_start_ends_while_it_compiles(
 WHILE_COMPILING = """
 import os, signal, threading, time
 import numba
-from glassllama.base.interrupts import defer_signals_while_compiling
+from glassllama.native.jit.deferred_signals import defer_signals_while_compiling
 {hold}
 compiling = threading.Event()
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from glassllama.base import code_cache
 from glassllama.cli import tokenize
 from glassllama.formats.gguf import open_gguf
+from glassllama.native.jit import code_cache
 from glassllama.weights.tokenizer import tokenizer_from_gguf
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.executor import Engine
-from glassllama.engine.kv_cache import bytes_per_token
-from glassllama.engine.kv_pages import FLOAT32, INT8, INT16, PAGE
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.kv_cache import bytes_per_token
+from glassllama.native.engine.kv_pages import FLOAT32, INT8, INT16, PAGE
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf

@@ -15,12 +15,12 @@ import numba
 import numpy as np
 import pytest
 
-from glassllama.base import checksums
-from glassllama.base.code_cache import NO_ROOM, UNTRUSTED
 from glassllama.base.machine import cache_home
 from glassllama.base.trust import HELP
-from glassllama.engine.compiled import code_folder
-from glassllama.engine.dispatch import TIERS, features
+from glassllama.native.engine.dispatch import TIERS, features
+from glassllama.native.jit import checksums
+from glassllama.native.jit.code_cache import NO_ROOM, UNTRUSTED
+from glassllama.native.jit.compile import code_folder
 from tiny_models import META_SHAPE, hf_model, write_gguf
 from tolerances import eight_bit_bar, spread_apart
 
@@ -28,7 +28,7 @@ SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 1
 ANSWER = """
 import sys
 import numpy as np
-from glassllama.engine.dispatch import tier
+from glassllama.native.engine.dispatch import tier
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
 engine = pack(open_weights(sys.argv[1]))
@@ -58,9 +58,9 @@ def answer(model: Path, home: Path, **environment: str) -> tuple[list[str], np.n
 
 def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: Path) -> None:
     answer(model, tmp_path, GLASSLLAMA_HOME=str(cache_home()))  # where it may be compiled already
-    now = code_folder()
+    now = code_folder("engine")
     assert now is not None
-    folder = Path(shutil.copytree(now, tmp_path / "compiled" / now.name))
+    folder = Path(shutil.copytree(now, tmp_path / "compiled" / now.parent.name / now.name))
     first, right = answer(model, tmp_path)
     assert not any("compiled" in line for line in first)
     files = [path for _, path in checksums.files(folder)]
@@ -89,12 +89,13 @@ def flipped(data: bytes) -> bytes:
 
 FULL = """
 import resource
-from glassllama.base.code_cache import notes
-from glassllama.engine.compiled import code_folder, entry
-from glassllama.tokenizers.compiled import entry as of_tokenizers
-assert code_folder() is not None
+from glassllama.native.jit.code_cache import notes
+from glassllama.native.jit.compile import code_folder, entry, raw_entry
+assert code_folder("engine") is not None
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # as a full disk: no file can grow
-print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
+one = entry(lambda x: x + 1)(2)
+two = raw_entry(lambda x: x + 2)(2)
+print(one, two, *notes, sep="\\n")
 """
 
 
@@ -113,10 +114,11 @@ def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
 
 
 KEPT = """
-from glassllama.base.code_cache import notes, seal
-from glassllama.engine.compiled import code_folder, entry
-from glassllama.tokenizers.compiled import entry as of_tokenizers
-print(entry(lambda x: x + 1)(2), of_tokenizers(lambda x: x + 2)(2), *notes, sep="\\n")
+from glassllama.native.jit.code_cache import notes, seal
+from glassllama.native.jit.compile import code_folder, entry, raw_entry
+one = entry(lambda x: x + 1)(2)
+two = raw_entry(lambda x: x + 2)(2)
+print(one, two, *notes, sep="\\n")
 seal()
 """
 
@@ -150,7 +152,7 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     assert len(indexes) == 2
     for index in indexes:
         index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
-        (folder,) = (path for path in index.parents if path.parent.parent == home)
+        (folder,) = (path for path in index.parents if path.parent.parent.parent == home)
         (folder / checksums.SEAL).unlink()
         checksums.seal(folder)  # as a stranger would
     home.chmod(0o777)

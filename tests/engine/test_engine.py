@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glassllama.base.errors import GenerationError, GlassError
-from glassllama.engine.executor import CHUNKS, Engine
+from glassllama.native.engine.executor import CHUNKS, Engine
 from glassllama.weights.load import TorchExecutor, load_llama
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.executor import Engine
-from glassllama.engine.thread_pool import ASLEEP
 from glassllama.generation import GenerationSettings, generate
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.thread_pool import ASLEEP
 from handmade_engines import SMALL, handmade
 from interrupting import Interruption
 from long_mode import LONG

@@ -14,12 +14,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from engine.unpacked import read_rows
-from glassllama.engine import gemm_kquant_amx
-from glassllama.engine.dispatch import BFLOAT_TILES, TIERS, features, kernel_address
-from glassllama.engine.elementwise import exponential, quantize_blocks
-from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import WEIGHT_TYPES, Arena, Matrix, empty_matrix, packed_bytes
-from glassllama.engine.quantize_activations import (
+from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
+from glassllama.native.engine import gemm_kquant_amx
+from glassllama.native.engine.dispatch import BFLOAT_TILES, TIERS, features, kernel_address
+from glassllama.native.engine.elementwise import exponential, quantize_blocks
+from glassllama.native.engine.layout import WEIGHT_TYPES, Arena, Matrix, empty_matrix, packed_bytes
+from glassllama.native.engine.quantize_activations import (
     FACTORS,
     Q11_BYTES,
     Q11_SCALE,
@@ -28,8 +28,8 @@ from glassllama.engine.quantize_activations import (
     Q11_Y,
     quantize_superblock,
 )
-from glassllama.engine.repack import FLOAT_TYPES, fill, fill_plainly, fill_rounded
-from glassllama.formats.quantise import quantise_q4_0, quantise_q8_0
+from glassllama.native.engine.repack import FLOAT_TYPES, fill, fill_plainly, fill_rounded
+from glassllama.native.jit.intrinsics import call_kernel
 from tolerances import sum_bound, unit
 
 RUNNABLE = [name for name, needed in TIERS.items() if needed <= features()]

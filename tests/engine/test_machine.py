@@ -10,10 +10,9 @@ from typing import Any
 import gguf
 import pytest
 
-from glassllama.base import code_cache
-from glassllama.engine import compiled
-from glassllama.engine.executor import Engine
-from glassllama.engine.thread_pool import cgroup_quota
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.thread_pool import cgroup_quota
+from glassllama.native.jit import code_cache, compile
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
@@ -34,8 +33,8 @@ def test_without_a_writable_cache_code_is_compiled_in_memory(
     occupied.write_text("not a folder")
     monkeypatch.setenv("GLASSLLAMA_HOME", str(occupied))
     monkeypatch.setattr(code_cache, "notes", [])
-    monkeypatch.setattr(compiled, "code_folder", compiled.code_folder.__wrapped__)
-    double = compiled.entry(twice)
+    monkeypatch.setattr(compile, "code_folder", compile.code_folder.__wrapped__)
+    double = compile.entry(twice)
     assert double(21) == 42
     assert code_cache.notes == [code_cache.READ_ONLY]
 

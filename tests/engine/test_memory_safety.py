@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError, WeightsError
-from glassllama.engine.attention import SPAN
-from glassllama.engine.executor import Engine, Weights
-from glassllama.engine.workspace import FIRST_SPANS
 from glassllama.generation import GenerationSettings, generate
+from glassllama.native.engine.attention import SPAN
+from glassllama.native.engine.executor import Engine, Weights
+from glassllama.native.engine.workspace import FIRST_SPANS
 from handmade_engines import SMALL, handmade, weights
 from long_mode import LONG
 

@@ -12,9 +12,17 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
-from glassllama.engine import attention_kernels, quantize_activations
-from glassllama.engine.dispatch import features
-from glassllama.engine.kv_pages import FLOAT32, INT8, INT16, ITEM_BYTES, LANES, PAGE, score_tile
+from glassllama.native.engine import attention_kernels, quantize_activations
+from glassllama.native.engine.dispatch import features
+from glassllama.native.engine.kv_pages import (
+    FLOAT32,
+    INT8,
+    INT16,
+    ITEM_BYTES,
+    LANES,
+    PAGE,
+    score_tile,
+)
 from tolerances import sum_bound, unit
 
 LESSER_RUN = "GLASSLLAMA_LESSER" in os.environ  # this file in a process of its own: see its end

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from glassllama.engine import roofline
-from glassllama.engine.dispatch import TIERS, features
-from glassllama.engine.layout import own_memory
+from glassllama.native.engine import roofline
+from glassllama.native.engine.dispatch import TIERS, features
+from glassllama.native.engine.layout import own_memory
 
 ABLE = [name for name, dot in roofline.DOTS.items() if dot.needs <= features()]
 

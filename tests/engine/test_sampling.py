@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.sampling import BLOCK, NativeSampler, SamplerParams
 from glassllama.generation.sampler import Presence, Repetition, Sampler, SamplerState, make_sampler
+from glassllama.native.engine.sampling import BLOCK, NativeSampler, SamplerParams
 
 HUGE = float(np.finfo(np.float32).max)
 SETTINGS: list[dict[str, Any]] = [

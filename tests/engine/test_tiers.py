@@ -8,7 +8,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from glassllama.engine.gemm_int8 import FORMATS, ROW_GROUPS, write_tile
+from glassllama.native.engine.gemm_int8 import FORMATS, ROW_GROUPS, write_tile
 
 MACHINES = {
     "vnni": ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+fma,+f16c", r"vpdpbusd.*zmm"),

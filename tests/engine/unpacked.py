@@ -6,9 +6,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from glassllama.engine.get_rows import reader_address
-from glassllama.engine.intrinsics import call_kernel
-from glassllama.engine.layout import Matrix
+from glassllama.native.engine.get_rows import reader_address
+from glassllama.native.engine.layout import Matrix
+from glassllama.native.jit.intrinsics import call_kernel
 
 
 @njit

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine import kv_cache as cache_module
-from glassllama.engine import workspace as workspace_module
-from glassllama.engine.executor import Engine
-from glassllama.engine.layout import zeros as plain_zeros
 from glassllama.generation import GenerationSettings, generate, make_sampler
+from glassllama.native.engine import kv_cache as cache_module
+from glassllama.native.engine import workspace as workspace_module
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.layout import zeros as plain_zeros
 from handmade_engines import SMALL, handmade, walled, walled_engine
 
 NARROW = replace(SMALL, dim=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=33)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glassllama.base.errors import GenerationError
-from glassllama.engine.executor import Engine
 from glassllama.generation import Generation, GenerationSettings, Step, generate, make_sampler
 from glassllama.generation.speculation import GRAMS, TIMES, Lookup, Speculation
+from glassllama.native.engine.executor import Engine
 from glassllama.weights.open import open_weights
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
@@ -254,7 +254,9 @@ def test_the_default_models_answers_are_the_same(default_model: Path, exact: boo
 
 
 def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
-    """Several spans of attention (engine/attention.py), where one id is computed differently."""
+    """Several spans of attention (native/engine/attention.py), where one id is computed
+    differently.
+    """
     engine = pack(open_weights(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
     cache = engine.new_cache(1, len(ids))

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
-from glassllama.tokenizers import corpus_encoder, pair_table
+from glassllama.native.jit.byte_scan import PADDING, WINDOW, padded
+from glassllama.native.tokenizers import corpus_encoder, pair_table
+from glassllama.native.tokenizers.char_classes import character_kinds
+from glassllama.native.tokenizers.pretokenizer import RULES, word_ends
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer
-from glassllama.tokenizers.byte_scan import PADDING, WINDOW, padded
-from glassllama.tokenizers.char_classes import character_kinds
-from glassllama.tokenizers.compiled_pretokenizer import RULES, word_ends
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, GPT2, SPLITS, Split
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import tokenizer_from_gguf

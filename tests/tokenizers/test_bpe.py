@@ -19,9 +19,9 @@ from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.formats.gguf import open_gguf
+from glassllama.native.tokenizers.pair_table import merge_ids, pair_table
 from glassllama.tokenizers import bpe
 from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary, merge
-from glassllama.tokenizers.pair_table import merge_ids, pair_table
 from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import tokenizer_from_gguf
@@ -113,7 +113,7 @@ def test_heap_is_the_plain_loop_on_real_vocabularies(
 def test_no_folder_for_machine_code() -> None:
     """A read-only installation and home: long words compile in memory."""
     script = (
-        "from glassllama.tokenizers.corpus_decoder import total_size\n"
+        "from glassllama.native.tokenizers.corpus_decoder import total_size\n"
         "import numpy\n"
         "assert total_size(numpy.uint32([1, 1]), numpy.int64([5, 3])) == 6\n"
     )

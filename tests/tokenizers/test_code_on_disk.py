@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from numba.core.caching import _CacheLocator
 
-from glassllama.base import checksums
-from glassllama.tokenizers import compiled
+from glassllama.native.jit import checksums, compile
+from glassllama.native.tokenizers import corpus_encoder
 
 IDS = """
 from glassllama.tokenizers.bpe import BYTES, BytePairTokenizer, Vocabulary
@@ -60,10 +60,10 @@ def flipped(data: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a user whose first process has compiled everything; as far as ours has, it is copied."""
-    home, ours = tmp_path_factory.mktemp("home"), compiled.code_folder()
+    home, ours = tmp_path_factory.mktemp("home"), compile.code_folder("tokenizers")
     if ours is not None and ours.is_dir():
-        copy = shutil.copytree(ours, home / ours.parent.name / ours.name)
-        of_these_sources = _CacheLocator.get_suitable_cache_subpath(compiled.__file__)
+        copy = shutil.copytree(ours, home / "compiled" / ours.parent.name / ours.name)
+        of_these_sources = _CacheLocator.get_suitable_cache_subpath(corpus_encoder.__file__)
         for folder in copy.iterdir():
             if folder.is_dir() and folder.name != of_these_sources:  # another checkout's
                 shutil.rmtree(folder)
@@ -72,7 +72,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_damaged_code_is_compiled_anew(home: Path) -> None:
-    (folder,) = (home / "compiled-tokenizers").iterdir()
+    (folder,) = (home / "compiled").glob("*/tokenizers")
     before = facts(folder)
     right = ids(home)
     assert facts(folder) == before  # whole code is read, not made

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, with_pipeline
 from glassllama.base.errors import TokenizerError
+from glassllama.native.tokenizers import word_counts as counting
+from glassllama.native.tokenizers.word_counts import WordCounts
 from glassllama.tokenizers import bpe_first_lesson as first_lesson
 from glassllama.tokenizers import train
-from glassllama.tokenizers import word_counts as counting
 from glassllama.tokenizers.bpe_lesson import learn_merges
 from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.train import BYTE_TOKENS, TrainedBPE, train_bpe
-from glassllama.tokenizers.word_counts import WordCounts
 from glassllama.tokenizers.writers import characters
 from tokenizers import models, pre_tokenizers, trainers
 

@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.char_classes import LETTER, NUMBER, character_kinds
+from glassllama.native.tokenizers.char_classes import LETTER, NUMBER, character_kinds
 from glassllama.tokenizers.patterns import compiled
 from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS, Split, blocks
 from glassllama.tokenizers.unicode_data import CATEGORIES, VERSION

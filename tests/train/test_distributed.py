@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file
 
 from forks import WITH_TORCH, run_script, server
-from glassllama.base import code_cache
 from glassllama.base.errors import ConfigError
 from glassllama.llm import load
+from glassllama.native.jit import code_cache
 from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.distributed import Team
 from glassllama.train.evaluate import of_all_ranks, rows_of_rank

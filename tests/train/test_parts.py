@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
+from glassllama.native.training import kernels
+from glassllama.native.training.blocks import accelerate
 from glassllama.nn.dropout import add_dropout
-from glassllama.train import kernels
 from glassllama.train.adamw import STATE, AdamW
 from glassllama.train.ema import Average
-from glassllama.train.fused_blocks import accelerate
 from glassllama.train.loss import summed_loss
 from glassllama.train.muon import Muon, orthogonalise
 from glassllama.train.optimizers import Optimisers

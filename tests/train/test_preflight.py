@@ -14,9 +14,10 @@ import torch
 
 from forks import run_script
 from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
+from glassllama.native.training import blocks
 from glassllama.nn import attention
 from glassllama.train import data as data_room
-from glassllama.train import estimate, fused_blocks, loop
+from glassllama.train import estimate, loop
 from glassllama.train.adamw import AdamW
 from glassllama.train.batches import Batch, Batches, bytes_of_batch
 from glassllama.train.checkpoints import complete_steps
@@ -116,7 +117,7 @@ def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any)
     from glassllama.models import gpt
 
     run = new_run(tmp_path / "run", text, kind)
-    for place in (attention, gpt, fused_blocks):
+    for place in (attention, gpt, blocks):
         monkeypatch.setattr(place, "fused_attention", seeing_all)
     fails(run, "future", "its causal mask is missing")
 

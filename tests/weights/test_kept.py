@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 
-from glassllama.engine.executor import Engine
+from glassllama.native.engine.executor import Engine
 from glassllama.weights import pack, packed_cache
 from glassllama.weights.open import open_weights
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf

@@ -14,10 +14,10 @@ import pytest
 from engine.unpacked import read_rows
 from glassllama.base.errors import ConfigError, MemoryShortError
 from glassllama.base.interfaces import TensorFile, TensorInfo
-from glassllama.engine.executor import Engine
-from glassllama.engine.layout import Matrix
 from glassllama.formats.blocks import dequantise
 from glassllama.llm import load
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.layout import Matrix
 from glassllama.weights import quantization
 from glassllama.weights.open import Checkpoint, open_weights
 from glassllama.weights.pack import pack

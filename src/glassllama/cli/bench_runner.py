@@ -297,7 +297,7 @@ class Needs:
 
     @classmethod
     def of_engine(cls, llm: LLM) -> Needs:
-        from glassllama.engine.kv_cache import bytes_per_token
+        from glassllama.native.engine.kv_cache import bytes_per_token
 
         engine: Any = llm.executor
         matrices, config = engine.weights.matrices, engine.config
@@ -355,18 +355,18 @@ def threads_of(how: How) -> int:
 
 
 def tier_in_use() -> str:
-    from glassllama.engine.dispatch import tier
+    from glassllama.native.engine.dispatch import tier
 
     return tier()
 
 
 def bandwidth(nbytes: int, threads: int) -> float:
-    from glassllama.engine.roofline import read_bandwidth
+    from glassllama.native.engine.roofline import read_bandwidth
 
     return read_bandwidth(min(nbytes, LARGEST_STRETCH), threads)
 
 
 def measure_peaks(threads: int) -> dict[str, float]:
-    from glassllama.engine.roofline import peaks
+    from glassllama.native.engine.roofline import peaks
 
     return peaks(threads)

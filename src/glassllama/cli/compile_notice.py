@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from glassllama.base import code_cache
-from glassllama.base.interrupts import compilations
 from glassllama.cli.console import note
+from glassllama.native.jit import code_cache
+from glassllama.native.jit.deferred_signals import compilations
 
 PATIENCE_SECONDS = 2.0
 COMPILING = "compiling for this processor: once, up to a minute"

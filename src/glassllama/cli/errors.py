@@ -14,11 +14,11 @@ from importlib.abc import MetaPathFinder
 from io import TextIOBase
 from typing import IO, Any, NoReturn, cast
 
-from glassllama.base import interrupts
 from glassllama.base.errors import GlassError, MemoryShortError, quoted
 from glassllama.base.machine import address_space_left, gigabytes
 from glassllama.cli import ascii_fallback
 from glassllama.cli.wrap import fitted
+from glassllama.native.jit import deferred_signals
 
 ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
 DEBUG = "--debug"
@@ -71,7 +71,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         cast(Any, stream).reconfigure(errors=ascii_fallback.NAME)
     signal.signal(signal.SIGTERM, _terminated)
-    interrupts.instead = {signal.default_int_handler: _leave, _terminated: _leave}
+    deferred_signals.instead = {signal.default_int_handler: _leave, _terminated: _leave}
 
 
 def _leave(number: signal.Signals) -> NoReturn:

@@ -107,7 +107,7 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
 
 def packed_weights(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each matrix as the engine keeps it, by our names."""
-    from glassllama.engine.layout import packed_bytes
+    from glassllama.native.engine.layout import packed_bytes
     from glassllama.weights.quantization import matrix_names, packed_kind
 
     return {

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glassllama.base import code_cache
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.cli.console import note, print_table, text_or_stdin
 from glassllama.cli.options import Json, Which
+from glassllama.native.jit import code_cache
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer

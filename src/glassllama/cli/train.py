@@ -153,8 +153,8 @@ def announced(what: str, settings: Settings, changes: list[str], folder: Path) -
 def carry_out(settings: Settings, asked: Asked) -> int:
     """The whole run -> the exit code."""
     # PyTorch's threads are to sleep where they would spin: the loops between its products run in
-    # threads of ours (train/fused_blocks.py), and small steps have many ends of parallel work to
-    # wait at.
+    # threads of ours (native/training/blocks.py), and small steps have many ends of parallel work
+    # to wait at.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is loaded
     from glassllama.train.distributed import together
     from glassllama.train.estimate import require_step_fits

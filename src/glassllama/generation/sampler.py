@@ -11,7 +11,7 @@ up, in top-p and the draw, they are whole numbers (`weights_of`), so that a sum 
 order, and a seed draws the same ids on every processor. Ties at the border of top-k and top-p are
 kept: no id is preferred for its number.
 
-The engine has the same in compiled loops, engine/sampling.py, the same to the id.
+The engine has the same in compiled loops, native/engine/sampling.py, the same to the id.
 """
 
 from __future__ import annotations

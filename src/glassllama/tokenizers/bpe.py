@@ -27,9 +27,9 @@ from glassllama.tokenizers.rows import Rows, gaps_in
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
-    from glassllama.tokenizers.corpus_decoder import ArrayDecoder
-    from glassllama.tokenizers.corpus_encoder import ArrayEncoder
-    from glassllama.tokenizers.pair_table import PairTable
+    from glassllama.native.tokenizers.corpus_decoder import ArrayDecoder
+    from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder
+    from glassllama.native.tokenizers.pair_table import PairTable
 
 OUTSIDE = "tokenizer: {} merges name what is no token of the vocabulary; they make none"
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
@@ -222,7 +222,9 @@ class BytePairTokenizer(Rows):
 
     def _encode_long_word(self, word: bytes) -> list[int]:
         """The same ids as the plain loop gives, in time that hardly exceeds the word's length."""
-        from glassllama.tokenizers.pair_table import merge_ids  # compiles: only when it is needed
+        from glassllama.native.tokenizers.pair_table import (
+            merge_ids,  # compiles: only when it is needed
+        )
 
         ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
         symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
@@ -250,19 +252,19 @@ class BytePairTokenizer(Rows):
     @cached_property
     def _array_encoder(self) -> ArrayEncoder | None:
         """None where the vocabulary splits words in a way that is not compiled."""
-        from glassllama.tokenizers.corpus_encoder import ArrayEncoder, has_rule
+        from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder, has_rule
 
         return ArrayEncoder(self.vocabulary) if has_rule(self.vocabulary) else None
 
     @cached_property
     def _array_decoder(self) -> ArrayDecoder:
-        from glassllama.tokenizers.corpus_decoder import ArrayDecoder
+        from glassllama.native.tokenizers.corpus_decoder import ArrayDecoder
 
         return ArrayDecoder(self.vocabulary)
 
     @cached_property
     def _pairs(self) -> PairTable:
-        from glassllama.tokenizers.pair_table import pair_table
+        from glassllama.native.tokenizers.pair_table import pair_table
 
         return pair_table(self._merging)
 

@@ -19,7 +19,7 @@ from glassllama.tokenizers.bpe import CACHED_WORDS, NEVER
 from glassllama.tokenizers.pieces import LONG, SHORT, cut_before_blanks, stretches
 
 if TYPE_CHECKING:
-    from glassllama.tokenizers.pair_table import PairTable
+    from glassllama.native.tokenizers.pair_table import PairTable
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the joined
 NO_MERGE = (NEVER, 0)
@@ -107,7 +107,9 @@ class CharacterBPE:
 
     def _merged(self, symbols: list[int]) -> list[int]:
         if len(symbols) > LONG:
-            from glassllama.tokenizers.pair_table import merge_ids  # compiles: only when needed
+            from glassllama.native.tokenizers.pair_table import (
+                merge_ids,  # compiles: only when needed
+            )
 
             merged: list[int] = merge_ids(np.array(symbols, np.int32), self._pairs).tolist()
             return merged
@@ -124,7 +126,7 @@ class CharacterBPE:
 
     @cached_property
     def _pairs(self) -> PairTable:
-        from glassllama.tokenizers.pair_table import table_of
+        from glassllama.native.tokenizers.pair_table import table_of
 
         rows = [(left, right, *made) for (left, right), made in self.merges.items()]
         return table_of(np.array(rows, np.int64))

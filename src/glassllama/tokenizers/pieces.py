@@ -32,7 +32,7 @@ from glassllama.tokenizers.bpe import NEVER, alternatives, merge, surrogate_erro
 from glassllama.tokenizers.rows import Rows, gaps_in
 
 if TYPE_CHECKING:
-    from glassllama.tokenizers.pair_table import PairTable
+    from glassllama.native.tokenizers.pair_table import PairTable
 
 BLANK = "\u2581"  # ▁
 SHORT = 32  # characters; shorter words are not worth looking for places to cut
@@ -245,7 +245,9 @@ class SentencePieceTokenizer(Rows):
 
     def _merge_long(self, parts: list[bytes]) -> list[bytes]:
         """What the plain loop gives, in time that hardly exceeds the word's length."""
-        from glassllama.tokenizers.pair_table import merge_ids  # compiles: only when it is needed
+        from glassllama.native.tokenizers.pair_table import (
+            merge_ids,  # compiles: only when it is needed
+        )
 
         numbers = dict(self._numbers)
         symbols = [numbers.setdefault(part, len(numbers)) for part in parts]
@@ -262,7 +264,7 @@ class SentencePieceTokenizer(Rows):
 
     @cached_property
     def _pairs(self) -> PairTable:
-        from glassllama.tokenizers.pair_table import table_of
+        from glassllama.native.tokenizers.pair_table import table_of
 
         return table_of(np.fromiter(self._pair_rows(), np.dtype((np.int64, 4))))
 

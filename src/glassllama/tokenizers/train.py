@@ -3,7 +3,7 @@
     texts → words, counted → the most frequent pair becomes a token → again, until there are enough
 
 The algorithm in clear Python is `bpe_lesson.py`; tests hold both to the same merges. Here a merge
-changes only what it touches (pair_counts.py), in compiled loops.
+changes only what it touches (native/tokenizers/pair_counts.py), in compiled loops.
 
 Of two pairs that are equally frequent the one with the smaller left id goes first, then the one
 with the smaller right id; bytes have their ids in GPT-2's order. So the merges do not depend on the
@@ -21,9 +21,7 @@ import numpy as np
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.interfaces import Progress
-from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
-from glassllama.tokenizers.byte_level import OTHERS, PRINTABLE
-from glassllama.tokenizers.pair_counts import (
+from glassllama.native.tokenizers.pair_counts import (
     NONE,
     Ints,
     Longs,
@@ -37,8 +35,10 @@ from glassllama.tokenizers.pair_counts import (
     positions_of,
     with_room,
 )
+from glassllama.native.tokenizers.word_counts import Bytes, WordCounts
+from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
+from glassllama.tokenizers.byte_level import OTHERS, PRINTABLE
 from glassllama.tokenizers.pretokenizer import SPLITS
-from glassllama.tokenizers.word_counts import Bytes, WordCounts
 from glassllama.tokenizers.writers import Form, write_folder
 
 BYTE_TOKENS = tuple(bytes([value]) for value in (*PRINTABLE, *OTHERS))  # in GPT-2's order

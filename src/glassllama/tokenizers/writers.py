@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import TokenizerError
+from glassllama.native.tokenizers.pair_table import pairs
 from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
-from glassllama.tokenizers.pair_table import pairs
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, SPLITS, Split
 from glassllama.tokenizers.tiktoken_file import control_names
 

@@ -2,7 +2,7 @@
 
 Weights, optimisers and everything that is added up stay float32; `precision` is that of matrix
 products. "auto" is bfloat16 where the device has instructions for it, else float32. A Llama on a
-CPU is computed by train/fused_blocks.py, everything else by PyTorch, with its autocast for
+CPU is computed by native/training/blocks.py, everything else by PyTorch, with its autocast for
 bfloat16.
 """
 
@@ -15,8 +15,8 @@ import torch
 
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
+from glassllama.native.training.blocks import FusedBlock, accelerate
 from glassllama.train.faults import TrainingError
-from glassllama.train.fused_blocks import FusedBlock, accelerate
 from glassllama.train.mfu import dtype_of
 from glassllama.train.model_factory import as_module
 from glassllama.train.settings import RunSettings

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from glassllama.base import code_cache
 from glassllama.base.errors import MissingExtraError
+from glassllama.native.jit import code_cache
 from glassllama.train.checkpoints import complete_steps
 from glassllama.train.faults import TrainingError
 from glassllama.train.metrics import Journal, Record, read_records

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.code_cache import seal
 from glassllama.base.interfaces import CacheType, Progress
-from glassllama.engine.executor import Engine, Weights
-from glassllama.engine.layout import GROUP, Arena, Matrix, empty_matrix
-from glassllama.engine.repack import fill, fill_rounded
-from glassllama.engine.thread_pool import num_processors
+from glassllama.native.engine.executor import Engine, Weights
+from glassllama.native.engine.layout import GROUP, Arena, Matrix, empty_matrix
+from glassllama.native.engine.repack import fill, fill_rounded
+from glassllama.native.engine.thread_pool import num_processors
+from glassllama.native.jit.code_cache import seal
 from glassllama.weights.open import Checkpoint
 from glassllama.weights.packed_cache import place_for
 from glassllama.weights.quantization import EMBEDDINGS, Quantise, choose

@@ -1,6 +1,6 @@
 """Packed weights on disk: what a large model's packing made, to be mapped the next time.
 
-    4096 bytes of header │ the arena as it was packed (engine/layout.py)
+    4096 bytes of header │ the arena as it was packed (native/engine/layout.py)
 
 An entry is served only while the files that it was made of are the same. Its name is a digest of
     - where every tensor lies in them, as what it is stored and as what it is packed,
@@ -33,12 +33,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from glassllama.base.checksums import close_to_others
 from glassllama.base.errors import GlassError
 from glassllama.base.machine import cache_home, gigabytes
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
-from glassllama.engine import layout, repack, repack_moves, repack_rounding
-from glassllama.engine.layout import own_memory
+from glassllama.native.engine import layout, repack, repack_moves, repack_rounding
+from glassllama.native.engine.layout import own_memory
+from glassllama.native.jit.checksums import close_to_others
 from glassllama.weights.open import Checkpoint
 from glassllama.weights.quantization import Packed
 

@@ -1,8 +1,8 @@
 """What each matrix of a checkpoint is packed as, and what that takes: decided before it is read.
 
-Formats that the engine computes with stay as they are (engine/layout.py). Other block types become
-Q8_0, the nearest richer one. Float weights stay floats, or are quantised on the way: where it is
-asked for, and where memory is too short for them.
+Formats that the engine computes with stay as they are (native/engine/layout.py). Other block types
+become Q8_0, the nearest richer one. Float weights stay floats, or are quantised on the way: where
+it is asked for, and where memory is too short for them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal, get_args
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import ConfigError, MemoryShortError, quoted
 from glassllama.base.machine import available_memory, gigabytes
-from glassllama.engine.layout import BLOCK, WEIGHT_TYPES, WeightType, packed_bytes
 from glassllama.formats.blocks import FLOATS
+from glassllama.native.engine.layout import BLOCK, WEIGHT_TYPES, WeightType, packed_bytes
 from glassllama.weights.open import Checkpoint
 
 Quantise = Literal["none", "q8_0", "q4_0"]

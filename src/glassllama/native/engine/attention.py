@@ -1,0 +1,280 @@
+"""Attention of a step: RoPE, the KV cache, and softmax over the keys of each sequence.
+
+Queries that see the same keys are computed together: those of the heads that share a KV head, and
+those of up to eight consecutive tokens of a sequence (a tile). The sums of each query are taken in
+the same order, whatever is computed beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from glassllama.native.engine.attention_kernels import (
+    accumulate_values,
+    apply_rope,
+    convert_page,
+    converts_page,
+    init_accumulator,
+    item_bytes,
+    merge_accumulators,
+    normalize_accumulator,
+    score_page,
+    softmax_page,
+    store_kv,
+)
+from glassllama.native.engine.kv_pages import FLOAT32, PAGE
+from glassllama.native.engine.layer_ops import (
+    inputs_of,
+    matrix_field,
+    quantize_inputs,
+    row,
+    token_fields,
+)
+from glassllama.native.engine.thread_pool import claim, finish_phase
+from glassllama.native.engine.workspace import GROUPS, LANES, MATRICES, POSITION, SEQUENCE, WK, WQ
+from glassllama.native.jit.compile import compiled, inlined
+from glassllama.native.jit.intrinsics import integers64
+
+SPAN = 4 * PAGE  # tokens of one work item: threads share a long context span by span
+
+
+class PageOffsets(NamedTuple):
+    """Bytes from the start of a page."""
+
+    keys: int
+    values: int
+    scales: int
+
+
+class Scratch(NamedTuple):
+    """Addresses of a thread's own buffers."""
+
+    queries: int  # of a tile
+    scores: int
+    kv_f32: int  # the keys of a page, then its values, as float32
+
+
+@compiled
+def page_offsets(workspace: Any, layer: int, kv_head: int, kv_type: int) -> Any:
+    """Where keys, values and scales of a layer and KV head begin in a page."""
+    heads, head = workspace.layers * workspace.kv_heads, layer * workspace.kv_heads + kv_head
+    size = workspace.head_dim * PAGE * item_bytes(kv_type)
+    return PageOffsets(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
+
+
+@compiled
+def pages_of(workspace: Any, step: Any, t: int) -> Any:
+    """Addresses of the pages of a token's sequence."""
+    sequence = token_fields(workspace, t)[SEQUENCE]
+    return integers64(step.page_table + sequence * step.table_columns * 8, step.table_columns)
+
+
+@compiled
+def position_of(workspace: Any, t: int) -> Any:
+    return token_fields(workspace, t)[POSITION]
+
+
+@compiled
+def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
+    """Apply RoPE to the key of token t and one KV head, and to the queries that attend to it.
+
+    The key and the value go into the cache.
+    """
+    width, group, m = workspace.head_dim, workspace.group_size, layer * MATRICES
+    cos, sin = row(workspace.cos, t, width // 2), row(workspace.sin, t, width // 2)
+    interleaved, qk_norm, eps = workspace.interleaved, workspace.qk_norm, workspace.eps
+    queries = workspace.qkv + t * workspace.qkv_width * 4
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        apply_rope(row(queries, head, width), cos, sin, interleaved, qk_norm, eps)
+    first_key = queries + matrix_field(workspace, m + WQ, GROUPS) * LANES * 4
+    first_value = first_key + matrix_field(workspace, m + WK, GROUPS) * LANES * 4
+    key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
+    apply_rope(key, cos, sin, interleaved, qk_norm, eps)
+    position = position_of(workspace, t)
+    page, slot = pages_of(workspace, step, t)[position // PAGE], position % PAGE
+    at = page_offsets(workspace, layer, kv_head, step.kv_type)
+    store_kv(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kv_type)
+
+
+@inlined
+def shares_spans(workspace: Any, step: Any) -> Any:
+    """Whether each span is a work item: for a single token with several spans."""
+    return step.num_tokens == 1 and step.num_spans > 1
+
+
+@compiled
+def rope_and_store_all(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
+    """`rope_and_store` for all tokens and KV heads.
+
+    A single token with one span is left to `attend`, where the thread that attends does it.
+    """
+    if step.num_tokens == 1 and not shares_spans(workspace, step):
+        return
+    first, last = claim(worker, phase, step.num_tokens, 1)
+    num_done = 0
+    while first < last:
+        for t in range(first, last):
+            for kv_head in range(workspace.kv_heads):
+                rope_and_store(workspace, layer, step, t, kv_head)
+        num_done += last - first
+        first, last = claim(worker, phase, step.num_tokens, 1)
+    finish_phase(worker, phase, step.num_tokens, num_done)
+
+
+@inlined
+def attend_page(workspace: Any, scratch: Any, page: int, ahead: int, past: int, t: int, count: int,
+                accumulators: int, at: Any, kv_type: int) -> None:  # fmt: skip
+    """Attend to one page with the queries of a tile: tokens t … t + count - 1.
+
+    `past` tokens come before the page. The next page is `ahead` bytes away and is prefetched.
+    """
+    group, width, scores = workspace.group_size, workspace.head_dim, scratch.scores
+    keys, values, form = page + at.keys, page + at.values, kv_type
+    converted = converts_page(count * group, width, kv_type)
+    if converted:
+        convert_page(keys, width * PAGE, scratch.kv_f32, ahead, kv_type)
+        keys, values, form = scratch.kv_f32, scratch.kv_f32, FLOAT32
+    score_page(scratch.queries, count * group, keys, width, scores, ahead, form)
+    for n in range(count):
+        visible = min(PAGE, position_of(workspace, t + n) + 1 - past)
+        for g in range(n * group, (n + 1) * group):
+            accumulator = accumulators + g * (width + 2) * 4
+            softmax_page(
+                scores + g * PAGE * 4, visible, accumulator, width, page + at.scales, kv_type
+            )
+    if converted:
+        convert_page(page + at.values, width * PAGE, scratch.kv_f32, ahead, kv_type)
+    accumulate_values(scores, count * group, values, width, accumulators, ahead, form)
+
+
+@compiled
+def attend_span(
+    worker: Any, workspace: Any, layer: int, step: Any, tile: int, kv_head: int, span: int,
+    accumulators: int,
+) -> None:  # fmt: skip
+    """Attend to one span with the queries of a tile and KV head.
+
+    The result is in `accumulators` (queries, D + 2).
+    """
+    t = integers64(workspace.tile_first + tile * 8, 1)[0]
+    count = integers64(workspace.tile_count + tile * 8, 1)[0]
+    group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
+    scratch = Scratch(
+        workspace.queries + worker.thread * queries * width * 4,
+        workspace.scores + worker.thread * queries * PAGE * 4,
+        workspace.kv_f32 + worker.thread * width * PAGE * 4,
+    )
+    for n in range(count):
+        own = workspace.qkv + (t + n) * workspace.qkv_width * 4
+        for g in range(group):
+            init_accumulator(
+                row(own, kv_head * group + g, width),
+                row(scratch.queries, n * group + g, width),
+                row(accumulators, n * group + g, width + 2),
+            )
+    at = page_offsets(workspace, layer, kv_head, step.kv_type)
+    pages, last = pages_of(workspace, step, t), position_of(workspace, t + count - 1) // PAGE
+    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN // PAGE - 1, last) + 1):
+        ahead = pages[min(page + 1, last)] - pages[page]
+        attend_page(
+            workspace, scratch, pages[page], ahead, page * PAGE, t, count, accumulators, at,
+            step.kv_type,
+        )  # fmt: skip
+
+
+@inlined
+def attend_sequence(
+    worker: Any, workspace: Any, layer: int, step: Any, tile: int, kv_head: int
+) -> None:
+    """Attend to all spans with the queries of a tile and KV head, one by one -> `attn_out`."""
+    t = integers64(workspace.tile_first + tile * 8, 1)[0]
+    count = integers64(workspace.tile_count + tile * 8, 1)[0]
+    group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
+    total = workspace.accumulators + 2 * worker.thread * queries * (width + 2) * 4
+    part = total + queries * (width + 2) * 4
+    attend_span(worker, workspace, layer, step, tile, kv_head, 0, total)
+    for span in range(1, position_of(workspace, t + count - 1) // SPAN + 1):
+        attend_span(worker, workspace, layer, step, tile, kv_head, span, part)
+        for n in range(count):
+            if span * SPAN <= position_of(workspace, t + n):
+                for g in range(n * group, (n + 1) * group):
+                    merge_accumulators(row(total, g, width + 2), row(part, g, width + 2), width)
+    for n in range(count):
+        out = workspace.attn_out + (t + n) * workspace.heads * width * 4
+        for g in range(group):
+            normalize_accumulator(
+                row(total, n * group + g, width + 2), row(out, kv_head * group + g, width)
+            )
+
+
+@compiled
+def attend(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
+    """Attention of all query heads and tokens over the keys up to each token's position."""
+    kv_heads, group = workspace.kv_heads, workspace.group_size
+    spans = step.num_spans if shares_spans(workspace, step) else 1
+    items = step.num_tiles * kv_heads * spans
+    first, last = claim(worker, phase, items, 1)
+    num_done = 0
+    while first < last:
+        for item in range(first, last):
+            tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
+            if spans == 1:
+                if step.num_tokens == 1:
+                    rope_and_store(workspace, layer, step, 0, kv_head)
+                attend_sequence(worker, workspace, layer, step, tile, kv_head)
+            else:
+                first_head = (span * kv_heads + kv_head) * group
+                partial = workspace.partials + first_head * (workspace.head_dim + 2) * 4
+                attend_span(worker, workspace, layer, step, tile, kv_head, span, partial)
+        num_done += last - first
+        first, last = claim(worker, phase, items, 1)
+    finish_phase(worker, phase, items, num_done)
+
+
+@inlined
+def merge_spans(worker: Any, workspace: Any, step: Any, out: int) -> None:
+    """Merge the accumulators of all spans -> the attention output of the single token, at `out`."""
+    width, heads = workspace.head_dim, workspace.heads
+    total = row(workspace.accumulators, 2 * worker.thread * workspace.tile_queries, width + 2)
+    for head in range(heads):
+        first = row(workspace.partials, head, width + 2)
+        for i in range(width + 2):
+            total[i] = first[i]
+        for span in range(1, step.num_spans):
+            merge_accumulators(
+                total, row(workspace.partials, span * heads + head, width + 2), width
+            )
+        normalize_accumulator(total, row(out, head, width))
+
+
+@compiled
+def prepare_output(
+    worker: Any, workspace: Any, step: Any, t: int, input_format: int, out: int
+) -> None:
+    """The attention output of token t becomes input row `out` of the output projection."""
+    inputs, width = inputs_of(workspace), workspace.heads * workspace.head_dim
+    numbers, attn_out = row(inputs.act_f32, out, inputs.width), row(workspace.attn_out, t, width)
+    if shares_spans(workspace, step):
+        merge_spans(worker, workspace, step, inputs.act_f32 + out * inputs.width * 4)
+    else:
+        for i in range(width):
+            numbers[i] = attn_out[i]
+    quantize_inputs(input_format, inputs, out, numbers, 0, width)
+
+
+@compiled
+def prepare_outputs(worker: Any, phase: int, workspace: Any, input_format: int, step: Any) -> Any:
+    """`prepare_output` for all tokens -> the first row of inputs: see `layer_ops.norm_rows`."""
+    if step.num_tokens == 1:
+        own_row = workspace.max_tokens + worker.thread
+        prepare_output(worker, workspace, step, 0, input_format, own_row)
+        return own_row
+    first, last = claim(worker, phase, step.num_tokens, 1)
+    num_done = 0
+    while first < last:
+        for t in range(first, last):
+            prepare_output(worker, workspace, step, t, input_format, t)
+        num_done += last - first
+        first, last = claim(worker, phase, step.num_tokens, 1)
+    finish_phase(worker, phase, step.num_tokens, num_done)
+    return 0

@@ -1,0 +1,165 @@
+"""From a file's blocks to the packed layout (layout.py), and back for single rows.
+
+Nothing is rounded here, only moved. What moves blocks is said plainly here, in numpy, and done by
+repack_moves.py, compiled and ten times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.native.engine.layout import BLOCK, GROUP, QUAD, Matrix
+from glassllama.native.engine.repack_moves import MOVE, move
+from glassllama.native.engine.repack_rounding import quantise_groups
+
+Raw = NDArray[Any]
+FLOAT_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def interleave(rows: NDArray[Any]) -> NDArray[Any]:
+    """(16·G, blocks, quads, 4) -> (G, blocks, quads, 16, 4): four inputs of each row in turn."""
+    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1, 4)
+
+
+def beside(rows: NDArray[Any]) -> NDArray[Any]:
+    """(16·G, blocks, n bytes) scales -> (G, blocks, n/2, 16) halves: each lane's own."""
+    halves = np.ascontiguousarray(rows).view(np.uint16)
+    return halves.reshape(-1, GROUP, *halves.shape[1:]).transpose(0, 2, 3, 1)
+
+
+def pack_floats(raw: Raw, values: Raw, scales: Raw) -> None:
+    lanes = raw.reshape(len(values), GROUP, -1).transpose(0, 2, 1)  # (G, columns, 16)
+    values.view(raw.dtype)[:] = lanes
+
+
+def pack_bfloats(raw: Raw, values: Raw, scales: Raw) -> None:
+    """In pairs: (G, columns/2, 16, 2); an odd last column by itself."""
+    even = raw.shape[1] // 2 * 2
+    pairs = raw[:, :even].reshape(len(values), GROUP, -1, 2).transpose(0, 2, 1, 3)
+    place = values.view(raw.dtype)  # (G, columns, 16)
+    place[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
+    place[:, even:] = raw[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+
+
+def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File block: half d, 32 signed bytes."""
+    blocks = raw.reshape(len(raw), -1, 34)
+    quads = (blocks[..., 2:] ^ 0x80).reshape(*blocks.shape[:2], -1, QUAD)  # signed -> plus 128
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :2])
+
+
+def pack_nibbles(raw: Raw, values: Raw, scales: Raw, header: int) -> None:
+    """File block: half d (and half m), then sixteen bytes, low nibbles first."""
+    blocks = raw.reshape(len(raw), -1, header + BLOCK // 2)
+    quads = blocks[..., header:].reshape(*blocks.shape[:2], -1, QUAD)
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :header])
+
+
+def pack_q4_0(raw: Raw, values: Raw, scales: Raw) -> None:
+    pack_nibbles(raw, values, scales, header=2)
+
+
+def pack_q4_1(raw: Raw, values: Raw, scales: Raw) -> None:
+    pack_nibbles(raw, values, scales, header=4)
+
+
+def to_nibbles(codes: Raw) -> Raw:
+    """(rows, blocks, 32) codes -> (rows, blocks, 4, 4) bytes of two nibbles."""
+    low, high = codes[..., :16] & 15, codes[..., 16:] & 15
+    return (low | high << 4).reshape(*codes.shape[:2], -1, QUAD)
+
+
+def by_lane(rows: Raw) -> Raw:
+    """(16·G, n, k) numbers of each row -> (G, n, k, 16)."""
+    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1)
+
+
+def pack_q4_k(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File: half d, half dmin, 12 bytes of six-bit scales and minima, 128 bytes of nibbles."""
+    supers = raw.reshape(len(raw), -1, 144)
+    runs = supers[..., 16:].reshape(*supers.shape[:2], 4, 32)
+    codes = np.stack([runs & 15, runs >> 4], 3).reshape(len(raw), -1, BLOCK)
+    vectors = values.reshape(*values.shape[:2], -1, GROUP, QUAD)
+    vectors[:] = interleave(to_nibbles(codes))
+    places = scales.reshape(len(scales), -1, 320)
+    halves = places.view(np.uint16)
+    halves[..., :32] = beside(supers[..., :4]).reshape(*halves.shape[:2], 32)
+    both = np.stack(six_bits(supers[..., 4:16]), -1)  # (rows, supers, 8, 2)
+    small = by_lane(both.reshape(*both.shape[:2], 16))  # (G, supers, 16, lanes)
+    places[..., 64:] = small.reshape(*places.shape[:2], 256)
+
+
+def six_bits(packed: Raw) -> tuple[Raw, Raw]:
+    """Twelve bytes -> eight scales and eight minima: the last four have their top bits apart."""
+    low_scales, low_minima, both = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([low_scales & 63, (both & 15) | (low_scales >> 6 << 4)], -1)
+    minima = np.concatenate([low_minima & 63, (both >> 4) | (low_minima >> 6 << 4)], -1)
+    return scales, minima
+
+
+def pack_q6_k(raw: Raw, values: Raw, scales: Raw) -> None:
+    """File: 128 bytes of low nibbles, 64 of upper bits, 16 signed scales, half d."""
+    supers = raw.reshape(len(raw), -1, 210)
+    low = supers[..., :128].reshape(*supers.shape[:2], 2, 2, 32)
+    low = np.stack([low & 15, low >> 4], 3).reshape(*supers.shape[:2], 2, 4, 32)
+    high = supers[..., 128:192].reshape(*supers.shape[:2], 2, 1, 32)
+    high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    low, high = (part.reshape(len(raw), -1, BLOCK) for part in (low, high))
+    fields = high.reshape(*high.shape[:2], 4, 2, QUAD)  # inputs 4q+t: (rows, blocks, q//2, q%2, t)
+    tops = (fields << np.array([0, 2, 4, 6], np.uint8)[:, None, None]).sum(2, dtype=np.uint8)
+    quads = np.concatenate([to_nibbles(low), tops], 2)
+    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
+    places = scales.reshape(len(scales), -1, 288)
+    halves = places.view(np.uint16)
+    halves[..., :16] = beside(supers[..., 208:]).reshape(*halves.shape[:2], 16)
+    places[..., 32:] = by_lane(supers[..., 192:208]).reshape(*places.shape[:2], 256)
+
+
+PACK: dict[str, Callable[[Raw, Raw, Raw], None]] = {
+    "F32": pack_floats, "F16": pack_floats, "BF16": pack_bfloats,
+    "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
+    "Q4_K": pack_q4_k, "Q6_K": pack_q6_k,
+}  # fmt: skip
+
+
+def fill(matrix: Matrix, first: int, raw: Raw) -> None:
+    """Put rows `first` … (a multiple of sixteen) in their place.
+
+    `raw` is (rows, columns) numbers for F32, F16 and BF16, else the file's blocks as uint8 (rows,
+    bytes of a row); where it ends within a group it must be the matrix's end, and zeros follow.
+    """
+    raw, place = whole_groups(raw, first)
+    if matrix.weight_type.name in MOVE:
+        move(matrix, place, raw)
+    else:
+        PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
+
+
+def fill_plainly(matrix: Matrix, first: int, raw: Raw) -> None:
+    """The same by the functions of this file."""
+    raw, place = whole_groups(raw, first)
+    PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
+
+
+def whole_groups(rows: Raw, first: int) -> tuple[Raw, slice]:
+    """Rows from `first` on, filled up with zeros to groups of sixteen -> and which groups."""
+    short = -len(rows) % GROUP
+    if short:
+        rows = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
+    return rows, slice(first // GROUP, (first + len(rows)) // GROUP)
+
+
+def fill_rounded(matrix: Matrix, first: int, numbers: NDArray[np.float32]) -> None:
+    """The same from float32 (rows, columns), quantised on the way to the matrix's Q8_0 or Q4_0."""
+    numbers, place = whole_groups(numbers, first)
+    values, scales = matrix.values[place], matrix.scales[place]
+    halves = scales.view(np.float16)
+    with np.errstate(over="ignore"):  # beyond a half's range: infinity, which comes out as NaN
+        halves[:] = quantise_groups(matrix.weight_type.name, numbers, values).reshape(halves.shape)

@@ -1,0 +1,1 @@
+"""Compiling with Numba and LLVM: decorators, cached machine code, instructions, memory."""
