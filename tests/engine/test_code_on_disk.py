@@ -62,7 +62,7 @@ def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: P
     assert now is not None
     folder = Path(shutil.copytree(now, tmp_path / "compiled" / now.parent.name / now.name))
     first, right = answer(model, tmp_path)
-    assert not any("compiled" in line for line in first)
+    assert not any("compiled" in line for line in first), first
     files = [path for _, path in checksums.files(folder)]
     objects = [path for path in files if path.suffix == ".nbc"]
     indexes = [path for path in files if path.suffix == ".nbi"]
@@ -90,12 +90,14 @@ def flipped(data: bytes) -> bytes:
 FULL = """
 import resource
 from glassllama.native.jit.code_cache import notes
-from glassllama.native.jit.compile import code_folder, entry, raw_entry
+from glassllama.native.jit.compile import STRICT, callback_address, code_folder, entry, raw_entry
+from glassllama.native.jit.intrinsics import types
 assert code_folder("engine") is not None
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # as a full disk: no file can grow
 one = entry(lambda x: x + 1)(2)
 two = raw_entry(lambda x: x + 2)(2)
-print(one, two, *notes, sep="\\n")
+three = callback_address(types.int64(types.int64), lambda x: x + 3, STRICT) != 0
+print(one, two, three, *notes, sep="\\n")
 """
 
 
@@ -110,7 +112,32 @@ def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == ["3", "4", NO_ROOM]
+    assert done.stdout.split("\n")[:-1] == ["3", "4", "True", NO_ROOM]
+
+
+ONE_KERNEL = """
+from glassllama.native.engine.dispatch import kernel_address
+from glassllama.native.jit.code_cache import notes, seal
+from glassllama.native.jit.deferred_signals import compilations
+assert kernel_address("F32", "plain") != 0
+print(compilations.begun > 0, *notes, sep="\\n")
+"""
+
+
+def test_a_kernel_compiled_alone_is_sealed(tmp_path: Path) -> None:
+    """As for a second model of another weight type: the third process compiles nothing."""
+
+    def compiles() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_KERNEL],
+            env={**os.environ, "GLASSLLAMA_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert [compiles() for _ in range(2)] == [["True"], ["False"]]
 
 
 KEPT = """

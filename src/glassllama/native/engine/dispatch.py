@@ -17,7 +17,6 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
-from numba import cfunc
 
 from glassllama.base.errors import GlassError
 from glassllama.native.engine import (
@@ -30,7 +29,7 @@ from glassllama.native.engine import (
 )
 from glassllama.native.engine.gemm_float import FLOAT_KERNELS
 from glassllama.native.engine.layout import BFLOAT16, FLOAT32, INT8, Q11, WeightType
-from glassllama.native.jit.compile import LOOSE, keep_in_cache
+from glassllama.native.jit.compile import LOOSE, STRICT, callback_address
 from glassllama.native.jit.intrinsics import types
 
 SIGNATURE = types.void(*[types.int64] * 12)  # see gemm_plain.py
@@ -45,7 +44,6 @@ TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "neon": frozenset({"neon", "dotprod"}),
     "plain": frozenset(),
 }
-KEPT: list[object] = []  # compiled kernels live as long as the process
 
 
 @cache
@@ -102,12 +100,4 @@ def kernel_address(kind: str, tier: str) -> int:
     Sums of plain loops may be taken in any order, so that they vectorise. Vector kernels are left
     as they are written: tiles of one token and of many must round alike.
     """
-    fastmath = LOOSE if tier == "plain" else set()
-    entry = keep_in_cache(
-        "engine",
-        lambda keep: cfunc(SIGNATURE, fastmath=fastmath, error_model="numpy", cache=keep)(
-            kernel(kind, tier)
-        ),
-    )
-    KEPT.append(entry)
-    return int(entry.address)
+    return callback_address(SIGNATURE, kernel(kind, tier), LOOSE if tier == "plain" else STRICT)

@@ -15,9 +15,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc
 
-from glassllama.native.jit.compile import STRICT, inlined, keep_in_cache
+from glassllama.native.jit.compile import STRICT, callback_address, inlined
 from glassllama.native.jit.intrinsics import (
     bytes8,
     float_from_bfloat,
@@ -30,7 +29,6 @@ from glassllama.native.jit.intrinsics import (
 
 SIGNATURE = types.void(*[types.int64] * 5)
 I32 = np.int32
-KEPT: list[object] = []  # compiled readers live as long as the process
 
 
 def f32(values: int, scales: int, columns: int, row: int, out: int) -> None:
@@ -130,11 +128,4 @@ READERS: dict[str, Callable[..., None]] = {
 @cache
 def reader_address(kind: str) -> int:
     """The address of the compiled reader of a packed format."""
-    entry = keep_in_cache(
-        "engine",
-        lambda keep: cfunc(SIGNATURE, error_model="numpy", fastmath=STRICT, cache=keep)(
-            READERS[kind]
-        ),
-    )
-    KEPT.append(entry)
-    return int(entry.address)
+    return callback_address(SIGNATURE, READERS[kind], STRICT)

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cfunc
 
 from glassllama.base.machine import usable_cores
-from glassllama.native.jit.compile import STRICT, compiled, inlined, keep_in_cache
+from glassllama.native.jit.compile import STRICT, callback_address, compiled, inlined
 from glassllama.native.jit.intrinsics import (
     atomic_add,
     atomic_load,
@@ -188,18 +187,11 @@ def stop_all(control_block: int, threads: int, _: int) -> None:
 
 
 @cache
-def stopper() -> tuple[Any, Any]:
-    """`stop_all` as a C function of (control block, threads, any object), and its machine code.
-
-    The machine code must be kept alive as long as the function is used.
-    """
+def stopper() -> Any:
+    """`stop_all` as a C function of (control block, threads, any object)."""
     signature = types.void(types.int64, types.int64, types.int64)
-    code = keep_in_cache(
-        "engine",
-        lambda keep: cfunc(signature, error_model="numpy", fastmath=STRICT, cache=keep)(stop_all),
-    )
     form = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.py_object)
-    return form(code.address), code
+    return form(callback_address(signature, stop_all, STRICT))
 
 
 def address_of(function: Any) -> int:
@@ -313,14 +305,14 @@ class ThreadPool:
         The weak reference calls a C function. A callback in Python could be interrupted by Ctrl-C,
         and an exception in a weak reference's callback is lost.
         """
-        function, _ = stopper()
+        function = stopper()
         stop = partial(function, self.native_args[1], self.threads)
         LIVE_POOLS[:] = [pair for pair in LIVE_POOLS if pair[0]() not in (None, owner)]
         LIVE_POOLS.append((weakref.ref(owner, stop), self))
 
     def stop(self) -> None:
         """Stop the other threads. The caller can still compute steps alone."""
-        stopper()[0](self.native_args[1], self.threads, None)
+        stopper()(self.native_args[1], self.threads, None)
         for worker in self.workers:
             if worker.is_alive():
                 worker.join(JOIN_SECONDS)

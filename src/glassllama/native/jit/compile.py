@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba import njit
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from glassllama.native.jit.code_cache import best_effort_cache, folder_for
@@ -34,6 +35,8 @@ LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 # Wrappers that are not used are not compiled: they would double the time to compile.
 INTERNAL = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # not called by Python
 RAW = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+CALLBACKS: list[Any] = []  # their machine code is kept as long as the process lives
 
 defer_signals_while_compiling()
 
@@ -117,6 +120,27 @@ def raw_compiled(function: F) -> F:
 def raw_inlined(function: F) -> F:
     """The same, inlined by LLVM: a call would pass the descriptors of all its arrays."""
     return cached_on_disk(function, **RAW, **INTERNAL, forceinline=True)
+
+
+def callback_address(signature: Any, function: Callable[..., Any], fastmath: set[str]) -> int:
+    """Compile a function that is called by its address, and by nobody before that -> the address.
+
+    Numba's own `cfunc` compiles before its cache can be wrapped: a full disk would be an error, and
+    the checksums would not learn of the new file.
+    """
+
+    def build(keep: bool) -> Any:
+        options = {"error_model": "numpy", "fastmath": fastmath}
+        form = (signature.args, signature.return_type)
+        made = CFunc(function, form, locals={}, options=options)
+        if keep:
+            made.enable_caching()
+        return made
+
+    made = keep_in_cache("engine", build)
+    made.compile()
+    CALLBACKS.append(made)
+    return int(made.address)
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
