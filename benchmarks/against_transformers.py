@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glassllama import hub
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 
 Timed = tuple[float, float]  # prefill, decode: tokens per second
@@ -43,7 +43,7 @@ def theirs(path: Path, dtype: torch.dtype) -> Callable[[list[int], int], Timed]:
 
 
 def ours(path: Path) -> Callable[[list[int], int], Timed]:
-    engine = pack(open_weights(path))
+    engine = pack(open_checkpoint(path))
 
     def run(prompt: list[int], new: int) -> Timed:
         cache = engine.new_cache(1, len(prompt) + new)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 
-from glassllama.formats.blocks import SUPPORTED, block_layout, dequantise
+from glassllama.formats.blocks import SUPPORTED, block_layout, dequantize
 from glassllama.formats.dtypes import ELEMENT_TYPES
 
 COLUMNS = 4096  # of the matrix that is unpacked
@@ -47,8 +47,8 @@ def measure(dtype: str, rows: int, repeats: int) -> dict[str, float]:
     out = np.zeros(shape, np.float32)
     kind = getattr(gguf.GGMLQuantizationType, dtype)
     work = {
-        "ours": lambda: dequantise(raw, dtype, shape, out=out),
-        "ours_new": lambda: dequantise(raw, dtype, shape),
+        "ours": lambda: dequantize(raw, dtype, shape, out=out),
+        "ours_new": lambda: dequantize(raw, dtype, shape),
         "gguf": lambda: gguf.quants.dequantize(raw.view(np.uint8), kind),
     }
     if dtype in ("F64", "F32"):

@@ -108,11 +108,11 @@ def kernels() -> None:
 
 def steps(path: str) -> None:
     """Decode after a short prompt, prefill of 512 tokens, batches of 8."""
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
     from glassllama.weights.pack import pack
 
     started = time.perf_counter()
-    engine = pack(open_weights(path))
+    engine = pack(open_checkpoint(path))
     print(f"\nloaded in {time.perf_counter() - started:.2f} s; {engine.describe()[0]}")
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, 512).tolist()
 

@@ -35,10 +35,12 @@ def lower_limit(values: list[float], confidence: float = 0.95) -> float:
 
 WORKER = """
 import sys, time
-from glassllama.weights.open import open_weights
+from glassllama.weights import open as opening
 from glassllama.weights.pack import pack
 
-engine = pack(open_weights(sys.argv[1]))
+open_checkpoint = getattr(opening, "open_checkpoint", None) or opening.open_weights  # older commits
+
+engine = pack(open_checkpoint(sys.argv[1]))
 prompt, count = int(sys.argv[2]), int(sys.argv[3])
 for line in sys.stdin:
     cache = engine.new_cache(1, prompt + count)

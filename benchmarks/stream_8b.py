@@ -134,9 +134,9 @@ def fill(path: Path) -> tuple[int, int]:
     """Give every tensor its numbers, on the disk -> bytes of all, and bytes that a pass reads."""
     import ml_dtypes
 
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
 
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     checkpoint.close()
     values = np.random.default_rng(0).normal(0, SPREAD, NUMBERS).astype(ml_dtypes.bfloat16)
@@ -185,11 +185,11 @@ def walk(path: Path) -> dict[str, Any]:
     """One prompt through one checkpoint, in this process."""
     import torch
 
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
     from glassllama.weights.stream import StreamedLlama
 
     imported = high_water()
-    model = StreamedLlama(open_weights(path))
+    model = StreamedLlama(open_checkpoint(path))
     started = time.perf_counter()
     with torch.inference_mode():
         h = model.hidden(torch.tensor([PROMPT]))  # (1, T, C)
@@ -235,9 +235,9 @@ def walkthrough(path: Path) -> dict[str, Any]:
 def plan_of(path: Path) -> dict[str, float]:
     """What weights/memory.py says before anything runs."""
     from glassllama.weights.memory import plan
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
 
-    made = plan(open_weights(path), tokens=len(PROMPT))
+    made = plan(open_checkpoint(path), tokens=len(PROMPT))
     print(made.describe())
     way = made.way("streamed")
     seconds = made.seconds_per_pass(way)

@@ -56,7 +56,7 @@ def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
     }  # fmt: skip
     llama3 = {"n_heads": 32, "n_kv_heads": 8, "rope_theta": 500_000.0, "max_seq_len": 131_072}
     values = llama3 | sizes[name] | ({} if layers is None else {"n_layers": layers})
-    return LlamaConfig(vocab_size=vocab_size, norm_eps=1e-5, rope_layout="pairs", **values)
+    return LlamaConfig(vocab_size=vocab_size, norm_eps=1e-5, rope_layout="interleaved", **values)
 
 
 # --- vocabularies ---------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ def peak_memory() -> int:
 def continue_one(path: Path, backend: str) -> dict[str, Any]:
     """Load one checkpoint exactly, continue PROMPT greedily."""
     from glassllama.generation import GenerationSettings, generate
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
 
     start = time.perf_counter()
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     if backend == "engine":
         from glassllama.weights.pack import pack
 

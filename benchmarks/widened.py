@@ -22,7 +22,7 @@ from synthetic import SUPERBLOCK, add_words, describe, rope_divisors, smollm_wor
 
 from glassllama import hub
 from glassllama.base.config import LlamaConfig
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.tensor_map import expected_shapes, foreign_names
 
 TYPES = ("Q4_K_M", "Q6_K")
@@ -89,7 +89,7 @@ def main() -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     whole = flags.folder / "widened-F32.gguf"
     try:
-        write(whole, open_weights(hub.resolve("smollm2-135m")))
+        write(whole, open_checkpoint(hub.resolve("smollm2-135m")))
         print(quantise(whole, flags.folder / f"widened-{flags.type}.gguf", flags.type))
     finally:
         whole.unlink(missing_ok=True)

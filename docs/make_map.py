@@ -16,8 +16,8 @@ Three lines run through the package, each visible end to end:
 
 ```
 text   → Tokenizer.encode → ids → Executor.next_logits → Sampler → id → StreamDecoder → text
-path   → open_weights → one tensor at a time → LlamaConfig + weights → torch model, or the engine
-corpus → tokens → batches → training step → checkpoint folder → open_weights → …
+path   → open_checkpoint → one tensor at a time → LlamaConfig + weights → torch model, or the engine
+corpus → tokens → batches → training step → checkpoint folder → open_checkpoint → …
 ```
 
 **To understand a forward pass, read three files from top to bottom:**

@@ -225,7 +225,7 @@ for name, heads in (("one each", config.n_heads), ("as it is", config.n_kv_heads
 # So far nobody knows where a token stands. Two coordinates at a time are read as a point in a
 # plane, and turned by an angle that grows with the position: fast for the first pair, slower and
 # slower for the later ones, like the hands of a clock. Which two coordinates belong together is
-# written differently in different files: neighbours ("pairs"), or one from each half ("halves").
+# a convention of the file: neighbours ("interleaved"), or one from each half ("half").
 
 # %%
 show(take_step(walk, 8))

@@ -43,8 +43,8 @@ from glassllama.weights.backend import (
     check_precision,
     choose_backend,
 )
-from glassllama.weights.open import Checkpoint, open_weights
-from glassllama.weights.quantization import Quantise
+from glassllama.weights.open import Checkpoint, open_checkpoint
+from glassllama.weights.quantization import Quantize
 
 DEFAULT_MODEL = "smollm2-135m"
 Prompt = str | Sequence[int]
@@ -373,7 +373,7 @@ def load(
     device: str = "cpu",
     dtype: Dtype | None = None,
     exact: bool = False,
-    quantize: Quantise | None = None,
+    quantize: Quantize | None = None,
     cache: CacheType = "int16",
     threads: int | None = None,
     offline: bool = False,
@@ -396,7 +396,7 @@ def load(
     path = hub.resolve(str(name), offline=offline, prefer_pth=prefer_pth,
                        progress=download_progress)  # fmt: skip
     started = time.perf_counter()
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     if backend == "auto" and checkpoint.torch_only:
         chosen = "torch"  # and the checkpoint's notes say why
     check_precision(chosen, dtype, exact, quantize, cache, stream_layers)

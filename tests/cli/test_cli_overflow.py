@@ -25,7 +25,7 @@ LENGTH = {"vocab_size": TOKENIZER.vocab_size, "max_seq_len": CONTEXT}
 MODELS = {
     "Llama": lambda: Llama(LlamaConfig(
         dim=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=20, norm_eps=1e-5,
-        rope_theta=10_000.0, rope_layout="halves", **LENGTH,
+        rope_theta=10_000.0, rope_layout="half", **LENGTH,
     )),
     "GPT": lambda: GPT(GPTConfig(dim=12, n_layers=2, n_heads=3, ffn_dim=20, **LENGTH)),
     "bigram": lambda: Bigram(BigramConfig(**LENGTH)),

@@ -14,7 +14,7 @@ from glassllama.base.errors import GenerationError
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.kv_cache import bytes_per_token
 from glassllama.native.engine.kv_pages import FLOAT32, INT8, INT16, PAGE
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -28,7 +28,7 @@ IDS = [int(i) for i in np.random.default_rng(5).integers(0, 203, 700)]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("q8") / "tiny.gguf"
-    return open_weights(write_gguf(hf_model(**SHAPE), path, gguf.GGMLQuantizationType.Q8_0))
+    return open_checkpoint(write_gguf(hf_model(**SHAPE), path, gguf.GGMLQuantizationType.Q8_0))
 
 
 @pytest.fixture(scope="module", params=["int16", "int8"])
@@ -187,7 +187,7 @@ def test_bytes_per_token(engine: Engine) -> None:
 def test_integers_differ_a_little(tmp_path: Path) -> None:
     """With float32 weights, so that nothing else is rounded: 127 steps, or 258 times as many."""
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.F32)
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     exact, int16, int8 = (
         e.all_logits(IDS[:200], e.new_cache(1, 200))
         for e in (pack(checkpoint, exact=True), pack(checkpoint), pack(checkpoint, cache="int8"))

@@ -29,9 +29,9 @@ ANSWER = """
 import sys
 import numpy as np
 from glassllama.native.engine.dispatch import tier
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
-engine = pack(open_weights(sys.argv[1]))
+engine = pack(open_checkpoint(sys.argv[1]))
 np.save(sys.argv[2], engine.all_logits([5, 99, 3, 7, 11], engine.new_cache(1, 5)))
 print(tier(), *engine.notes, sep="\\n")
 """

@@ -15,7 +15,7 @@ import torch
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.native.engine.executor import CHUNKS, Engine
 from glassllama.weights.load import TorchExecutor, load_llama
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import (
@@ -37,13 +37,13 @@ assert len(IDS) > CHUNKS[0]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_weights(write_hf(hf_model(), tmp_path_factory.mktemp("tiny")))
+    return open_checkpoint(write_hf(hf_model(), tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("q4") / "tiny.gguf"
-    return open_weights(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q4_1))
+    return open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q4_1))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path, parity: Any) ->
     model = hf_model(**VARIANTS[variant])
     with torch.no_grad():
         theirs = model(torch.tensor([IDS])).logits[0].numpy()
-    checkpoint = open_weights(write_hf(model, tmp_path))
+    checkpoint = open_checkpoint(write_hf(model, tmp_path))
     apart = difference(logits(pack(checkpoint, exact=True), IDS), theirs)
     bar = logits_bar(checkpoint.config)
     parity("logits, engine exact", "transformers, tiny random models", bar, apart)
@@ -73,8 +73,8 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     path = write_gguf(
         hf_model(**WIDE), tmp_path / "x.gguf", getattr(gguf.GGMLQuantizationType, kind)
     )
-    checkpoint = open_weights(path)
-    assert checkpoint.config.rope_layout == "pairs"
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.rope_layout == "interleaved"
     model = load_llama(checkpoint, dtype=torch.float32)
     reference, eight_bit = (
         model(torch.tensor([IDS]))[0],
@@ -86,7 +86,7 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
 
 def test_q5_is_said_to_be_computed_as_q8(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**WIDE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q5_1)
-    lines = pack(open_weights(path)).describe()
+    lines = pack(open_checkpoint(path)).describe()
     assert any("Q5_1 as Q8_0" in line for line in lines)
 
 
@@ -181,4 +181,4 @@ def test_nan_in_the_weights_comes_out(tmp_path: Path) -> None:
     model = hf_model(**WIDE)
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
     path = write_gguf(model, tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
-    assert np.isnan(logits(pack(open_weights(path)), IDS[:5])).any(-1).all()
+    assert np.isnan(logits(pack(open_checkpoint(path)), IDS[:5])).any(-1).all()

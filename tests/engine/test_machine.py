@@ -13,7 +13,7 @@ import pytest
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.thread_pool import cgroup_quota
 from glassllama.native.jit import code_cache, compile
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -23,7 +23,7 @@ SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 1
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
-    return pack(open_weights(path))
+    return pack(open_checkpoint(path))
 
 
 def test_without_a_writable_cache_code_is_compiled_in_memory(
@@ -89,7 +89,7 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
 
 def test_an_engine_that_is_not_used_any_more_takes_its_threads_along(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
-    engine = pack(open_weights(path))
+    engine = pack(open_checkpoint(path))
     engine.next_logits([[1]], engine.new_cache(1, 8))
     workers: list[threading.Thread] = list(engine._pool.workers)
     assert len(workers) == engine.threads - 1

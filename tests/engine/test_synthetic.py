@@ -16,14 +16,14 @@ from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
 from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.load import TorchExecutor, load_llama
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 from synthetic_models import synthetic_module, widened_module
 from tolerances import assert_logits, eight_bit_error, spread_apart
 
 CONFIG = LlamaConfig(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
-    max_seq_len=512, norm_eps=1e-5, rope_theta=500_000.0, rope_layout="pairs",
+    max_seq_len=512, norm_eps=1e-5, rope_theta=500_000.0, rope_layout="interleaved",
     tie_embeddings=True, rope_scaling=Llama3Scaling(factor=32.0),
 )  # fmt: skip
 POOL = 1 << 17
@@ -45,7 +45,7 @@ def test_a_whole_model_from_file_to_logits(
 ) -> None:
     """Engine against reference. Exact: float32. Default: what eight-bit inputs and bf16 keys
     cost."""
-    checkpoint = open_weights(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
+    checkpoint = open_checkpoint(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
     model = load_llama(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     assert 1 < reference.std() < 4  # of ordinary size, as `LOGIT_WIDTH` wants
@@ -70,7 +70,7 @@ def test_k_quants_are_the_same_to_the_bit_in_any_pieces(
         )
 
     monkeypatch.setattr(synthetic, "type_of", mixed)
-    checkpoint = open_weights(synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_K", pool=POOL))
+    checkpoint = open_checkpoint(synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_K", pool=POOL))
     engine = pack(checkpoint)
     whole = logits(engine)
     assert (logits(pack(checkpoint, threads=1)) == whole).all()
@@ -115,7 +115,7 @@ def test_nan_weights_end_generation_with_an_error(
         monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL)
     spoil(path, "blk.3.ffn_up.weight")
-    engine = pack(open_weights(path))
+    engine = pack(open_checkpoint(path))
     settings = GenerationSettings(sampler=make_sampler(), max_tokens=4)
     with pytest.raises(GenerationError, match=r"(?i)nan"):
         list(generate(engine, [IDS], settings))
@@ -143,8 +143,8 @@ def test_zeros_around_a_model_change_no_logits(tmp_path: Path, synthetic: Module
     """benchmarks/widened.py, with which fidelity on K-quants is measured."""
     widened = widened_module()
     narrow = replace(CONFIG, dim=160, n_heads=5, n_kv_heads=5, ffn_dim=288)
-    source = open_weights(synthetic.write(tmp_path / "narrow.gguf", narrow, "F32", pool=POOL))
-    wide = open_weights(widened.write(tmp_path / "wide.gguf", source, words=False))
+    source = open_checkpoint(synthetic.write(tmp_path / "narrow.gguf", narrow, "F32", pool=POOL))
+    wide = open_checkpoint(widened.write(tmp_path / "wide.gguf", source, words=False))
     sizes = wide.config.dim, wide.config.n_heads * wide.config.head_dim, wide.config.ffn_dim
     assert sizes == (256, 256, 512)
     before, after = (logits(pack(checkpoint, exact=True)) for checkpoint in (source, wide))
@@ -155,7 +155,7 @@ def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) ->
     """IQ4_NL has Q4_0's bytes, which stand for other numbers: packed as Q8_0, and said."""
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
     call_it(path, gguf.GGMLQuantizationType.IQ4_NL)
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     model = load_llama(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     engine = pack(checkpoint)
@@ -171,4 +171,4 @@ def test_a_type_that_nobody_here_knows_is_a_clean_error(
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q8_0", pool=POOL)
     call_it(path, gguf.GGMLQuantizationType.IQ3_S)
     with pytest.raises(FormatError, match=r"IQ3_S.*cannot be read.*such as Q8_0"):
-        open_weights(path)
+        open_checkpoint(path)

@@ -21,7 +21,7 @@ from glassllama.native.engine.layout import zeros as plain_zeros
 from handmade_engines import SMALL, handmade, walled, walled_engine
 
 NARROW = replace(SMALL, dim=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=33)
-WIDE = replace(SMALL, n_heads=9, n_kv_heads=3, head_dim=64, rope_layout="pairs")
+WIDE = replace(SMALL, n_heads=9, n_kv_heads=3, head_dim=64, rope_layout="interleaved")
 SHAPES = [
     (SMALL, "Q8_0", {}),
     (replace(SMALL, head_dim=24, n_kv_heads=1), "Q4_0", {"cache": "int8"}),

@@ -8,7 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, block_layout, dequantise
+from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, block_layout, dequantize
 
 # Where the half-precision numbers of a block begin.
 HALVES = {
@@ -50,12 +50,12 @@ def test_the_layouts_are_those_of_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("dtype", BLOCKS)
-@pytest.mark.identical("dequantised blocks, bit for bit", "gguf.quants")
+@pytest.mark.identical("dequantized blocks, bit for bit", "gguf.quants")
 def test_random_blocks(dtype: str) -> None:
     """More than two chunks and not a multiple of one; NaN is among the scales."""
     elements = block_layout(dtype).elements
     raw = random_blocks(dtype, (2 * CHUNK + 3 * elements) // elements)
-    ours = dequantise(raw, dtype, (raw.size // raw.shape[1] * elements,))
+    ours = dequantize(raw, dtype, (raw.size // raw.shape[1] * elements,))
     assert np.isnan(ours).any()
     assert_same_bits(ours, theirs(raw, dtype))
 
@@ -67,7 +67,7 @@ def test_odd_scales(dtype: str, at: int) -> None:
     for other in HALVES[dtype]:
         raw[:, other : other + 2] = np.frombuffer(half(1.5), np.uint8)
     raw[:, at : at + 2] = ODD_HALVES[:, None].view(np.uint8)
-    ours = dequantise(raw, dtype, (len(raw), block_layout(dtype).elements))
+    ours = dequantize(raw, dtype, (len(raw), block_layout(dtype).elements))
     assert np.isnan(ours).any()
     assert np.isinf(ours).any()
     assert_same_bits(ours, theirs(raw, dtype))
@@ -77,7 +77,7 @@ def test_odd_scales(dtype: str, at: int) -> None:
 def test_blocks_made_by_the_foreign_quantiser(dtype: str) -> None:
     weights = np.random.default_rng(1).normal(size=(3, 5, 64)).astype(np.float32)
     raw = foreign.quants.quantize(weights, foreign.GGMLQuantizationType[dtype])
-    ours = dequantise(raw, dtype, weights.shape)
+    ours = dequantize(raw, dtype, weights.shape)
     assert_same_bits(ours, theirs(raw, dtype))
     steps = 127 if dtype == "Q8_0" else 2 ** int(dtype[1]) / 2
     assert np.abs(ours - weights).max() <= 1.1 * np.abs(weights).max() / steps
@@ -159,7 +159,7 @@ def test_answers_on_paper(dtype: str) -> None:
     content, expected = BY_HAND[dtype]
     assert len(content) == block_layout(dtype).bytes
     raw = np.frombuffer(content, np.uint8)
-    assert dequantise(raw, dtype, (block_layout(dtype).elements,)).tolist() == list(expected)
+    assert dequantize(raw, dtype, (block_layout(dtype).elements,)).tolist() == list(expected)
 
 
 # ── plain types, shapes, and wrong calls ──────────────────────────────────────────────────────
@@ -169,17 +169,17 @@ def test_answers_on_paper(dtype: str) -> None:
 def test_every_bit_pattern_of_16_bits(dtype: str) -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     raw = bits.view(np.float16 if dtype == "F16" else bfloat16)
-    assert_same_bits(dequantise(raw, dtype, raw.shape), theirs(bits.view(np.uint8), dtype))
+    assert_same_bits(dequantize(raw, dtype, raw.shape), theirs(bits.view(np.uint8), dtype))
 
 
 def test_plain_types() -> None:
     numbers = np.array([[1.5, -0.0, np.inf], [np.nan, 1e-45, 3e38]], np.float32)
-    ours = dequantise(numbers, "F32", (2, 3))
+    ours = dequantize(numbers, "F32", (2, 3))
     assert_same_bits(ours, numbers)
     assert not np.shares_memory(ours, numbers)
     wide = np.array([1 / 3, 1e300, np.nan])
     with np.errstate(over="ignore"):
-        assert_same_bits(dequantise(wide, "F64", (3,)), wide.astype(np.float32))
+        assert_same_bits(dequantize(wide, "F64", (3,)), wide.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED)
@@ -193,21 +193,21 @@ def test_shape_and_out(dtype: str) -> None:
         plain = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": bfloat16}
         raw = np.random.default_rng(2).normal(size=shape).astype(plain[dtype])
     raw.flags.writeable = False
-    ours = dequantise(raw, dtype, shape)
+    ours = dequantize(raw, dtype, shape)
     assert ours.shape == shape
     assert ours.flags.writeable
     buffer = np.full((4, *shape), -1, np.float32)
-    assert np.shares_memory(dequantise(raw, dtype, shape, out=buffer[1]), buffer)
+    assert np.shares_memory(dequantize(raw, dtype, shape, out=buffer[1]), buffer)
     assert_same_bits(buffer[1], ours)
     assert (buffer[[0, 2, 3]] == -1).all()
-    assert_same_bits(dequantise(raw[1:, ::2], dtype, (1, 2, 512)), ours[1:, ::2].copy())
+    assert_same_bits(dequantize(raw[1:, ::2], dtype, (1, 2, 512)), ours[1:, ::2].copy())
 
 
 @pytest.mark.parametrize("dtype", BLOCKS)
 @pytest.mark.parametrize("shape", [(0,), (0, 512), (3, 0), (0, 2**40)])
 def test_empty(dtype: str, shape: tuple[int, ...]) -> None:
     raw = np.zeros((*shape[:-1], 0 if 0 in shape else 1), np.uint8)
-    assert dequantise(raw, dtype, shape).shape == shape
+    assert dequantize(raw, dtype, shape).shape == shape
 
 
 def test_wrong_calls() -> None:
@@ -224,6 +224,6 @@ def test_wrong_calls() -> None:
     }
     for message, (given, dtype, shape, out) in wrong.items():
         with pytest.raises(FormatError, match=message):
-            dequantise(given, dtype, shape, out=out)
+            dequantize(given, dtype, shape, out=out)
     with pytest.raises(FormatError, match="type Q9_9 is unknown; have F64"):
         block_layout("Q9_9")

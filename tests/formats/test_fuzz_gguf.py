@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import handmade_gguf as hand
 from glassllama.base.errors import FormatError
-from glassllama.formats.blocks import SUPPORTED, dequantise
+from glassllama.formats.blocks import SUPPORTED, dequantize
 from glassllama.formats.gguf import open_gguf
 
 EXAMPLES = int(os.environ.get("GLASSLLAMA_FUZZ", "300"))
@@ -140,8 +140,8 @@ def use_all(path: Path) -> None:
         if raw.ndim > 1:
             file.read(name, slice(0, 1))
         if info.dtype in SUPPORTED and raw.size:
-            assert dequantise(raw, info.dtype, info.shape).shape == info.shape
-        file.drop(name)
+            assert dequantize(raw, info.dtype, info.shape).shape == info.shape
+        file.release_pages(name)
     file.close()
 
 

@@ -81,7 +81,7 @@ def check_safetensors(path: Path) -> None:
         file = open_safetensors(path)
         for name in file.names():
             assert file.read(name).shape == file.info(name).shape
-            file.drop(name)
+            file.release_pages(name)
         file.close()
 
 
@@ -90,7 +90,7 @@ def check_pth(path: Path) -> None:
         file = open_pth(path)
         for name in file.names():
             assert file.read(name).shape == file.info(name).shape
-            file.drop(name)
+            file.release_pages(name)
         file.verify()
         file.close()
 

@@ -14,7 +14,7 @@ from ml_dtypes import bfloat16
 
 import handmade_gguf as hand
 from glassllama.base.errors import FormatError
-from glassllama.formats.blocks import block_layout, dequantise
+from glassllama.formats.blocks import block_layout, dequantize
 from glassllama.formats.gguf import open_gguf
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats" / "gguf.md"
@@ -210,8 +210,8 @@ def test_zero_size_tensors_and_scalars(tmp_path: Path) -> None:
     assert file.read("wide").shape == (0, 2**40 // 32 * 34)
     for name in file.names():
         info = file.info(name)
-        assert dequantise(file.read(name), info.dtype, info.shape).shape == info.shape
-        file.drop(name)
+        assert dequantize(file.read(name), info.dtype, info.shape).shape == info.shape
+        file.release_pages(name)
     with pytest.raises(FormatError, match="single number"):
         file.read("one", slice(0, 1))
 
@@ -233,14 +233,14 @@ def test_close_and_what_outlives_it(tmp_path: Path) -> None:
     file.close()
     file.close()
     assert np.array_equal(kept, tensor)
-    file.drop("F32")
+    file.release_pages("F32")
     with pytest.raises(FormatError, match=r"c\.gguf: closed"):
         file.read("F32")
 
 
 def test_an_unknown_name(tmp_path: Path) -> None:
     file = open_gguf(write_tensors(tmp_path / "n.gguf", every_type()))
-    for call in (file.info, file.read, file.drop):
+    for call in (file.info, file.read, file.release_pages):
         with pytest.raises(FormatError, match="no tensor 'F33'"):
             call("F33")
 
@@ -253,7 +253,7 @@ def test_drop_gives_memory_back(tmp_path: Path) -> None:
     before = process.memory_info().rss
     assert int(file.read("I8").sum(dtype=np.int64)) == size
     touched = process.memory_info().rss
-    file.drop("I8")
+    file.release_pages("I8")
     dropped = process.memory_info().rss
     assert touched - before > 0.9 * size
     assert dropped - before < 0.1 * size
@@ -268,9 +268,9 @@ def test_the_default_model(default_model: Path) -> None:
         assert (value.tolist() if isinstance(value, np.ndarray) else value) == theirs, key
     for theirs in reader.tensors[:12]:
         info = file.info(theirs.name)
-        ours = dequantise(file.read(theirs.name), info.dtype, info.shape)
+        ours = dequantize(file.read(theirs.name), info.dtype, info.shape)
         assert np.array_equal(ours, foreign.quants.dequantize(theirs.data, theirs.tensor_type))
-        file.drop(theirs.name)
+        file.release_pages(theirs.name)
     file.close()
 
 
@@ -289,7 +289,7 @@ def test_the_dump_in_the_docs(tmp_path: Path) -> None:
             shown += bytes.fromhex(match[2])
     assert shown == (tmp_path / "d.gguf").read_bytes()
     file = open_gguf(tmp_path / "d.gguf")
-    assert np.array_equal(dequantise(file.read("t"), "Q4_0", file.info("t").shape), weights)
+    assert np.array_equal(dequantize(file.read("t"), "Q4_0", file.info("t").shape), weights)
 
 
 # ── split checkpoints ─────────────────────────────────────────────────────────────────────────
@@ -315,7 +315,7 @@ def test_any_part_opens_the_whole(parts: list[Path], given: int) -> None:
     for n in range(5):
         assert np.array_equal(file.read(f"t{n}"), np.full((n + 1, 4), n))
         assert file.info(f"t{n}").path == str(parts[n // 2])
-        file.drop(f"t{n}")
+        file.release_pages(f"t{n}")
     file.close()
 
 

@@ -127,7 +127,7 @@ def test_views_of_shared_storages(protocol: int, tmp_path: Path) -> None:
     for name in written:
         assert_equal(file, name, written[name])
         assert_equal(file, name, oracle[name])
-        file.drop(name)
+        file.release_pages(name)
         assert_equal(file, name, written[name])
 
 
@@ -246,7 +246,7 @@ def test_arrays_outlive_close_and_drop(tmp_path: Path) -> None:
     written = random_tensor(torch.bfloat16, 300, 70)
     file = open_pth(saved({"x": written}, tmp_path / "a.pth"))
     array = file.read("x")
-    file.drop("x")
+    file.release_pages("x")
     file.close()
     assert array.tobytes() == raw_bytes(written)
 

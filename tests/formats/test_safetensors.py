@@ -110,7 +110,7 @@ def test_arrays_outlive_close_and_drop(tmp_path: Path) -> None:
     file = open_safetensors(tmp_path / "a.safetensors")
     array = file.read("x")
     before = array.tobytes()
-    file.drop("x")
+    file.release_pages("x")
     assert array.tobytes() == before
     file.close()
     assert array.tobytes() == raw_bytes(written)
@@ -120,7 +120,9 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="drop() and resident memory: Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="release_pages() and resident memory: Linux only"
+)
 def test_only_what_is_read_takes_memory_and_drop_gives_it_back(tmp_path: Path) -> None:
     megabytes = 64
     big = torch.zeros(megabytes, 2**20, dtype=torch.uint8)
@@ -132,7 +134,7 @@ def test_only_what_is_read_takes_memory_and_drop_gives_it_back(tmp_path: Path) -
     assert resident() - before < 16 * 2**20
     assert file.read("x").max() == 0
     assert resident() - before > (megabytes - 8) * 2**20
-    file.drop("x")
+    file.release_pages("x")
     assert resident() - before < 16 * 2**20
 
 
@@ -207,7 +209,7 @@ def test_shards_of_transformers(shards: tuple[Path, dict[str, torch.Tensor]]) ->
     assert file.metadata == {"format": "pt"}
     for name, tensor in written.items():
         assert file.read(name).tobytes() == raw_bytes(tensor)
-        file.drop(name)
+        file.release_pages(name)
     file.close()
 
 

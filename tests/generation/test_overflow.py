@@ -15,7 +15,7 @@ import pytest
 from glassllama.base.interfaces import Executor
 from glassllama.generation import GenerationSettings, Step, generate, make_sampler
 from glassllama.weights.load import TorchExecutor, load_model
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -29,7 +29,9 @@ ROUNDINGS = 140 * 3 * 10
 @pytest.fixture(scope="module")
 def executors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Executor]:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    opened = open_weights(write_gguf(hf_model(**META_SHAPE), path, gguf.GGMLQuantizationType.F32))
+    opened = open_checkpoint(
+        write_gguf(hf_model(**META_SHAPE), path, gguf.GGMLQuantizationType.F32)
+    )
     return {"engine": pack(opened, threads=1), "torch": TorchExecutor(load_model(opened))}
 
 

@@ -16,7 +16,7 @@ from glassllama.base.errors import GenerationError
 from glassllama.generation import Generation, GenerationSettings, Step, generate, make_sampler
 from glassllama.generation.speculation import GRAMS, TIMES, Lookup, Speculation
 from glassllama.native.engine.executor import Engine
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -119,7 +119,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """A tiny random model: left to itself, it soon goes round in circles."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     return Watched(
-        pack(open_weights(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q8_0)))
+        pack(open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q8_0)))
     )
 
 
@@ -257,7 +257,7 @@ def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
     """Several spans of attention (native/engine/attention.py), where one id is computed
     differently.
     """
-    engine = pack(open_weights(default_model))
+    engine = pack(open_checkpoint(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
     cache = engine.new_cache(1, len(ids))
     engine.next_logits([ids[:520]], cache)

@@ -9,7 +9,7 @@ import torch
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.models.llama import Llama
-from glassllama.nn.hooks import hook_names, recording
+from glassllama.nn.hooks import add_hooks, hook_names
 from tolerances import assert_logits, difference, sum_bound, wide
 
 V = 37
@@ -29,7 +29,7 @@ def llama(**changes: object) -> Llama:
 
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 29 % V
-VARIANTS = [{}, {"rope_layout": "pairs"}, {"qk_norm": True}, {"tie_embeddings": True}]
+VARIANTS = [{}, {"rope_layout": "interleaved"}, {"qk_norm": True}, {"tie_embeddings": True}]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -111,12 +111,12 @@ def test_logits_can_be_computed_in_chunks() -> None:
     assert (apart <= 2 * sum_bound(model.config.dim, sizes)).all()
 
 
-def test_every_intermediate_can_be_watched_and_nothing_changes() -> None:
-    model = llama()
-    with recording(model, "*") as seen:
-        watched = model(IDS)
-    assert_logits(watched, model(IDS), model.config)
-    assert torch.equal(seen["last_logits"], watched)
+def test_hooks_see_every_intermediate_and_change_nothing() -> None:
+    model, seen = llama(), {}
+    with add_hooks(model, [("*", lambda name, out: seen.update({name: out}))]):
+        hooked = model(IDS)
+    assert_logits(hooked, model(IDS), model.config)
+    assert torch.equal(seen["last_logits"], hooked)
     shapes = {name: tuple(tensor.shape) for name, tensor in seen.items() if "layers.1." in name}
     assert {name.removeprefix("layers.1."): shape for name, shape in shapes.items()} == {
         "attention_norm": (2, 24, 48),
@@ -144,17 +144,19 @@ def test_every_intermediate_can_be_watched_and_nothing_changes() -> None:
     assert set(seen) == set(hook_names(model)) - {"layers"}
 
 
-def test_watched_weights_are_those_of_the_cached_step() -> None:
-    model = llama()
+def test_hooked_weights_are_those_of_the_cached_step() -> None:
+    model, seen = llama(), {}
     cache = model.new_cache(2, 30)
     model(IDS[:, :10], cache)
-    with recording(model, "layers.*.attention.weights") as seen:
+    hooks = [("layers.*.attention.weights", lambda name, out: seen.update({name: out}))]
+    with add_hooks(model, hooks):
         model(IDS[:, 10:11], cache)
     assert seen["layers.0.attention.weights"].shape == (2, 6, 1, 11)
     sums = seen["layers.0.attention.weights"].sum(-1)
     assert ((sums - 1).abs() <= 2 * sum_bound(11, 1.0)).all()
 
 
-def test_a_misspelt_place_is_an_error() -> None:
-    with pytest.raises(GlassError, match="weigths"), recording(llama(), "layers.*.weigths"):
+def test_a_misspelt_hook_name_is_an_error() -> None:
+    hooks = [("layers.*.weigths", lambda name, out: None)]
+    with pytest.raises(GlassError, match="weigths"), add_hooks(llama(), hooks):
         pass

@@ -35,7 +35,7 @@ def test_first_and_last_frequencies_of_llama_3() -> None:
     assert f[-1] == pytest.approx(2.4551e-06, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["pairs", "halves"])
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
 def test_real_and_complex_statement_agree(layout: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 7, 10)
@@ -46,7 +46,7 @@ def test_real_and_complex_statement_agree(layout: str) -> None:
     assert ((real - rotate_complex(x, angles, layout)).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("layout", ["pairs", "halves"])
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
 def test_scores_depend_on_distance_only_and_lengths_stay(layout: str) -> None:
     torch.manual_seed(1)
     q, k = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double()
@@ -70,8 +70,8 @@ def test_layouts_are_one_rotation_in_two_orders() -> None:
     torch.manual_seed(2)
     x, rope = torch.randn(1, 2, 5, 8), rope_table(rope_angles(torch.arange(5)[None], torch.rand(4)))
     halves = x.unflatten(-1, (4, 2)).mT.flatten(-2)  # (a0 b0 a1 b1 …) -> (a0 a1 … b0 b1 …)
-    turned = ROTATE["pairs"](x, rope).unflatten(-1, (4, 2)).mT.flatten(-2)
-    assert torch.equal(ROTATE["halves"](halves, rope), turned)
+    turned = ROTATE["interleaved"](x, rope).unflatten(-1, (4, 2)).mT.flatten(-2)
+    assert torch.equal(ROTATE["half"](halves, rope), turned)
 
 
 def test_llama3_scaling_leaves_fast_rotations_and_divides_slow_ones() -> None:

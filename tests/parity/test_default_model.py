@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
 from glassllama.weights.load import TorchExecutor, load_llama
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
 from long_mode import LONG
 from tolerances import difference, logits_bar, ties, widened
@@ -41,7 +41,7 @@ TIES = 2  # of 576 ids: two float32 computations part where the two likeliest id
 
 @pytest.fixture(scope="module")
 def checkpoint(default_model: Path) -> Iterator[Checkpoint]:
-    opened = open_weights(default_model)
+    opened = open_checkpoint(default_model)
     yield opened
     opened.close()
 

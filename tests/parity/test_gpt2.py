@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.load import TorchExecutor, load_model
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
 from tolerances import difference, logits_bar
 
@@ -50,7 +50,7 @@ def theirs(**shape: Any) -> GPT2LMHeadModel:
 def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
     model = theirs(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
-    checkpoint = open_weights(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     ours = load_model(checkpoint)
     apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
     parity("logits, GPT-2, safetensors", ORACLE, bar, apart)
@@ -63,7 +63,7 @@ def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
 def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
-    ours = load_model(open_weights(tmp_path))
+    ours = load_model(open_checkpoint(tmp_path))
     executor, bar = TorchExecutor(ours), logits_bar(ours.config)
     cache = executor.new_cache(2, 67)
     rows = IDS.tolist()
@@ -89,7 +89,7 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
     if tied_again:
         old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, path)
-    ours = load_model(open_weights(tmp_path))
+    ours = load_model(open_checkpoint(tmp_path))
     apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
     parity("logits, GPT-2, names of the first release", ORACLE, bar, apart)
     assert apart <= bar
@@ -99,9 +99,9 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
 def test_a_bfloat16_file_stays_so(tmp_path: Path) -> None:
     model = theirs(**SIZES).bfloat16()
     model.save_pretrained(tmp_path)
-    ours = load_model(open_weights(tmp_path))
+    ours = load_model(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    wide = load_model(open_weights(tmp_path), dtype=torch.float32)
+    wide = load_model(open_checkpoint(tmp_path), dtype=torch.float32)
     assert difference(wide(IDS), model.float()(IDS).logits) <= logits_bar(wide.config)
 
 
@@ -131,7 +131,7 @@ def test_our_folder_there_and_here_again(
     apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_bar(model.config)
     parity("logits, our GPT folder", ORACLE, bar, apart)
     assert apart <= bar
-    again = load_model(open_weights(tmp_path))
+    again = load_model(open_checkpoint(tmp_path))
     assert again.config == model.config
     weights = dict(again.named_parameters())
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
@@ -161,4 +161,4 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(GlassError, match=words):
-        open_weights(tmp_path)
+        open_checkpoint(tmp_path)

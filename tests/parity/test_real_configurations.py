@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from glassllama.base.errors import ConfigError, WeightsError
 from glassllama.weights.load import load_model
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import assert_logits
 
@@ -41,7 +41,7 @@ def with_tensors(folder: Path, **tensors: torch.Tensor) -> Path:
 @torch.no_grad()
 def check_as_transformers(folder: Path, tokens: int) -> Checkpoint:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    checkpoint = open_weights(folder)
+    checkpoint = open_checkpoint(folder)
     ids = IDS[:, :tokens]
     assert_logits(load_model(checkpoint)(ids), theirs(ids).logits, checkpoint.model_config)
     return checkpoint
@@ -76,7 +76,7 @@ def test_a_window_bounds_the_context_in_which_it_changes_nothing(tmp_path: Path)
 def test_windows_without_effect_bound_nothing(
     fields: dict[str, Any], context: int, tmp_path: Path
 ) -> None:
-    assert open_weights(mistral(tmp_path, **fields)).config.max_seq_len == context
+    assert open_checkpoint(mistral(tmp_path, **fields)).config.max_seq_len == context
 
 
 @pytest.mark.parametrize("key", [{"use_sliding_window": False}, {"max_window_layers": 3}])
@@ -114,11 +114,11 @@ def test_a_refused_rope_scaling_beside_rope_parameters(tmp_path: Path) -> None:
         rope_scaling={"rope_type": "yarn", "factor": 2.0},
     )  # fmt: skip
     with pytest.raises(ConfigError, match="yarn"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 def test_a_mistral_without_the_key_has_the_window_of_transformers(tmp_path: Path) -> None:
-    checkpoint = open_weights(mistral(tmp_path, remove=("sliding_window",)))
+    checkpoint = open_checkpoint(mistral(tmp_path, remove=("sliding_window",)))
     assert checkpoint.config.max_seq_len == 4096
 
 
@@ -145,7 +145,7 @@ def test_a_window_in_gguf_metadata_bounds_the_context(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    checkpoint = open_weights(windowed)
+    checkpoint = open_checkpoint(windowed)
     assert checkpoint.config.max_seq_len == 32
     assert "llama.attention.sliding_window 32" in checkpoint.notes[0]
 
@@ -182,7 +182,7 @@ def test_what_would_be_computed_otherwise_is_refused(
 ) -> None:
     folder = edit(write_hf(hf_model(**PLAIN), tmp_path), **fields)
     with pytest.raises(ConfigError, match=words) as caught:
-        open_weights(folder)
+        open_checkpoint(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -211,19 +211,19 @@ def test_a_tied_head_that_is_stored_again_stays_tied(dtype: torch.dtype, tmp_pat
     folder = write_hf(hf_model(**VARIANTS["tied"]).bfloat16(), tmp_path)
     embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     with_tensors(folder, **{"lm_head.weight": embeddings.clone().to(dtype)})
-    checkpoint = open_weights(folder)
+    checkpoint = open_checkpoint(folder)
     assert checkpoint.config.tie_embeddings
     assert checkpoint.notes == []
     embeddings[100, 3] += 1
     with_tensors(folder, **{"lm_head.weight": embeddings.to(dtype)})
-    assert not open_weights(folder).config.tie_embeddings
+    assert not open_checkpoint(folder).config.tie_embeddings
 
 
 def test_a_stored_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     folder = write_hf(hf_model(**VARIANTS["tied"]), tmp_path)
     with_tensors(folder, **{"lm_head.weight": torch.zeros(130, 48)})
     with pytest.raises(WeightsError, match=r"lm_head\.weight is 130×48"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("change", [0.0, 1.0])
@@ -245,7 +245,7 @@ def test_tables_beside_the_weights_are_compared(tmp_path: Path) -> None:
     right = 10_000.0 ** -(torch.arange(0, 8, 2).float() / 8)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with_tensors(folder, **{name: right.to(dtype)})
-        assert open_weights(folder).notes == []
+        assert open_checkpoint(folder).notes == []
     with_tensors(folder, **{name: right * 0.99})
     notes = check_as_transformers(folder, 20).notes
     assert notes == [f"not the frequencies of the configuration, ignored: {name}"]
@@ -256,9 +256,9 @@ def test_masks_beside_a_gpt2_are_compared(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     name, mask = "transformer.h.0.attn.bias", torch.ones(32, 32).tril()[None, None]
     with_tensors(tmp_path, **{name: mask})
-    assert not any("masks" in note for note in open_weights(tmp_path).notes)
+    assert not any("masks" in note for note in open_checkpoint(tmp_path).notes)
     with_tensors(tmp_path, **{name: torch.ones_like(mask)})
-    assert f"no causal masks, ignored: {name}" in open_weights(tmp_path).notes
+    assert f"no causal masks, ignored: {name}" in open_checkpoint(tmp_path).notes
 
 
 @pytest.mark.parametrize("number", [-1e4, -1e9, -np.inf, 0.0, np.nan, 1e9])
@@ -267,7 +267,7 @@ def test_what_a_gpt2_puts_in_masked_places_is_compared(number: float, tmp_path: 
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     name = "transformer.h.0.attn.masked_bias"
     with_tensors(tmp_path, **{name: torch.tensor(number)})
-    said = f"numbers that hide no score, ignored: {name}" in open_weights(tmp_path).notes
+    said = f"numbers that hide no score, ignored: {name}" in open_checkpoint(tmp_path).notes
     assert said == (not number < -1000)
 
 

@@ -14,7 +14,7 @@ from glassllama.base.config import GivenDivisors, LinearScaling, Llama3Scaling, 
 from glassllama.base.errors import ConfigError
 from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
 from tolerances import assert_logits, assert_same_greedy, difference, logits_bar
 
@@ -70,7 +70,7 @@ def test_transformers_refuses_what_it_does_not_know(
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(KeyError, match=r"\+qk_norm"):
         LlamaForCausalLM.from_pretrained(tmp_path)
-    ours = open_weights(tmp_path).config
+    ours = open_checkpoint(tmp_path).config
     assert (ours.qk_norm, ours.rope_scaling) == (True, scaling)
 
 
@@ -110,7 +110,7 @@ def test_their_tokenizers_read_our_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rope_layout": "pairs"}, "pairs"),
+        ({"rope_layout": "interleaved"}, "interleaved"),
         ({"rope_scaling": GivenDivisors(values=(1.0,) * 5)}, "divisors"),
     ],
 )

@@ -24,7 +24,7 @@ from glassllama.train.prepare import prepare
 from glassllama.train.resolve import changed_lines, resolve
 from glassllama.train.warm_start import in_layout_of
 from glassllama.weights.load import load_model
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from train.recipes import PRESET, make_steps, new_run, write_text
 from train.test_resume import assert_same_run
 
@@ -109,7 +109,7 @@ def test_a_run_begins_with_the_weights_and_tokenizer_of_a_model(
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[1000:3000].lower())
     run = new_run(tmp_path / "second", other, kind, f"model.init_from={first.folder}")
-    saved = load_model(open_weights(first.folder)).named_parameters()  # the best of `first`
+    saved = load_model(open_checkpoint(first.folder)).named_parameters()  # the best of `first`
     assert all(torch.equal(run.optimisers.named[name], weight) for name, weight in saved)
     assert run.settings.data.tokenizer == str(first.folder)
     assert run.data.tokenizer.vocab_size == first.data.tokenizer.vocab_size
@@ -165,13 +165,13 @@ def test_a_model_with_more_rows_than_tokens(tmp_path: Path, text: Path) -> None:
         first.model.tok_embeddings.weight[-2:] = torch.randn(first.model.config.dim) * HUGE
     ids = first.data.tokenizer.encode(sample_text(first))
     assert len(ids) >= 40
-    opened = open_weights(first.folder)
+    opened = open_checkpoint(first.folder)
     assert opened.config.vocab_size == 90 > opened.tokenizer.vocab_size
     begun = f"model.init_from={first.folder}"
     with pytest.raises(WeightsError, match=r"vocab_size is 90 there and \d+ here"):
         new_run(tmp_path / "a", text, "llama", begun)
     run = new_run(tmp_path / "b", text, "llama", begun, padded)
-    saved = load_model(open_weights(first.folder)).named_parameters()
+    saved = load_model(open_checkpoint(first.folder)).named_parameters()
     assert all(torch.equal(run.optimisers.named[name], weight) for name, weight in saved)
     make_steps(run)
 
@@ -191,7 +191,7 @@ def test_rows_in_pairs_become_rows_in_halves() -> None:
     x = torch.randn(1, 9, 24, generator=generator)
     wq, wk = torch.randn(24, 24, generator=generator), torch.randn(12, 24, generator=generator)
     turn = rope_table(torch.arange(9.0)[:, None] * torch.rand(1, 3, generator=generator)[None])
-    pairs = replace(config, rope_layout="pairs")
+    pairs = replace(config, rope_layout="interleaved")
 
     def heads(weight: torch.Tensor, rotate: Any) -> torch.Tensor:
         return rotate((x @ weight.T).unflatten(-1, (-1, 6)).transpose(1, 2), turn)

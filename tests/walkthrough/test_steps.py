@@ -38,7 +38,7 @@ from glassllama.walkthrough.steps.quantization import rounded
 from glassllama.walkthrough.text import Page, render
 from glassllama.walkthrough.to_json import step_object
 from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
 from tiny_models import VARIANTS
 from tolerances import assert_logits
@@ -72,8 +72,8 @@ def test_every_format(family: str, variant: str, tmp_path: Path) -> None:
     path = write_checkpoint(family, tmp_path, **VARIANTS[variant])
     walk = open_walk(path, IDS, layer=2, head=5)
     steps = walk_all(walk)
-    assert walk.config.rope_layout == ("halves" if family == "hf" else "pairs")
-    assert f"{walk.config.rope_layout:<7} " in render(steps[8], Page(80))
+    assert walk.config.rope_layout == ("half" if family == "hf" else "interleaved")
+    assert f"{walk.config.rope_layout:<11} " in render(steps[8], Page(80))
     walk.checkpoint.close()
 
 
@@ -273,7 +273,7 @@ def test_a_changed_function_is_noticed(
 
 
 def test_the_wrong_rotation_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = {"halves": manual_block.ROTATE["pairs"]}
+    swapped = {"half": manual_block.ROTATE["interleaved"]}
     monkeypatch.setattr(manual_block, "ROTATE", swapped)
     with pytest.raises(StepMismatchError, match=r"step 8, rope: layers\.1\.attention\.q_rope"):
         take_step(tiny_walk, 8)
@@ -476,6 +476,6 @@ def test_one_model_many_walks(tiny_walk: Walk) -> None:
     take_step(other, 15)
     assert torch.equal(take_step(replace(other, head=2), 4).numbers[0].values,
                        take_step(other, 4).numbers[0].values)  # fmt: skip
-    again = open_weights(tiny_walk.checkpoint.path)
+    again = open_checkpoint(tiny_walk.checkpoint.path)
     assert start_walk(again, tiny_walk.model, IDS).layer == 0
     again.close()

@@ -242,7 +242,7 @@ def test_mistakes_are_made_and_undone(llama: Llama) -> None:
     assert (runs["no-mask"][place] > 0).all()
     scores = "layers.0.attention.scores"
     assert_logits(runs["scale"][scores], own[scores] * math.sqrt(10), llama.config, layers=1)
-    other = random_llama(rope_layout="pairs")
+    other = random_llama(rope_layout="interleaved")
     rotated = run_with_trace(other, IDS)[0]
     assert_logits(runs["rope-layout"]["last_logits"], rotated, llama.config)
 

@@ -22,7 +22,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.load import load_model
 from glassllama.weights.memory import plan
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.save import save_model
 from processor_time import seconds
 from semantic_mutants import gguf_bytes
@@ -118,11 +118,11 @@ def test_sizes_claimed_in_json(form: str, tmp_path: Path) -> None:
     write, keys = WRITERS[form]
     path = write(tmp_path)
     values = json.loads(path.read_text())
-    open_weights(path.parent)  # it is whole
+    open_checkpoint(path.parent)  # it is whole
     for key in keys:
         for claimed in HUGE:
             path.write_text(json.dumps(values | {key: claimed}))
-            error = within_limits(lambda: open_weights(path.parent))
+            error = within_limits(lambda: open_checkpoint(path.parent))
             assert isinstance(error, ConfigError | WeightsError), (key, claimed)
             assert "\n" not in str(error)
             assert len(str(error)) < 2500
@@ -134,27 +134,27 @@ def test_sizes_claimed_in_json(form: str, tmp_path: Path) -> None:
      "attention.head_count_kv", "attention.key_length"],
 )  # fmt: skip
 def test_sizes_claimed_in_gguf_metadata(key: str, tmp_path: Path) -> None:
-    open_weights(write_small_gguf(tmp_path))
+    open_checkpoint(write_small_gguf(tmp_path))
     for claimed in HUGE:
         changes: dict[str, Any] = {f"llama.{key}": claimed}
         if key == "attention.key_length":
             same = ("llama.attention.value_length", "llama.rope.dimension_count")
             changes |= dict.fromkeys(same, claimed)
         path = write_small_gguf(tmp_path, **changes)
-        error = within_limits(lambda path=path: open_weights(path))
+        error = within_limits(lambda path=path: open_checkpoint(path))
         assert isinstance(error, ConfigError | WeightsError), claimed
 
 
 def test_the_error_says_what_was_claimed_and_what_is_there(tmp_path: Path) -> None:
     path = write_small_gguf(tmp_path, **{"llama.block_count": 10**6})
     with pytest.raises(WeightsError, match=r"says 1000000 layers, the file holds 1 \(11 tensors\)"):
-        open_weights(path)
+        open_checkpoint(path)
 
 
 def test_a_context_of_any_length_costs_nothing_before_it_is_used(tmp_path: Path) -> None:
     path = write_small_gguf(tmp_path, **{"llama.context_length": 2**31 - 1})
-    look_at(open_weights(path))  # imports
-    assert within_limits(lambda: look_at(open_weights(path))) is None
+    look_at(open_checkpoint(path))  # imports
+    assert within_limits(lambda: look_at(open_checkpoint(path))) is None
 
 
 def look_at(checkpoint: Checkpoint) -> None:
@@ -167,8 +167,8 @@ def test_a_bigram_of_any_context(tmp_path: Path) -> None:
     path = write_bigram(tmp_path)
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"max_position_embeddings": 2**31 - 1}))
-    load_model(open_weights(tmp_path))
-    assert within_limits(lambda: load_model(open_weights(tmp_path))) is None
+    load_model(open_checkpoint(tmp_path))
+    assert within_limits(lambda: load_model(open_checkpoint(tmp_path))) is None
 
 
 def test_parts_claimed_in_gguf_metadata(tmp_path: Path) -> None:
@@ -220,12 +220,12 @@ def test_divisors_of_another_form_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         path.write_bytes(gguf_bytes(GGUF, tensors))
         with pytest.raises(ConfigError, match=r"rope_freqs\.weight must be 2 numbers of type F32"):
-            open_weights(path)
+            open_checkpoint(path)
 
 
 def test_the_embeddings_decide_the_vocabulary_of_a_gguf(tmp_path: Path) -> None:
     """llama.cpp looks at the tensor, not at the key; a tokenizer may have fewer tokens."""
-    checkpoint = open_weights(write_small_gguf(tmp_path, **{"llama.vocab_size": 28}))
+    checkpoint = open_checkpoint(write_small_gguf(tmp_path, **{"llama.vocab_size": 28}))
     assert checkpoint.config.vocab_size == 30
     assert checkpoint.notes == ["GGUF: llama.vocab_size is 28, the embeddings have 30 rows"]
 
@@ -234,6 +234,6 @@ def test_a_tokenizer_larger_than_the_model_is_noted(tmp_path: Path) -> None:
     model = Bigram(BigramConfig(vocab_size=TOKENIZER.vocab_size - 2, max_seq_len=32))
     torch.nn.init.normal_(model.tok_embeddings.weight)
     save_model(tmp_path, model, TOKENIZER)
-    checkpoint = open_weights(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.tokenizer.vocab_size == TOKENIZER.vocab_size
     assert "the last 2 cannot be read" in checkpoint.notes[-1]

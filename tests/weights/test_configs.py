@@ -125,7 +125,7 @@ def test_meta_rules(
     assert config.rope_theta == theta
     assert config.n_kv_heads == kv
     assert config.vocab_size == rows
-    assert config.rope_layout == "pairs"
+    assert config.rope_layout == "interleaved"
     scaling = config.rope_scaling
     assert (scaling.factor if isinstance(scaling, Llama3Scaling) else None) == factor
     assert any("context length" in note for note in notes)

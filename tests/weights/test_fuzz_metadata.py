@@ -31,7 +31,7 @@ from glassllama.train.resolve import preset_names, read_tables, resolve
 from glassllama.train.run import FORMAT, read_state, require_same
 from glassllama.weights.load import load_model
 from glassllama.weights.memory import plan
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.save import save_model
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
@@ -70,7 +70,7 @@ class Target:
 
 
 def use_model(path: Path) -> None:
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     try:
         look_at(checkpoint)
     finally:

@@ -36,11 +36,11 @@ print(high_water() - before)
 """
 TORCH = (
     "import torch; from glassllama.weights.load import *; from glassllama.weights.open import *",
-    "model = load_llama(open_weights(sys.argv[1]))",
+    "model = load_llama(open_checkpoint(sys.argv[1]))",
 )
 ENGINE = (
     "import numba; from glassllama.weights.pack import *; from glassllama.weights.open import *",
-    "model = pack(open_weights(sys.argv[1]))",
+    "model = pack(open_checkpoint(sys.argv[1]))",
 )
 
 
@@ -76,10 +76,10 @@ import sys
 import numba
 from pathlib import Path
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = int(sys.argv[2]), -1e18
 packed_cache.folder = lambda: Path(sys.argv[1]).parent / "packed"
-engine = pack.pack(open_weights(sys.argv[1]))
+engine = pack.pack(open_checkpoint(sys.argv[1]))
 engine.next_logits([[1, 2, 3]], engine.new_cache(1, 8))
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

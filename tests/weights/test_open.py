@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError, quoted
 from glassllama.base.machine import require_memory
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
 
 
 def check_same_weights(a: Path, b: Path) -> None:
-    one, two = open_weights(a), open_weights(b)
+    one, two = open_checkpoint(a), open_checkpoint(b)
     assert list(one.names) == list(two.names)
     for name in one.names:
         np.testing.assert_array_equal(one.float32(name), two.float32(name), err_msg=name)
@@ -36,7 +36,7 @@ def test_shards_read_as_one(llama2: bool, tied: bool, tmp_path: Path) -> None:
     one = write_meta(model, tmp_path / "one")
     two = write_meta(model, tmp_path / "two", shards=2, llama2=llama2)
     check_same_weights(one, two)
-    checkpoint = open_weights(two)
+    checkpoint = open_checkpoint(two)
     rows = checkpoint.float32("tok_embeddings.weight", slice(60, 75))  # across the border
     np.testing.assert_array_equal(rows, checkpoint.float32("tok_embeddings.weight")[60:75])
 
@@ -52,7 +52,7 @@ def test_any_way_to_name_a_meta_model(tmp_path: Path) -> None:
 def test_old_single_file(tmp_path: Path) -> None:
     folder = write_meta(hf_model(), tmp_path / "m")
     (folder / "consolidated.00.pth").rename(folder / "llama.pth")
-    assert open_weights(folder).config == open_weights(folder / "llama.pth").config
+    assert open_checkpoint(folder).config == open_checkpoint(folder / "llama.pth").config
 
 
 def test_sharded_safetensors_and_any_way_to_name_them(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_three_formats_hold_the_same_numbers(tmp_path: Path) -> None:
     model = hf_model()
     meta, file = write_meta(model, tmp_path / "m"), write_gguf(model, tmp_path / "x.gguf")
     check_same_weights(meta, file)
-    assert open_weights(write_hf(model, tmp_path / "h")).config.rope_layout == "halves"
+    assert open_checkpoint(write_hf(model, tmp_path / "h")).config.rope_layout == "half"
 
 
 def test_tables_that_are_wrong_are_ignored_with_a_note(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_tables_that_are_wrong_are_ignored_with_a_note(tmp_path: Path) -> None:
     folder = write_meta(model, tmp_path / "m")
     state = {**meta_state(model), "rope.freqs": torch.zeros(4)}
     torch.save(state, folder / "consolidated.00.pth")
-    assert note + "rope.freqs" in open_weights(folder).notes
+    assert note + "rope.freqs" in open_checkpoint(folder).notes
     hf = write_hf(model, tmp_path / "h")
     tensors = load_file(hf / "model.safetensors")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({**tensors, name: torch.zeros(4)}, hf / "model.safetensors")
-    assert open_weights(hf).notes == [note + name]
+    assert open_checkpoint(hf).notes == [note + name]
 
 
 def test_all_mismatches_are_listed_at_once(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = torch.zeros(131, 48, dtype=torch.int32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(WeightsError) as caught:
-        open_weights(folder)
+        open_checkpoint(folder)
     message = str(caught.value)
     assert "4 tensors" in message
     assert "missing model.norm.weight" in message
@@ -109,7 +109,7 @@ def test_untied_model_without_output_is_said(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(WeightsError, match=r"missing lm_head\.weight"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 def test_vocabulary_that_does_not_match(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_vocabulary_that_does_not_match(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 130}))
     with pytest.raises(WeightsError, match="131×48, the configuration says 130×48"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 def spoil(folder: Path, file: str, text: str) -> Path:
@@ -142,22 +142,22 @@ def spoil(folder: Path, file: str, text: str) -> Path:
 )
 def test_paths_that_hold_no_model(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(GlassError, match=words):
-        open_weights(make(tmp_path))
+        open_checkpoint(make(tmp_path))
 
 
 def test_several_models_in_one_folder_must_be_named(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         write_gguf(hf_model(), tmp_path / name)
     with pytest.raises(GlassError, match="2 GGUF models"):
-        open_weights(tmp_path)
-    assert open_weights(tmp_path / "b.gguf").config.dim == 48
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "b.gguf").config.dim == 48
 
 
 def test_missing_meta_shard_is_named(tmp_path: Path) -> None:
     folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
     (folder / "consolidated.00.pth").unlink()
     with pytest.raises(GlassError, match=r"consolidated\.00\.pth is missing"):
-        open_weights(folder)
+        open_checkpoint(folder)
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:
@@ -168,13 +168,13 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ConfigError, match="'bert', only 'llama'"):
-        open_weights(tmp_path / "x.gguf")
+        open_checkpoint(tmp_path / "x.gguf")
 
 
 def test_nothing_of_the_file_is_kept_mapped_in_the_model(tmp_path: Path) -> None:
     """Weights are copies: the file may be closed, or overwritten, after loading."""
     folder = write_hf(hf_model().bfloat16(), tmp_path)
-    checkpoint = open_weights(folder)
+    checkpoint = open_checkpoint(folder)
     model = load_llama(checkpoint)
     checkpoint.close()
     (folder / "model.safetensors").write_bytes(b"gone")
@@ -244,7 +244,7 @@ def test_meta_shards_of_another_ending(tmp_path: Path) -> None:
     for file in same.glob("*.bin"):
         file.rename(same / file.name.removeprefix("consolidated."))
     with pytest.raises(GlassError, match="2 files of PyTorch's, name one of them"):
-        open_weights(same)
+        open_checkpoint(same)
 
 
 @pytest.mark.parametrize("content", [b"", b"GARBAGE IN A FILE", b"GGU"])
@@ -257,7 +257,7 @@ def test_a_name_decides_where_the_bytes_do_not(content: bytes, tmp_path: Path) -
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FormatError, match=words) as caught:
-            open_weights(tmp_path / name)
+            open_checkpoint(tmp_path / name)
         assert name in str(caught.value)
         (tmp_path / name).unlink()
 
@@ -266,7 +266,7 @@ def test_a_zip_of_pytorchs_without_params_is_a_pickle_file(tmp_path: Path) -> No
     for name in ("x.safetensors", "x.gguf"):
         torch.save({"a": torch.zeros(1)}, tmp_path / name)
         with pytest.raises(GlassError, match="pickle files"):
-            open_weights(tmp_path / name)
+            open_checkpoint(tmp_path / name)
 
 
 def test_a_single_file_that_the_index_does_not_name_is_the_model(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_single_file_that_the_index_does_not_name_is_the_model(tmp_path: Path)
     (old / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes())
     check_same_weights(old, single)
     note = "model.safetensors is read, not the files that model.safetensors.index.json names"
-    assert note in open_weights(old).notes
+    assert note in open_checkpoint(old).notes
     check_same_weights(old / "model.safetensors.index.json", same)
     check_same_weights(next(old.glob("model-*.safetensors")), same)
 
@@ -289,7 +289,7 @@ def test_a_single_file_that_the_index_names_is_a_shard(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace(shard, "model.safetensors"))
     (parts / shard).rename(parts / "model.safetensors")
     check_same_weights(parts, write_hf(hf_model(), tmp_path / "whole"))
-    assert open_weights(parts).notes == []
+    assert open_checkpoint(parts).notes == []
 
 
 def test_the_file_that_is_named_is_opened(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_tied_matrix_that_is_stored_as_the_output_only(tmp_path: Path) -> None
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, other / "model.safetensors")
     check_same_weights(usual, other)
-    assert open_weights(other).config.tie_embeddings
+    assert open_checkpoint(other).config.tie_embeddings
 
 
 BUFFERS = (
@@ -327,7 +327,7 @@ def test_buffers_of_old_versions_are_ignored_with_a_note(tmp_path: Path) -> None
     folder = write_hf(hf_model(), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: torch.ones(3) for name in BUFFERS}, folder / "model.safetensors")
-    (note,) = open_weights(folder).notes
+    (note,) = open_checkpoint(folder).notes
     assert all(name in note for name in BUFFERS)
 
 
@@ -336,12 +336,12 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     names = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({names: torch.ones(2, 48)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    (note,) = open_weights(folder).notes
+    (note,) = open_checkpoint(folder).notes
     assert "adapter_config.json: the adapter beside the model is not applied" in note
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
         with pytest.raises(GlassError, match=r"m: adapter_config.json without a model: .* merge"):
-            open_weights(folder)
+            open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -353,7 +353,7 @@ def test_pickle_files_get_the_two_lines_that_save_them_again(legacy: bool, tmp_p
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
     for given in (folder, path):
         with pytest.raises(GlassError, match="two lines of Python: from transformers") as caught:
-            open_weights(given)
+            open_checkpoint(given)
         assert "\n" not in str(caught.value)
     if not legacy:
         lines = str(caught.value).split("two lines of Python: ")[1].split("; ")
@@ -368,24 +368,24 @@ def test_a_model_that_is_not_supported_is_named_with_its_folder(tmp_path: Path) 
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"?")
         with pytest.raises(ConfigError, match=r"granite.*llama \(LlamaForCausalLM\)") as caught:
-            open_weights(folder)
+            open_checkpoint(folder)
         assert str(caught.value).startswith(f"{folder}: config.json: ")
         (folder / name).unlink()
 
 
 def test_shards_below_the_folder(tmp_path: Path) -> None:
     parts = write_hf(hf_model(), tmp_path, max_shard_size="60KB")
-    before = open_weights(parts)
+    before = open_checkpoint(parts)
     (parts / "shards").mkdir()
     for shard in parts.glob("*.safetensors"):
         shard.rename(parts / "shards" / shard.name)
     index = parts / "model.safetensors.index.json"
     with pytest.raises(GlassError, match="no such file"):
-        open_weights(parts)
+        open_checkpoint(parts)
     values = json.loads(index.read_text())
     below = {name: f"shards/{shard}" for name, shard in values["weight_map"].items()}
     index.write_text(json.dumps({**values, "weight_map": below}))
-    after = open_weights(parts)
+    after = open_checkpoint(parts)
     assert all((before.read(name) == after.read(name)).all() for name in before.names)
 
 
@@ -399,7 +399,7 @@ def test_an_index_that_names_no_plain_file(name: object, tmp_path: Path) -> None
     values["weight_map"]["model.norm.weight"] = name
     index.write_text(json.dumps(values))
     with pytest.raises(GlassError, match="name of a file beside or below the index") as caught:
-        open_weights(parts)
+        open_checkpoint(parts)
     assert "\n" not in str(caught.value)
     assert f"shard {quoted(name)} of tensor 'model.norm.weight'" in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -411,13 +411,13 @@ def test_foreign_names_of_tensors_are_cut_in_errors(tmp_path: Path) -> None:
     tensors |= {"x" * 70_000: torch.zeros(1), "two\nlines": torch.zeros(1)}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(WeightsError, match=r"2 tensors.*'two.*unexpected 'xxx") as caught:
-        open_weights(folder)
+        open_checkpoint(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
 
 def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
-    checkpoint = open_weights(write_gguf(hf_model(), tmp_path / "m.gguf"))
+    checkpoint = open_checkpoint(write_gguf(hf_model(), tmp_path / "m.gguf"))
     checkpoint.file.metadata = {"tokenizer.chat_template": ["a"]}  # type: ignore[misc]
     with pytest.raises(GlassError, match="chat_template must be text"):
         _ = checkpoint.chat_template
@@ -427,6 +427,6 @@ def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
 def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(GlassError, match="neither a regular file nor a folder"):
-        open_weights(tmp_path / "pipe")
+        open_checkpoint(tmp_path / "pipe")
     write_gguf(hf_model(), tmp_path / "m.gguf")
-    assert open_weights(tmp_path).config.dim == 48  # the pipe beside it is not waited for
+    assert open_checkpoint(tmp_path).config.dim == 48  # the pipe beside it is not waited for

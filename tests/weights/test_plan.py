@@ -15,7 +15,7 @@ from glassllama.base.errors import MemoryShortError
 from glassllama.weights import load
 from glassllama.weights import memory as plans
 from glassllama.weights.memory import Plan, Way, WayName, plan
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedLlama
 from tiny_models import hf_model, write_gguf, write_hf
 
@@ -44,13 +44,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def checkpoint(paths: dict[str, Path]) -> Checkpoint:
-    return open_weights(paths["bfloat16"])
+    return open_checkpoint(paths["bfloat16"])
 
 
 RUN = """
 import sys
-from glassllama.weights.open import open_weights
-checkpoint, way = open_weights(sys.argv[1]), sys.argv[2]
+from glassllama.weights.open import open_checkpoint
+checkpoint, way = open_checkpoint(sys.argv[1]), sys.argv[2]
 if way in ("engine", "q8_0", "q4_0"):
     from glassllama.weights.pack import pack
     executor = pack(checkpoint, quantize="none" if way == "engine" else way)
@@ -83,7 +83,7 @@ with open("/proc/self/status") as status:
     ],
 )
 def test_the_peak_is_as_planned(stored: str, name: WayName, paths: dict[str, Path]) -> None:
-    planned = plan(open_weights(paths[stored]), tokens=TOKENS).way(name).memory
+    planned = plan(open_checkpoint(paths[stored]), tokens=TOKENS).way(name).memory
     assert planned - SLACK <= int(run_script(RUN, paths[stored], name, TOKENS)) <= planned
 
 

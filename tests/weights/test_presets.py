@@ -89,7 +89,7 @@ def test_llama_3_is_as_meta_lists_it(name: str) -> None:
     values, context = listed_by_meta(name)
     preset = PRESETS[name]
     theirs = config_from_meta(values, preset.vocab_size, tied=preset.tie_embeddings).config
-    assert theirs == replace(preset, rope_layout="pairs")
+    assert theirs == replace(preset, rope_layout="interleaved")
     assert context == preset.max_seq_len
 
 
@@ -98,7 +98,7 @@ def test_older_models_are_as_their_params_say(name: str) -> None:
     values = {"multiple_of": 256, "vocab_size": -1, **OLDER[name]}
     theirs = config_from_meta(values, 32_000, tied=False).config
     # Params.json does not say the context, and LLaMA's is shorter than what is inferred.
-    preset = replace(PRESETS[name], rope_layout="pairs", max_seq_len=theirs.max_seq_len)
+    preset = replace(PRESETS[name], rope_layout="interleaved", max_seq_len=theirs.max_seq_len)
     assert theirs == preset
 
 

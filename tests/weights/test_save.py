@@ -23,7 +23,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import UNFINISHED, save_model
 from glassllama.weights.tokenizer import tokenizer_from_folder
 from tolerances import assert_logits
@@ -151,7 +151,7 @@ def test_other_tokenizers_are_copied(tmp_path: Path, llama3_ranks: Path) -> None
 def test_bfloat16_is_kept(tmp_path: Path) -> None:
     for name, model in models().items():
         save_model(tmp_path / name, model.bfloat16(), TOKENIZER)
-        checkpoint = open_weights(tmp_path / name)
+        checkpoint = open_checkpoint(tmp_path / name)
         assert {checkpoint.info(ours).dtype for ours in checkpoint.names} == {"BF16"}
         executor = load(tmp_path / name, backend="torch").executor
         weights = dict(executor.model.named_parameters())  # type: ignore[attr-defined]
@@ -181,7 +181,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     save_file({"moments": torch.zeros(3)}, tmp_path / "training.safetensors")
     for name in ("Llama", "bigram", "GPT"):  # one over the other
         save_model(tmp_path, models()[name], TOKENIZER)
-        assert type(open_weights(tmp_path).model_config) is type(models()[name].config)
+        assert type(open_checkpoint(tmp_path).model_config) is type(models()[name].config)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -216,7 +216,7 @@ for moment in range(50):
 def state_of(folder: Path) -> str:
     """The hash of the weights if the folder holds a model, else the reason why it does not."""
     try:
-        checkpoint = open_weights(folder)
+        checkpoint = open_checkpoint(folder)
     except GlassError as error:
         return str(error)
     assert checkpoint.tokenizer.vocab_size == V
@@ -259,7 +259,7 @@ def test_a_full_disk(tmp_path: Path, limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, heard)
     with pytest.raises(GlassError, match="no model here"):
-        open_weights(tmp_path / "x")
+        open_checkpoint(tmp_path / "x")
     assert not list((tmp_path / "x").glob(f"{UNFINISHED}*"))
 
 

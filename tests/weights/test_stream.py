@@ -15,10 +15,10 @@ from forks import run_script
 from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
-from glassllama.nn.hooks import hook_names, recording
+from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.weights import stream
 from glassllama.weights.load import TorchExecutor, load_llama
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedLlama, StreamExecutor
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
 from tolerances import assert_logits
@@ -47,7 +47,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=FORMS)
 def checkpoint(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterator[Checkpoint]:
-    opened = open_weights(paths[request.param])
+    opened = open_checkpoint(paths[request.param])
     yield opened
     opened.close()
 
@@ -101,12 +101,13 @@ def test_generation(checkpoint: Checkpoint) -> None:
     assert ids(StreamExecutor(checkpoint)) == ids(TorchExecutor(load_llama(checkpoint)))
 
 
-def test_every_place_can_be_watched(checkpoint: Checkpoint) -> None:
+def test_hooks_see_every_intermediate(checkpoint: Checkpoint) -> None:
     loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
     assert hook_names(streamed) == hook_names(loaded)
 
     def seen_in(model: Llama) -> dict[str, torch.Tensor]:
-        with recording(model, "*") as seen:
+        seen: dict[str, torch.Tensor] = {}
+        with add_hooks(model, [("*", lambda name, out: seen.update({name: out}))]):
             model(IDS)
         return seen
 
@@ -160,7 +161,7 @@ BLOCK = 2_000_000  # numbers of the output matrix at once
 MEASURE = """
 import sys, torch
 from glassllama.weights import stream
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 stream.BLOCK_NUMBERS = int(sys.argv[2])
 def high_water():  # of this process alone: getrusage starts with the parent's
     with open("/proc/self/status") as status:
@@ -169,7 +170,7 @@ torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=torch.bfloat16))
 with torch.device("meta"):  # a part of PyTorch that is imported when it is first used: 77 MB
     torch.nn.Embedding(2, 2)
 before = high_water()
-model = stream.StreamedLlama(open_weights(sys.argv[1]))
+model = stream.StreamedLlama(open_checkpoint(sys.argv[1]))
 assert model(torch.arange(17)[None]).isfinite().all()
 print(high_water() - before)
 """

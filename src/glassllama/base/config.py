@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from glassllama.base.errors import ConfigError, quoted
 from glassllama.base.fields import LARGEST_NUMBER, LARGEST_WHOLE, is_number, is_whole
 
-RopeLayout = Literal["pairs", "halves"]
+RopeLayout = Literal["interleaved", "half"]
 Floats = NDArray[np.float64]
 
 
@@ -78,9 +78,9 @@ RopeScaling = Llama3Scaling | LinearScaling | GivenDivisors
 class LlamaConfig:
     """Everything that distinguishes one Llama from another; sizes in elements, theta a base.
 
-    `rope_layout` says which coordinates of a head turn together: "pairs" (0,1), (2,3), … in Meta
-    and GGUF files, "halves" (0, D/2), (1, D/2+1), … in Hugging Face files. It is data: the q and k
-    rows of a file are never permuted. `qk_norm` is the weightless RMS norm of q and k after RoPE
+    `rope_layout` says which coordinates of a head turn together: "interleaved" (0,1), (2,3), … in
+    Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. It is data: the q and
+    k rows of a file are never permuted. `qk_norm` is the weightless RMS norm of q and k after RoPE
     that Llama 4-style models add.
     """
 
@@ -95,7 +95,7 @@ class LlamaConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
-    rope_layout: RopeLayout = "halves"
+    rope_layout: RopeLayout = "half"
     tie_embeddings: bool = False
     qk_norm: bool = False
     unbounded: ClassVar[bool] = False  # True: what comes next depends on the last id only
@@ -111,9 +111,9 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even to be rotated, got {self.head_dim}")
-        if self.rope_layout not in ("pairs", "halves"):
+        if self.rope_layout not in ("interleaved", "half"):
             raise ConfigError(
-                f"rope_layout must be pairs or halves, got {quoted(self.rope_layout)}"
+                f"rope_layout must be interleaved or half, got {quoted(self.rope_layout)}"
             )
         require_finite_angles(self)
 

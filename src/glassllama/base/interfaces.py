@@ -1,7 +1,7 @@
 """The interfaces that carry the flow: text ↔ ids, file → tensors, ids → logits.
 
     text → Tokenizer.encode → ids → Executor.next_logits → sampler → id → StreamDecoder → text
-    path → open_weights → one tensor at a time → LlamaConfig + weights → torch model or engine
+    path → open_checkpoint → one tensor at a time → LlamaConfig + weights → torch model or engine
 
 Letters for shapes, in the whole package: B batch, T new tokens, S visible tokens, C model width,
 H query heads, K kv heads, D head width, F ffn width, V vocabulary, P image patches.
@@ -67,12 +67,12 @@ class TensorFile(Protocol):
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
 
-        Block types come as uint8 (rows, bytes of a row); formats.blocks.dequantise makes float32.
+        Block types come as uint8 (rows, bytes of a row); formats.blocks.dequantize makes float32.
         Touches these rows' bytes only.
         """
         ...
 
-    def drop(self, name: str) -> None:
+    def release_pages(self, name: str) -> None:
         """Give the mapped pages of this tensor back to the system (they count as memory)."""
         ...
 

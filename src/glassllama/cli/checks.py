@@ -14,7 +14,7 @@ from glassllama.hub import PACKAGE_MODELS
 from glassllama.hub.cache import place_of
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress, Tokenizer
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 def findings(path: Path, bars: Bars) -> Iterator[Finding]:
     """Everything about the model at `path`; what cannot be opened is the one finding."""
     try:
-        checkpoint = open_weights(path)
+        checkpoint = open_checkpoint(path)
     except GlassError as error:
         yield Finding(False, str(error))
         return
@@ -108,7 +108,7 @@ def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
         if not np.isfinite(part).all():
             nan += int(np.isnan(part).sum())
             infinite += int(np.isinf(part).sum())
-    checkpoint.drop(name)
+    checkpoint.release_pages(name)
     if nan or infinite:
         return f"{nan} NaN and {infinite} infinite numbers"
     untrained = name.endswith(".bias")  # a bias begins as zeros, and may stay so

@@ -27,7 +27,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     infos = [checkpoint.info(name) for name in checkpoint.names]
     return {
         "path": str(checkpoint.path),
-        "family": checkpoint.family,
+        "family": checkpoint.file_format,
         "parameters": sum(math.prod(info.shape) for info in infos),
         "bytes": sum(info.nbytes for info in infos),
         "architecture": checkpoint.architecture,
@@ -108,9 +108,9 @@ def memory_needs(checkpoint: Checkpoint) -> list[dict[str, int]]:
 def packed_weights(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each matrix as the engine keeps it, by our names."""
     from glassllama.native.engine.layout import packed_bytes
-    from glassllama.weights.quantization import matrix_names, packed_kind
+    from glassllama.weights.quantization import matrix_names, packed_type
 
     return {
-        name: packed_bytes(packed_kind(checkpoint, name), *checkpoint.info(name).shape)
+        name: packed_bytes(packed_type(checkpoint, name), *checkpoint.info(name).shape)
         for name in matrix_names(checkpoint.config)
     }

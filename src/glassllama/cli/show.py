@@ -18,9 +18,9 @@ def show(
     json: Json = False,
 ) -> None:
     """Show a model: architecture, sizes, number formats, tokenizer, and the memory it needs."""
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
 
-    facts = describe(open_weights(find(model, offline=offline, pth=pth)))
+    facts = describe(open_checkpoint(find(model, offline=offline, pth=pth)))
     if json:
         print_json({"model": model} | facts)
         return

@@ -96,14 +96,14 @@ def print_json_parts(value: Mapping[str, str | Iterable[object]]) -> None:
 
 def tokenizer_at(path: Path) -> Tokenizer:
     """A model's tokenizer, or that of a folder which holds nothing else (train-tokenizer)."""
-    from glassllama.weights.open import open_weights
+    from glassllama.weights.open import open_checkpoint
     from glassllama.weights.tokenizer import tokenizer_from_folder
 
     files = list(path.iterdir()) if path.is_dir() else []
     has_model = any(f.name in MODEL_FILES or f.suffix.lower() in MODEL_ENDINGS for f in files)
     if not has_model and any(file.name in TOKENIZER_FILES for file in files):
         return tokenizer_from_folder(path)
-    return open_weights(path).tokenizer
+    return open_checkpoint(path).tokenizer
 
 
 def piece(tokenizer: Tokenizer, id: int) -> str:

@@ -120,7 +120,7 @@ BLOCKS = {
     "IQ4_NL": BlockType(BLOCK, IQ4_NL, unpack_iq4_nl),
     **{name: BlockType(*parts) for name, parts in K_BLOCKS.items()},
 }
-SUPPORTED = (*FLOATS, *BLOCKS)  # what `dequantise` takes
+SUPPORTED = (*FLOATS, *BLOCKS)  # what `dequantize` takes
 
 
 def block_layout(dtype: str) -> BlockLayout:
@@ -132,7 +132,7 @@ def block_layout(dtype: str) -> BlockLayout:
     raise FormatError(f"type {dtype} is unknown; have {' '.join((*ELEMENT_TYPES, *BLOCKS))}")
 
 
-def dequantise(
+def dequantize(
     raw: NDArray[Any], dtype: str, shape: tuple[int, ...], out: Floats | None = None
 ) -> Floats:
     """What a file stores as `dtype` -> float32 of `shape`, writeable.

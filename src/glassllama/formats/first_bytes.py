@@ -15,16 +15,16 @@ from typing import Literal
 
 from glassllama.formats.gguf_header import MAGIC as GGUF_MAGIC
 
-Format = Literal["gguf", "safetensors", "zip", "pickle"]
+Container = Literal["gguf", "safetensors", "zip", "pickle"]
 
-ENDINGS: dict[str, Format] = {".gguf": "gguf", ".safetensors": "safetensors", ".pth": "zip"}
+ENDINGS: dict[str, Container] = {".gguf": "gguf", ".safetensors": "safetensors", ".pth": "zip"}
 ZIP_MAGIC = b"PK\3\4"
 PICKLE_MAGIC = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 SHORT_LENGTH = bytes(4)  # the upper half of a length below 4 GiB; a header has 100 MB at most
 FIRST_BYTES = 9  # enough to tell the formats apart
 
 
-def format_of(path: Path) -> Format | None:
+def format_of(path: Path) -> Container | None:
     """The format of a file, or None: a folder, a file of no format that is known here.
 
     Raises OSError where a regular file cannot be read.
@@ -35,9 +35,9 @@ def format_of(path: Path) -> Format | None:
     return known or ENDINGS.get(path.suffix.lower())
 
 
-def formats_in(folder: Path) -> dict[Path, Format]:
+def formats_in(folder: Path) -> dict[Path, Container]:
     """The files of a folder that have a format, in the order of their names."""
-    found: dict[Path, Format] = {}
+    found: dict[Path, Container] = {}
     for path in sorted(folder.glob("*")):
         try:
             format = format_of(path)
@@ -48,7 +48,7 @@ def formats_in(folder: Path) -> dict[Path, Format]:
     return found
 
 
-def _by_content(path: Path) -> Format | None:
+def _by_content(path: Path) -> Container | None:
     with path.open("rb") as file:
         start = file.read(FIRST_BYTES)
     if start.startswith(GGUF_MAGIC):

@@ -82,11 +82,11 @@ class GGUFFile:
         dtype, shape = stored_form(info)
         return as_plain_array(self._maps[info.path].array(shape, dtype, info.offset), rows)
 
-    def drop(self, name: str) -> None:
+    def release_pages(self, name: str) -> None:
         """Give this tensor's pages back; whoever looks at it again reads the file again."""
         info = self.info(name)
         if info.path in self._maps:
-            self._maps[info.path].drop(info.offset, info.nbytes)
+            self._maps[info.path].release_pages(info.offset, info.nbytes)
 
     def close(self) -> None:
         """Let go of the files. A map ends with the last array that looks into it, not under it."""

@@ -55,7 +55,7 @@ class MappedFile:
         whole = np.frombuffer(self._map, np.uint8)
         return np.ndarray(shape, dtype, buffer=whole, offset=offset, strides=strides)
 
-    def drop(self, offset: int, nbytes: int) -> None:
+    def release_pages(self, offset: int, nbytes: int) -> None:
         """Give the pages of these bytes back; they come from the disk again if touched again."""
         if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: the system takes pages back by itself
             return

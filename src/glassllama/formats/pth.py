@@ -88,9 +88,9 @@ class PthFile:
         plain = as_plain_array(view, rows)
         return _swapped(plain) if self._big_endian else plain
 
-    def drop(self, name: str) -> None:
+    def release_pages(self, name: str) -> None:
         place = self._place(name)
-        self._file.drop(place.info.offset, place.span)
+        self._file.release_pages(place.info.offset, place.span)
 
     def close(self) -> None:
         self._file.close()
@@ -109,7 +109,7 @@ class PthFile:
             for start in range(0, entry.nbytes, PIECE):
                 piece = min(PIECE, entry.nbytes - start)
                 crc32 = zlib.crc32(self._file.bytes_at(entry.offset + start, piece), crc32)
-                self._file.drop(entry.offset + start, piece)
+                self._file.release_pages(entry.offset + start, piece)
                 done += piece
                 if progress is not None:
                     progress(done, total)

@@ -69,9 +69,9 @@ class SafetensorsFile:
         view = file.array(tensor.shape, dtype, tensor.offset)
         return as_plain_array(view, rows)
 
-    def drop(self, name: str) -> None:
+    def release_pages(self, name: str) -> None:
         tensor = self.info(name)
-        self._files[tensor.path].drop(tensor.offset, tensor.nbytes)
+        self._files[tensor.path].release_pages(tensor.offset, tensor.nbytes)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Cache, Executor, Progress
-from glassllama.base.turn import BUSY
+from glassllama.base.locks import REENTRANT_CALL
 from glassllama.generation.sampler import (
     GREEDY,
     Logits,
@@ -191,7 +191,7 @@ class Generation(Iterator[Step]):
             if self._state == "ended":
                 raise StopIteration
             if self._state == "busy":
-                raise GenerationError(BUSY)
+                raise GenerationError(REENTRANT_CALL)
             self._state = "busy"
             try:
                 self._ready.extend(self._begin() if self._cache is None else self._round())

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from glassllama.base.config import require_positive, require_sizes
 from glassllama.base.errors import ConfigError, GenerationError, quoted
 from glassllama.nn.attention import (
+    attend,
     causal_mask,
-    fused_attention,
     join_heads,
     positions_in_segments,
     same_segment,
     split_heads,
 )
+from glassllama.nn.hooks import HookPoint
 from glassllama.nn.init import initialize
 from glassllama.nn.kv_cache import KVCache
 
@@ -98,15 +99,20 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.wv = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.wo = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.q, self.k, self.v = HookPoint(), HookPoint(), HookPoint()
+        self.scores, self.weights, self.heads = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        q = split_heads(self.wq(x), self.n_heads)  # (B, H, T, D)
-        k = split_heads(self.wk(x), self.n_heads)  # (B, H, T, D)
-        v = split_heads(self.wv(x), self.n_heads)  # (B, H, T, D)
+        q = self.q(split_heads(self.wq(x), self.n_heads))  # (B, H, T, D)
+        k = self.k(split_heads(self.wk(x), self.n_heads))  # (B, H, T, D)
+        v = self.v(split_heads(self.wv(x), self.n_heads))  # (B, H, T, D)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v, context.new)  # (B, H, S, D)
-        heads = fused_attention(q, k, v, context.mask)  # (B, H, T, D)
+        heads = self.heads(self.attend(q, k, v, context.mask))  # (B, H, T, D)
         return self.wo(join_heads(heads))  # (B, T, C)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q, k, v, mask, self.scores, self.weights)  # (B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -117,9 +123,10 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.activated = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.activation(self.up(x))  # (B, T, F)
+        features = self.activated(self.activation(self.up(x)))  # (B, T, F)
         return self.down(features)  # (B, T, C)
 
 
@@ -130,11 +137,12 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.attention = Attention(config, layer)
+        self.after_attention = HookPoint()
         self.ffn_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), context)  # (B, T, C)
+        x = self.after_attention(x + self.attention(self.attention_norm(x), context))  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
 
 
@@ -146,10 +154,12 @@ class GPT(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.pos_embeddings = nn.Embedding(config.max_seq_len, config.dim)
+        self.embeddings = HookPoint()  # the sum of both
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         if not config.tie_embeddings:
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.last_logits = HookPoint()
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fill with random weights as in GPT-2 (nn/init.py)."""
@@ -198,7 +208,7 @@ class GPT(nn.Module):
         # Padding may be after the last position; its outputs have no meaning.
         positions = positions.clamp(max=self.config.max_seq_len - 1)
 
-        x = self.tok_embeddings(ids) + self.pos_embeddings(positions)  # (B, T, C)
+        x = self.embeddings(self.tok_embeddings(ids) + self.pos_embeddings(positions))  # (B, T, C)
         context = ForwardContext(mask, cache, new)
         for layer in self.layers:
             x = layer(x, context)  # (B, T, C)
@@ -209,8 +219,10 @@ class GPT(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """(…, C) -> (…, V) float32: the logits of the next token."""
         if self.config.tie_embeddings:
-            return F.linear(h, self.tok_embeddings.weight).float()  # (…, V)
-        return self.output(h).float()  # (…, V)
+            logits = F.linear(h, self.tok_embeddings.weight)
+        else:
+            logits = self.output(h)
+        return self.last_logits(logits.float())  # (…, V)
 
     def forward(
         self,

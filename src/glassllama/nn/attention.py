@@ -87,6 +87,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     )
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: HookPoint, weights: HookPoint
+) -> Tensor:
+    """The fused kernel, or the formula if `scores` or `weights` has a hook. -> (B, H, T, D)."""
+    if not (scores.is_hooked or weights.is_hooked):
+        return fused_attention(q, k, v, mask)
+    if mask is None:
+        mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2])
+    return weighted_sum(weights(attention_weights(scores(attention_scores(q, k)), mask)), v)
+
+
 class Attention(nn.Module):
     """Project to heads, apply RoPE, attend, project back."""
 
@@ -120,10 +131,4 @@ class Attention(nn.Module):
         return rms_norm(turned, self.config.norm_eps) if self.config.qk_norm else turned
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The fused kernel, or the formula if scores or weights have a hook. -> (B, H, T, D)."""
-        if not (self.scores.is_hooked or self.weights.is_hooked):
-            return fused_attention(q, k, v, mask)
-        if mask is None:
-            mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2])
-        scores = self.scores(attention_scores(q, k))
-        return weighted_sum(self.weights(attention_weights(scores, mask)), v)
+        return attend(q, k, v, mask, self.scores, self.weights)  # (B, H, T, D)

@@ -1,20 +1,25 @@
-"""Hook points: names for the intermediate tensors of a model, for PyTorch's forward hooks.
+"""Hook points: names for the intermediate tensors of a model, and functions to call on them.
 
 Every module of a model has a name (`layers.3.attention.wq`, `layers.3.ffn_norm`). Where an
 intermediate tensor is not the output of a module, a `HookPoint` makes it one: an identity with a
 name, such as `layers.3.attention.weights`. Without a hook it costs one empty call.
+docs/hooks.md lists the names of every architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from glassllama.base.errors import GlassError, quoted
+
+# Called with the name of a module and its output. A tensor that it returns replaces the output.
+HookFn = Callable[[str, Tensor], Tensor | None]
 
 
 class HookPoint(nn.Module):
@@ -30,32 +35,43 @@ class HookPoint(nn.Module):
 
 
 def hook_names(model: nn.Module) -> list[str]:
-    """The names that hooks can be registered for: every module but the model itself."""
+    """The names that hooks can be added to: every module but the model itself."""
     return [name for name, _ in model.named_modules() if name]
 
 
 @contextmanager
-def recording(model: nn.Module, *patterns: str) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of all modules whose names match, such as `layers.*.attention.q`.
+def add_hooks(model: nn.Module, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
+    """Inside the `with`, call each function on the outputs of all modules that match its pattern.
 
-    Yields a dict that a forward pass inside the `with` fills: name -> tensor, detached, not copied;
-    a later call replaces it. Raises GlassError if a pattern matches nothing, because a misspelt
-    name would otherwise record nothing.
+    A pattern is a name, or has wildcards: `layers.*.attention.q`. Where several functions match one
+    module they are called in their order, each with the result of the one before. Raises GlassError
+    if a pattern matches nothing, because a misspelt name would otherwise have no effect.
     """
-    wanted = {name: module for name, module in model.named_modules() if name}
-    kept: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for pattern in patterns:
-            matches = [name for name in wanted if fnmatchcase(name, pattern)]
-            if not matches:
-                raise GlassError(
-                    f"nothing to watch is called {quoted(pattern)} (see nn.hooks.hook_names)"
-                )
-            for name in matches:
+    modules = {name: module for name, module in model.named_modules() if name}
+    handles: list[RemovableHandle] = []
+    try:
+        for pattern, function in hooks:
+            for name in matching_names(modules, pattern):
+                handles.append(modules[name].register_forward_hook(forward_hook(name, function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-                def keep(_m: nn.Module, _in: Any, out: Any, name: str = name) -> None:
-                    if isinstance(out, Tensor):
-                        kept[name] = out.detach()
 
-                hooks.callback(wanted[name].register_forward_hook(keep).remove)
-        yield kept
+def matching_names(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    if pattern in modules:
+        return [pattern]
+    names = [name for name in modules if fnmatchcase(name, pattern)]
+    if not names:
+        raise GlassError(f"no hook is called {quoted(pattern)}: docs/hooks.md lists the names")
+    return names
+
+
+def forward_hook(name: str, function: HookFn) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+    """`function` with the arguments of a PyTorch forward hook. Outputs other than tensors pass."""
+
+    def hook(_module: nn.Module, _inputs: Any, out: Any) -> Tensor | None:
+        return function(name, out) if isinstance(out, Tensor) else None
+
+    return hook

@@ -1,9 +1,9 @@
 """RoPE: each pair of coordinates of a head is rotated by an angle proportional to the position.
 
 Source: RoFormer (Su et al., 2021), section 3.2. Which coordinates form a pair is a convention of
-the checkpoint: "pairs" rotates neighbours (0,1), (2,3), …; "halves" rotates (0, D/2), (1, D/2+1),
-…. The rotation is written twice: as multiplication of complex numbers, as in textbooks, and in real
-arithmetic, which models run; a test compares them.
+the checkpoint: "interleaved" rotates neighbours (0,1), (2,3), …; "half" rotates (0, D/2),
+(1, D/2+1), …. The rotation is written twice: as multiplication of complex numbers, as in textbooks,
+and in real arithmetic, which models run; a test compares them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rotate_half(x: Tensor, rope: RopeTable) -> Tensor:
     return turned.type_as(x)  # (B, H, T, D)
 
 
-ROTATE = {"pairs": rotate_interleaved, "halves": rotate_half}
+ROTATE = {"interleaved": rotate_interleaved, "half": rotate_half}
 
 
 def rotate_complex(x: Tensor, angles: Tensor, layout: RopeLayout) -> Tensor:
@@ -57,11 +57,11 @@ def rotate_complex(x: Tensor, angles: Tensor, layout: RopeLayout) -> Tensor:
     (B, H, T, D), (B, T, D/2) -> (B, H, T, D).
     """
     wide = x.float()
-    if layout == "pairs":
+    if layout == "interleaved":
         numbers = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
     else:
         numbers = torch.complex(*wide.chunk(2, dim=-1))  # (B, H, T, D/2)
     numbers = numbers * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
-    if layout == "pairs":
+    if layout == "interleaved":
         return torch.view_as_real(numbers).flatten(-2).type_as(x)
     return torch.cat((numbers.real, numbers.imag), dim=-1).type_as(x)

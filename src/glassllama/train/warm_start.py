@@ -22,11 +22,11 @@ from glassllama.models.language_model import LanguageModel
 from glassllama.train.distributed import is_sharded
 from glassllama.train.model_factory import as_module
 from glassllama.weights.load import as_tensor
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 
 # May differ: a Llama has no weights for positions, and the order of coordinates can be changed.
 NO_MATTER = ("max_seq_len", "rope_layout")
-PAIRS = "pairs"
+INTERLEAVED = "interleaved"
 ROTATED = ("attention.wq.weight", "attention.wk.weight")
 
 
@@ -38,14 +38,14 @@ def fill_from(
     Raises WeightsError listing every difference of configuration, shapes and vocabulary;
     GlassError where it cannot be found or read.
     """
-    checkpoint = open_weights(hub.resolve(source, offline=offline))
+    checkpoint = open_checkpoint(hub.resolve(source, offline=offline))
     try:
         require_same_model(checkpoint, model, tokenizer)
         with torch.no_grad(), whole_tensors_into(model):
             for name, weight in as_module(model).named_parameters():
                 tensor = as_tensor(checkpoint, name, torch.float32, weight.device)
                 weight.copy_(in_layout_of(model.config, checkpoint.model_config, name, tensor))
-                checkpoint.drop(name)
+                checkpoint.release_pages(name)
     finally:
         checkpoint.close()
 
@@ -113,6 +113,6 @@ def in_layout_of(ours: Any, theirs: Any, name: str, tensor: Tensor) -> Tensor:
     rotated = isinstance(ours, LlamaConfig) and name.endswith(ROTATED)
     if not rotated or theirs.rope_layout == ours.rope_layout:
         return tensor
-    assert theirs.rope_layout == PAIRS  # models that are trained here rotate halves
+    assert theirs.rope_layout == INTERLEAVED  # models that are trained here rotate halves
     heads = tensor.unflatten(0, (-1, ours.head_dim // 2, 2))  # (n, D/2, 2, C)
     return heads.transpose(1, 2).flatten(0, 2)  # (n·D, C)

@@ -71,7 +71,7 @@ def see_the_future(attention: Attention) -> None:
 
 
 def rotate_other_pairs(attention: Attention) -> None:
-    other = {"pairs": "halves", "halves": "pairs"}[attention.config.rope_layout]
+    other = {"interleaved": "half", "half": "interleaved"}[attention.config.rope_layout]
     attention.rotate = ROTATE[other]
 
 

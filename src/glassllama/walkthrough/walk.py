@@ -33,7 +33,7 @@ from glassllama.walkthrough.pictures import visible
 from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
 from glassllama.walkthrough.trace import Trace, first_non_finite, keep_freed_memory, run_with_trace
 from glassllama.weights.load import as_tensor, load_llama
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedBlock, StreamedLlama
 
 # Attention of every layer is kept for prompts up to this length; its size grows with the square.
@@ -181,7 +181,7 @@ class Walk:
     def weight(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
         tensor = as_tensor(self.checkpoint, f"{name}.weight", self.dtype, torch.device("cpu"))
-        self.checkpoint.drop(f"{name}.weight")
+        self.checkpoint.release_pages(f"{name}.weight")
         return tensor
 
     def held(self, name: str) -> Tensor:
@@ -258,11 +258,11 @@ def open_walk(
 
     Raises GlassError before anything is loaded: no prompt, too long for the context, an id, layer
     or head that is not there; TokenizerError where a text is to be read without a vocabulary; and
-    what `open_weights` and `load_llama` raise. With `specials`, control tokens written in a text
+    what `open_checkpoint` and `load_llama` raise. With `specials`, control tokens written in a text
     are read as such. `progress` counts tensors loaded. `stream_layers` holds one layer at a time:
     for models larger than memory, and patient people.
     """
-    checkpoint = open_weights(path)
+    checkpoint = open_checkpoint(path)
     checked(checkpoint, prompt, specials, layer, head)
     model: Llama
     if stream_layers:

@@ -8,7 +8,7 @@ import numpy as np
 
 from glassllama.base.errors import ConfigError, quoted
 from glassllama.base.interfaces import CacheType
-from glassllama.weights.quantization import Quantise
+from glassllama.weights.quantization import Quantize
 
 Backend = Literal["auto", "engine", "torch"]
 Dtype = Literal["float32", "bfloat16"]
@@ -35,7 +35,7 @@ def check_numbers(dtype: str | None, quantize: str | None, cache: str, threads: 
     """ConfigError for a form of numbers that there is not, or threads that cannot be."""
     choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "dtype": (dtype, (None, *get_args(Dtype))),
-        "quantize": (quantize, (None, *get_args(Quantise))),
+        "quantize": (quantize, (None, *get_args(Quantize))),
         "cache": (cache, get_args(CacheType)),
     }
     for name, (value, allowed) in choices.items():

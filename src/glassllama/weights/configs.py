@@ -126,7 +126,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
         norm_eps=get.number("rms_norm_eps", 1e-6),  # as transformers assumes
         rope_theta=theta,
         rope_scaling=scaling,
-        rope_layout="halves",
+        rope_layout="half",
         tie_embeddings=get.boolean("tie_word_embeddings", False),
         qk_norm=qk_norm,
     )
@@ -160,9 +160,9 @@ def _hf_window(get: Fields, name: str) -> int | None:
 
 def llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """What `config_from_hf` reads, and transformers. Raises ConfigError: no words for it."""
-    if config.rope_layout != "halves":
+    if config.rope_layout != "half":
         raise ConfigError(
-            "config.json: Hugging Face's Llamas rotate halves, this one rotates pairs"
+            "config.json: Hugging Face's Llama has rope_layout half, this one has interleaved"
         )
     name = WITH_QK_NORM if config.qk_norm else LLAMA
     ours = {"qk_norm": True} if config.qk_norm else {}
@@ -317,7 +317,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         norm_eps=get.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=get.number("llama.rope.freq_base", OLD_THETA),
         rope_scaling=_gguf_scaling(file, get, head_dim // 2),
-        rope_layout="pairs",
+        rope_layout="interleaved",
         tie_embeddings="output.weight" not in names,
     )
     notes = _gguf_unused(file.metadata)
@@ -424,7 +424,7 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
         norm_eps=get.number("norm_eps", 1e-5),
         rope_theta=get.number("rope_theta", OLD_THETA),
         rope_scaling=Llama3Scaling(factor=factor) if scaled else None,
-        rope_layout="pairs",
+        rope_layout="interleaved",
         tie_embeddings=tied,
     )
     return Resolved(config, notes)

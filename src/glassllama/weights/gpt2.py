@@ -69,7 +69,7 @@ def is_causal(file: TensorFile, name: str) -> bool:
         np.array_equal(mask[n : n + step] != 0, places[n : n + step, None] >= places)
         for n in range(0, count, step)
     )
-    file.drop(name)
+    file.release_pages(name)
     return same
 
 

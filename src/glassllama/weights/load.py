@@ -62,12 +62,12 @@ def load_model(
     kept = kept_dtype(checkpoint) if dtype is None else dtype
     if torch.device(device).type == "cpu":
         elements = sum(int(np.prod(checkpoint.info(ours).shape)) for ours in checkpoint.names)
-        require_room(checkpoint, kept, elements * kept.itemsize + WORKING_MEMORY)
+        require_memory_for(checkpoint, kept, elements * kept.itemsize + WORKING_MEMORY)
     with shapes_only():
         model = MODELS[type(checkpoint.model_config)](checkpoint.model_config).to(kept)  # shapes
     for done, ours in enumerate(checkpoint.names, start=1):
-        place(model, ours, as_tensor(checkpoint, ours, kept, torch.device(device)))
-        checkpoint.drop(ours)
+        set_parameter(model, ours, as_tensor(checkpoint, ours, kept, torch.device(device)))
+        checkpoint.release_pages(ours)
         if progress is not None:
             progress(done, len(checkpoint.names))
     return model.requires_grad_(False).eval()
@@ -93,7 +93,7 @@ def torch_device(name: str, field: str = "device") -> torch.device:
     return device
 
 
-def require_room(checkpoint: Checkpoint, kept: torch.dtype, needed: int) -> None:
+def require_memory_for(checkpoint: Checkpoint, kept: torch.dtype, needed: int) -> None:
     """Raise MemoryShortError where `needed` bytes are not free: with what the planner advises."""
     free = available_memory()
     if free is None or needed <= free:
@@ -123,7 +123,7 @@ def as_tensor(
     return torch.from_numpy(checkpoint.float32(ours)).to(device=device, dtype=dtype)
 
 
-def place(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
+def set_parameter(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     """Put one tensor where the model so far has only a shape."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))

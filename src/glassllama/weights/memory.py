@@ -136,9 +136,9 @@ def engine_ways(checkpoint: Checkpoint, tokens: int) -> Iterator[Way]:
     cache = tokens * kv_bytes(checkpoint.config, CACHE_NUMBER["int16"], CACHE_SCALE)
     beside = quantization.WORKING_MEMORY + ENGINE_ITSELF + cache
     reads, last = stored_bytes(checkpoint), 0
-    names: dict[quantization.Quantise, WayName] = {"none": "engine", "q8_0": "q8_0", "q4_0": "q4_0"}
+    names: dict[quantization.Quantize, WayName] = {"none": "engine", "q8_0": "q8_0", "q4_0": "q4_0"}
     for choice, name in names.items():
-        size = quantization.as_packed(checkpoint, exact=False, quantize=choice).nbytes
+        size = quantization.packing_plan(checkpoint, exact=False, quantize=choice).nbytes
         if size != last:  # a file that is quantised already stays as it is
             yield Way(name=name, memory=size + beside, reads_once=reads, reads_per_pass=0)
         last = size
@@ -215,7 +215,7 @@ def read_speed(checkpoint: Checkpoint) -> float:
             np.array(checkpoint.read(name, rows))
         else:
             checkpoint.float32(name, rows)
-        checkpoint.drop(name)
+        checkpoint.release_pages(name)
         seconds += time.perf_counter() - started
         done += count * row
     return done / max(seconds, 1e-9)

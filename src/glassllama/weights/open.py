@@ -28,8 +28,8 @@ from glassllama.base.errors import (
 )
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
-from glassllama.formats.blocks import SUPPORTED, dequantise
-from glassllama.formats.first_bytes import Format, format_of, formats_in
+from glassllama.formats.blocks import SUPPORTED, dequantize
+from glassllama.formats.first_bytes import Container, format_of, formats_in
 from glassllama.formats.gguf import GGUFFile, open_gguf
 from glassllama.formats.safetensors import open_safetensors, shard_names
 from glassllama.tokenizers.rows import Rows
@@ -43,7 +43,7 @@ from glassllama.weights.configs import (
     embedding_rows,
 )
 from glassllama.weights.shards import open_meta
-from glassllama.weights.tensor_map import Family, fit
+from glassllama.weights.tensor_map import FileFormat, fit
 
 if TYPE_CHECKING:
     from glassllama.weights.configs import ModelConfig
@@ -65,7 +65,7 @@ class Checkpoint:
     """An opened, checked, unloaded model."""
 
     path: Path  # the file or folder that was asked for
-    family: Family
+    file_format: FileFormat
     model_config: ModelConfig  # a Llama's, GPT's or bigram's
     file: TensorFile
     names: Mapping[str, str]  # our parameter name -> the file's, in the order of a forward pass
@@ -102,10 +102,10 @@ class Checkpoint:
     def float32(self, ours: str, rows: slice | None = None) -> NDArray[np.float32]:
         """The tensor, or some of its rows, as float32: a copy."""
         info, raw = self.info(ours), self.read(ours, rows)
-        return dequantise(raw, info.dtype, (*raw.shape[:1], *info.shape[1:]))
+        return dequantize(raw, info.dtype, (*raw.shape[:1], *info.shape[1:]))
 
-    def drop(self, ours: str) -> None:
-        self.file.drop(self.names[ours])
+    def release_pages(self, ours: str) -> None:
+        self.file.release_pages(self.names[ours])
 
     @property
     def folder(self) -> Path:
@@ -116,7 +116,7 @@ class Checkpoint:
         """The vocabulary that came with the weights. Raises TokenizerError."""
         from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
-        gguf, rows = self.family == "gguf", self.model_config.vocab_size
+        gguf, rows = self.file_format == "gguf", self.model_config.vocab_size
         found: Tokenizer = (
             tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
         )
@@ -135,7 +135,7 @@ class Checkpoint:
         """The jinja text that came with the weights, if any."""
         from glassllama.weights.tokenizer import chat_template_from_folder
 
-        if self.family == "gguf":
+        if self.file_format == "gguf":
             get = Fields("GGUF", self.file.metadata, TokenizerError)
             return get.text("tokenizer.chat_template", None)
         return chat_template_from_folder(self.folder)
@@ -148,7 +148,7 @@ class Checkpoint:
             template_tokens_from_gguf,
         )
 
-        if self.family == "gguf":
+        if self.file_format == "gguf":
             return template_tokens_from_gguf(self.file.metadata)
         return template_tokens_from_folder(self.folder)
 
@@ -156,7 +156,7 @@ class Checkpoint:
         self.file.close()
 
 
-def open_weights(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a GGUF file, a Hugging Face folder or a Meta folder (or a file in one).
 
     Raises GlassError: nothing there, nothing known there, FormatError (damaged), ConfigError
@@ -176,15 +176,15 @@ def open_weights(path: Path | str) -> Checkpoint:
         raise type(error)(f"{path}: {error}") from None
 
 
-def _opened(family: Family, source: Path) -> Checkpoint:
-    resolved = _config_from_folder(source) if family == "hf" else None  # before any other file
-    file = FILES[family](source)
+def _opened(file_format: FileFormat, source: Path) -> Checkpoint:
+    resolved = _config_from_folder(source) if file_format == "hf" else None  # before any other file
+    file = FILES[file_format](source)
     try:
         config, notes = resolved or _config_from_file(source, file)
-        if family == "hf":
+        if file_format == "hf":
             notes = [*notes, *_index_notes(source), *_adapter_notes(source)]
         if isinstance(config, LlamaConfig):
-            fitted = fit(file, config, family, frozenset(SUPPORTED))
+            fitted = fit(file, config, file_format, frozenset(SUPPORTED))
             config, names, notes = fitted.config, fitted.names, [*notes, *fitted.notes]
         else:
             one = architecture_of(config)
@@ -195,11 +195,16 @@ def _opened(family: Family, source: Path) -> Checkpoint:
         file.close()
         raise
     return Checkpoint(
-        path=source, family=family, model_config=config, file=file, names=names, notes=notes
+        path=source,
+        file_format=file_format,
+        model_config=config,
+        file=file,
+        names=names,
+        notes=notes,
     )
 
 
-def _recognise(path: Path) -> tuple[Family, Path]:
+def _recognise(path: Path) -> tuple[FileFormat, Path]:
     """Which family, and the file or folder to open."""
     if path.is_file():
         return _recognise_file(path)
@@ -243,7 +248,7 @@ def _no_model(path: Path) -> GlassError:
     )
 
 
-def _recognise_file(path: Path) -> tuple[Family, Path]:
+def _recognise_file(path: Path) -> tuple[FileFormat, Path]:
     """The same for a file: by its first bytes, whatever it is called."""
     try:
         format, folder = format_of(path), path.parent
@@ -263,11 +268,11 @@ def _recognise_file(path: Path) -> tuple[Family, Path]:
     raise GlassError(_is_pickle(path))
 
 
-def _all_of(format: Format, formats: Mapping[Path, Format]) -> list[Path]:
+def _all_of(format: Container, formats: Mapping[Path, Container]) -> list[Path]:
     return [path for path, its_format in formats.items() if its_format == format]
 
 
-def _models_in(formats: Mapping[Path, Format]) -> list[Path]:
+def _models_in(formats: Mapping[Path, Container]) -> list[Path]:
     """Safetensors files but for those of an adapter."""
     files = _all_of("safetensors", formats)
     return [file for file in files if not file.name.lower().startswith("adapter_model.")]
@@ -277,7 +282,7 @@ def _is_named_safetensors(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def _no_safetensors(folder: Path, formats: Mapping[Path, Format]) -> GlassError:
+def _no_safetensors(folder: Path, formats: Mapping[Path, Container]) -> GlassError:
     """The error for a folder of Hugging Face's form whose weights are not there, or pickled."""
     # An architecture that is not supported first: saving its weights again would not help.
     architecture(read_json(folder / "config.json"))

@@ -19,8 +19,8 @@ from glassllama.native.engine.repack import fill, fill_rounded
 from glassllama.native.engine.thread_pool import num_processors
 from glassllama.native.jit.code_cache import seal
 from glassllama.weights.open import Checkpoint
-from glassllama.weights.packed_cache import place_for
-from glassllama.weights.quantization import EMBEDDINGS, Quantise, choose
+from glassllama.weights.packed_cache import open_buffer
+from glassllama.weights.quantization import EMBEDDINGS, Quantize, choose
 
 SLICE_NUMBERS = 1 << 18  # numbers of a tensor in the making at once, per thread
 MAPPED_BYTES = 1 << 26  # of the file, in memory at once before they are let go
@@ -32,7 +32,7 @@ def pack(
     checkpoint: Checkpoint,
     *,
     exact: bool = False,
-    quantize: Quantise | None = None,
+    quantize: Quantize | None = None,
     cache: CacheType = "int16",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -45,10 +45,10 @@ def pack(
     """
     packed = choose(checkpoint, exact=exact, quantize=quantize)
     notes = list(packed.notes)
-    with place_for(checkpoint, packed, notes) as place:
+    with open_buffer(checkpoint, packed, notes) as place:
         arena = Arena(packed.nbytes, place.memory)
         matrices: Matrices = {}
-        for name, kind in packed.kinds.items():
+        for name, kind in packed.weight_types.items():
             matrices[name] = empty_matrix(arena, kind, *checkpoint.info(name).shape)
         if not place.filled:
             fill_all(checkpoint, matrices, threads or num_processors(), progress)
@@ -86,7 +86,7 @@ def fill_all(
             mapped += info.nbytes // info.shape[0] * (rows.stop - rows.start)
             last = rows.stop == info.shape[0]
             if last or mapped >= MAPPED_BYTES:
-                checkpoint.drop(name)
+                checkpoint.release_pages(name)
                 mapped = 0
             done += last
             if last and progress is not None:

@@ -40,7 +40,7 @@ from glassllama.native.engine import layout, repack, repack_moves, repack_roundi
 from glassllama.native.engine.layout import own_memory
 from glassllama.native.jit.checksums import close_to_others
 from glassllama.weights.open import Checkpoint
-from glassllama.weights.quantization import Packed
+from glassllama.weights.quantization import PackingPlan
 
 MAGIC = b"glassllama packed"
 HEADER = struct.Struct(f"<{len(MAGIC)}s32sQ")  # magic, digest, bytes of data; then their sha256
@@ -53,14 +53,14 @@ RECENT = 2_000_000_000  # nanoseconds: coarser than the clock of any file system
 SAMPLES, SAMPLE_BYTES, FIRST_BYTES = 64, 4096, 1 << 16  # of every file
 PATIENCE = 120.0  # seconds that another process may pack before this one does without
 CODE = (layout, repack, repack_moves, repack_rounding)  # what decides how weights lie
-NOT_KEPT = "packed weights are not kept on disk, but made at every start: {}"
+NOT_CACHED = "packed weights are not kept on disk, but made at every start: {}"
 
 
-class NotKept(Exception):
+class NotCachedError(Exception):
     """Why an entry cannot be had or made."""
 
 
-class Place:
+class Buffer:
     """Memory for packed weights, this process's own; a context, inside which they are packed."""
 
     filled = False  # whether the weights are there already
@@ -83,31 +83,33 @@ class Place:
         pass
 
 
-def place_for(checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> Place:
+def open_buffer(checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> Buffer:
     """Where to pack: on disk if the model is large, and if not, why not is added to `notes`."""
     if packed.nbytes < WORTH_KEEPING:
-        return Place(packed.nbytes)
+        return Buffer(packed.nbytes)
     try:
-        return KeptPlace(checkpoint, packed, notes)
-    except NotKept as reason:
-        notes.append(NOT_KEPT.format(reason))
+        return FileBuffer(checkpoint, packed, notes)
+    except NotCachedError as reason:
+        notes.append(NOT_CACHED.format(reason))
     except GlassError as reason:  # no home folder, or one that others can write to
-        notes.append(NOT_KEPT.format(reason))
+        notes.append(NOT_CACHED.format(reason))
     except OSError as error:
-        notes.append(NOT_KEPT.format(f"{folder()}: {error.strerror or error}"))
-    return Place(packed.nbytes)
+        notes.append(NOT_CACHED.format(f"{folder()}: {error.strerror or error}"))
+    return Buffer(packed.nbytes)
 
 
-class KeptPlace(Place):
+class FileBuffer(Buffer):
     """Memory that is a file: mapped from an entry, or from what is going to be one."""
 
-    def __init__(self, checkpoint: Checkpoint, packed: Packed, notes: list[str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> None:
         """Raises NotKept, UntrustedError, OSError."""
         if os.name != "posix":
-            raise NotKept("this system does not rename a file in use")
+            raise NotCachedError("this system does not rename a file in use")
         self._checkpoint, self._packed, self._notes = checkpoint, packed, notes
         self._digest = digest(checkpoint, packed)
-        self._path = folder() / f"{family(checkpoint, packed)}{self._digest.hex()[:16]}.packed"
+        self._path = (
+            folder() / f"{entry_prefix(checkpoint, packed)}{self._digest.hex()[:16]}.packed"
+        )
         self._part = self._path.with_suffix(".part")
         self._lock = FileLock(folder() / ".lock")
         require_trusted(folder())
@@ -117,7 +119,7 @@ class KeptPlace(Place):
         try:
             self._lock.acquire(timeout=PATIENCE)
         except Timeout:
-            raise NotKept("another process has been packing for minutes") from None
+            raise NotCachedError("another process has been packing for minutes") from None
         try:
             if not self._found():
                 self._begin()
@@ -136,7 +138,7 @@ class KeptPlace(Place):
 
     def _begin(self) -> None:
         if recently_changed(self._checkpoint):
-            raise NotKept("the file changed a moment ago, and may be changing")
+            raise NotCachedError("the file changed a moment ago, and may be changing")
         size = HEADER_BYTES + self._packed.nbytes
         make_room(size)
         with self._part.open("w+b") as file:
@@ -149,18 +151,18 @@ class KeptPlace(Place):
         """Write out, then give it its name; whatever prevents that is noted."""
         try:
             if digest(self._checkpoint, self._packed) != self._digest:
-                raise NotKept("the file changed while it was packed")
+                raise NotCachedError("the file changed while it was packed")
             self._map.flush()
             header = HEADER.pack(MAGIC, self._digest, self._packed.nbytes)
             header += hashlib.sha256(header).digest()
             self._map[: len(header)] = header
             self._map.flush()
             os.replace(self._part, self._path)
-            forget_others(self._path, family(self._checkpoint, self._packed))
-        except NotKept as reason:
-            self._notes.append(NOT_KEPT.format(reason))
+            forget_others(self._path, entry_prefix(self._checkpoint, self._packed))
+        except NotCachedError as reason:
+            self._notes.append(NOT_CACHED.format(reason))
         except OSError as error:
-            self._notes.append(NOT_KEPT.format(f"{self._path}: {error.strerror or error}"))
+            self._notes.append(NOT_CACHED.format(f"{self._path}: {error.strerror or error}"))
 
     def __exit__(
         self,
@@ -190,19 +192,19 @@ def entries() -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def family(checkpoint: Checkpoint, packed: Packed) -> str:
+def entry_prefix(checkpoint: Checkpoint, packed: PackingPlan) -> str:
     """How the names of entries begin that can replace each other: same model, packed alike."""
-    kinds = json.dumps([kind.name for kind in packed.kinds.values()])
-    where = hashlib.sha256(f"{checkpoint.path.absolute()} {kinds}".encode())
+    weight_types = json.dumps([kind.name for kind in packed.weight_types.values()])
+    where = hashlib.sha256(f"{checkpoint.path.absolute()} {weight_types}".encode())
     return f"{checkpoint.path.stem[:64]}-{where.hexdigest()[:8]}-"
 
 
-def digest(checkpoint: Checkpoint, packed: Packed) -> bytes:
+def digest(checkpoint: Checkpoint, packed: PackingPlan) -> bytes:
     """32 bytes that are others if any weight may be another, or would lie elsewhere."""
     total = hashlib.sha256()
     for module in CODE:
         total.update(Path(str(module.__file__)).read_bytes())
-    for name, kind in packed.kinds.items():
+    for name, kind in packed.weight_types.items():
         info = checkpoint.info(name)
         line = (name, kind.name, info.dtype, info.shape, Path(info.path).name, info.offset)
         total.update(json.dumps(line).encode())
@@ -255,7 +257,7 @@ def make_room(size: int) -> None:
             return
         path.unlink(missing_ok=True)
     if size > KEPT_BYTES or free_on_disk() < size + SPARE_BYTES:
-        raise NotKept(
+        raise NotCachedError(
             f"they take {gigabytes(size)}, {gigabytes(free_on_disk())} of the disk of {folder()} "
             f"are free and {gigabytes(SPARE_BYTES)} are left to others"
         )

@@ -17,8 +17,8 @@ from glassllama.formats.blocks import FLOATS
 from glassllama.native.engine.layout import BLOCK, WEIGHT_TYPES, WeightType, packed_bytes
 from glassllama.weights.open import Checkpoint
 
-Quantise = Literal["none", "q8_0", "q4_0"]
-CHOICES: tuple[Quantise, ...] = get_args(Quantise)  # from the richest to the smallest
+Quantize = Literal["none", "q8_0", "q4_0"]
+CHOICES: tuple[Quantize, ...] = get_args(Quantize)  # from the richest to the smallest
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 LAYER_MATRICES = (
@@ -29,15 +29,17 @@ WORKING_MEMORY = 200_000_000  # compiled code, a step's intermediate numbers, sl
 
 
 @dataclass(frozen=True)
-class Packed:
-    """How a checkpoint is to be packed. `kinds` in the order in which matrices lie in memory."""
+class PackingPlan:
+    """How a checkpoint is to be packed. `weight_types` in the order in which matrices lie in
+    memory.
+    """
 
-    kinds: dict[str, WeightType]
+    weight_types: dict[str, WeightType]
     nbytes: int
     notes: list[str]
 
 
-def choose(checkpoint: Checkpoint, *, exact: bool, quantize: Quantise | None) -> Packed:
+def choose(checkpoint: Checkpoint, *, exact: bool, quantize: Quantize | None) -> PackingPlan:
     """As asked for; else the richest form that fits into memory, and a note if not the file's.
 
     Raises ConfigError where exact and quantised are both asked for, and MemoryShortError.
@@ -48,15 +50,15 @@ def choose(checkpoint: Checkpoint, *, exact: bool, quantize: Quantise | None) ->
         raise ConfigError("exact arithmetic keeps every weight as it is: leave out quantize")
     free = available_memory()
     if quantize is not None or exact:
-        packed = as_packed(checkpoint, exact=exact, quantize=quantize or "none")
+        packed = packing_plan(checkpoint, exact=exact, quantize=quantize or "none")
         if free is not None and packed.nbytes + WORKING_MEMORY > free:
             raise too_large(checkpoint, packed, free)
         return packed
-    first = as_packed(checkpoint, exact=False, quantize="none")
+    first = packing_plan(checkpoint, exact=False, quantize="none")
     if free is None or first.nbytes + WORKING_MEMORY <= free:
         return first
     for choice in CHOICES[1:]:
-        packed = as_packed(checkpoint, exact=False, quantize=choice)
+        packed = packing_plan(checkpoint, exact=False, quantize=choice)
         if packed.nbytes < first.nbytes and packed.nbytes + WORKING_MEMORY <= free:
             said = (
                 f"{stored_floats(checkpoint)} weights need {gigabytes(first.nbytes)}, "
@@ -67,16 +69,18 @@ def choose(checkpoint: Checkpoint, *, exact: bool, quantize: Quantise | None) ->
     raise too_large(checkpoint, first, free)
 
 
-def as_packed(checkpoint: Checkpoint, *, exact: bool, quantize: Quantise) -> Packed:
-    kinds = {
-        name: packed_kind(checkpoint, name, exact, quantize)
+def packing_plan(checkpoint: Checkpoint, *, exact: bool, quantize: Quantize) -> PackingPlan:
+    weight_types = {
+        name: packed_type(checkpoint, name, exact, quantize)
         for name in matrix_names(checkpoint.config)
     }
-    nbytes = sum(packed_bytes(kind, *checkpoint.info(n).shape) for n, kind in kinds.items())
-    notes = [] if exact else conversions(checkpoint, kinds)
-    if quantize != "none" and not any(checkpoint.info(name).dtype in FLOATS for name in kinds):
+    nbytes = sum(packed_bytes(kind, *checkpoint.info(n).shape) for n, kind in weight_types.items())
+    notes = [] if exact else conversions(checkpoint, weight_types)
+    if quantize != "none" and not any(
+        checkpoint.info(name).dtype in FLOATS for name in weight_types
+    ):
         notes.append(f"quantize {quantize} changes nothing: the file is quantised already")
-    return Packed(kinds, nbytes, notes)
+    return PackingPlan(weight_types, nbytes, notes)
 
 
 def matrix_names(config: LlamaConfig) -> list[str]:
@@ -87,8 +91,8 @@ def matrix_names(config: LlamaConfig) -> list[str]:
     return [*layers, EMBEDDINGS] if config.tie_embeddings else [EMBEDDINGS, *layers, OUTPUT]
 
 
-def packed_kind(
-    checkpoint: Checkpoint, name: str, exact: bool = False, quantize: Quantise = "none"
+def packed_type(
+    checkpoint: Checkpoint, name: str, exact: bool = False, quantize: Quantize = "none"
 ) -> WeightType:
     """What a matrix is packed as.
 
@@ -105,9 +109,9 @@ def packed_kind(
     return WEIGHT_TYPES.get(info.dtype, WEIGHT_TYPES["Q8_0"])
 
 
-def conversions(checkpoint: Checkpoint, kinds: dict[str, WeightType]) -> list[str]:
+def conversions(checkpoint: Checkpoint, weight_types: dict[str, WeightType]) -> list[str]:
     """One line on what is not computed in its own format."""
-    pairs = {(checkpoint.info(name).dtype, kind.name) for name, kind in kinds.items()}
+    pairs = {(checkpoint.info(name).dtype, kind.name) for name, kind in weight_types.items()}
     changed = [f"{stored} as {kind}" for stored, kind in sorted(pairs) if stored != kind]
     return [f"computed in another format than stored: {', '.join(changed)}"] if changed else []
 
@@ -117,7 +121,7 @@ def stored_floats(checkpoint: Checkpoint) -> str:
     return checkpoint.info("layers.0.feed_forward.gate.weight").dtype
 
 
-def too_large(checkpoint: Checkpoint, packed: Packed, free: int) -> MemoryShortError:
+def too_large(checkpoint: Checkpoint, packed: PackingPlan, free: int) -> MemoryShortError:
     """Says what would do instead (weights/memory.py)."""
     from glassllama.weights.memory import plan
 

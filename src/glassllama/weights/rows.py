@@ -91,8 +91,8 @@ class RemappedFile:
         mine = mine.T if row.transposed else mine
         return np.ascontiguousarray(mine if rows is None else mine[rows])
 
-    def drop(self, name: str) -> None:
-        self.file.drop(self.rows[name].theirs)
+    def release_pages(self, name: str) -> None:
+        self.file.release_pages(self.rows[name].theirs)
 
     def close(self) -> None:
         self.file.close()

@@ -99,9 +99,9 @@ class MergedShards:
             first += count
         return np.concatenate(parts) if parts else self.files[0].read(name, slice(0, 0))
 
-    def drop(self, name: str) -> None:
+    def release_pages(self, name: str) -> None:
         for file in self.files:
-            file.drop(name)
+            file.release_pages(name)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Check the checksums of every shard. Raises FormatError naming the damaged tensor."""

@@ -24,7 +24,7 @@ from glassllama.base.machine import require_memory
 from glassllama.models.llama import Block, Llama
 from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
-from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, place
+from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, set_parameter
 from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
 from glassllama.weights.open import Checkpoint
 
@@ -43,14 +43,14 @@ class Source:
         try:
             return as_tensor(self.checkpoint, ours, self.dtype, self.device)
         finally:
-            self.checkpoint.drop(ours)
+            self.checkpoint.release_pages(ours)
 
     def rows(self, ours: str, rows: slice) -> Tensor:
         """Some rows of a matrix: (N, C)."""
         try:
             numbers = self.checkpoint.float32(ours, rows)
         finally:
-            self.checkpoint.drop(ours)
+            self.checkpoint.release_pages(ours)
         return torch.from_numpy(numbers).to(device=self.device, dtype=self.dtype)
 
     def linear(self, ours: str, h: Tensor) -> Tensor:
@@ -113,11 +113,11 @@ class StreamedBlock(Block):
         shapes = dict(self.named_parameters())
         try:
             for name in shapes:
-                place(self, name, self.source.tensor(f"layers.{self.number}.{name}"))
+                set_parameter(self, name, self.source.tensor(f"layers.{self.number}.{name}"))
             yield self
         finally:
             for name, shape in shapes.items():
-                place(self, name, shape)
+                set_parameter(self, name, shape)
 
     def forward(self, x: Tensor, step: ForwardContext) -> Tensor:
         with self.filled():
@@ -152,7 +152,7 @@ class StreamedLlama(Llama):
             self.layers = nn.ModuleList(StreamedBlock(source, n) for n in range(config.n_layers))
         self.to(kept)
         self.tok_embeddings = StreamedEmbedding(source)
-        place(self, "norm.weight", source.tensor("norm.weight"))
+        set_parameter(self, "norm.weight", source.tensor("norm.weight"))
         self.source = source
         if not config.tie_embeddings:
             self.add_module("output", StreamedOutput(source))

@@ -17,7 +17,7 @@ from glassllama.base.config import LlamaConfig, rope_frequencies
 from glassllama.base.errors import WeightsError, listed, named
 from glassllama.base.interfaces import TensorFile
 
-Family = Literal["meta", "hf", "gguf"]
+FileFormat = Literal["meta", "hf", "gguf"]
 
 OUTSIDE_LAYERS = (
     ("tok_embeddings", "tok_embeddings", "model.embed_tokens", "token_embd"),
@@ -85,9 +85,9 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def foreign_names(family: Family, n_layers: int) -> dict[str, str]:
+def foreign_names(file_format: FileFormat, n_layers: int) -> dict[str, str]:
     """Our name -> theirs, for a model of `n_layers`."""
-    column, prefix = COLUMN[family], LAYER_PREFIX[family]
+    column, prefix = COLUMN[file_format], LAYER_PREFIX[file_format]
     table = {f"{row[0]}.weight": f"{row[column]}.weight" for row in OUTSIDE_LAYERS}
     for n in range(n_layers):
         for row in IN_LAYERS:
@@ -95,13 +95,15 @@ def foreign_names(family: Family, n_layers: int) -> dict[str, str]:
     return table
 
 
-def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozenset[str]) -> Fitted:
+def fit(
+    file: TensorFile, config: LlamaConfig, file_format: FileFormat, quantised: frozenset[str]
+) -> Fitted:
     """The file's name for every parameter of a Llama, if both agree exactly.
 
     `quantised` are the block types that count as weights too. Raises WeightsError (`require_fit`).
     """
     require_layers(file, config.n_layers)
-    table = foreign_names(family, config.n_layers)
+    table = foreign_names(file_format, config.n_layers)
     output = table["output.weight"]
     held, embeddings = {*file.names()}, table["tok_embeddings.weight"]
     if config.tie_embeddings and output in held and embeddings not in held:
@@ -113,12 +115,12 @@ def fit(file: TensorFile, config: LlamaConfig, family: Family, quantised: frozen
         file,
         {theirs: shapes[ours] for ours, theirs in wanted.items()},
         known={output},  # a tied output may be stored again
-        ignored=[TABLES[family], HEADS, BUFFERS],
+        ignored=[TABLES[file_format], HEADS, BUFFERS],
         types=FLOATS | quantised,
     )
     notes += head_notes(ignored)
-    if family != "gguf":
-        notes += table_notes(file, config, [n for n in ignored if TABLES[family].fullmatch(n)])
+    if file_format != "gguf":
+        notes += table_notes(file, config, [n for n in ignored if TABLES[file_format].fullmatch(n)])
     return Fitted(config, wanted, notes)
 
 
@@ -169,8 +171,8 @@ def same_numbers(file: TensorFile, one: str, other: str) -> bool:
         same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
         if not same:
             break
-    file.drop(one)
-    file.drop(other)
+    file.release_pages(one)
+    file.release_pages(other)
     return same
 
 

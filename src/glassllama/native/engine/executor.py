@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import FOREIGN_CACHE, Cache, CacheType, require_cache_size
-from glassllama.base.turn import in_turn
+from glassllama.base.locks import synchronized
 from glassllama.native.engine import model
 from glassllama.native.engine.attention import SPAN
 from glassllama.native.engine.dispatch import tier
@@ -102,7 +102,7 @@ class Engine:
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
         self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
-        self.turn = self._pages.turn
+        self.lock = self._pages.lock
         self._workspace = Workspace(
             config, weights.matrices, weights.embeddings, weights.norms,
             max_tokens=CHUNKS[0], threads=self.threads,
@@ -121,7 +121,7 @@ class Engine:
         require_cache_size(self.config, batch, max_len)
         return PagedCache(self._pages, batch, max_len, self.cache_kind)
 
-    @in_turn
+    @synchronized
     def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
         """Feed each row its new ids -> (B, V) float32 logits after each row's last id.
 
@@ -150,7 +150,7 @@ class Engine:
             fed += now
         return self._in_order(logits, fed, cache.batch)
 
-    @in_turn
+    @synchronized
     def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
         """Feed the only row -> (T, V) float32 logits after every one of its new ids.
 
@@ -227,7 +227,7 @@ class Engine:
             cache.commit(row, ids)
 
     def _own(self, cache: Cache) -> PagedCache:
-        if not isinstance(cache, PagedCache) or cache.turn is not self.turn:
+        if not isinstance(cache, PagedCache) or cache.lock is not self.lock:
             raise GenerationError(FOREIGN_CACHE)
         return cache
 
@@ -304,7 +304,7 @@ class Engine:
 
 
 def create_pools_after_fork() -> None:
-    """The child of a fork has none of its parent's other threads. (Locks: base/turn.py.)"""
+    """The child of a fork has none of its parent's other threads. (Locks: base/locks.py.)"""
     for owner, _ in [*LIVE_POOLS]:
         if isinstance(engine := owner(), Engine):
             engine.create_pool()

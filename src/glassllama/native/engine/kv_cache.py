@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
-from glassllama.base.turn import Turn, in_turn
+from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.engine.kv_pages import FLOAT32, INT8, INT16, ITEM_BYTES, PAGE
 from glassllama.native.engine.layout import zeros
 
@@ -84,7 +84,8 @@ class Pages:
     def __init__(self, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self.root = Page(zeros(np.uint8, 0))
-        self.turn = Turn()  # held while pages or rows change, and during the engine's steps
+        # Taken while pages or rows change, and during the engine's steps.
+        self.lock = NonReentrantLock()
 
     def new(self, parent: Page) -> Page:
         """An empty page. All zeros: weight 0 times a value that was never written must be 0."""
@@ -112,7 +113,7 @@ class PagedCache:
         self.lengths = [0] * batch
         self.kind = kind  # of its numbers: kv_pages.INT16, FLOAT32, INT8
         self.cached_tokens = 0  # tokens that were found in the tree instead of computed
-        self.turn = pages.turn
+        self.lock = pages.lock
         self._all = pages
         self._pages = [Row() for _ in range(batch)]
         self.table = zeros(np.int64, batch, 1)  # as wide as the longest row so far, or up to twice
@@ -162,7 +163,7 @@ class PagedCache:
         for n in range(past // PAGE, length // PAGE):
             self._deduplicate(row, n)
 
-    @in_turn
+    @synchronized
     def truncate(self, row: int, length: int) -> None:
         """Forget all tokens of a row after the first `length`, and free their pages."""
         if not 0 <= length <= self.lengths[row]:

@@ -1,6 +1,6 @@
 """Quantisation at load, compiled: float32 rows straight into the packed layout of Q8_0 or Q4_0.
 
-The numbers are those of ggml's quantisers to the bit, as formats/quantise.py says them plainly, as
+The numbers are those of ggml's quantisers to the bit, as formats/quantize.py says them plainly, as
 long as they are finite. A block with a NaN or an infinity gets a NaN for its scale, so that a
 broken model is noticed.
 """

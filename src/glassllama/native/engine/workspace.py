@@ -151,7 +151,7 @@ def sizes_of(config: LlamaConfig, tables: dict[str, NDArray[Any]]) -> dict[str, 
     return {
         "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.n_kv_heads,
         "head_dim": config.head_dim, "group_size": config.group_size, "dim": config.dim,
-        "ffn_dim": config.ffn_dim, "interleaved": config.rope_layout == "pairs",
+        "ffn_dim": config.ffn_dim, "interleaved": config.rope_layout == "interleaved",
         "qk_norm": config.qk_norm, "max_tokens": len(tables["x"]),
         "rows_with_scratch": len(tables["act_f32"]),
         "hidden_columns": tables["hidden"].shape[1] // 2,

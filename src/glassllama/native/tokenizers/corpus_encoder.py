@@ -18,7 +18,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.turn import Turn, in_turn
+from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.jit.byte_scan import PADDING, WINDOW, padded
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
 from glassllama.native.jit.memory import fetch_soon
@@ -123,9 +123,9 @@ class ArrayEncoder:
         )
         self._desk = desk(DESK)
         self._text = np.full(UTF8_BYTES * LONGEST_COPIED + PADDING, 0, np.uint8)
-        self.turn = Turn()
+        self.lock = NonReentrantLock()
 
-    @in_turn
+    @synchronized
     def __call__(self, text: str) -> Ids:
         """(T,) ids; UnicodeEncodeError where half of a surrogate pair is in the text."""
         if self._normal_form:

@@ -2,7 +2,7 @@
 
 // Where the two coordinates of a pair lie: neighbours, or one in each half.
 const coordinates = (i) =>
-  config.rope_layout === 'pairs' ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2];
+  config.rope_layout === 'interleaved' ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2];
 
 const turnBy = (angle) => `rotate(${(-angle * 180) / Math.PI})`;
 

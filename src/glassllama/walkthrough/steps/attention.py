@@ -63,7 +63,7 @@ def rope(walk: Walk) -> Step:
 def one_pair(walk: Walk) -> str:
     """The first pair of the last token's query, turned as a complex number."""
     c, position = walk.config, len(walk.ids) - 1
-    pair = (0, 1) if c.rope_layout == "pairs" else (0, c.head_dim // 2)
+    pair = (0, 1) if c.rope_layout == "interleaved" else (0, c.head_dim // 2)
     a, b = (float(walk.by_hand.q[0, walk.head, -1, n]) for n in pair)
     frequency, angle = float(walk.model.frequencies[0]), float(walk.angles[0, -1, 0])
     turned = complex(a, b) * cmath.rect(1, angle)
@@ -82,8 +82,8 @@ def layout_drawing(head_dim: int, layout: str) -> tuple[str, ...]:
     halves = "  ".join(f"{n}─{n + half}" for n in first)
     more = "  …  " if half > len(first) else "  "
     return (
-        f"pairs   {pairs}{more}{head_dim - 2}─{head_dim - 1}{mark.get('pairs', '')}",
-        f"halves  {halves}{more}{half - 1}─{head_dim - 1}{mark.get('halves', '')}",
+        f"interleaved  {pairs}{more}{head_dim - 2}─{head_dim - 1}{mark.get('interleaved', '')}",
+        f"half         {halves}{more}{half - 1}─{head_dim - 1}{mark.get('half', '')}",
     )
 
 

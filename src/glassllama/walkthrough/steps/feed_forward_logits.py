@@ -146,7 +146,7 @@ def logits_by_hand(walk: Walk, normed: Tensor) -> Tensor:
     for start in range(0, c.vocab_size, ROWS):
         rows = walk.checkpoint.float32(name, slice(start, min(start + ROWS, c.vocab_size)))
         blocks.append(F.linear(normed, torch.from_numpy(rows).to(normed.dtype)).float())
-        walk.checkpoint.drop(name)
+        walk.checkpoint.release_pages(name)
     return torch.cat(blocks, dim=-1)
 
 

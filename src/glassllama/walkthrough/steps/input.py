@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glassllama.base.config import rope_frequencies
 from glassllama.base.interfaces import Tokenizer
-from glassllama.formats.blocks import dequantise
+from glassllama.formats.blocks import dequantize
 from glassllama.tokenizers.bpe import (
     BYTES,
     NEVER,
@@ -217,7 +217,7 @@ def weight_file(walk: Walk) -> Step:
     checkpoint, ours = walk.checkpoint, f"{walk.prefix}.attention.wq.weight"
     info = checkpoint.info(ours)
     raw = checkpoint.read(ours, slice(0, 1))
-    values = dequantise(raw, info.dtype, (1, *info.shape[1:]))
+    values = dequantize(raw, info.dtype, (1, *info.shape[1:]))
     held = walk.held("attention.wq")
     first = torch.from_numpy(values).to(held)  # in the model's number format
     sizes = bytes_by_part(checkpoint)
@@ -231,7 +231,7 @@ def weight_file(walk: Walk) -> Step:
         sources=(source(Checkpoint.float32),),
         text=(
             f"{checkpoint.path.name}: {len(checkpoint.names)} tensors, {total:,} bytes, family "
-            f"{checkpoint.family}. One is read here: it begins at byte {info.offset:,} of "
+            f"{checkpoint.file_format}. One is read here: it begins at byte {info.offset:,} of "
             f"{info.path.rpartition('/')[2]}, and only the bytes asked for are touched.",
             "its first bytes: " + raw.tobytes()[:SHOWN_BYTES].hex(" "),
         ),
@@ -249,7 +249,7 @@ def weight_file(walk: Walk) -> Step:
             command=f"glassllama show {walk.name}",
             shows="what all tensors are stored as, and what the model needs of this machine",
         ),
-        data={"path": str(checkpoint.path.name), "family": checkpoint.family, "bytes": sizes,
+        data={"path": str(checkpoint.path.name), "family": checkpoint.file_format, "bytes": sizes,
               "tensor": dataclasses.asdict(info) | {"path": info.path.rpartition("/")[2]}},
     )  # fmt: skip
 
@@ -310,7 +310,7 @@ def short(value: object) -> str:
 def embedding_rows(walk: Walk) -> Tensor:
     """(1, T, C): of the whole matrix only the rows of the prompt are read."""
     rows = [walk.checkpoint.float32("tok_embeddings.weight", slice(i, i + 1)) for i in walk.ids]
-    walk.checkpoint.drop("tok_embeddings.weight")
+    walk.checkpoint.release_pages("tok_embeddings.weight")
     x = torch.cat([torch.from_numpy(row) for row in rows])[None]  # (1, T, C)
     return x.to(walk.dtype)
 

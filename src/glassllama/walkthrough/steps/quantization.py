@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glassllama.formats.blocks import BLOCK, BLOCKS, dequantise, unpack_q4_0, unpack_q8_0
-from glassllama.formats.quantise import QUANTISE, pack_q4_0, pack_q8_0
+from glassllama.formats.blocks import BLOCK, BLOCKS, dequantize, unpack_q4_0, unpack_q8_0
+from glassllama.formats.quantize import QUANTIZE, pack_q4_0, pack_q8_0
 from glassllama.walkthrough.analysis import predictions
 from glassllama.walkthrough.pictures import Table
 from glassllama.walkthrough.step import Step, WhatIf, source
@@ -40,7 +40,7 @@ def rounded(matrix: Tensor, kind: Kind) -> Tensor:
     columns, back = matrix.shape[1], torch.empty_like(matrix)
     for ours, theirs in zip(torch.split(back, ROWS), torch.split(matrix, ROWS), strict=True):
         filled = F.pad(theirs.float(), (0, -columns % BLOCK)).numpy()
-        unpacked = dequantise(QUANTISE[kind](filled), kind, filled.shape)
+        unpacked = dequantize(QUANTIZE[kind](filled), kind, filled.shape)
         ours.copy_(torch.from_numpy(unpacked)[:, :columns])
     return back
 

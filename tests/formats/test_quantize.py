@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.blocks import dequantise
-from glassllama.formats.quantise import QUANTISE
+from glassllama.formats.blocks import dequantize
+from glassllama.formats.quantize import QUANTIZE
 
-KINDS = pytest.mark.parametrize("kind", QUANTISE)
+KINDS = pytest.mark.parametrize("kind", QUANTIZE)
 LARGEST = {"Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # of a scale in half precision
 HALF = 2**-11  # how far rounding to half precision moves a scale, relatively
 WORST = {"Q8_0": 0.5 / 127, "Q4_0": 1 / 8}  # rounding error, of the block's largest number
@@ -32,7 +32,7 @@ def mixed() -> np.ndarray:
 @KINDS
 def test_blocks_are_those_of_the_gguf_package(kind: str) -> None:
     theirs = gguf.quantize(mixed(), gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(QUANTISE[kind](mixed()), theirs)
+    assert np.array_equal(QUANTIZE[kind](mixed()), theirs)
 
 
 @KINDS
@@ -42,14 +42,14 @@ def test_random_bits_too(kind: str, seed: int) -> None:
     matrix = rng.integers(0, 2**32, (2000, 64), np.uint32).view(np.float32)
     matrix = np.where(np.abs(matrix) < 5e5, matrix, np.float32(1)) + np.float32(1e-20)
     theirs = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(QUANTISE[kind](matrix), theirs)
+    assert np.array_equal(QUANTIZE[kind](matrix), theirs)
 
 
 @KINDS
 def test_what_comes_back_is_near(kind: str) -> None:
     matrix = mixed()[:, :32]
     matrix = matrix[np.abs(matrix).max(axis=1) > 1e-2]  # smaller scales are subnormal halves
-    back = dequantise(QUANTISE[kind](matrix), kind, matrix.shape)
+    back = dequantize(QUANTIZE[kind](matrix), kind, matrix.shape)
     apart = np.abs(back - matrix) / np.abs(matrix).max(axis=1, keepdims=True)
     assert 0 < apart.max() <= WORST[kind] + HALF
 
@@ -58,16 +58,16 @@ def test_what_comes_back_is_near(kind: str) -> None:
 @pytest.mark.parametrize("kept", [np.float16, np.float64])
 def test_other_floats_are_taken_as_float32(kind: str, kept: type) -> None:
     matrix = np.random.default_rng(1).normal(size=(3, 64)).astype(kept)
-    assert np.array_equal(QUANTISE[kind](matrix), QUANTISE[kind](matrix.astype(np.float32)))
-    assert np.array_equal(QUANTISE[kind](matrix[:, ::-1]), QUANTISE[kind](matrix[:, ::-1].copy()))
+    assert np.array_equal(QUANTIZE[kind](matrix), QUANTIZE[kind](matrix.astype(np.float32)))
+    assert np.array_equal(QUANTIZE[kind](matrix[:, ::-1]), QUANTIZE[kind](matrix[:, ::-1].copy()))
 
 
 @KINDS
 def test_nothing_from_nothing(kind: str) -> None:
-    assert QUANTISE[kind](np.zeros((0, 64), np.float32)).shape[0] == 0
-    assert QUANTISE[kind](np.zeros((2, 0), np.float32)).shape == (2, 0)
+    assert QUANTIZE[kind](np.zeros((0, 64), np.float32)).shape[0] == 0
+    assert QUANTIZE[kind](np.zeros((2, 0), np.float32)).shape == (2, 0)
     tiny = np.full((1, 32), 1e-42, np.float32)
-    assert not dequantise(QUANTISE[kind](tiny), kind, (1, 32)).any()
+    assert not dequantize(QUANTIZE[kind](tiny), kind, (1, 32)).any()
 
 
 @KINDS
@@ -76,13 +76,13 @@ def test_what_no_scale_can_carry_is_refused(kind: str, value: float) -> None:
     matrix = np.ones((5000, 32), np.float32)
     matrix[4999, 31] = value
     with pytest.raises(FormatError, match=f"{kind}: NaN, infinities or numbers beyond"):
-        QUANTISE[kind](matrix)
+        QUANTIZE[kind](matrix)
     matrix[4999, 31] = LARGEST[kind]
-    assert QUANTISE[kind](matrix).shape[0] == 5000
+    assert QUANTIZE[kind](matrix).shape[0] == 5000
 
 
 @KINDS
 def test_rows_of_broken_blocks_are_refused(kind: str) -> None:
     for shape in ((4, 70), (32,), (2, 2, 32)):
         with pytest.raises(FormatError, match=f"{kind} takes rows of whole blocks of 32 numbers"):
-            QUANTISE[kind](np.zeros(shape, np.float32))
+            QUANTIZE[kind](np.zeros(shape, np.float32))

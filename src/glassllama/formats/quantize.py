@@ -1,6 +1,6 @@
 """float32 -> blocks of Q8_0 and Q4_0: a scale for 32 numbers, and small whole numbers.
 
-`blocks.dequantise` unpacks what is made here.
+`blocks.dequantize` unpacks what is made here.
 
 Source: the quantisers of ggml (quantize_row_q8_0_ref, quantize_row_q4_0_ref); equal to the `gguf`
 package's to the byte.
@@ -21,27 +21,27 @@ from glassllama.formats.k_blocks import Blocks, Floats
 Pack = Callable[[Floats], Blocks]
 
 
-def quantise_q8_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
+def quantize_q8_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
     """Floats (rows, columns) -> (rows, columns / 32 · 34), the bytes of a GGUF file.
 
     Raises FormatError for rows that are no whole blocks of 32, and for numbers that no
     half-precision scale can carry: NaN, infinities, above 8.3 million.
     """
-    return quantise(matrix, "Q8_0", pack_q8_0)
+    return quantize(matrix, "Q8_0", pack_q8_0)
 
 
-def quantise_q4_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
+def quantize_q4_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
     """Floats (rows, columns) -> (rows, columns / 32 · 18), the bytes of a GGUF file.
 
-    Raises FormatError as `quantise_q8_0`; here numbers end at 524,000.
+    Raises FormatError as `quantize_q8_0`; here numbers end at 524,000.
     """
-    return quantise(matrix, "Q4_0", pack_q4_0)
+    return quantize(matrix, "Q4_0", pack_q4_0)
 
 
-QUANTISE = {"Q8_0": quantise_q8_0, "Q4_0": quantise_q4_0}
+QUANTIZE = {"Q8_0": quantize_q8_0, "Q4_0": quantize_q4_0}
 
 
-def quantise(matrix: NDArray[Any], dtype: str, pack: Pack) -> NDArray[np.uint8]:
+def quantize(matrix: NDArray[Any], dtype: str, pack: Pack) -> NDArray[np.uint8]:
     """Some rows at a time, so that what is in the making stays in the processor's cache."""
     if matrix.ndim != 2 or matrix.shape[1] % BLOCK:
         raise FormatError(

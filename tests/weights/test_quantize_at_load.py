@@ -14,14 +14,14 @@ import pytest
 from engine.unpacked import read_rows
 from glassllama.base.errors import ConfigError, MemoryShortError
 from glassllama.base.interfaces import TensorFile, TensorInfo
-from glassllama.formats.blocks import dequantise
+from glassllama.formats.blocks import dequantize
 from glassllama.llm import load
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.layout import Matrix
 from glassllama.weights import quantization
-from glassllama.weights.open import Checkpoint, open_weights
+from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
-from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, as_packed, choose
+from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, choose, packing_plan
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tolerances import eight_bit_bar, spread_apart
 
@@ -64,8 +64,8 @@ def packed_as(engine: Engine) -> set[str]:
 @pytest.mark.parametrize("form", ["pth", "bf16", "f16", "f32"])
 def test_q8_0_at_load_is_the_q8_0_file_to_the_bit(form: str, models: dict[str, Path]) -> None:
     """The file was quantised by the gguf package. (bfloat16 numbers are exact in all forms.)"""
-    at_load = pack(open_weights(models[form]), quantize="q8_0")
-    file = pack(open_weights(models["q8_0"]))
+    at_load = pack(open_checkpoint(models[form]), quantize="q8_0")
+    file = pack(open_checkpoint(models["q8_0"]))
     assert packed_as(at_load) == {"Q8_0"}
     for ours, theirs in zip(at_load.weights.matrices, file.weights.matrices, strict=True):
         assert (rows_of(ours) == rows_of(theirs)).all()
@@ -75,15 +75,15 @@ def test_q8_0_at_load_is_the_q8_0_file_to_the_bit(form: str, models: dict[str, P
 
 def test_hugging_face_folders_too(models: dict[str, Path]) -> None:
     """Rows of q and k come in another order there, so sums round differently."""
-    ours = logits(pack(open_weights(models["hf"]), quantize="q8_0"))
-    theirs = logits(pack(open_weights(models["pth"]), quantize="q8_0"))
+    ours = logits(pack(open_checkpoint(models["hf"]), quantize="q8_0"))
+    theirs = logits(pack(open_checkpoint(models["pth"]), quantize="q8_0"))
     assert spread_apart(ours, theirs) <= eight_bit_bar(LAYERS)
 
 
 def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]) -> None:
     engine, file = (
-        pack(open_weights(models["f32"]), quantize="q4_0"),
-        pack(open_weights(models["q4_0"])),
+        pack(open_checkpoint(models["f32"]), quantize="q4_0"),
+        pack(open_checkpoint(models["q4_0"])),
     )
     assert packed_as(engine) == {"Q4_0", "Q8_0"}
     assert (
@@ -96,31 +96,31 @@ def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]
 
 
 def test_none_is_the_default_where_memory_is_plenty(models: dict[str, Path]) -> None:
-    assert packed_as(pack(open_weights(models["bf16"]))) == {"BF16"}
-    assert packed_as(pack(open_weights(models["bf16"]), quantize="none")) == {"BF16"}
+    assert packed_as(pack(open_checkpoint(models["bf16"]))) == {"BF16"}
+    assert packed_as(pack(open_checkpoint(models["bf16"]), quantize="none")) == {"BF16"}
 
 
 def test_rows_that_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:
-    checkpoint = open_weights(write_hf(hf_model().bfloat16(), tmp_path))  # 48 and 140 columns
+    checkpoint = open_checkpoint(write_hf(hf_model().bfloat16(), tmp_path))  # 48 and 140 columns
     engine = pack(checkpoint, quantize="q8_0")
     assert packed_as(engine) == {"BF16"}
 
 
 def test_a_quantised_file_stays_as_it_is_and_that_is_said(models: dict[str, Path]) -> None:
-    engine = pack(open_weights(models["q4_0"]), quantize="q8_0")
+    engine = pack(open_checkpoint(models["q4_0"]), quantize="q8_0")
     assert packed_as(engine) == {"Q4_0"}
     assert any("quantised already" in note for note in engine.notes)
 
 
 def sizes(checkpoint: Checkpoint) -> list[int]:
-    return [as_packed(checkpoint, exact=False, quantize=choice).nbytes for choice in CHOICES]
+    return [packing_plan(checkpoint, exact=False, quantize=choice).nbytes for choice in CHOICES]
 
 
 @pytest.mark.parametrize(("short_by", "kind"), [(0, "none"), (1, "q8_0"), (2, "q4_0")])
 def test_memory_decides_and_it_is_said(
     short_by: int, kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_weights(models["bf16"])
+    checkpoint = open_checkpoint(models["bf16"])
     free = sizes(checkpoint)[short_by] + WORKING_MEMORY
     monkeypatch.setattr(quantization, "available_memory", lambda: free)
     packed = choose(checkpoint, exact=False, quantize=None)
@@ -138,17 +138,17 @@ def test_too_large_even_so(
     form: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what would do, by the planner's figures."""
-    checkpoint = open_weights(models[form])
+    checkpoint = open_checkpoint(models[form])
     monkeypatch.setattr(quantization, "available_memory", lambda: 10_000_000)
     with pytest.raises(MemoryShortError, match=r"of memory, 10\.0 MB are free; nothing fits"):
         choose(checkpoint, exact=False, quantize=None)
     monkeypatch.setattr(quantization, "available_memory", lambda: 500_000_000)
-    big = quantization.Packed({}, 10**9, [])
+    big = quantization.PackingPlan({}, 10**9, [])
     assert "use backend engine" in str(quantization.too_large(checkpoint, big, 500_000_000))
 
 
 def test_what_cannot_be_had_together(models: dict[str, Path]) -> None:
-    checkpoint = open_weights(models["bf16"])
+    checkpoint = open_checkpoint(models["bf16"])
     with pytest.raises(ConfigError, match="exact arithmetic keeps every weight"):
         pack(checkpoint, exact=True, quantize="q8_0")
     with pytest.raises(ConfigError, match="must be one of none, q8_0, q4_0, got 'q5_0'"):
@@ -175,7 +175,7 @@ class InFloats:
         if info.dtype == "F32":
             return raw
         shape = (len(raw), *info.shape[1:])
-        return dequantise(raw, info.dtype, shape).astype(ml_dtypes.bfloat16)
+        return dequantize(raw, info.dtype, shape).astype(ml_dtypes.bfloat16)
 
 
 def log_softmax(logits: Any) -> Any:
@@ -186,7 +186,7 @@ def log_softmax(logits: Any) -> Any:
 @pytest.fixture(scope="module")
 def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
     """The default model in bfloat16, ids of prose, and what it makes of them unquantised."""
-    checkpoint = open_weights(default_model)
+    checkpoint = open_checkpoint(default_model)
     floats = replace(checkpoint, file=InFloats(checkpoint.file))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
     ids = checkpoint.tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""One call at a time: threads wait, a thread's own second call is refused, a child begins anew."""
+"""synchronized methods: threads wait, reentrant calls are refused, forks are not blocked."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import pytest
 
 from glassllama.base.errors import GenerationError
-from glassllama.base.turn import Turn, in_turn
+from glassllama.base.locks import NonReentrantLock, synchronized
 
 
 class Counter:
     def __init__(self) -> None:
-        self.turn, self.inside, self.most, self.calls = Turn(), 0, 0, 0
+        self.lock, self.running, self.max_running, self.calls = NonReentrantLock(), 0, 0, 0
 
-    @in_turn
-    def call(self, wait: threading.Event | None = None, again: bool = False) -> int:
-        self.inside += 1
-        self.most = max(self.most, self.inside)
+    @synchronized
+    def call(self, wait: threading.Event | None = None, reenter: bool = False) -> int:
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
         if wait is not None:
             wait.wait()
         try:
-            return self.call() if again else self.calls
+            return self.call() if reenter else self.calls
         finally:
-            self.inside -= 1
+            self.running -= 1
             self.calls += 1
 
 
@@ -35,23 +35,23 @@ def test_threads_wait_for_each_other() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (counter.calls, counter.most) == (20, 1)
+    assert (counter.calls, counter.max_running) == (20, 1)
 
 
-def test_a_call_within_a_call_is_refused_and_the_next_is_not() -> None:
+def test_a_reentrant_call_is_refused_and_the_next_call_works() -> None:
     counter = Counter()
     with pytest.raises(GenerationError, match="already in a step in this thread"):
-        counter.call(again=True)
+        counter.call(reenter=True)
     assert counter.call() == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_child_has_its_turn_though_another_thread_had_it() -> None:
+def test_a_forked_child_can_call_though_another_thread_had_the_lock() -> None:
     counter, wait = Counter(), threading.Event()
     thread = threading.Thread(target=counter.call, args=(wait,))
     thread.start()
-    while not counter.inside:
+    while not counter.running:
         pass
     pid = os.fork()
     if pid == 0:

@@ -17,7 +17,7 @@ import pytest
 
 from glassllama.native.engine.executor import Engine
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf
 
 WIDE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
@@ -82,7 +82,7 @@ def kept_notes(engine: Engine) -> list[str]:
 
 
 def test_the_second_start_maps_what_the_first_packed(model: Path, packings: Counted) -> None:
-    first, second = pack.pack(open_weights(model)), pack.pack(open_weights(model))
+    first, second = pack.pack(open_checkpoint(model)), pack.pack(open_checkpoint(model))
     assert packings.times == 1
     assert (logits(first) == logits(second)).all()
     assert not kept_notes(first)
@@ -96,14 +96,14 @@ def test_small_models_are_not_kept(
 ) -> None:
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 10**9)
     for _ in range(2):
-        pack.pack(open_weights(model))
+        pack.pack(open_checkpoint(model))
     assert packings.times == 2
     assert packed_cache.entries() == []
 
 
 def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: Counted) -> None:
     """Same size, same inode, same modification time: the inode's own time tells."""
-    before, facts = logits(pack.pack(open_weights(model))), model.stat()
+    before, facts = logits(pack.pack(open_checkpoint(model))), model.stat()
     changed = write(model.parent / "y.gguf", seed=1).read_bytes()
     with model.open("r+b") as file:
         file.write(changed)
@@ -112,7 +112,7 @@ def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: C
     assert (now.st_size, now.st_ino, now.st_mtime_ns) == (
         facts.st_size, facts.st_ino, facts.st_mtime_ns
     )  # fmt: skip
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert packings.times == 2
     assert np.abs(logits(engine) - before).max() > 0.1
     assert len(packed_cache.entries()) == 1  # the old one is of no use to anybody
@@ -121,7 +121,7 @@ def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: C
 def test_where_the_system_keeps_no_times_the_contents_tell(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_weights(model)
+    checkpoint = open_checkpoint(model)
     packed = pack.choose(checkpoint, exact=False, quantize=None)
     seen = []
     for place in (10, model.stat().st_size // 2, model.stat().st_size - 1):
@@ -142,13 +142,13 @@ def test_where_the_system_keeps_no_times_the_contents_tell(
 def test_other_kinds_or_other_code_are_other_entries(
     model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pack.pack(open_weights(model))
-    pack.pack(open_weights(model), exact=True)
+    pack.pack(open_checkpoint(model))
+    pack.pack(open_checkpoint(model), exact=True)
     assert packings.times == 2
     source = tmp_path / "layout.py"
     source.write_text("# another layout")
     monkeypatch.setattr(packed_cache, "CODE", (type("module", (), {"__file__": str(source)}),))
-    pack.pack(open_weights(model))
+    pack.pack(open_checkpoint(model))
     assert packings.times == 3
     assert len(packed_cache.entries()) == 2  # the exact one, and the newest of the others
 
@@ -158,7 +158,7 @@ def test_a_file_that_may_be_changing_is_not_kept(
 ) -> None:
     monkeypatch.setattr(packed_cache, "RECENT", 2 * 10**9)
     os.utime(model)
-    assert "changed a moment ago" in kept_notes(pack.pack(open_weights(model)))[0]
+    assert "changed a moment ago" in kept_notes(pack.pack(open_checkpoint(model)))[0]
     assert packed_cache.entries() == []
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(
         os.utime(model)
 
     monkeypatch.setattr(pack, "fill_all", changing)
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert "changed while" in kept_notes(engine)[0]
     assert np.isfinite(logits(engine)).all()
     assert list((model.parent / "packed").glob("*.pa*")) == []
@@ -182,16 +182,16 @@ def test_a_file_that_changes_meanwhile_is_not_kept(
 def test_entries_that_are_not_whole_are_made_anew(
     damage: str, model: Path, packings: Counted
 ) -> None:
-    right = logits(pack.pack(open_weights(model)))
+    right = logits(pack.pack(open_checkpoint(model)))
     [entry] = packed_cache.entries()
     data = entry.read_bytes()
     at = {"magic": 0, "digest": 20, "length": len(packed_cache.MAGIC) + 33}
     if damage in at:
         data = data[: at[damage]] + bytes([data[at[damage]] ^ 1]) + data[at[damage] + 1 :]
     entry.write_bytes({"shorter": data[:-1], "longer": data + b"x", "empty": b""}.get(damage, data))
-    assert (logits(pack.pack(open_weights(model))) == right).all()
+    assert (logits(pack.pack(open_checkpoint(model))) == right).all()
     assert packings.times == 2
-    pack.pack(open_weights(model))
+    pack.pack(open_checkpoint(model))
     assert packings.times == 2
 
 
@@ -200,15 +200,15 @@ def test_what_others_can_write_to_is_not_mapped(
     opened: str, model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "home" / "packed")
-    right = logits(pack.pack(open_weights(model)))
+    right = logits(pack.pack(open_checkpoint(model)))
     [entry] = packed_cache.entries()
     place = {"folder": entry.parent, "its parent": entry.parent.parent, "entry": entry}[opened]
     place.chmod(0o777)
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert packings.times == 2
     assert (logits(engine) == right).all()
     if opened == "entry":  # it is made anew, as ours
-        pack.pack(open_weights(model))
+        pack.pack(open_checkpoint(model))
         assert packings.times == 2
         assert kept_notes(engine) == []
     else:
@@ -221,11 +221,11 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_weights
+from glassllama.weights.open import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = 0, -10**15
 packed_cache.folder = lambda: Path(sys.argv[2])
 packed_cache.KeptPlace.keep = lambda self: os._exit(9)
-pack.pack(open_weights(sys.argv[1]))
+pack.pack(open_checkpoint(sys.argv[1]))
 """
 
 
@@ -236,10 +236,10 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_used(
     done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(folder)])
     assert done.returncode == 9
     assert len(list(folder.glob("*.part"))) == 1
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert packings.times == 1
     assert list(folder.glob("*.part")) == []
-    assert (logits(engine) == logits(pack.pack(open_weights(model)))).all()
+    assert (logits(engine) == logits(pack.pack(open_checkpoint(model)))).all()
 
 
 def test_several_processes_at_once_pack_once(model: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
     monkeypatch.setattr(packed_cache, "folder", lambda: occupied / "packed")
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert len(kept_notes(engine)) == 1
     assert np.isfinite(logits(engine)).all()
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_said_before_or_while_room_is_reserved(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_cache, "free_on_disk", lambda: 1_000_000_000)
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert "1.00 GB of the disk" in kept_notes(engine)[0]
     monkeypatch.undo()
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
@@ -280,7 +280,7 @@ def test_a_full_disk_is_said_before_or_while_room_is_reserved(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    engine = pack.pack(open_weights(model))
+    engine = pack.pack(open_checkpoint(model))
     assert "No space left" in kept_notes(engine)[0]
     assert np.isfinite(logits(engine)).all()
     assert list((model.parent / "packed").glob("*.pa*")) == []
@@ -291,25 +291,25 @@ def test_the_least_recently_used_goes_first(
 ) -> None:
     models = [write(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
     for number, path in enumerate(models[:2]):
-        pack.pack(open_weights(path))
+        pack.pack(open_checkpoint(path))
         newest = max(packed_cache.entries(), key=lambda entry: entry.stat().st_ctime_ns)
         os.utime(newest, (number, number))
-    pack.pack(open_weights(models[0]))  # used again: it is not the oldest any more
+    pack.pack(open_checkpoint(models[0]))  # used again: it is not the oldest any more
     size = packed_cache.entries()[0].stat().st_size
     monkeypatch.setattr(packed_cache, "KEPT_BYTES", 2 * size + 100)
-    pack.pack(open_weights(models[2]))
+    pack.pack(open_checkpoint(models[2]))
     assert sorted(entry.name[0] for entry in packed_cache.entries()) == ["0", "2"]
 
 
 def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
     folder = write_hf(hf_model(**WIDE), tmp_path / "hf", max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    first = logits(pack.pack(open_weights(folder), quantize="q8_0"))
-    second = logits(pack.pack(open_weights(folder), quantize="q8_0"))
+    first = logits(pack.pack(open_checkpoint(folder), quantize="q8_0"))
+    second = logits(pack.pack(open_checkpoint(folder), quantize="q8_0"))
     assert packings.times == 1
     assert (first == second).all()
     copy = shutil.copytree(folder, tmp_path / "copy")
-    pack.pack(open_weights(copy), quantize="q8_0")
+    pack.pack(open_checkpoint(copy), quantize="q8_0")
     assert packings.times == 2
 
 
@@ -319,6 +319,6 @@ def test_waiting_for_another_process_has_an_end(
     monkeypatch.setattr(packed_cache, "PATIENCE", 0.1)
     packed_cache.folder().mkdir()
     with packed_cache.FileLock(packed_cache.folder() / ".lock"):
-        engine = pack.pack(open_weights(model))
+        engine = pack.pack(open_checkpoint(model))
     assert "another process" in kept_notes(engine)[0]
     assert np.isfinite(logits(engine)).all()

@@ -1,0 +1,268 @@
+"""Layer plan: what every block of a model computes, as data.
+
+The engine, the memory planner and the walkthrough read a plan instead of a configuration, so they
+know operations and no names of architectures. The default of each field is what Llama does;
+another architecture sets a few fields differently. A block computes, with N the norms that
+`BlockPlan.norms` lists (others are left out), m the residual multiplier, F the feed-forward part:
+
+    x = x + m · N_post_attention(attention(N_pre_attention(x)))
+    x = x + m · N_post_ffn(F(N_pre_ffn(x)))
+
+All norms are RMSNorm with a weight per channel. Weights that a format stores as w for 1 + w, fused
+or transposed matrices are no concern of a plan: they are converted when a checkpoint is read.
+
+Letters: C model width, H query heads, K KV heads, D head width, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from glassllama.base.config import LlamaConfig, RopeLayout, rope_frequencies
+from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.fields import is_number, is_whole
+
+Norm = Literal["pre_attention", "post_attention", "pre_ffn", "post_ffn"]
+# Norm of queries and keys. "per_head": RMSNorm of each head with a weight of D numbers;
+# "full_width": RMSNorm of all heads together, H·D and K·D numbers; "unweighted": RMSNorm of each
+# head without a weight.
+QKNorm = Literal["none", "per_head", "full_width", "unweighted"]
+Activation = Literal["silu", "gelu_tanh"]
+Projection = Literal["q", "k", "v", "o"]
+
+# A norm of a block -> the name of its parameters.
+NORM_NAMES: dict[Norm, str] = {
+    "pre_attention": "attention_norm",
+    "post_attention": "post_attention_norm",
+    "pre_ffn": "ffn_norm",
+    "post_ffn": "post_ffn_norm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePlan:
+    """Rotary positional encoding of a block's queries and keys.
+
+    The first `rotary_dim` = 2 · len(frequencies) coordinates of each head are rotated, the others
+    are left as they are. `layout` says which coordinates form a pair: "interleaved" (0, 1), (2, 3),
+    …; "half" (0, R/2), (1, R/2 + 1), … with R the rotary width.
+    """
+
+    frequencies: tuple[float, ...]  # radians per position, scaling included
+    layout: RopeLayout
+    attention_factor: float = 1.0  # cos and sin are multiplied by it (YaRN, long-RoPE)
+
+    def __post_init__(self) -> None:
+        if not self.frequencies or not all(is_number(f) and f >= 0 for f in self.frequencies):
+            raise ConfigError("rope: frequencies must be a non-empty list of finite numbers >= 0")
+        _require_choice("rope: layout", self.layout, get_args(RopeLayout))
+        _require_positive("rope: attention_factor", self.attention_factor)
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """Attention of a block: sizes, positions, mask and scores.
+
+    scores = softcap(scale · q·k), where softcap(s) = softcap · tanh(s / softcap). The QK-norm is
+    applied before RoPE, or after it if `qk_norm_after_rope`.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float  # usually 1/√D
+    rope: RopePlan | None  # None: no positional encoding (NoPE)
+    window: int | None = None  # tokens that a query sees, its own included; None: all before it
+    softcap: float | None = None
+    qk_norm: QKNorm = "none"
+    qk_norm_after_rope: bool = False
+    biases: frozenset[Projection] = frozenset()  # the projections that add a bias
+
+    def __post_init__(self) -> None:
+        for name in ("n_heads", "n_kv_heads", "head_dim"):
+            _require_size(f"attention: {name}", getattr(self, name))
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"attention: n_heads must be a multiple of n_kv_heads, got {self.n_heads} and "
+                f"{self.n_kv_heads}"
+            )
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise ConfigError(
+                f"attention: {self.rope.rotary_dim} rotary dimensions in heads of {self.head_dim}"
+            )
+        _require_positive("attention: scale", self.scale)
+        if self.window is not None:
+            _require_size("attention: window", self.window)
+        if self.softcap is not None:
+            _require_positive("attention: softcap", self.softcap)
+        _require_choice("attention: qk_norm", self.qk_norm, get_args(QKNorm))
+        _require_subset("attention: biases", self.biases, get_args(Projection))
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    def kv_bytes(self, number: int, scale: int = 0) -> int:
+        """Bytes of one token's keys and values: `number` for each number, `scale` for each head."""
+        return 2 * self.n_kv_heads * (self.head_dim * number + scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardPlan:
+    """Gated feed-forward network F: down(activation(gate(x)) · up(x))."""
+
+    ffn_dim: int
+    activation: Activation = "silu"
+    bias: bool = False  # of gate, up and down
+
+    def __post_init__(self) -> None:
+        _require_size("feed_forward: ffn_dim", self.ffn_dim)
+        _require_choice("feed_forward: activation", self.activation, get_args(Activation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """One transformer block; the formula is at the top of this file."""
+
+    attention: AttentionPlan
+    feed_forward: FeedForwardPlan
+    norms: frozenset[Norm] = frozenset({"pre_attention", "pre_ffn"})
+    residual_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_subset("norms", self.norms, get_args(Norm))
+        _require_positive("residual_multiplier", self.residual_multiplier)
+
+    def matrices(self, dim: int) -> dict[str, tuple[int, int]]:
+        """Names of the block's matrices, in the order of use -> (rows, columns)."""
+        a, ffn_dim = self.attention, self.feed_forward.ffn_dim
+        queries, keys = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+        return {
+            "attention.wq": (queries, dim),
+            "attention.wk": (keys, dim),
+            "attention.wv": (keys, dim),
+            "attention.wo": (dim, queries),
+            "feed_forward.gate": (ffn_dim, dim),
+            "feed_forward.up": (ffn_dim, dim),
+            "feed_forward.down": (dim, ffn_dim),
+        }
+
+    def norm_names(self) -> list[str]:
+        """Names of the block's norms, in the order of use."""
+        return [name for norm, name in NORM_NAMES.items() if norm in self.norms]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """All that the engine needs to know besides the packed weights.
+
+    x = embedding_multiplier · embeddings; after the blocks and the last norm,
+    logits = softcap(logit_multiplier · output(norm(x))), softcap as in `AttentionPlan`.
+    """
+
+    dim: int
+    vocab_size: int
+    max_seq_len: int
+    norm_eps: float
+    blocks: tuple[BlockPlan, ...]
+    tie_embeddings: bool  # the output matrix is the embeddings
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "vocab_size", "max_seq_len"):
+            _require_size(name, getattr(self, name))
+        for name in ("norm_eps", "embedding_multiplier", "logit_multiplier"):
+            _require_positive(name, getattr(self, name))
+        if self.logit_softcap is not None:
+            _require_positive("logit_softcap", self.logit_softcap)
+        if not self.blocks:
+            raise ConfigError("blocks: a model has at least one")
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    def kv_bytes(self, number: int, scale: int = 0) -> int:
+        """Bytes of one token's keys and values in all blocks, as in `AttentionPlan.kv_bytes`."""
+        return sum(block.attention.kv_bytes(number, scale) for block in self.blocks)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Parameter names of all matrices -> (rows, columns), in the order of use.
+
+        Embeddings come first; tied ones last, because they are the output matrix, too.
+        """
+        table = (self.vocab_size, self.dim)
+        embeddings, output = {"tok_embeddings.weight": table}, {"output.weight": table}
+        layers = {
+            f"layers.{n}.{name}.weight": shape
+            for n, block in enumerate(self.blocks)
+            for name, shape in block.matrices(self.dim).items()
+        }
+        return layers | embeddings if self.tie_embeddings else embeddings | layers | output
+
+    def norms(self) -> list[str]:
+        """Parameter names of all norms of the residual stream, in the order of use."""
+        layers = [
+            f"layers.{n}.{name}.weight"
+            for n, block in enumerate(self.blocks)
+            for name in block.norm_names()
+        ]
+        return [*layers, "norm.weight"]
+
+
+def llama_plan(config: LlamaConfig) -> ModelPlan:
+    """The plan of a Llama: all blocks are alike."""
+    # In float32, as compiled code computed it before there were plans.
+    scale = float(np.float32(1) / np.sqrt(np.float32(config.head_dim)))
+    attention = AttentionPlan(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        scale=scale,
+        rope=RopePlan(
+            frequencies=tuple(rope_frequencies(config).tolist()),
+            layout=config.rope_layout,
+        ),
+        qk_norm="unweighted" if config.qk_norm else "none",
+        qk_norm_after_rope=True,
+    )
+    block = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=config.ffn_dim))
+    return ModelPlan(
+        dim=config.dim,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_seq_len,
+        norm_eps=config.norm_eps,
+        blocks=(block,) * config.n_layers,
+        tie_embeddings=config.tie_embeddings,
+    )
+
+
+def _require_size(name: str, value: object) -> None:
+    if not is_whole(value) or not int(value) > 0:  # type: ignore[call-overload]
+        raise ConfigError(f"{name} must be a positive whole number, got {quoted(value)}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not (is_number(value) and value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} must be positive and finite, got {quoted(value)}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")
+
+
+def _require_subset(name: str, values: frozenset[str], choices: tuple[str, ...]) -> None:
+    if unknown := sorted(values - set(choices)):
+        raise ConfigError(f"{name} must be among {', '.join(choices)}, got {quoted(unknown)}")
