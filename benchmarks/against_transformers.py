@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from glassllama import hub
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
+from rows import Rows
 
 Timed = tuple[float, float]  # prefill, decode: tokens per second
 
@@ -46,12 +47,12 @@ def ours(path: Path) -> Callable[[list[int], int], Timed]:
     engine = pack(open_checkpoint(path))
 
     def run(prompt: list[int], new: int) -> Timed:
-        cache = engine.new_cache(1, len(prompt) + new)
+        cache = Rows(engine)
         start = time.perf_counter()
-        logits = engine.next_logits([prompt], cache)
+        logits = cache.next_logits([prompt])
         prefilled = time.perf_counter()
         for _ in range(new):
-            logits = engine.next_logits([[int(logits[0].argmax())]], cache)
+            logits = cache.next_logits([[int(logits[0].argmax())]])
         return len(prompt) / (prefilled - start), new / (time.perf_counter() - prefilled)
 
     return run

@@ -36,6 +36,7 @@ from glassllama.native.engine.repack import FLOAT_TYPES
 from glassllama.native.engine.roofline import peaks, read_bandwidth
 from glassllama.native.engine.thread_pool import num_processors
 from glassllama.native.jit.intrinsics import call_kernel
+from rows import Rows
 
 ROUNDS = 7
 STRETCH = 1 << 29  # bytes, larger than most caches
@@ -117,15 +118,15 @@ def steps(path: str) -> None:
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, 512).tolist()
 
     def prefill() -> None:
-        engine.next_logits([ids], engine.new_cache(1, 512))
+        Rows(engine).next_logits([ids])
 
     def decode(batch: int) -> Callable[[], None]:
-        cache = engine.new_cache(batch, 1024)
-        engine.next_logits([ids[:8]] * batch, cache)
+        cache = Rows(engine, batch)
+        cache.next_logits([ids[:8]] * batch)
 
         def some() -> None:
             for id in ids[:32]:
-                engine.next_logits([[id]] * batch, cache)
+                cache.next_logits([[id]] * batch)
 
         return some
 

@@ -1,14 +1,14 @@
-"""The record: what was measured on one machine, held against the targets -> benchmarks/RECORD.md.
+"""The speed record: writes benchmarks/RECORD.md and the table of the README from stored results.
 
-    python benchmarks/record.py                                 write the page from what is there
+    python benchmarks/record.py                                 write both from the stored results
     python benchmarks/record.py --measure [--models FOLDER]     measure what is missing, then write
-    python benchmarks/record.py --measure --again 1b-Q4_0       measure this line anew
+    python benchmarks/record.py --measure --again 1b-Q4_0       repeat one measurement
 
-One line, one file in benchmarks/results/record/: what is there is not measured again, so a run that
-was stopped goes on where it was. Models that come in no package are written into FOLDER one at a
-time (benchmarks/synthetic.py, widened.py) and deleted again, unless they were there before.
-Everything takes about 25 minutes on two idle cores, beside a fork (--llama-bench) 16 more; 10 GB of
-disk and 16 GB of memory. It needs the bench extra.
+Each measurement is one file in benchmarks/results/record/. A measurement that has a file is
+skipped, so an interrupted run continues. Models with random weights are written into FOLDER one at
+a time (benchmarks/synthetic.py, widened.py) and deleted afterwards, unless they existed before. All
+measurements take 25 minutes on two idle cores, those beside ik_llama.cpp (--llama-bench) 16 more;
+they need 10 GB of disk, 16 GB of memory and the bench extra.
 """
 
 from __future__ import annotations
@@ -26,13 +26,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from record_page import BESIDE_IK, DEFAULT, HERE, LINES, PAGE, PROGRAM, WIDENED, Line, page
+from record_page import (
+    BESIDE_IK,
+    DEFAULT,
+    HERE,
+    LINES,
+    PAGE,
+    PROGRAM,
+    README,
+    WIDENED,
+    Line,
+    page,
+    readme,
+)
 
 from glassllama.weights import packed_cache
 
 
 def measure(line: Line, models: Path, program_of_fork: str) -> None:
-    """Run a line's command in a process of its own and keep what it found."""
+    """Run the command of a line in its own process and store its results."""
     with model_file(line.model, models) as model:
         words = shlex.split(line.command.replace("MODEL", shlex.quote(model)))
         words = [program_of_fork if word == PROGRAM else word for word in words]
@@ -55,7 +67,7 @@ def measure(line: Line, models: Path, program_of_fork: str) -> None:
 
 @contextmanager
 def model_file(model: str, models: Path) -> Iterator[str]:
-    """The name or path to be given; a file that was not there is made, and deleted afterwards."""
+    """Name or path of the model; a file that did not exist is written, and deleted afterwards."""
     shape, _, kind = model.partition("-")
     path = models / f"{model}.gguf"
     if model == DEFAULT or path.exists():
@@ -75,14 +87,14 @@ def model_file(model: str, models: Path) -> Iterator[str]:
 
 
 def code() -> str:
-    """The commit that was measured, where git knows."""
+    """The commit that is measured, or "unknown"."""
     words = ["git", "rev-parse", "--short", "HEAD"]
     asked = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
     return asked.stdout.strip() or "unknown"
 
 
 def warm_up() -> None:
-    """Compile what the default model needs: its load is measured with that done."""
+    """Compile the code of the default model: load times are measured without compiling."""
     words = ["-m", "glassllama", "bench", DEFAULT, "--prompt", "16", "--new", "1", "--runs", "1"]
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
@@ -99,7 +111,12 @@ def measure_missing(models: Path, again: set[str], program_of_fork: str) -> None
         print(f"load average before: {os.getloadavg()[0]:.2f}", flush=True)
         measure(line, models, program_of_fork)
         print(f"=== {line.name}: {time.perf_counter() - started:.0f} s", flush=True)
-        PAGE.write_text(page())
+        write_pages()
+
+
+def write_pages() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
 
 
 def main() -> None:
@@ -116,7 +133,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             models = flags.models or Path(folder)
             measure_missing(models.absolute(), set(flags.again), flags.llama_bench)
-    PAGE.write_text(page())
+    write_pages()
 
 
 if __name__ == "__main__":

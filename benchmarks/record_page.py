@@ -1,14 +1,19 @@
-"""What the record consists of, what is aimed at, and the page that says so (see record.py)."""
+"""The measurements of the speed record, their targets, and the pages made of them (see record.py).
+
+`page` is benchmarks/RECORD.md; `speed_block` is the table of the README.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "record", HERE / "RECORD.md"
+README = HERE.parent / "README.md"
 DEFAULT, WIDENED = "smollm2-135m", "widened"
 BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
 MORE = "--prompt 512 --batch 1,8"
@@ -24,8 +29,7 @@ LARGE = "--prompt 512 --batch 1,8 --runs 2 --new 16 --vs llama.cpp"
 
 @dataclass(frozen=True)
 class Line:
-    """One thing to be measured. `model` is a short name, SHAPE-TYPE of random weights, or
-    widened-TYPE."""
+    """One measurement. `model` is a short name, SHAPE-TYPE of random weights, or widened-TYPE."""
 
     name: str
     model: str
@@ -56,7 +60,7 @@ LINES = (
     bench("1b-BF16", f"{MORE} --new 32 --vs llama.cpp"),
     bench("1b-Q4_0", LONG, more="long"),
     *(bench(f"8b-{kind}", LARGE) for kind in ("Q4_0", "Q4_K_M")),
-    Line("neighbour", DEFAULT, "python benchmarks/neighbour.py MODEL", "A busy neighbour"),
+    Line("neighbour", DEFAULT, "python benchmarks/neighbour.py MODEL", "Beside a busy process"),
     *(
         Line(name, model, "python benchmarks/fidelity.py MODEL", title)
         for name, model, title in (
@@ -76,34 +80,31 @@ LINES = (
 )
 
 
-# --- targets --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Target:
-    """Ours to the best of theirs, and the share of a bound. A decode meets either of the two."""
+    """Least ratio to the fastest peer, least share of the bound; `either`: one suffices."""
 
     ratio: float
     share: float | None = None
     either: bool = False
 
-    def said(self) -> str:
+    def text(self) -> str:
         share = "" if self.share is None else f"{self.share:.0%} of the bound"
         join = " or " if self.either else ", "
         return join.join(part for part in (f"{self.ratio:g}×", share) if part)
 
     def verdict(self, ratio: float | None, share: float | None) -> str:
-        held = {}
+        checks = {}
         if ratio is not None:
-            held["ratio"] = ratio >= self.ratio
+            checks["ratio"] = ratio >= self.ratio
         if self.share is not None and share is not None:
-            held["bound"] = share >= self.share
-        if not held:
+            checks["bound"] = share >= self.share
+        if not checks:
             return "–"
-        if self.either or len(set(held.values())) == 1:
-            met = any(held.values()) if self.either else all(held.values())
+        if self.either or len(set(checks.values())) == 1:
+            met = any(checks.values()) if self.either else all(checks.values())
             return "met" if met else "**not met**"
-        return ", ".join(f"{k} {'met' if met else '**not met**'}" for k, met in held.items())
+        return ", ".join(f"{k} {'met' if met else '**not met**'}" for k, met in checks.items())
 
 
 RATIOS_135M = {"Q4_1": 3.0, "Q4_0": 2.5, "Q8_0": 2.0, "BF16": 1.6}
@@ -114,7 +115,7 @@ PERPLEXITY_SLACK = 0.001
 
 
 def target(line: Line, row: dict[str, Any]) -> Target | None:
-    """What is aimed at for this row, if anything."""
+    """The target of a row, or None."""
     small = line.model in (DEFAULT, *(f"135m-{kind}" for kind in RATIOS_135M))
     kind = "Q4_1" if line.model == DEFAULT else line.model.partition("-")[2]
     if row["what"] == "prefill":
@@ -132,51 +133,108 @@ def target(line: Line, row: dict[str, Any]) -> Target | None:
     return Target(1.4, 0.90, either=True)
 
 
-# --- the page -------------------------------------------------------------------------------------
+HEAD = """# Speed record
 
-HEAD = """# The record
+Written by `python benchmarks/record.py` from the results in `benchmarks/results/record/`;
+`python benchmarks/record.py --measure` measures those that are missing.
 
-Written by `python benchmarks/record.py` from the lines in `benchmarks/results/record/`;
-`python benchmarks/record.py --measure` takes those that are missing.
+All speeds are medians in tokens per second. Prompts are random tokens; speculation is off.
+llama.cpp reads the same file with the same number of threads in the same process, and the two are
+measured in turns. *as stored* is llama.cpp without repacking weights for the processor. A ratio
+compares with the faster of the two.
 
-Tokens per second, medians; prompts are random tokens, no token is guessed. In every line llama.cpp
-reads the same file with as many threads in the same process, in turns with us; *as stored* is
-llama.cpp without repacking weights for the processor, and a ratio is to the better of the two. The
-bound of a decode is the speed at which these threads read memory, measured in the same run with a
-compiled loop; the bound of a prefill is the processor's best dot product for such numbers, the
-first that is named, on data in the nearest cache. Files named by a shape hold random weights of
-that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
+The bound of a decode step is the speed at which these threads read memory, measured in the same run
+with a compiled loop. The bound of a prefill is the processor's best dot product for such numbers
+(the first that is named) on data in the nearest cache. Files named after a shape contain random
+weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
 
-A decode's target is met by its ratio **or** by its share of the bound, because memory that is
-shared with other machines drifts. ik_llama.cpp, the fastest fork known, has a table of its own.
+The target of a decode step is met by its ratio **or** by its share of the bound, because memory
+speed varies on a machine that is shared. ik_llama.cpp, the fastest fork known, has its own table.
 """
 WIDENED_MODEL = (
-    "The default model with zeros around its matrices, for K-quants need rows of a multiple of 256 "
-    "(`python benchmarks/widened.py`), quantised by llama.cpp. "
+    "The default model, padded with zeros because K-quants need rows of a multiple of 256 "
+    "(`python benchmarks/widened.py`), quantized by llama.cpp. "
 )
 MISSING = "\nNot measured yet: {}.\n"
 
 
-def page() -> str:
-    """The whole page, from the lines that are there."""
-    kept = {
+def read_results() -> dict[str, dict[str, Any]]:
+    """The results that exist, by the name of their line."""
+    return {
         line.name: json.loads(line.result.read_text()) for line in LINES if line.result.exists()
     }
-    there = [line for line in LINES if line.name in kept]
-    missing = [line.name for line in LINES if line.name not in kept]
+
+
+def page() -> str:
+    """The text of RECORD.md."""
+    results = read_results()
+    lines = [line for line in LINES if line.name in results]
+    missing = [line.name for line in LINES if line.name not in results]
     parts = [HEAD, MISSING.format(", ".join(missing)) if missing else ""]
-    parts += [machine_part(there, kept)] if there else []
-    benches = [line for line in there if "rows" in kept[line.name]["result"]]
+    parts += [machine_part(lines, results)] if lines else []
+    benches = [line for line in lines if "rows" in results[line.name]["result"]]
     beside = [line for line in benches if line.command == BESIDE_IK]
     benches = [line for line in benches if line.name != "neighbour" and line not in beside]
-    parts += [bench_part(line, kept[line.name]["result"]) for line in benches]
-    if "neighbour" in kept:
-        parts.append(neighbour_part(kept["neighbour"]["result"]))
+    parts += [bench_part(line, results[line.name]["result"]) for line in benches]
+    if "neighbour" in results:
+        parts.append(neighbour_part(results["neighbour"]["result"]))
     if beside:
-        parts.append(beside_part({line: kept[line.name]["result"] for line in beside}))
-    measured = [line for line in there if line.name.startswith("fidelity")]
-    parts += [fidelity_part(line, kept[line.name]["result"]) for line in measured]
+        parts.append(beside_part({line: results[line.name]["result"] for line in beside}))
+    measured = [line for line in lines if line.name.startswith("fidelity")]
+    parts += [fidelity_part(line, results[line.name]["result"]) for line in measured]
     return "".join(parts)
+
+
+IN_README = ("smollm2-135m", "1b-Q4_0", "1b-Q8_0", "1b-Q4_K_M", "1b-BF16", "8b-Q4_0", "8b-Q4_K_M")
+README_NAMES = {"1b": "Llama 3.2 1B", "8b": "Llama 3.1 8B"}
+BLOCK = re.compile(r"(<!-- speed: .*? -->\n).*?(<!-- end of speed -->)", re.DOTALL)
+
+
+def speed_block() -> str:
+    """The table of the README: reading a prompt of 512 tokens, and generating an answer."""
+    results = read_results()
+    rows, dates, machines, peers = [], set(), set(), set()
+    for name in IN_README:
+        ours, fork = results[name], results[f"ik-{name}"]
+        machine = ours["result"]["machine"]
+        dates |= {ours["date"], fork["date"]}
+        machines.add(f"{machine['cores']} cores of an {machine['cpu'].replace('(R)', '')}")
+        peers |= {ours["result"]["peers"][0]["name"], fork["result"]["peer"]}
+        shape, _, weight_type = name.partition("-")
+        default = name == DEFAULT
+        cells = ["SmolLM2 135M, Q4_1" if default else f"{README_NAMES[shape]}, {weight_type}"]
+        for what in ("prefill", "decode"):
+            row = single_row(ours["result"], what)
+            cells.append(f"{row['tok_s']:,.0f}" if row["tok_s"] > 99 else f"{row['tok_s']:.1f}")
+            cells.append(f"{row['tok_s'] / max(row['peers']):.1f}")
+            cells.append(f"{single_row(fork['result'], what)['ratio']:.1f}")
+        rows.append(cells)
+    text = (
+        f"\nTokens per second on {', '.join(sorted(machines))} with AVX-512 and AMX, two threads, "
+        f"and how many times (×) as fast as {' and '.join(sorted(peers, reverse=True))} on the "
+        f"same files ({', '.join(sorted(dates))}). llama.cpp uses AVX-512: its AMX build crashed "
+        "on this machine. 1B and 8B are random weights of that shape. [All measurements and their "
+        "commands](benchmarks/RECORD.md).\n\n"
+    )
+    columns = [""]
+    for what in ("prompt of 512", "answer"):
+        columns += [f"{what}>", "× llama.cpp>", "× ik_llama.cpp>"]
+    return text + table(columns, rows) + "\n"
+
+
+def single_row(result: dict[str, Any], what: str) -> dict[str, Any]:
+    """Prefill of 512 tokens, or decode of one sequence after a short prompt."""
+    return next(
+        row for row in result["rows"]
+        if row["what"] == what and not row.get("context") and row.get("batch", 1) == 1
+        and (what == "decode" or row["tokens"] == LONG_PROMPT)
+    )  # fmt: skip
+
+
+def readme() -> str:
+    """The README with its table made anew."""
+    text = README.read_text(encoding="utf-8")
+    return BLOCK.sub(lambda match: match[1] + speed_block() + match[2], text)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -186,22 +244,23 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [*lines, *rows])
 
 
-def machine_part(there: list[Line], kept: dict[str, dict[str, Any]]) -> str:
-    results = [kept[line.name]["result"] for line in there]
+def machine_part(lines: list[Line], found: dict[str, dict[str, Any]]) -> str:
+    results = [found[line.name]["result"] for line in lines]
     cpus = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in results})
     flags = sorted({flag for r in results for flag in r["machine"]["flags"]})
     versions = sorted({f"{k} {v}" for r in results for k, v in r["versions"].items()})
     peers = sorted({peer["built_with"] for r in results for peer in r.get("peers", [])})
     speeds = [r["bandwidth"] / 1e9 for r in results if r.get("bandwidth")]
-    text = f"\n## Machine\n\n{'; '.join(cpus)}; of its flags these matter: {', '.join(flags)}.\n"
+    text = f"\n## Machine\n\n{'; '.join(cpus)}; with these instruction sets: {', '.join(flags)}.\n"
     if speeds:
         text += f"Memory was read at {min(speeds):.1f} to {max(speeds):.1f} GB/s.\n"
     text += f"Versions: {', '.join(versions)}.\n"
     text += "".join(f"llama.cpp was built with: {features}.\n" for features in peers)
     rows = [
-        [line.name, f"`{line.command.replace('MODEL', model_word(line))}`", kept[line.name]["date"],
-         kept[line.name]["code"], f"{kept[line.name]['result']['machine']['load_average']}"]
-        for line in there
+        [line.name, f"`{line.command.replace('MODEL', model_word(line))}`",
+         found[line.name]["date"], found[line.name]["code"],
+         f"{found[line.name]['result']['machine']['load_average']}"]
+        for line in lines
     ]  # fmt: skip
     return text + "\n" + table(["line", "command", "date", "code", "load average before>"], rows)
 
@@ -254,10 +313,10 @@ def bench_cells(line: Line, r: dict[str, Any], row: dict[str, Any]) -> list[str]
         shown = ", ".join(f"{row['ops_s'] / r['peaks'][name]:.0%} of {name}" for name in alike)
     ratio = row["tok_s"] / max(row["peers"]) if row["peers"] else None
     aim = target(line, row)
-    said = ["", ""] if aim is None else [aim.said(), aim.verdict(ratio, share)]
+    verdict = ["", ""] if aim is None else [aim.text(), aim.verdict(ratio, share)]
     return [
         what, f"{row['tok_s']:,.1f}", used, shown, *(f"{rate:,.1f}" for rate in row["peers"]),
-        "" if ratio is None else f"{ratio:.2f}", *said,
+        "" if ratio is None else f"{ratio:.2f}", *verdict,
     ]  # fmt: skip
 
 
@@ -271,11 +330,11 @@ def beside_part(results: dict[Line, dict[str, Any]]) -> str:
             aim, share = beside_target(line, row["what"]), None
             if row["bytes_s"] is not None:
                 share = row["bytes_s"] / result["bandwidth"]
-            said = ["", ""] if aim is None else [aim.said(), aim.verdict(row["ratio"], share)]
+            verdict = ["", ""] if aim is None else [aim.text(), aim.verdict(row["ratio"], share)]
             rows.append([
                 line.title, f"{row['what']} {row['tokens']}", f"{row['tok_s']:,.1f}",
                 "" if share is None else f"{share:.0%}",
-                *(f"{row['peers'][way]:,.1f}" for way in ways), f"{row['ratio']:.2f}", *said,
+                *(f"{row['peers'][way]:,.1f}" for way in ways), f"{row['ratio']:.2f}", *verdict,
             ])  # fmt: skip
     titles = [
         "",
@@ -286,14 +345,14 @@ def beside_part(results: dict[Line, dict[str, Any]]) -> str:
     ]
     return (
         f"\n## Beside {', '.join(peers)}\n\nThe fastest fork of llama.cpp that is known, built for "
-        "this processor; its own `llama-bench` and we in turns, on the same files with as many "
-        "threads. A ratio is to the better of its two ways.\n\n"
+        "this processor. Its own `llama-bench` and glassllama run in turns on the same files with "
+        "the same number of threads. A ratio compares with the faster of its two modes.\n\n"
         + table([*titles, "ratio>", "target", ""], rows)
     )
 
 
 def beside_target(line: Line, what: str) -> Target | None:
-    """At least so many times as fast as the fork, if anything is aimed at."""
+    """The target of a row beside ik_llama.cpp, or None."""
     shape, _, kind = line.model.partition("-")
     small = line.model == DEFAULT or shape == "135m"
     if what == "prefill":
@@ -311,7 +370,7 @@ def neighbour_part(r: dict[str, Any]) -> str:
     ours, *theirs = (row["lost"] for row in r["rows"])
     met = "met" if ours <= min(theirs) else "**not met**"
     return (
-        "\n## A busy neighbour\n\nDecode of the default model, with another process that keeps one "
+        "\n## Beside a busy process\n\nDecode of the default model while another process keeps one "
         "of the two cores busy.\n\n"
         + table(["", "alone, tok/s>", "beside it, tok/s>", "lost>"], rows)
         + f"\nTarget: a share lost no larger than llama.cpp's: {met}.\n"
@@ -330,9 +389,9 @@ def fidelity_part(line: Line, r: dict[str, Any]) -> str:
     return (
         f"\n## {line.title}\n\n"
         + ("" if line.model == DEFAULT else WIDENED_MODEL)
-        + "Mean divergence (KL, nats) from exact float32 arithmetic, where answers "
-        "were chosen and all along a text. Target: no worse than llama.cpp's. Differences come "
-        "with their standard error, over answers or tokens.\n\n"
+        + "Mean KL divergence (nats) from exact float32 arithmetic, at each token of some answers "
+        "and of a text. Target: not larger than llama.cpp's. Differences are given with their "
+        "standard error, over answers or tokens.\n\n"
         + table(["", "over>", "glassllama>", "llama.cpp>", "difference>", ""], rows)
         + f"\nPerplexity of the LICENSE file, {r['tokens']:,} tokens in windows of 512: exact "
         f"{perplexity['exact']:.4f}, glassllama {perplexity['ours']:.4f}, llama.cpp "

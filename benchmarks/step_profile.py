@@ -21,6 +21,7 @@ import numpy as np
 from glassllama import load
 from glassllama.native.engine.roofline import peaks, read_bandwidth
 from glassllama.native.engine.workspace import KERNEL
+from rows import Rows
 
 TOKENS, RUNS = 64, 5
 KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see native/engine/gemm_plain.py
@@ -60,11 +61,11 @@ def fresh(engine: Any, count: int) -> list[int]:
 
 def decoding(after: int) -> Callable[[Any], Callable[[Any], None]]:
     def prepare(engine: Any) -> Callable[[Any], None]:
-        cache = engine.new_cache(1, after + TOKENS * 8 * RUNS)
-        engine.next_logits([fresh(engine, after)], cache)
+        cache = Rows(engine)
+        cache.next_logits([fresh(engine, after)])
 
         def one(engine: Any) -> None:
-            engine.next_logits([[7]], cache)
+            cache.next_logits([[7]])
             cache.truncate(0, after)
 
         return one
@@ -74,7 +75,7 @@ def decoding(after: int) -> Callable[[Any], Callable[[Any], None]]:
 
 def reading(count: int) -> Callable[[Any], Callable[[Any], None]]:
     def prepare(engine: Any) -> Callable[[Any], None]:
-        return lambda engine: engine.next_logits([fresh(engine, count)], engine.new_cache(1, count))
+        return lambda engine: Rows(engine).next_logits([fresh(engine, count)])
 
     return prepare
 

@@ -68,7 +68,8 @@ def continue_one(path: Path, backend: str) -> dict[str, Any]:
     else:
         import torch
 
-        from glassllama.weights.load import TorchExecutor, load_llama
+        from glassllama.weights.load import load_llama
+        from glassllama.weights.torch_executor import TorchExecutor
 
         executor = TorchExecutor(load_llama(checkpoint, dtype=torch.float32))
     load_s = time.perf_counter() - start

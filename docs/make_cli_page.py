@@ -1,4 +1,4 @@
-"""Write docs/cli.md: the help page of every verb, as the program prints it.
+"""Write docs/cli.md: the help page of every verb.
 
 python docs/make_cli_page.py          (a test fails while the page is stale)
 """
@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 HEAD = """# The command line
 
 Answers go to stdout; notes, progress and errors to stderr, errors as one line. With `--json` the
-answer is one line of JSON. Exit codes: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C, 141 nobody reads
-the output, 143 SIGTERM. `python -m glassllama` is the same program.
+answer is one line of JSON. Exit codes: 0 success, 1 error, 2 wrong usage, 130 Ctrl-C, 141 closed
+output pipe, 143 SIGTERM. `python -m glassllama` is the same program.
 """
 
 

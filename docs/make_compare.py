@@ -1,4 +1,4 @@
-"""Write docs/compare.md: what changed from LLaMA to Llama 3.3, drawn from our own presets.
+"""Write docs/compare.md: what changed from LLaMA to Llama 3.3, from docs/llama_generations.py.
 
 python docs/make_compare.py          (a test fails while the page is stale)
 """
@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig, kv_bytes
-from glassllama.weights.presets import GENERATIONS, Generation, parameters, weight_bytes
+from llama_generations import GENERATIONS, Generation, parameters, weight_bytes
 
 PAGE = Path(__file__).parent / "compare.md"
 GB, KIB = 1e9, 1024
@@ -18,77 +18,77 @@ STORED = ("BF16", "Q8_0", "Q4_0")
 
 HEAD = """# From LLaMA to Llama 3.3: what changed
 
-All of them are one architecture: RMSNorm before each half of a layer, rotary positions, SwiGLU, no
-biases. One file computes them all, [`models/llama.py`](../src/glassllama/models/llama.py); what
-differs is configuration. This page is drawn from the table in
-[`weights/presets.py`](../src/glassllama/weights/presets.py) by `python docs/make_compare.py`.
+All of them have the same architecture: RMSNorm before attention and before the feed-forward
+network, rotary positions, SwiGLU, no biases. One file computes them all,
+[`models/llama.py`](../src/glassllama/models/llama.py); only their configurations differ. This page
+is written by `python docs/make_compare.py` from the table in
+[`llama_generations.py`](llama_generations.py).
 
 ## From generation to generation
 
-**Bold** is what differs from the generation to its left. Of Llama 3.2 only the text models are
-meant; 3.3 was published as a chat model only.
+**Bold**: different from the generation to its left. Llama 3.2 stands for its text models; 3.3 was
+published as a chat model only.
 """
 
 READING = """
-How to read it:
+Notes:
 
-- **Tokenizer.** Llama 3 left SentencePiece's 32,000 pieces for 128,000 byte-level pieces and 256
-  special tokens. The same English text takes fewer tokens: on Meta's sample a token carries 3.94
-  characters instead of 3.17 (*The Llama 3 Herd of Models*, section 3.2). The price is in the
-  embedding and output matrices, which are four times as tall: {share} of Llama 3 8B's parameters
-  are in these two.
-- **GQA.** With grouped queries several query heads share one key and value head. The cache of keys
-  and values shrinks by that factor: LLaMA 65B and Llama 2 70B both have 80 layers of 64 heads, and
-  the second needs an eighth of the first's cache (last table). Llama 2 has it in its 70B model only
-  (and in a 34B model that its paper describes and Meta did not publish); since Llama 3 every model
-  has 8 key/value heads.
-- **Context, theta, scaling.** The slow rotations of RoPE tell far positions apart. LLaMA and
-  Llama 2 turn with RoPE's original base of 10,000. Llama 3 slows the rotations with a base of
-  500,000, to support longer contexts (*Herd of Models*, section 3.2). Llama 3.1 goes on to 131,072
-  tokens by dividing the slow rotations by 8 and leaving the fast ones alone, and by training on
-  longer and longer texts (section 3.4.2); the small models of 3.2 divide by 32. A reader that
-  ignores the scaling is right on short prompts and goes wrong on long ones, without any sign. The
-  rule is `Llama3Scaling` in [`base/config.py`](../src/glassllama/base/config.py).
-- **Tying.** The 1B and 3B models use one matrix as embedding and output: at 128,256 tokens a second
-  one would add {untied} of their size.
-- **What did not change:** from Llama 3 to 3.1 to 3.3 the 70B model has the same sizes. What is new
-  between them, apart from the scaling, is in the numbers of the weights, not in the code.
+- **Tokenizer.** Llama 3 replaced the 32,000 pieces of SentencePiece by 128,000 byte-level tokens
+  and 256 special tokens. The same English text needs fewer tokens: on Meta's sample a token has
+  3.94 characters instead of 3.17 (*The Llama 3 Herd of Models*, section 3.2). In return the
+  embedding and output matrices have four times as many rows: they contain {share} of the parameters
+  of Llama 3 8B.
+- **GQA.** With grouped queries several query heads share one key/value head. The KV cache becomes
+  smaller by that factor: LLaMA 65B and Llama 2 70B both have 80 layers of 64 heads, and the second
+  needs an eighth of the cache (last table). In Llama 2 only the 70B model has it (and a 34B model
+  that the paper describes and Meta did not publish). Since Llama 3 every model has 8 key/value
+  heads.
+- **Context, theta, scaling.** Slow rotations of RoPE distinguish positions that are far apart.
+  LLaMA and Llama 2 use the original base of 10,000. Llama 3 makes the rotations slower with a base
+  of 500,000, for longer contexts (*Herd of Models*, section 3.2). Llama 3.1 extends the context to
+  131,072 tokens: it divides the slow rotations by 8, leaves the fast ones unchanged, and was
+  trained on longer and longer texts (section 3.4.2). The small models of 3.2 divide by 32. A
+  program that ignores the scaling is right on short prompts and wrong on long ones, without any
+  error. The rule is `Llama3Scaling` in [`base/config.py`](../src/glassllama/base/config.py).
+- **Tying.** The 1B and 3B models use one matrix as embedding and output: with 128,256 tokens a
+  second one would add {untied} of their size.
+- **What did not change.** The 70B model has the same sizes in Llama 3, 3.1 and 3.3. Apart from the
+  scaling, only the weights are new.
 """
 
 SIZES_HEAD = """
 ## Every model
 
-C is the width of the residual stream, H query heads, K key/value heads, D the width of a head, F of
-the feed-forward layer. Parameters are counted from the configuration.
+C: width of the residual stream; H: query heads; K: key/value heads; D: width of a head; F: width of
+the feed-forward network. Parameters are counted from the configuration.
 
 """
 
 MEMORY_HEAD = """
-## What it takes to run them
+## Memory
 
-The cache is that of one conversation in 16 bits: 2 · layers · K · D · 2 bytes for every token.
-Weights are in GB (10⁹ bytes): all matrices in the format named, norms in float32 beside blocks
-(Q8_0: 34 bytes for 32 numbers, Q4_0: 18). Real GGUF files often keep a matrix or two in a richer
-format and are a little larger.
+The KV cache is that of one conversation in 16 bits: 2 · layers · K · D · 2 bytes per token. Weights
+are in GB (10⁹ bytes), with all matrices in the named format; beside block types norms are float32
+(Q8_0: 34 bytes for 32 numbers, Q4_0: 18). Real GGUF files often store one or two matrices with more
+bits and are a little larger.
 
 """
 
 MEMORY_READING = """
-Llama 3 8B has more parameters than LLaMA 7B and needs a quarter of its cache per token. At a full
+Llama 3 8B has more parameters than LLaMA 7B and needs a quarter of its cache per token. With a full
 context of 131,072 tokens the cache of Llama 3.1 8B is larger than its bfloat16 weights: the memory
-of a long conversation is a question of K and of the context, not of parameters. Whether a model
-fits *this* machine, and how to run it where it does not, says
-[`weights/memory.py`](../src/glassllama/weights/memory.py).
+of a long conversation depends on K and the context, not on the number of parameters.
+`glassllama show MODEL` prints whether a model fits into the memory of this machine.
 """
 
 SOURCES_HEAD = """
 ## Sources
 
-Sizes, context and heads are those of the papers and model cards below. The epsilon of the norms and
-the scaling's factors stand in the configuration files that were published with the weights, the
-base of 10,000 in Meta's code for the first two generations. Tests compare the table of Llama 3 and
-later with Meta's own list of models (the `llama-models` package), and all parameter counts with
-transformers' models of these shapes.
+Sizes, contexts and heads are from the papers and model cards below. The epsilon of the norms and
+the factors of the scaling are from the configuration files that were published with the weights,
+the base of 10,000 from Meta's code of the first two generations. Tests compare the table of Llama 3
+and later with Meta's own list of models (the `llama-models` package), and all parameter counts with
+models of these shapes in transformers.
 
 """
 
@@ -100,7 +100,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "--:"
 
 
 def kv_heads(generation: Generation) -> str:
-    """Which of its models group their queries, and how."""
+    """Which of its models have grouped queries, and their key/value heads."""
     configs = {size: generation.config(size) for size in generation.models}
     grouped = [size for size, config in configs.items() if config.group_size > 1]
     if not grouped:
@@ -135,7 +135,7 @@ PROPERTIES: dict[str, Callable[[Generation], str]] = {
 
 
 def generations() -> str:
-    """One column a generation; what is new in it is bold."""
+    """The first table: one column for each generation, changes in bold."""
     rows = []
     for name, value in PROPERTIES.items():
         cells = [value(generation) for generation in GENERATIONS]
@@ -160,9 +160,9 @@ def memory() -> str:
     rows = []
     for name, c in models():
         cache = [f"{kv_bytes(c, 2) / KIB:,.0f} KiB", f"{c.max_seq_len * kv_bytes(c, 2) / GB:.1f}"]
-        weights = [f"{weight_bytes(c, kind) / GB:.1f}" for kind in STORED]
+        weights = [f"{weight_bytes(c, dtype) / GB:.1f}" for dtype in STORED]
         rows.append([name, *cache, *weights])
-    weights_in = [f"weights in {kind}" for kind in STORED]
+    weights_in = [f"weights in {dtype}" for dtype in STORED]
     return table(["model", "cache per token", "cache, full context (GB)", *weights_in], rows)
 
 

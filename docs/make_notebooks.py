@@ -1,9 +1,9 @@
-"""Run the notebooks and write them with their results: FOLDER/NAME.ipynb and FOLDER/NAME.html.
+"""Run the notebooks and write them with their results: FOLDER/NAME.ipynb and NAME.html.
 
 python docs/make_notebooks.py [FOLDER] [--model PATH]          (FOLDER: build/notebooks)
 
-A kernel of its own runs every cell. A cell that ends in an error, a failed check among them, ends
-this with exit code 1. `--model` is put in place of the one path that a reader would change.
+A Jupyter kernel runs every cell. If a cell raises an error, also by a failed check, the exit code
+is 1. `--model` replaces the path in the line `MODEL = …` of the notebook.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 300  # for one cell, at most
+SECONDS = 300  # at most, for one cell
 MODEL = re.compile(r'^MODEL = ".*"$', re.MULTILINE)
 
 
-def opened(source: Path, model: str | None) -> nbformat.NotebookNode:
+def read_notebook(source: Path, model: str | None) -> nbformat.NotebookNode:
     text = source.read_text(encoding="utf-8")
     if model is not None:
         text, changed = MODEL.subn(lambda _: f"MODEL = {model!r}", text)
@@ -33,7 +33,7 @@ def opened(source: Path, model: str | None) -> nbformat.NotebookNode:
 
 
 def make(source: Path, folder: Path, model: str | None) -> None:
-    notebook = opened(source, model)
+    notebook = read_notebook(source, model)
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute()
     notebook.metadata["title"] = "One prompt through a real Llama"
     nbformat.write(notebook, folder / f"{source.stem}.ipynb")

@@ -1,4 +1,4 @@
-"""Write docs/terminal.svg: real questions, asked and answered in a terminal of 84 columns.
+"""Write docs/terminal.svg: two commands and their output in a terminal of 84 columns.
 
 python docs/make_picture.py
 """
@@ -19,7 +19,7 @@ COMMANDS = (
     'chat "What is the capital of France, and what is it known for?" -t 0',
     'next "The capital of France is" -k 4',
 )
-WEB_FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # the picture must not load anything
+WEB_FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # pictures load nothing from the network
 
 
 def picture() -> str:

@@ -1,8 +1,8 @@
-"""Take pictures of the explorer in Chromium, to be looked at: wide, dark, and as on a phone.
+"""Take pictures of the page of the walkthrough in Chromium: wide, dark, and on a phone.
 
-python docs/make_screenshots.py PAGE.html FOLDER          (PAGE.html: of walkthrough --html)
+python docs/make_screenshots.py PAGE.html FOLDER          (PAGE.html: from walkthrough --html)
 
-Needs chromium, chromedriver and selenium. Prints how long each step took to be drawn.
+Needs chromium, chromedriver and selenium. Prints the time in which each step is drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from selenium.webdriver.chrome.service import Service
 
 WINDOWS = {"wide": (1200, 900, "light"), "dark": (1200, 900, "dark"), "phone": (360, 740, "light")}
 TALLEST = 2600  # pixels
-# Draws a step and forces the browser to lay it out -> milliseconds, and the height of the page.
+# Draws a step and forces a layout -> milliseconds, height of the page.
 DRAW = """
 const before = performance.now();
 document.querySelector(`[data-step='${arguments[0]}']`).click();
@@ -40,14 +40,14 @@ def resize(driver: Chrome, width: int, height: int) -> None:
 
 def photograph(driver: Chrome, page: Path, folder: Path, name: str) -> None:
     width, height, scheme = WINDOWS[name]
-    colours = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", colours)
+    colors = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", colors)
     resize(driver, width, height)
     driver.get(page.absolute().as_uri())
     for step in range(len(driver.find_elements("css selector", "[data-step]"))):
         taken, full = driver.execute_script(DRAW, step)
         resize(driver, width, min(full, TALLEST))
-        driver.execute_async_script("setTimeout(arguments[0], 500)")  # hands turn, bars grow
+        driver.execute_async_script("setTimeout(arguments[0], 500)")  # animations end
         driver.save_screenshot(str(folder / f"{name}-{step:02}.png"))
         resize(driver, width, height)
         print(f"{name} {step:2}: {taken:4.0f} ms")

@@ -91,7 +91,7 @@ def shakespeare() -> Path:
 
 
 class Parity:
-    """What was measured against an independent implementation, claim by claim."""
+    """Records a difference to an independent implementation for docs/parity.md."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self.request = request
@@ -122,13 +122,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def parity_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line a claim: the worst of all its tests."""
+    """A Markdown table with one row for each claim: the largest difference of its tests."""
     worst: dict[tuple[str, str, float], tuple[float, int]] = {}
     for row in rows:
         key = (row["claim"], row["oracle"], row["bar"])
         value, count = worst.get(key, (0.0, 0))
         worst[key] = (max(value, row["measured"]), count + 1)
-    lines = ["| claim | oracle | bar | measured, worst | tests |", "|---|---|--:|--:|--:|"]
+    lines = ["| compared | with | allowed | largest difference | tests |", "|---|---|--:|--:|--:|"]
     for (claim, oracle, bar), (value, count) in sorted(worst.items()):
         allowed = f"{bar:g}" if bar else "identical"
         found = f"{value:.2g}" if bar else "different" if value else "identical"
@@ -136,10 +136,11 @@ def parity_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARITY_HEAD = """# Parity: how close to whom
+PARITY_HEAD = """# Accuracy
 
-Written by the tests (`make parity`): each line is a claim, the independent implementation it was
-checked against, the bar, and the worst that any test measured.
+Written by the tests (`make parity`). Each row is a comparison with an independent implementation:
+the difference that is allowed, and the largest one that any of the tests found. Differences of
+logits are shares of the largest logit; tests/tolerances.py derives the allowed ones.
 
 """
 

@@ -19,17 +19,24 @@ from numpy.typing import NDArray
 
 from glassllama import hub
 from glassllama.base.errors import GenerationError, MissingExtraError, named, quoted
-from glassllama.base.interfaces import Cache, CacheType, Executor, Progress, Tokenizer
+from glassllama.base.interfaces import (
+    CacheType,
+    Executor,
+    Progress,
+    Tokenizer,
+    checked_ids,
+    logits_of_text,
+)
 from glassllama.generation import (
     FinishReason,
     Generation,
     GenerationSettings,
     Overflow,
-    Step,
+    Request,
+    Scheduler,
     Timings,
+    TokenEvent,
     TokenLogprob,
-    checked_ids,
-    generate,
     make_sampler,
 )
 from glassllama.tokenizers.bpe import prompt_ids, written_in
@@ -119,14 +126,14 @@ class Answer:
     finish_reason: FinishReason = "length"
     dropped_tokens: int = 0
 
-    def add(self, step: Step) -> str:
-        """Take in one step -> the text that has become certain."""
-        self.ids.append(step.id)
-        self.dropped_tokens = step.dropped_tokens
-        if step.logprob is not None:
-            self.logprobs.append(StepLogprobs(step.id, step.logprob, step.top))
-        ended = step.finish_reason
-        shown = self.stops.push("" if ended == "stop" else self.decoder.push(step.id))
+    def add(self, event: TokenEvent) -> str:
+        """Take in one id -> the text that has become certain."""
+        self.ids.append(event.id)
+        self.dropped_tokens = event.dropped_tokens
+        if event.logprob is not None:
+            self.logprobs.append(StepLogprobs(event.id, event.logprob, event.top))
+        ended = event.finish_reason
+        shown = self.stops.push("" if ended == "stop" else self.decoder.push(event.id))
         if ended is not None:
             self.finish_reason = ended
             shown += self.stops.push(self.decoder.finish()) + self.stops.finish()
@@ -172,8 +179,10 @@ class TextStream(Iterator[str]):
 class LLM:
     """A loaded model with its tokenizer. Holds no conversation: every call is on its own.
 
-    The engine's keys and values of the latest chat stay in memory until the next one has begun, so
-    that a conversation's next turn reads only what is new; answers are the same to the bit.
+    All requests share one scheduler, so that those of several threads are computed together. The
+    engine's keys and values of the latest chat stay in memory until the next one has ended, so that
+    a conversation's next turn reads only what is new; answers are the same to the bit. `close()`
+    ends the engine's threads; so does leaving a `with` block.
     """
 
     name: str
@@ -182,7 +191,22 @@ class LLM:
     backend: Literal["engine", "torch"]
     load_seconds: float
     notes: list[str]
-    _latest_chat: list[Cache] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's threads and let go of the files. Further calls raise GenerationError."""
+        self.executor.close()
+        self.checkpoint.close()
+
+    @cached_property
+    def scheduler(self) -> Scheduler:
+        """What runs this model's requests."""
+        return Scheduler(self.executor)
 
     @property
     def path(self) -> Path:
@@ -287,11 +311,11 @@ class LLM:
         """Continue several prompts side by side: each as it would be continued alone."""
         prompts = listed("prompts", prompts, "a list of texts or of ids")
         generation, answers = self._begin(prompts, options, None, continues=True)
-        for step in generation:
-            answer = answers[step.row]
-            answer.add(step)
+        for event in generation:
+            answer = answers[event.row]
+            answer.add(event)
             if answer.stops.matched is not None:
-                generation.cancel(step.row)
+                generation.cancel(event.row)
         with_logprobs = options.get("logprobs") is not None
         return [answer.completion(generation.timings, with_logprobs) for answer in answers]
 
@@ -299,7 +323,7 @@ class LLM:
         """(T,) ids -> (T, V): how well every token would follow each of them."""
         given = listed("logits", ids, "a list of ids")
         ids = checked_ids("logits", given, self.executor.config.vocab_size)
-        return self.executor.all_logits(ids, self.executor.new_cache(1, len(ids)))
+        return logits_of_text(self.executor, ids)
 
     def _stream(
         self, prompt: Prompt, options: Options, progress: Progress | None, *, continues: bool
@@ -340,9 +364,13 @@ class LLM:
             Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
             for ids in rows
         ]
-        held = self._latest_chat if self.backend == "engine" and not continues else None
-        generation = generate(self.executor, rows, settings, progress=progress, held=held)
-        return generation, answers
+        requests = [
+            Request.new(self.executor, ids, settings, name=f"prompt {n}")
+            for n, ids in enumerate(rows)
+        ]
+        for request in requests:
+            request.keep = not continues  # a conversation goes on
+        return Generation(self.scheduler, requests, progress), answers
 
 
 def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:
@@ -408,7 +436,7 @@ def load(
     else:
         kept = "float32" if exact else dtype
         executor = torch_executor(checkpoint, device, kept, threads, load_progress, stream_layers)
-    checkpoint.notes.extend(getattr(executor, "notes", []))
+    checkpoint.notes.extend(executor.notes)
     return LLM(
         name=str(name),
         checkpoint=checkpoint,
@@ -432,7 +460,8 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import TorchExecutor, load_model, torch_device
+    from glassllama.weights.load import load_model, torch_device
+    from glassllama.weights.torch_executor import TorchExecutor
 
     if threads is not None:
         torch.set_num_threads(threads)

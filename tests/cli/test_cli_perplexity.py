@@ -17,9 +17,10 @@ from glassllama.generation.perplexity import passes, score
 from glassllama.llm import LLM
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
+from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import META_SHAPE, hf_model, write_hf
 
 IDS = np.random.default_rng(3).integers(2, META_SHAPE["vocab_size"], 83).tolist()

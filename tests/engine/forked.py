@@ -15,6 +15,7 @@ import warnings
 
 from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade
+from rows import Rows
 
 SECONDS = 60  # a child that takes longer hangs
 
@@ -31,7 +32,7 @@ def main(children: int) -> None:
 
     def work() -> None:
         while True:
-            engine.next_logits([ids], engine.new_cache(1, 200))
+            Rows(engine).next_logits([ids])
 
     wanted = answer()
     threading.Thread(target=work, daemon=True).start()

@@ -16,6 +16,7 @@ from glassllama.native.engine.kv_cache import bytes_per_token
 from glassllama.native.engine.kv_pages import FLOAT32, INT8, INT16, PAGE
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
 SHAPE = {
@@ -45,7 +46,7 @@ def alone(engine: Engine, ids: list[int]) -> Any:
     if text not in KNOWN:
         gc.collect()
         assert not engine._pages.root.children, "something of another test is still there"
-        KNOWN[text] = engine.next_logits([ids], engine.new_cache(1, len(ids)))[0]
+        KNOWN[text] = Rows(engine).next_logits([ids])[0]
     return KNOWN[text]
 
 
@@ -64,11 +65,11 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_sharing_changes_no_bit(engine: Engine, name: str) -> None:
     rows = BATCHES[name]
-    cache = engine.new_cache(len(rows), 700)
-    first = engine.next_logits(rows, cache)
+    cache = Rows(engine, len(rows))
+    first = cache.next_logits(rows)
     assert cache.lengths == [len(row) for row in rows]
     new = [[n + 1] for n in range(len(rows))]
-    second = engine.next_logits(new, cache)
+    second = cache.next_logits(new)
     del cache
     for row, ids in enumerate(rows):
         if ids:
@@ -77,10 +78,10 @@ def test_sharing_changes_no_bit(engine: Engine, name: str) -> None:
 
 
 def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
-    cache = engine.new_cache(5, 700)
-    engine.next_logits([SAME] * 5, cache)  # four whole pages and 44 tokens
+    cache = Rows(engine, 5)
+    cache.next_logits([SAME] * 5)  # four whole pages and 44 tokens
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
-    assert cache.cached_tokens == 4 * (len(SAME) - 1)
+    assert cache.reused == 4 * (len(SAME) - 1)
     assert cache.nbytes == (4 + 5) * page
     for row in range(1, 5):
         cache.truncate(row, 0)
@@ -92,22 +93,22 @@ def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
 @pytest.mark.parametrize("piece", [100, 128])
 def test_prompts_in_pieces_are_shared_all_along(engine: Engine, piece: int) -> None:
     """Each piece ends in an id that every row reads itself: its page then joins the others'."""
-    cache, logits = engine.new_cache(3, 700), None
+    cache, logits = Rows(engine, 3), None
     for start in range(0, 700, piece):
-        logits = engine.next_logits([IDS[start : start + piece]] * 3, cache)
+        logits = cache.next_logits([IDS[start : start + piece]] * 3)
     assert logits is not None
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
     assert cache.nbytes == (700 // PAGE + 3) * page
-    assert cache.cached_tokens == 2 * (700 - -(-700 // piece))  # all but the last of each piece
+    assert cache.reused == 2 * (700 - -(-700 // piece))  # all but the last of each piece
     del cache
     assert (logits == alone(engine, IDS)).all()
 
 
 def test_memory_is_given_back(engine: Engine) -> None:
-    cache, other = engine.new_cache(2, 700), engine.new_cache(1, 700)
-    engine.next_logits([SAME, SAME], cache)
-    engine.next_logits([SAME], other)
-    assert other.cached_tokens == len(SAME) - 1
+    cache, other = Rows(engine, 2), Rows(engine)
+    cache.next_logits([SAME, SAME])
+    other.next_logits([SAME])
+    assert other.reused == len(SAME) - 1
     pages = [page.memory for page in engine._pages.root.children]
     assert len(pages) == 1
     del cache
@@ -119,12 +120,12 @@ def test_memory_is_given_back(engine: Engine) -> None:
 
 
 def test_a_shared_page_is_copied_before_it_is_written(engine: Engine) -> None:
-    cache = engine.new_cache(2, 700)
-    engine.next_logits([SAME, SAME], cache)
+    cache = Rows(engine, 2)
+    cache.next_logits([SAME, SAME])
     cache.truncate(1, 100)  # within a page that row 0 goes on using
-    changed = engine.next_logits([[7], IDS[500:520]], cache)
+    changed = cache.next_logits([[7], IDS[500:520]])
     cache.truncate(0, 299)
-    again = engine.next_logits([[8], []], cache)
+    again = cache.next_logits([[8], []])
     del cache
     assert (changed[0] == alone(engine, [*SAME, 7])).all()
     assert (changed[1] == alone(engine, SAME[:100] + IDS[500:520])).all()
@@ -135,7 +136,7 @@ def test_random_histories(engine: Engine) -> None:
     """Feeding, forgetting and forking in any order: always the same as from scratch."""
     chance = np.random.default_rng(11)
     for _ in range(2):
-        cache, texts = engine.new_cache(3, 700), [[], [], []]
+        cache, texts = Rows(engine, 3), [[], [], []]
         checks: list[tuple[list[int], Any]] = []
         for _ in range(8):
             news = []
@@ -147,7 +148,7 @@ def test_random_histories(engine: Engine) -> None:
                 source = texts[chance.integers(0, 3)] if chance.random() < 0.5 else IDS
                 start, count = len(text), int(chance.integers(1, 130))
                 news.append((source[start:] or IDS[start:])[:count])
-            logits = engine.next_logits(news, cache)
+            logits = cache.next_logits(news)
             for text, new, out in zip(texts, news, logits, strict=True):
                 text += new
                 checks.append(([*text], out))
@@ -158,19 +159,20 @@ def test_random_histories(engine: Engine) -> None:
 
 
 def test_all_logits_and_perplexity_recall_nothing(engine: Engine) -> None:
-    held = engine.new_cache(1, 200)
-    whole = engine.all_logits(IDS[:150], held)
-    cache = engine.new_cache(1, 200)
-    assert (engine.all_logits(IDS[:150], cache) == whole).all()
-    assert cache.cached_tokens == 0
+    held = Rows(engine)
+    whole = held.all_logits(IDS[:150])
+    cache = Rows(engine)
+    assert (cache.all_logits(IDS[:150]) == whole).all()
+    assert cache.reused == 0
 
 
 def test_a_refused_call_leaves_the_cache_as_it_was(engine: Engine) -> None:
-    cache = engine.new_cache(2, 100)
-    engine.next_logits([IDS[:90], IDS[:90]], cache)
-    for rows, words in (([[1], [1] * 11], "101 tokens"), ([[1], [999]], "got 999")):
+    cache = Rows(engine, 2)
+    cache.next_logits([IDS[:90], IDS[:90]])
+    longest = engine.config.max_seq_len
+    for rows, words in (([[1], [1] * longest], "context full"), ([[1], [999]], "id 999")):
         with pytest.raises(GenerationError, match=words):
-            engine.next_logits(rows, cache)
+            cache.next_logits(rows)
         assert cache.lengths == [90, 90]
 
 
@@ -189,7 +191,7 @@ def test_integers_differ_a_little(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.F32)
     checkpoint = open_checkpoint(path)
     exact, int16, int8 = (
-        e.all_logits(IDS[:200], e.new_cache(1, 200))
+        Rows(e).all_logits(IDS[:200])
         for e in (pack(checkpoint, exact=True), pack(checkpoint), pack(checkpoint, cache="int8"))
     )
     errors = [np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() for ours in (int16, int8)]

@@ -27,12 +27,13 @@ from tolerances import eight_bit_bar, spread_apart
 SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
 ANSWER = """
 import sys
+from glassllama.base.interfaces import logits_of_text
 import numpy as np
 from glassllama.native.engine.dispatch import tier
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
 engine = pack(open_checkpoint(sys.argv[1]))
-np.save(sys.argv[2], engine.all_logits([5, 99, 3, 7, 11], engine.new_cache(1, 5)))
+np.save(sys.argv[2], logits_of_text(engine, [5, 99, 3, 7, 11]))
 print(tier(), *engine.notes, sep="\\n")
 """
 

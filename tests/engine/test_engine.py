@@ -14,9 +14,11 @@ import torch
 
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.native.engine.executor import CHUNKS, Engine
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
+from glassllama.weights.torch_executor import TorchExecutor
+from rows import Rows
 from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import (
     assert_logits,
@@ -52,7 +54,7 @@ def engine(quantised: Checkpoint) -> Engine:
 
 
 def logits(engine: Any, ids: list[int]) -> Any:
-    return engine.all_logits(ids, engine.new_cache(1, len(ids)))
+    return Rows(engine).all_logits(ids)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -101,25 +103,25 @@ def test_qk_norm(tiny: Checkpoint) -> None:
 
 @pytest.mark.parametrize("pieces", [[290], [1] * 290, [7, 64, 1, 65, 153], [257, 33]])
 def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[int]) -> None:
-    cache, parts, past = engine.new_cache(1, 290), [], 0
+    cache, parts, past = Rows(engine), [], 0
     for count in pieces:
-        parts.append(engine.all_logits(IDS[past : past + count], cache))
+        parts.append(cache.all_logits(IDS[past : past + count]))
         past += count
     assert (np.concatenate(parts) == logits(engine, IDS)).all()
 
 
 def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> None:
     rows = [IDS[:3], IDS, [], IDS[40:41], IDS[9:99]]
-    cache = engine.new_cache(len(rows), 300)
-    first = engine.next_logits(rows, cache)
+    cache = Rows(engine, len(rows))
+    first = cache.next_logits(rows)
     assert cache.lengths == [3, 290, 0, 1, 90]
-    second = engine.next_logits([[1], [], [2, 3], [4], [5]], cache)
+    second = cache.next_logits([[1], [], [2, 3], [4], [5]])
     for row, (new, more) in enumerate(zip(rows, [[1], [], [2, 3], [4], [5]], strict=True)):
-        alone = engine.new_cache(1, 300)
+        alone = Rows(engine)
         if new:
-            assert (engine.next_logits([new], alone)[0] == first[row]).all()
+            assert (alone.next_logits([new])[0] == first[row]).all()
         if more:
-            assert (engine.next_logits([more], alone)[0] == second[row]).all()
+            assert (alone.next_logits([more])[0] == second[row]).all()
 
 
 def test_the_number_of_threads_changes_nothing(quantised: Checkpoint, engine: Engine) -> None:
@@ -135,29 +137,22 @@ def test_callers_at_once_do_not_disturb_each_other(engine: Engine) -> None:
 
 
 def test_truncate_forgets(engine: Engine) -> None:
-    cache = engine.new_cache(1, 300)
-    engine.next_logits([IDS], cache)
+    cache = Rows(engine)
+    cache.next_logits([IDS])
     cache.truncate(0, 70)
     assert cache.lengths == [70]
-    assert (engine.next_logits([IDS[70:80]], cache)[0] == logits(engine, IDS[:80])[-1]).all()
+    assert (cache.next_logits([IDS[70:80]])[0] == logits(engine, IDS[:80])[-1]).all()
     with pytest.raises(GenerationError, match="cannot keep 99"):
         cache.truncate(0, 99)
 
 
 @pytest.mark.parametrize("bad", [-1, 203, 2**40])
 def test_ids_of_another_vocabulary(engine: Engine, bad: int) -> None:
-    cache = engine.new_cache(1, 16)
-    engine.next_logits([[1, 2]], cache)
-    with pytest.raises(GenerationError, match=rf"between 0 and 202, got {bad}"):
-        engine.next_logits([[3, bad]], cache)
+    cache = Rows(engine)
+    cache.next_logits([[1, 2]])
+    with pytest.raises(GenerationError, match=rf"id {bad} at position 1 is outside"):
+        cache.next_logits([[3, bad]])
     assert cache.lengths == [2]
-
-
-def test_context_full(engine: Engine) -> None:
-    cache = engine.new_cache(2, 5)
-    with pytest.raises(GenerationError, match="6 tokens, the cache holds 5"):
-        engine.next_logits([[1], [1] * 6], cache)
-    assert cache.lengths == [0, 0]
 
 
 def test_more_threads_than_processors_is_said(quantised: Checkpoint) -> None:

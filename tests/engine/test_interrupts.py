@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError
-from glassllama.generation import GenerationSettings, generate
+from glassllama.generation import Generation, GenerationSettings, Request, Scheduler, generate
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.thread_pool import ASLEEP
 from handmade_engines import SMALL, handmade
 from interrupting import Interruption
 from long_mode import LONG
+from rows import Rows
 
 HERE = Path(__file__).parent
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 300)]
@@ -40,12 +41,12 @@ def engine() -> Engine:
 def history(engine: Engine, cache: Any) -> list[Callable[[], Any]]:
     """Calls that cross the borders of pages, share, copy, unite and cut them."""
     return [
-        lambda: engine.next_logits([IDS[:130], IDS[:130], IDS[:66]], cache),
-        lambda: engine.next_logits([[1], [1], IDS[66:130]], cache),
+        lambda: cache.next_logits([IDS[:130], IDS[:130], IDS[:66]]),
+        lambda: cache.next_logits([[1], [1], IDS[66:130]]),
         lambda: cache.truncate(1, 100),
-        lambda: engine.next_logits([[], IDS[100:129], [2]], cache),
+        lambda: cache.next_logits([[], IDS[100:129], [2]]),
         lambda: cache.truncate(0, 64),
-        lambda: engine.next_logits([IDS[200:202], [3], []], cache),
+        lambda: cache.next_logits([IDS[200:202], [3], []]),
     ]
 
 
@@ -55,18 +56,18 @@ def moments(first: int) -> range:
 
 def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> None:
     """And other caches that share its pages are as they were."""
-    other = engine.new_cache(1, 200)
-    engine.next_logits([IDS[:120]], other)
-    cache = engine.new_cache(3, 200)
+    other = Rows(engine)
+    other.next_logits([IDS[:120]])
+    cache = Rows(engine, 3)
     wanted = []
     for call in history(engine, cache):
         before = [*cache.lengths]
         wanted.append((call(), before, [*cache.lengths]))
-    neighbour = engine.next_logits([[9]], other)
+    neighbour = other.next_logits([[9]])
     other.truncate(0, 120)
     del cache
     for at in moments(1):
-        cache = engine.new_cache(3, 200)
+        cache = Rows(engine, 3)
         interruption = Interruption(at)
         for call, (logits, before, after) in zip(history(engine, cache), wanted, strict=True):
             try:
@@ -78,7 +79,7 @@ def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> N
                 fed = [n for n in range(3) if after[n] != before[n]]
                 assert (came[fed] == logits[fed]).all(), at
             assert cache.lengths == after
-        assert (engine.next_logits([[9]], other) == neighbour).all()
+        assert (other.next_logits([[9]]) == neighbour).all()
         other.truncate(0, 120)
         if not interruption.came:
             assert at > 1000
@@ -91,10 +92,12 @@ def test_interrupted_at_any_moment_of_generation_the_next_answer_is_the_same(
 ) -> None:
     prompt = IDS[:40] * 2
     settings = GenerationSettings(max_tokens=6, speculation=speculation)
-    held: list[Any] = []
+    scheduler = Scheduler(engine)
 
     def answer() -> list[int]:
-        return [step.id for step in generate(engine, [prompt], settings, held=held)]
+        request = Request.new(engine, prompt, settings)
+        request.keep = True
+        return [event.id for event in Generation(scheduler, [request])]
 
     wanted = answer()
     for at in moments(1):
@@ -117,9 +120,9 @@ def test_after_an_exception_a_generation_has_ended(engine: Engine) -> None:
 
 def test_no_python_runs_when_something_goes(engine: Engine) -> None:
     """A signal that came in a finalizer would be raised there, and lost."""
-    cache, own = engine.new_cache(2, 100), handmade()
-    engine.next_logits([IDS[:70], IDS[:70]], cache)
-    own.next_logits([[1]], own.new_cache(1, 2))
+    cache, own = Rows(engine, 2), handmade()
+    cache.next_logits([IDS[:70], IDS[:70]])
+    Rows(own).next_logits([[1]])
     steps = generate(engine, [IDS[:5]], GenerationSettings(max_tokens=6))
     next(steps)
     things, ran = [cache, own, steps], list[str]()
@@ -136,8 +139,8 @@ def test_no_python_runs_when_something_goes(engine: Engine) -> None:
 
 
 def test_memory_of_a_cache_that_goes_is_free_at_once(engine: Engine) -> None:
-    cache = engine.new_cache(1, 300)
-    engine.next_logits([IDS], cache)
+    cache = Rows(engine)
+    cache.next_logits([IDS])
     assert engine._pages.root.children
     del cache
     assert not [page for page in engine._pages.root.children if page.ids[:5] == IDS[:5]]
@@ -147,12 +150,12 @@ def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call that was interrupted goes on, and answers the same."""
-    wanted = engine.next_logits([IDS[:9]], engine.new_cache(1, 9))
-    other, run, errors = engine.new_cache(1, 9), engine._run, list[str]()
+    wanted = Rows(engine).next_logits([IDS[:9]])
+    other, run, errors = Rows(engine), engine._run, list[str]()
 
     def handler(*_: object) -> None:
         for call in (
-            lambda: engine.next_logits([[1]], other), lambda: engine.all_logits([1], other),
+            lambda: other.next_logits([[1]]), lambda: other.all_logits([1]),
             lambda: other.truncate(0, 0), lambda: next(steps),
         ):  # fmt: skip
             with pytest.raises(GenerationError) as error:
@@ -168,7 +171,7 @@ def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
     monkeypatch.setattr(engine, "_run", interrupted)
     try:
         first = next(steps)
-        assert (engine.next_logits([IDS[:9]], engine.new_cache(1, 9)) == wanted).all()
+        assert (Rows(engine).next_logits([IDS[:9]]) == wanted).all()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert first.id == wanted[0].argmax()
@@ -177,7 +180,7 @@ def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
 
 
 def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
-    wanted = engine.next_logits([IDS], engine.new_cache(1, 300))
+    wanted = Rows(engine).next_logits([IDS])
     if engine.threads > 1:
         block, word = engine._pool.control_block, ASLEEP + 8
         for _ in range(1000):
@@ -186,7 +189,7 @@ def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
             threading.Event().wait(0.02)
         assert block[word] == 1, "it does not sleep"
     for _ in range(3):
-        assert (engine.next_logits([IDS], engine.new_cache(1, 300)) == wanted).all()
+        assert (Rows(engine).next_logits([IDS]) == wanted).all()
 
 
 def child(script: str, *arguments: object, seconds: float) -> str:

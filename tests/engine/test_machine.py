@@ -15,6 +15,7 @@ from glassllama.native.engine.thread_pool import cgroup_quota
 from glassllama.native.jit import code_cache, compile
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
 SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
@@ -67,8 +68,8 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C arrives in the main thread as soon as a native call returns."""
-    cache = engine.new_cache(1, 500)
-    first = engine.next_logits([[1, 2, 3]], cache)
+    cache = Rows(engine)
+    first = cache.next_logits([[1, 2, 3]])
     run, calls = engine._run, 0
 
     def interrupted(*orders: Any) -> None:
@@ -80,17 +81,17 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
 
     monkeypatch.setattr(engine, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine.next_logits([list(range(100)) * 4], cache)
+        cache.next_logits([list(range(100)) * 4])
     monkeypatch.undo()
     assert cache.lengths == [3]
     cache.truncate(0, 0)
-    assert (engine.next_logits([[1, 2, 3]], cache) == first).all()
+    assert (cache.next_logits([[1, 2, 3]]) == first).all()
 
 
 def test_an_engine_that_is_not_used_any_more_takes_its_threads_along(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
     engine = pack(open_checkpoint(path))
-    engine.next_logits([[1]], engine.new_cache(1, 8))
+    Rows(engine).next_logits([[1]])
     workers: list[threading.Thread] = list(engine._pool.workers)
     assert len(workers) == engine.threads - 1
     del engine

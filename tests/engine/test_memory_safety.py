@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import GenerationError, WeightsError
+from glassllama.base.interfaces import NewTokens
 from glassllama.generation import GenerationSettings, generate
 from glassllama.native.engine.attention import SPAN
 from glassllama.native.engine.executor import Engine, Weights
 from glassllama.native.engine.workspace import FIRST_SPANS
 from handmade_engines import SMALL, handmade, weights
 from long_mode import LONG
+from rows import Rows
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 2100)]
+# Of two ways to the same float32 logits: 2 layers of about 10 products in a row, of at most 160.
+ROUNDINGS = 160 * 2 * 10 * np.finfo(np.float32).eps
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def engine() -> Engine:
 def torch_executor() -> Any:
 
     from glassllama.models.llama import Llama
-    from glassllama.weights.load import TorchExecutor
+    from glassllama.weights.torch_executor import TorchExecutor
 
     return TorchExecutor(Llama(SMALL).requires_grad_(False).eval())
 
@@ -42,67 +46,89 @@ def executor(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue("engine") if request.param == "engine" else torch_executor()
 
 
-@pytest.mark.parametrize("length", [2049, 8449, 10**9])
-def test_no_cache_is_longer_than_the_context(executor: Any, length: int) -> None:
-    with pytest.raises(GenerationError, match=f"{length} tokens.*context of 2048.*shorten"):
-        executor.new_cache(1, length)
-
-
-@pytest.mark.parametrize(
-    ("batch", "length"), [(0, 5), (-1, 5), (1, 0), (1, -3), (1.5, 5), (1, "9")]
-)
-def test_no_cache_has_no_rows_or_no_room(executor: Any, batch: Any, length: Any) -> None:
-    with pytest.raises(GenerationError, match="must be a whole number from 1"):
-        executor.new_cache(batch, length)
-
-
-def test_ids_beyond_the_caches_room_are_refused(executor: Any) -> None:
-    cache = executor.new_cache(1, 2048)
-    with pytest.raises(GenerationError, match=r"2049 tokens.*holds 2048"):
-        executor.next_logits([IDS[:2049]], cache)
-    with pytest.raises(GenerationError, match=r"2049 tokens.*holds 2048"):
-        executor.all_logits(IDS[:2049], cache)
+def test_ids_beyond_the_context_are_refused(executor: Any) -> None:
+    cache = Rows(executor)
+    full = r"context full: 2049 tokens.*holds 2048; shorten"
+    with pytest.raises(GenerationError, match=full):
+        cache.next_logits([IDS[:2049]])
+    with pytest.raises(GenerationError, match=full):
+        cache.all_logits(IDS[:2049])
     assert cache.lengths == [0]
-    cache = executor.new_cache(1, 3)
-    executor.all_logits(IDS[:3], cache)
-    with pytest.raises(GenerationError, match=r"4 tokens.*holds 3"):
-        executor.next_logits([[1]], cache)
+    cache.all_logits(IDS[:2047])
+    cache.next_logits([[1]])
+    with pytest.raises(GenerationError, match=full):
+        cache.next_logits([[1]])
+    assert cache.lengths == [2048]
 
 
-def test_rows_and_ids_that_are_none(executor: Any) -> None:
-    """Rows without ids are left alone; too few or too many rows are refused."""
-    cache = executor.new_cache(2, 8)
-    assert executor.next_logits([[], []], cache).shape == (2, SMALL.vocab_size)
-    assert executor.all_logits([], executor.new_cache(1, 8)).shape == (0, SMALL.vocab_size)
-    for rows in ([], [[1]], [[1], [2], [3]]):
-        with pytest.raises(GenerationError, match=f"{len(rows)} rows of ids for a cache of 2"):
-            executor.next_logits(rows, cache)
+def test_batches_that_are_none(executor: Any) -> None:
+    """A sequence without new ids, one twice, and one that is not in the cache are refused."""
+    cache = Rows(executor, 2)
+    sequence, other = cache.sequences
+    assert executor.forward([], cache.cache).shape == (0, SMALL.vocab_size)
+    for batch, message in (
+        ([NewTokens(sequence, [])], "no ids"),
+        ([NewTokens(sequence, [1]), NewTokens(sequence, [2])], "twice in one batch"),
+        ([NewTokens(other, [1]), NewTokens(99, [2])], "no sequence 99"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            executor.forward(batch, cache.cache)
     assert cache.lengths == [0, 0]
 
 
+def test_sequences_come_and_go(executor: Any) -> None:
+    """Logits are those of a sequence alone, whatever was added, forked and removed before."""
+    cache = executor.new_cache()
+    first, second = cache.add(), cache.add()
+    executor.forward([NewTokens(first, IDS[:70]), NewTokens(second, IDS[70:150])], cache)
+    fork = cache.fork(first)
+    cache.remove(second)
+    with pytest.raises(GenerationError, match=f"no sequence {second}"):
+        cache.length(second)
+    third = cache.add()
+    assert (cache.length(fork), cache.length(third)) == (70, 0)
+    new = {first: IDS[200:203], fork: IDS[300:301], third: IDS[:90]}
+    logits = executor.forward([NewTokens(*item) for item in new.items()], cache)
+    texts = [IDS[:70] + IDS[200:203], IDS[:70] + IDS[300:301], IDS[:90]]
+    for text, row in zip(texts, logits, strict=True):
+        alone = executor.forward([NewTokens((c := executor.new_cache()).add(), text)], c)
+        difference = np.abs(row - alone[0]).max()
+        slack = 0 if executor.capabilities.batch_invariant else ROUNDINGS * np.abs(alone).max()
+        assert difference <= slack
+    cache.rewind(fork, 3)
+    assert cache.length(first) == 73
+    with pytest.raises(GenerationError, match="has 3 tokens"):
+        cache.rewind(fork, 4)
+
+
 def test_a_cache_of_another_model_is_refused(engine: Engine) -> None:
-    other = handmade(replace(SMALL, n_layers=1))
-    torch = torch_executor()
-    for executor, cache in (
-        (engine, other.new_cache(1, 8)), (engine, torch.new_cache(1, 8)),
-        (torch, engine.new_cache(1, 8)),
-    ):  # fmt: skip
+    other, torch = handmade(replace(SMALL, n_layers=1)), torch_executor()
+    for executor, foreign in ((engine, other), (engine, torch), (torch, engine)):
+        cache = foreign.new_cache()
         with pytest.raises(GenerationError, match="cache of another executor"):
-            executor.next_logits([[1]], cache)
-        with pytest.raises(GenerationError, match="cache of another executor"):
-            executor.all_logits([1], cache)
+            executor.forward([NewTokens(cache.add(), [1])], cache)
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = handmade()
+    cache = Rows(engine)
+    cache.next_logits([[1]])
+    engine.close()
+    engine.close()
+    with pytest.raises(GenerationError, match="closed"):
+        cache.next_logits([[2]])
 
 
 @pytest.mark.parametrize("id", [1.5, "3", None, 2.0])
 def test_ids_are_whole_numbers(engine: Engine, id: Any) -> None:
-    with pytest.raises(GenerationError, match="whole numbers"):
-        engine.next_logits([[id]], engine.new_cache(1, 8))
+    with pytest.raises(GenerationError, match="whole number"):
+        Rows(engine).next_logits([[id]])
 
 
 def test_ids_of_numpy_are_ids(engine: Engine) -> None:
     array = np.array(IDS[:9], np.uint32)
-    fed = engine.next_logits([array], engine.new_cache(1, 9))
-    assert (fed == engine.next_logits([IDS[:9]], engine.new_cache(1, 9))).all()
+    fed = Rows(engine).next_logits([array])
+    assert (fed == Rows(engine).next_logits([IDS[:9]])).all()
 
 
 def test_generation_is_refused_beyond_the_context(executor: Any) -> None:
@@ -116,10 +142,10 @@ def test_generation_is_refused_beyond_the_context(executor: Any) -> None:
 @pytest.mark.parametrize("length", [SPAN - 1, SPAN, SPAN + 1, FIRST_SPANS * SPAN + 1, 2048])
 def test_spans_find_room_as_the_row_grows(engine: Engine, length: int) -> None:
     """A single token looks at all spans: as the same token among others, to the bit."""
-    cache = engine.new_cache(1, length)
-    engine.next_logits([IDS[: length - 1]], cache)
-    alone = engine.next_logits([IDS[length - 1 : length]], cache)[0]
-    assert (alone == engine.all_logits(IDS[:length], engine.new_cache(1, length))[-1]).all()
+    cache = Rows(engine)
+    cache.next_logits([IDS[: length - 1]])
+    alone = cache.next_logits([IDS[length - 1 : length]])[0]
+    assert (alone == Rows(engine).all_logits(IDS[:length])[-1]).all()
 
 
 def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
@@ -130,7 +156,7 @@ def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
         tracemalloc.start()
         try:
             engine = Engine(replace(SMALL, max_seq_len=context), packed)
-            engine.next_logits([[1, 2, 3]], engine.new_cache(1, context))
+            Rows(engine).next_logits([[1, 2, 3]])
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

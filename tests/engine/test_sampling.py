@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from glassllama.base.errors import GenerationError
 from glassllama.generation.sampler import Presence, Repetition, Sampler, SamplerState, make_sampler
 from glassllama.native.engine.sampling import BLOCK, NativeSampler, SamplerParams
+from rows import Rows
 
 HUGE = float(np.finfo(np.float32).max)
 SETTINGS: list[dict[str, Any]] = [
@@ -158,8 +159,8 @@ def test_a_model_samples_natively_and_alike(default_model: Path) -> None:
         sampling = make_sampler(**options, seed=5).start(
             prompt := llm.encode_chat("Name three fruits."), llm.tokenizer.vocab_size
         )
-        cache, fed, plain = llm.executor.new_cache(1, 200), prompt, []
+        cache, fed, plain = Rows(llm.executor), prompt, []
         while len(plain) < len(ids):
-            plain.append(sampling.choose(llm.executor.next_logits([fed], cache)[0]))
+            plain.append(sampling.choose(cache.next_logits([fed])[0]))
             fed = plain[-1:]
         assert plain == ids

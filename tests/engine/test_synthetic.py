@@ -15,9 +15,11 @@ import torch
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
 from glassllama.generation import GenerationSettings, generate, make_sampler
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
+from glassllama.weights.torch_executor import TorchExecutor
+from rows import Rows
 from synthetic_models import synthetic_module, widened_module
 from tolerances import assert_logits, eight_bit_error, spread_apart
 
@@ -36,7 +38,7 @@ def synthetic() -> ModuleType:
 
 
 def logits(executor: Any) -> Any:
-    return executor.all_logits(IDS, executor.new_cache(1, len(IDS)))
+    return Rows(executor).all_logits(IDS)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_K", "Q6_K", "Q5_0", "Q8_0"])
@@ -75,13 +77,13 @@ def test_k_quants_are_the_same_to_the_bit_in_any_pieces(
     whole = logits(engine)
     assert (logits(pack(checkpoint, threads=1)) == whole).all()
     for pieces in ([1] * 40, [3, 5, 2, 4, 9, 17], [33, 7]):
-        cache, parts, past = engine.new_cache(1, 40), [], 0
+        cache, parts, past = Rows(engine), [], 0
         for count in pieces:
-            parts.append(engine.all_logits(IDS[past : past + count], cache))
+            parts.append(cache.all_logits(IDS[past : past + count]))
             past += count
         assert (np.concatenate(parts) == whole).all()
     rows = [IDS, IDS[:1], IDS[:18], IDS[:6]]
-    together = engine.next_logits(rows, engine.new_cache(len(rows), 40))
+    together = Rows(engine, len(rows)).next_logits(rows)
     assert (together == whole[[len(ids) - 1 for ids in rows]]).all()
 
 

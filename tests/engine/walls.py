@@ -19,6 +19,7 @@ from glassllama.native.engine import workspace as workspace_module
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.layout import zeros as plain_zeros
 from handmade_engines import SMALL, handmade, walled, walled_engine
+from rows import Rows
 
 NARROW = replace(SMALL, dim=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=33)
 WIDE = replace(SMALL, n_heads=9, n_kv_heads=3, head_dim=64, rope_layout="interleaved")
@@ -50,25 +51,25 @@ def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None
 
     what = chance.choice(["new", "feed", "feed", "feed", "truncate", "all", "generate", "refused"])
     if what == "new" or not caches:
-        caches.append(engine.new_cache(int(chance.integers(1, 5)), context))
+        caches.append(Rows(engine, int(chance.integers(1, 5))))
         del caches[:-3]
         return
     cache = caches[chance.integers(0, len(caches))]
     if what == "feed":
-        rows = [ids(int(chance.choice([0, *LENGTHS]))) for _ in range(cache.batch)]
+        rows = [ids(int(chance.choice([0, *LENGTHS]))) for _ in range(len(cache.lengths))]
         if chance.random() < 0.4:
-            rows = [rows[0]] * cache.batch
+            rows = [rows[0]] * len(cache.lengths)
         longest = max(n + len(row) for n, row in zip(cache.lengths, rows, strict=True))
         if longest > context:
             caches.clear()
         else:
-            engine.next_logits(rows, cache)
+            cache.next_logits(rows)
     elif what == "truncate":
-        row = int(chance.integers(0, cache.batch))
+        row = int(chance.integers(0, len(cache.lengths)))
         cache.truncate(row, int(chance.integers(0, cache.lengths[row] + 1)))
     elif what == "all":
         count = int(chance.choice(LENGTHS))
-        logits = engine.all_logits(ids(count), engine.new_cache(1, count))
+        logits = Rows(engine).all_logits(ids(count))
         assert logits.shape == (count, vocab)
         assert np.isfinite(logits).all()
     elif what == "generate":
@@ -85,10 +86,9 @@ def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None
 def refused(engine: Engine, cache: Any, ids: Any) -> None:
     context = engine.config.max_seq_len
     for ask in (
-        lambda: engine.new_cache(1, 4 * context + 257),
-        lambda: engine.all_logits(ids(257), engine.new_cache(1, 256)),
-        lambda: engine.next_logits([ids(context + 1)] * cache.batch, cache),
-        lambda: engine.next_logits([[engine.config.vocab_size]] * cache.batch, cache),
+        lambda: Rows(engine).all_logits(ids(context + 1)),
+        lambda: cache.next_logits([ids(context + 1)] * len(cache.lengths)),
+        lambda: cache.next_logits([[engine.config.vocab_size]] * len(cache.lengths)),
     ):
         try:
             ask()
@@ -107,8 +107,8 @@ def main(calls: int) -> None:
         engine = walled_engine(config, kind, **options)
         build_walls(engine)
         text = [int(id) for id in chance.integers(0, config.vocab_size, 300)]
-        same = engine.all_logits(text, engine.new_cache(1, 300))
-        assert (same == want.all_logits(text, want.new_cache(1, 300))).all()
+        same = Rows(engine).all_logits(text)
+        assert (same == Rows(want).all_logits(text)).all()
         caches: list[Any] = []
         for _ in range(min(each, calls - done)):
             call(chance, engine, caches)

@@ -1,6 +1,6 @@
 """Past a full context: every backend equals a loop that computes the whole window anew each time.
 
-What is checked of the loop alone is in test_loop.py.
+What is checked of the loop alone is in test_scheduler.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from glassllama.base.interfaces import Executor
-from glassllama.generation import GenerationSettings, Step, generate, make_sampler
-from glassllama.weights.load import TorchExecutor, load_model
+from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
+from glassllama.weights.load import load_model
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
+from glassllama.weights.torch_executor import TorchExecutor
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
 CONTEXT, BOS = 24, 1
@@ -37,7 +39,7 @@ def executors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Executor]:
 
 def from_scratch(executor: Executor, windows: list[list[int]]) -> np.ndarray:
     """(B, V) logits after every window, each a row of an empty cache."""
-    return executor.next_logits(windows, executor.new_cache(len(windows), CONTEXT)).copy()
+    return Rows(executor, len(windows)).next_logits(windows).copy()
 
 
 def windows(prompt: Sequence[int], answer: Sequence[int]) -> list[list[int]]:
@@ -52,7 +54,7 @@ def windows(prompt: Sequence[int], answer: Sequence[int]) -> list[list[int]]:
     return seen
 
 
-def ids_of(steps: Sequence[Step], row: int = 0) -> list[int]:
+def ids_of(steps: Sequence[TokenEvent], row: int = 0) -> list[int]:
     return [step.id for step in steps if step.row == row]
 
 

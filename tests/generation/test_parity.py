@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from glassllama.base.interfaces import Executor
-from glassllama.generation import GenerationSettings, Step, generate, make_sampler
+from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.generation.sampler import History
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import open_checkpoint
+from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import hf_model, write_hf
 from tolerances import assert_same_greedy, logits_bar
 
@@ -51,7 +52,7 @@ def theirs(oracle: LlamaForCausalLM, prompt: list[int], **options: Any) -> list[
     return out[0, len(prompt) :].tolist()
 
 
-def rows_of(steps: list[Step]) -> list[list[int]]:
+def rows_of(steps: list[TokenEvent]) -> list[list[int]]:
     return [[step.id for step in steps if step.row == row] for row in range(len(PROMPTS))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glassllama.base.errors import GenerationError
-from glassllama.generation import Generation, GenerationSettings, Step, generate, make_sampler
+from glassllama.base.interfaces import NewTokens
+from glassllama.generation import Generation, GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.generation.speculation import GRAMS, TIMES, Lookup, Speculation
 from glassllama.native.engine.executor import Engine
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.pack import pack
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
 WIDE = {
@@ -92,23 +95,15 @@ def test_one_slow_step_changes_little() -> None:
 class Watched:
     """The engine, with a note of how many ids each call read."""
 
-    batch_invariant = True
-
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config, self.read = engine, engine.config, list[int]()
-        self.native_sampler, self.new_cache = engine.native_sampler, engine.new_cache
+        self.capabilities, self.new_cache = engine.capabilities, engine.new_cache
         self.poisoned: int | None = None  # the length of text after which logits are NaN
 
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: Any) -> Any:
-        self.read.append(len(ids[0]))
-        return self.damaged(self.engine.next_logits(ids, cache), cache)
-
-    def all_logits(self, ids: Sequence[int], cache: Any) -> Any:
-        self.read.append(len(ids))
-        return self.damaged(self.engine.all_logits(ids, cache), cache)
-
-    def damaged(self, logits: Any, cache: Any) -> Any:
-        first = cache.lengths[0] - len(logits) + 1
+    def forward(self, batch: Sequence[NewTokens], cache: Any) -> Any:
+        self.read.append(len(batch[0].ids))
+        logits = self.engine.forward(batch, cache)
+        first = cache.length(batch[0].sequence) - len(logits) + 1
         if self.poisoned is not None and 0 <= self.poisoned - first < len(logits):
             logits[self.poisoned - first] = np.nan
         return logits
@@ -146,7 +141,9 @@ def begin(engine: Any, speculation: bool, sampling: dict[str, Any], **more: Any)
     return generate(engine, [PROMPT], chosen)
 
 
-def both(engine: Any, sampling: dict[str, Any], **more: Any) -> tuple[list[Step], list[Step]]:
+def both(
+    engine: Any, sampling: dict[str, Any], **more: Any
+) -> tuple[list[TokenEvent], list[TokenEvent]]:
     guessing = begin(engine, True, sampling, **more)
     return list(guessing), list(begin(engine, False, sampling, **more))
 
@@ -203,7 +200,7 @@ def test_logits_that_are_no_numbers_end_it_after_the_same_ids(engine: Watched) -
     for made in range(1, 60):
         engine.poisoned, counts = len(PROMPT) + made, []
         for speculation in (True, False):
-            steps: list[Step] = []
+            steps: list[TokenEvent] = []
             with pytest.raises(GenerationError, match=f"after position {engine.poisoned - 1} "):
                 steps.extend(begin(engine, speculation, {}))
             counts.append(steps)
@@ -222,7 +219,9 @@ def test_several_rows_and_other_executors_do_without(engine: Watched) -> None:
 class Unlike(Watched):
     """An executor that does not promise the same logits in pieces, as PyTorch does not."""
 
-    batch_invariant = False
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.capabilities = replace(self.capabilities, batch_invariant=False)
 
 
 PROMPTS = [
@@ -254,14 +253,12 @@ def test_the_default_models_answers_are_the_same(default_model: Path, exact: boo
 
 
 def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
-    """Several spans of attention (native/engine/attention.py), where one id is computed
-    differently.
-    """
+    """Several spans of attention, where one id is computed in another way."""
     engine = pack(open_checkpoint(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
-    cache = engine.new_cache(1, len(ids))
-    engine.next_logits([ids[:520]], cache)
-    single = np.concatenate([engine.next_logits([[id]], cache) for id in ids[520:532]])
+    cache = Rows(engine)
+    cache.next_logits([ids[:520]])
+    single = np.concatenate([cache.next_logits([[id]]) for id in ids[520:532]])
     for count in TIMES:
         cache.truncate(0, 520)
-        assert (engine.all_logits(ids[520 : 520 + count], cache) == single[:count]).all()
+        assert (cache.all_logits(ids[520 : 520 + count]) == single[:count]).all()

@@ -14,10 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
+from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
+from rows import Rows
 from tolerances import difference, logits_bar, ties, widened
 
 PROMPTS = [
@@ -59,10 +61,10 @@ def near_ties(logits: np.ndarray, start: int, ids: list[int], never: int, bar: f
 
 def greedy(executor: Executor, prompts: list[list[int]], count: int, never: int) -> list[list[int]]:
     """The likeliest id, again and again; `never` is the end that transformers holds back."""
-    cache = executor.new_cache(len(prompts), max(map(len, prompts)) + count)
+    cache = Rows(executor, len(prompts))
     texts, new = [list(prompt) for prompt in prompts], prompts
     for _ in range(count):
-        logits = executor.next_logits(new, cache).copy()
+        logits = cache.next_logits(new).copy()
         logits[:, never] = -np.inf
         new = [[int(row.argmax())] for row in logits]
         texts = [text + ids for text, ids in zip(texts, new, strict=True)]
@@ -114,10 +116,10 @@ def test_the_reference_model_writes_it_too(
     double = widened(model)
     bar, tied, errors = logits_bar(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}
     for n, (start, ids) in enumerate(texts):
-        logits = {"reference": reference.all_logits(ids, reference.new_cache(1, len(ids)))}
+        logits = {"reference": Rows(reference).all_logits(ids)}
         tied += near_ties(logits["reference"], start, ids, end_of(checkpoint), bar)
         if n % 3 == 0:
-            logits["engine"] = engine.all_logits(ids, engine.new_cache(1, len(ids)))
+            logits["engine"] = Rows(engine).all_logits(ids)
             truth = double(torch.tensor([ids]))[0]
             for name in logits:
                 errors[name] = max(errors[name], difference(logits[name], truth))

@@ -14,9 +14,11 @@ from transformers import GPT2LMHeadModel
 
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.load import TorchExecutor, load_model
+from glassllama.weights.load import load_model
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
+from glassllama.weights.torch_executor import TorchExecutor
+from rows import Rows
 from tolerances import difference, logits_bar
 
 ORACLE = "transformers GPT2LMHeadModel"
@@ -65,11 +67,11 @@ def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
     executor, bar = TorchExecutor(ours), logits_bar(ours.config)
-    cache = executor.new_cache(2, 67)
+    cache = Rows(executor, 2)
     rows = IDS.tolist()
     apart = 0.0
     for start, stop in ((0, 40), (40, 41), (41, 61)):
-        last = executor.next_logits([row[start:stop] for row in rows], cache)
+        last = cache.next_logits([row[start:stop] for row in rows])
         apart = max(apart, difference(last, model(IDS[:, :stop]).logits[:, -1]))
     parity("logits with cache, GPT-2", ORACLE, bar, apart)
     assert apart <= bar

@@ -40,6 +40,7 @@ from glassllama.walkthrough.to_json import step_object
 from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
+from rows import Rows
 from tiny_models import VARIANTS
 from tolerances import assert_logits
 from walkthrough.conftest import IDS, random_llama, write_checkpoint
@@ -186,7 +187,7 @@ def test_the_default_model(default_model: Path) -> None:
     walk = open_walk(default_model, PROMPT, name="smollm2-135m", layer=4, head=7)
     steps = walk_all(walk)
     engine = pack(walk.checkpoint, exact=True)
-    logits = engine.all_logits(walk.ids, engine.new_cache(1, len(walk.ids)))
+    logits = Rows(engine).all_logits(walk.ids)
     assert_logits(logits, walk.logits[0], walk.config)
     assert walk.tokenizer is not None
     assert walk.tokenizer.decode(walk.ids) == PROMPT

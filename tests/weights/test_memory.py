@@ -73,6 +73,7 @@ def test_peak_is_the_model_and_one_tensor(form: str, folders: dict[str, Path]) -
 
 PACKED = """
 import sys
+from glassllama.base.interfaces import logits_of_text
 import numba
 from pathlib import Path
 from glassllama.weights import pack, packed_cache
@@ -80,7 +81,7 @@ from glassllama.weights.open import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = int(sys.argv[2]), -1e18
 packed_cache.folder = lambda: Path(sys.argv[1]).parent / "packed"
 engine = pack.pack(open_checkpoint(sys.argv[1]))
-engine.next_logits([[1, 2, 3]], engine.new_cache(1, 8))
+logits_of_text(engine, [1, 2, 3])
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 print(peak, engine.weights.nbytes, *engine.notes)

@@ -18,6 +18,7 @@ import pytest
 from glassllama.native.engine.executor import Engine
 from glassllama.weights import pack, packed_cache
 from glassllama.weights.open import open_checkpoint
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf
 
 WIDE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
@@ -55,7 +56,7 @@ def old_inode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits(engine: Engine) -> Any:
-    return engine.all_logits(IDS, engine.new_cache(1, len(IDS)))
+    return Rows(engine).all_logits(IDS)
 
 
 class Counted:
@@ -247,7 +248,10 @@ def test_several_processes_at_once_pack_once(model: Path) -> None:
         "pack.pack(open", "really = pack.fill_all\n"
         "pack.fill_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"
-    ) + "print(engine.all_logits([1, 2, 3], engine.new_cache(1, 3)).sum())"  # fmt: skip
+    ) + (
+        "from glassllama.base.interfaces import logits_of_text\n"
+        "print(logits_of_text(engine, [1, 2, 3]).sum())"
+    )  # fmt: skip
     arguments = [sys.executable, "-c", script, str(model), str(packed_cache.folder())]
     running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     lines = [process.communicate()[0].split() for process in running]

@@ -49,6 +49,7 @@ def checkpoint(paths: dict[str, Path]) -> Checkpoint:
 
 RUN = """
 import sys
+from glassllama.base.interfaces import NewTokens
 from glassllama.weights.open import open_checkpoint
 checkpoint, way = open_checkpoint(sys.argv[1]), sys.argv[2]
 if way in ("engine", "q8_0", "q4_0"):
@@ -59,11 +60,13 @@ elif way == "streamed":
     executor = StreamExecutor(checkpoint)
 else:
     import torch
-    from glassllama.weights.load import TorchExecutor, load_llama
+    from glassllama.weights.load import load_llama
+    from glassllama.weights.torch_executor import TorchExecutor
     executor = TorchExecutor(load_llama(checkpoint, dtype=getattr(torch, way)))
-cache = executor.new_cache(1, int(sys.argv[3]))
+cache = executor.new_cache()
+sequence = cache.add()
 for _ in range(2):
-    executor.next_logits([list(range(int(sys.argv[3]) // 2))], cache)
+    executor.forward([NewTokens(sequence, list(range(int(sys.argv[3]) // 2)))], cache)
 with open("/proc/self/status") as status:
     print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")))
 """

@@ -22,6 +22,7 @@ from glassllama.weights import quantization
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
 from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, choose, packing_plan
+from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tolerances import eight_bit_bar, spread_apart
 
@@ -49,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def logits(engine: Engine) -> Any:
-    return engine.all_logits(IDS, engine.new_cache(1, len(IDS)))
+    return Rows(engine).all_logits(IDS)
 
 
 def rows_of(matrix: Matrix) -> Any:
@@ -191,7 +192,7 @@ def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
     ids = checkpoint.tokenizer.encode(text)
     engine = pack(floats, quantize="none")
-    return floats, ids, log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids))))
+    return floats, ids, log_softmax(Rows(engine).all_logits(ids))
 
 
 # Upper bound of the mean divergence in nats, lower bound of how often the likeliest token is the
@@ -206,7 +207,7 @@ def test_quality_on_real_text(
     """The model quantised again, on the licence's prose."""
     floats, ids, p = in_floats
     engine = pack(floats, quantize=quantize)
-    q = log_softmax(engine.all_logits(ids, engine.new_cache(1, len(ids))))
+    q = log_softmax(Rows(engine).all_logits(ids))
     measured = (np.exp(p) * (p - q)).sum(-1).mean()
     same = (p.argmax(-1) == q.argmax(-1)).mean()
     print(f"{quantize}: divergence {measured:.4f}, same likeliest token {same:.3f}")

@@ -17,9 +17,10 @@ from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
 from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.weights import stream
-from glassllama.weights.load import TorchExecutor, load_llama
+from glassllama.weights.load import load_llama
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedLlama, StreamExecutor
+from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
 from tolerances import assert_logits
 

@@ -1,7 +1,7 @@
-"""The interfaces that carry the flow: text ↔ ids, file → tensors, ids → logits.
+"""The interfaces between the parts: text ↔ ids, file → tensors, ids → logits.
 
-    text → Tokenizer.encode → ids → Executor.next_logits → sampler → id → StreamDecoder → text
-    path → open_checkpoint → one tensor at a time → LlamaConfig + weights → torch model or engine
+    text → Tokenizer.encode → ids → Scheduler → Executor.forward → logits → Sampler → id → text
+    path → open_checkpoint → config + tensors, one at a time → PyTorch model, or the engine
 
 Letters for shapes, in the whole package: B batch, T new tokens, S visible tokens, C model width,
 H query heads, K kv heads, D head width, F ffn width, V vocabulary, P image patches.
@@ -9,14 +9,14 @@ H query heads, K kv heads, D head width, F ffn width, V vocabulary, P image patc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError, quoted
 
 
@@ -85,58 +85,175 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
-CacheType = Literal["int16", "int8"]  # how an engine keeps keys and values, if not exact
+CacheType = Literal["int16", "int8"]  # how an engine stores keys and values, if not as float32
 CACHE_NUMBER: dict[CacheType, int] = {"int16": 2, "int8": 1}  # bytes
-CACHE_SCALE = 4  # bytes beside every head's key, and beside its value
+CACHE_SCALE = 4  # bytes of the scale of every head's key, and of its value
 
 
-class Cache(Protocol):
-    """Keys and values of the tokens already seen, row by row; made by an executor for itself."""
+class ModelConfig(Protocol):
+    """What generation needs to know of any model."""
 
     @property
-    def max_len(self) -> int: ...
+    def vocab_size(self) -> int: ...
     @property
-    def lengths(self) -> list[int]: ...  # tokens seen, per row
+    def max_seq_len(self) -> int: ...
+    @property
+    def unbounded(self) -> bool: ...  # True: the context has no end
 
-    def truncate(self, row: int, length: int) -> None: ...  # forget all after `length` tokens
+
+class KVCache(Protocol):
+    """Keys and values of any number of sequences, which are added and removed while it lives.
+
+    It belongs to the executor that made it. A sequence is named by the number that `add` returned.
+    All methods raise GenerationError for a sequence that is not in the cache.
+    """
+
+    def add(self) -> int:
+        """A new, empty sequence -> its number."""
+        ...
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same tokens -> its number."""
+        ...
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget all tokens of a sequence after the first `length`."""
+        ...
+
+    def remove(self, sequence: int) -> None: ...
+    def length(self, sequence: int) -> int: ...
+
+    def reused(self, sequence: int) -> int:
+        """How many of its tokens were already known from another sequence, and not computed."""
+        ...
+
+
+Output = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The new ids of one sequence, and of which of them the logits are wanted."""
+
+    sequence: int
+    ids: Sequence[int]
+    output: Output = "last"
+
+    @property
+    def num_outputs(self) -> int:
+        if self.output == "all":
+            return len(self.ids)
+        return int(self.output == "last")
+
+
+TokenBatch = Sequence[NewTokens]  # of different sequences of one cache; each has at least one id
+
+
+class NativeSampler(Protocol):
+    """Penalties, temperature, filters and the draw in one call."""
+
+    def __call__(
+        self,
+        logits: NDArray[np.float32],
+        seen: NDArray[np.bool_],
+        counts: NDArray[np.int32],
+        uniform: float,
+    ) -> int:
+        """The id, or -1 where no id can be chosen.
+
+        All arrays are (V,): whether prompt or answer hold an id, and how often the answer does;
+        `uniform` is in [0, 1).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an executor can do besides `forward`, and how it is best used."""
+
+    prefill_chunk: int  # new tokens of one forward pass that keep it busy and yet interruptible
+    # The logits of a sequence are the same to the bit, however its ids are cut into passes and
+    # whatever else is in the batch. Without it generation runs one sequence at a time.
+    batch_invariant: bool = False
+    shares_prefixes: bool = False  # what one sequence has computed serves others that begin alike
+    native_sampler: Callable[..., NativeSampler] | None = None  # see native/engine/sampling.py
+
+
+class Executor(Protocol):
+    """What generation drives: the engine, or a PyTorch model (weights/load.py)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know: one line each."""
+        ...
+
+    def new_cache(self) -> KVCache: ...
+
+    def forward(self, batch: TokenBatch, cache: KVCache) -> NDArray[np.float32]:
+        """Append new tokens to sequences -> (rows, V) float32 logits, in the order of the batch.
+
+        Each sequence contributes the rows that its `output` asks for. Raises GenerationError, and
+        leaves the cache as it was, where ids are not of the vocabulary, a sequence would exceed the
+        context, or the cache is another executor's. After any other exception, KeyboardInterrupt
+        too, the cache is as it was as well.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what does not go with the object: threads. Further use raises GenerationError."""
+        ...
 
 
 FOREIGN_CACHE = "a cache of another executor: make one with this executor's new_cache"
 
 
-def require_cache_size(config: LlamaConfig, batch: int, max_len: int) -> None:
-    """Raise GenerationError for a cache of no rows or tokens, or of more than the context holds."""
-    for name, value in (("batch", batch), ("max_len", max_len)):
-        if type(value) is not int or value < 1:
+def context_full(length: int, context: int) -> GenerationError:
+    """The error for a sequence that would have `length` tokens."""
+    return GenerationError(
+        f"context full: {length} tokens are needed, the model's context holds {context}; shorten "
+        "the text, or give it in parts"
+    )
+
+
+def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int]:
+    """Ids as Python's whole numbers.
+
+    Raises GenerationError that names `what`: none, not a number, or outside the vocabulary.
+    """
+    ids: list[int] = []
+    for position, id in enumerate(given):
+        try:
+            if isinstance(id, bool):
+                raise TypeError
+            ids.append(operator.index(id))  # type: ignore[arg-type]
+        except TypeError:
             raise GenerationError(
-                f"a cache's {name} must be a whole number from 1, got {quoted(value)}"
+                f"{what}: {quoted(id)} at position {position} is no id (a whole number)"
+            ) from None
+        if not 0 <= ids[-1] < vocab_size:
+            raise GenerationError(
+                f"{what}: id {quoted(ids[-1])} at position {position} is outside the vocabulary "
+                f"0 … {vocab_size - 1}"
             )
-    if max_len > config.max_seq_len and not config.unbounded:
+    if not ids:
         raise GenerationError(
-            f"{max_len} tokens are more than the model's context of {config.max_seq_len}: "
-            "shorten the text, or give it in parts"
+            f"{what}: no ids; expected at least one, such as the beginning-of-text id"
         )
+    return ids
 
 
-class Executor(Protocol):
-    """What generation drives: the engine, or a torch model wrapped by weights/load.py."""
+def require_distinct(batch: TokenBatch) -> None:
+    """Raise GenerationError where a sequence occurs twice."""
+    if len({tokens.sequence for tokens in batch}) < len(batch):
+        raise GenerationError("a sequence occurs twice in one batch: expected once")
 
-    @property
-    def config(self) -> LlamaConfig: ...
 
-    def new_cache(self, batch: int, max_len: int) -> Cache:
-        """An empty cache. Raises GenerationError if `max_len` is more than the context."""
-        ...
-
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
-        """Feed each row its new ids (as many as it has) -> (B, V) logits after each row's last.
-
-        A row with no new ids is left as it is, and its logits are not defined. Raises
-        GenerationError, and leaves the cache as it was, where ids are not of the vocabulary, the
-        cache has no room for them, or is another executor's.
-        """
-        ...
-
-    def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
-        """Feed one row -> (T, V) logits after every one of its new ids."""
-        ...
+def logits_of_text(executor: Executor, ids: Sequence[int]) -> NDArray[np.float32]:
+    """(T,) ids -> (T, V) logits after each of them, in a cache of its own."""
+    cache = executor.new_cache()
+    return executor.forward([NewTokens(cache.add(), ids, "all")], cache)

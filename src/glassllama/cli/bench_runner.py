@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import NewTokens
 from glassllama.base.machine import usable_cores
 from glassllama.cli.machine_facts import machine, versions
 from glassllama.cli.memory import peak_memory
@@ -69,25 +70,27 @@ class Ours:
     def __init__(self, llm: LLM) -> None:
         self.name, self.built_with, self.load_s = "glassllama", "", llm.load_seconds
         self._executor = llm.executor
-        self._batch = 0
         self._cache: Any = None
+        self._sequences: list[int] = []
 
     def begin(self, batch: int, room: int) -> None:
         self._cache = None  # its memory first
-        self._batch, self._cache = batch, self._executor.new_cache(batch, room)
+        self._cache = self._executor.new_cache()
+        self._sequences = [self._cache.add() for _ in range(batch)]
 
     def feed(self, ids: list[int]) -> None:
-        self._executor.next_logits([ids], self._cache)
+        self._executor.forward([NewTokens(self._sequences[0], ids)], self._cache)
 
     def rewind(self, length: int) -> None:
-        for row in range(self._batch):
-            self._cache.truncate(row, length)
+        for sequence in self._sequences:
+            self._cache.rewind(sequence, length)
 
     def decode(self, new: int) -> None:
-        ids = [[FIRST + row] for row in range(self._batch)]
+        ids = [FIRST + row for row in range(len(self._sequences))]
         for _ in range(new):
-            logits = self._executor.next_logits(ids, self._cache)  # (B, V)
-            ids = logits.argmax(-1)[:, None].tolist()
+            pairs = zip(self._sequences, ids, strict=True)
+            batch = [NewTokens(sequence, [id]) for sequence, id in pairs]
+            ids = self._executor.forward(batch, self._cache).argmax(-1).tolist()  # (B, V) -> (B,)
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,7 @@ class Needs:
     @classmethod
     def of_torch(cls, llm: LLM) -> Needs:
         model: Any = llm.executor
-        skipped = set() if llm.executor.config.tie_embeddings else {"tok_embeddings.weight"}
+        skipped = set() if model.config.tie_embeddings else {"tok_embeddings.weight"}
         output = next(iter({"tok_embeddings.weight", "output.weight"} - skipped))
         tensors = {n: p for n, p in model.model.named_parameters() if n not in skipped}
         return cls(

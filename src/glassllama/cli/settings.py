@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.options import SamplingOptions
-from glassllama.generation.loop import GenerationSettings
+from glassllama.generation import GenerationSettings
 
 SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 

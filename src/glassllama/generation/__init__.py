@@ -1,28 +1,28 @@
-"""From logits to ids, step by step: samplers, and the loop that drives an executor. Ids only."""
+"""From logits to ids: samplers, requests, and the scheduler that drives an executor. Ids only."""
 
-from glassllama.generation.loop import (
+from glassllama.generation.request import (
     FinishReason,
-    Generation,
     GenerationSettings,
     Overflow,
-    Step,
+    Request,
     Timings,
+    TokenEvent,
     TokenLogprob,
-    checked_ids,
-    generate,
 )
 from glassllama.generation.sampler import Sampler, make_sampler
+from glassllama.generation.scheduler import Generation, Scheduler, generate
 
 __all__ = [
     "FinishReason",
     "Generation",
     "GenerationSettings",
     "Overflow",
+    "Request",
     "Sampler",
-    "Step",
+    "Scheduler",
     "Timings",
+    "TokenEvent",
     "TokenLogprob",
-    "checked_ids",
     "generate",
     "make_sampler",
 ]

@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import GenerationError
-from glassllama.base.interfaces import Executor, Progress
+from glassllama.base.interfaces import Executor, NewTokens, Progress
+
+BLOCK_BYTES = 1 << 26  # of logits in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +92,16 @@ def passes(
 
 def cost(executor: Executor, seen: Sequence[int], scored: Sequence[int]) -> float:
     """Minus the log probability of the ids `scored` after those `seen`, in nats."""
-    cache = executor.new_cache(1, len(seen) + len(scored) - 1)
-    rows = [executor.next_logits([seen], cache).copy()]  # (1, V): the executor may reuse its array
-    if len(scored) > 1:
-        rows.append(executor.all_logits(scored[:-1], cache))
-    logits = np.concatenate(rows)  # (T, V)
-    return -float(log_probabilities(logits, scored).sum())
+    cache = executor.new_cache()
+    sequence = cache.add()
+    logits = executor.forward([NewTokens(sequence, seen)], cache)  # (1, V)
+    found = [log_probabilities(logits, scored[:1])]
+    step = max(1, BLOCK_BYTES // logits[0].nbytes)
+    for first in range(0, len(scored) - 1, step):
+        last = min(first + step, len(scored) - 1)
+        logits = executor.forward([NewTokens(sequence, scored[first:last], "all")], cache)  # (T, V)
+        found.append(log_probabilities(logits, scored[first + 1 : last + 1]))
+    return -float(np.concatenate(found).sum())
 
 
 def log_probabilities(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

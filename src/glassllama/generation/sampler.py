@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import GenerationError, quoted
+from glassllama.base.interfaces import NativeSampler
 
 Logits = NDArray[np.float32]  # (V,)
 
@@ -53,16 +54,6 @@ class History:
     def add(self, id: int) -> None:
         self.seen[id] = True
         self.counts[id] += 1
-
-
-class NativeSampler(Protocol):
-    """All steps and the draw in one call, if an executor has it."""
-
-    def __call__(
-        self, logits: Logits, seen: NDArray[np.bool_], counts: NDArray[np.int32], uniform: float
-    ) -> int:
-        """The id, or -1; `seen` and `counts` are those of History, `uniform` is in [0, 1)."""
-        ...
 
 
 class LogitsStep(Protocol):
@@ -247,6 +238,14 @@ def exponential(x: Logits) -> Logits:
         power = power * r + np.float32(1 / math.factorial(degree))
     out: Logits = np.ldexp(power, n.astype(np.int32))
     return out
+
+
+def masked(logits: Logits, gaps: Sequence[int]) -> Logits:
+    """Logits with ids that have no token made impossible; a copy where there are any."""
+    if gaps:
+        logits = logits.copy()
+        logits[gaps] = -np.inf
+    return logits
 
 
 def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:

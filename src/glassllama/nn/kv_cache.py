@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -77,3 +78,10 @@ class KVCache:
         if not 0 <= length <= self.lengths[row]:
             raise GenerationError(f"row {row} has {self.lengths[row]} tokens, not {length}")
         self.lengths[row] = length
+
+    def copy(self) -> KVCache:
+        """An independent cache with the same tokens."""
+        twin = copy(self)
+        twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        twin.lengths = [*self.lengths]
+        return twin

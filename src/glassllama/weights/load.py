@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import ConfigError, GenerationError, MemoryShortError, quoted
-from glassllama.base.interfaces import FOREIGN_CACHE, Cache, Progress, require_cache_size
+from glassllama.base.errors import ConfigError, MemoryShortError, quoted
+from glassllama.base.interfaces import Progress
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
-from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.init import shapes_only
-from glassllama.nn.kv_cache import KVCache
 from glassllama.weights.memory import plan
 from glassllama.weights.open import Checkpoint
 
@@ -127,70 +124,3 @@ def set_parameter(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     """Put one tensor where the model so far has only a shape."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-
-
-class TorchExecutor:
-    """A reference model behind the Executor interface of base/interfaces.py.
-
-    A GPT or a bigram, too: of the configuration, generation needs what all of them have.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-
-    @property
-    def config(self) -> LlamaConfig:
-        config: LlamaConfig = self.model.config
-        return config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
-
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        require_cache_size(self.config, batch, max_len)
-        return self.model.new_cache(batch, max_len)
-
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
-        """See Executor: rows are padded on the right, and a row without ids is left alone."""
-        self._check(ids, cache)
-        lengths = [len(row) for row in ids]
-        if not any(lengths):
-            return np.zeros((len(ids), self.config.vocab_size), np.float32)
-        h = self._hidden(ids, cache)  # (B, T, C)
-        last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
-        rows = torch.arange(len(ids), device=self.device)
-        return self._numpy(self.model.logits(h[rows, last]))  # (B, V)
-
-    def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
-        self._check([ids], cache)
-        if not len(ids):
-            return np.empty((0, self.config.vocab_size), np.float32)
-        return self._numpy(self.model.logits(self._hidden([ids], cache)[0]))  # (T, V)
-
-    def _check(self, ids: Sequence[Sequence[int]], cache: Cache) -> None:
-        """Raise GenerationError if these ids cannot be fed, before anything is done."""
-        if not isinstance(cache, KVCache):
-            raise GenerationError(FOREIGN_CACHE)
-        batch = len(cache.lengths)
-        if len(ids) != batch:
-            raise GenerationError(f"{len(ids)} rows of ids for a cache of {batch} rows")
-        for row in ids:
-            bad = next((id for id in row if not 0 <= id < self.config.vocab_size), None)
-            if bad is not None:
-                raise GenerationError(
-                    f"id {quoted(bad)} is outside the vocabulary of {self.config.vocab_size}"
-                )
-        cache.reserve([len(row) for row in ids])
-
-    @torch.inference_mode()
-    def _hidden(self, ids: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-        assert isinstance(cache, KVCache)
-        width = max(len(row) for row in ids)
-        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])  # (B, T)
-        lengths = [len(row) for row in ids]
-        return self.model.hidden(padded.to(self.device), cache, lengths=lengths)  # (B, T, C)
-
-    @torch.inference_mode()
-    def _numpy(self, logits: Tensor) -> NDArray[np.float32]:
-        return logits.cpu().numpy()

@@ -24,9 +24,10 @@ from glassllama.base.machine import require_memory
 from glassllama.models.llama import Block, Llama
 from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
-from glassllama.weights.load import TorchExecutor, as_tensor, kept_dtype, set_parameter
+from glassllama.weights.load import as_tensor, kept_dtype, set_parameter
 from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
 from glassllama.weights.open import Checkpoint
+from glassllama.weights.torch_executor import TorchExecutor
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 

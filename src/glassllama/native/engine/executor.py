@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import GenerationError, quoted
-from glassllama.base.interfaces import FOREIGN_CACHE, Cache, CacheType, require_cache_size
+from glassllama.base.errors import GenerationError
+from glassllama.base.interfaces import (
+    FOREIGN_CACHE,
+    CacheType,
+    Capabilities,
+    KVCache,
+    NewTokens,
+    TokenBatch,
+    checked_ids,
+    context_full,
+    require_distinct,
+)
 from glassllama.base.locks import synchronized
 from glassllama.native.engine import model
 from glassllama.native.engine.attention import SPAN
 from glassllama.native.engine.dispatch import tier
 from glassllama.native.engine.kv_cache import (
     CACHE_KINDS,
+    CachedSequence,
     PagedCache,
     Pages,
     bytes_per_token,
@@ -41,8 +50,6 @@ CHUNKS = (256, 128)
 CALL_SECONDS = 0.04  # planned duration of one native call, so that Ctrl-C is answered within 0.1 s
 LAYER_SECONDS = 0.07  # most for one layer, which is not divided
 FIRST_SPEED = 4e9  # assumed weight bytes × tokens per second, until it has been measured
-
-IDS = "ids must be between 0 and {last}, got {bad}: the text was encoded for another vocabulary"
 
 
 @dataclass(frozen=True)
@@ -73,10 +80,37 @@ class Token(NamedTuple):
     position: int
 
 
+@dataclass
+class Part:
+    """The new tokens of one sequence, on their way through a forward pass."""
+
+    tokens: NewTokens
+    sequence: CachedSequence
+    ids: list[int]  # that are still to be computed
+    first_row: int  # of the logits
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether ids that another sequence has computed may be skipped."""
+        return self.tokens.output != "all"
+
+    def skip_known(self, cache: PagedCache) -> None:
+        """Take over what the cache knows of the ids; the last one's logits must be computed."""
+        if self.may_reuse:
+            most = len(self.ids) - (self.tokens.output == "last")
+            del self.ids[: cache.match_prefix(self.sequence, self.ids[:most])]
+
+
+def make_native_sampler(*, vocab_size: int, **settings: float) -> NativeSampler:
+    """A sampler for one request: logits (V,) -> an id, in one native call.
+
+    Settings are the fields of sampling.SamplerParams.
+    """
+    return NativeSampler(vocab_size, SamplerParams(**settings))
+
+
 class Engine:
     """A Llama on the CPU. Calls of several threads wait for each other."""
-
-    batch_invariant = True  # logits are bit-identical, however the ids of a row are cut into calls
 
     def __init__(
         self,
@@ -107,73 +141,79 @@ class Engine:
             config, weights.matrices, weights.embeddings, weights.norms,
             max_tokens=CHUNKS[0], threads=self.threads,
         )  # fmt: skip
+        self._closed = False
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_SPEED
         self._compile()
         self.create_pool()
         self.notes += code_cache.notes
 
-    def new_cache(self, batch: int, max_len: int) -> PagedCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens; it grows as it is used.
+    @property
+    def capabilities(self) -> Capabilities:
+        chunk = CHUNKS[0 if self._layer_seconds * CHUNKS[0] <= LAYER_SECONDS else 1]
+        return Capabilities(
+            prefill_chunk=chunk,
+            batch_invariant=True,
+            shares_prefixes=True,
+            native_sampler=make_native_sampler,
+        )
 
-        Rows with a common beginning, in this cache or another one of this engine, share memory and
-        work. Raises GenerationError if `max_len` is more than the model's context.
+    def new_cache(self) -> PagedCache:
+        """An empty cache; it grows as it is used.
+
+        Sequences with a common beginning, in this cache or another one of this engine, share memory
+        and work.
         """
-        require_cache_size(self.config, batch, max_len)
-        return PagedCache(self._pages, batch, max_len, self.cache_kind)
+        return PagedCache(self._pages, self.cache_kind)
 
     @synchronized
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: Cache) -> NDArray[np.float32]:
-        """Feed each row its new ids -> (B, V) float32 logits after each row's last id.
+    def forward(self, batch: TokenBatch, cache: KVCache) -> NDArray[np.float32]:
+        """Append new tokens to sequences -> (rows, V) float32 logits, in the order of the batch.
 
-        The logits of a row are bit-identical, alone or in a batch. Raises GenerationError if an id
-        is not of this vocabulary or the cache is full. After any exception, also KeyboardInterrupt,
-        the cache is as before.
+        The logits of a sequence are bit-identical, alone or in a batch, and however its ids are cut
+        into calls. Errors as in base.interfaces.Executor.
         """
-        own = self._own(cache)
-        if len(ids) != own.batch:
-            raise GenerationError(f"{len(ids)} rows of ids for a cache of {own.batch} rows")
-        rest = [self._checked(row, new, own) for row, new in enumerate(ids)]
-        before = [*own.lengths]
+        if not isinstance(cache, PagedCache) or cache.lock is not self.lock:
+            raise GenerationError(FOREIGN_CACHE)
+        require_distinct(batch)
+        new, rows = list[Part](), 0
+        for tokens in batch:
+            new.append(self._checked(tokens, cache, rows))
+            rows += tokens.num_outputs
+        logits = self._new_logits(rows)
+        before = [part.sequence.length for part in new]
         try:
-            return self._next_logits(rest, own)
+            self._forward(new, cache, logits)
         except BaseException:
-            own.roll_back(before)
-            raise
-
-    def _next_logits(self, rest: list[list[int]], cache: PagedCache) -> NDArray[np.float32]:
-        waiting = [row for row, new in enumerate(rest) if new]
-        logits, fed = self._new_logits(len(waiting)), list[int]()
-        while waiting:
-            now, waiting = cache.next_to_feed(rest, waiting)
-            ends = [end - 1 for end in accumulate(len(rest[row]) for row in now)]
-            self._feed([(row, rest[row]) for row in now], ends, cache, logits[len(fed) :])
-            fed += now
-        return self._in_order(logits, fed, cache.batch)
-
-    @synchronized
-    def all_logits(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
-        """Feed the only row -> (T, V) float32 logits after every one of its new ids.
-
-        Errors as in `next_logits`.
-        """
-        own = self._own(cache)
-        if own.batch != 1:
-            raise GenerationError(f"all_logits feeds one row, the cache has {own.batch}")
-        new, before = self._checked(0, ids, own), [*own.lengths]
-        logits = self._new_logits(len(new))
-        try:
-            self._feed([(0, new)], range(len(new)), own, logits)
-        except BaseException:
-            own.roll_back(before)
+            for part, length in zip(new, before, strict=True):
+                cache.set_length(part.sequence, length)
             raise
         return logits[:, : self.config.vocab_size]
 
-    def native_sampler(self, *, vocab_size: int, **settings: float) -> NativeSampler:
-        """A sampler for one request: logits (V,) -> an id, in one native call.
+    def _forward(self, waiting: list[Part], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+        """Compute the new tokens of all parts; where two begin alike, the second waits."""
+        if all(len(part.ids) == 1 for part in waiting):
+            self._feed(waiting, cache, logits)
+            return
+        for part in waiting:
+            part.skip_known(cache)
+        while waiting:
+            now, later = list[Part](), list[Part]()
+            for part in waiting:
+                shares = any(
+                    cache.will_share(part.sequence, part.ids, other.sequence, other.ids)
+                    for other in now
+                    if part.may_reuse
+                )
+                (later if shares else now).append(part)
+            self._feed([part for part in now if part.ids], cache, logits)
+            for part in later:
+                part.skip_known(cache)
+            waiting = later
 
-        Settings are the fields of sampling.Choice.
-        """
-        return NativeSampler(vocab_size, SamplerParams(**settings))
+    def close(self) -> None:
+        """Stop the threads. A further step raises GenerationError."""
+        self._pool.stop()
+        self._closed = True
 
     def describe(self) -> list[str]:
         """How the engine runs and which formats the weights were packed as, then the notes."""
@@ -189,60 +229,42 @@ class Engine:
     def _new_logits(self, count: int) -> NDArray[np.float32]:
         return np.empty((count, self.weights.matrices[-1].padded_rows), np.float32)
 
-    def _in_order(
-        self, logits: NDArray[np.float32], fed: list[int], batch: int
-    ) -> NDArray[np.float32]:
-        """Logits of rows, in the order in which these were fed -> (B, V)."""
-        if fed != list(range(batch)):
-            every = np.empty((batch, logits.shape[1]), np.float32)
-            every[fed] = logits
-            logits = every
-        return logits[:, : self.config.vocab_size]
-
-    @property
-    def prefill_chunk(self) -> int:
-        """How many tokens of a prompt are best fed at a time."""
-        return CHUNKS[0 if self._layer_seconds * CHUNKS[0] <= LAYER_SECONDS else 1]
-
-    def _feed(
-        self,
-        new: list[tuple[int, list[int]]],
-        output_rows: Sequence[int],
-        cache: PagedCache,
-        logits: NDArray[np.float32],
-    ) -> None:
-        """Feed rows their new ids. Logits of the tokens `output_rows`, in order, fill `logits`."""
-        for row, ids in new:
-            cache.reserve(row, cache.lengths[row] + len(ids))
-        tokens = [
-            Token(id, row, cache.lengths[row] + n) for row, ids in new for n, id in enumerate(ids)
-        ]
-        first = 0
+    def _feed(self, parts: list[Part], cache: PagedCache, logits: NDArray[np.float32]) -> None:
+        """Compute the ids of all parts in chunks, and fill their rows of `logits`."""
+        tokens, outputs = list[Token](), list[tuple[int, int]]()  # outputs: token, row of logits
+        for part in parts:
+            sequence, last = part.sequence, len(tokens) + len(part.ids) - 1
+            cache.reserve(sequence, sequence.length + len(part.ids))
+            if part.tokens.output == "last":
+                outputs.append((last, part.first_row))
+            elif part.tokens.output == "all":
+                rows = range(part.first_row, part.first_row + len(part.ids))
+                outputs += zip(range(len(tokens), last + 1), rows, strict=True)
+            tokens += [
+                Token(id, sequence.slot, sequence.length + n) for n, id in enumerate(part.ids)
+            ]
+        in_order = [row for _, row in outputs] == list(range(len(logits)))
+        out = logits if in_order else self._new_logits(len(outputs))
+        first = done = 0
         while first < len(tokens):
-            last = first + self.prefill_chunk
-            some = [n - first for n in output_rows if first <= n < last]
-            self._step(tokens[first:last], some, cache, logits)
-            logits, first = logits[len(some) :], last
-        for row, ids in new:
-            cache.commit(row, ids)
+            last = first + self.capabilities.prefill_chunk
+            some = [token - first for token, _ in outputs if first <= token < last]
+            self._step(tokens[first:last], some, cache, out[done:])
+            first, done = last, done + len(some)
+        if not in_order:
+            logits[[row for _, row in outputs]] = out
+        for part in parts:
+            cache.commit(part.sequence, part.ids)
 
-    def _own(self, cache: Cache) -> PagedCache:
-        if not isinstance(cache, PagedCache) or cache.lock is not self.lock:
-            raise GenerationError(FOREIGN_CACHE)
-        return cache
-
-    def _checked(self, row: int, new: Sequence[int], cache: PagedCache) -> list[int]:
-        """Ids as whole numbers. Raises GenerationError if they cannot be fed to this row."""
-        last = self.config.vocab_size - 1
-        cache.require_room(row, len(new))
-        try:
-            ids = [operator.index(id) for id in new]
-        except TypeError as error:
-            raise GenerationError(f"ids must be whole numbers: {error}") from None
-        bad = [id for id in ids if not 0 <= id <= last]
-        if bad:
-            raise GenerationError(IDS.format(last=last, bad=quoted(bad[0])))
-        return ids
+    def _checked(self, tokens: NewTokens, cache: PagedCache, first_row: int) -> Part:
+        """A part of the batch, with ids that can be fed to its sequence. Raises GenerationError."""
+        if self._closed:
+            raise GenerationError("the model is closed: load it again")
+        sequence, context = cache.get(tokens.sequence), self.config.max_seq_len
+        ids = checked_ids("new tokens", tokens.ids, self.config.vocab_size)
+        if sequence.length + len(ids) > context:
+            raise context_full(sequence.length + len(ids), context)
+        return Part(tokens, sequence, ids, first_row)
 
     def _step(
         self,
@@ -257,12 +279,12 @@ class Engine:
         spans = position // SPAN + 1
         assert count <= CHUNKS[0]
         assert len(output_rows) <= min(count, len(logits))
-        assert position < min(cache.max_len, page_table.shape[1] * PAGE)
+        assert position < page_table.shape[1] * PAGE
         tables["tokens"][:count] = tokens
         tables["output_rows"][: len(output_rows)] = output_rows
         self._workspace.reserve_partials(spans)
         tiles = prepare_step(self._workspace.record, count)
-        places = (page_table.ctypes.data, page_table.shape[1], spans, cache.kind)
+        places = (page_table.ctypes.data, page_table.shape[1], spans, cache.kv_type)
         for layers in self._calls(count):
             started = time.perf_counter()
             self._run(count, tiles, len(output_rows), *layers, *places, logits.ctypes.data)

@@ -1,9 +1,9 @@
 """Meta's text models as configurations: LLaMA, Llama 2, 3, 3.1, 3.2 and 3.3. Data, no weights.
 
-A generation shares tokenizer, context and RoPE; a model of it adds its sizes. Each generation names
-the paper or model card that its numbers are from; norm_eps and the RoPE scaling's factors are in
-the params.json and config.json files that were published with the weights. docs/compare.md is drawn
-from this table.
+A generation shares tokenizer, context and RoPE; its models add their sizes. Each generation names
+the paper or model card of its numbers; norm_eps and the factors of the RoPE scaling are in the
+params.json and config.json files that were published with the weights. make_compare.py writes
+docs/compare.md from this table.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from glassllama.weights.tensor_map import expected_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What differs between the models of one generation."""
+    """The sizes of one model."""
 
     dim: int
     n_layers: int
     n_heads: int
     ffn_dim: int
-    n_kv_heads: int | None = None  # None: as many as n_heads, no grouping
+    n_kv_heads: int | None = None  # None: n_heads
     norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What the models of one release have in common."""
+    """Values that the models of one release share, and their sizes."""
 
     name: str
-    short: str  # how the names of its presets begin
+    short: str  # beginning of the names in MODELS
     released: str
     source: str
     tokenizer: str
@@ -45,7 +45,7 @@ class Generation:
     tie_embeddings: bool = False
 
     def config(self, size: str) -> LlamaConfig:
-        """The configuration of one of its models, in Hugging Face's RoPE layout."""
+        """The config of one of its models, in Hugging Face's RoPE layout."""
         sizes = self.models[size]
         return LlamaConfig(
             dim=sizes.dim,
@@ -163,7 +163,7 @@ GENERATIONS = (
 )
 
 # "llama3.1-8b" -> its configuration; the same short names as in hub/names.py.
-PRESETS = {
+MODELS = {
     f"{generation.short}-{size.lower()}": generation.config(size)
     for generation in GENERATIONS
     for size in generation.models
@@ -171,12 +171,12 @@ PRESETS = {
 
 
 def parameters(config: LlamaConfig) -> int:
-    """Numbers in the weights; tied embeddings count once."""
+    """Number of parameters; tied embeddings count once."""
     return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
 def weight_bytes(config: LlamaConfig, dtype: str) -> int:
-    """Bytes of the weights with every matrix stored as `dtype`; beside blocks, norms are F32."""
+    """Bytes of the weights with all matrices as `dtype`; beside block types, norms are F32."""
     total = 0
     for shape in expected_shapes(config).values():
         stored = "F32" if len(shape) == 1 and dtype in BLOCKS else dtype

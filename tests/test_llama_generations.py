@@ -1,11 +1,9 @@
-"""The table of Meta's models against Meta's own list, transformers, and their params.json."""
+"""The table of Meta's models agrees with Meta's own list, transformers and params.json files."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import gguf
 import pytest
@@ -13,13 +11,14 @@ import torch
 import transformers
 from llama_models.sku_list import all_registered_models
 
+import make_compare
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.hub.names import HUB_MODELS
 from glassllama.weights.configs import config_from_meta
-from glassllama.weights.presets import GENERATIONS, PRESETS, parameters, weight_bytes
+from llama_generations import GENERATIONS, MODELS, parameters, weight_bytes
 
-ROOT = Path(__file__).parent.parent.parent
-# As the models' pages count them.
+PAGE = Path(__file__).parent.parent / "docs" / "compare.md"
+# Parameters as the model cards count them.
 PUBLISHED = {
     "llama1-7b": 6_738_415_616,
     "llama1-65b": 65_285_660_672,
@@ -31,7 +30,7 @@ PUBLISHED = {
     "llama3.2-3b": 3_212_749_824,
     "llama3.3-70b": 70_553_706_496,
 }
-# Params.json of Meta's releases before Llama 3: `llama-models` knows them by placeholders only.
+# params.json of Meta's releases before Llama 3, which `llama-models` lists only as placeholders.
 OLDER = {
     "llama1-7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6},
     "llama1-33b": {"dim": 6656, "n_layers": 60, "n_heads": 52, "norm_eps": 1e-6},
@@ -67,79 +66,71 @@ def listed_by_meta(name: str) -> tuple[dict[str, object], int]:
 
 
 def test_the_names_are_those_of_the_generations() -> None:
-    assert set(OLDER) < set(PRESETS)
-    assert list(PRESETS)[:2] == ["llama1-7b", "llama1-13b"]
-    assert len(PRESETS) == sum(len(generation.models) for generation in GENERATIONS) == 15
+    assert set(OLDER) < set(MODELS)
+    assert list(MODELS)[:2] == ["llama1-7b", "llama1-13b"]
+    assert len(MODELS) == sum(len(generation.models) for generation in GENERATIONS) == 15
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_published(name: str) -> None:
-    assert parameters(PRESETS[name]) == PUBLISHED[name]
+    assert parameters(MODELS[name]) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_transformers(name: str) -> None:
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(as_transformers(PRESETS[name]))
-    assert parameters(PRESETS[name]) == sum(p.numel() for p in model.parameters())
+        model = transformers.LlamaForCausalLM(as_transformers(MODELS[name]))
+    assert parameters(MODELS[name]) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("llama3")])
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("llama3")])
 def test_llama_3_is_as_meta_lists_it(name: str) -> None:
     values, context = listed_by_meta(name)
-    preset = PRESETS[name]
-    theirs = config_from_meta(values, preset.vocab_size, tied=preset.tie_embeddings).config
-    assert theirs == replace(preset, rope_layout="interleaved")
-    assert context == preset.max_seq_len
+    expected = MODELS[name]
+    theirs = config_from_meta(values, expected.vocab_size, tied=expected.tie_embeddings).config
+    assert theirs == replace(expected, rope_layout="interleaved")
+    assert context == expected.max_seq_len
 
 
 @pytest.mark.parametrize("name", OLDER)
 def test_older_models_are_as_their_params_say(name: str) -> None:
     values = {"multiple_of": 256, "vocab_size": -1, **OLDER[name]}
     theirs = config_from_meta(values, 32_000, tied=False).config
-    # Params.json does not say the context, and LLaMA's is shorter than what is inferred.
-    preset = replace(PRESETS[name], rope_layout="interleaved", max_seq_len=theirs.max_seq_len)
-    assert theirs == preset
+    # params.json does not contain the context, and LLaMA's is shorter than the inferred one.
+    expected = replace(MODELS[name], rope_layout="interleaved", max_seq_len=theirs.max_seq_len)
+    assert theirs == expected
 
 
 def test_contexts_and_scaling() -> None:
-    assert [PRESETS[n].max_seq_len for n in ("llama1-7b", "llama2-7b")] == [2048, 4096]
-    scalings = [PRESETS[n].rope_scaling for n in ("llama3.1-8b", "llama3.2-1b", "llama3.3-70b")]
+    assert [MODELS[n].max_seq_len for n in ("llama1-7b", "llama2-7b")] == [2048, 4096]
+    scalings = [MODELS[n].rope_scaling for n in ("llama3.1-8b", "llama3.2-1b", "llama3.3-70b")]
     assert scalings == [Llama3Scaling(factor=factor) for factor in (8.0, 32.0, 8.0)]
 
 
 def test_the_hub_table_agrees() -> None:
     shared = {n: n.removesuffix("-instruct") for n in HUB_MODELS if n.startswith("llama3")}
     assert len(shared) >= 10
-    for name, preset in shared.items():
-        assert HUB_MODELS[name].parameters == parameters(PRESETS[preset]), name
+    for name, expected in shared.items():
+        assert HUB_MODELS[name].parameters == parameters(MODELS[expected]), name
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
 def test_bytes_are_those_of_the_gguf_package(kind: str) -> None:
-    config = PRESETS["llama3.2-1b"]
+    config = MODELS["llama3.2-1b"]
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     norms = (2 * config.n_layers + 1) * config.dim
     matrices = (parameters(config) - norms) // elements * size
     assert weight_bytes(config, kind) == matrices + norms * (2 if kind == "BF16" else 4)
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_not_stale() -> None:
-    written = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    assert written == script("make_compare").page(), "run python docs/make_compare.py"
+    assert PAGE.read_text(encoding="utf-8") == make_compare.page(), (
+        "run python docs/make_compare.py"
+    )
 
 
 def test_the_page_marks_what_changed() -> None:
-    rows = {line.split(" | ")[0]: line for line in script("make_compare").generations().split("\n")}
+    rows = {line.split(" | ")[0]: line for line in make_compare.generations().split("\n")}
     assert "| 10,000 | 10,000 | **500,000** | 500,000 |" in rows["| RoPE theta"]
     assert rows["| context (tokens)"].count("**") == 6  # three changes, marked on both sides
     assert "| no | no | no | no | **yes** | **no** |" in rows["| embeddings tied to output"]

@@ -1,7 +1,8 @@
-"""The loop, driven by a small model in numpy that really computes its logits from the ids."""
+"""The scheduler with a small model in numpy that really computes its logits from the ids."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
-from glassllama.generation import GenerationSettings, Step, generate, make_sampler
-from glassllama.generation.loop import PREFILL_CHUNK
+from glassllama.base.interfaces import Capabilities, NewTokens
+from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
 from tolerances import unit
 
-V, CONTEXT = 97, 2000
+V, CONTEXT, CHUNK = 97, 2000, 512
 CONFIG = LlamaConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=V,
     max_seq_len=CONTEXT, norm_eps=1e-5, rope_theta=10_000.0,
@@ -33,49 +34,63 @@ def logits_after(ids: Sequence[int]) -> np.ndarray:
 class Words:
     """The executor's cache: the ids themselves."""
 
-    def __init__(self, batch: int, max_len: int) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(batch)]
-        self.max_len = max_len
+    def __init__(self) -> None:
+        self.texts: dict[int, list[int]] = {}
+        self.numbers = itertools.count()
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
+    def add(self) -> int:
+        number = next(self.numbers)
+        self.texts[number] = []
+        return number
 
-    def truncate(self, row: int, length: int) -> None:
-        del self.rows[row][length:]
+    def rewind(self, sequence: int, length: int) -> None:
+        del self.texts[sequence][length:]
+
+    def remove(self, sequence: int) -> None:
+        del self.texts[sequence]
+
+    def length(self, sequence: int) -> int:
+        return len(self.texts[sequence])
+
+    def reused(self, sequence: int) -> int:
+        return 0
 
 
 class Trigrams:
     """An executor that counts its work, uses one array for all answers, and can break down."""
 
     config = CONFIG
+    capabilities = Capabilities(prefill_chunk=CHUNK, batch_invariant=True)
 
     def __init__(self, poison: dict[int, float] | None = None) -> None:
-        self.fed: list[list[int]] = []  # ids per row, call by call
-        self.poison = poison or {}  # length of the row -> value put into its logits
+        self.fed: list[list[int]] = []  # new ids of each sequence, call by call
+        self.poison = poison or {}  # length of the text -> value put into its logits
+        self.answer = np.empty((100, V), dtype=np.float32)
+        self.cache = Words()
 
-    def new_cache(self, batch: int, max_len: int) -> Words:
-        self.answer = np.empty((batch, V), dtype=np.float32)
-        return Words(batch, max_len)
+    def new_cache(self) -> Words:
+        return self.cache
 
-    def next_logits(self, ids: Sequence[Sequence[int]], cache: Any) -> np.ndarray:
-        self.fed.append([len(row) for row in ids])
-        assert any(ids), "a call that feeds nothing"
-        self.answer[:] = np.nan  # not defined where a row has no new ids
-        for n, new in enumerate(ids):
-            cache.rows[n] += new
-            assert len(cache.rows[n]) <= cache.max_len
-            if new:
-                self.answer[n] = logits_after(cache.rows[n])
-                if (length := len(cache.rows[n])) in self.poison:
-                    self.answer[n, 5] = self.poison[length]
-        return self.answer
+    def forward(self, batch: Sequence[NewTokens], cache: Any) -> np.ndarray:
+        self.fed.append([len(tokens.ids) for tokens in batch])
+        assert batch, "a call that feeds nothing"
+        self.answer[:] = np.nan
+        row = 0
+        for tokens in batch:
+            text = cache.texts[tokens.sequence]
+            assert tokens.ids
+            for n, id in enumerate(tokens.ids, start=1):
+                text.append(id)
+                if tokens.output == "all" or (tokens.output == "last" and n == len(tokens.ids)):
+                    self.answer[row] = logits_after(text)
+                    if len(text) in self.poison:
+                        self.answer[row, 5] = self.poison[len(text)]
+                    row += 1
+            assert len(text) <= self.config.max_seq_len or self.config.unbounded
+        return self.answer[:row]
 
-    def all_logits(self, ids: Sequence[int], cache: Any) -> np.ndarray:
-        raise NotImplementedError("generation has no use for it")
 
-
-def ids_of(steps: Sequence[Step], row: int = 0) -> list[int]:
+def ids_of(steps: Sequence[TokenEvent], row: int = 0) -> list[int]:
     return [step.id for step in steps if step.row == row]
 
 
@@ -110,7 +125,7 @@ def test_steps_come_while_they_are_made() -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 11, "top_p": 0.9}])
 def test_a_row_is_the_same_alone_and_in_a_batch(sampling: dict[str, Any]) -> None:
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, V, n).tolist() for n in (1, 7, 700, 30, PREFILL_CHUNK)]
+    prompts = [rng.integers(0, V, n).tolist() for n in (1, 7, 700, 30, CHUNK)]
     stop_ids = frozenset(range(0, 12))
     chosen = settings(sampler=make_sampler(**sampling), max_tokens=20, stop_ids=stop_ids)
     together = list(generate(Trigrams(), prompts, chosen))
@@ -149,7 +164,7 @@ def test_ignore_eos_goes_on() -> None:
 def test_a_finished_row_costs_nothing() -> None:
     executor = Trigrams()
     list(generate(executor, [[1], [2, 3]], [settings(max_tokens=1), settings(max_tokens=4)]))
-    assert executor.fed == [[1, 2], [0, 1], [0, 1], [0, 1]]
+    assert executor.fed == [[1, 2], [1], [1], [1]]
 
 
 def test_a_cancelled_row_costs_nothing_and_says_nothing() -> None:
@@ -159,7 +174,7 @@ def test_a_cancelled_row_costs_nothing_and_says_nothing() -> None:
     generation.cancel(1)  # already sampled in this round, not yet delivered
     steps += list(generation)
     assert [len(ids_of(steps, row)) for row in range(3)] == [4, 0, 4]
-    assert executor.fed == [[1, 1, 1], *[[1, 0, 1]] * 3]
+    assert executor.fed == [[1, 1, 1], *[[1, 1]] * 3]
     assert generation.timings.new_tokens == 8
 
 
@@ -168,7 +183,7 @@ def test_a_row_cancelled_before_the_start_is_never_read() -> None:
     generation = generate(executor, [[1], [2, 3]], settings(max_tokens=2))
     generation.cancel(0)
     assert {step.row for step in generation} == {1}
-    assert executor.fed == [[0, 2], [0, 1]]
+    assert executor.fed == [[2], [1]]
 
 
 @pytest.mark.parametrize("taken", [0, 3])
@@ -203,8 +218,8 @@ def test_long_prompts_are_read_in_chunks_with_progress() -> None:
             progress=lambda done, total: told.append((done, total)),
         )
     )
-    assert executor.fed == [[512, 4], [512, 0], [276, 0], [1, 1], [1, 1]]
-    assert told == [(0, 1304), (516, 1304), (1028, 1304), (1304, 1304)]
+    assert executor.fed == [[512], [512], [276, 4], [1, 1], [1, 1]]
+    assert told == [(0, 1304), (512, 1304), (1024, 1304), (1304, 1304)]
     assert [ids_of(steps, row) for row in (0, 1)] == [greedy(prompt, 3) for prompt in prompts]
 
 
@@ -212,11 +227,11 @@ def test_long_prompts_are_read_in_chunks_with_progress() -> None:
 @pytest.mark.parametrize(("length", "made"), [(3, 0), (6, 3)])
 def test_no_id_is_made_of_logits_that_are_no_numbers(value: float, length: int, made: int) -> None:
     generation = generate(Trigrams(poison={length: value}), [[1], [1, 2, 3]], settings())
-    steps: list[Step] = []
+    steps: list[TokenEvent] = []
     with pytest.raises(GenerationError) as caught:
         steps.extend(generation)
     assert ids_of(steps, 1) == greedy([1, 2, 3], 12)[:made]
-    assert str(caught.value).startswith(f"row 1: the logits after position {length - 1} hold ")
+    assert str(caught.value).startswith(f"prompt 1: the logits after position {length - 1} hold ")
     assert f"{'1 NaN and 0' if np.isnan(value) else '0 NaN and 1'} Inf of {V}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(generation) == []
@@ -322,7 +337,7 @@ def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
     ("prompts", "fields", "message"),
     [
         ([], {}, "no prompts: expected at least one"),
-        ([[1], []], {}, "prompt 1 is empty: expected at least one id"),
+        ([[1], []], {}, "prompt 1: no ids; expected at least one"),
         ([[1] * 16], {"context": 16}, "prompt 0 has 16 ids and the context holds 16: no room"),
         ([[1] * 99], {"context": 16}, "prompt 0 has 99 ids and the context holds 16: no room"),
         ([[1] * 99], {"context": 16}, "shorten it to at most 15, or allow a context of up to 2000"),
