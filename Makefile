@@ -32,7 +32,7 @@ parity: .venv/dev.done
 
 # Into build/: the notebooks with their results, and pictures of the page of the walkthrough.
 notebooks: .venv/dev.done
-	$(BIN)/python docs/make_notebooks.py
+	$(BIN)/python lessons/make.py
 
 screenshots: .venv/dev.done
 	mkdir -p build

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,7 @@ def page() -> str:
 
 
 IN_README = ("smollm2-135m", "1b-Q4_0", "1b-Q8_0", "1b-Q4_K_M", "1b-BF16", "8b-Q4_0", "8b-Q4_K_M")
+LINK = "benchmarks/RECORD.md"
 README_NAMES = {"1b": "Llama 3.2 1B", "8b": "Llama 3.1 8B"}
 BLOCK = re.compile(r"(<!-- speed: .*? -->\n).*?(<!-- end of speed -->)", re.DOTALL)
 
@@ -210,12 +212,12 @@ def speed_block() -> str:
             cells.append(f"{single_row(fork['result'], what)['ratio']:.1f}")
         rows.append(cells)
     text = (
-        f"\nTokens per second on {', '.join(sorted(machines))} with AVX-512 and AMX, two threads, "
+        f"Tokens per second on {', '.join(sorted(machines))} with AVX-512 and AMX, two threads, "
         f"and how many times (×) as fast as {' and '.join(sorted(peers, reverse=True))} on the "
         f"same files ({', '.join(sorted(dates))}). llama.cpp uses AVX-512: its AMX build crashed "
-        "on this machine. 1B and 8B are random weights of that shape. [All measurements and their "
-        "commands](benchmarks/RECORD.md).\n\n"
+        "on this machine. 1B and 8B are random weights of that shape."
     )
+    text = f"\n{textwrap.fill(text, 96)}\n[All measurements and their commands]({LINK}).\n\n"
     columns = [""]
     for what in ("prompt of 512", "answer"):
         columns += [f"{what}>", "× llama.cpp>", "× ik_llama.cpp>"]

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
-from glassllama.tokenizers.tiktoken_file import control_names, read_ranks
+from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
 from glassllama.weights.tensor_map import expected_shapes, foreign_names
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
@@ -77,7 +77,7 @@ class Words:
 def llama3_words(ranks: Path) -> Words:
     """Meta's vocabulary as GGUF writes it: tokens in GPT-2's characters, and its merges."""
     tokens = read_ranks(ranks)
-    controls = control_names()
+    controls = special_token_names()
     kinds = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(controls)
     return Words(
         pre="llama-bpe",

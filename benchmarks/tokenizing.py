@@ -28,12 +28,12 @@ import tiktoken
 
 import glassllama
 import tokenizers
-from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder
+from glassllama.native.tokenizers import COMPILED
+from glassllama.native.tokenizers.corpus_encoder import CorpusEncoder
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.pretokenizer import LLAMA3
-from glassllama.tokenizers.tiktoken_file import chunks, read_meta_tokenizer
-from glassllama.tokenizers.train import train_bpe
-from glassllama.tokenizers.writers import hf_document
+from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer, text_chunks
+from glassllama.tokenizers.train import TrainedBPE, hf_document, train_bpe
 
 Work = dict[str, Callable[[], Any]]
 
@@ -54,7 +54,7 @@ def read(paths: list[Path]) -> str:
 
 
 def medians(work: Work, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of each piece of work, by the clock on the wall and by the processor's."""
+    """Median seconds of each piece of work: wall time and processor time."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, call in work.items():
@@ -72,8 +72,6 @@ KINDS = ("wall", "core")
 
 def hf_of(ours: BytePairTokenizer) -> tokenizers.Tokenizer:
     """Llama 3's vocabulary in Hugging Face's library."""
-    from glassllama.tokenizers.train import TrainedBPE
-
     tokens = tuple(token for token in ours.vocabulary.tokens if token in ours.vocabulary.ids)
     as_learned = TrainedBPE(tokens, (), tuple(ours.specials), "llama3")
     return tokenizers.Tokenizer.from_str(json.dumps(hf_document(as_learned)))
@@ -84,10 +82,10 @@ def translating(ours: BytePairTokenizer, text: str, repeats: int) -> Work:
         "llama3", pat_str=LLAMA3, mergeable_ranks=dict(ours.vocabulary.ids), special_tokens={}
     )
     hf = hf_of(ours)
-    pieces = list(chunks(text))  # as Meta's tokenizer cuts, for all
+    pieces = list(text_chunks(text))  # as Meta's tokenizer cuts
     ids = ours.encode_array(text)
     numbers = ids.tolist()
-    new_ones = [ArrayEncoder(ours.vocabulary) for _ in range(repeats)]  # their tables untouched
+    new_ones = [CorpusEncoder(ours.vocabulary) for _ in range(repeats)]  # with empty caches
     assert [id for piece in pieces for id in tik.encode_ordinary(piece)] == numbers
     assert tik.decode(numbers) == ours.decode(numbers) == text
 
@@ -109,7 +107,7 @@ def translating(ours: BytePairTokenizer, text: str, repeats: int) -> Work:
 
 
 def learning(text: str, merges: int) -> Work:
-    """The same merges by both, from the same words."""
+    """Learning the same merges from the same words."""
     lines = text.splitlines(keepends=True)
     size = 256 + merges
 
@@ -128,7 +126,10 @@ def learning(text: str, merges: int) -> Work:
         tokenizer.train_from_iterator(lines, trainer)
         return tokenizer
 
-    return {"train ours": lambda: train_bpe(lines, size), "train tokenizers": theirs}
+    return {
+        "train ours": lambda: train_bpe(lines, size, backend=COMPILED),
+        "train tokenizers": theirs,
+    }
 
 
 def main() -> None:
@@ -140,8 +141,8 @@ def main() -> None:
     flags = parser.parse_args()
     text = read(flags.texts)
     megabytes = len(text.encode()) / 1e6
-    ours = read_meta_tokenizer(flags.ranks or llama3_ranks())
-    train_bpe(["compiled before the clock runs"], 256)
+    ours = read_meta_tokenizer(flags.ranks or llama3_ranks(), COMPILED)
+    train_bpe(["compile before measuring"], 256, backend=COMPILED)
     seconds = medians(
         translating(ours, text, flags.repeats) | learning(text, flags.merges), flags.repeats
     )

@@ -1,9 +1,9 @@
-"""What watching costs: a forward pass with every place kept, with one, and with none.
+"""Cost of tracing: a forward pass with all hooks recorded, with one of each layer, with none.
 
     python benchmarks/trace_cost.py [MODEL] [--rounds 7]          (needs the torch extra)
 
-One thread, processor time, in turns, medians; new memory comes as to the verb `walkthrough`, and
-giving it back is counted, too. Prints a table and one line of JSON.
+One thread, processor time, alternating runs, medians. Memory is allocated as in `glassllama
+walkthrough`, and releasing it counts. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: the verb does so, too
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch, as the command does
 
 import torch
 
 from glassllama import load
-from glassllama.walkthrough.trace import keep_freed_memory, run_with_trace
+from glassllama.walkthrough.tracing import retain_freed_memory, trace
 
 LENGTHS = (17, 128, 512)  # tokens
-WATCHED = {"all places": ["*"], "attention weights": ["layers.*.attention.weights"]}
+RECORDED = {"all hooks": ["*"], "attention weights": ["layers.*.attention.weights"]}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -38,16 +38,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a walk does
-    model = load(chosen.model, backend="torch").executor.model
+    retain_freed_memory()  # as the walkthrough does
+    model = load(chosen.model, backend="torch").model
     rows = []
     for length in LENGTHS:
         ids = torch.arange(1, length + 1)
         ways: dict[str, Callable[[], object]] = {"none": lambda ids=ids: model(ids[None])}
-        for name, watch in WATCHED.items():
-            ways[name] = lambda ids=ids, watch=watch: run_with_trace(
-                model, ids.tolist(), watch=watch
-            )
+        for name, hooks in RECORDED.items():
+            ways[name] = lambda ids=ids, hooks=hooks: trace(model, ids.tolist(), hooks=hooks)
         spent: dict[str, list[float]] = {name: [] for name in ways}
         with torch.inference_mode():
             for _ in range(chosen.rounds):

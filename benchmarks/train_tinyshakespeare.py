@@ -64,7 +64,7 @@ def nanogpt(checkout: Path, folder: Path) -> Run:
     for file in checkout.iterdir():
         if file.name != "data":
             (folder / file.name).symlink_to(file.resolve())
-    text = hub.fetch_text("tinyshakespeare").read_text(encoding="utf-8")
+    text = hub.fetch_dataset("tinyshakespeare").read_text(encoding="utf-8")
     characters = sorted(set(text))
     ids = np.array([characters.index(c) for c in text], np.uint16)
     data = folder / "data" / "shakespeare_char"

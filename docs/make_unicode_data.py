@@ -1,11 +1,14 @@
-"""Write tokenizers/unicode_data.py: what each code point is, as tiktoken and tokenizers know it.
+"""Write tokenizers/unicode_data.json: the general category of every code point.
 
-python docs/make_unicode_data.py      (with the dev extra; a test compares all code points)
+python docs/make_unicode_data.py      (with the dev extra)
+
+The categories are those of tiktoken and tokenizers; a test compares all code points.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,14 +18,13 @@ import tiktoken
 
 from tokenizers import pre_tokenizers
 
-TARGET = Path(__file__).parent.parent / "src" / "glassllama" / "tokenizers" / "unicode_data.py"
+TARGET = Path(__file__).parent.parent / "src" / "glassllama" / "tokenizers" / "unicode_data.json"
 VERSION = "16.0"  # of tiktoken 0.14's and tokenizers 0.23's tables of categories
 CATEGORIES = (
     "Cn Cc Cf Co Ll Lm Lo Lt Lu Mc Me Mn Nd Nl No Pc Pd Pe Pf Pi Po Ps Sc Sk Sm So Zl Zp Zs"
 ).split()
 N_CODE_POINTS = 0x110000
 EVERY = [chr(point) for point in range(N_CODE_POINTS) if not 0xD800 <= point < 0xE000]
-LINE = 92  # characters
 
 
 def main() -> None:
@@ -39,21 +41,16 @@ def main() -> None:
     words = np.isin(categories, [n for n, c in enumerate(CATEGORIES) if c[0] in "LM"])
     words |= np.isin(categories, [CATEGORIES.index(c) for c in ("Nd", "Nl", "Pc")])
     more = ranges(sorted({*of_tiktoken(r"\w")} - {*np.flatnonzero(words).tolist()}))
-    TARGET.write_text(
-        '"""Made by docs/make_unicode_data.py: general categories of every code point."""\n\n'
-        f'VERSION = "{VERSION}"\n'
-        f'CATEGORIES = (\n    "{" ".join(CATEGORIES)}"\n).split()\n'
-        + "MORE_WORD_RANGES = (\n"
-        + "".join(f"    {line},\n" for line in lines_of_ranges(more))
-        + ")  # fmt: skip\n"
-        + "# Where tokenizers' Punctuation, which has older tables, is not category P.\n"
-        + "OTHER_PUNCTUATION_RANGES = (\n"
-        + "".join(f"    {line},\n" for line in lines_of_ranges(differ))
-        + ")  # fmt: skip\n"
-        "# zlib, base 85: the category of each run of code points, then its length as a varint.\n"
-        "RUNS = (\n" + "".join(f'    "{line}"\n' for line in cut(packed(runs))) + ")\n",
-        "utf-8",
-    )
+    document = {
+        "comment": "Made by docs/make_unicode_data.py: general categories of all code points.",
+        "version": VERSION,
+        "categories": CATEGORIES,
+        "more_word_ranges": more,
+        "other_punctuation_ranges": differ,  # Punctuation of tokenizers has older tables
+        "runs": base64.b85encode(zlib.compress(runs, 9)).decode(),
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
+    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 def of_tiktoken(pattern: str) -> list[int]:
@@ -74,24 +71,12 @@ def ranges(points: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-def lines_of_ranges(pairs: list[tuple[int, int]]) -> list[str]:
-    return [", ".join(map(str, pairs[at : at + 5])) for at in range(0, len(pairs), 5)]
-
-
 def varint(number: int) -> bytes:
     written = b""
     while number > 0x7F:
         written += bytes([number & 0x7F | 0x80])
         number >>= 7
     return written + bytes([number])
-
-
-def packed(raw: bytes) -> str:
-    return base64.b85encode(zlib.compress(raw, 9)).decode()
-
-
-def cut(text: str) -> list[str]:
-    return [text[at : at + LINE] for at in range(0, len(text), LINE)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,11 +76,14 @@ def tinyshakespeare() -> Path:
     from glassllama import hub
 
     beside = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
-    if not hub.has_text("tinyshakespeare"):
+    path = hub.DATASETS["tinyshakespeare"].location
+    if not hub.has_dataset("tinyshakespeare"):
         if not beside.is_file():
             pytest.skip("Tiny Shakespeare is not here: run glassllama download tinyshakespeare")
-        hub.keep_text("tinyshakespeare", beside)
-    return hub.place_of_text("tinyshakespeare")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(beside, path)
+        assert hub.has_dataset("tinyshakespeare")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +91,7 @@ def shakespeare() -> Path:
     """Shakespeare's plays, as `glassllama download shakespeare` fetches them."""
     from glassllama import hub
 
-    return hub.fetch_text("shakespeare")
+    return hub.fetch_dataset("shakespeare")
 
 
 class Parity:

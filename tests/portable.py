@@ -21,7 +21,7 @@ ENGINE = ["engine/test_engine.py"]
 MARKED = ["-m", "portable", "engine/test_pages.py", "engine/test_code_on_disk.py"]
 NUMERICAL = [
     "test_tolerances.py", "nn", "models", "parity/test_llama.py", "parity/test_gpt2.py",
-    "parity/test_saved_llama.py", "walkthrough/test_trace.py", "weights/test_stream.py",
+    "parity/test_saved_llama.py", "walkthrough/test_tracing.py", "weights/test_stream.py",
     "train/test_parts.py", "generation/test_parity.py",
     "-k", "not memory and not freed",  # what is no number
 ]  # fmt: skip

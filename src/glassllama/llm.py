@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +39,11 @@ from glassllama.generation import (
     TokenLogprob,
     make_sampler,
 )
-from glassllama.tokenizers.bpe import prompt_ids, written_in
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
-from glassllama.tokenizers.detokenizer import StopStrings, StreamDecoder
+from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
+from glassllama.tokenizers.special_tokens import find_tokens
+from glassllama.tokenizers.vocabulary import prompt_ids
 from glassllama.weights.backend import (
     Backend,
     Dtype,
@@ -52,6 +53,10 @@ from glassllama.weights.backend import (
 )
 from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.quantization import Quantize
+
+if TYPE_CHECKING:
+    from glassllama.walkthrough import Intervention, Trace
+    from glassllama.weights.load import Model
 
 DEFAULT_MODEL = "smollm2-135m"
 Prompt = str | Sequence[int]
@@ -118,7 +123,7 @@ class Answer:
     """One row on its way from ids to text."""
 
     prompt_ids: list[int]
-    decoder: StreamDecoder
+    decoder: Detokenizer
     stops: StopStrings
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -269,7 +274,7 @@ class LLM:
 
     def specials_in(self, text: str) -> list[str]:
         """Control tokens that are written in a text, each once; text without `specials`."""
-        return written_in(text, self.tokenizer.specials)
+        return find_tokens(text, self.tokenizer.specials)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
@@ -325,6 +330,41 @@ class LLM:
         ids = checked_ids("logits", given, self.executor.config.vocab_size)
         return logits_of_text(self.executor, ids)
 
+    @cached_property
+    def model(self) -> Model:
+        """The PyTorch reference model of this checkpoint, loaded on first use.
+
+        With the torch backend it is the model that generates. Raises MissingExtraError without
+        PyTorch, MemoryShortError.
+        """
+        try:
+            from glassllama.weights.load import load_model
+            from glassllama.weights.torch_executor import TorchExecutor
+        except ImportError:
+            raise MissingExtraError("the PyTorch reference model", "torch") from None
+        if isinstance(self.executor, TorchExecutor):
+            return cast("Model", self.executor.model)
+        return load_model(self.checkpoint)
+
+    def trace(
+        self,
+        prompt: Prompt,
+        *,
+        hooks: Sequence[str] = ("*",),
+        interventions: Sequence[Intervention] = (),
+        positions: Sequence[int] | None = None,
+    ) -> Trace:
+        """Run `model` on a prompt -> its logits, and the tensors of hooks by name.
+
+        docs/hooks.md lists the names; `hooks` may have wildcards. Interventions replace tensors,
+        `positions` are the tokens to record (None: all). See `glassllama.walkthrough.trace`.
+        """
+        model = self.model
+        from glassllama.walkthrough import trace
+
+        ids = self.encode(prompt)
+        return trace(model, ids, hooks=hooks, interventions=interventions, positions=positions)
+
     def _stream(
         self, prompt: Prompt, options: Options, progress: Progress | None, *, continues: bool
     ) -> TextStream:
@@ -361,7 +401,7 @@ class LLM:
         )  # fmt: skip
         rows = [self.encode(prompt, specials=specials) for prompt in prompts]
         answers = [
-            Answer(ids, StreamDecoder(self.tokenizer, continues=continues), StopStrings(stop))
+            Answer(ids, Detokenizer(self.tokenizer, continues=continues), StopStrings(stop))
             for ids in rows
         ]
         requests = [

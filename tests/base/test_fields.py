@@ -1,4 +1,4 @@
-"""Typed access to foreign values: what is taken, what is refused, and how errors quote values."""
+"""Typed access to foreign values: accepted and refused values, and how errors quote them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STRANGE = [True, "3", [3], {"a": 3}, 10**400, -(10**400), math.nan, math.inf, 1e
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: quoted(value)[:20])
-def test_whole_numbers_are_whole_numbers_within_bounds(value: object) -> None:
+def test_whole_refuses_other_types_and_numbers_outside_the_bounds(value: object) -> None:
     with pytest.raises(ConfigError, match=r"file: n must be a whole number from 1"):
         Fields("file", {"n": value}).whole("n")
 
 
 @pytest.mark.parametrize("value", STRANGE[:-2], ids=lambda value: quoted(value)[:20])
-def test_numbers_are_finite_in_float32(value: object) -> None:
+def test_number_refuses_values_that_are_not_finite_in_float32(value: object) -> None:
     with pytest.raises(ConfigError, match=r"file: x must be a finite number, got"):
         Fields("file", {"x": value}).number("x")
 
@@ -33,7 +33,7 @@ def test_a_missing_key_and_null_give_the_default_or_an_error() -> None:
         get.number("absent")
 
 
-def test_each_type_refuses_the_others() -> None:
+def test_other_types_are_refused() -> None:
     get = Fields("file", {"flag": True, "text": "a", "list": [1, "a"], "none": [None]})
     assert get.boolean("flag") is True
     assert get.text("text") == "a"
@@ -50,7 +50,7 @@ def test_each_type_refuses_the_others() -> None:
             read()
 
 
-def test_arrays_of_metadata_are_lists_of_their_element_type() -> None:
+def test_numpy_arrays_are_lists_of_their_element_type() -> None:
     get = Fields(
         "file", {"ids": np.array([0, 5]), "signed": np.array([-1]), "nan": np.array([np.nan])}
     )

@@ -1,4 +1,4 @@
-"""Fault X3: a cache that another user owns, or can write to, is told from one of our own."""
+"""Fault X3: a cache that another user owns or can write to is not used."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from glassllama.native.jit import checksums, code_cache
 from glassllama.native.jit.code_cache import folder_for
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
-STRANGER = 4242
+OTHER_USER = 4242
 
 
-def given_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It belongs to another user now: really where we are root, else by what lstat says of it."""
+def change_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it belong to another user: in fact if we are root, else by a replaced lstat."""
     if os.geteuid() == 0:
-        os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
+        os.chown(path, OTHER_USER, OTHER_USER, follow_symlinks=False)
         return
-    really = os.lstat
+    real_lstat = os.lstat
 
     def lstat(place: str | Path) -> os.stat_result:
-        facts = really(place)
+        status = real_lstat(place)
         other = Path(place) == path
-        return os.stat_result([*facts[:4], STRANGER, *facts[5:]]) if other else facts
+        return os.stat_result([*status[:4], OTHER_USER, *status[5:]]) if other else status
 
     monkeypatch.setattr(os, "lstat", lstat)
 
 
-def why_not(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     with pytest.raises(UntrustedError) as error:
         require_trusted(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_a_folder_of_our_own(tmp_path: Path) -> None:
+def test_a_folder_of_this_user(tmp_path: Path) -> None:
     require_trusted(tmp_path)
     require_trusted(tmp_path / "not" / "there" / "yet")
     (tmp_path / "link").symlink_to(tmp_path)
     require_trusted(tmp_path / "link" / "x")
     require_trusted(Path("/"))
     tmp_path.chmod(0o777)  # all of it depends on this bit
-    assert "others can write" in why_not(tmp_path / "not" / "there" / "yet")
-    assert "others can write" in why_not(tmp_path / "link" / "x")
+    assert "others can write" in refusal(tmp_path / "not" / "there" / "yet")
+    assert "others can write" in refusal(tmp_path / "link" / "x")
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])
@@ -59,25 +59,25 @@ def test_a_folder_that_others_can_write_to(
     home = tmp_path / "home"
     (home / "inner").mkdir(parents=True)
     home.chmod(mode)
-    assert why_not(home).startswith(f"others can write to {home}: it is not used; ")
+    assert refusal(home).startswith(f"others can write to {home}: it is not used; ")
     if mode & stat.S_ISVTX:  # what is ours in there stays ours, as in /tmp
         require_trusted(home / "inner")
         (tmp_path / "link").symlink_to(home)
-        assert "others can write" in why_not(tmp_path / "link")
+        assert "others can write" in refusal(tmp_path / "link")
     else:
-        assert f"others can write to {home}" in why_not(home / "inner")
-        assert f"others can write to {home}" in why_not(home / "not there")
+        assert f"others can write to {home}" in refusal(home / "inner")
+        assert f"others can write to {home}" in refusal(home / "not there")
 
 
 def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tmp_path / "theirs"
     (theirs / "inner").mkdir(parents=True)
-    given_away(theirs, monkeypatch)
-    assert why_not(theirs) == f"{theirs} belongs to another user: {trust.NOT_OURS}"
-    assert why_not(theirs / "inner").startswith(f"{theirs} belongs to another user")
+    change_owner(theirs, monkeypatch)
+    assert refusal(theirs) == f"{theirs} belongs to another user: {trust.NOT_OURS}"
+    assert refusal(theirs / "inner").startswith(f"{theirs} belongs to another user")
 
 
-def test_links_are_looked_at_and_what_they_lead_through(
+def test_links_and_their_targets_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_to_all = tmp_path / "open"
@@ -85,17 +85,17 @@ def test_links_are_looked_at_and_what_they_lead_through(
     open_to_all.chmod(0o777)
     (tmp_path / "link").symlink_to("second")
     (tmp_path / "second").symlink_to(open_to_all / "inner")
-    assert f"others can write to {open_to_all}" in why_not(tmp_path / "link")
+    assert f"others can write to {open_to_all}" in refusal(tmp_path / "link")
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(OSError, match="symbolic links"):
         require_trusted(tmp_path / "round")
     (tmp_path / "theirs").symlink_to(tmp_path)
-    given_away(tmp_path / "theirs", monkeypatch)
-    assert "belongs to another user" in why_not(tmp_path / "theirs")
+    change_owner(tmp_path / "theirs", monkeypatch)
+    assert "belongs to another user" in refusal(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
-def test_folders_that_we_make_are_ours_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+def test_new_folders_are_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         make_folder(tmp_path / "a" / "b")
@@ -109,36 +109,34 @@ def test_folders_that_we_make_are_ours_whatever_the_umask(tmp_path: Path, umask:
     assert not (tmp_path / "a" / "c").exists()
 
 
-def test_a_group_of_this_users_alone_is_no_other_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_private_group_is_no_other_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o770)
     monkeypatch.setattr(trust, "private_group", lambda: tmp_path.stat().st_gid)
     require_trusted(tmp_path)
     monkeypatch.setattr(trust, "private_group", lambda: None)
-    assert "others can write" in why_not(tmp_path)
+    assert "others can write" in refusal(tmp_path)
 
 
-def test_compiled_code_is_kept_in_folders_of_our_own_only(
+def test_compiled_code_is_stored_in_trusted_folders_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, told = tmp_path / "home", list[str]()
-    monkeypatch.setattr(code_cache, "notes", told)
+    home, notes = tmp_path / "home", list[str]()
+    monkeypatch.setattr(code_cache, "notes", notes)
     monkeypatch.setenv("GLASSLLAMA_HOME", str(home))
     folder = folder_for("engine", [Path(__file__)], "1")
     assert folder is not None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert told == []
+    assert notes == []
     home.chmod(0o777)
     assert folder_for("engine", [Path(__file__)], "1") is None
     assert folder_for("engine", [Path(__file__)], "2") is None
-    assert told == [
+    assert notes == [
         f"compiling in memory, at every start: others can write to {home}: {trust.HELP}"
     ]
     assert [path.name for path in (home / "compiled").iterdir()] == [folder.parent.name]
 
 
-def test_files_of_others_are_discarded_whatever_the_seal_says(
+def test_files_that_others_can_write_are_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trust, "private_group", lambda: None)
@@ -158,7 +156,7 @@ def test_files_of_others_are_discarded_whatever_the_seal_says(
     assert list(checksums.files(tmp_path)) == []
 
 
-def test_what_a_careless_umask_leaves_open_is_closed_when_it_is_sealed(tmp_path: Path) -> None:
+def test_sealing_removes_write_permissions_of_others(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         (tmp_path / "sub").mkdir()

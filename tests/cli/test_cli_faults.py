@@ -292,7 +292,7 @@ def test_signals_end_it_at_once(sent: signal.Signals, code: int, default_model: 
 
 def test_an_unforeseen_error_is_one_line_and_debug_shows_where() -> None:
     broken = (
-        "import sys, glassllama.hub as hub; hub.cached = lambda: 1 / 0; "
+        "import sys, glassllama.hub as hub; hub.cached_models = lambda: 1 / 0; "
         "from glassllama.__main__ import main; sys.argv[1:] = {}; main()"
     )
     for arguments, words in ((["list"], "please report"), (["--debug", "list"], "Traceback")):

@@ -11,7 +11,7 @@ import pytest
 from glassllama.cli import tokenize
 from glassllama.formats.gguf import open_gguf
 from glassllama.native.jit import code_cache
-from glassllama.weights.tokenizer import tokenizer_from_gguf
+from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 
 
 @pytest.fixture(scope="module")

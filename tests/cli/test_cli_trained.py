@@ -63,7 +63,6 @@ def test_generate(verb: Verb, folder: Path) -> None:
     ("arguments", "said"),
     [
         (("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only"),
-        (("walkthrough", "abc", "-m"), "the walkthrough is for Llamas and this is a {}"),
     ],
 )
 def test_what_is_for_llamas_only(

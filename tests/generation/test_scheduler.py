@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,16 @@ import torch
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import Capabilities, NewTokens
-from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
+from glassllama.generation import (
+    Generation,
+    GenerationSettings,
+    Request,
+    Scheduler,
+    TokenEvent,
+    generate,
+    make_sampler,
+)
+from interrupting import Interruption
 from tolerances import unit
 
 V, CONTEXT, CHUNK = 97, 2000, 512
@@ -402,3 +413,114 @@ def test_timings_count_ids_and_seconds() -> None:
     assert timings.decode_s > 0
     assert timings.prefill_rate == 4 / timings.prefill_s
     assert timings.decode_rate == 8 / timings.decode_s
+
+
+def run(scheduler: Scheduler) -> dict[int, list[TokenEvent]]:
+    """Step until nothing is left -> the events of each request."""
+    events: dict[int, list[TokenEvent]] = {}
+    while not scheduler.is_idle:
+        for event in scheduler.step():
+            events.setdefault(event.request, []).append(event)
+    return events
+
+
+def request(executor: Any, prompt: Sequence[int], **fields: Any) -> Request:
+    return Request.new(executor, prompt, settings(**fields))
+
+
+def test_a_long_prompt_is_read_between_the_ids_of_others() -> None:
+    executor = Trigrams()
+    scheduler = Scheduler(executor)
+    short = scheduler.add(request(executor, [1, 2, 3], max_tokens=8))
+    first = scheduler.step() + scheduler.step()
+    prompt = np.random.default_rng(1).integers(0, V, 1300).tolist()
+    long = scheduler.add(request(executor, prompt, max_tokens=3))
+    events = run(scheduler)
+    assert [event.id for event in first + events[short]] == greedy([1, 2, 3], 8)
+    assert [event.id for event in events[long]] == greedy(prompt, 3)
+    assert executor.fed == [[3], [1], [1, 512], [1, 512], [1, 276], *[[1, 1]] * 2, [1]]
+
+
+def test_requests_come_and_go_in_any_order() -> None:
+    """Each has the ids that it has alone; sequences are removed from the cache at the end."""
+    chance = np.random.default_rng(4)
+    executor = Trigrams()
+    scheduler, wanted, made = Scheduler(executor), dict[int, list[int]](), dict[int, list[int]]()
+    while len(wanted) < 30 or not scheduler.is_idle:
+        if len(wanted) < 30 and chance.random() < 0.5:
+            prompt = chance.integers(0, V, int(chance.integers(1, 900))).tolist()
+            count = int(chance.integers(1, 20))
+            number = scheduler.add(request(executor, prompt, max_tokens=count))
+            wanted[number], made[number] = greedy(prompt, count), []
+        for event in scheduler.step():
+            made[event.request].append(event.id)
+    assert made == wanted
+    assert executor.cache.texts == {}
+
+
+def test_a_cancelled_request_has_no_further_events() -> None:
+    executor = Trigrams()
+    scheduler = Scheduler(executor)
+    requests = [request(executor, [n + 1]) for n in range(2)]
+    for one in requests:
+        scheduler.add(one)
+    scheduler.step()
+    scheduler.cancel(requests[0])
+    assert list(executor.cache.texts) == [requests[1].sequence]
+    assert list(run(scheduler)) == [1]
+    scheduler.cancel(requests[0])  # no effect any more
+
+
+def test_a_generation_that_nobody_has_is_not_computed_further() -> None:
+    executor = Trigrams()
+    scheduler = Scheduler(executor)
+    kept, dropped = (Generation(scheduler, [request(executor, [n])]) for n in range(2))
+    assert [next(dropped).id, next(kept).id] == [greedy([1], 1)[0], greedy([0], 1)[0]]
+    del dropped
+    assert [event.id for event in kept] == greedy([0], 12)[1:]
+    assert executor.fed[2:] == [[1]] * 11
+
+
+def test_one_that_fails_does_not_end_the_others() -> None:
+    executor = Trigrams(poison={5: np.nan})
+    scheduler = Scheduler(executor)
+    scheduler.add(request(executor, [1, 2, 3]))
+    scheduler.add(request(executor, range(10)))
+    events = run(scheduler)
+    assert [event.error is not None for event in events[0]] == [False, False, True]
+    assert [event.id for event in events[1]] == greedy(range(10), 12)
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_interrupted_at_any_moment_no_id_is_lost(invariant: bool) -> None:
+    """The interrupted generation has ended; another one of the same scheduler goes on."""
+    for at in itertools.count(1, 3):
+        executor = Trigrams()
+        executor.capabilities = Capabilities(prefill_chunk=CHUNK, batch_invariant=invariant)
+        scheduler = Scheduler(executor)
+        mine = Generation(scheduler, [request(executor, [1, 2, 3])])
+        other = Generation(scheduler, [request(executor, [4, 5], max_tokens=5)])
+        ids = [next(other).id]
+        interruption = Interruption(at)
+        with suppress(KeyboardInterrupt):
+            interruption.run(lambda mine=mine: [next(mine) for _ in range(3)])
+        ended = False
+        with suppress(GenerationError):  # where its own next id was being chosen: INTERRUPTED
+            ids += [event.id for event in other]
+            ended = True
+        assert ids == greedy([4, 5], 5 if ended else len(ids)), at
+        if not interruption.came:
+            assert at > 100
+            break
+
+
+def test_threads_share_the_steps() -> None:
+    executor = Trigrams()
+    scheduler = Scheduler(executor)
+    prompts = [[n, 7 * n % V] for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.map(
+            lambda prompt: [e.id for e in Generation(scheduler, [request(executor, prompt)])],
+            prompts,
+        )
+    assert list(made) == [greedy(prompt, 12) for prompt in prompts]

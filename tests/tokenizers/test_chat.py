@@ -19,7 +19,8 @@ from foreign_tokenizers import HuggingFaceTokenizer, MetaTokenizer, meta_modules
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.chat import ChatML, Llama3Chat, Message, TemplateChat, choose_chat_format
-from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from glassllama.weights.tokenizer import tokenizer_from_folder
+from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 
 TALK = [
     Message("system", "Answer in one line."),

@@ -20,15 +20,13 @@ from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.ends import end_ids
 from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
+from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.tokenizers.special_tokens import stop_ids_by_name
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
-from glassllama.weights.tokenizer import (
-    chat_template_from_folder,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from glassllama.weights.tokenizer import chat_template_from_folder, tokenizer_from_folder
+from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from tokenizers import AddedToken, Tokenizer, processors
 
 TEXT = "".join(mixed_text(seed) for seed in range(2000, 2030))
@@ -131,7 +129,7 @@ def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
 
 def test_ends_that_exclude_each_other() -> None:
     def ends(*names: str) -> set[str]:
-        return {names[id] for id in end_ids({name: id for id, name in enumerate(names)})}
+        return {names[id] for id in stop_ids_by_name({name: id for id, name in enumerate(names)})}
 
     assert ends("<|end|>", "<|return|>", "x") == {"<|end|>", "<|return|>"}
     assert ends("<|end|>", "<|return|>", "<|call|>") == {"<|return|>", "<|call|>"}

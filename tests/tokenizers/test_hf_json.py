@@ -15,15 +15,9 @@ from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE, to_bytes
 from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.hf_json import (
-    first_token,
-    has_compiled_split,
-    vocabulary_from_json,
-)
-from glassllama.tokenizers.pipeline_json import pipeline_from_json
+from glassllama.tokenizers.hf_json import tokenizer_from_json, vocabulary_from_json
 from tokenizers import AddedToken, Tokenizer, processors
 
 SPECIALS = ["<|begin|>", "<|end|>"]
@@ -35,9 +29,7 @@ def ours(foreign: Tokenizer) -> Any:
 
 
 def read(document: dict[str, Any]) -> Any:
-    if not has_compiled_split(document):
-        return pipeline_from_json(document)
-    return BytePairTokenizer(vocabulary_from_json(document), bos=first_token(document))
+    return tokenizer_from_json(document)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

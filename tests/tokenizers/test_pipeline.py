@@ -14,8 +14,8 @@ import pytest
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.tokenizers import patterns
+from glassllama.tokenizers.hf_json import pipeline_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.pipeline_json import pipeline_from_json
 from glassllama.tokenizers.pretokenizer import GPT4O, OTHER_SPLITS, TEKKEN
 from tokenizers import (
     AddedToken,
@@ -277,7 +277,7 @@ def test_ids_with_holes_and_of_the_vocabulary() -> None:
 
 
 def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glassllama.tokenizers.patterns.LEAST_SECONDS", 0.2)
+    monkeypatch.setattr("glassllama.tokenizers.patterns.MIN_SECONDS", 0.2)
     theirs = copy_of(byte_level())
     end = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     theirs.pre_tokenizer = pre_tokenizers.Sequence([isolated("(?:a|aa)+c"), end])  # type: ignore[assignment]
@@ -287,7 +287,7 @@ def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are made one by one: a list of them would take 60 bytes and more for each."""
-    monkeypatch.setattr(patterns, "MANY", 2**14)
+    monkeypatch.setattr(patterns, "LONG_TEXT", 2**14)
     theirs = copy_of(byte_level())
     stages = [isolated(TEKKEN), pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]
     theirs.pre_tokenizer = pre_tokenizers.Sequence([*stages, byte_level().pre_tokenizer])  # type: ignore[assignment]

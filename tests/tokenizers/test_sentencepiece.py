@@ -20,15 +20,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from glassllama.base.errors import TokenizerError
+from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.chat import Message, TemplateChat
-from glassllama.tokenizers.detokenizer import StreamDecoder
+from glassllama.tokenizers.detokenizer import Detokenizer
+from glassllama.tokenizers.hf_json import pipeline_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.pipeline_json import pipeline_from_json
-from glassllama.tokenizers.sentencepiece import (
-    SentencePieceTokenizer,
-    read_sentencepiece,
-    sentencepiece_from_gguf,
-)
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
+from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.weights.tokenizer_gguf import sentencepiece_from_gguf
 from long_mode import LONG, SEEDS
 from processor_time import seconds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -172,7 +171,7 @@ def test_mixed_text_of_100_seeds(pair: Pair) -> None:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids)
-        decoder = StreamDecoder(ours)
+        decoder = Detokenizer(ours)
         assert "".join([*map(decoder.push, ids), decoder.finish()]) == theirs.decode(ids)
 
 
@@ -189,7 +188,7 @@ def test_megabytes_of_prose_and_code(pair: Pair) -> None:
 def test_a_stream_that_continues_a_text_keeps_its_first_blank(pair: Pair) -> None:
     ours, theirs = pair
     ids = [theirs.piece_to_id("▁of"), theirs.piece_to_id("▁the")]
-    decoder = StreamDecoder(ours, continues=True)
+    decoder = Detokenizer(ours, continues=True)
     assert "".join(map(decoder.push, ids)) == " of the"
 
 
@@ -204,7 +203,7 @@ def test_random_ids(pair: Pair) -> None:
         ids = [choice.choice([*some, theirs.bos_id()]) for _ in range(choice.randrange(9))]
         text = ours.decode(ids)
         assert one_replacement(text) == one_replacement(theirs.decode(ids))
-        decoder = StreamDecoder(ours)
+        decoder = Detokenizer(ours)
         assert "".join([*map(decoder.push, ids), decoder.finish()]) == text
 
 
@@ -466,7 +465,7 @@ def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
-    tokenizer = read_sentencepiece(trained["llama"])
+    tokenizer = read_sentencepiece(trained["llama"], COMPILED)
     tokenizer.encode("a" * 1000 + " " * 1000)  # compiles what long words need
     return tokenizer
 

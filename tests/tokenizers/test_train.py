@@ -1,4 +1,4 @@
-"""Learning a vocabulary: on paper, as the lesson, as Hugging Face's trainer, in any order."""
+"""Learning a vocabulary: by hand, plain, compiled, as the lessons and Hugging Face's trainer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import random
 from itertools import islice
 from pathlib import Path
 
+import bpe_bytes
+import bpe_characters
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, with_pipeline
 from glassllama.base.errors import TokenizerError
-from glassllama.native.tokenizers import word_counts as counting
+from glassllama.native.tokenizers import COMPILED, pair_counts, word_counts
 from glassllama.native.tokenizers.word_counts import WordCounts
-from glassllama.tokenizers import bpe_first_lesson as first_lesson
 from glassllama.tokenizers import train
-from glassllama.tokenizers.bpe_lesson import learn_merges
+from glassllama.tokenizers.backend import BYTE_TOKENS, PYTHON, BPEBackend
 from glassllama.tokenizers.pretokenizer import SPLITS
-from glassllama.tokenizers.train import BYTE_TOKENS, TrainedBPE, train_bpe
-from glassllama.tokenizers.writers import characters
+from glassllama.tokenizers.train import TrainedBPE, characters, train_bpe
 from tokenizers import models, pre_tokenizers, trainers
 
 SOURCES = Path(train.__file__).parent
@@ -39,29 +39,31 @@ def merges_of(result: TrainedBPE) -> list[tuple[bytes, bytes, int]]:
     return [(result.tokens[m.left], result.tokens[m.right], m.count) for m in result.merges]
 
 
-def most(text: str, wanted: int, **more: str) -> TrainedBPE:
-    """As many of the wanted merges as the text has pairs for."""
+def most(
+    text: str, num_merges: int, split: str = "llama3", backend: BPEBackend = COMPILED
+) -> TrainedBPE:
+    """Up to so many merges, as many as the text has pairs for."""
     try:
-        return train_bpe([text], 256 + wanted, **more)
+        return train_bpe([text], 256 + num_merges, split=split, backend=backend)
     except TokenizerError as fault:
         size = int(str(fault).partition("ask for at most ")[2].partition(",")[0])
-        return train_bpe([text], size, **more)
+        return train_bpe([text], size, split=split, backend=backend)
 
 
-def test_the_first_lesson_is_the_papers_example() -> None:
+def test_the_lesson_on_characters_is_the_example_of_the_paper() -> None:
     """Sennrich et al. (2016), figure 1: e·s, es·t, est·</w>, l·o, lo·w … with ties by alphabet."""
-    merges = first_lesson.learn_merges([SENNRICH], 5)
+    merges = bpe_characters.learn_merges([SENNRICH], 5)
     assert merges[:3] == [("e", "s"), ("es", "t"), ("est", "</w>")]
     assert {("l", "o"), ("lo", "w")} & {*merges}
-    assert first_lesson.encode("lowest", merges)[-1] == "est</w>"
+    assert bpe_characters.encode("lowest", merges)[-1] == "est</w>"
     text = "low newest widest"
-    assert first_lesson.decode(first_lesson.encode(text, merges)) == text
-    assert first_lesson.learn_merges(["aa"], 9) == [("a", "</w>"), ("a", "a</w>")]
+    assert bpe_characters.decode(bpe_characters.encode(text, merges)) == text
+    assert bpe_characters.learn_merges(["aa"], 9) == [("a", "</w>"), ("a", "a</w>")]
 
 
 def test_the_first_merges_on_paper() -> None:
     """ab ×5, with a blank ×4: a·b 5, then ␣·ab 4."""
-    steps = list(islice(learn_merges(["ab ab ab ab ab"]), 2))
+    steps = list(islice(bpe_bytes.learn_merges(["ab ab ab ab ab"]), 2))
     assert [(step.pair, step.count) for step in steps] == [((b"a", b"b"), 5), ((b" ", b"ab"), 4)]
     assert str(steps[1]) == "b' ' + b'ab' -> b' ab'   4 times, as in ' ab'"
     result = train_bpe(["ab ab ab ab ab"], 258)
@@ -71,10 +73,11 @@ def test_the_first_merges_on_paper() -> None:
 
 @pytest.mark.parametrize("name", CORPORA)
 @pytest.mark.parametrize("split", SPLITS)
-def test_lesson_and_fast_are_the_same(name: str, split: str) -> None:
+def test_lesson_plain_and_compiled_learn_the_same(name: str, split: str) -> None:
     text = CORPORA[name][:15_000]
     fast = most(text, 150, split=split)
-    lesson = islice(learn_merges([text], SPLITS[split]), len(fast.merges))
+    assert merges_of(most(text, 150, split=split, backend=PYTHON)) == merges_of(fast)
+    lesson = islice(bpe_bytes.learn_merges([text], SPLITS[split]), len(fast.merges))
     assert merges_of(fast) == [(*step.pair, step.count) for step in lesson]
 
 
@@ -99,25 +102,29 @@ def test_merges_are_those_of_tokenizers(name: str, family: str) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(alphabet="ab c", min_size=1, max_size=200))
-def test_lesson_and_fast_on_anything(text: str) -> None:
+def test_lesson_plain_and_compiled_on_any_text(text: str) -> None:
     fast = most(text, 40)
-    lesson = [(*step.pair, step.count) for step in islice(learn_merges([text]), len(fast.merges))]
+    assert merges_of(most(text, 40, backend=PYTHON)) == merges_of(fast)
+    lesson = [
+        (*step.pair, step.count)
+        for step in islice(bpe_bytes.learn_merges([text]), len(fast.merges))
+    ]
     assert merges_of(fast) == lesson
 
 
 def test_order_of_words_and_texts_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges, counts and examples stay; so they do with tables of other sizes and hashes."""
     lines = CORPORA["prose"].splitlines(keepends=True)[:300]
-    result = train_bpe(lines, 700)
+    result = train_bpe(lines, 700, backend=COMPILED)
     shuffled = lines.copy()
     random.Random(5).shuffle(shuffled)
-    assert train_bpe(shuffled, 700) == result
-    monkeypatch.setattr(counting, "FIRST_SLOTS", 4)
-    monkeypatch.setattr(counting, "FIRST_LONG_BYTES", 8)
-    monkeypatch.setattr(counting, "AT_ONCE", 1000)
-    monkeypatch.setattr(train, "FIRST_PAIRS", 4)
-    monkeypatch.setattr(train, "PART", 50)
-    assert train_bpe(shuffled, 700) == result
+    assert train_bpe(shuffled, 700, backend=COMPILED) == result
+    monkeypatch.setattr(word_counts, "INITIAL_SLOTS", 4)
+    monkeypatch.setattr(word_counts, "INITIAL_LONG_BYTES", 8)
+    monkeypatch.setattr(word_counts, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(pair_counts, "INITIAL_CAPACITY", 4)
+    monkeypatch.setattr(pair_counts, "CHUNK", 50)
+    assert train_bpe(shuffled, 700, backend=COMPILED) == result
 
 
 def test_words_are_counted() -> None:
@@ -126,7 +133,7 @@ def test_words_are_counted() -> None:
     words.add(text)
     words.add(text)
     plain: dict[bytes, int] = {}
-    for word in SPLITS["llama3"].words(text) * 2:
+    for word in SPLITS["llama3"].pretokens(text) * 2:
         plain[word.encode()] = plain.get(word.encode(), 0) + 1
     assert dict(words) == plain
     counts = [count for _, count in words]
@@ -134,7 +141,7 @@ def test_words_are_counted() -> None:
 
 
 def test_texts_do_not_run_into_each_other() -> None:
-    """Each is split by itself: no word, blank or line end joins with what the next one begins."""
+    """Each is split by itself: nothing joins across two texts."""
     texts = [
         "ab",
         "cd",
@@ -158,16 +165,20 @@ def test_texts_do_not_run_into_each_other() -> None:
             words.add(text)
         plain: dict[bytes, int] = {}
         for text in texts:
-            for word in split.words(text):
+            for word in split.pretokens(text):
                 plain[word.encode()] = plain.get(word.encode(), 0) + 1
         assert dict(words) == plain, name
 
 
-def test_a_tokenizer_of_ones_own() -> None:
+def test_the_tokenizer_of_a_learned_vocabulary() -> None:
     specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     result = train_bpe(
-        [CORPORA["prose"]], 800, specials, progress=lambda done, total: told.append((done, total))
+        [CORPORA["prose"]],
+        800,
+        specials,
+        progress=lambda done, total: calls.append((done, total)),
+        backend=COMPILED,
     )
     tokenizer = result.tokenizer
     assert tokenizer.vocab_size == 800
@@ -176,37 +187,39 @@ def test_a_tokenizer_of_ones_own() -> None:
     assert {*BYTE_TOKENS} == {bytes([value]) for value in range(256)}
     assert dict(tokenizer.specials) == {name: 797 + at for at, name in enumerate(specials)}
     assert (tokenizer.bos, tokenizer.stop_ids) == (797, {798})
-    assert told[-1] == (797, 797)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert calls[-1] == (797, 797)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     for text in (CORPORA["prose"], CORPORA["mixed"], "<|end_of_text|>", ""):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode_array(text).tolist() == ids
-        assert not {*ids} & {*tokenizer.specials.values()}  # FAULTS.md, T3
+        assert not {*ids} & {*tokenizer.specials.values()}
     prose = CORPORA["prose"]
-    assert len(tokenizer.encode(prose)) < 0.6 * len(prose.encode())  # that is what it is for
+    assert len(tokenizer.encode(prose)) < 0.6 * len(prose.encode())
 
 
 def test_hostile_texts() -> None:
-    """FAULTS.md, T1 and T2: one word of a million bytes, NUL, BOM; half a surrogate pair."""
-    assert train_bpe(["a" * 1_000_000], 270).tokens[257] == b"aaaa"
-    assert train_bpe(["\x00\ufeff" * 50], 258).tokens[256] in (b"\xef\xbb", b"\xbb\xbf")
-    with pytest.raises(TokenizerError, match=r"character 1 is U\+DC80"):
-        train_bpe(["ok", "x\udc80"], 256)
+    """One pretoken of a million bytes, NUL, BOM; a lone surrogate."""
+    assert train_bpe(["a" * 1_000_000], 270, backend=COMPILED).tokens[257] == b"aaaa"
+    for backend in (PYTHON, COMPILED):
+        learned = train_bpe(["\x00\ufeff" * 50], 258, backend=backend)
+        assert learned.tokens[256] in (b"\xef\xbb", b"\xbb\xbf")
+        with pytest.raises(TokenizerError, match=r"character 1 is U\+DC80"):
+            train_bpe(["ok", "x\udc80"], 256, backend=backend)
 
 
 @pytest.mark.parametrize(
     ("size", "specials", "split", "said"),
     [
         (255, (), "llama3", "vocab_size 255: must be at least 256"),
-        (257, ("<a>", "<b>"), "llama3", "at least 258, for 256 bytes and 2 control tokens"),
+        (257, ("<a>", "<b>"), "llama3", "at least 258, for 256 bytes and 2 special tokens"),
         (300, ("<a>", "<a>"), "llama3", "twice"),
         (300, ("",), "llama3", "empty"),
         (300, (), "words", "split 'words' is not known; known are llama3"),
         (300, ("<a>",), "llama3", "pairs for 258 tokens only .* ask for at most 258"),
     ],
 )
-def test_wrong_wishes(size: int, specials: tuple[str, ...], split: str, said: str) -> None:
+def test_wrong_arguments(size: int, specials: tuple[str, ...], split: str, said: str) -> None:
     with pytest.raises(TokenizerError, match=said):
         train_bpe(["aa aa"], size, specials, split=split)
 

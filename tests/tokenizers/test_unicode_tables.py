@@ -7,15 +7,15 @@ import pytest
 import tiktoken
 
 from glassllama.base.errors import TokenizerError
-from glassllama.native.tokenizers.char_classes import LETTER, NUMBER, character_kinds
+from glassllama.native.tokenizers.pretokenizer import LETTER, NUMBER, character_classes
 from glassllama.tokenizers.patterns import compiled
 from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS, Split, blocks
-from glassllama.tokenizers.unicode_data import CATEGORIES, VERSION
 from glassllama.tokenizers.unicode_tables import (
     N_CODE_POINTS,
     categories,
     property_points,
-    punctuation,
+    punctuation_points,
+    unicode_data,
     word_points,
 )
 from long_mode import LONG
@@ -40,7 +40,9 @@ def of_tokenizers(pattern: str) -> list[int]:
             for c in part[slice(*span)]]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*"LMNPSZC", *CATEGORIES, "Han"] if LONG else ["L", "N", "P", "M"])
+@pytest.mark.parametrize(
+    "name", [*"LMNPSZC", *unicode_data()["categories"], "Han"] if LONG else ["L", "N", "P", "M"]
+)
 @pytest.mark.identical("categories of every code point", "tiktoken, tokenizers")
 def test_categories_are_those_of_tiktoken_and_tokenizers(name: str) -> None:
     ours = np.flatnonzero(property_points(name))
@@ -54,21 +56,22 @@ def test_words_and_signs() -> None:
     assert of_tiktoken(r"\w") == np.flatnonzero(word_points()).tolist()
     strip = pre_tokenizers.Punctuation("removed")
     signs = [ord(c) for c in EVERY[:0x3100] if not strip.pre_tokenize_str(c)]
-    assert signs == np.flatnonzero(punctuation()[:0x3100]).tolist()
+    assert signs == np.flatnonzero(punctuation_points()[:0x3100]).tolist()
 
 
 def test_the_version_is_fixed() -> None:
     """Characters of a later version are unassigned: neither letters nor digits, however new the
     installed `regex` is."""
-    assert VERSION == "16.0"
-    assert {CATEGORIES[categories()[ord(char)]] for char in YOUNG} == {"Cn"}
-    kinds = character_kinds()
-    assert not {int(kinds[ord(char)]) & 7 for char in YOUNG} & {LETTER, NUMBER}
+    assert unicode_data()["version"] == "16.0"
+    names = unicode_data()["categories"]
+    assert {names[categories()[ord(char)]] for char in YOUNG} == {"Cn"}
+    classes = character_classes()
+    assert not {int(classes[ord(char)]) & 7 for char in YOUNG} & {LETTER, NUMBER}
     for split in (*SPLITS.values(), *OTHER_SPLITS.values()):
-        expected = Split(split.patterns).words("x\uffff1")  # a noncharacter: never assigned
+        expected = Split(split.patterns).pretokens("x\uffff1")  # a noncharacter: never assigned
         for char in YOUNG:
             words = [word.replace("\uffff", char) for word in expected]
-            assert Split(split.patterns).words(f"x{char}1") == words
+            assert Split(split.patterns).pretokens(f"x{char}1") == words
 
 
 PATTERNS = [
@@ -88,7 +91,7 @@ def test_patterns_find_what_tokenizers_finds(pattern: str) -> None:
     text += "".join(map(chr, range(0x20, 0x700, 3)))
     stage = pre_tokenizers.Split(Regex(pattern), "isolated")
     expected = [text[begin:end] for _, (begin, end) in stage.pre_tokenize_str(text)]
-    assert compiled(pattern).words(text) == expected
+    assert compiled(pattern).split(text) == expected
 
 
 @pytest.mark.parametrize("pattern", ["(", ")", "[", "[b-a]", r"\p{", r"\x{zz}", r"\u12", "*", "\\"])
@@ -105,7 +108,7 @@ def test_a_long_text_is_split_in_blocks_without_another_word(
     split = {**SPLITS, **OTHER_SPLITS}[name]
     text = "It's 12345 \u00e9te\u0301 words, (and)\r\n\n  more  \tof \U0001f999\u0301 x\ny"
     text = f"{text} \u65e5\u672c ok \n" * 40
-    whole = split.words(text)
+    whole = split.pretokens(text)
     monkeypatch.setattr("glassllama.tokenizers.pretokenizer.BLOCK", 20)
     assert len([*blocks(text)]) > 40
-    assert [word for words in split.word_lists(text) for word in words] == whole
+    assert [word for words in split.pretoken_batches(text) for word in words] == whole

@@ -1,4 +1,4 @@
-"""Tiny real checkpoints to walk through, in all three formats, some with a vocabulary."""
+"""Tiny checkpoints for the walkthrough in all three formats, some with a vocabulary."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from transformers import PreTrainedTokenizerFast
+from rich.cells import cell_len
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cli.conftest import verb  # noqa: F401 -- a fixture
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
-from glassllama.walkthrough.walk import Walk, open_walk
+from glassllama.walkthrough.step import Step
+from glassllama.walkthrough.steps import STEPS, run_step
+from glassllama.walkthrough.text import Layout, render
+from glassllama.walkthrough.to_json import step_to_json
+from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PROSE = pydoc_data.topics.topics["lambda"] + pydoc_data.topics.topics["with"]
 WRITERS = {"hf": write_hf, "meta": write_meta}
 IDS = [17, 3, 99, 3, 130, 0, 64]
+WITHOUT_A_CHECK = {0, 1}  # steps without a check if ids are given: there is no text
 
 
 def random_llama(**changes: Any) -> Llama:
@@ -62,10 +68,8 @@ def write_checkpoint(family: str, folder: Path, **shape: Any) -> Path:
     return WRITERS[family](model, folder)
 
 
-@pytest.fixture(scope="session")
-def with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a byte-level vocabulary, trained and written by its libraries."""
-    folder = tmp_path_factory.mktemp("with_text")
+def write_byte_level_tokenizer(folder: Path) -> int:
+    """Train a byte-level vocabulary with Hugging Face's libraries -> its size."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -76,8 +80,40 @@ def with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inner.train_from_iterator([PROSE], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     tokenizer.save_pretrained(folder)
-    shape = {**META_SHAPE, "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 96}
-    return write_hf(hf_model(**shape), folder)
+    return len(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a byte-level vocabulary."""
+    folder = tmp_path_factory.mktemp("with_text")
+    size = write_byte_level_tokenizer(folder) + 3
+    return write_hf(
+        hf_model(**{**META_SHAPE, "vocab_size": size, "max_position_embeddings": 96}), folder
+    )
+
+
+def gpt2_model(**changes: Any) -> GPT2LMHeadModel:
+    """A random GPT-2 of transformers; all sizes differ."""
+    shape: dict[str, Any] = {
+        "n_embd": 30, "n_layer": 3, "n_head": 5, "vocab_size": 131, "n_positions": 67,
+        "n_inner": 77, "attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**{**shape, **changes})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+        if parameter.ndim == 1:
+            parameter.data += 0.5
+    return model
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with a byte-level vocabulary."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    gpt2_model(vocab_size=write_byte_level_tokenizer(folder)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +131,39 @@ def with_pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_walk(tmp_path: Path) -> Iterator[Walk]:
+def tiny_walk(tmp_path: Path) -> Iterator[Walkthrough]:
     """Layer 1, head 4 of a model in Hugging Face's format; its weights may be changed."""
-    walk = open_walk(write_checkpoint("hf", tmp_path), IDS, layer=1, head=4)
+    walk = open_walkthrough(write_checkpoint("hf", tmp_path), IDS, layer=1, head=4)
     yield walk
     walk.checkpoint.close()
+
+
+def run_all_steps(walk: Walkthrough) -> list[Step]:
+    """Every step, and what must hold of each."""
+    steps = [run_step(walk, number) for number in range(len(STEPS))]
+    assert [step.number for step in steps] == list(range(18))
+    assert len({step.name for step in steps}) == 18
+    for step in steps:
+        assert step.checks or (walk.prompt is None and step.number in WITHOUT_A_CHECK)
+        for check in step.checks:
+            assert check.relative <= check.allowed
+        assert step.sources
+        assert sum(len(found.lines) for found in step.sources) <= 12
+        assert all(1 <= len(found.lines) <= 6 for found in step.sources), step.name
+        for width in (80, 120):
+            for line in render(step, Layout(width)).splitlines():
+                assert cell_len(line) <= width, line
+    return steps
+
+
+def warned(step: Step) -> list[str]:
+    """The checks of a step that warn: as text, as an object and in the page they say so."""
+    found = [check.what for check in step.checks if check.warns]
+    text = render(step, Layout(200))
+    flat = " ".join(text.split())
+    assert flat.count("warning: differs by") == len(found)
+    assert all(f"({what})" in flat for what in found)
+    assert ("warning" in text) == bool(found)
+    listed = step_to_json(step)["checks"]
+    assert [c["what"] for c in listed if c["relative"] > c["allowed"]] == found
+    return found

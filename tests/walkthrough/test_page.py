@@ -1,4 +1,4 @@
-"""The explorer in a real browser: every step clicked, its numbers against the trace's.
+"""The HTML page in a real browser: every step, its numbers compared with the trace.
 
 Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium; without them the
 tests of the page's behaviour are skipped, those of the file itself are not.
@@ -20,46 +20,45 @@ import torch
 
 from cli.conftest import Verb
 from cli.programs import files_of_at_most
-from glassllama.walkthrough.all_steps import STEPS
-from glassllama.walkthrough.experiment import experiment
-from glassllama.walkthrough.interventions import MISTAKES
-from glassllama.walkthrough.page.page import explorer_page, page_of
-from glassllama.walkthrough.trace import Trace, run_with_trace
-from glassllama.walkthrough.walk import Walk, open_walk
+from glassllama.walkthrough.html_page import html_page, render_page
+from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
+from glassllama.walkthrough.steps import STEPS
+from glassllama.walkthrough.tracing import Trace, trace
+from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 from walkthrough.conftest import write_checkpoint
 
 LARGEST = 5_000_000  # bytes, of twelve tokens on the default model
 TWELVE_TOKENS = "The capital of France is Paris, and the capital of Japan"
 # What would run, or end the data, if any of it were ever taken for markup.
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1><!--{{script}}&lt;"
-NO_BROWSER = "the explorer needs a browser: chromium, chromedriver and selenium"
+NO_BROWSER = "the page is tested with chromium, chromedriver and selenium"
 
 
 @pytest.fixture(scope="module")
-def walk(default_model: Path) -> Iterator[Walk]:
+def walk(default_model: Path) -> Iterator[Walkthrough]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield open_walk(default_model, TWELVE_TOKENS, name="smollm2-135m", layer=3, head=4)
+    yield open_walkthrough(default_model, TWELVE_TOKENS, name="smollm2-135m", layer=3, head=4)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def file(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("explorer") / "page.html"
-    path.write_text(explorer_page(walk), encoding="utf-8")
+def file(walk: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(html_page(walk), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
-def trace(walk: Walk) -> Trace:
-    return run_with_trace(walk.model, walk.ids)[1]
+def recorded(walk: Walkthrough) -> Trace:
+    return trace(walk.model, walk.ids)
 
 
 def hostile_page(with_text: Path, folder: Path) -> Path:
-    walk = open_walk(with_text, HOSTILE, name=HOSTILE, layer=1)
-    done = [experiment(walk, MISTAKES["scale"])]
+    walk = open_walkthrough(with_text, HOSTILE, name=HOSTILE, layer=1)
+    done = [compare_with_mistake(walk, MISTAKES["scale"])]
     path = folder / "hostile.html"
-    path.write_text(explorer_page(walk, layers=[0, 1], experiments=done), encoding="utf-8")
+    path.write_text(html_page(walk, layers=[0, 1], mistakes=done), encoding="utf-8")
     return path
 
 
@@ -133,11 +132,11 @@ class Browser:
             "input.value = arguments[1]; input.dispatchEvent(new Event('input'));", name, value,
         )  # fmt: skip
 
-    def shown(self, place: str) -> tuple[str, float]:
+    def shown(self, hook: str) -> tuple[str, float]:
         """What stands under a heat map: where, and which number."""
         value = self.script(
             "return document.querySelector(`[data-map='${arguments[0]}']`)"
-            ".closest('.picture').querySelector('.value').textContent", place,
+            ".closest('.picture').querySelector('.value').textContent", hook,
         )  # fmt: skip
         where, number = value.rsplit(": ", 1)
         return where, float(number)
@@ -168,7 +167,7 @@ def page(browser: Browser, file: Path) -> Browser:
     return browser
 
 
-def test_one_file_of_decent_size(walk: Walk, file: Path) -> None:
+def test_one_file_of_decent_size(walk: Walkthrough, file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(walk.ids) == 12
     assert file.stat().st_size <= LARGEST
@@ -177,7 +176,7 @@ def test_one_file_of_decent_size(walk: Walk, file: Path) -> None:
 
 
 def document_of(file: Path) -> dict[str, Any]:
-    """The data in a page; test_as_object.py compares it with the steps."""
+    """The data in a page; test_to_json.py compares it with the steps."""
     found = re.search('id="document">(.*?)</script>', file.read_text(encoding="utf-8"))
     assert found is not None
     document: dict[str, Any] = json.loads(found[1])
@@ -203,39 +202,41 @@ def test_every_step_by_click(page: Browser, file: Path) -> None:
     assert page.requests() == {file.as_uri()}
 
 
-PLACES = [
+HOOKS = [
     (5, "input"), (5, "attention_norm"), (6, "attention.q"), (6, "attention.v"),
     (8, "attention.q_rope"), (9, "attention.scores"), (10, "attention.wo"),
     (11, "feed_forward.gate"), (11, "feed_forward.gated"), (11, "output"), (13, "norm"),
 ]  # fmt: skip
 
 
-def test_its_numbers_are_the_traces(page: Browser, walk: Walk, trace: Trace) -> None:
+def test_its_numbers_are_the_traces(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
     """Read by keyboard: from the last token four up, and some channels to the right."""
     ends = {"input": "layers.2", "output": "layers.3", "norm": "norm"}
-    for step, place in PLACES:
-        tensor = trace[ends.get(place, f"layers.3.{place}")][0]
+    for step, hook in HOOKS:
+        tensor = recorded[ends.get(hook, f"layers.3.{hook}")][0]
         if tensor.ndim == 3:
             tensor = tensor[walk.head if len(tensor) == walk.config.n_heads else walk.kv_head]
         page.step(step)
-        canvas = page.one(f"[data-map='{place}']")
+        canvas = page.one(f"[data-map='{hook}']")
         page.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
         page.keys(canvas, "ARROW_UP", "ARROW_UP", "ARROW_UP", "ARROW_UP")
         for keys, column in (([], 0), (["PAGE_DOWN"], 16), (["ARROW_RIGHT"] * 3, 19)):
             page.keys(canvas, *keys) if keys else None
             column = min(column, tensor.shape[-1] - 1)
-            where, value = page.shown(place)
-            assert where.startswith(walk.pieces[7]), place
-            assert value == pytest.approx(float(tensor[7, column]), rel=1e-3, abs=1e-6), place
+            where, value = page.shown(hook)
+            assert where.startswith(walk.pieces[7]), hook
+            assert value == pytest.approx(float(tensor[7, column]), rel=1e-3, abs=1e-6), hook
 
 
-def test_attention_of_any_layer_under_the_pointer(page: Browser, walk: Walk, trace: Trace) -> None:
+def test_attention_of_any_layer_under_the_pointer(
+    page: Browser, walk: Walkthrough, recorded: Trace
+) -> None:
     from selenium.webdriver import ActionChains
 
     page.step(9)
     page.slide("layer", 17)
     page.press("[data-focus='head 6']")
-    weights, size = trace["layers.17.attention.weights"][0, 6], len(walk.ids)
+    weights, size = recorded["layers.17.attention.weights"][0, 6], len(walk.ids)
     canvas = page.one("[data-map='attention.weights']")
     page.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     width, height = canvas.size["width"] / size, canvas.size["height"] / size
@@ -243,7 +244,7 @@ def test_attention_of_any_layer_under_the_pointer(page: Browser, walk: Walk, tra
         x, y = (column + 0.5 - size / 2) * width, (row + 0.5 - size / 2) * height
         ActionChains(page.driver).move_to_element_with_offset(canvas, int(x), int(y)).perform()
         where, value = page.shown("attention.weights")
-        assert where == f"{walk.pieces[row]} · listens to {walk.pieces[column]}"
+        assert where == f"{walk.pieces[row]} · attends to {walk.pieces[column]}"
         assert value == pytest.approx(float(weights[row, column]), rel=1e-3, abs=1e-6)
     assert len(page.all(".maps canvas")) == walk.config.n_heads
 
@@ -251,7 +252,7 @@ def test_attention_of_any_layer_under_the_pointer(page: Browser, walk: Walk, tra
 SETTINGS = [(1.0, 0, 1.0), (0.5, 0, 0.9), (2.0, 5, 1.0), (1.7, 40, 0.6)]
 
 
-def test_sliders_redraw_the_distribution(page: Browser, walk: Walk) -> None:
+def test_sliders_redraw_the_distribution(page: Browser, walk: Walkthrough) -> None:
     """Against the whole vocabulary, sorted and cut here."""
     page.step(14)
     for temperature, k, p in SETTINGS:
@@ -266,31 +267,31 @@ def test_sliders_redraw_the_distribution(page: Browser, walk: Walk) -> None:
         assert len(numbers) == 16
         for number, expected in zip(numbers, probs[:16].tolist(), strict=False):
             assert float(number.rstrip("%")) == pytest.approx(100 * expected, abs=0.06)
-        assert all(number.startswith("cut") for number in numbers[kept:])
+        assert all(number.startswith("removed") for number in numbers[kept:])
         says = page.text("#kept")
         assert says.startswith(f"{kept} of" if kept <= 256 else "More than")
 
 
-def test_the_cache_grows(page: Browser, walk: Walk) -> None:
+def test_the_cache_grows(page: Browser, walk: Walkthrough) -> None:
     page.step(15)
     for made in (0, 1, 3):
-        page.slide("tokens made", made)
-        assert len(page.all("#step .cell.kept")) == (len(walk.ids) + made - 1 if made else 0)
-        assert len(page.all("#step .cell.new")) == (1 if made else len(walk.ids))
+        page.slide("generated tokens", made)
+        assert len(page.all("#step .cell.cached")) == (len(walk.ids) + made - 1 if made else 0)
+        assert len(page.all("#step .cell.computed")) == (1 if made else len(walk.ids))
 
 
-def test_hands_turn_with_the_position(page: Browser, walk: Walk, trace: Trace) -> None:
+def test_dials_rotate_with_the_position(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
     page.step(8)
     page.slide("position", 5)
     for pair in (0, 7, 31):
-        label = page.one(f"[data-clock='{pair}']").get_attribute("aria-label")
+        label = page.one(f"[data-dial='{pair}']").get_attribute("aria-label")
         expected = float(walk.model.frequencies[pair]) * 5
         assert float(label.split()[2]) == pytest.approx(expected, rel=1e-3)
     assert "at position 5" in page.text("#pair")
-    page.one("[data-clock='7']").click()
-    for line, place in ((1, "q"), (3, "q_rope")):
+    page.one("[data-dial='7']").click()
+    for line, hook in ((1, "q"), (3, "q_rope")):
         numbers = page.all("#pair p")[line].text.split(maxsplit=1)[1].split(", ")
-        pair = trace[f"layers.3.attention.{place}"][0, walk.head, 5, 14:16]
+        pair = recorded[f"layers.3.attention.{hook}"][0, walk.head, 5, 14:16]
         assert list(map(float, numbers)) == pytest.approx(pair.tolist(), rel=1e-3)
 
 
@@ -397,7 +398,7 @@ def test_a_difference_beyond_rounding_is_a_warning(
     document = document_of(file)
     check = document["walk"]["steps"][9]["checks"][0]
     check["relative"] = 2 * check["allowed"]
-    (tmp_path / "warns.html").write_text(page_of(document), encoding="utf-8")
+    (tmp_path / "warns.html").write_text(render_page(document), encoding="utf-8")
     browser.open(tmp_path / "warns.html")
     browser.step(9)
     assert f"! {check['what']}: differs from the running model" in browser.text(".check.warns")
@@ -410,7 +411,7 @@ def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Pat
     browser.complaints(), browser.requests()
     browser.open(path)
     assert browser.text("#model") == HOSTILE
-    for number in range(len(STEPS) + 1):  # the experiment is the last
+    for number in range(len(STEPS) + 1):  # the mistake is the last
         browser.step(number)
         assert browser.all("img, #step script") == []
     assert browser.text("#title").endswith(MISTAKES["scale"].title)
@@ -424,8 +425,8 @@ def test_ids_of_any_number_and_no_vocabulary(
     browser: Browser, tmp_path: Path, ids: list[int]
 ) -> None:
     path = tmp_path / "ids.html"
-    walk = open_walk(write_checkpoint("hf", tmp_path), ids, layer=2)
-    path.write_text(explorer_page(walk), encoding="utf-8")
+    walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)
+    path.write_text(html_page(walk), encoding="utf-8")
     browser.complaints()
     browser.open(path)
     for number in range(len(STEPS)):
@@ -455,7 +456,7 @@ def test_the_verb_writes_and_opens_it(
     document = document_of(path)
     assert document["start"] == 9
     assert list(document["walk"]["layers"]) == ["0", "1", "2"]
-    assert [done["name"] for done in document["walk"]["experiments"]] == ["no-mask"]
+    assert [done["name"] for done in document["walk"]["mistakes"]] == ["no-mask"]
 
 
 @pytest.mark.parametrize(

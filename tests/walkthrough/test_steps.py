@@ -18,63 +18,51 @@ from rich.cells import cell_len
 
 from glassllama.base.errors import ConfigError, GenerationError, GlassError, TokenizerError
 from glassllama.models.bigram import Bigram, BigramConfig
-from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.walkthrough import manual_block
 from glassllama.walkthrough import step as step_module
-from glassllama.walkthrough.all_steps import STEPS, step_of, take_step
-from glassllama.walkthrough.experiment import experiment, render_experiment
-from glassllama.walkthrough.interventions import MISTAKES
+from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.step import (
     LAYER_DEPTH,
-    Step,
     StepMismatchError,
     compare,
     same,
     source,
 )
-from glassllama.walkthrough.steps import sampling
-from glassllama.walkthrough.steps.quantization import rounded
-from glassllama.walkthrough.text import Page, render
-from glassllama.walkthrough.to_json import step_object
-from glassllama.walkthrough.walk import DamagedWeightsError, Walk, open_walk, start_walk
+from glassllama.walkthrough.steps import generation, run_step, step_of_hook
+from glassllama.walkthrough.steps.costs import round_trip
+from glassllama.walkthrough.text import Layout, render
+from glassllama.walkthrough.walkthrough import (
+    DamagedWeightsError,
+    Walkthrough,
+    open_walkthrough,
+    start_walkthrough,
+)
 from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
 from rows import Rows
 from tiny_models import VARIANTS
 from tolerances import assert_logits
-from walkthrough.conftest import IDS, random_llama, write_checkpoint
+from walkthrough.conftest import (
+    IDS,
+    random_llama,
+    run_all_steps,
+    warned,
+    write_checkpoint,
+)
 
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
-WITHOUT_A_CHECK = {0, 1}  # where ids are given, there is no text to compare with
-
-
-def walk_all(walk: Walk) -> list[Step]:
-    """Every step, and what must hold of each."""
-    steps = [take_step(walk, number) for number in range(len(STEPS))]
-    assert [step.number for step in steps] == list(range(18))
-    assert len({step.name for step in steps}) == 18
-    for step in steps:
-        assert step.checks or (walk.prompt is None and step.number in WITHOUT_A_CHECK)
-        for check in step.checks:
-            assert check.relative <= check.allowed
-        assert step.sources
-        assert sum(len(found.lines) for found in step.sources) <= 12
-        assert all(1 <= len(found.lines) <= 6 for found in step.sources), step.name
-        for width in (80, 120):
-            for line in render(step, Page(width)).splitlines():
-                assert cell_len(line) <= width, line
-    return steps
 
 
 @pytest.mark.parametrize("family", ["hf", "meta", "gguf"])
 @pytest.mark.parametrize("variant", ["scaled-8", "tied", "one kv head"])
 def test_every_format(family: str, variant: str, tmp_path: Path) -> None:
     path = write_checkpoint(family, tmp_path, **VARIANTS[variant])
-    walk = open_walk(path, IDS, layer=2, head=5)
-    steps = walk_all(walk)
-    assert walk.config.rope_layout == ("half" if family == "hf" else "interleaved")
-    assert f"{walk.config.rope_layout:<11} " in render(steps[8], Page(80))
+    walk = open_walkthrough(path, IDS, layer=2, head=5)
+    steps = run_all_steps(walk)
+    layout = "half" if family == "hf" else "interleaved"
+    assert steps[8].data["layout"] == walk.config.rope_layout == layout
+    assert f"{layout:<11} " in render(steps[8], Layout(80))
     walk.checkpoint.close()
 
 
@@ -88,7 +76,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", OTHERS)
 def test_every_shape(variant: str, tmp_path: Path) -> None:
-    walk_all(open_walk(write_checkpoint("hf", tmp_path, **OTHERS[variant]), IDS))
+    run_all_steps(open_walkthrough(write_checkpoint("hf", tmp_path, **OTHERS[variant]), IDS))
 
 
 WITH_QK_NORM = {"qk_norm": True, "model_type": "glass_llama", "architectures": None}
@@ -99,7 +87,7 @@ def test_odd_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text()) | changes
     (path / "config.json").write_text(json.dumps(written))
-    walk_all(open_walk(path, IDS, layer=1))
+    run_all_steps(open_walkthrough(path, IDS, layer=1))
 
 
 @pytest.mark.parametrize("text", ["to be, or not", "to bé 🙂"], ids=["known", "unknown"])
@@ -108,42 +96,37 @@ def test_a_model_trained_here(text: str, tmp_path: Path) -> None:
     tokenizer = CharTokenizer("to be, or not to be: that is the question")
     shape = {"vocab_size": tokenizer.vocab_size, "qk_norm": True}
     save_model(tmp_path, random_llama(**shape), tokenizer)
-    walk = open_walk(tmp_path, text, layer=2, head=5)
-    steps = walk_all(walk)
+    walk = open_walkthrough(tmp_path, text, layer=2, head=5)
+    steps = run_all_steps(walk)
     assert walk.config.qk_norm
     assert walk.ids[0] == tokenizer.bos
     assert "Every character is a token" in steps[0].text[0]
     assert f"becomes {tokenizer.unknown}" in steps[1].text[0]
-    assert [check.what for check in steps[1].checks] == ["ids, looked up by hand"]
-    lengths = walk.by_hand.q_rope[0].square().mean(-1)
+    assert [check.what for check in steps[1].checks] == ["ids, looked up manually"]
+    lengths = walk.manual["attention.q_rope"][0].square().mean(-1)
     assert ((lengths - 1).abs() < 1e-3).all()  # but for eps, beside squares of ordinary size
 
 
-@pytest.mark.parametrize("kind", ["GPT", "bigram"])
-def test_another_architecture_is_named(kind: str, tmp_path: Path) -> None:
+def test_a_bigram_is_refused_before_loading(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abc")
-    size = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 8}
-    models: dict[str, Any] = {
-        "GPT": lambda: GPT(GPTConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=64, **size)),
-        "bigram": lambda: Bigram(BigramConfig(**size)),
-    }
-    save_model(tmp_path, models[kind](), tokenizer)
-    with pytest.raises(ConfigError, match=f"is for Llamas and this is a {kind}; expected"):
-        open_walk(tmp_path, "abc")
+    model = Bigram(BigramConfig(vocab_size=tokenizer.vocab_size, max_seq_len=8))
+    save_model(tmp_path, model, tokenizer)
+    with pytest.raises(ConfigError, match=r"is for transformers .* and this is a bigram"):
+        open_walkthrough(tmp_path, "abc")
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     from tiny_models import hf_model, write_hf
 
-    walk = open_walk(write_hf(hf_model().bfloat16(), tmp_path), IDS, layer=1)
-    walk_all(walk)
-    assert walk.by_hand.heads.dtype == torch.bfloat16
+    walk = open_walkthrough(write_hf(hf_model().bfloat16(), tmp_path), IDS, layer=1)
+    run_all_steps(walk)
+    assert walk.manual["attention.heads"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("ids", [[5], [5, 5, 5], [n * 7 % 131 for n in range(80)]], ids=len)
 def test_any_length(ids: list[int], tmp_path: Path) -> None:
-    walk = open_walk(write_checkpoint("gguf", tmp_path), ids)
-    walk_all(walk)
+    walk = open_walkthrough(write_checkpoint("gguf", tmp_path), ids)
+    run_all_steps(walk)
     kept = len(walk.trace.matching("layers.*.attention.weights"))
     assert kept == (3 if len(ids) <= 64 else 1)
 
@@ -151,20 +134,20 @@ def test_any_length(ids: list[int], tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["scaled-8", "tied"])
 def test_layer_by_layer_from_the_file(variant: str, tmp_path: Path) -> None:
     path = write_checkpoint("meta", tmp_path, **VARIANTS[variant])
-    walk = open_walk(path, IDS, layer=1, stream_layers=True)
-    walk_all(walk)
-    whole = open_walk(path, IDS, layer=1)
+    walk = open_walkthrough(path, IDS, layer=1, stream_layers=True)
+    run_all_steps(walk)
+    whole = open_walkthrough(path, IDS, layer=1)
     assert_logits(walk.logits, whole.logits, walk.config)
     assert torch.equal(walk.lens.ids, whole.lens.ids)
-    assert max(experiment(walk, MISTAKES["rope-layout"]).divergence) > 1e-3
+    assert max(compare_with_mistake(walk, MISTAKES["rope-layout"]).divergence) > 1e-3
 
 
 def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
-    walk = open_walk(with_text, "Lambda forms:\n 🙂 two  blanks é", layer=1)
-    steps = walk_all(walk)
+    walk = open_walkthrough(with_text, "Lambda forms:\n 🙂 two  blanks é", layer=1)
+    steps = run_all_steps(walk)
     assert b"".join(walk.tokenizer.token_bytes(i) for i in walk.ids).decode() == walk.prompt  # type: ignore[union-attr]
     assert steps[0].data["bytes"] == list((walk.prompt or "").encode())
-    assert "".join(steps[0].data["words"]) == walk.prompt
+    assert "".join(steps[0].data["pretokens"]) == walk.prompt
     merges = steps[1].data["merges"]
     assert merges[0] == "␣ b l a n k s"  # of the word in which most is merged, its letters
     for before, after in pairwise(merges):  # two neighbours became one
@@ -175,8 +158,8 @@ def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
 
 
 def test_a_text_with_a_sentencepiece_vocabulary(with_pieces: Path) -> None:
-    walk = open_walk(with_pieces, "with statements é 🙂")
-    steps = walk_all(walk)
+    walk = open_walkthrough(with_pieces, "with statements é 🙂")
+    steps = run_all_steps(walk)
     assert steps[1].checks[0].what == "ids, decoded"
     assert steps[1].data["merges"] == []  # SentencePiece's are not shown
 
@@ -184,8 +167,8 @@ def test_a_text_with_a_sentencepiece_vocabulary(with_pieces: Path) -> None:
 def test_the_default_model(default_model: Path) -> None:
     from glassllama.weights.pack import pack
 
-    walk = open_walk(default_model, PROMPT, name="smollm2-135m", layer=4, head=7)
-    steps = walk_all(walk)
+    walk = open_walkthrough(default_model, PROMPT, name="smollm2-135m", layer=4, head=7)
+    steps = run_all_steps(walk)
     engine = pack(walk.checkpoint, exact=True)
     logits = Rows(engine).all_logits(walk.ids)
     assert_logits(logits, walk.logits[0], walk.config)
@@ -193,9 +176,9 @@ def test_the_default_model(default_model: Path) -> None:
     assert walk.tokenizer.decode(walk.ids) == PROMPT
     assert walk.piece(steps[13].data["top"][0]["id"]) == "1"  # a digit: 42 has two for this model
     assert "135 million parameters" in steps[13].text[-1]
-    assert "Llama-3-8B does: there the likeliest token is 42" in steps[13].text[-1]
+    assert "For Llama-3-8B the most probable token is 42" in steps[13].text[-1]
     assert steps[15].data["continuation"][0]["id"] == int(logits[-1].argmax())
-    done = experiment(walk, MISTAKES["no-mask"])
+    done = compare_with_mistake(walk, MISTAKES["no-mask"])
     assert max(done.divergence) > 1
     walk.checkpoint.close()
 
@@ -215,40 +198,29 @@ PERTURBED = {
 }
 
 
-def warned(step: Step) -> list[str]:
-    """The checks of a step that warn: as text, as an object and in the page they say so."""
-    found = [check.what for check in step.checks if check.warns]
-    text = render(step, Page(200))
-    assert all(f"warning: {what} differs by" in text for what in found)
-    assert ("warning" in text) == bool(found)
-    listed = step_object(step)["checks"]
-    assert [c["what"] for c in listed if c["relative"] > c["allowed"]] == found
-    return found
-
-
 @pytest.mark.parametrize("name", PERTURBED)
-def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walk) -> None:
+def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule(name).weight
     weight.view(-1)[IDS[-1] * 48 if name == "tok_embeddings" else 0] *= 1.01
     for number in range(3, PERTURBED[name]):
-        assert not warned(take_step(tiny_walk, number))
-    assert warned(take_step(tiny_walk, PERTURBED[name]))
+        assert not warned(run_step(tiny_walk, number))
+    assert warned(run_step(tiny_walk, PERTURBED[name]))
 
 
 @pytest.mark.parametrize("name", PERTURBED)
-def test_another_row_of_weights_is_no_rounding(name: str, tiny_walk: Walk) -> None:
+def test_another_row_of_weights_is_no_rounding(name: str, tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule(name).weight
     weight.copy_(weight.roll(1, 0))
-    wrong = rf"step {PERTURBED[name]}, .*(by hand|running model)"
+    wrong = rf"step {PERTURBED[name]}, .*running model"
     with pytest.raises(StepMismatchError, match=wrong):
-        take_step(tiny_walk, PERTURBED[name])
+        run_step(tiny_walk, PERTURBED[name])
 
 
-def test_a_changed_file_is_noticed(tiny_walk: Walk) -> None:
+def test_a_changed_file_is_noticed(tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule("layers.1.attention.wq").weight
     weight[0, 0] += 1e-3
-    with pytest.raises(StepMismatchError, match=r"step 2, weight file: .*first row"):
-        take_step(tiny_walk, 2)
+    with pytest.raises(StepMismatchError, match=r"step 2, weights file: .*first row"):
+        run_step(tiny_walk, 2)
 
 
 WRONG: dict[str, tuple[int, Callable[..., Any]]] = {
@@ -263,37 +235,41 @@ WRONG: dict[str, tuple[int, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_changed_function_is_noticed(
-    name: str, tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number, wrong = WRONG[name]
     monkeypatch.setattr(manual_block, name, wrong)
     for earlier in range(5, number):
-        take_step(tiny_walk, earlier)
+        run_step(tiny_walk, earlier)
     with pytest.raises(StepMismatchError, match=f"step {number}, "):
-        take_step(tiny_walk, number)
+        run_step(tiny_walk, number)
 
 
-def test_the_wrong_rotation_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrong_rotation_is_noticed(
+    tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
     swapped = {"half": manual_block.ROTATE["interleaved"]}
     monkeypatch.setattr(manual_block, "ROTATE", swapped)
-    with pytest.raises(StepMismatchError, match=r"step 8, rope: layers\.1\.attention\.q_rope"):
-        take_step(tiny_walk, 8)
+    with pytest.raises(StepMismatchError, match=r"step 8, positions: layers\.1\.attention\.q_rope"):
+        run_step(tiny_walk, 8)
 
 
-def test_a_wrong_nucleus_is_noticed(tiny_walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sampling.nucleus_by_hand
-    monkeypatch.setattr(sampling, "nucleus_by_hand", lambda probs, p: right(probs, p)[:-1])
+def test_a_wrong_nucleus_is_noticed(
+    tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = generation.nucleus_ids
+    monkeypatch.setattr(generation, "nucleus_ids", lambda probs, p: right(probs, p)[:-1])
     with pytest.raises(StepMismatchError, match="step 14, sampling"):
-        take_step(tiny_walk, 14)
+        run_step(tiny_walk, 14)
 
 
-def test_a_cache_that_lies_is_noticed(tiny_walk: Walk) -> None:
-    take_step(tiny_walk, 15)
+def test_a_cache_that_lies_is_noticed(tiny_walk: Walkthrough) -> None:
+    run_step(tiny_walk, 15)
     tiny_walk.cache.values[1, 0, 0, 2, 0] += 0.1
-    assert warned(take_step(tiny_walk, 15))
+    assert warned(run_step(tiny_walk, 15))
     tiny_walk.cache.values[1, 0, 0, 2] += 10
-    with pytest.raises(StepMismatchError, match="step 15, second token"):
-        take_step(tiny_walk, 15)
+    with pytest.raises(StepMismatchError, match="step 15, kv cache"):
+        run_step(tiny_walk, 15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -321,8 +297,8 @@ def test_a_small_difference_is_named_and_measured() -> None:
     assert not tiny.warns
     small = compare("x", a + torch.tensor([[0, 1e-5], [0, 0]]), a, **sums)
     assert small.warns
-    assert small.warning.startswith("differs by 5.0e-06 of the largest")
-    with pytest.raises(StepMismatchError, match=r"x: .* 0\.5, which is 0\.25 of the largest"):
+    assert small.result.startswith("warning: differs by 5.0e-06 of the largest")
+    with pytest.raises(StepMismatchError, match=r"x: .* 0\.5, 0\.25 of the largest"):
         compare("x", a + torch.tensor([[0, 0.5], [0, 0]]), a, **sums)
     with pytest.raises(StepMismatchError):  # a large row does not excuse a small one
         compare("x", a + torch.tensor([[0, 0], [0, 1e-6]]), a, **sums)
@@ -330,36 +306,36 @@ def test_a_small_difference_is_named_and_measured() -> None:
         compare("x", a * math.nan, a, **sums)
     with pytest.raises(StepMismatchError, match=r"\(2, 2\), the running model has \(2,\)"):
         compare("x", a, a[0], **sums)
-    with pytest.raises(StepMismatchError, match="x: by hand 1, the running model 2"):
+    with pytest.raises(StepMismatchError, match="x: computed 1, the running model has 2"):
         same("x", 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("place", "number"),
+    ("hook", "number"),
     [
         ("tok_embeddings", 4), ("layers.2.attention_norm", 5), ("layers.0.attention.wk", 6),
         ("layers.2.attention.wo", 10), ("layers.1.ffn_norm", 11), ("layers.1.feed_forward.up", 11),
         ("norm", 13), ("output", 13),
     ],
 )  # fmt: skip
-def test_nan_is_found_where_it_begins(place: str, number: int, tiny_walk: Walk) -> None:
-    weight = tiny_walk.model.get_submodule(place).weight
-    weight.view(-1)[IDS[0] * 48 if place == "tok_embeddings" else 0] = math.nan
-    seen = "last_logits" if place == "output" else place
+def test_nan_is_found_where_it_begins(hook: str, number: int, tiny_walk: Walkthrough) -> None:
+    weight = tiny_walk.model.get_submodule(hook).weight
+    weight.view(-1)[IDS[0] * 48 if hook == "tok_embeddings" else 0] = math.nan
+    seen = "last_logits" if hook == "output" else hook
     with pytest.raises(DamagedWeightsError, match=rf"step {number}, .*{seen}.*NaN") as caught:
-        take_step(tiny_walk, 9)
-    assert caught.value.place == seen
+        run_step(tiny_walk, 9)
+    assert caught.value.hook == seen
     assert "\n" not in str(caught.value)
 
 
-def test_infinity_is_found_too(tiny_walk: Walk) -> None:
+def test_infinity_is_found_too(tiny_walk: Walkthrough) -> None:
     tiny_walk.model.layers[1].feed_forward.gate.weight[0, 0] = math.inf
     with pytest.raises(DamagedWeightsError, match=r"step 11, .*layers\.1\.feed_forward\.gate"):
-        take_step(tiny_walk, 13)
+        run_step(tiny_walk, 13)
 
 
-def test_every_place_is_explained(tiny_walk: Walk) -> None:
-    explained = {place: step_of(place) for place in tiny_walk.trace}
+def test_every_hook_has_a_step(tiny_walk: Walkthrough) -> None:
+    explained = {hook: step_of_hook(hook) for hook in tiny_walk.trace}
     assert explained["layers.1.attention.q_rope"] == 8
     assert explained["layers.1.attention.weights"] == 9
     assert explained["layers.1.after_attention"] == 10
@@ -371,36 +347,36 @@ def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
     path = write_checkpoint("hf", tmp_path / "a", max_position_embeddings=7)
     for prompt, options, expected in (
         ([], {}, "the prompt is empty"),
-        (IDS, {}, "7 tokens and the context holds 7"),
+        (IDS, {}, "7 tokens; the context is 7"),
         ([131], {}, "outside the vocabulary 0 … 130"),
         ([1], {"layer": 3}, r"--layer 3 .* 0 … 2"),
         ([1], {"layer": -1}, r"--layer -1 "),
         ([1], {"head": 6}, r"--head 6 .* 0 … 5"),
     ):
         with pytest.raises(GlassError, match=expected):
-            open_walk(path, prompt, **options)  # type: ignore[arg-type]
+            open_walkthrough(path, prompt, **options)  # type: ignore[arg-type]
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        open_walk(path, "text")
+        open_walkthrough(path, "text")
     with pytest.raises(GenerationError, match="the prompt is empty"):
-        open_walk(with_text, "")
+        open_walkthrough(with_text, "")
     for number in (-1, 18):
         with pytest.raises(GlassError, match=rf"--step {number} is out of range: there are 0 … 17"):
-            take_step(open_walk(path, [1]), number)
+            run_step(open_walkthrough(path, [1]), number)
 
 
 def test_control_tokens_in_the_prompt(default_model: Path) -> None:
     """Text, unless they are asked for: then pieces of their own, with one id each."""
     prompt = "<|im_start|>user\nHi<|im_end|>"
-    as_text = open_walk(default_model, prompt)
+    as_text = open_walkthrough(default_model, prompt)
     assert len(as_text.ids) > 10
-    assert "".join(take_step(as_text, 0).data["words"]) == prompt
-    walk = open_walk(default_model, prompt, specials=True)
+    assert "".join(run_step(as_text, 0).data["pretokens"]) == prompt
+    walk = open_walkthrough(default_model, prompt, specials=True)
     assert walk.tokenizer is not None
     assert list(walk.ids) == walk.tokenizer.encode(prompt, bos=True, specials=True)
-    assert take_step(walk, 0).data["words"] == ["<|im_start|>", "user", "\n", "Hi", "<|im_end|>"]
-    step = take_step(walk, 1)
+    assert run_step(walk, 0).data["pretokens"] == ["<|im_start|>", "user", "\n", "Hi", "<|im_end|>"]
+    step = run_step(walk, 1)
     assert [check.what for check in step.checks] == ["ids, decoded"]
-    assert "--specials --step 1" in step.what_if.command
+    assert "--specials --step 1" in step.command
 
 
 def test_no_llama(tmp_path: Path) -> None:
@@ -410,24 +386,24 @@ def test_no_llama(tmp_path: Path) -> None:
         json.dumps({**written, "architectures": ["MambaForCausalLM"]})
     )
     with pytest.raises(ConfigError, match=r"Mamba.*, supported are llama"):
-        open_walk(path, [1])
+        open_walkthrough(path, [1])
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_experiments(name: str, tiny_walk: Walk) -> None:
-    done = experiment(tiny_walk, MISTAKES[name])
+def test_mistakes(name: str, tiny_walk: Walkthrough) -> None:
+    done = compare_with_mistake(tiny_walk, MISTAKES[name])
     assert len(done.divergence) == len(IDS)
-    assert done.right.expected.ids.shape == (7, 10)
+    assert done.runs["correct"].predictions.ids.shape == (7, 10)
     assert max(done.divergence) > 1e-3
-    shown = render_experiment(done, Page(80))
-    assert "right expects" in shown
+    shown = render(done, Layout(80))
+    assert "correct model predicts" in shown
     assert done.source.lines[-1] in shown or name != "rope-layout"
     assert all(cell_len(line) <= 80 for line in shown.splitlines())
 
 
-def test_source_lines_are_the_files(tiny_walk: Walk) -> None:
+def test_source_lines_are_the_files(tiny_walk: Walkthrough) -> None:
     for number in range(18):
-        for found in take_step(tiny_walk, number).sources:
+        for found in run_step(tiny_walk, number).sources:
             text = (step_module.PACKAGE / found.file).read_text().splitlines()
             assert text[found.line - 1].strip() == found.lines[0].strip()
             assert all(line.strip() in {known.strip() for known in text} for line in found.lines)
@@ -435,23 +411,23 @@ def test_source_lines_are_the_files(tiny_walk: Walk) -> None:
         source(manual_block.attention_scores, "gone =")
 
 
-def test_colours_only_where_they_are_wanted(tiny_walk: Walk) -> None:
-    step = take_step(tiny_walk, 5)
-    assert "\x1b[" not in render(step, Page(80))
-    assert "\x1b[1m" in render(step, Page(80, colour=True))
+def test_colours_only_where_they_are_wanted(tiny_walk: Walkthrough) -> None:
+    step = run_step(tiny_walk, 5)
+    assert "\x1b[" not in render(step, Layout(80))
+    assert "\x1b[1m" in render(step, Layout(80, color=True))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_rows_that_are_no_whole_blocks_are_rounded_too(kind: Any) -> None:
     matrix = torch.randn(600, 96, generator=torch.Generator().manual_seed(3))
-    back = rounded(matrix[:, :70], kind)
+    back = round_trip(matrix[:, :70], kind)
     assert back.shape == (600, 70)
-    assert torch.equal(back[:, :64], rounded(matrix[:, :64], kind))
+    assert torch.equal(back[:, :64], round_trip(matrix[:, :64], kind))
     theirs = gguf.quantize(matrix.numpy(), gguf.GGMLQuantizationType[kind])
     expected = gguf.dequantize(theirs, gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(rounded(matrix, kind).numpy(), expected)
+    assert np.array_equal(round_trip(matrix, kind).numpy(), expected)
     assert torch.equal(
-        rounded(matrix.bfloat16(), kind), rounded(matrix.bfloat16().float(), kind).bfloat16()
+        round_trip(matrix.bfloat16(), kind), round_trip(matrix.bfloat16().float(), kind).bfloat16()
     )
 
 
@@ -461,22 +437,22 @@ def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
     """bfloat16 leaves few different logits: thousands of tokens may be equally likely."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
     for kept in (logits.bfloat16().float(), logits, torch.zeros(size)):
-        cooled, theirs = sampling.softmax_by_hand(kept, 0.6), sampling.sampled(kept)
-        nucleus = sampling.nucleus_by_hand(cooled, 0.9)
-        ours = sampling.cut(cooled, nucleus, theirs)
+        scaled, theirs = generation.softmax(kept, 0.6), generation.sampler_probs(kept)
+        nucleus = generation.nucleus_ids(scaled, 0.9)
+        ours = generation.nucleus_probs(scaled, nucleus, theirs)
         both = (torch.from_numpy(probs).float() for probs in (ours, theirs))
-        assert not compare("probs", *both, terms=size, depth=sampling.DEPTH).warns
+        assert not compare("probs", *both, terms=size, depth=generation.DEPTH).warns
         assert abs(len(nucleus) - np.count_nonzero(theirs)) <= size // 10_000
         below = np.setdiff1d(np.arange(size), nucleus)
-        assert cooled[below].max(initial=0.0) < cooled[nucleus].min()
+        assert scaled[below].max(initial=0.0) < scaled[nucleus].min()
 
 
-def test_one_model_many_walks(tiny_walk: Walk) -> None:
-    other = start_walk(tiny_walk.checkpoint, tiny_walk.model, IDS[:3], head=1)
-    take_step(tiny_walk, 15)
-    take_step(other, 15)
-    assert torch.equal(take_step(replace(other, head=2), 4).numbers[0].values,
-                       take_step(other, 4).numbers[0].values)  # fmt: skip
+def test_one_model_many_walks(tiny_walk: Walkthrough) -> None:
+    other = start_walkthrough(tiny_walk.checkpoint, tiny_walk.model, IDS[:3], head=1)
+    run_step(tiny_walk, 15)
+    run_step(other, 15)
+    assert torch.equal(run_step(replace(other, head=2), 4).numbers[0].values,
+                       run_step(other, 4).numbers[0].values)  # fmt: skip
     again = open_checkpoint(tiny_walk.checkpoint.path)
-    assert start_walk(again, tiny_walk.model, IDS).layer == 0
+    assert start_walkthrough(again, tiny_walk.model, IDS).layer == 0
     again.close()

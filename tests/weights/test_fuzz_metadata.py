@@ -36,10 +36,9 @@ from glassllama.weights.save import save_model
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
     template_tokens_from_folder,
-    template_tokens_from_gguf,
     tokenizer_from_folder,
-    tokenizer_from_gguf,
 )
+from glassllama.weights.tokenizer_gguf import template_tokens_from_gguf, tokenizer_from_gguf
 from semantic_mutants import DATES, HALF_CHARACTER, as_json, as_toml, gguf_bytes, mutant
 from tiny_models import META_SHAPE, hf_model, write_hf, write_meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

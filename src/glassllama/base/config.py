@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import ConfigError, quoted
-from glassllama.base.fields import LARGEST_NUMBER, LARGEST_WHOLE, is_number, is_whole
+from glassllama.base.fields import MAX_INTEGER, MAX_NUMBER, is_number, is_whole
 
 RopeLayout = Literal["interleaved", "half"]
 Floats = NDArray[np.float64]
@@ -132,8 +132,8 @@ def require_sizes(config: object, *fields: str) -> None:
     """Raise ConfigError unless each of these fields is a positive whole number of 31 bits."""
     for field in fields:
         value = getattr(config, field)
-        if type(value) is not int or not 0 < value <= LARGEST_WHOLE:
-            limit = f" up to {LARGEST_WHOLE}" if is_whole(value) and value > 0 else ""
+        if type(value) is not int or not 0 < value <= MAX_INTEGER:
+            limit = f" up to {MAX_INTEGER}" if is_whole(value) and value > 0 else ""
             raise ConfigError(
                 f"{field} must be a positive whole number{limit}, got {quoted(value)}"
             )
@@ -164,7 +164,7 @@ def require_finite_angles(config: LlamaConfig) -> None:
         pairs = np.array([0, count - 1])
     with np.errstate(all="ignore"):
         fastest = float(np.max(scaled_frequencies(config, pairs)))
-    if not fastest * config.max_seq_len <= LARGEST_NUMBER:
+    if not fastest * config.max_seq_len <= MAX_NUMBER:
         raise ConfigError(
             f"rope_theta {config.rope_theta:g} and rope_scaling turn by {fastest:g} radians a "
             f"token, too fast for a context of {config.max_seq_len}"

@@ -17,18 +17,18 @@ import numpy as np
 from glassllama.base.errors import ConfigError, GlassError, named, quoted
 
 REQUIRED: Any = object()  # a key without a default
-LARGEST_WHOLE = 2**31 - 1  # sizes and ids: what 32-bit indexes of compiled code can hold
-LONGEST_NAME = 255  # of a file, on every usual system
-LARGEST_NUMBER = float(np.finfo(np.float32).max)
+MAX_INTEGER = 2**31 - 1  # sizes and ids: compiled code has 32-bit indexes
+MAX_NAME_LENGTH = 255  # of a file, on every usual system
+MAX_NUMBER = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
 
 
 class Fields:
-    """The values of one foreign object. `place` names the file and the object in errors.
+    """The values of one foreign object. `place` is the file and object in error messages.
 
-    Every method takes a key and a default. A missing key, or one whose value is null, gives the
-    default as it is; without a default it is an error. Errors are of the class `error`.
+    Every method takes a key and a default. A missing key or a null value returns the default
+    unchanged; without a default it is an error. Errors have the class `error`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Fields:
         self.place, self.values, self.error = place, values, error
 
     def whole(
-        self, key: str, default: T = REQUIRED, *, least: int = 1, most: int = LARGEST_WHOLE
+        self, key: str, default: T = REQUIRED, *, least: int = 1, most: int = MAX_INTEGER
     ) -> int | T:
         """A whole number from `least` to `most`, inclusive."""
         value = self.values.get(key)
@@ -81,7 +81,7 @@ class Fields:
         return str(value)
 
     def items(self, key: str, default: T = REQUIRED, *, of: str = "any") -> Sequence[Any] | T:
-        """A list. `of`: "any", "whole" (0 … LARGEST_WHOLE), "number" (finite) or "text" items.
+        """A list. `of`: "any", "whole" (0 … MAX_INTEGER), "number" (finite) or "text" items.
 
         A one-dimensional NumPy array or an array of strings, as GGUF metadata has them, is
         returned as it is.
@@ -98,14 +98,14 @@ class Fields:
         return found
 
     def object(self, key: str, default: T = REQUIRED) -> Fields | T:
-        """An object inside this one, as Fields."""
+        """A nested object, as Fields."""
         value = self.values.get(key)
         if value is None:
             return self._default(key, default)
         return Fields(f"{self.place}: {named(key)}", value, self.error)
 
     def refuse(self, key: str, expected: str) -> None:
-        """Raise the error: this key's value is not what was expected."""
+        """Raise the error that the value of `key` is not `expected`."""
         raise self.error(
             f"{self.place}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
         )
@@ -116,14 +116,14 @@ class Fields:
         return default
 
 
-def inside(name: object) -> str | None:
-    """The normalized path of a file below a folder; None if it leads outside or is no path."""
+def relative_path(name: object) -> str | None:
+    """A file name of foreign data as a normalized relative path; None if it leads outside."""
     if not isinstance(name, str) or not name.isprintable() or set(name) & set("\\:"):
         return None
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
         return None
-    return path.as_posix() if max(map(len, path.parts)) <= LONGEST_NAME else None
+    return path.as_posix() if max(map(len, path.parts)) <= MAX_NAME_LENGTH else None
 
 
 def is_whole(value: object) -> bool:
@@ -135,7 +135,7 @@ def is_number(value: Any) -> bool:
     """Whether a foreign value is a number that is finite in float32; booleans are not."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
-    return bool(-LARGEST_NUMBER <= value <= LARGEST_NUMBER)  # False for NaN, too
+    return bool(-MAX_NUMBER <= value <= MAX_NUMBER)  # False for NaN, too
 
 
 def _is_list(value: object) -> bool:
@@ -143,7 +143,7 @@ def _is_list(value: object) -> bool:
 
 
 def _sequence_holds(values: Sequence[Any], of: str) -> bool:
-    """Arrays of strings say of themselves what they hold (`of`), and need not be decoded."""
+    """Arrays of strings have an attribute `of`, so that they need not be decoded."""
     return of in ("any", getattr(values, "of", None)) or all(map(ITEM_CHECKS[of], values))
 
 
@@ -151,15 +151,15 @@ def _array_holds(array: Any, of: str) -> bool:
     if of == "any":
         return True
     if of == "whole":
-        return array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array <= LARGEST_WHOLE)))
+        return array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array <= MAX_INTEGER)))
     if of == "number":
-        return array.dtype.kind in "iuf" and bool(np.all(np.abs(array) <= LARGEST_NUMBER))
+        return array.dtype.kind in "iuf" and bool(np.all(np.abs(array) <= MAX_NUMBER))
     return False
 
 
 ITEM_CHECKS = {
     "any": lambda item: True,
-    "whole": lambda item: is_whole(item) and 0 <= item <= LARGEST_WHOLE,
+    "whole": lambda item: is_whole(item) and 0 <= item <= MAX_INTEGER,
     "number": is_number,
     "text": lambda item: isinstance(item, str),
 }

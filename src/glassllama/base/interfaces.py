@@ -209,6 +209,7 @@ class Executor(Protocol):
         ...
 
 
+CLOSED = "the model is closed: load it again"
 FOREIGN_CACHE = "a cache of another executor: make one with this executor's new_cache"
 
 

@@ -1,4 +1,4 @@
-"""What this machine can spare: memory, cores, and a place on disk for what is kept."""
+"""Free memory, usable cores and the cache folder of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glassllama.base.errors import DownloadError, MemoryShortError, quoted
 
-# Linux: the ceiling a container sets, version 2 and version 1 of control groups.
+# Linux: the memory limit of a container, versions 2 and 1 of control groups.
 CGROUP_LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (
@@ -19,16 +19,16 @@ CGROUP_LIMITS = (
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken now without swapping; None where the system does not say."""
+    """Bytes that can be allocated now without swapping; None if the system does not say."""
     free = _system_memory()
     if (left := address_space_left()) is not None:
         free = left if free is None else min(free, left)
     for limit, used in CGROUP_LIMITS:
         try:
-            room = int(limit.read_text()) - int(used.read_text())
+            free_here = int(limit.read_text()) - int(used.read_text())
         except (OSError, ValueError):  # no such file, or the word "max"
             continue
-        free = room if free is None else min(free, room)
+        free = free_here if free is None else min(free, free_here)
     return free
 
 
@@ -43,7 +43,7 @@ def _system_memory() -> int | None:
 
 
 def address_space_left() -> int | None:
-    """Bytes that may still be mapped under `ulimit -v`; None where there is no limit."""
+    """Bytes that may still be mapped under `ulimit -v`; None if there is no limit."""
     try:
         import resource
 
@@ -57,19 +57,19 @@ def address_space_left() -> int | None:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, affinity honoured."""
+    """Number of cores that this process may run on (CPU affinity)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def gigabytes(count: float) -> str:
-    """12_345_678_901 -> "12.35 GB": memory as people read it."""
+    """12_345_678_901 -> "12.35 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def require_memory(needed: int, *, what: str, instead: str) -> None:
-    """Raise MemoryShortError, before anything is allocated, if `needed` bytes are not there."""
+    """Raise MemoryShortError if `needed` bytes are not free. Call it before allocating."""
     free = available_memory()
     if free is not None and needed > free:
         raise MemoryShortError(
@@ -78,13 +78,13 @@ def require_memory(needed: int, *, what: str, instead: str) -> None:
 
 
 def cache_home() -> Path:
-    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's place for caches.
+    """GLASSLLAMA_HOME, else XDG_CACHE_HOME/glassllama, else the platform's folder for caches.
 
     Raises DownloadError: the folder cannot be determined, such as the home of an unknown user.
     """
-    if (home := _named_by("GLASSLLAMA_HOME")) is not None:
+    if (home := _folder_from("GLASSLLAMA_HOME")) is not None:
         return home
-    if (xdg := _named_by("XDG_CACHE_HOME")) is not None:
+    if (xdg := _folder_from("XDG_CACHE_HOME")) is not None:
         return xdg / "glassllama"
     if sys.platform == "darwin":
         return _user_home() / "Library" / "Caches" / "glassllama"
@@ -95,8 +95,8 @@ def cache_home() -> Path:
     return _user_home() / ".cache" / "glassllama"
 
 
-def _named_by(variable: str) -> Path | None:
-    """The folder that an environment variable names; None where it is unset or empty."""
+def _folder_from(variable: str) -> Path | None:
+    """The folder in an environment variable; None if it is unset or empty."""
     name = os.environ.get(variable)
     try:
         return Path(name).expanduser().absolute() if name else None

@@ -1,8 +1,8 @@
-"""Whether a folder of the cache is this user's alone: what others can write to is not used.
+"""Ownership and permissions of the cache: folders that other users can write to are not used.
 
-Compiled code is executed, packed weights are mapped unseen: who can replace such files can make us
-run theirs, or crash. So every folder and link on the way there must belong to this user or to root,
-and nobody else may be able to put something in its place.
+Compiled code is executed and packed weights are mapped without checks, so that a user who can
+replace these files could run code as this user. Therefore every folder and link of the path must
+belong to this user or to root, and other users must not be able to replace it.
 """
 
 from __future__ import annotations
@@ -16,64 +16,64 @@ from pathlib import Path
 from glassllama.base.errors import UntrustedError
 
 ROOT = 0
-MODE = 0o755  # of folders that we make, whatever the umask says
-CHECKED = os.name == "posix"  # Windows: folders of a profile are the user's alone as they are made
+FOLDER_MODE = 0o755  # of new folders, whatever the umask allows
+IS_POSIX = os.name == "posix"  # on Windows, folders of a profile are private by default
 NOT_OURS = "it is not used; make it yours (chown) or set GLASSLLAMA_HOME to a folder of your own"
 HELP = "it is not used; take write permission from others (chmod go-w) or set GLASSLLAMA_HOME"
 
 
 def require_trusted(folder: Path) -> None:
-    """Raise UntrustedError where others can put files into `folder`, or another one in its place.
+    """Raise UntrustedError if other users can write files into `folder`, or replace it.
 
-    The part of its path that does not exist is not looked at: we are going to make it. Raises
-    OSError: a part that cannot be examined.
+    Parts of the path that do not exist are not checked: the caller creates them. Raises OSError: a
+    part whose status cannot be read.
     """
-    if not CHECKED:
+    if not IS_POSIX:
         return
     try:
-        itself = os.stat(folder)  # links that go round in circles are an OSError
+        itself = os.stat(folder)  # a loop of links is an OSError
     except FileNotFoundError:
         itself = None
-    for place in on_the_way(folder):
+    for part in path_components(folder):
         try:
-            facts = os.lstat(place)
+            status = os.lstat(part)
         except FileNotFoundError:
             return
-        # With this bit others can make files in it, but not replace or rename what is ours.
-        fixed = facts.st_mode & stat.S_ISVTX and not (itself and os.path.samestat(facts, itself))
-        if facts.st_uid not in (os.geteuid(), ROOT):
-            raise UntrustedError(f"{place} belongs to another user: {NOT_OURS}")
-        if not fixed and written_by_others(facts):
-            raise UntrustedError(f"others can write to {place}: {HELP}")
+        # The sticky bit: others can create files in it, but not replace or rename our files.
+        fixed = status.st_mode & stat.S_ISVTX and not (itself and os.path.samestat(status, itself))
+        if status.st_uid not in (os.geteuid(), ROOT):
+            raise UntrustedError(f"{part} belongs to another user: {NOT_OURS}")
+        if not fixed and writable_by_others(status):
+            raise UntrustedError(f"others can write to {part}: {HELP}")
 
 
-def on_the_way(path: Path) -> Iterator[Path]:
-    """Every folder and link that is passed on the way to `path`, from the root on."""
-    for place in (*reversed(path.parents), path):
-        yield place
-        if place.is_symlink():
-            yield from on_the_way(place.parent / place.readlink())
+def path_components(path: Path) -> Iterator[Path]:
+    """Every folder and link that is traversed to reach `path`, from the root on."""
+    for part in (*reversed(path.parents), path):
+        yield part
+        if part.is_symlink():
+            yield from path_components(part.parent / part.readlink())
 
 
-def is_trusted(facts: os.stat_result) -> bool:
-    """Whether a file or folder with these facts is this user's or root's, and nobody else's."""
-    ours = not CHECKED or facts.st_uid in (os.geteuid(), ROOT)
-    return ours and not written_by_others(facts)
+def is_trusted(status: os.stat_result) -> bool:
+    """Whether only this user or root owns and can write a file or folder with this status."""
+    ours = not IS_POSIX or status.st_uid in (os.geteuid(), ROOT)
+    return ours and not writable_by_others(status)
 
 
-def written_by_others(facts: os.stat_result) -> bool:
-    """Whether its permissions let others write; a link has none of its own."""
-    if not CHECKED or stat.S_ISLNK(facts.st_mode):
+def writable_by_others(status: os.stat_result) -> bool:
+    """Whether the permissions let other users write; a link has no permissions of its own."""
+    if not IS_POSIX or stat.S_ISLNK(status.st_mode):
         return False
-    by_group = facts.st_mode & stat.S_IWGRP and facts.st_gid != private_group()
-    return bool(by_group or facts.st_mode & stat.S_IWOTH)
+    by_group = status.st_mode & stat.S_IWGRP and status.st_gid != private_group()
+    return bool(by_group or status.st_mode & stat.S_IWOTH)
 
 
 @lru_cache(maxsize=1)
 def private_group() -> int | None:
-    """The group of this user's own name that nobody else is in, if there is one.
+    """The group that has this user's name and no other member, if there is one.
 
-    Many systems give everyone such a group, with a umask that lets it write.
+    Many systems create such a group for every user, with a umask that lets the group write.
     """
     import grp
     import pwd
@@ -89,14 +89,14 @@ def private_group() -> int | None:
     return user.pw_gid if alone else None
 
 
-def make_folder(folder: Path, mode: int = MODE) -> None:
-    """Make a folder of the cache, and those above it, if they are missing; others cannot write.
+def make_folder(folder: Path, mode: int = FOLDER_MODE) -> None:
+    """Create a folder of the cache and its parents if missing, writable by this user only.
 
     Raises UntrustedError, OSError.
     """
     require_trusted(folder)
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
-        place.mkdir(mode=mode if place == folder else MODE, exist_ok=True)
-    if missing:  # somebody may have been faster
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    for part in reversed(missing):
+        part.mkdir(mode=mode if part == folder else FOLDER_MODE, exist_ok=True)
+    if missing:  # another user may have created one meanwhile
         require_trusted(folder)

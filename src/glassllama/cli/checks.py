@@ -11,7 +11,6 @@ import numpy as np
 
 from glassllama.base.errors import GlassError
 from glassllama.hub import PACKAGE_MODELS
-from glassllama.hub.cache import place_of
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
 from glassllama.weights.open import Checkpoint, open_checkpoint
@@ -60,7 +59,7 @@ def findings(path: Path, bars: Bars) -> Iterator[Finding]:
 def checksums(checkpoint: Checkpoint, progress: Progress | None) -> Finding:
     """What the format or our own list of downloads says the bytes should be."""
     file: Any = checkpoint.file
-    known = [f for f in PACKAGE_MODELS.values() if place_of(f) == checkpoint.path]
+    known = [f for f in PACKAGE_MODELS.values() if f.location == checkpoint.path]
     if known:
         came = sha256(checkpoint.path, progress)
         same = came == known[0].sha256

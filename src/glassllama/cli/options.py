@@ -369,9 +369,9 @@ class ChatOptions(SamplingOptions):
 
 def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
     """Say that control tokens in a text stay text, where nobody asked for anything else."""
-    from glassllama.tokenizers.bpe import written_in
+    from glassllama.tokenizers.special_tokens import find_tokens
 
-    found = [] if specials else written_in(text, tokenizer.specials)
+    found = [] if specials else find_tokens(text, tokenizer.specials)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         note(f"the text holds {', '.join(found[:3])}{more}, read as text; --specials reads control "

@@ -282,12 +282,12 @@ def watched(run: Run, wish: Wish) -> None:
 
 
 def band_of_text(run: Run) -> Band | None:
-    """The preset's band, unless another text stands in for the preset's (see hub.fetch_text)."""
-    from glassllama.hub import has_text
+    """The preset's band, unless another text stands in for the preset's (see hub.fetch_dataset)."""
+    from glassllama.hub import has_dataset
     from glassllama.train.reference_runs import band_of
 
     band = band_of(run.settings)
-    return band if band is not None and has_text(run.settings.data.corpus) else None
+    return band if band is not None and has_dataset(run.settings.data.corpus) else None
 
 
 def finish(run: Run) -> None:

@@ -17,7 +17,8 @@ from glassllama.cli.options import Json
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
-    from glassllama.tokenizers.train import Merge, TrainedBPE
+    from glassllama.tokenizers.backend import Merge
+    from glassllama.tokenizers.train import TrainedBPE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 WRITTEN = (*TOKENIZER_FILES, "tokenizer_config.json", "vocabulary.tsv")
@@ -118,11 +119,14 @@ def learn(
 ) -> TrainedBPE:
     """Read and learn, with bars. Raises GlassError where there is nothing to read."""
     from glassllama.tokenizers.train import train_bpe
+    from glassllama.weights.tokenizer import BACKEND
 
     with progress_bars() as bar:
         reading, merging = bar("reading", "bytes"), bar("learning", "tokens")
         texts = read(paths, reading)
-        return train_bpe(texts, vocab_size, specials, split=split, progress=merging)
+        return train_bpe(
+            texts, vocab_size, specials, split=split, progress=merging, backend=BACKEND
+        )
 
 
 def read(paths: Sequence[Path], progress: Progress | None) -> Iterator[str]:
@@ -142,14 +146,14 @@ def read(paths: Sequence[Path], progress: Progress | None) -> Iterator[str]:
 
 def control_tokens(format: Format, special: list[str] | None) -> Sequence[str]:
     """The control tokens of a form. Meta's has names of its own."""
-    from glassllama.tokenizers.tiktoken_file import control_names
+    from glassllama.tokenizers.tiktoken_file import special_token_names
 
     if format is Format.hf:
         return ("<|begin_of_text|>", "<|end_of_text|>") if special is None else special
     if special:
         hint = f"not together with --format {format.value}: Meta's form has its own control tokens"
         raise typer.BadParameter(hint, param_hint="--special")
-    return control_names()
+    return special_token_names()
 
 
 def require_free(folder: Path) -> None:
@@ -177,7 +181,7 @@ def save(trained: TrainedBPE, folder: Path, format: Format) -> list[Path]:
 
 
 def merge_facts(trained: TrainedBPE, merge: Merge) -> dict[str, Any]:
-    from glassllama.tokenizers.writers import visible
+    from glassllama.tokenizers.train import visible
 
     parts = {"left": merge.left, "right": merge.right, "token": merge.joined}
     written = {name: visible(trained.tokens[id]) for name, id in parts.items()}

@@ -28,20 +28,23 @@ from glassllama.cli.options import Json, Specials, Which, note_specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
-    from glassllama.walkthrough.experiment import Experiment
-    from glassllama.walkthrough.text import Page
-    from glassllama.walkthrough.walk import Walk
+    from glassllama.walkthrough.mistakes import Comparison
+    from glassllama.walkthrough.step import Step
+    from glassllama.walkthrough.text import Layout
+    from glassllama.walkthrough.walkthrough import Walkthrough
 
-NARROWEST, UNKNOWN_WIDTH = 60, 80  # columns
-look = typer.Option
+MIN_WIDTH, UNKNOWN_WIDTH = 60, 80  # columns
 
 Html = Annotated[
-    Path | None, look(metavar="FILE", help="Write the explorer: a page for a browser.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the walkthrough as an HTML page."),
 ]
-OpenPage = Annotated[bool, look("--open", help="Show the explorer in a browser, at --step.")]
+OpenPage = Annotated[
+    bool, typer.Option("--open", help="Open the HTML page in a browser, at --step.")
+]
 FullLayers = Annotated[
     str | None,
-    look(
+    typer.Option(
         metavar="LIST",
         help="Layers with all their tensors in a page or --json: 0,5,29 or all.",
         show_default="the one of --layer",
@@ -55,14 +58,21 @@ class Correctness(StrEnum):
 
 
 StreamLayers = Annotated[
-    bool, look("--stream-layers", help="Hold one layer at a time: for models larger than memory.")
+    bool,
+    typer.Option(
+        "--stream-layers", help="Keep one layer in memory at a time: for models larger than memory."
+    ),
 ]
-NoMask = Annotated[bool, look("--no-mask", help="What breaks if attention sees the future?")]
+NoMask = Annotated[
+    bool, typer.Option("--no-mask", help="Show the mistake: attention without the causal mask.")
+]
 RopeLayout = Annotated[
-    Correctness, look(metavar="wrong", help="What breaks if the wrong coordinates turn?")
+    Correctness,
+    typer.Option(metavar="wrong", help="Show the mistake: RoPE rotates the wrong coordinates."),
 ]
 Scale = Annotated[
-    Correctness, look(metavar="wrong", help="What breaks if scores are not divided by √D?")
+    Correctness,
+    typer.Option(metavar="wrong", help="Show the mistake: scores are not divided by √D."),
 ]
 
 
@@ -70,14 +80,16 @@ def walkthrough(
     which: Which,
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="The text; read from stdin where it is left out."),
+        typer.Argument(metavar="PROMPT", help="The text; read from stdin if it is left out."),
     ] = None,
-    layer: Annotated[int, look(metavar="N", help="The layer to look into.")] = 0,
-    head: Annotated[int, look(metavar="N", help="The attention head to look at.")] = 0,
+    layer: Annotated[int, typer.Option(metavar="N", help="The layer to show.")] = 0,
+    head: Annotated[int, typer.Option(metavar="N", help="The attention head to show.")] = 0,
     step: Annotated[
-        int | None, look(metavar="N", help="Only this step.", show_default="all, 0 to 17")
+        int | None, typer.Option(metavar="N", help="Only this step.", show_default="all, 0 to 17")
     ] = None,
-    text: Annotated[bool, look("--text", help="Print text for a terminal: the default.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Print text for a terminal: the default.")
+    ] = False,
     json: Json = False,
     html: Html = None,
     open_page: OpenPage = False,
@@ -88,165 +100,158 @@ def walkthrough(
     rope_layout: RopeLayout = Correctness.right,
     scale: Scale = Correctness.right,
 ) -> None:
-    """Follow a prompt through a real model: 18 steps from bytes to the next token.
+    """Follow a prompt through a model: 18 steps from bytes to the next token.
 
-    Every step shows its numbers, the lines of source that made them, and a check that they equal
-    the running model's. With --html or --open as a page to click through: one file that needs no
-    network. With one of the three "what breaks" options: the mistaken model beside the right one,
-    instead of the steps; in a page, after them.
+    Every step shows its numbers, the lines of source code that compute them, and a check that they
+    equal those of the running model. --html or --open make an interactive page: one file that needs
+    no network. The options that show a mistake compare the model with and without it, instead of
+    the steps; in a page, after them.
     """
-    paged = html is not None or open_page
-    require_one_form({"--text": text, "--json": json, "--html or --open": paged})
-    if layers is not None and not (paged or json):
+    to_page = html is not None or open_page
+    require_one_form({"--text": text, "--json": json, "--html or --open": to_page})
+    if layers is not None and not (to_page or json):
         raise typer.BadParameter("only with --html, --open or --json", param_hint="--layers")
-    if html is not None:
-        require_place(html)
-    asked = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
-    broken = [name for name, wanted in asked.items() if wanted]
-    where = {"layer": layer, "head": head, "stream_layers": stream_layers, "specials": specials}
-    walk = start(which, text_or_stdin(prompt, "PROMPT", MOST_PROMPT), step, where)
+    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
+        raise GlassError(f"--html {html}: expected the name of a file in an existing folder")
+    wrong = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
+    mistakes = [name for name, chosen in wrong.items() if chosen]
+    options = {"layer": layer, "head": head, "stream_layers": stream_layers, "specials": specials}
+    walk = start(which, text_or_stdin(prompt, "PROMPT", MOST_PROMPT), step, options)
     if walk.tokenizer is not None:
         note_specials(walk.tokenizer, walk.prompt or "", specials)
-    if paged:
-        show_page(walk, broken, step, full_layers(layers, walk), html, open_page)
+    if to_page:
+        show_page(walk, mistakes, step, full_layers(layers, walk), html, open_page)
     elif json:
-        print_object(walk, broken, step, full_layers(layers, walk))
-    elif broken:
-        print_experiments(walk, broken)
+        print_object(walk, mistakes, step, full_layers(layers, walk))
+    elif mistakes:
+        for comparison in comparisons(walk, mistakes):
+            print_text(comparison)
     else:
         print_steps(walk, step)
 
 
-def require_one_form(asked: dict[str, bool]) -> None:
-    """At most one way to show the walk."""
-    first, *others = [option for option, wanted in asked.items() if wanted] or [""]
+def require_one_form(chosen: dict[str, bool]) -> None:
+    """At most one form of output."""
+    first, *others = [option for option, given in chosen.items() if given] or [""]
     if others:
         raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
 
 
-def require_place(html: Path) -> None:
-    """Said before the walk is taken, and not after it."""
-    if html.is_dir() or not html.absolute().parent.is_dir():
-        raise GlassError(f"--html {html}: expected the name of a file in a folder that is there")
-
-
-def full_layers(listed: str | None, walk: Walk) -> list[int] | None:
-    """`0,5,29` or `all` -> numbers of layers that the model has; None: not asked for."""
-    if listed is None:
+def full_layers(layers: str | None, walk: Walkthrough) -> list[int] | None:
+    """`0,5,29` or `all` -> numbers of the model's layers; None: not given."""
+    if layers is None:
         return None
     count = walk.config.n_layers
-    if listed == "all":
+    if layers == "all":
         return list(range(count))
-    numbers = listed.split(",")
+    numbers = layers.split(",")
     if not all(n.strip().isdecimal() and int(n) < count for n in numbers):
-        raise GlassError(f"--layers {listed}: expected 'all' or numbers from 0 to {count - 1}")
+        raise GlassError(f"--layers {layers}: expected 'all' or numbers from 0 to {count - 1}")
     return sorted({int(n) for n in numbers} | {walk.layer})
 
 
-def start(which: Which, prompt: str, step: int | None, where: dict[str, Any]) -> Walk:
-    """The model, loaded, and a walk through it; bad input is refused before anything is loaded."""
+def start(which: Which, prompt: str, step: int | None, options: dict[str, Any]) -> Walkthrough:
+    """Load the model; bad input is refused before."""
     if find_spec("torch") is None:
         raise MissingExtraError("the walkthrough", "torch")
-    # Threads that wait by spinning take the core from those they wait for: on a machine with other
-    # work to do a walk took five times as long. Must be said before PyTorch is imported.
+    # Threads of OpenMP that wait actively slow down the others: on a busy machine a walkthrough
+    # took five times as long. Must be set before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for all that is kept
-    from glassllama.walkthrough.all_steps import require_step
-    from glassllama.walkthrough.walk import open_walk
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for tensors
+    from glassllama.walkthrough.steps import require_step
+    from glassllama.walkthrough.walkthrough import open_walkthrough
 
     if step is not None:
         require_step(step)
 
     with progress_bars() as bar:
-        return open_walk(
+        return open_walkthrough(
             which.path(),
             prompt,
             name=which.model,
-            **where,
+            **options,
             progress=bar(f"loading {which.model}", "tensors"),
         )
 
 
-def page() -> Page:
-    from glassllama.walkthrough.text import Page
+def layout() -> Layout:
+    from glassllama.walkthrough.text import Layout
 
-    terminal = is_terminal(sys.stdout)
+    color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns
-    return Page(max(columns, NARROWEST), colour=terminal and "NO_COLOR" not in os.environ)
+    return Layout(max(columns, MIN_WIDTH), color=color)
 
 
-def print_steps(walk: Walk, step: int | None) -> None:
-    """One after the other as they are ready; a bar stands in for the one that is being taken."""
-    from glassllama.walkthrough.all_steps import STEPS, take_step
+def print_text(shown: Step | Comparison) -> None:
     from glassllama.walkthrough.text import render
 
-    shown = page()
+    write(render(shown, layout()) + "\n")
+
+
+def print_steps(walk: Walkthrough, step: int | None) -> None:
+    """Each step is printed when it is ready; while it is computed there is a progress bar."""
+    from glassllama.walkthrough.steps import STEPS, run_step
+
     for number in range(len(STEPS)) if step is None else [step]:
         with progress_bars() as bar:
-            tell(bar("walking", "steps"), number, len(STEPS))
-            text = render(take_step(walk, number), shown)
-        write(text + "\n")
+            report(bar("computing", "steps"), number, len(STEPS))
+            done = run_step(walk, number)
+        print_text(done)
 
 
-def tell(progress: Progress | None, done: int, total: int) -> None:
+def report(progress: Progress | None, done: int, total: int) -> None:
     if progress is not None:
         progress(done, total)
 
 
-def experiments(walk: Walk, broken: list[str]) -> list[Experiment]:
-    from glassllama.walkthrough.experiment import experiment
-    from glassllama.walkthrough.interventions import MISTAKES
+def comparisons(walk: Walkthrough, mistakes: list[str]) -> list[Comparison]:
+    from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 
-    done: list[Experiment] = []
+    done: list[Comparison] = []
     with progress_bars() as bar:
-        progress = bar("running the model right and wrong", "mistakes")
-        for name in broken:
-            tell(progress, len(done), len(broken))
-            done.append(experiment(walk, MISTAKES[name]))
+        progress = bar("running the model with and without mistakes", "mistakes")
+        for name in mistakes:
+            report(progress, len(done), len(mistakes))
+            done.append(compare_with_mistake(walk, MISTAKES[name]))
     return done
 
 
-def print_experiments(walk: Walk, broken: list[str]) -> None:
-    from glassllama.walkthrough.experiment import render_experiment
+def print_object(
+    walk: Walkthrough, mistakes: list[str], step: int | None, full: list[int] | None
+) -> None:
+    from glassllama.walkthrough.to_json import to_json
 
-    for done in experiments(walk, broken):
-        write(render_experiment(done, page()) + "\n")
-
-
-def print_object(walk: Walk, broken: list[str], step: int | None, full: list[int] | None) -> None:
-    from glassllama.walkthrough.to_json import as_object
-
-    done = experiments(walk, broken)
+    done = comparisons(walk, mistakes)
     with progress_bars() as bar:
-        walked = as_object(
+        walked = to_json(
             walk,
             layers=full,
             steps=None if step is None else [step],
-            experiments=done,
-            progress=bar("walking", "steps"),
+            mistakes=done,
+            progress=bar("computing", "steps"),
         )
     print_json(walked)
 
 
 def show_page(
-    walk: Walk,
-    broken: list[str],
+    walk: Walkthrough,
+    mistakes: list[str],
     step: int | None,
     full: list[int] | None,
     html: Path | None,
     open_page: bool,
 ) -> None:
-    """Write the explorer to `html`, or to a new place that outlives this run, and say where."""
-    from glassllama.walkthrough.page.page import explorer_page
+    """Write the page to `html`, or to a temporary file that is not deleted, and print its path."""
+    from glassllama.walkthrough.html_page import html_page
 
-    done = experiments(walk, broken)
+    done = comparisons(walk, mistakes)
     with progress_bars() as bar:
-        page = explorer_page(
+        page = html_page(
             walk,
             layers=full,
-            experiments=done,
+            mistakes=done,
             start=step or 0,
-            progress=bar("walking", "steps"),
+            progress=bar("computing", "steps"),
         )
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
     write_file(path, page)

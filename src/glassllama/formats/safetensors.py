@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
-from glassllama.base.fields import inside
+from glassllama.base.fields import relative_path
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.dtypes import ELEMENT_TYPES, checked_shape
 from glassllama.formats.first_bytes import format_of
@@ -210,7 +210,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
     places: dict[str, str] = {}
     for tensor, shard in weight_map.items():
-        place = inside(shard)
+        place = relative_path(shard)
         if place is None:
             raise FormatError(
                 f"{index}: shard {quoted(shard)} of tensor {quoted(tensor)} must be the name of a "

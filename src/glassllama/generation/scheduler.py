@@ -56,6 +56,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}  # in the order of their arrival
         self._numbers = itertools.count()
         self._kept: deque[int] = deque()  # sequences of finished requests
+        self._returned: list[TokenEvent] = []  # by the next step
 
     def add(self, request: Request) -> int:
         """Run a request from the next step on -> its number."""
@@ -84,26 +85,26 @@ class Scheduler:
     def step(self) -> list[TokenEvent]:
         """One forward pass -> the events of requests that have no `events` of their own.
 
-        Raises what the executor raises; all requests are then as before, so that the next step does
-        the same again.
+        Raises what the executor raises. After any exception the next step goes on from there: no
+        event is lost, and no id is computed from tokens that the model has not read.
         """
-        returned: list[TokenEvent] = []
         for request in [*self._requests.values()]:
             if request.choosing:
-                deliver(failed(request, GenerationError(INTERRUPTED)), request, returned)
+                self._deliver(request, failed(request, GenerationError(INTERRUPTED)))
             if not request.live or request.is_abandoned:
                 self._end(request)
         started = time.perf_counter()
         plan = self._plan([r for r in self._requests.values() if not r.is_waiting])
         if self.executor.capabilities.batch_invariant and plan:
-            self._forward(plan, returned)
+            self._forward(plan)
         else:
             for part in plan:
-                self._forward([part], returned)
+                self._forward([part])
         measure(plan, time.perf_counter() - started)
         for part in plan:
             if not part.request.live:
                 self._end(part.request)
+        returned, self._returned = self._returned, []
         return returned
 
     # --- one step ---------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Scheduler:
             request.speculation = Speculation(Lookup(request.window))
         return request.speculation.guess(request.room - 1)
 
-    def _forward(self, plan: list[Planned], returned: list[TokenEvent]) -> None:
+    def _forward(self, plan: list[Planned]) -> None:
         """Compute the planned tokens, and choose the next ids where a prompt is read to its end."""
         logits = self.executor.forward([part.tokens for part in plan], self._cache)
         first = 0
@@ -168,13 +169,38 @@ class Scheduler:
             request, last = part.request, first + part.tokens.num_outputs
             request.num_read += len(part.tokens.ids)
             if last > first:
-                choose(part, logits[first:last], returned)
+                self._choose(part, logits[first:last])
             if part.guess:
                 request.num_read = min(request.num_read, len(request.window) - 1)
                 self._cache.rewind(request.sequence, request.num_read)
             if part.num_new_before == 0 and request.num_new:
                 request.timings.reused_tokens += self._cache.reused(request.sequence)
             first = last
+
+    def _choose(self, part: Planned, logits: NDArray[np.float32]) -> None:
+        """The next id of a request from (1, V) logits; with guesses, one after each that was right.
+
+        An id after a guess that cannot be chosen is computed again by itself, after those before.
+        """
+        request = part.request
+        for n, guessed in enumerate([*part.guess, None]):
+            request.choosing = True
+            try:
+                event = request.choose(logits[n])
+            except GenerationError as error:
+                if n:
+                    request.choosing = False
+                    break
+                event = failed(request, error)
+            self._deliver(request, event)
+            request.choosing = False
+            if event.id != guessed or not request.live:
+                break
+            request.timings.accepted += 1
+        request.timings.drafted += len(part.guess)
+
+    def _deliver(self, request: Request, event: TokenEvent) -> None:
+        (self._returned if request.events is None else request.events).append(event)
 
     def _end(self, request: Request) -> None:
         """Forget a request, and its keys and values unless they are to be kept."""
@@ -190,33 +216,6 @@ class Scheduler:
             self._cache.remove(self._kept.popleft())
 
 
-def deliver(event: TokenEvent, request: Request, returned: list[TokenEvent]) -> None:
-    (returned if request.events is None else request.events).append(event)
-
-
-def choose(part: Planned, logits: NDArray[np.float32], returned: list[TokenEvent]) -> None:
-    """The next id of a request from (1, V) logits; with guesses, one after each that was right.
-
-    An id after a guess that cannot be chosen is computed again by itself, after those before it.
-    """
-    request = part.request
-    for n, guessed in enumerate([*part.guess, None]):
-        request.choosing = True
-        try:
-            event = request.choose(logits[n])
-        except GenerationError as error:
-            if n:
-                request.choosing = False
-                break
-            event = failed(request, error)
-        deliver(event, request, returned)
-        request.choosing = False
-        if event.id != guessed or not request.live:
-            break
-        request.timings.accepted += 1
-    request.timings.drafted += len(part.guess)
-
-
 def measure(plan: list[Planned], seconds: float) -> None:
     """Add the time of a step to the timings of those who took part, and learn about guessing.
 
@@ -229,9 +228,7 @@ def measure(plan: list[Planned], seconds: float) -> None:
         share = sum(len(part.tokens.ids) for part in decoding) / ids
         timings.prefill_s += (1 - share) * seconds
         timings.decode_s += share * seconds
-        timings.decode_tokens += sum(
-            part.request.num_new - part.num_new_before for part in decoding
-        )
+        timings.decode_tokens += sum(part.num_new for part in decoding)
     for part in plan:
         if (speculation := part.request.speculation) is not None:
             chosen = part.request.window[len(part.request.window) - part.num_new :]

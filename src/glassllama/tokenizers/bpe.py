@@ -1,87 +1,41 @@
-"""Byte-level byte-pair encoding (BPE): bytes of a word, merged pair by pair into tokens.
+"""Byte-level byte-pair encoding (BPE): the bytes of a pretoken are merged pair by pair into tokens.
 
     " low" → ␣ l o w → ␣ lo w → ␣ low → ␣low
 
-Which pair merges first is learned: every pair has a rank, the lowest goes first. Source: Sennrich
-et al. (2016), on bytes as in GPT-2 (Radford et al., 2019).
+The order of merges was learned: every pair has a rank, the lowest is merged first. Source: Sennrich
+et al. (2016); on bytes as in GPT-2 (Radford et al., 2019).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain, count, pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-from unicodedata import normalize
+from typing import AnyStr
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.added import AddedToken, AddedTokens
-from glassllama.tokenizers.pretokenizer import Split
-from glassllama.tokenizers.rows import Rows, gaps_in
+from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
+from glassllama.tokenizers.vocabulary import (
+    BYTES,
+    NEVER,
+    TokenizerBase,
+    Vocabulary,
+    surrogate_error,
+)
 
-if TYPE_CHECKING:
-    from glassllama.base.interfaces import Tokenizer
-    from glassllama.native.tokenizers.corpus_decoder import ArrayDecoder
-    from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder
-    from glassllama.native.tokenizers.pair_table import PairTable
-
-OUTSIDE = "tokenizer: {} merges name what is no token of the vocabulary; they make none"
-NEVER = 2**31 - 1  # the rank of a pair that does not merge
-LONG_WORD = 512  # bytes; the plain loop needs time with the square of the length, the heap hardly
-MANY_IDS = 2**16  # so many are decoded in a compiled loop, which takes a moment to load
-CACHED_WORDS = 2**16  # a full cache is emptied: text repeats its words within a few pages
-CACHED_LENGTH = 64  # characters; longer words seldom come twice
+UNKNOWN_MERGES = "tokenizer: {} merges name what is no token of the vocabulary; they make none"
+LONG_WORD = 512  # bytes; the time of `merge` grows with the square of the length
+MANY_IDS = 2**16  # from here on ids are decoded by the backend, which may take a moment to load
+CACHED_WORDS = 2**16  # a full cache is cleared: text repeats its words within a few pages
+CACHED_LENGTH = 64  # characters; longer words are seldom repeated
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """What a file of a byte-level BPE tokenizer holds.
-
-    `tokens` are the bytes of each id (None: an id without a token), control tokens as their text.
-    `ids` leads back from bytes to id, for tokens that merging may make: no control token is there.
-    `merges` ranks pairs; None means that the rank of a pair is the id of the two joined, as in
-    tiktoken's files. `whole_words`: a word that is a token is taken at once, whatever the merges.
-    `controls` are read from text only on request, `added` always. `chunks` cuts a long text first.
-    `flagged` are those of them that have flags. `outside`: so many merges name what is no token;
-    parts that are none in the end fall into their bytes.
-    """
-
-    tokens: tuple[bytes | None, ...]
-    ids: Mapping[bytes, int] = field(repr=False)
-    merges: Mapping[tuple[bytes, bytes], int] | None = field(repr=False)
-    split: Split
-    whole_words: bool
-    controls: Mapping[str, int]
-    added: Mapping[str, int] = field(default_factory=dict)
-    chunks: Callable[[str], Iterable[str]] | None = None
-    flagged: tuple[AddedToken, ...] = field(default=(), repr=False)
-    outside: int = 0
-
-    def added_tokens(self) -> AddedTokens:
-        """Controls and added tokens with their flags, where the file gives any."""
-        flags = {token.text: token for token in self.flagged}
-        tokens = [
-            flags.get(text) or AddedToken(id=id, text=text, is_control=is_control)
-            for texts, is_control in ((self.controls, True), (self.added, False))
-            for text, id in texts.items()
-        ]
-        is_any_normal = self.split.normal_form and any(token.normalized for token in tokens)
-        return AddedTokens(tokens, partial(normalize, "NFC") if is_any_normal else None)
-
-    def rank(self, left: bytes, right: bytes) -> int:
-        if self.merges is None:
-            return self.ids.get(left + right, NEVER)
-        return self.merges.get((left, right), NEVER)
-
-
-def merge(parts: list[bytes], rank: Callable[[bytes, bytes], int]) -> list[bytes]:
-    """Join neighbours, the lowest rank first and the leftmost of equals, until none has a rank."""
+def merge(parts: list[AnyStr], rank: Callable[[AnyStr, AnyStr], int]) -> list[AnyStr]:
+    """Join neighbors, the lowest rank first and the leftmost of equals, until none has a rank."""
     ranks = [rank(left, right) for left, right in pairwise(parts)]
     while ranks and (lowest := min(ranks)) != NEVER:
         at = ranks.index(lowest)
@@ -94,104 +48,100 @@ def merge(parts: list[bytes], rank: Callable[[bytes, bytes], int]) -> list[bytes
     return parts
 
 
-class BytePairTokenizer(Rows):
+class BytePairTokenizer(TokenizerBase):
     """Text ↔ ids by byte-level BPE; a `base.interfaces.Tokenizer`.
 
-    Odd input: the empty text has no ids; NUL, BOM and unassigned code points are text like any
-    other; a lone surrogate, which is no character, is a TokenizerError; bytes that are not UTF-8
-    decode to U+FFFD. A byte that the vocabulary has no token for is left out, as the tokenizers
-    such models were trained with do (SmolLM2 lacks six control characters).
+    The empty text has no ids. NUL, BOM and unassigned code points are ordinary text. A lone
+    surrogate is a TokenizerError. Bytes that are not UTF-8 decode to U+FFFD. A byte without a token
+    is dropped, as by the tokenizers such models were trained with (SmolLM2 lacks six control
+    characters).
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, *, bos: int | None, stop_ids: Iterable[int] = ()
+        self,
+        vocabulary: Vocabulary,
+        *,
+        bos: int | None,
+        stop_ids: Iterable[int] = (),
+        backend: BPEBackend = PYTHON,
     ) -> None:
+        super().__init__(vocabulary.tokens, bos=bos, stop_ids=stop_ids)
         self.vocabulary = vocabulary
-        self.bos = bos
-        self.stop_ids = frozenset(stop_ids)
-        self.specials: Mapping[str, int] = MappingProxyType(dict(vocabulary.controls))
-        self._added = vocabulary.added_tokens()
-        self.notes: list[str] = []  # what was odd in the file
-        self.gaps = gaps_in(vocabulary.tokens)
+        self.specials: Mapping[str, int] = MappingProxyType(vocabulary.added(is_special=True))
+        self._backend = backend
+        self._added = vocabulary.token_splitter()
         self._cache: dict[str, list[int]] = {}
-        if vocabulary.outside:
-            self.notes.append(OUTSIDE.format(vocabulary.outside))
-        for id in (*self.stop_ids, *self._added.ids(), *([] if bos is None else [bos])):
-            self.token_bytes(id)  # must exist
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocabulary.tokens)
-
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, control tokens written in it become their ids."""
-        ids = [self.bos] if bos and self.bos is not None else []
-        try:
-            for piece in self._pieces(text, specials):
-                ids += [piece] if isinstance(piece, int) else self._encode_words(piece)
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
-        return ids
+        if vocabulary.num_unknown_merges:
+            self.notes.append(UNKNOWN_MERGES.format(vocabulary.num_unknown_merges))
+        for token in vocabulary.added_tokens:
+            self.token_bytes(token.id)  # must exist
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Tokens that are read from any text, though they are no control tokens: text -> id."""
-        return MappingProxyType(dict(self.vocabulary.added))
+        """Added tokens that are not special: text → id."""
+        return self.vocabulary.added(is_special=False)
 
     def without_added(self, texts: Iterable[str]) -> BytePairTokenizer:
-        """The same tokenizer, for which these added tokens are plain text."""
-        left = {*texts}
-        unread = {self.vocabulary.added[text] for text in left}
-        ids = {token: id for token, id in self.vocabulary.ids.items() if id not in unread}
+        """The same tokenizer, for which these added tokens are ordinary text."""
+        removed = {*texts}
+        removed_ids = {self.added[text] for text in removed}
+        ids = {token: id for token, id in self.vocabulary.ids.items() if id not in removed_ids}
         merges = self.vocabulary.merges
         if merges is not None and len(ids) < len(self.vocabulary.ids):  # merges could make one
             merges = {
                 (a, b): rank for (a, b), rank in merges.items() if {a, b, a + b} <= ids.keys()
             }
-        added = {text: id for text, id in self.vocabulary.added.items() if text not in left}
-        vocabulary = replace(self.vocabulary, ids=ids, merges=merges, added=added)
-        return BytePairTokenizer(vocabulary, bos=self.bos, stop_ids=self.stop_ids)
+        added = tuple(t for t in self.vocabulary.added_tokens if t.text not in removed)
+        vocabulary = replace(self.vocabulary, ids=ids, merges=merges, added_tokens=added)
+        return BytePairTokenizer(
+            vocabulary, bos=self.bos, stop_ids=self.stop_ids, backend=self._backend
+        )
 
-    def encode_array(self, text: str) -> NDArray[np.uint32]:
-        """The ids of a text without control tokens, (T,): the same as `encode`, for corpora.
-
-        Compiled at the first call, which takes a few seconds once on a machine; from then on tens
-        of times as fast.
-        """
-        encoder = self._array_encoder
-        if encoder is None:
-            return np.array(self.encode(text), dtype=np.uint32)
-        parts = [np.empty(0, np.uint32)]
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, special tokens written in it become their ids."""
+        ids = [self.bos] if bos and self.bos is not None else []
         try:
-            for piece in self._pieces(text, specials=False):
-                is_id = isinstance(piece, int)
-                parts.append(np.array([piece], np.uint32) if is_id else encoder(str(piece)))
+            for part in self._parts(text, specials):
+                ids += [part] if isinstance(part, int) else self._encode_text(part)
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
-        return np.concatenate(parts)
+        return ids
 
-    def _pieces(self, text: str, specials: bool) -> Iterator[str | int]:
-        """The text in its chunks, without the added tokens in it, and the ids of those."""
-        chunks = self.vocabulary.chunks
-        for chunk in (text,) if chunks is None else chunks(text):
-            yield from self._added.cut(chunk, specials=specials)
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text without special tokens, (T,): the same as `encode`, for corpora.
+
+        A compiled backend is tens of times as fast as `encode`; its first call on a machine
+        compiles for a few seconds.
+        """
+        encoder = self._corpus_encoder
+        if encoder is None:
+            return super().encode_array(text)
+        arrays = [np.empty(0, np.uint32)]
+        try:
+            for part in self._parts(text, specials=False):
+                is_id = isinstance(part, int)
+                arrays.append(np.array([part], np.uint32) if is_id else encoder(str(part)))
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+        return np.concatenate(arrays)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; a character that is cut in two, or no UTF-8, becomes U+FFFD."""
-        data = self._array_decoder(ids) if len(ids) >= MANY_IDS else None
-        if data is None:  # few, or one of them is not in the vocabulary
+        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
+        decoder = self._corpus_decoder if len(ids) >= MANY_IDS else None
+        data = None if decoder is None else decoder(ids)
+        if data is None:  # no decoder, or an id that is not in the vocabulary
             data = b"".join([self.token_bytes(id) for id in ids])
         return data.decode("utf-8", "replace")
 
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes of one id; a control token's are its text."""
-        tokens = self.vocabulary.tokens
-        token = tokens[id] if 0 <= id < len(tokens) else None
-        return self.bytes_without_token(id, len(tokens)) if token is None else token
+    def _parts(self, text: str, specials: bool) -> Iterator[str | int]:
+        """The text between added tokens, chunk by chunk, and the ids of these tokens."""
+        chunks = self.vocabulary.text_chunks
+        for chunk in (text,) if chunks is None else chunks(text):
+            yield from self._added.split(chunk, specials=specials)
 
-    def _encode_words(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in chain.from_iterable(self.vocabulary.split.word_lists(text)):
+        for word in chain.from_iterable(self.vocabulary.split.pretoken_batches(text)):
             known = self._cache.get(word)
             if known is None:
                 known = self._encode_word(word.encode())
@@ -204,96 +154,56 @@ class BytePairTokenizer(Rows):
 
     def _encode_word(self, word: bytes) -> list[int]:
         vocabulary = self.vocabulary
-        if vocabulary.whole_words and word in vocabulary.ids:
+        if vocabulary.ignore_merges and word in vocabulary.ids:
             return [vocabulary.ids[word]]
         if len(word) > LONG_WORD:
             return self._encode_long_word(word)
         parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
-        merged = merge(parts, vocabulary.rank)
-        if vocabulary.outside:
-            merged = [piece for part in merged for piece in self._known_pieces(part)]
-        return [vocabulary.ids[part] for part in merged]
-
-    def _known_pieces(self, part: bytes) -> list[bytes]:
-        """What merges made, or the bytes of what is no token."""
-        if part in self.vocabulary.ids:
-            return [part]
-        return [byte for byte in map(BYTES.__getitem__, part) if byte in self.vocabulary.ids]
+        return self._ids_of_parts(merge(parts, vocabulary.rank))
 
     def _encode_long_word(self, word: bytes) -> list[int]:
-        """The same ids as the plain loop gives, in time that hardly exceeds the word's length."""
-        from glassllama.native.tokenizers.pair_table import (
-            merge_ids,  # compiles: only when it is needed
-        )
-
+        """The same ids as by `merge`, in a time that hardly exceeds the length of the word."""
         ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
         symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
-        merged: list[int] = merge_ids(symbols[symbols >= 0], self._pairs).tolist()
-        if not self.vocabulary.outside:
+        merged: list[int] = self._merger(symbols[symbols >= 0]).tolist()
+        if not self.vocabulary.num_unknown_merges:
             return merged
-        parts = {number: part for part, number in self._merging.ids.items()}
-        pieces = (piece for number in merged for piece in self._known_pieces(parts[number]))
-        return [self.vocabulary.ids[piece] for piece in pieces]
+        parts = {id: part for part, id in self._with_ids_for_all_parts.ids.items()}
+        return self._ids_of_parts(parts[id] for id in merged)
+
+    def _ids_of_parts(self, parts: Iterable[bytes]) -> list[int]:
+        """The ids of merged parts; a part that is not a token becomes its bytes."""
+        ids = self.vocabulary.ids
+        if not self.vocabulary.num_unknown_merges:
+            return [ids[part] for part in parts]
+        tokens = (
+            [part] if part in ids else filter(ids.__contains__, map(BYTES.__getitem__, part))
+            for part in parts
+        )
+        return [ids[token] for token in chain.from_iterable(tokens)]
 
     @cached_property
-    def _merging(self) -> Vocabulary:
-        """The vocabulary with a number, beyond all ids, also for parts that are no token."""
+    def _with_ids_for_all_parts(self) -> Vocabulary:
+        """The vocabulary with ids, beyond all others, also for merged parts that are no tokens."""
         vocabulary = self.vocabulary
-        if not vocabulary.outside:
+        if not vocabulary.num_unknown_merges:
             return vocabulary
         ids = dict(vocabulary.ids)
-        numbers = count(len(vocabulary.tokens))
+        new_ids = count(len(vocabulary.tokens))
         for left, right in vocabulary.merges or ():
             for part in (left, right, left + right):
                 if part not in ids:
-                    ids[part] = next(numbers)
+                    ids[part] = next(new_ids)
         return replace(vocabulary, ids=ids)
 
     @cached_property
-    def _array_encoder(self) -> ArrayEncoder | None:
-        """None where the vocabulary splits words in a way that is not compiled."""
-        from glassllama.native.tokenizers.corpus_encoder import ArrayEncoder, has_rule
-
-        return ArrayEncoder(self.vocabulary) if has_rule(self.vocabulary) else None
+    def _corpus_encoder(self) -> Callable[[str], NDArray[np.uint32]] | None:
+        return self._backend.corpus_encoder(self.vocabulary)
 
     @cached_property
-    def _array_decoder(self) -> ArrayDecoder:
-        from glassllama.native.tokenizers.corpus_decoder import ArrayDecoder
-
-        return ArrayDecoder(self.vocabulary)
+    def _corpus_decoder(self) -> Callable[[Sequence[int]], bytes | None] | None:
+        return self._backend.corpus_decoder(self.vocabulary)
 
     @cached_property
-    def _pairs(self) -> PairTable:
-        from glassllama.native.tokenizers.pair_table import pair_table
-
-        return pair_table(self._merging)
-
-
-BYTES = tuple(bytes([value]) for value in range(256))
-
-
-def alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """Finds any of these texts, the longest where several begin; None where there are none."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-
-
-def written_in(text: str, wanted: Iterable[str]) -> list[str]:
-    """Those of the wanted texts that are written in a text, in its order, each once."""
-    pattern = alternatives(wanted)
-    return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str, specials: bool) -> list[int]:
-    """A text with the model's own beginning, which is not doubled where the text has it, too."""
-    ids = tokenizer.encode(text, bos=True, specials=specials)
-    doubled = specials and ids[:2] == [tokenizer.bos] * 2
-    return ids[1:] if doubled else ids
-
-
-def surrogate_error(text: str) -> TokenizerError:
-    at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-    return TokenizerError(
-        f"text: character {at} is U+{ord(text[at]):04X}, half of a UTF-16 pair and no character; "
-        "read the text as UTF-8"
-    )
+    def _merger(self) -> Merger:
+        return self._backend.merger(self._with_ids_for_all_parts.pair_rows())

@@ -1,67 +1,68 @@
-"""The simplest tokenizer: a character is a token. For small models and first lessons.
+"""The simplest tokenizer: every character is a token. For small models.
 
     "hello" → characters e h l o → ids 1 0 2 2 3
 
-The characters of the training text come first, in the order of their code points; then begin, end,
-pad and unknown. A character that was not in the training text becomes *unknown*, and unknown
-decodes to U+FFFD (�): the text lives on, and the reader sees what the model could not.
+The ids are those of the characters of the training text in the order of their code points, then
+begin, end, pad and unknown. A character that was not in the training text becomes unknown, which
+decodes to U+FFFD (�).
+
+In `tokenizer.json` it is a "WordLevel" model of single characters, which Hugging Face's tokenizers
+reads as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.bpe import alternatives
-from glassllama.tokenizers.rows import Rows
+from glassllama.tokenizers.special_tokens import pattern_of
+from glassllama.tokenizers.unicode_tables import N_CODE_POINTS
+from glassllama.tokenizers.vocabulary import TokenizerBase
 
-CONTROLS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
 REPLACEMENT = "\ufffd"
-N_CODE_POINTS = 0x110000
+EVERY_CHARACTER = r"[\s\S]"
+MODEL = "WordLevel"
 
 
-class CharTokenizer(Rows):
+class CharTokenizer(TokenizerBase):
     """Text ↔ ids, one per character; a `base.interfaces.Tokenizer`.
 
-    Odd input: the empty text has no ids; NUL and BOM are characters like any other; a lone
-    surrogate, as it is in no training text, is unknown.
+    The empty text has no ids. NUL and BOM are ordinary characters. A lone surrogate is unknown.
     """
 
     def __init__(self, characters: Iterable[str]) -> None:
-        """`characters`: a text, or any collection of characters; each counts once."""
+        """`characters`: a text, or any collection of characters; repetitions have no effect."""
         self.characters = tuple(sorted(set(characters)))
         if bad := [char for char in self.characters if len(char) != 1 or is_surrogate(char)]:
             raise TokenizerError(f"characters: {quoted(bad[0])} is not one character")
         n = len(self.characters)
         self.specials: Mapping[str, int] = MappingProxyType(
-            {text: n + at for at, text in enumerate(CONTROLS)}
+            {text: n + at for at, text in enumerate(SPECIAL_TOKENS)}
         )
         begin, self.end, self.pad, self.unknown = self.specials.values()
-        self.bos: int | None = begin  # None where the model has seen no beginnings
-        self.stop_ids = frozenset({self.end})
-        self._texts = (*self.characters, *CONTROLS[:-1], REPLACEMENT)
+        texts = (*self.characters, *SPECIAL_TOKENS[:-1], REPLACEMENT)
+        # Models that were trained without `begin` set `bos` to None.
+        super().__init__([text.encode() for text in texts], bos=begin, stop_ids=[self.end])
         self._ids = {char: id for id, char in enumerate(self.characters)}
-        self._pattern = alternatives(CONTROLS)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._texts)
+        self._pattern = pattern_of(SPECIAL_TOKENS)
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, control tokens written in it become their ids."""
+        """The ids of a text; with `specials`, special tokens written in it become their ids."""
         ids = [self.bos] if bos and self.bos is not None else []
         if not specials or self._pattern is None:
             return ids + [self._ids.get(char, self.unknown) for char in text]
-        for at, piece in enumerate(self._pattern.split(text)):
-            ids += [self.specials[piece]] if at % 2 else self.encode(piece)
+        for n, part in enumerate(self._pattern.split(text)):
+            ids += [self.specials[part]] if n % 2 else self.encode(part)
         return ids
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
-        """The ids of a text without control tokens, (T,)."""
+        """The ids of a text without special tokens, (T,)."""
         table = np.full(N_CODE_POINTS, self.unknown, np.uint32)
         table[[ord(char) for char in self.characters]] = np.arange(len(self.characters))
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -69,17 +70,59 @@ class CharTokenizer(Rows):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join([self._text(id) for id in ids])
-
-    def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 of one id; a control token's is its text, unknown's that of U+FFFD."""
-        return self._text(id).encode()
-
-    def _text(self, id: int) -> str:
-        if not 0 <= id < len(self._texts):
-            return self.bytes_without_token(id, len(self._texts)).decode()
-        return self._texts[id]
+        """The text of ids; unknown is U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode()
 
 
 def is_surrogate(char: str) -> bool:
     return "\ud800" <= char <= "\udfff"
+
+
+def char_document(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """The tokenizer as the object of a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": id, "content": text, **flags, "special": True}
+            for text, id in tokenizer.specials.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": EVERY_CHARACTER},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": MODEL,
+            "vocab": {w: id for id, w in enumerate((*tokenizer.characters, *SPECIAL_TOKENS))},
+            "unk_token": SPECIAL_TOKENS[-1],
+        },
+    }
+
+
+def is_char_document(document: Mapping[str, Any]) -> bool:
+    model = document.get("model")
+    return isinstance(model, dict) and model.get("type") == MODEL
+
+
+def chars_from_document(document: Mapping[str, Any]) -> CharTokenizer:
+    """The tokenizer of such an object. TokenizerError: it has anything that we do not write."""
+    vocab = document["model"].get("vocab")
+    if not isinstance(vocab, dict):
+        raise TokenizerError("model.vocab must be an object of characters and ids")
+    tokenizer = CharTokenizer(word for word in vocab if word not in SPECIAL_TOKENS)
+    written = char_document(tokenizer)
+    if different := sorted(
+        key for key in {*document, *written} if document.get(key) != written.get(key)
+    ):
+        raise TokenizerError(
+            f"{', '.join(different)}: not as in a vocabulary of characters, the one kind of "
+            f"{MODEL} that is supported"
+        )
+    return tokenizer

@@ -1,7 +1,7 @@
-"""Messages → ids: what a chat model was trained to see around every turn.
+"""Chat formats: messages → ids, with the special tokens that a chat model was trained with.
 
-Control tokens come from the format alone. The text of a message is always encoded as plain text, so
-that `<|eot_id|>` typed by a user is a few characters of prose and never the end of a turn.
+Special tokens come from the format alone. The text of a message is always encoded as ordinary text,
+so that `<|eot_id|>` typed by a user never ends a turn.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Protocol, runtime_checkable
 
 from glassllama.base.errors import TokenizerError, named, quoted
 from glassllama.base.interfaces import Tokenizer
-from glassllama.tokenizers.bpe import alternatives
-from glassllama.tokenizers.written import Written, without_foreign, written
+from glassllama.tokenizers.special_tokens import pattern_of
+from glassllama.tokenizers.template_text import TemplateText, from_template, mask_other_text
 
 ROLES = SYSTEM, USER, ASSISTANT, TOOL = ("system", "user", "assistant", "tool")
-# Conversations that a template is rendered with to find its marks of roles. Together they have
-# every role; a template that refuses one of them accepts another.
+# Conversations with which a template is rendered to find the added tokens that it writes. Together
+# they have every role; a template that refuses one of them accepts another.
 SAMPLE_ROLES = (
     (USER,), (SYSTEM, USER), (USER, ASSISTANT), (USER, ASSISTANT, USER),
     (USER, ASSISTANT, TOOL), (SYSTEM, USER, ASSISTANT, TOOL, ASSISTANT, USER),
@@ -30,14 +30,14 @@ SAMPLE_ROLES = (
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool (the answer of a tool)."""
+    """One turn. `role` is system, user, assistant or tool (the result of a tool)."""
 
     role: str
     content: str
 
 
 class ChatFormat(Protocol):
-    """A model family's way of writing a conversation."""
+    """How a model family writes a conversation."""
 
     def encode(
         self,
@@ -46,9 +46,9 @@ class ChatFormat(Protocol):
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The ids of the conversation, ready for the model to write the next answer.
+        """The ids of the conversation, after which the model writes the next answer.
 
-        Raises TokenizerError for messages, or a vocabulary, that this format cannot write.
+        TokenizerError: messages, or a vocabulary, that do not fit the format.
         """
         ...
 
@@ -67,26 +67,22 @@ class Llama3Chat:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        header, header_end = (
-            control_id(tokenizer, "<|start_header_id|>"),
-            control_id(tokenizer, "<|end_header_id|>"),
-        )
-        turn_end = control_id(tokenizer, "<|eot_id|>")
+        names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
+        bos, header, header_end, turn_end = (special_id(tokenizer, f"<|{n}|>") for n in names)
 
-        def opened(role: str) -> list[int]:
-            name = "ipython" if role == "tool" else role  # what Llama 3 calls a tool's answer
-            blank_line = tokenizer.encode("\n\n")
-            return [header, *tokenizer.encode(name), header_end, *blank_line]
+        def start(role: str) -> list[int]:
+            name = "ipython" if role == "tool" else role  # Llama 3's name for tool results
+            return [header, *tokenizer.encode(name), header_end, *tokenizer.encode("\n\n")]
 
-        ids = [control_id(tokenizer, "<|begin_of_text|>")]
+        ids = [bos]
         for message in checked_messages(messages):
-            ids += [*opened(message.role), *tokenizer.encode(message.content), turn_end]
-        return ids + opened("assistant") if add_generation_prompt else ids
+            ids += [*start(message.role), *tokenizer.encode(message.content), turn_end]
+        return ids + start("assistant") if add_generation_prompt else ids
 
 
 @dataclass(frozen=True)
 class ChatML:
-    """ChatML, as SmolLM, Qwen and many fine-tunes speak it."""
+    """ChatML, used by SmolLM, Qwen and many fine-tuned models."""
 
     def encode(
         self,
@@ -95,7 +91,7 @@ class ChatML:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        start, end = control_id(tokenizer, "<|im_start|>"), control_id(tokenizer, "<|im_end|>")
+        start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
         parts: list[str | int] = [] if tokenizer.bos is None else [tokenizer.bos]
         for message in checked_messages(messages):
             parts += [start, f"{message.role}\n{message.content}", end, "\n"]
@@ -105,25 +101,24 @@ class ChatML:
 
 
 class TemplateChat:
-    """The file's own `chat_template`, in its sandbox; ids as transformers makes them.
+    """A file's own `chat_template`, rendered in a sandbox; the same ids as from transformers.
 
-    Every character of the rendered text knows whether the template wrote it (written.py). A control
-    token is one where the template wrote all of it; whatever a message holds stays text. Control
-    tokens for this purpose are the tokenizer's own, and added tokens that the template writes, such
-    as the marks of roles, whether the file calls them special or not. The template alone decides
-    whether the conversation begins with bos: none is added to it.
+    Every character of the rendered text has its origin (template_text.py). A special token counts
+    only where the template wrote all of it; the text of messages stays text. Special for this
+    purpose are the tokenizer's special tokens, and added tokens that the template writes, such as
+    marks of roles. The template alone decides whether the conversation starts with bos.
 
-    `bos_token`, `eos_token` and other `tokens` are what the template knows by these names; None
-    leaves them undefined, as transformers does for a model that has none.
+    `bos_token`, `eos_token` and other `tokens` are variables of the template; None leaves them
+    undefined, as in transformers.
     """
 
     def __init__(self, template: str, **tokens: str | None) -> None:
-        from glassllama.tokenizers.chat_template import (
-            ChatTemplate,  # jinja2: only for who needs it
-        )
+        from glassllama.tokenizers.chat_template import ChatTemplate  # imports jinja2
 
         self._template = ChatTemplate(template)
-        self._known = {name: written(text) for name, text in tokens.items() if text is not None}
+        self._tokens = {
+            name: from_template(text) for name, text in tokens.items() if text is not None
+        }
 
     def encode(
         self,
@@ -133,53 +128,55 @@ class TemplateChat:
         add_generation_prompt: bool = True,
     ) -> list[int]:
         text = self._rendered(checked_messages(messages), add_generation_prompt)
-        marks = self._marks(text, tokenizer)
-        controls = {**tokenizer.specials, **marks}
-        pattern, plain = alternatives(controls), str.__str__(text)
+        added = self._added_tokens(text, tokenizer)
+        specials = {**tokenizer.specials, **added}
+        pattern, plain = pattern_of(specials), str.__str__(text)
         if pattern is None:
             return tokenizer.encode(plain)
-        own = without_foreign(text, _unused_character(controls))
-        found = [match.span() for match in pattern.finditer(own)]
-        expected = [controls[plain[start:end]] for start, end in found]
-        if not _holds_foreign(pattern, text):  # then nothing can be mistaken
-            ids, all_controls = tokenizer.encode(plain, specials=True), {*controls.values()}
-            if Counter(id for id in ids if id in all_controls) <= Counter(expected):
+        masked = mask_other_text(text, _unused_character(specials))
+        found = [match.span() for match in pattern.finditer(masked)]
+        expected = [specials[plain[start:end]] for start, end in found]
+        if not _has_special_from_message(pattern, text):  # then the text can be encoded as a whole
+            ids, special_ids = tokenizer.encode(plain, specials=True), {*specials.values()}
+            if Counter(id for id in ids if id in special_ids) <= Counter(expected):
                 return ids
         if isinstance(tokenizer, _HasAdded):
-            tokenizer = tokenizer.without_added(marks)
-        parts: list[str | int] = [*_around(plain, found)]
+            tokenizer = tokenizer.without_added(added)
+        parts: list[str | int] = [*_between(plain, found)]
         for n, id in enumerate(expected):
             parts.insert(2 * n + 1, id)
         return encode_parts([part for part in parts if part != ""], tokenizer)
 
-    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> Written:
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> TemplateText:
         return self._template.render(
-            messages=[{"role": written(one.role), "content": one.content} for one in messages],
+            messages=[
+                {"role": from_template(one.role), "content": one.content} for one in messages
+            ],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self._known,
+            **self._tokens,
         )
 
-    def _marks(self, text: Written, tokenizer: Tokenizer) -> dict[str, int]:
-        """The added tokens that the template writes; blanks and line ends are ordinary text.
+    def _added_tokens(self, text: TemplateText, tokenizer: Tokenizer) -> dict[str, int]:
+        """The added tokens, except whitespace, that the template writes.
 
-        In this conversation, in its literals, or for other roles than those of this conversation.
+        In this conversation, in its literals, or for roles that this conversation does not have.
         """
         if not isinstance(tokenizer, _HasAdded):
             return {}
         added = {text: id for text, id in tokenizer.added.items() if not text.isspace()}
         if not added:
             return {}
-        blank = _unused_character(added)
-        texts = [without_foreign(one, blank, shorter=True) for one in (text, *self._samples)]
-        own = blank.join([*texts, *self._template.literals])
-        return {text: id for text, id in added.items() if text in own}
+        mask = _unused_character(added)
+        texts = [mask_other_text(one, mask, one_per_run=True) for one in (text, *self._samples)]
+        of_template = mask.join([*texts, *self._template.literals])
+        return {text: id for text, id in added.items() if text in of_template}
 
     @cached_property
-    def _samples(self) -> list[Written]:
-        """The template rendered with SAMPLE_ROLES; conversations that it refuses are left out."""
-        samples: list[Written] = []
+    def _samples(self) -> list[TemplateText]:
+        """The template rendered with SAMPLE_ROLES, without conversations that it refuses."""
+        samples: list[TemplateText] = []
         for roles in SAMPLE_ROLES:
             for add_generation_prompt in (False, True):
                 with suppress(TokenizerError):
@@ -189,22 +186,22 @@ class TemplateChat:
 
 
 def _unused_character(texts: Iterable[str]) -> str:
-    """A character, of those for private use, that is in none of these texts."""
+    """A private-use character that is in none of these texts."""
     used = {*"".join(texts)}
     return next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in used)
 
 
-def _holds_foreign(pattern: re.Pattern[str], text: Written) -> bool:
-    """Whether anything that reads like a control token has a character of a message in it."""
+def _has_special_from_message(pattern: re.Pattern[str], text: TemplateText) -> bool:
+    """Whether a text that looks like a special token has a character of a message in it."""
     at = 0
     while (match := pattern.search(text, at)) is not None:
-        if 0 in text.own[match.start() : match.end()]:
+        if 0 in text.origin[match.start() : match.end()]:
             return True
-        at = match.start() + 1  # the next may begin within this one
+        at = match.start() + 1  # matches may overlap
     return False
 
 
-def _around(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+def _between(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     """The text before, between and after these spans."""
     at = 0
     for start, end in spans:
@@ -216,11 +213,11 @@ def _around(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
 def choose_chat_format(
     template: str | None, tokenizer: Tokenizer, **tokens: str | None
 ) -> ChatFormat:
-    """The file's template if it has one, else the format whose control tokens the vocabulary has.
+    """The file's template if it has one, else the format whose special tokens the vocabulary has.
 
-    `tokens` are for the template, where the file names them: `bos_token`, `eos_token` and others.
-    By default the first is the text of `tokenizer.bos`, the second of its stop id, if it is the
-    only one. TokenizerError if there is no format: a base model, which can only continue text.
+    `tokens` are variables of the template: `bos_token`, `eos_token` and others that the file names.
+    By default the first is the text of `tokenizer.bos`, the second that of the stop id if there is
+    only one. TokenizerError: no format is known (a base model, which can only continue text).
     """
     if template is not None:
         texts = {id: text for text, id in tokenizer.specials.items()}
@@ -234,21 +231,21 @@ def choose_chat_format(
     if "<|start_header_id|>" in tokenizer.specials:
         return Llama3Chat()
     raise TokenizerError(
-        "chat: this model has no chat template and no control tokens of a known chat format; "
+        "chat: this model has no chat template and no special tokens of a known chat format; "
         "it continues text: use generate"
     )
 
 
 @runtime_checkable
 class _JoinsParts(Protocol):
-    """A tokenizer for which a text's ids depend on where it stands (SentencePiece's blank)."""
+    """A tokenizer for which the ids of a text depend on its position (SentencePiece's prefix)."""
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]: ...
 
 
 @runtime_checkable
 class _HasAdded(Protocol):
-    """A tokenizer that reads some tokens from any text, and can leave them unread."""
+    """A tokenizer with added tokens that it can treat as ordinary text."""
 
     @property
     def added(self) -> Mapping[str, int]: ...
@@ -257,7 +254,7 @@ class _HasAdded(Protocol):
 
 
 def encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:
-    """Plain texts and control ids, in order → ids; nothing in the texts becomes a control id."""
+    """Texts and special ids in order → ids; nothing in the texts becomes a special id."""
     if isinstance(tokenizer, _JoinsParts):
         return tokenizer.encode_parts(parts)
     ids: list[int] = []
@@ -266,18 +263,17 @@ def encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def control_id(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a control token that a format needs; TokenizerError if the vocabulary lacks it."""
+def special_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a special token that a format needs. TokenizerError: the vocabulary lacks it."""
     if text not in tokenizer.specials:
-        raise TokenizerError(f"chat: this vocabulary has no control token {text}: another format?")
+        raise TokenizerError(f"chat: this vocabulary has no special token {text}: another format?")
     return tokenizer.specials[text]
 
 
 def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
-    """Messages, or mappings with role and content, → Messages; TokenizerError says what is wrong.
+    """Messages, or mappings with role and content, → Messages. TokenizerError: what is wrong.
 
-    At most one system message, and only as the first: later ones mean different things to
-    different formats, or are dropped by them in silence.
+    Only the first may be a system message: formats treat later ones differently, or drop them.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         came = quoted(messages)

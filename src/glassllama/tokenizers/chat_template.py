@@ -1,14 +1,13 @@
-"""A file's own chat template, run as the untrusted program that it is.
+"""Renders chat templates of checkpoints in jinja2's sandbox, with limits on time and memory.
 
-Templates are written in jinja and come with a checkpoint from anywhere. Here they see plain
-messages and a short list of functions, may not reach into Python objects, and are stopped when they
-take too long or make too much. The clock is read at every loop turn, call, filter, comparison and
-joining of texts; what a single such step can cost is bounded, because no text or list that a step
-works on is larger than MAX_TEXT. So no thread, signal or process is needed to stop one.
+A template is an untrusted program. It gets messages and a short list of functions, and cannot reach
+into Python objects. The clock is read at every loop iteration, call, filter, comparison and
+concatenation. The cost of one such step is bounded, because no text or list is larger than
+MAX_TEXT. So a template can be stopped without a thread, signal or process.
 
-What is allowed behaves as in transformers' `apply_chat_template`, for which templates are written,
-except that `safe` and `escape` give ordinary text. Texts of the template know that they are its own
-(see written.py); everything else that it is given or makes is foreign.
+What is allowed behaves as in transformers' `apply_chat_template`, except that `safe` and `escape`
+give ordinary text. Literals of the template are marked as its own text (template_text.py);
+everything else that it gets or makes counts as text from elsewhere.
 """
 
 from __future__ import annotations
@@ -35,32 +34,32 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.written import (
-    Written,
-    foreign,
+from glassllama.tokenizers.template_text import (
+    TemplateText,
+    from_template,
     joined,
-    origin,
-    replaced_characters,
-    written,
+    origin_of,
+    replace_characters,
+    tracked,
 )
 
-MAX_TEMPLATE = 2**16  # characters; the longest in use have about 25,000
+MAX_TEMPLATE = 2**16  # characters; the longest published ones have about 25,000
 MAX_NODES = 8_000  # expressions and statements; compiling more takes longer than a second
 MAX_NESTED = 40  # statements within each other; compiling takes time with the square of it
 MAX_TEXT = 2_000_000  # characters of one value, and of the conversation
-MAX_MADE = 40_000_000  # characters made by all steps together: a bound on memory
-ITEM = 8  # what an item of a list counts as, in characters
-MAX_SECONDS = 0.5  # of this thread's computing; real templates need a few milliseconds
-MAX_BITS = 1024  # of a whole number
-MAX_NEEDLE = 256  # characters to search for or to strip: their number multiplies the time
+MAX_TOTAL = 40_000_000  # characters made by all steps together: a bound on memory
+ITEM_SIZE = 8  # characters that an item of a list counts as
+MAX_SECONDS = 0.5  # of processor time of this thread; real templates need milliseconds
+MAX_BITS = 1024  # of an integer
+MAX_NEEDLE = 256  # characters to search for or to strip; the time is proportional
 
-# What templates in use need, out of all that jinja has. Not here: whatever formats to a given
-# width, repeats, cuts into batches, or walks through Python attributes.
+# The filters of jinja2 that published templates need; none that formats to a given width, repeats,
+# makes batches, or reads Python attributes.
 ALLOWED_FILTERS = (
     "abs count d default dictsort first float int items last length list map max min reject "
     "rejectattr reverse select selectattr sort unique"
 ).split()
-MAKE_LISTS = {"list", "sort"}  # of a text: one object for every character
+LIST_FILTERS = {"list", "sort"}  # of a text they make one object per character
 SPLITS = {"split", "rsplit", "splitlines"}
 ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
 FORBIDDEN_TESTS = {"filter", "test"}
@@ -84,9 +83,9 @@ ALLOWED_METHODS: tuple[tuple[type | tuple[type, ...], set[str]], ...] = (
 
 
 class ChatTemplate:
-    """A compiled chat template. TokenizerError if it is too long or not valid jinja.
+    """A compiled chat template; `literals` are all texts in its source.
 
-    `literals` are all texts that its source spells out.
+    TokenizerError: it is too long or not valid jinja.
     """
 
     def __init__(self, source: str) -> None:
@@ -101,14 +100,14 @@ class ChatTemplate:
                 _check_size(tree)
                 self.literals = frozenset(_literals(tree))
                 self._code = sandbox.compile(_Guards().visit(tree))
-        except Exception as fault:  # a hostile source can break parser and compiler in many ways
+        except Exception as fault:  # hostile sources break the parser and compiler in many ways
             raise _template_error(fault) from fault
 
-    def render(self, **variables: object) -> Written:
+    def render(self, **variables: object) -> TemplateText:
         """The text for these variables: strings, numbers, lists and dicts only.
 
-        TokenizerError if the template refuses the messages (its `raise_exception`), breaks a rule
-        of the sandbox or exceeds a limit.
+        TokenizerError: the template refuses the messages (`raise_exception`), breaks a rule of the
+        sandbox or exceeds a limit.
         """
         try:
             with _without_collector():
@@ -116,14 +115,14 @@ class ChatTemplate:
                 sandbox.charge(variables)
                 template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
                 return joined((sandbox.charge(joined(template.generate(**variables))),))
-        except Exception as fault:  # whatever goes wrong in there is the template's fault
+        except Exception as fault:  # all errors in there are the template's
             raise _template_error(fault) from fault
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python's garbage collector looks at everything in the process: half a second in a large one,
-    which would count as the template's own time."""
+    """Pause garbage collection, which takes half a second in a large process: that would count as
+    the template's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -134,31 +133,31 @@ def _without_collector() -> Iterator[None]:
 
 
 def _check_size(tree: nodes.Template) -> None:
-    """Refuse what would take long to compile."""
-    count, waiting = 0, list[tuple[int, nodes.Node]]([(0, tree)])
-    while waiting:
-        depth, node = waiting.pop()
+    """TemplateError: compiling the template would take long."""
+    count, pending = 0, list[tuple[int, nodes.Node]]([(0, tree)])
+    while pending:
+        depth, node = pending.pop()
         count += 1
         if count > MAX_NODES:
             raise _Exceeded(f"more than {MAX_NODES} expressions and statements")
         if depth > MAX_NESTED:
             raise _Exceeded(f"more than {MAX_NESTED} statements within each other")
         depth += isinstance(node, nodes.Stmt)
-        waiting += [(depth, child) for child in node.iter_child_nodes()]
+        pending += [(depth, child) for child in node.iter_child_nodes()]
 
 
 def _template_error(fault: Exception) -> TokenizerError:
-    said = " ".join(str(fault).split())[:200] or "gave up"
-    kind = "" if isinstance(fault, TemplateError) else f"{type(fault).__name__}: "
-    return TokenizerError(f"chat template: {kind}{said}")
+    message = " ".join(str(fault).split())[:200] or "gave up"
+    name = "" if isinstance(fault, TemplateError) else f"{type(fault).__name__}: "
+    return TokenizerError(f"chat template: {name}{message}")
 
 
 class _Exceeded(TemplateError):
-    """A limit of the sandbox."""
+    """A limit of the sandbox is exceeded."""
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """One rendering: its rules, its clock, and how much it has made."""
+    """The rules of one rendering, its time limit, and how much it has made."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -167,17 +166,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
         self._end = time.thread_time() + MAX_SECONDS
-        self._made = 0
+        self._total = 0
         allowed: dict[str, Any] = {name: FILTERS[name] for name in ALLOWED_FILTERS}
-        allowed |= {name: _in_other_letters(name) for name in ("upper", "lower", "capitalize")}
+        allowed |= {name: _with_case(name) for name in ("upper", "lower", "capitalize")}
         allowed |= {"title": _title, "trim": _trim, "string": _text, "safe": _text}
         allowed |= {"escape": _escape, "e": _escape, "join": self.join, "replace": self.replace}
         allowed |= {"indent": self.indent, "tojson": self.tojson}
         self.filters = {
-            name: self._bounded(function, makes_list=name in MAKE_LISTS)
+            name: self._bounded(function, makes_list=name in LIST_FILTERS)
             for name, function in allowed.items()
         }
-        self.filters |= {"timed": self._timed, "charged": self._charged, "written": self._written}
+        self.filters |= {
+            "timed": self._timed,
+            "charged": self._charged,
+            "literal": self._mark_literal,
+        }
         self.filters |= {"shown": self._shown, "concatenated": self._concatenated}
         tests: dict[str, Any] = {name: TESTS[name] for name in TESTS.keys() - FORBIDDEN_TESTS}
         self.tests = {name: self._bounded(function) for name, function in tests.items()}
@@ -191,37 +194,35 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
-    # Limits
-
     def charge(self, value: Any) -> Any:
-        """The value, once it is certain that the template may have it."""
+        """Returns the value. TemplateError: it is too large, or a total is exceeded."""
         if time.thread_time() > self._end:
             raise _Exceeded(f"stopped after {MAX_SECONDS} seconds")
         if isinstance(value, str):
-            self._made += _within(len(value))
+            self._total += _within(len(value))
         elif isinstance(value, list | tuple | dict):
-            _within(_weight(value))
-            self._made += ITEM * len(value)
+            _within(_size_of(value))
+            self._total += ITEM_SIZE * len(value)
         elif isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise _Exceeded(f"a number of more than {MAX_BITS} bits")
-        if self._made > MAX_MADE:
-            raise _Exceeded(f"makes more than {MAX_MADE} characters")
+        if self._total > MAX_TOTAL:
+            raise _Exceeded(f"makes more than {MAX_TOTAL} characters")
         return value
 
     def _bounded(
         self, function: Callable[..., Any], *, makes_list: bool = False
     ) -> Callable[..., Any]:
-        @functools.wraps(function)  # also hands on jinja's mark of what is passed first
+        @functools.wraps(function)  # keeps jinja's mark on functions that get the context
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.charge(None)
             if makes_list:
-                _within(ITEM * max(len(text) if isinstance(text, str) else 0 for text in args))
+                _within(ITEM_SIZE * max(len(text) if isinstance(text, str) else 0 for text in args))
             return self.charge(function(*args, **kwargs))
 
         return bounded
 
-    # What _Guards writes into a template. A context, though unused, keeps jinja from computing
-    # these in advance and leaving them out.
+    # The filters that _Guards inserts into a template. They take the context, though it is unused,
+    # so that jinja does not evaluate them at compile time.
 
     @pass_context
     def _timed(self, context: Context, value: Any) -> Any:
@@ -233,8 +234,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return self.charge(value)
 
     @pass_context
-    def _written(self, context: Context, text: str) -> Any:
-        return self.charge(written(text))
+    def _mark_literal(self, context: Context, text: str) -> Any:
+        return self.charge(from_template(text))
 
     @pass_context
     def _shown(self, context: Context, value: Any) -> Any:
@@ -244,10 +245,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _concatenated(self, context: Context, values: list[Any]) -> Any:
         return self.charge(self.join(values))
 
-    def concat(self, texts: Iterable[str]) -> str:  # what jinja joins a macro's output with
+    def concat(self, texts: Iterable[str]) -> str:  # jinja joins the output of a macro with it
         return joined(texts)
-
-    # Rules
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for kind, names in ALLOWED_METHODS:
@@ -256,7 +255,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """No `format`: its fields reach into attributes, and its widths know no bounds."""
+        """No `format`: its fields read attributes, and its widths are unbounded."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"{type(obj).__name__}.{attribute} is not allowed in a chat template")
@@ -270,11 +269,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         __self.charge(kwargs)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str):
-            return __self.charge(__self._call_on_text(foreign(text), name, *args, **kwargs))
+            return __self.charge(__self._call_on_text(tracked(text), name, *args, **kwargs))
         return __self.charge(super().call(__context, __obj, *args, **kwargs))
 
     def _call_on_text(self, text: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        for scope in ("_loop_vars", "_block_vars"):  # jinja's own, meant for macros
+        for scope in ("_loop_vars", "_block_vars"):  # from jinja, for macros
             kwargs.pop(scope, None)
         if name == "join":
             (values,) = args
@@ -285,7 +284,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for argument in (*args, *kwargs.values()):
                 _short(argument)
         if name in SPLITS:
-            _within(ITEM * len(getattr(str, name)(text, *args, **kwargs)))
+            _within(ITEM_SIZE * len(getattr(str, name)(text, *args, **kwargs)))
         return getattr(text, name)(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -298,8 +297,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 _within(len(many) * times)
         return self.charge(super().call_binop(context, operator, left, right))
 
-    # Filters and methods whose result can be far larger than what they are given
-
     def join(self, values: Iterable[Any], separator: str = "") -> str:
         texts, total = list[str](), 0
         for value in values:
@@ -308,7 +305,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return joined(texts, _text(separator))
 
     def replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-        whole, part, other = foreign(_text(text)), _text(old), _text(new)
+        whole, part, other = tracked(_text(text)), _text(old), _text(new)
         _within(len(whole) + whole.count(part) * len(other))
         return whole.replace(part, other, -1 if count is None else count)
 
@@ -338,11 +335,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
         text = self.join(encoder.iterencode(value))
-        return written(text) if _is_written(value) else str.__str__(text)
+        return from_template(text) if _is_from_template(value) else str.__str__(text)
 
 
 class _Guards(NodeTransformer):
-    """Puts the sandbox's checks into a template where jinja offers no place of its own."""
+    """Inserts the checks of the sandbox into a template where jinja has no hook for them."""
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
@@ -350,7 +347,7 @@ class _Guards(NodeTransformer):
         return node
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        return _filtered(node, "written") if isinstance(node.value, str) else node
+        return _filtered(node, "literal") if isinstance(node.value, str) else node
 
     def _repeated(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -383,7 +380,7 @@ class _Guards(NodeTransformer):
 
 def _shown(part: nodes.Expr) -> nodes.Expr:
     if isinstance(part, nodes.TemplateData):
-        return _filtered(nodes.Const(part.data), "written")
+        return _filtered(nodes.Const(part.data), "literal")
     return _filtered(part, "shown")
 
 
@@ -397,7 +394,7 @@ def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} … {% endgeneration %}` marks the model's words for training: no effect."""
+    """`{% generation %} … {% endgeneration %}` marks text for training; it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -408,7 +405,7 @@ class _GenerationTag(Extension):
 
 
 class _PlainNamespace(Namespace):
-    """A template's variables that outlive a loop; none may look like a Python internal."""
+    """Variables of a template that outlive a loop; none starts with an underscore."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -419,23 +416,24 @@ class _PlainNamespace(Namespace):
         return "<namespace>"
 
 
-def _weight(value: Any) -> int:
-    """Characters in a nested value, an item being worth ITEM; counted until they are too many."""
-    total, waiting = 0, [value]
-    while waiting and total <= MAX_TEXT:
-        value = waiting.pop()
+def _size_of(value: Any) -> int:
+    """The size of a nested value in characters, counted until it is too large."""
+    total, pending = 0, [value]
+    while pending and total <= MAX_TEXT:
+        value = pending.pop()
         if isinstance(value, str):
             total += len(value)
         elif isinstance(value, Mapping):
-            waiting += [*value.keys(), *value.values()]
-            total += ITEM * len(value)
+            pending += [*value.keys(), *value.values()]
+            total += ITEM_SIZE * len(value)
         elif isinstance(value, list | tuple):
-            waiting += value
-            total += ITEM * len(value)
+            pending += value
+            total += ITEM_SIZE * len(value)
     return total
 
 
 def _within(size: int) -> int:
+    """Returns the size. TemplateError: more than MAX_TEXT characters."""
     if size > MAX_TEXT:
         raise _Exceeded(f"a text or list of more than {MAX_TEXT} characters")
     return size
@@ -447,52 +445,52 @@ def _short(text: object) -> None:
 
 
 def _text(value: Any) -> str:
-    """How a value is shown. A number's digits are the template's: `<|image_{{ n }}|>`."""
+    """A value as text. The digits of a number count as the template's: `<|image_{{ n }}|>`."""
     if isinstance(value, str):
         return value
     text = str(value)
-    return written(text) if isinstance(value, int | float) else text
+    return from_template(text) if isinstance(value, int | float) else text
 
 
 def _trim(value: Any, chars: str | None = None) -> str:
     _short(chars)
-    return foreign(_text(value)).strip(chars)
+    return tracked(_text(value)).strip(chars)
 
 
-def _in_other_letters(name: str) -> Callable[[Any], str]:
+def _with_case(name: str) -> Callable[[Any], str]:
     def changed(value: Any) -> str:
-        text: str = getattr(foreign(_text(value)), name)()
+        text: str = getattr(tracked(_text(value)), name)()
         return text
 
     return changed
 
 
 def _title(value: Any) -> str:
-    return foreign(_text(value)).with_case(FILTERS["title"](value))
+    return tracked(_text(value)).with_case(FILTERS["title"](value))
 
 
 def _escape(value: Any) -> str:
     text = _text(value)
     _within(len(text) + sum(text.count(c) * len(code) for c, code in ESCAPED.items()))
-    return replaced_characters(text, ESCAPED)
+    return replace_characters(text, ESCAPED)
 
 
-def _is_written(value: Any) -> bool:
-    """Whether no text in a nested value has a foreign character."""
+def _is_from_template(value: Any) -> bool:
+    """Whether all characters in a nested value are the template's."""
     if isinstance(value, str):
-        return 0 not in origin(value)
+        return 0 not in origin_of(value)
     if isinstance(value, Mapping):
-        return all(map(_is_written, (*value.keys(), *value.values())))
-    return not isinstance(value, list | tuple) or all(map(_is_written, value))
+        return all(map(_is_from_template, (*value.keys(), *value.values())))
+    return not isinstance(value, list | tuple) or all(map(_is_from_template, value))
 
 
 def _raise_exception(message: object) -> None:
-    """How a template refuses messages."""
+    """A template calls this to refuse messages."""
     raise TemplateError(str(message))
 
 
 def _strftime_now(pattern: str) -> str:
-    """Today, for templates that tell the model the date; no widths, which know no bounds."""
+    """The current date, without widths, which are unbounded."""
     if len(pattern) > MAX_NEEDLE or re.search(r"%[^a-zA-Z%-]", pattern):
         raise SecurityError(f"strftime_now: pattern not allowed: {pattern[:40]!r}")
     return datetime.now().strftime(pattern)

@@ -1,29 +1,34 @@
-"""Byte-level BPE from Hugging Face's `tokenizer.json`, and what all such files have in common.
+"""Tokenizers from Hugging Face's `tokenizer.json`: any BPE whose stages are known.
 
-The file describes a pipeline: normalizer → pre_tokenizer → model → post_processor, and a decoder.
-A pipeline whose split is compiled (Llama 3, SmolLM, GPT-2, Qwen 2) is read here; any other is run
-stage by stage (pipeline_json.py). What neither understands is a TokenizerError that names the
-field, because leaving it out would change ids. `truncation` and `padding` are no part of the
+The file describes normalizer → pre_tokenizer → model → post_processor, and a decoder. A byte-level
+file with a known split (Llama 3, SmolLM, GPT-2, Qwen 2) becomes a `Vocabulary`; any other becomes a
+`Pipeline`, which is run stage by stage. An unknown field or option is a TokenizerError that names
+it, because leaving it out would change ids. `truncation` and `padding` are not part of the
 pipeline: they are settings of the last call before the file was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
-from glassllama.tokenizers.added import AddedToken
-from glassllama.tokenizers.bpe import Vocabulary
-from glassllama.tokenizers.byte_level import (
-    WRITTEN_BYTES,
-    byte_level_vocabulary,
-    is_control,
-)
+from glassllama.tokenizers.backend import PYTHON, BPEBackend
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.byte_level import BYTE_CHARACTERS, byte_level_vocabulary, to_bytes
+from glassllama.tokenizers.files import LARGEST_VOCABULARY, size_of_vocabulary
+from glassllama.tokenizers.pipeline import CharacterBPE, Merges, Pipeline, PipelineTokenizer
+from glassllama.tokenizers.pipeline_stages import normalizer, pre_tokenizer, stage_list
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
-from glassllama.tokenizers.rows import LARGEST_VOCABULARY
-from glassllama.tokenizers.stages import stage_list
+from glassllama.tokenizers.sentencepiece import BYTE_PIECE, SPACE_SYMBOL
+from glassllama.tokenizers.special_tokens import (
+    AddedToken,
+    AddedTokens,
+    is_special,
+    stop_ids_by_name,
+)
+from glassllama.tokenizers.vocabulary import Vocabulary
 
 Json = Mapping[str, Any]
 
@@ -33,8 +38,21 @@ CLS_AND_SEP = ("RobertaProcessing", "BertProcessing")  # post-processors with bo
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
 
 
+def tokenizer_from_json(
+    document: Json, backend: BPEBackend = PYTHON
+) -> BytePairTokenizer | PipelineTokenizer:
+    """The tokenizer of a tokenizer.json. TokenizerError names what is not supported."""
+    if not has_known_split(document):
+        return pipeline_from_json(document, backend)
+    vocabulary = vocabulary_from_json(document)
+    ids = document["model"]["vocab"] | {token.text: token.id for token in vocabulary.added_tokens}
+    bos, _ = text_ends(document)
+    stop_ids = stop_ids_by_name(ids)
+    return BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids, backend=backend)
+
+
 def root(document: Json) -> Fields:
-    """The whole file. TokenizerError: a field or a kind of model that is not known."""
+    """The whole file. TokenizerError: an unknown field or kind of model."""
     fields = Fields("tokenizer.json", document, TokenizerError)
     if unknown := document.keys() - FIELDS:
         raise TokenizerError(f"tokenizer.json: {quoted(min(unknown))} is not known")
@@ -62,10 +80,10 @@ def token_ids(document: Fields) -> dict[str, int]:
 
 
 def merge_pairs(document: Fields) -> Iterator[tuple[str, str]]:
-    """`model.merges` in their order, each written "a b" or ["a", "b"]."""
+    """`model.merges` in order, each written "a b" or ["a", "b"]."""
     for number, merge in enumerate(document.object("model").items("merges")):
         if isinstance(merge, str) and merge.startswith("#version"):
-            continue  # the first line of the merges.txt that a file was made of
+            continue  # the first line of a merges.txt
         pair = merge.split(" ") if isinstance(merge, str) else merge
         match pair:
             case [str(left), str(right)]:
@@ -75,69 +93,6 @@ def merge_pairs(document: Fields) -> Iterator[tuple[str, str]]:
                     f"tokenizer.json: merges: number {number} must be two tokens, "
                     f"got {quoted(merge)}"
                 )
-
-
-def added_tokens(document: Fields, vocab: Mapping[str, int]) -> list[AddedToken]:
-    """The file's added tokens. A text of the vocabulary has its id there, as in tokenizers."""
-    found: dict[str, AddedToken] = {}
-    for number, value in enumerate(document.items("added_tokens", ())):
-        token = Fields(f"tokenizer.json: added_tokens[{number}]", value, TokenizerError)
-        text = token.text("content")
-        id = token.whole("id", least=0, most=LARGEST_VOCABULARY - 1)
-        flags = ("lstrip", "rstrip", "single_word", "normalized")
-        reads_as_control = token.boolean("special") or is_control(text)
-        if not text:
-            token.refuse("content", "a text of at least one character")
-        found[text] = AddedToken(
-            id=vocab.get(text, id), text=text, is_control=reads_as_control,
-            **{flag: token.boolean(flag, False) for flag in flags},
-        )  # fmt: skip
-    ids = {token.id: text for text, token in found.items()}
-    if twice := [token for text, token in found.items() if ids[token.id] != text]:
-        raise TokenizerError(f"tokenizer.json: two added tokens have the id {twice[0].id}")
-    return [*found.values()]
-
-
-def has_compiled_split(document: Json) -> bool:
-    """Whether a file is byte-level with a split that compiled loops know; else it is a pipeline."""
-    fields = root(document)
-    model, vocab = fields.object("model"), token_ids(fields)
-    controls = {token.text for token in added_tokens(fields, vocab) if token.is_control}
-    complete = vocab.keys() >= WRITTEN_BYTES
-    makes_control = not controls.isdisjoint(vocab) and any(
-        left + right in controls for left, right in merge_pairs(fields)
-    )
-    kinds = [stage.text("type") for stage in stage_list(fields, "normalizer", "normalizers")]
-    return (
-        kinds in ([], ["NFC"])
-        and patterns(fields) is not None
-        and not makes_control
-        and not controls & WRITTEN_BYTES
-        and not model.boolean("byte_fallback", False)
-        and (complete or model.text("unk_token", None) is None)
-    )
-
-
-def vocabulary_from_json(document: Json) -> Vocabulary:
-    """The vocabulary, merges and split of a file that `has_compiled_split`."""
-    fields = root(document)
-    vocab = token_ids(fields)
-    tokens = added_tokens(fields, vocab)
-    check_byte_level_decoder(fields)
-    split = patterns(fields)
-    assert split is not None
-    elsewhere = {token.text for token in tokens}
-    return byte_level_vocabulary(
-        written={id: token for token, id in vocab.items() if token not in elsewhere},
-        merges=checked_merges(fields, vocab),
-        controls=of_kind(tokens, is_control=True),
-        added=of_kind(tokens, is_control=False),
-        unused={},
-        split=Split(split, normal_form=bool(stage_list(fields, "normalizer", "normalizers"))),
-        whole_words=bool(fields.object("model").boolean("ignore_merges", False)),
-        flagged=tokens,
-        in_words=vocab,
-    )
 
 
 def checked_merges(document: Fields, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -151,19 +106,107 @@ def checked_merges(document: Fields, vocab: Mapping[str, int]) -> Iterator[tuple
         yield left, right
 
 
+def added_tokens(document: Fields, vocab: Mapping[str, int]) -> list[AddedToken]:
+    """The added tokens. As in tokenizers, a text of the vocabulary has its id there."""
+    found: dict[str, AddedToken] = {}
+    for number, value in enumerate(document.items("added_tokens", ())):
+        token = Fields(f"tokenizer.json: added_tokens[{number}]", value, TokenizerError)
+        text = token.text("content")
+        id = token.whole("id", least=0, most=LARGEST_VOCABULARY - 1)
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        special = token.boolean("special") or is_special(text)
+        if not text:
+            token.refuse("content", "a text of at least one character")
+        found[text] = AddedToken(
+            id=vocab.get(text, id), text=text, is_special=special,
+            **{flag: token.boolean(flag, False) for flag in flags},
+        )  # fmt: skip
+    ids = {token.id: text for text, token in found.items()}
+    if twice := [token for text, token in found.items() if ids[token.id] != text]:
+        raise TokenizerError(f"tokenizer.json: two added tokens have the id {twice[0].id}")
+    return [*found.values()]
+
+
+# Byte-level files with a known split
+
+
+def has_known_split(document: Json) -> bool:
+    """Whether a file can become a `Vocabulary`; else it is a `Pipeline`."""
+    fields = root(document)
+    model, vocab = fields.object("model"), token_ids(fields)
+    specials = {token.text for token in added_tokens(fields, vocab) if token.is_special}
+    complete = vocab.keys() >= BYTE_CHARACTERS
+    makes_special = not specials.isdisjoint(vocab) and any(
+        left + right in specials for left, right in merge_pairs(fields)
+    )
+    types = [stage.text("type") for stage in stage_list(fields, "normalizer", "normalizers")]
+    return (
+        types in ([], ["NFC"])
+        and known_patterns(fields) is not None
+        and not makes_special
+        and not specials & BYTE_CHARACTERS
+        and not model.boolean("byte_fallback", False)
+        and (complete or model.text("unk_token", None) is None)
+    )
+
+
+def vocabulary_from_json(document: Json) -> Vocabulary:
+    """The vocabulary, merges and split of a file that `has_known_split`."""
+    fields = root(document)
+    vocab = token_ids(fields)
+    added = added_tokens(fields, vocab)
+    check_byte_level_decoder(fields)
+    patterns = known_patterns(fields)
+    assert patterns is not None
+    added_texts = {token.text for token in added}
+    normalizes = bool(stage_list(fields, "normalizer", "normalizers"))
+    return byte_level_vocabulary(
+        tokens={id: token for token, id in vocab.items() if token not in added_texts},
+        merges=checked_merges(fields, vocab),
+        added_tokens=added,
+        unused={},
+        split=Split(patterns, normalize_nfc=normalizes),
+        ignore_merges=bool(fields.object("model").boolean("ignore_merges", False)),
+        mergeable=vocab,
+    )
+
+
+def known_patterns(document: Fields) -> tuple[str, ...] | None:
+    """The patterns of the pre-tokenizers, if they are known and the last stage is ByteLevel."""
+    stages = stage_list(document, "pre_tokenizer", "pretokenizers")
+    if not stages or stages[-1].text("type") != "ByteLevel":
+        return None
+    if stages[-1].boolean("add_prefix_space", True):
+        return None
+    known = [known_pattern(stage) for stage in stages[:-1]]
+    if stages[-1].boolean("use_regex", True):
+        known.append(GPT2)
+    found = tuple(pattern for pattern in known if pattern is not None)
+    return found if found and len(found) == len(known) else None
+
+
+def known_pattern(stage: Fields) -> str | None:
+    match stage.values:
+        case {"type": "Digits"}:
+            return EACH_DIGIT if stage.boolean("individual_digits", False) else DIGIT_RUNS
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if (
+            pattern in KNOWN_PATTERNS and not stage.boolean("invert", False)
+        ):
+            return pattern
+    return None
+
+
 def check_byte_level_decoder(document: Fields) -> None:
-    kinds = [stage.text("type") for stage in stage_list(document, "decoder", "decoders")]
-    if kinds != ["ByteLevel"]:
-        raise TokenizerError(f"tokenizer.json: decoder must be ByteLevel, got {quoted(kinds)}")
+    types = [stage.text("type") for stage in stage_list(document, "decoder", "decoders")]
+    if types != ["ByteLevel"]:
+        raise TokenizerError(f"tokenizer.json: decoder must be ByteLevel, got {quoted(types)}")
 
 
-def first_token(document: Json) -> int | None:
-    """The id that the post-processor puts before every text (begin of text), if it does."""
-    return text_ends(document)[0]
+# The post-processor
 
 
 def text_ends(document: Json) -> tuple[int | None, int | None]:
-    """The ids that the post-processor puts before and behind every text."""
+    """The ids that the post-processor puts before and after every text."""
     stages = stage_list(
         Fields("tokenizer.json", document, TokenizerError), "post_processor", "processors"
     )
@@ -211,30 +254,110 @@ def template_id(template: Fields, name: str) -> int:
     return int(ids[0])
 
 
-def patterns(document: Fields) -> tuple[str, ...] | None:
-    """The patterns of the stages that split, where these are known and the last is ByteLevel."""
-    stages = stage_list(document, "pre_tokenizer", "pretokenizers")
-    if not stages or stages[-1].text("type") != "ByteLevel":
-        return None
-    if stages[-1].boolean("add_prefix_space", True):
-        return None
-    known = [known_pattern(stage) for stage in stages[:-1]]
-    if stages[-1].boolean("use_regex", True):
-        known.append(GPT2)
-    found = tuple(pattern for pattern in known if pattern is not None)
-    return found if found and len(found) == len(known) else None
+# Other pipelines
 
 
-def known_pattern(stage: Fields) -> str | None:
-    match stage.values:
-        case {"type": "Digits"}:
-            return EACH_DIGIT if stage.boolean("individual_digits", False) else DIGIT_RUNS
-        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if (
-            pattern in KNOWN_PATTERNS and not stage.boolean("invert", False)
-        ):
-            return pattern
-    return None
+def pipeline_from_json(document: Json, backend: BPEBackend = PYTHON) -> PipelineTokenizer:
+    """The tokenizer of any supported tokenizer.json, run stage by stage."""
+    fields = root(document)
+    vocab = token_ids(fields)
+    added = added_tokens(fields, vocab)
+    normalizers = stage_list(fields, "normalizer", "normalizers")
+    pre_tokenizers = stage_list(fields, "pre_tokenizer", "pretokenizers")
+    is_byte_level = any(s.text("type") == "ByteLevel" for s in (*normalizers, *pre_tokenizers))
+    if is_byte_level:
+        check_byte_level_decoder(fields)
+    merges = {
+        (vocab[left], vocab[right]): (rank, vocab[left + right])
+        for rank, (left, right) in enumerate(checked_merges(fields, vocab))
+    }
+    bpe = _character_bpe(fields.object("model"), vocab, merges, is_byte_level, backend)
+    decoders = stage_list(fields, "decoder", "decoders")
+    pipeline = Pipeline(
+        added=AddedTokens(added, normalizer(normalizers)),
+        pre_tokenizer=pre_tokenizer(pre_tokenizers),
+        bpe=bpe,
+        bpe_without_specials=bpe.without({token.id for token in added if token.is_special}),
+        token_bytes=_token_bytes(vocab, added, bpe.byte_ids, is_byte_level),
+        hides_specials=not is_byte_level,
+        drops_prefix=not is_byte_level and _drops_prefix(decoders),
+    )
+    bos, eos = text_ends(document)
+    stop_ids = stop_ids_by_name({**vocab, **{token.text: token.id for token in added}})
+    if eos is not None:
+        stop_ids.add(eos)
+    return PipelineTokenizer(pipeline, bos=bos, stop_ids=stop_ids)
 
 
-def of_kind(tokens: Iterable[AddedToken], *, is_control: bool) -> dict[str, int]:
-    return {token.text: token.id for token in tokens if token.is_control == is_control}
+def _character_bpe(
+    model: Fields,
+    vocab: Mapping[str, int],
+    merges: Merges,
+    is_byte_level: bool,
+    backend: BPEBackend,
+) -> CharacterBPE:
+    byte_ids: dict[int, int] = {}
+    if model.boolean("byte_fallback", False):
+        byte_ids = {int(t[3:5], 16): id for t, id in vocab.items() if BYTE_PIECE.fullmatch(t)}
+    unknown = model.text("unk_token", None)
+    complete = len(byte_ids) == 256 or (is_byte_level and vocab.keys() >= BYTE_CHARACTERS)
+    if unknown is not None and unknown not in vocab and not complete:
+        model.refuse("unk_token", "a token of the vocabulary")
+    return CharacterBPE(
+        ids=vocab,
+        merges=merges,
+        byte_ids=byte_ids,
+        unknown=None if unknown is None else vocab.get(unknown),
+        fuse_unknown=bool(model.boolean("fuse_unk", False)),
+        ignore_merges=bool(model.boolean("ignore_merges", False)),
+        backend=backend,
+    )
+
+
+def _token_bytes(
+    vocab: Mapping[str, int],
+    added: Sequence[AddedToken],
+    byte_ids: Mapping[int, int],
+    is_byte_level: bool,
+) -> list[bytes | None]:
+    added_ids = {token.id for token in added}
+    found: list[bytes | None] = [None] * size_of_vocabulary({*vocab.values(), *added_ids})
+    for text, id in vocab.items():
+        if not is_byte_level:
+            found[id] = _utf8(text.replace(SPACE_SYMBOL, " "))
+        elif id not in added_ids:
+            found[id] = to_bytes(text) if {*text} <= BYTE_CHARACTERS else _utf8(text)
+    for byte, id in byte_ids.items():
+        found[id] = bytes([byte])
+    for token in added:
+        if found[token.id] is not None and vocab.get(token.text) != token.id:
+            raise TokenizerError(
+                f"tokenizer.json: vocabulary: id {token.id} is a token's, and also that of the "
+                f"added token {quoted(token.text)}"
+            )
+        found[token.id] = _utf8(token.text)
+    return found
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
+
+
+def _drops_prefix(decoders: Sequence[Fields]) -> bool:
+    """Whether decoding drops a space at the start; refuses decoders that do anything else."""
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    spaces = {"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}
+    drops = False
+    for decoder in decoders:
+        type = decoder.text("type")
+        if decoder.values == strip:
+            drops = True
+        elif type == "Metaspace":
+            drops = decoder.text("prepend_scheme", "always") != "never"
+        elif decoder.values != spaces and type not in ("ByteFallback", "Fuse"):
+            decoder.refuse("type", f"one of ByteFallback, Fuse, Metaspace, {strip}, {spaces}")
+    if not decoders:
+        raise TokenizerError(
+            "tokenizer.json: decoder is missing: without one, words have no blanks"
+        )
+    return drops

@@ -1,9 +1,9 @@
-"""Text → words: the first step of every BPE tokenizer. Merges never reach across a word's border.
+"""Pre-tokenization: text → pretokens, the first step of BPE. Nothing merges across pretokens.
 
     "I'm 2 years   old" → I 'm ␣2 ␣years ␣␣ ␣old          (GPT-2)
 
-A tokenizer is only exact with the very pattern it was trained with. Letters are \\p{L}, digits
-\\p{N}, blanks \\s, in the sense of Unicode; a blank before a word belongs to the word.
+A tokenizer gives the right ids only with the pattern it was trained with. Letters are \\p{L},
+digits \\p{N}, whitespace \\s, as Unicode defines them; a space belongs to the word after it.
 """
 
 from __future__ import annotations
@@ -16,41 +16,40 @@ from dataclasses import dataclass
 from glassllama.tokenizers.patterns import compiled
 
 BLOCK = 2**18  # characters of a long text that are split together
-# A letter ends its word where a blank follows, in every pattern below: there a text may be cut.
+# Every pattern below ends a pretoken between a letter and a space: a text may be cut there.
 BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?=[ \n])")
-# GPT-2 (Radford et al., 2019): its encoder's pattern. English endings, words, numbers, the rest.
+# GPT-2 (Radford et al., 2019): English contractions, words, numbers, the rest.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Llama 3: `pat_str` of Meta's tokenizer. Endings in any case, numbers in groups of three, a word
-# may take one sign before it, line ends stay together.
+# Llama 3: `pat_str` of Meta's tokenizer. Contractions in any case, numbers in groups of three, a
+# word may include one other character before it, newlines stay together.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen 2: as Llama 3, with every digit alone.
+# Qwen 2: as Llama 3, with single digits.
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# A first stage that isolates digits, one by one or in runs, and leaves what is between whole.
+# A first step that isolates digits, one by one or in runs.
 EACH_DIGIT = r"\p{N}|\P{N}+"
 DIGIT_RUNS = r"\p{N}+|\P{N}+"
 
-
-# Mistral's Tekken, and GPT-4o's and Llama 4's, which takes English endings to the word: a word is
-# capitals and then small letters.
-CAPITALS, SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# Mistral's Tekken; GPT-4o and Llama 4, where a contraction belongs to its word. A word is upper
+# case, then lower case letters.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}*{SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}+{SMALL}*"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 GPT4O = (
-    TEKKEN.replace(f"{SMALL}+|", f"{SMALL}+{ENDINGS}|")
-    .replace(f"{SMALL}*|", f"{SMALL}*{ENDINGS}|")
+    TEKKEN.replace(f"{LOWER}+|", f"{LOWER}+{CONTRACTIONS}|")
+    .replace(f"{LOWER}*|", f"{LOWER}*{CONTRACTIONS}|")
     .replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 )
-# Falcon, and llama.cpp's own default, which has one sign less in the first pattern.
-SIGNS = r"[\p{P}\$\+<=>\^~\|`]+"
+# Falcon, and llama.cpp's default, which has one character less in the first pattern.
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 THREE_DIGITS = "[0-9][0-9][0-9]"
-DEFAULT = (SIGNS.replace("`", ""), GPT2.removesuffix(r"|\s+"), r"\p{N}+", THREE_DIGITS)
-# DeepSeek: line ends, words, signs, ideographs with kana or Hangul, digits.
+DEFAULT = (PUNCTUATION.replace("`", ""), GPT2.removesuffix(r"|\s+"), r"\p{N}+", THREE_DIGITS)
+# DeepSeek: newlines, words, punctuation, ideographs with kana or Hangul, digits.
 CJK = "[一-龥\u0800-一가-\ud7ff]+"
 DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}")
 CASED_LETTERS = (
@@ -74,31 +73,31 @@ VIKING = (r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")
 
 @dataclass(frozen=True)
 class Split:
-    """How text falls into words: patterns, each splitting the pieces that the last one left.
+    """How a text is split: each pattern splits the parts that the pattern before it made.
 
-    What a pattern does not match stays a piece, so that the words joined are the text again, once
-    it is in `normal_form` (Unicode's NFC, where the tokenizer wants it; else the text as it is).
+    Text that a pattern does not match is a part, too: all pretokens joined are the text again, in
+    Unicode's normal form NFC if `normalize_nfc`.
     """
 
     patterns: tuple[str, ...]
-    normal_form: bool = False
+    normalize_nfc: bool = False
 
-    def words(self, text: str) -> list[str]:
-        """The words of a text, in order; none is empty."""
-        pieces = [unicodedata.normalize("NFC", text) if self.normal_form else text]
+    def pretokens(self, text: str) -> list[str]:
+        """The pretokens of a text, in order; none is empty."""
+        parts = [unicodedata.normalize("NFC", text) if self.normalize_nfc else text]
         for pattern in self.patterns:
-            find = compiled(pattern).words
-            pieces = [word for piece in pieces for word in find(piece)]
-        return [piece for piece in pieces if piece]
+            split = compiled(pattern).split
+            parts = [found for part in parts for found in split(part)]
+        return [part for part in parts if part]
 
-    def word_lists(self, text: str) -> Iterator[list[str]]:
-        """The same words as `words` gives, some at a time: memory for a part of a long text."""
+    def pretoken_batches(self, text: str) -> Iterator[list[str]]:
+        """The same pretokens, a block of the text at a time: bounded memory for a long text."""
         for block in blocks(text):
-            yield self.words(block)
+            yield self.pretokens(block)
 
 
 def blocks(text: str) -> Iterator[str]:
-    """A text in parts of about BLOCK characters, cut where every pattern here ends a word."""
+    """A text in parts of about BLOCK characters, cut where every pattern ends a pretoken."""
     begin = 0
     while len(text) - begin > 2 * BLOCK:
         found = BETWEEN_WORDS.search(text, begin + BLOCK)
@@ -113,13 +112,13 @@ SPLITS = {
     "llama3": Split((LLAMA3,)),
     "gpt2": Split((GPT2,)),
     "smollm": Split((EACH_DIGIT, GPT2)),
-    "qwen2": Split((QWEN2,), normal_form=True),
+    "qwen2": Split((QWEN2,), normalize_nfc=True),
 }
-# Patterns that GGUF files name and that a vocabulary of one's own is not learned with.
+# Patterns that GGUF files name; vocabularies are not learned with them.
 OTHER_SPLITS = {
     "tekken": Split((TEKKEN,)),
     "gpt-4o": Split((GPT4O,)),
-    "falcon": Split((SIGNS, GPT2, THREE_DIGITS)),
+    "falcon": Split((PUNCTUATION, GPT2, THREE_DIGITS)),
     "default": Split(DEFAULT),
     "deepseek-llm": Split(DEEPSEEK_LLM),
     "deepseek-coder": Split(DEEPSEEK_CODER),

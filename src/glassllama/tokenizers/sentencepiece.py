@@ -1,195 +1,345 @@
-"""SentencePiece-style vocabularies out of tokenizer.model, tokenizer.json and GGUF metadata."""
+"""SentencePiece BPE, as used by Llama 2, TinyLlama, Mistral and Gemma: on characters, not bytes.
+
+    "Hello é" → ▁Hello▁é → ▁ H e l l o ▁ é → … → ▁Hello ▁ <0xC3> <0xA9>
+
+Spaces become ▁ (U+2581), and most models put one before the text, so that a word is the same token
+at the start of a text and after a space. Neighbors merge as long as they make a piece of the
+vocabulary, the piece with the best score first, the leftmost of equals. A character that is not a
+piece becomes the pieces of its UTF-8 bytes. Source: Kudo and Richardson, SentencePiece (2018).
+"""
 
 from __future__ import annotations
 
+import copy
+import math
 import re
-from collections.abc import Mapping, Sequence, Sized
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from itertools import groupby
+from types import MappingProxyType
 
-from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import Fields, is_whole
-from glassllama.tokenizers.byte_level import is_control
-from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
-from glassllama.tokenizers.pieces import Kind, Pieces, SentencePieceTokenizer
-from glassllama.tokenizers.protobuf import BPE, MODEL_TYPES, SentencePieceModel, read_model
+import numpy as np
 
-__all__ = [
-    "SentencePieceTokenizer",
-    "read_sentencepiece",
-    "sentencepiece_from_gguf",
-]
+from glassllama.base.errors import TokenizerError
+from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
+from glassllama.tokenizers.bpe import CACHED_WORDS, merge
+from glassllama.tokenizers.special_tokens import pattern_of
+from glassllama.tokenizers.vocabulary import (
+    NEVER,
+    PairRow,
+    TokenizerBase,
+    surrogate_error,
+)
 
+SPACE_SYMBOL = "\u2581"  # ▁
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# What llama.cpp takes for such a vocabulary where a file names none, or one that it does not have.
-DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": None, "eom_token_id": None}
-NO_ID = 2**32 - 1  # -1 as GGUF's unsigned numbers have it
+SHORT = 32  # characters; shorter segments are cached and not cut further
+LONG = 256  # characters; a longer segment is merged by the backend
+LONG_TEXT = 2**18  # characters: segments of a longer text are found one by one
 
 
-# tokenizer.model
+class PieceType(IntEnum):
+    """SentencePiece.Type of sentencepiece_model.proto; GGUF's token_type has the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
 
 
-def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    """The tokenizer of a SentencePiece model of type BPE.
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """The contents of a file of a SentencePiece tokenizer, whatever its format.
 
-    TokenizerError: no such file, another type (unigram), or a normalization other than identity.
+    `texts` and `types` by id; of equal texts the last is used. Pieces merge by `scores`, the
+    highest first. UNUSED pieces are never made.
+
+    `add_prefix`: a space is put before every part of the text between special tokens; with
+    `prefix_once` only at the start of the whole text; without `prefix_doubled` not before another
+    space. `trim` drops spaces at the ends and repeated ones. `drop_prefix`: decoding drops the
+    space at the start. `added_first`: the text is split at user-defined pieces without ▁ before
+    spaces are treated, as in llama.cpp.
     """
-    model = read_model(path)
-    try:
-        _check_supported(model)
-        texts = [piece.text for piece in model.pieces]
-        return SentencePieceTokenizer(
-            Pieces(
-                texts=tuple(texts),
-                kinds=_kinds(texts, [piece.kind for piece in model.pieces]),
-                scores=tuple(piece.score for piece in model.pieces),
-                prefix=model.add_dummy_prefix,
-                trim=model.remove_extra_whitespaces,
-                drop_prefix=model.add_dummy_prefix or model.remove_extra_whitespaces,
-                unknown_text=model.unknown_text,
-            ),
-            bos=model.bos_id if model.bos_id >= 0 else None,
-            stop_ids=_ends(texts, model.eos_id if model.eos_id >= 0 else None),
-        )
-    except TokenizerError as fault:
-        raise TokenizerError(f"{path}: {fault}") from fault
+
+    texts: tuple[str, ...] = field(repr=False)
+    types: tuple[PieceType, ...] = field(repr=False)
+    scores: tuple[float, ...] = field(repr=False)
+    add_prefix: bool = True
+    prefix_once: bool = False
+    prefix_doubled: bool = True
+    trim: bool = False
+    drop_prefix: bool = True
+    added_first: bool = False
+    unknown_text: str = " \u2047 "
+
+    def of_type(self, *types: PieceType) -> dict[str, int]:
+        """Text → id of the pieces of these types; of equal texts the last id."""
+        pieces = zip(self.texts, self.types, strict=True)
+        return {text: id for id, (text, type) in enumerate(pieces) if type in types}
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of a piece, ▁ as a space; of a special token its text."""
+        text, type = self.texts[id], self.types[id]
+        if type == PieceType.BYTE:
+            return bytes([int(text[3:5], 16)])
+        if type == PieceType.UNKNOWN:
+            return self.unknown_text.encode()
+        return (text if type == PieceType.CONTROL else text.replace(SPACE_SYMBOL, " ")).encode()
 
 
-def require(true: bool, field: str, problem: str) -> None:
-    if not true:
-        raise TokenizerError(f"{field}: {problem}")
+class SegmentEncoder:
+    """Encodes a text in segments, between which nothing can merge, and caches the short ones.
 
-
-def _check_supported(model: SentencePieceModel) -> None:
-    kind = MODEL_TYPES.get(model.model_type, model.model_type)
-    require(model.model_type == BPE, "trainer_spec.model_type", f"want bpe, got {kind}")
-    require(
-        not model.has_character_map,
-        "normalizer_spec.precompiled_charsmap",
-        f"normalization {quoted(model.normalization)} is not supported, only identity is",
-    )
-    require(model.escape_whitespaces, "normalizer_spec.escape_whitespaces", "false not supported")
-    require(not model.blank_at_word_end, "trainer_spec.treat_whitespace_as_suffix", "not supported")
-    has_bytes = any(piece.kind == Kind.BYTE for piece in model.pieces)
-    require(
-        model.byte_fallback == has_bytes,
-        "trainer_spec.byte_fallback",
-        f"is {model.byte_fallback}, but pieces for bytes are {'there' if has_bytes else 'missing'}",
-    )
-
-
-# GGUF
-
-
-def gguf_fields(metadata: Mapping[str, Any]) -> Fields:
-    """The values of `tokenizer.ggml.*`, by their names behind that."""
-    prefix = "tokenizer.ggml."
-    named = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    return Fields("tokenizer.ggml", named, TokenizerError)
-
-
-def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokenizer:
-    """The tokenizer of GGUF metadata whose `tokenizer.ggml.model` is "llama".
-
-    Where keys are missing, llama.cpp's rules hold: bos and a blank are put before a text, every
-    piece is a normal one, and of equal scores the leftmost pair merges first.
-    TokenizerError names the key that is missing or wrong.
+    A segment ends between two characters that are neighbors in no token, so cutting changes no id.
     """
-    fields = gguf_fields(metadata)
-    texts = [str(text) for text in fields.items("tokens", of="text")]
-    ids, notes = named_ids(fields, len(texts), DEFAULT_IDS)
-    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
-    kinds = as_long(fields, "token_type", len(texts), "whole")
-    numbers = [int(kind) for kind in kinds] if kinds is not None else _guessed(texts, bos, eos)
-    if Kind.BYTE not in numbers:
-        numbers = [
-            Kind.BYTE if BYTE_PIECE.fullmatch(t) else n for t, n in zip(texts, numbers, strict=True)
-        ]
-    numbers = [
-        Kind.CONTROL if t in END_OF_ANSWER else n for t, n in zip(texts, numbers, strict=True)
-    ]
-    scores = as_long(fields, "scores", len(texts), "number")
-    table = fields.values.get("precompiled_charsmap")  # bytes, as a list of numbers or as text
-    if table is not None and (not isinstance(table, Sized) or len(table)):
-        fields.refuse("precompiled_charsmap", "none: only the identity is supported")
-    prefix = bool(fields.boolean("add_space_prefix", True))
-    tokenizer = SentencePieceTokenizer(
-        Pieces(
-            texts=tuple(texts),
-            kinds=_kinds(texts, numbers),
-            scores=(0.0,) * len(texts) if scores is None else tuple(map(float, scores)),
-            prefix=prefix,
-            drop_prefix=prefix,
-            added_first=True,
-        ),
-        bos=bos if fields.boolean("add_bos_token", True) else None,
-        stop_ids=_ends(texts, eos) | {id for key in STOP_KEYS if (id := ids[key]) is not None},
-    )
-    tokenizer.notes += notes
-    return tokenizer
+
+    def __init__(self, tokens: Iterable[str], encode: Callable[[str], list[int]]) -> None:
+        """`tokens`: the texts of all tokens that merges make; `encode`: the ids of a segment."""
+        self._tokens = tuple(tokens)
+        self._encode = encode
+        self._cache: dict[str, list[int]] = {}
+
+    def id_lists(self, text: str) -> Iterator[list[int]]:
+        return map(self.encode_segment, self._segments(text))
+
+    def encode_segment(self, segment: str) -> list[int]:
+        known = self._cache.get(segment)
+        if known is None:
+            known = self._encode(segment)
+            if len(segment) <= SHORT:
+                if len(self._cache) >= CACHED_WORDS:
+                    self._cache.clear()
+                self._cache[segment] = known
+        return known
+
+    def _segments(self, text: str) -> Iterator[str]:
+        for word in self._words(text):
+            begin = 0
+            for at in range(1, len(word)) if len(word) > SHORT else ():
+                if word[at - 1 : at + 1] not in self._neighbors:
+                    yield word[begin:at]
+                    begin = at
+            yield word[begin:]
+
+    def _words(self, text: str) -> Iterator[str]:
+        """The text, cut before a ▁ where no token spans the cut."""
+        if len(text) <= LONG_TEXT:
+            yield from self._word_start.split(text)
+            return
+        begin = 0
+        for found in self._word_start.finditer(text):
+            yield text[begin : found.start()]
+            begin = found.start()
+        yield text[begin:]
+
+    @cached_property
+    def _neighbors(self) -> frozenset[str]:
+        """All pairs of neighboring characters in tokens."""
+        return frozenset(t[at : at + 2] for t in self._tokens for at in range(len(t) - 1))
+
+    @cached_property
+    def _word_start(self) -> re.Pattern[str]:
+        spanned = {
+            text[at]
+            for text in self._tokens
+            for at in range(len(text) - 1)
+            if text[at + 1] == SPACE_SYMBOL
+        }
+        before = f"(?<=[^{re.escape(''.join(sorted(spanned)))}])" if spanned else ""
+        return re.compile(f"{before}(?={SPACE_SYMBOL})")
 
 
-def token_id(fields: Fields, key: str, default: int | None = None) -> int | None:
-    """An id of GGUF's metadata; files write 2^32 - 1 or -1 where there is none."""
-    value = fields.values.get(key)
-    if is_whole(value) and value in (-1, NO_ID):
-        return None
-    return fields.whole(key, default, least=0)
+class SentencePieceTokenizer(TokenizerBase):
+    """Text ↔ ids by SentencePiece's BPE; a `base.interfaces.Tokenizer`.
 
+    `decode` gives the encoded text back, but ▁ as a space. It leaves out special tokens, and the
+    space before the first piece where encoding adds one. The empty text has no ids. NUL, BOM and
+    unassigned code points are ordinary characters. A lone surrogate is a TokenizerError. Bytes that
+    are not UTF-8 decode to U+FFFD as Python groups them.
+    """
 
-def named_ids(
-    fields: Fields, size: int, defaults: Mapping[str, int | None]
-) -> tuple[dict[str, int | None], list[str]]:
-    """The ids that a GGUF file names, and notes. An id of `size` or more becomes the default."""
-    ids: dict[str, int | None] = {}
-    notes: list[str] = []
-    for key, default in defaults.items():
-        usual = default if default is not None and default < size else None
-        id = token_id(fields, key, usual)
-        if id is not None and id >= size:
-            notes.append(f"tokenizer.ggml: {key} is {id}, beyond the {size} tokens: not used")
-            id = usual
-        ids[key] = id
-    return ids, notes
+    def __init__(
+        self,
+        pieces: Pieces,
+        *,
+        bos: int | None = None,
+        stop_ids: Iterable[int] = (),
+        backend: BPEBackend = PYTHON,
+    ) -> None:
+        tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
+        super().__init__(tokens, bos=bos, stop_ids=stop_ids)
+        self.pieces = pieces
+        self.specials: Mapping[str, int] = MappingProxyType(pieces.of_type(PieceType.CONTROL))
+        self._backend = backend
+        self._special_ids = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
+        self._special_pattern = pattern_of(self._special_ids)
+        self._set_added(pieces.of_type(PieceType.USER_DEFINED))
+        self._ids = pieces.of_type(PieceType.NORMAL)
+        self._ranks = _ranks(pieces, self._ids)
+        self._byte_ids, self._unknown = _fallback(pieces)
+        self._segments = SegmentEncoder(self._ids, self._encode_segment)
+        self._hidden = frozenset(self.specials.values())
 
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Added tokens that are not special: text → id."""
+        return self._added
 
-def as_long(fields: Fields, key: str, length: int, of: str) -> Sequence[Any] | None:
-    """A list with a value for every token, or None where the file has none."""
-    values = fields.items(key, None, of=of)
-    if values is not None and len(values) != length:
-        raise TokenizerError(f"tokenizer.ggml: {key} has {len(values)} values for {length} tokens")
-    return values
+    def _set_added(self, added: dict[str, int]) -> None:
+        self._added = added
+        first = {text for text in added if self.pieces.added_first and SPACE_SYMBOL not in text}
+        self._first_pattern = pattern_of(first)
+        self._added_pattern = pattern_of(added.keys() - first)
 
+    def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
+        """The same tokenizer, for which these added tokens are ordinary text."""
+        other, removed = copy.copy(self), {*texts}
+        other._set_added({text: id for text, id in self._added.items() if text not in removed})
+        return other
 
-def _guessed(texts: Sequence[str], bos: int | None, eos: int | None) -> list[int]:
-    """The kinds of pieces in a file that gives none: normal, but for the ends of a text."""
-    ends = {id for id in (bos, eos) if id is not None and id < len(texts)}
-    return [
-        Kind.CONTROL if id in ends else Kind.UNKNOWN if text == "<unk>" else Kind.NORMAL
-        for id, text in enumerate(texts)
-    ]
+    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, special tokens written in it become their ids."""
+        parts: list[str | int] = [text]
+        if specials and self._special_pattern is not None:
+            found = self._special_pattern.split(text)  # text, token, text, …, text
+            parts = list(found)
+            parts[1::2] = [self._special_ids[token] for token in found[1::2]]
+        ids = self.encode_parts([part for part in parts if part != ""])
+        return [self.bos, *ids] if bos and self.bos is not None else ids
 
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and special ids in order, with a space where the model puts one."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            found = [part] if self._first_pattern is None else self._first_pattern.split(part)
+            for n, text in enumerate(found):
+                is_first = not ids and n == 0
+                ids += [self._added[text]] if n % 2 else self._encode_text(text, is_first)
+        return ids
 
-def _kinds(texts: Sequence[str], numbers: Sequence[int]) -> tuple[Kind, ...]:
-    known = {kind.value for kind in Kind}
-    if wrong := set(numbers) - known:
-        raise TokenizerError(
-            f"vocabulary: type {min(wrong)} of a token is not known, only 1 … 6 are"
-        )
-    kinds = list(map(Kind, numbers))
-    for id, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        if kind == Kind.USER_DEFINED and is_control(text):
-            kinds[id] = Kind.CONTROL
-        if kind == Kind.BYTE and not BYTE_PIECE.fullmatch(text):
-            raise TokenizerError(
-                f"piece {id}: a byte is written <0x00> … <0xFF>, got {quoted(text)}"
-            )
+    def _encode_text(self, text: str, is_first: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+        text = self._with_spaces(text, is_first)
+        ids = [id for some in self._id_lists(text) for id in some]
+        if self._byte_ids is not None:
+            return ids
+        # Several characters without a piece are one unknown.
+        runs = ((id, list(run)) for id, run in groupby(ids))
+        return [id for value, run in runs for id in (run[:1] if value == self._unknown else run)]
+
+    def _with_spaces(self, text: str, is_first: bool) -> str:
+        """The text with ▁ for spaces, and one in front."""
+        if self.pieces.trim:
+            text = " ".join(filter(None, text.split(" ")))
         if not text:
-            kinds[id] = Kind.UNUSED
-    return tuple(kinds)
+            return ""
+        text = text.replace(" ", SPACE_SYMBOL)
+        pieces = self.pieces
+        adds_prefix = pieces.add_prefix and (is_first or not pieces.prefix_once)
+        if adds_prefix and (pieces.prefix_doubled or text[0] != SPACE_SYMBOL):
+            text = SPACE_SYMBOL + text
+        return text.rstrip(SPACE_SYMBOL) if self.pieces.trim else text
+
+    def _id_lists(self, text: str) -> Iterator[list[int]]:
+        found = [text] if self._added_pattern is None else self._added_pattern.split(text)
+        for n, part in enumerate(found):
+            if n % 2:
+                yield [self._added[part]]
+            else:
+                yield from self._segments.id_lists(part)
+
+    def _encode_segment(self, segment: str) -> list[int]:
+        parts = merge([*segment], self._rank) if len(segment) <= LONG else self._merge_long(segment)
+        ids: list[int] = []
+        for part in parts:
+            if (id := self._ids.get(part)) is not None:
+                ids.append(id)
+            elif self._byte_ids is not None:
+                ids += [self._byte_ids[byte] for byte in part.encode()]
+            else:
+                ids.append(self._unknown)
+        return ids
+
+    def _rank(self, left: str, right: str) -> int:
+        return self._ranks.get(left + right, NEVER)
+
+    def _merge_long(self, segment: str) -> list[str]:
+        """What `merge` gives, in a time that hardly exceeds the length of the segment."""
+        numbers = dict(self._numbers)
+        symbols = [numbers.setdefault(character, len(numbers)) for character in segment]
+        texts = list(numbers)
+        return [texts[number] for number in self._merger(np.array(symbols, np.int32)).tolist()]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Numbers for all parts of pairs: pieces, and the characters in them."""
+        texts = dict.fromkeys([*self._ids, *(character for key in self._ids for character in key)])
+        return {text: number for number, text in enumerate(texts)}
+
+    @cached_property
+    def _merger(self) -> Merger:
+        return self._backend.merger(self._pair_rows())
+
+    def _pair_rows(self) -> Iterator[PairRow]:
+        """All ways to split a piece in two parts that are pieces or characters."""
+        numbers = self._numbers
+        for text, rank in self._ranks.items():
+            for cut in range(1, len(text)):
+                left, right = numbers.get(text[:cut]), numbers.get(text[cut:])
+                if left is not None and right is not None:
+                    yield left, right, rank, numbers[text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens and without the space that encoding adds."""
+        texts = []
+        at_start = self.pieces.drop_prefix
+        for id in ids:
+            data = self.token_bytes(id)
+            if id in self._hidden or not data:
+                continue
+            if at_start and self.pieces.texts[id].startswith(SPACE_SYMBOL):
+                data = data[1:]
+                at_start = self.pieces.trim and not data
+            else:
+                at_start = False
+            texts.append(data)
+        return b"".join(texts).decode("utf-8", "replace")
 
 
-def _ends(texts: Sequence[str | None], eos: int | None) -> set[int]:
-    ends = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
-    return ends if eos is None else ends | {eos}
+def _ranks(pieces: Pieces, ids: Mapping[str, int]) -> dict[str, int]:
+    """Text → rank of the merges that make it, 0 for the best score."""
+    if not all(map(math.isfinite, pieces.scores)):
+        raise TokenizerError("vocabulary: a score is no finite number; the file is damaged")
+    best_first = sorted({pieces.scores[id] for id in ids.values()}, reverse=True)
+    rank_of_score = {score: rank for rank, score in enumerate(best_first)}
+    return {text: rank_of_score[pieces.scores[id]] for text, id in ids.items()}
+
+
+def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
+    """The ids of the 256 bytes, if there are such pieces; and the id of the unknown piece."""
+    byte_pieces = pieces.of_type(PieceType.BYTE)
+    unknown = min(pieces.of_type(PieceType.UNKNOWN).values(), default=None)
+    if byte_pieces:
+        ids = [byte_pieces.get(byte_text(value)) for value in range(256)]
+        if None in ids:
+            missing = byte_text(ids.index(None))
+            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing}")
+        return [id for id in ids if id is not None], -1
+    if unknown is None:
+        raise TokenizerError("vocabulary: neither pieces for bytes nor one for the unknown")
+    return None, unknown
+
+
+def byte_text(value: int) -> str:
+    """The text of the piece for a byte."""
+    return f"<0x{value:02X}>"

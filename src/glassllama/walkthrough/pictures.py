@@ -1,4 +1,4 @@
-"""Pictures made of characters, as wide as the window: heat maps, bars, tables, drawings."""
+"""Pictures made of characters, as wide as the terminal: heat maps, bars, tables, drawings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CELL = 2  # columns of one number of a heat map: about square
 
 
 class Picture(Protocol):
-    """Anything that can draw itself within `width` columns."""
+    """Anything that can be drawn within `width` columns."""
 
     def lines(self, width: int) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Lines as they are; the writer keeps them under 76 columns."""
+    """Ready lines of at most 76 columns."""
 
     drawn: tuple[str, ...]
 
@@ -35,7 +35,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers from 0 to `top` as shades, two columns each: darker is more. Negative ones as -."""
+    """Numbers as shades, two columns each: darker up to `top`; negative ones begin with -."""
 
     title: str
     values: NDArray[Any]  # (rows, columns)
@@ -45,22 +45,22 @@ class HeatMap:
 
     def lines(self, width: int) -> list[str]:
         label_width = min(LABEL, max(map(cell_len, self.labels), default=0))
-        room = max((width - label_width - 3) // CELL, 1)
+        shown = max((width - label_width - 3) // CELL, 1)
         rows, columns = self.values.shape
-        first = max(columns - room, 0) if self.triangle else 0
+        first = max(columns - shown, 0) if self.triangle else 0
         top = float(np.abs(self.values).max()) if self.top is None else self.top
         drawn = [self.title + ("; - is below zero" if (self.values < 0).any() else "")]
-        if columns > room:
-            drawn.append(f"(the {'last' if self.triangle else 'first'} {room} of {columns})")
+        if columns > shown:
+            drawn.append(f"(the {'last' if self.triangle else 'first'} {shown} of {columns})")
         for row in range(first, rows):
-            end = row + 1 if self.triangle else first + room
+            end = row + 1 if self.triangle else first + shown
             cells = "".join(shade(v, top) for v in self.values[row, first:end])
             drawn.append(f"{pad(self.labels[row], label_width)} │{cells}")
         return drawn
 
 
 def shade(value: float, top: float) -> str:
-    """Two characters; by the square root of the share, as small ones matter too."""
+    """Two characters, by the square root of value / top, so that small numbers can be seen."""
     share = math.sqrt(abs(value) / top) if top > 0 else 0.0
     body = SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
     return ("-" if value < 0 and body != " " else body) + body
@@ -68,35 +68,35 @@ def shade(value: float, top: float) -> str:
 
 @dataclass(frozen=True)
 class Bars:
-    """One bar a row, the longest as wide as there is room, and a remark behind each."""
+    """One bar per row, the longest as wide as the space allows, and a note behind each."""
 
     title: str
     labels: Sequence[str]
     values: Sequence[float]
-    remarks: Sequence[str]
+    notes: Sequence[str]
     top: float | None = None
 
     def lines(self, width: int) -> list[str]:
         label_width = min(2 * LABEL, max(map(cell_len, self.labels), default=0))
-        remark_width = max(map(cell_len, self.remarks), default=0)
-        room = max(width - label_width - remark_width - 4, 8)
+        note_width = max(map(cell_len, self.notes), default=0)
+        bar_width = max(width - label_width - note_width - 4, 8)
         top = max(self.values, default=0.0) if self.top is None else self.top
         drawn = [self.title] if self.title else []
-        for label, value, remark in zip(self.labels, self.values, self.remarks, strict=True):
-            drawn_bar = pad(bar(value / top if top > 0 else 0.0, room), room)
-            drawn.append(f"{pad(label, label_width)} │{drawn_bar} {remark}")
+        for label, value, note in zip(self.labels, self.values, self.notes, strict=True):
+            drawn_bar = pad(bar(value / top if top > 0 else 0.0, bar_width), bar_width)
+            drawn.append(f"{pad(label, label_width)} │{drawn_bar} {note}")
         return drawn
 
 
-def bar(share: float, room: int) -> str:
-    """A bar of `share` of the room, exact to an eighth of a column."""
-    eighths = round(min(max(share, 0.0), 1.0) * room * 8)
+def bar(share: float, width: int) -> str:
+    """A bar of `share` of the width, exact to an eighth of a column."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, those whose title ends in `>` aligned to the right; too wide cells are cut."""
+    """Rows of cells; columns whose title ends in `>` are right-aligned; long lines are cut."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -118,15 +118,15 @@ class Table:
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
-    """Exactly `width` columns: wide characters count twice, what is too long is cut."""
+    """Exactly `width` columns: wide characters count twice, longer texts are cut."""
     if cell_len(text) > width:
         return set_cell_size(text, max(width - 1, 0)) + "…"
-    blanks = " " * (width - cell_len(text))
-    return blanks + text if right else text + blanks
+    spaces = " " * (width - cell_len(text))
+    return spaces + text if right else text + spaces
 
 
 def visible(raw: bytes) -> str:
-    """A token's bytes so that every one of them shows: ␣ a blank, ↵ a line end, ⟨e2⟩ no text."""
+    """The bytes of a token as text: ␣ a space, ↵ a line break, ⟨e2⟩ a byte that is no text."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:

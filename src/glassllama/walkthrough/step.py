@@ -1,4 +1,4 @@
-"""What a step of the walkthrough consists of, and the check that it equals the running model."""
+"""The parts of a step, the check against the running model, and excerpts of the source code."""
 
 from __future__ import annotations
 
@@ -18,47 +18,51 @@ from glassllama.base.errors import GlassError
 from glassllama.walkthrough.pictures import Picture
 
 PACKAGE = Path(__file__).parent.parent
-# Matrix products and sums in a row, from a layer's input to its output, each of which rounds: norm,
-# q k v, scores, softmax, weighted sum, wo, norm, gate and up, down.
+# Matrix products and sums in sequence from the input of a layer to its output, each of which
+# rounds: norm, q k v, scores, softmax, weighted sum, wo, norm, gate and up, down.
 LAYER_DEPTH = 9
-# What no rounding explains: the largest difference, in units of the largest number of its row. A
-# wrong formula, mask, layout or row of weights changes numbers by percents.
-GROSS, GROSS_OVER_ROUNDING = 0.01, 4
+# Relative difference that rounding cannot explain: a wrong formula, mask, layout or row of weights
+# changes numbers by percents. The second number is a multiple of the rounding bound.
+LARGEST_DIFFERENCE, LARGEST_OVER_BOUND = 0.01, 4
 
 
 class StepMismatchError(GlassError):
-    """A step worked out by hand is not what the running model has: one of them is wrong."""
+    """The manual computation of a step and the running model have different results."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Lines of this package, as they stand there."""
+    """Lines of this package's source code."""
 
     file: str  # below the package: nn/norm.py
     name: str
-    line: int  # of the first line
+    line: int  # number of the first line
     lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A tensor to show some numbers of; `place` is its name in the trace, if it has one."""
+    """A tensor of which the first numbers are shown; `hook` is its name in the trace, if any."""
 
     name: str
     values: Tensor | NDArray[Any]
-    place: str | None = None
+    hook: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
+    def first(self, count: int) -> list[float]:
+        flat = self.values.reshape(-1)[:count]
+        return [float(value) for value in flat]
+
 
 @dataclass(frozen=True)
 class Check:
-    """Two ways to the same numbers, and how far apart they came out.
+    """Two computations of the same numbers, and their difference.
 
-    `error` is the largest difference; `relative` the largest difference in units of the largest
-    number of its row. Rounding explains at most `allowed`; more than that is shown as a warning.
+    `error` is the largest absolute difference; `relative` the largest difference in units of the
+    largest number of its row. Rounding explains up to `allowed`; a larger one is a warning.
     """
 
     what: str
@@ -71,24 +75,18 @@ class Check:
         return self.relative > self.allowed
 
     @property
-    def warning(self) -> str:
-        return (
-            f"differs by {self.relative:.1e} of the largest number of its row; rounding explains "
-            f"{self.allowed:.1e}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WhatIf:
-    """A command to try, and what it shows."""
-
-    command: str
-    shows: str
+    def result(self) -> str:
+        if self.warns:
+            return (
+                f"warning: differs by {self.relative:.1e} of the largest number of its row; "
+                f"rounding explains {self.allowed:.1e}"
+            )
+        return "equal" if self.allowed == 0 else f"equal, max error {self.error:.1e}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One of the eighteen steps. `data` is what only a program wants: plain numbers and texts."""
+    """One of the eighteen steps. `data` has results for programs: plain numbers, texts, lists."""
 
     number: int
     name: str
@@ -100,20 +98,20 @@ class Step:
     numbers: tuple[Numbers, ...] = ()
     pictures: tuple[Picture, ...] = ()
     checks: tuple[Check, ...]
-    what_if: WhatIf
+    command: str  # to try
+    command_shows: str
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def source(function: Callable[..., Any], *starts: str) -> Source:
-    """The statements of a function that begin so, in its own order; without `starts`, its body.
+    """The statements of a function that begin with `starts`, in the function's order; or its body.
 
-    Raises LookupError where the source no longer has such a statement.
+    Raises LookupError if the function has no such statement.
     """
     function = inspect.unwrap(function)
     lines, first = inspect.getsourcelines(function)
-    tree = ast.parse(textwrap.dedent("".join(lines)))
     texts = textwrap.dedent("".join(lines)).splitlines()
-    spans = sorted(statements(tree.body[0], texts))
+    spans = sorted(statements(ast.parse("\n".join(texts)).body[0]))
     if starts:
         found = {
             start: [s for s in spans if texts[s[0]].lstrip().startswith(start)] for start in starts
@@ -121,35 +119,33 @@ def source(function: Callable[..., Any], *starts: str) -> Source:
         if missing := [start for start, hits in found.items() if not hits]:
             raise LookupError(f"{function.__qualname__} has no statement {missing[0]!r}")
         spans = sorted(hits[0] for hits in found.values())
-    wanted = [texts[at] for begin, end in spans for at in range(begin, end)]
-    path = Path(inspect.getsourcefile(function) or "")
-    shown = textwrap.dedent("\n".join(wanted)).splitlines()
-    file = str(path.relative_to(PACKAGE).as_posix())
-    return Source(file, function.__qualname__, first + spans[0][0], tuple(shown))
+    excerpt = "\n".join(texts[n] for begin, end in spans for n in range(begin, end))
+    file = Path(inspect.getsourcefile(function) or "").relative_to(PACKAGE).as_posix()
+    dedented = tuple(textwrap.dedent(excerpt).splitlines())
+    return Source(file, function.__qualname__, first + spans[0][0], dedented)
 
 
-def statements(function: ast.AST, texts: list[str]) -> Iterator[tuple[int, int]]:
-    """(first, behind the last) line of every statement; of a loop or condition, its head only."""
+def statements(function: ast.AST) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) line of every statement; of a loop or condition, without its body."""
     for node in ast.walk(function):
         if node is function or not isinstance(node, ast.stmt):
             continue
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        end = node.end_lineno or node.lineno
-        if (body := getattr(node, "body", None)) is not None:
-            end = body[0].lineno - 1
+        body = getattr(node, "body", None)
+        end = (node.end_lineno or node.lineno) if body is None else body[0].lineno - 1
         yield node.lineno - 1, end
 
 
 def rounding_bound(terms: int, depth: int, dtype: torch.dtype) -> float:
-    """How far two computations of the same numbers may be apart, relative to a row's largest.
+    """How much two computations of the same numbers may differ, relative to a row's largest.
 
-    Each of the two is off the exact result: kernels add in different orders, and every addition
-    rounds by up to half a unit in the last place (eps / 2) of a partial sum, which is of the size
-    of the row's largest number. The roundings of a sum of `terms` products are as often up as down,
-    so they grow with √terms; `depth` such sums, each on the results of the one before, add up:
-    2 · eps / 2 · √terms · depth. In bfloat16 and float16 sums are kept in float32, and only each
-    result is rounded: 2 · eps / 2 · depth.
+    Each of the two differs from the exact result: kernels add in different orders, and every
+    addition rounds by up to half a unit in the last place (eps / 2) of a partial sum, which is of
+    the size of the row's largest number. The roundings of a sum of `terms` products have random
+    signs, so they grow with √terms; `depth` such sums, each on the results of the one before, add
+    up: 2 · eps / 2 · √terms · depth. In bfloat16 and float16 sums are computed in float32, and only
+    each result is rounded: 2 · eps / 2 · depth.
     """
     sums = terms**0.5 if dtype == torch.float32 else 1.0
     return torch.finfo(dtype).eps * sums * depth
@@ -157,46 +153,42 @@ def rounding_bound(terms: int, depth: int, dtype: torch.dtype) -> float:
 
 def compare(
     what: str,
-    ours: Tensor,
-    theirs: Tensor,
+    manual: Tensor,
+    model: Tensor,
     *,
     terms: int,
     depth: int,
     dtype: torch.dtype = torch.float32,
 ) -> Check:
-    """Check that two tensors are the same but for rounding.
+    """Check that two tensors are the same except for rounding.
 
-    Rows are those of the last axis. `dtype` is what the model computes in; `terms` and `depth` are
-    those of `rounding_bound`, above which the check warns: the bound is one for errors that are as
-    often up as down, and processors are many. Raises StepMismatchError for other shapes, NaN, and
-    a gross difference.
+    Rows are those of the last axis. `dtype` is that of the model; `terms` and `depth` are those of
+    `rounding_bound`. A difference above that bound is a warning, because the bound holds for random
+    signs of errors. Raises StepMismatchError for different shapes, NaN, and a difference that no
+    rounding explains.
     """
-    if ours.shape != theirs.shape:
+    if manual.shape != model.shape:
         raise StepMismatchError(
-            f"{what}: by hand {tuple(ours.shape)}, the running model has {tuple(theirs.shape)}"
+            f"{what}: computed {tuple(manual.shape)}, the running model has {tuple(model.shape)}"
         )
     allowed = rounding_bound(terms, depth, dtype)
-    a, b = ours.detach().cpu().float(), theirs.detach().cpu().float()
-    apart = (a - b).abs()
+    a, b = manual.detach().cpu().float(), model.detach().cpu().float()
+    difference = (a - b).abs()
     largest = b.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    check = Check(what, float(apart.max()), float((apart / largest).max()), allowed)
-    gross = max(GROSS, GROSS_OVER_ROUNDING * allowed)
-    if not check.relative <= gross:  # NaN is no small difference
+    check = Check(what, float(difference.max()), float((difference / largest).max()), allowed)
+    limit = max(LARGEST_DIFFERENCE, LARGEST_OVER_BOUND * allowed)
+    if not check.relative <= limit:  # also true for NaN
         raise StepMismatchError(
-            f"{what}: by hand it differs from the running model by {check.error:.3g}, which is "
+            f"{what}: the manual result differs from the running model by {check.error:.3g}, "
             f"{check.relative:.3g} of the largest number of its row; rounding explains "
-            f"{allowed:.3g}, and above {gross:.3g} one of them is wrong"
+            f"{allowed:.3g}, and above {limit:.3g} one of the two is wrong"
         )
     return check
 
 
-def same(what: str, ours: object, theirs: object) -> Check:
-    """Check that two things are equal, or raise StepMismatchError."""
-    if ours != theirs:
-        raise StepMismatchError(f"{what}: by hand {brief(ours)}, the running model {brief(theirs)}")
+def same(what: str, manual: object, model: object) -> Check:
+    """Check that two values are equal, or raise StepMismatchError."""
+    if manual != model:
+        pair = (textwrap.shorten(str(value), 60, placeholder="...") for value in (manual, model))
+        raise StepMismatchError("{}: computed {}, the running model has {}".format(what, *pair))
     return Check(what, 0.0)
-
-
-def brief(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,117 +1,124 @@
-"""A walkthrough as text for a terminal, as wide as it is; colours only where they are wanted."""
+"""Steps and mistakes as text for a terminal, as wide as it is, with colors if asked for."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from rich.cells import cell_len, set_cell_size
 
+from glassllama.walkthrough.mistakes import Comparison
+from glassllama.walkthrough.pictures import Picture
 from glassllama.walkthrough.step import Check, Numbers, Source, Step
 
-WIDEST = 100  # columns for sentences; pictures take all there are
-NUMBER, MOST_NUMBERS = 10, 8  # columns of a number, and how many are shown of a tensor
+MAX_TEXT_WIDTH = 100  # columns of sentences; pictures use the whole width
+NUMBER_WIDTH, MAX_NUMBERS = 10, 8  # columns of a number; how many are shown of a tensor
 REASON = "because kernels add in different orders and every addition rounds"
 MARGIN = "  "
 BOLD, DIM, RED, GREEN, CYAN, PLAIN = (f"\x1b[{n}m" for n in (1, 2, 31, 32, 36, 0))
 
 
 @dataclass(frozen=True)
-class Page:
-    """How wide, and whether with colours."""
+class Layout:
+    """The width in columns, and whether colors are used."""
 
     width: int = 80
-    colour: bool = False
+    color: bool = False
 
     def paint(self, text: str, style: str) -> str:
-        return f"{style}{text}{PLAIN}" if self.colour else text
+        return f"{style}{text}{PLAIN}" if self.color else text
 
     def wrap(self, text: str) -> list[str]:
-        room = min(self.width, WIDEST) - 2 * len(MARGIN)
-        return [MARGIN + line for line in textwrap.wrap(text, room)] or [MARGIN]
+        width = min(self.width, MAX_TEXT_WIDTH) - 2 * len(MARGIN)
+        return [MARGIN + line for line in textwrap.wrap(text, width)] or [MARGIN]
 
     def cut(self, line: str) -> str:
         return line if cell_len(line) <= self.width else set_cell_size(line, self.width - 1) + "…"
 
 
-def render(step: Step, page: Page) -> str:
-    """One step: question, shapes, source, numbers, picture, check, what to try."""
-    return "\n".join(lines(step, page)) + "\n"
+def render(shown: Step | Comparison, layout: Layout) -> str:
+    """A step or a mistake as text."""
+    lines = step_lines if isinstance(shown, Step) else comparison_lines
+    return "\n".join(lines(shown, layout)) + "\n"  # type: ignore[arg-type]
 
 
-def lines(step: Step, page: Page) -> Iterator[str]:
-    yield heading(f"{step.number} · {step.title}", page)
-    yield from page.wrap(step.question)
+def step_lines(step: Step, layout: Layout) -> Iterator[str]:
+    """Question, shapes, source, text, numbers, pictures, checks, and what to try."""
+    yield heading(f"{step.number} · {step.title}", layout)
+    yield from layout.wrap(step.question)
     yield ""
-    yield page.paint(page.cut(MARGIN + step.shapes), CYAN)
-    for found in step.sources:
-        yield ""
-        yield from source_lines(found, page)
+    yield layout.paint(layout.cut(MARGIN + step.shapes), CYAN)
+    for each in step.sources:
+        yield from ("", *source_lines(each, layout))
     for paragraph in step.text:
-        yield ""
-        yield from page.wrap(paragraph)
+        yield from ("", *layout.wrap(paragraph))
     if step.numbers:
-        yield ""
-        yield from number_lines(step.numbers, page)
-    for picture in step.pictures:
-        if drawn := picture.lines(page.width - 2 * len(MARGIN)):
-            yield from ("", *(MARGIN + line for line in drawn))
-    yield ""
-    yield from check_lines(step.checks, page)
-    yield ""
-    yield page.cut(MARGIN + "try  " + page.paint(step.what_if.command, BOLD))
-    yield from (page.paint(line, DIM) for line in page.wrap(step.what_if.shows))
+        yield from ("", *number_lines(step.numbers, layout))
+    yield from picture_lines(step.pictures, layout)
+    yield from ("", *check_lines(step.checks, layout), "")
+    yield layout.cut(MARGIN + "try  " + layout.paint(step.command, BOLD))
+    yield from (layout.paint(line, DIM) for line in layout.wrap(step.command_shows))
 
 
-def heading(title: str, page: Page) -> str:
+def comparison_lines(done: Comparison, layout: Layout) -> Iterator[str]:
+    """Explanation, source of the mistake, predictions and continuations of both, the check."""
+    yield heading(f"Mistake: {done.mistake.title}", layout)
+    yield from layout.wrap(done.mistake.explanation)
+    yield from ("", *source_lines(done.source, layout))
+    yield from picture_lines(done.pictures, layout)
+    yield ""
+    for name, run in done.runs.items():
+        text = "".join(map(done.walkthrough.piece, run.continuation))
+        yield from layout.wrap(f"{name} model continues:  {text}")
+    yield from ("", *check_lines((done.check,), layout))
+
+
+def heading(title: str, layout: Layout) -> str:
     line = f"━━ {title} "
-    return page.paint(line + "━" * max(page.width - cell_len(line), 0), BOLD)
+    return layout.paint(line + "━" * max(layout.width - cell_len(line), 0), BOLD)
 
 
-def source_lines(found: Source, page: Page) -> Iterator[str]:
-    yield page.paint(f"{MARGIN}{found.file}:{found.line} {found.name}", DIM)
-    room = page.width - len(MARGIN) - 2
-    for line in found.lines:
+def source_lines(shown: Source, layout: Layout) -> Iterator[str]:
+    yield layout.paint(f"{MARGIN}{shown.file}:{shown.line} {shown.name}", DIM)
+    width = layout.width - len(MARGIN) - 2
+    for line in shown.lines:
         code, mark, comment = line.partition("  # ")
-        fits = cell_len(line) <= room or not mark
+        fits = cell_len(line) <= width or not mark
         indent = " " * (len(code) - len(code.lstrip()) + 4)
-        parts = textwrap.wrap(line if fits else code, room, subsequent_indent=indent)
+        parts = textwrap.wrap(line if fits else code, width, subsequent_indent=indent)
         for part in parts if fits else [*parts, f"{indent}# {comment}"]:
-            yield page.cut(f"{MARGIN}│ {part}")
+            yield layout.cut(f"{MARGIN}│ {part}")
 
 
-def number_lines(numbers: tuple[Numbers, ...], page: Page) -> Iterator[str]:
+def number_lines(numbers: Sequence[Numbers], layout: Layout) -> Iterator[str]:
     names = max(cell_len(n.name) for n in numbers)
-    count = max((page.width - names - len(MARGIN) - 3) // NUMBER, 1)
+    count = max((layout.width - names - len(MARGIN) - 3) // NUMBER_WIDTH, 1)
     for shown in numbers:
-        values = first_values(shown, min(count, MOST_NUMBERS))
+        values = shown.first(min(count, MAX_NUMBERS))
         more = " …" if int(np.prod(shown.shape)) > len(values) else ""
-        row = " ".join(
-            f"{v:{NUMBER - 1}.4f}" if abs(v) < 1e4 else f"{v:{NUMBER - 1}.3g}" for v in values
-        )
+        row = " ".join(f"{v:{NUMBER_WIDTH - 1}.{'4f' if abs(v) < 1e4 else '3g'}}" for v in values)
         yield f"{MARGIN}{shown.name}{' ' * (names - cell_len(shown.name))} {row}{more}"
 
 
-def first_values(shown: Numbers, count: int) -> list[float]:
-    flat = shown.values.reshape(-1)[:count]
-    kept = flat.float().cpu().numpy() if isinstance(flat, torch.Tensor) else flat
-    return [float(v) for v in kept]
+def picture_lines(pictures: Sequence[Picture], layout: Layout) -> Iterator[str]:
+    for picture in pictures:
+        if drawn := picture.lines(layout.width - 2 * len(MARGIN)):
+            yield from ("", *(MARGIN + line for line in drawn))
 
 
-def check_lines(checks: tuple[Check, ...], page: Page) -> Iterator[str]:
+def check_lines(checks: Sequence[Check], layout: Layout) -> Iterator[str]:
     width = max((cell_len(check.what) for check in checks), default=0)
     for check in checks:
-        blanks = " " * (width - cell_len(check.what))
+        spaces = " " * (width - cell_len(check.what))
         if check.warns:
-            yield page.cut(f"{MARGIN}{page.paint('!', RED)} {check.what}{blanks}  not equal")
-            yield from page.wrap(f"warning: {check.what} {check.warning}")
-            continue
-        found = "equal" if check.allowed == 0 else f"equal, max error {check.error:.1e}"
-        yield page.cut(f"{MARGIN}{page.paint('✓', GREEN)} {check.what}{blanks}  {found}")
+            yield layout.cut(f"{MARGIN}{layout.paint('!', RED)} {check.what}{spaces}  not equal")
+            yield from layout.wrap(f"{check.result} ({check.what})")
+        else:
+            sign = layout.paint("✓", GREEN)
+            yield layout.cut(f"{MARGIN}{sign} {check.what}{spaces}  {check.result}")
     allowed = max((check.allowed for check in checks), default=0.0)
     if allowed > 0:
         bound = f"against the running model; allowed: {allowed:.1e} of the largest number of a row"
-        yield from (page.paint(line, DIM) for line in page.wrap(f"{bound}, {REASON}"))
+        yield from (layout.paint(line, DIM) for line in layout.wrap(f"{bound}, {REASON}"))

@@ -1,8 +1,7 @@
-"""A walkthrough as one plain object: what `--json` prints and other pages are drawn from.
+"""A walkthrough as one object of plain values: printed by `--json`, and the data of the HTML page.
 
-docs/walkthrough.md describes it, field by field. Arrays have no batch axis; large ones are flat,
-with their shape beside them. Numbers keep four significant digits: enough for any picture, and the
-checks were made before.
+docs/walkthrough.md describes every field. Arrays have no batch axis; large ones are flat, with
+their shape. Numbers have four significant digits, enough for any picture; the checks use all.
 """
 
 from __future__ import annotations
@@ -15,96 +14,91 @@ import torch
 from torch import Tensor
 
 from glassllama.base.interfaces import Progress
-from glassllama.walkthrough.all_steps import STEPS, take_step
-from glassllama.walkthrough.analysis import (
-    Predictions,
-    attention_entropy,
-    predictions,
-    residual_norms,
-)
-from glassllama.walkthrough.experiment import Experiment
-from glassllama.walkthrough.manual_block import PLACES
+from glassllama.walkthrough.analysis import Predictions, attention_entropy, residual_norms
+from glassllama.walkthrough.mistakes import Comparison
 from glassllama.walkthrough.step import Numbers, Step
-from glassllama.walkthrough.text import first_values
-from glassllama.walkthrough.trace import Trace, run_with_trace
-from glassllama.walkthrough.walk import Walk, open_piece
+from glassllama.walkthrough.steps import STEPS, run_step
+from glassllama.walkthrough.tracing import trace
+from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token
 
-SCHEMA = "glassllama.walkthrough/1"
-DIGITS = 4  # significant ones
+SCHEMA = "glassllama.walkthrough/2"
+DIGITS = 4  # significant
 PICTURE_WIDTH = 76
 FIRST_NUMBERS = 8
-CANDIDATES = 256  # likeliest tokens listed with their logits; the rest is a sum
-# Where the rest of the vocabulary stands at each temperature that a reader may choose.
-TEMPERATURES = [round(0.1 * n, 1) for n in range(1, 21)]
+CANDIDATES = 256  # the most probable tokens, listed with their logits; of the others only a sum
+TEMPERATURES = [round(0.1 * n, 1) for n in range(1, 21)]  # for which this sum is computed
 
 Object = dict[str, Any]
 
 
-def as_object(
-    walk: Walk,
+def to_json(
+    walk: Walkthrough,
     *,
     layers: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
-    experiments: Sequence[Experiment] = (),
+    mistakes: Sequence[Comparison] = (),
     progress: Progress | None = None,
 ) -> Object:
-    """The whole walk. `layers` are shown in full (None: the walk's own), `steps` None: all."""
+    """The walkthrough as an object. All tensors of `layers` are in it (None: of the chosen one).
+
+    `steps` None: all steps. `progress` counts them.
+    """
     numbers = range(len(STEPS)) if steps is None else steps
-    taken = []
-    for done, number in enumerate(numbers, start=1):
-        taken.append(step_object(take_step(walk, number)))
+    done = []
+    for count, number in enumerate(numbers, start=1):
+        done.append(step_to_json(run_step(walk, number)))
         if progress is not None:
-            progress(done, len(numbers))
+            progress(count, len(numbers))
     return {
         "schema": SCHEMA,
         "model": walk.name,
         "prompt": walk.prompt,
         "layer": walk.layer,
         "head": walk.head,
-        "config": config_object(walk),
-        "tokens": [token(walk, id) for id in walk.ids],
-        "steps": taken,
-        "residual_norms": rounded(residual_norms(walk.trace)[:, 0]),
-        "attention": attention_object(walk),
-        "logit_lens": lens_object(walk),
-        "predictions": expected_object(walk, predictions_by_row(walk.logits[0])),
-        "probabilities": candidates(walk),
-        "angles": array(walk.angles[0]),
-        "layers": layer_objects(walk, [walk.layer] if layers is None else layers),
-        "experiments": [experiment_object(done) for done in experiments],
+        "config": config_to_json(walk),
+        "tokens": [token_to_json(walk, id) for id in walk.ids],
+        "steps": done,
+        "residual_norms": plain(residual_norms(walk.trace)[:, 0]),
+        "attention": attention_to_json(walk),
+        "logit_lens": lens_to_json(walk),
+        "predictions": predictions_to_json(walk, walk.predictions),
+        "probabilities": candidates_to_json(walk),
+        "angles": None if walk.angles is None else array(walk.angles[0]),
+        "layers": layers_to_json(walk, [walk.layer] if layers is None else layers),
+        "mistakes": [comparison_to_json(each) for each in mistakes],
     }
 
 
-def rounded(values: Any) -> Any:
-    """Plain numbers, texts, lists and dicts; floats to four significant digits."""
+def plain(values: Any) -> Any:
+    """Numbers, texts, lists and dicts; floats with four significant digits."""
     if isinstance(values, Tensor):
-        return rounded(values.tolist())
+        return plain(values.tolist())
     if isinstance(values, Mapping):
-        return {str(key): rounded(value) for key, value in values.items()}
+        return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [rounded(value) for value in values]
+        return [plain(value) for value in values]
     return float(f"{values:.{DIGITS}g}") if isinstance(values, float) else values
 
 
 def array(tensor: Tensor) -> Object:
-    """A tensor of any shape, flat: the last index runs fastest."""
-    return {"shape": list(tensor.shape), "values": rounded(tensor.float().reshape(-1))}
+    """A tensor of any shape, flat: the last index changes fastest."""
+    return {"shape": list(tensor.shape), "values": plain(tensor.float().reshape(-1))}
 
 
-def config_object(walk: Walk) -> Object:
+def config_to_json(walk: Walkthrough) -> Object:
     values = dataclasses.asdict(walk.config)
-    values["group_size"] = walk.config.group_size
-    if walk.config.rope_scaling is not None:
+    if values.get("rope_scaling") is not None:
         values["rope_scaling"]["rule"] = type(walk.config.rope_scaling).__name__
-    return values
+    derived = {"n_kv_heads": walk.n_kv_heads, "group_size": walk.group_size}
+    return {**values, **derived, "head_dim": walk.config.head_dim}
 
 
-def token(walk: Walk, id: int) -> Object:
-    raw = open_piece(walk.tokenizer, id)
+def token_to_json(walk: Walkthrough, id: int) -> Object:
+    raw = bytes_of_token(walk.tokenizer, id)
     return {"id": id, "piece": walk.piece(id), "bytes": None if raw is None else list(raw)}
 
 
-def step_object(step: Step) -> Object:
+def step_to_json(step: Step) -> Object:
     return {
         "number": step.number,
         "name": step.name,
@@ -113,73 +107,62 @@ def step_object(step: Step) -> Object:
         "shapes": step.shapes,
         "sources": [dataclasses.asdict(source) for source in step.sources],
         "text": list(step.text),
-        "numbers": [numbers_object(shown) for shown in step.numbers],
+        "numbers": [numbers_to_json(shown) for shown in step.numbers],
         "picture": [line for p in step.pictures for line in [*p.lines(PICTURE_WIDTH), ""]],
         "checks": [dataclasses.asdict(check) for check in step.checks],
-        "what_if": dataclasses.asdict(step.what_if),
-        "data": rounded(step.data),
+        "what_if": {"command": step.command, "shows": step.command_shows},
+        "data": plain(step.data),
     }
 
 
-def numbers_object(shown: Numbers) -> Object:
-    return {
-        "name": shown.name,
-        "place": shown.place,
-        "shape": list(shown.shape),
-        "first": rounded(first_values(shown, FIRST_NUMBERS)),
+def numbers_to_json(shown: Numbers) -> Object:
+    first = plain(shown.first(FIRST_NUMBERS))
+    return {"name": shown.name, "hook": shown.hook, "shape": list(shown.shape), "first": first}
+
+
+def attention_to_json(walk: Walkthrough) -> Object:
+    """All heads of every recorded layer: rows of the lower triangle, one after the other."""
+    weights = {
+        name.split(".")[1]: tensor
+        for name, tensor in walk.trace.matching("layers.*.attention.weights").items()
     }
-
-
-def attention_object(walk: Walk) -> Object:
-    """All heads of every layer that was kept: rows of the lower triangle, one after the other."""
-    kept = walk.trace.matching("layers.*.attention.weights")
     return {
         "tokens": len(walk.ids),
-        "weights": {
-            place.split(".")[1]: [triangle(head) for head in w[0]] for place, w in kept.items()
-        },
-        "entropy_bits": {
-            place.split(".")[1]: rounded(attention_entropy(w)[0]) for place, w in kept.items()
-        },
+        "weights": {n: [lower_triangle(head) for head in w[0]] for n, w in weights.items()},
+        "entropy_bits": {n: plain(attention_entropy(w)[0]) for n, w in weights.items()},
     }
 
 
-def triangle(weights: Tensor) -> list[float]:
-    """(T, T) -> what each token gives to itself and those before it, T·(T + 1)/2 numbers."""
+def lower_triangle(weights: Tensor) -> list[float]:
+    """(T, T) -> the weights on a token itself and on those before it, T·(T + 1)/2 numbers."""
     rows, columns = torch.tril_indices(*weights.shape)
-    lower: list[float] = rounded(weights[rows, columns])
+    lower: list[float] = plain(weights[rows, columns])
     return lower
 
 
-def predictions_by_row(logits: Tensor, k: int = 5) -> Predictions:
-    """(T, V) -> (T, k), a row at a time: the whole is large."""
-    rows = [predictions(row, k) for row in logits]
-    return Predictions(torch.stack([r.ids for r in rows]), torch.stack([r.probs for r in rows]))
-
-
-def expected_object(walk: Walk, expected: Predictions) -> Object:
+def predictions_to_json(walk: Walkthrough, predicted: Predictions) -> Object:
     """Predictions (…, k), with the pieces of their ids."""
-    ids = expected.ids.tolist()
-    return {"ids": ids, "probabilities": rounded(expected.probs), "pieces": pieces(walk, ids)}
+    ids = predicted.ids.tolist()
+    return {"ids": ids, "probabilities": plain(predicted.probs), "pieces": pieces(walk, ids)}
 
 
-def pieces(walk: Walk, ids: Any) -> Any:
+def pieces(walk: Walkthrough, ids: Any) -> Any:
     return [pieces(walk, i) for i in ids] if isinstance(ids, list) else walk.piece(ids)
 
 
-def lens_object(walk: Walk) -> Object:
+def lens_to_json(walk: Walkthrough) -> Object:
     """(L + 1, T', k) of the last T' positions."""
     lens = Predictions(walk.lens.ids[:, 0], walk.lens.probs[:, 0])
     first = len(walk.ids) - lens.ids.shape[1]
-    return {"first_position": first, **expected_object(walk, lens)}
+    return {"first_position": first, **predictions_to_json(walk, lens)}
 
 
-def candidates(walk: Walk) -> Object:
-    """The likeliest next tokens by logit; of all others the log of their summed exp(logit / T)."""
+def candidates_to_json(walk: Walkthrough) -> Object:
+    """The most probable next tokens with their logits; of all others log Σ exp(logit / T)."""
     logits = walk.logits[0, -1].double()
     top = logits.topk(min(CANDIDATES, len(logits)))
     others = torch.ones_like(logits, dtype=torch.bool).index_fill(0, top.indices, False)
-    rest = [float((logits[others] / t).logsumexp(0)) for t in TEMPERATURES] if others.any() else []
+    sums = [float((logits[others] / t).logsumexp(0)) for t in TEMPERATURES] if others.any() else []
     ids = top.indices.tolist()
     return {
         "ids": ids,
@@ -188,41 +171,43 @@ def candidates(walk: Walk) -> Object:
         "others": {
             "count": int(others.sum()),
             "temperatures": TEMPERATURES,
-            "log_sums": [round(value, DIGITS) for value in rest],
+            "log_sums": [round(value, DIGITS) for value in sums],
         },
     }
 
 
-def layer_objects(walk: Walk, layers: Sequence[int]) -> Object:
-    """Full tensors of these layers, by place below `layers.N`, with what enters and leaves."""
-    others = [n for n in layers if n != walk.layer]
-    trace = walk.trace
+def layers_to_json(walk: Walkthrough, layers: Sequence[int]) -> Object:
+    """All tensors of these layers by hook name below `layers.N`, with input and output."""
+    others = [f"layers.{n}.*" for n in layers if n != walk.layer]
+    tensors: Mapping[str, Tensor] = walk.trace
     if others:
-        watch = [f"layers.{n}.*" for n in others]
-        trace = Trace({**trace, **run_with_trace(walk.model, walk.ids, watch=watch)[1]})
-    return {str(n): layer_object(trace, n) for n in layers}
+        tensors = {**tensors, **trace(walk.model, walk.ids, hooks=others)}
+    return {str(n): layer_to_json(dataclasses.replace(walk, layer=n), tensors) for n in layers}
 
 
-def layer_object(trace: Trace, n: int) -> Object:
-    before = "tok_embeddings" if n == 0 else f"layers.{n - 1}"
-    inside = {place: array(trace[f"layers.{n}.{place}"][0]) for place in PLACES.values()}
-    return {"input": array(trace[before][0]), **inside, "output": array(trace[f"layers.{n}"][0])}
+def layer_to_json(walk: Walkthrough, tensors: Mapping[str, Tensor]) -> Object:
+    names = {"input": walk.block_input_hook}
+    names |= {name: f"{walk.prefix}.{name}" for name in walk.block_hooks}
+    names["output"] = walk.prefix
+    return {name: array(tensors[hook][0]) for name, hook in names.items()}
 
 
-def experiment_object(done: Experiment) -> Object:
-    both = {}
-    for name, made in (("right", done.right), ("wrong", done.wrong)):
-        both[name] = {
-            "predictions": expected_object(done.walk, made.expected),
-            "weights": array(made.weights),
-            "continuation": {"ids": made.ids, "pieces": pieces(done.walk, made.ids)},
+def comparison_to_json(done: Comparison) -> Object:
+    walk = done.walkthrough
+    runs = {
+        name: {
+            "predictions": predictions_to_json(walk, run.predictions),
+            "weights": array(run.weights),
+            "continuation": {"ids": run.continuation, "pieces": pieces(walk, run.continuation)},
         }
+        for name, run in done.runs.items()
+    }
     return {
         "name": done.mistake.name,
         "title": done.mistake.title,
         "explanation": done.mistake.explanation,
         "source": dataclasses.asdict(done.source),
-        "divergence_bits": rounded(done.divergence),
+        "divergence_bits": plain(done.divergence),
         "check": dataclasses.asdict(done.check),
-        **both,
+        **runs,
     }

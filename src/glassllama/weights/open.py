@@ -32,7 +32,7 @@ from glassllama.formats.blocks import SUPPORTED, dequantize
 from glassllama.formats.first_bytes import Container, format_of, formats_in
 from glassllama.formats.gguf import GGUFFile, open_gguf
 from glassllama.formats.safetensors import open_safetensors, shard_names
-from glassllama.tokenizers.rows import Rows
+from glassllama.tokenizers.vocabulary import TokenizerBase
 from glassllama.weights.architectures import TORCH_ONLY, architecture_of, resolve_torch_only
 from glassllama.weights.configs import (
     Resolved,
@@ -114,14 +114,15 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The vocabulary that came with the weights. Raises TokenizerError."""
-        from glassllama.weights.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+        from glassllama.weights.tokenizer import tokenizer_from_folder
+        from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 
         gguf, rows = self.file_format == "gguf", self.model_config.vocab_size
         found: Tokenizer = (
             tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
         )
         self.notes.extend(getattr(found, "notes", []))
-        if isinstance(found, Rows):
+        if isinstance(found, TokenizerBase):
             found.model_rows = rows
         if found.vocab_size > rows:
             self.notes.append(
@@ -143,10 +144,8 @@ class Checkpoint:
     @cached_property
     def template_tokens(self) -> dict[str, str]:
         """What the template's words `bos_token`, `eos_token` and others ending so stand for."""
-        from glassllama.weights.tokenizer import (
-            template_tokens_from_folder,
-            template_tokens_from_gguf,
-        )
+        from glassllama.weights.tokenizer import template_tokens_from_folder
+        from glassllama.weights.tokenizer_gguf import template_tokens_from_gguf
 
         if self.file_format == "gguf":
             return template_tokens_from_gguf(self.file.metadata)

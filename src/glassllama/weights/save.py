@@ -27,8 +27,7 @@ from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GlassError, TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
-from glassllama.tokenizers.char_json import char_document
-from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.tokenizers.chars import CharTokenizer, char_document
 from glassllama.weights.architectures import architecture_of
 from glassllama.weights.configs import llama_to_hf
 from glassllama.weights.rows import Row

@@ -1,8 +1,11 @@
-"""A checkpoint's vocabulary → a `Tokenizer`: from GGUF metadata, or from the files of a folder."""
+"""The tokenizer of a folder: from tokenizer.json or tokenizer.model, and the files beside it.
+
+The functions that make tokenizers (here and in tokenizer_gguf.py) hand the compiled loops to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,41 +13,20 @@ from typing import Any, NamedTuple
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
-from glassllama.tokenizers.bpe import BytePairTokenizer, Vocabulary
-from glassllama.tokenizers.byte_level import (
-    WRITTEN_BYTES,
-    byte_level_vocabulary,
-    is_written,
-    with_merges,
-)
-from glassllama.tokenizers.char_json import chars_from_document, is_char_document
-from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.tokenizers.ends import END_OF_ANSWER, end_ids
+from glassllama.native.tokenizers import COMPILED
+from glassllama.tokenizers.backend import BPEBackend
+from glassllama.tokenizers.bpe import BytePairTokenizer
+from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
 from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.hf_json import (
-    first_token,
-    has_compiled_split,
-    vocabulary_from_json,
-)
-from glassllama.tokenizers.pieces import Kind
+from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.pipeline_json import pipeline_from_json
-from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS
-from glassllama.tokenizers.sentencepiece import (
-    DEFAULT_IDS,
-    STOP_KEYS,
-    SentencePieceTokenizer,
-    as_long,
-    gguf_fields,
-    named_ids,
-    read_sentencepiece,
-    sentencepiece_from_gguf,
-    token_id,
-)
-from glassllama.tokenizers.tiktoken_file import looks_like_ranks, read_meta_tokenizer
+from glassllama.tokenizers.sentencepiece import PieceType, SentencePieceTokenizer
+from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.tokenizers.special_tokens import stop_ids_by_name
+from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
 from glassllama.weights.tokenizer_files import (
-    Settings,
     SideToken,
+    TokenizerSettings,
     check_size,
     optional_json,
     read_settings,
@@ -52,108 +34,20 @@ from glassllama.weights.tokenizer_files import (
     with_side_tokens,
 )
 
-Found = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
+AnyTokenizer = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
 
-# `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
-# Source: llama.cpp, src/llama-vocab.cpp (2026-11).
-PRE_TOKENIZERS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1"), "llama3"),
-    **dict.fromkeys(("pixtral", "midm-2.0", "lfm2", "smaug-bpe", "dbrx"), "llama3"),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "smollm"),
-    **dict.fromkeys(("exaone", "minerva-7b"), "smollm"),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum"), "gpt2"),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
-    **dict.fromkeys(("gpt-4o", "llama4"), "gpt-4o"),
-    **{name: name for name in ("tekken", "falcon", "default", "viking")},
-    **{name: name for name in ("deepseek-llm", "deepseek-coder", "deepseek-v3")},
-}
-# Of these llama.cpp takes a word that is a token at once, and begins a text with bos.
-NOT_LIKE_LLAMA3 = ("smaug-bpe", "dbrx")
+BACKEND: BPEBackend = COMPILED  # of all tokenizers that are read, and for learning vocabularies
+
 # transformers' classes that read a tokenizer.model as Llama's where `legacy` is left out.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
+TEMPLATE_FILE = "chat_template.jinja"
 # A tokenizer beside weights: the vocabulary in one of two forms, and what goes with it.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", TEMPLATE_FILE, "chat_template.json"),
 )
-
-# `tokenizer.ggml.token_type` (GGUF specification, "tokenizer").
-KINDS = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-READ = (NORMAL, CONTROL, USER_DEFINED)  # from text
-
-
-def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file. TokenizerError: names the key that is missing or unknown."""
-    fields = gguf_fields(metadata)
-    model = fields.text("model")
-    if model == "llama":
-        return sentencepiece_from_gguf(metadata)
-    if model != "gpt2":
-        fields.refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)")
-    texts = [str(text) for text in fields.items("tokens", of="text")]
-    pre = gguf_pre(fields)
-    # llama.cpp's rule where the file is silent: Llama 3 and Tekken begin with a token.
-    as_llama3 = PRE_TOKENIZERS[pre] in ("llama3", "tekken") and pre not in NOT_LIKE_LLAMA3
-    vocabulary = gguf_vocabulary(fields, texts, PRE_TOKENIZERS[pre], whole_words=as_llama3)
-    stop_ids = end_ids({text: id for id, text in enumerate(texts) if text in END_OF_ANSWER})
-    ids, notes = named_ids(fields, len(texts), dict.fromkeys(DEFAULT_IDS))
-    stop_ids |= {id for key in STOP_KEYS if (id := ids[key]) is not None}
-    bos = ids["bos_token_id"] if fields.boolean("add_bos_token", as_llama3) else None
-    tokenizer = BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids)
-    tokenizer.notes += notes
-    return tokenizer
-
-
-def gguf_vocabulary(
-    fields: Fields, texts: list[str], split: str, *, whole_words: bool
-) -> Vocabulary:
-    kinds = as_long(fields, "token_type", len(texts), "whole")
-    numbers = [NORMAL] * len(texts) if kinds is None else [int(kind) for kind in kinds]
-    if strange := {*numbers} - {*KINDS}:
-        raise TokenizerError(
-            f"tokenizer.ggml: token_type: {min(strange)} has no place in a byte-level vocabulary"
-        )
-    numbers = [CONTROL if t in END_OF_ANSWER else n for t, n in zip(texts, numbers, strict=True)]
-    written = of_kind(NORMAL, texts, numbers)
-    # Of equal texts the last is used; what is empty, or no bytes in GPT-2's letters, is not.
-    last = {text: id for id, text in written.items() if text and is_written(text)}
-    controls, added = (by_text(of_kind(kind, texts, numbers)) for kind in (CONTROL, USER_DEFINED))
-    used = {*last.values(), *controls.values(), *added.values()}
-    left = {id for id, kind in enumerate(numbers) if kind in READ} - used
-    if not last.keys() & WRITTEN_BYTES:
-        raise TokenizerError("tokenizer.ggml: tokens: no byte has one: no byte-level vocabulary")
-    vocabulary = byte_level_vocabulary(
-        written={id: text for text, id in last.items()},
-        merges=(),
-        controls=controls,
-        added=added,
-        unused={id: texts[id] for id, kind in enumerate(numbers) if id in left or kind not in READ},
-        split={**SPLITS, **OTHER_SPLITS}[split],
-        whole_words=whole_words,
-    )  # fmt: skip
-    return with_merges(vocabulary, fields.items("merges", of="text"))
-
-
-def of_kind(wanted: int, texts: list[str], kinds: list[int]) -> dict[int, str]:
-    return {id: texts[id] for id, kind in enumerate(kinds) if kind == wanted}
-
-
-def by_text(texts: Mapping[int, str]) -> dict[str, int]:
-    """Text → id; of equal texts the last, as in llama.cpp, and none that is empty."""
-    return {text: id for id, text in texts.items() if text}
-
-
-def gguf_pre(fields: Fields) -> str:
-    pre = fields.text("pre", "")
-    if pre not in PRE_TOKENIZERS:
-        came = f"is {quoted(pre)}, which is not supported" if pre else "is missing"
-        raise TokenizerError(
-            f"tokenizer.ggml: pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
-            "would split words wrongly: convert the model again, or set the key"
-        )
-    return pre
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
@@ -162,77 +56,71 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     Meta's download keeps one tokenizer.model for several folders of weights, hence "above".
     TokenizerError: nothing found (says where it looked), or a file that is not understood.
     """
-    wanted = [folder / "tokenizer.json"]
-    wanted += [place / "tokenizer.model" for place in (folder, folder.absolute().parent)]
-    found = next((path for path in wanted if path.is_file()), None)
+    candidates = [folder / "tokenizer.json"]
+    candidates += [each / "tokenizer.model" for each in (folder, folder.absolute().parent)]
+    found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         has_pair = (folder / "vocab.json").is_file()
         why = "; vocab.json with merges.txt does not say how text is split" if has_pair else ""
         raise TokenizerError(
-            f"{folder}: no tokenizer; looked for {', '.join(map(str, wanted))}{why}. Copy the file "
-            "from where the weights came from"
+            f"{folder}: no tokenizer; looked for {', '.join(map(str, candidates))}{why}. Copy the "
+            "file from where the weights came from"
         )
     settings = read_settings(folder)
-    blanks = blank_rule(settings, folder)
-    tokenizer = read_tokenizer(found, settings.tokens, blanks)
+    tokenizer = read_tokenizer(found, settings.tokens, prefix_rule(settings, folder))
     add_bos(tokenizer, settings, found)
     add_stops(tokenizer, settings, folder)
     return tokenizer
 
 
-class Blanks(NamedTuple):
-    """Which blanks a SentencePiece model adds to a text: `prefix_…` of tokenizers/pieces.py."""
+class PrefixRule(NamedTuple):
+    """Where a SentencePiece model puts a space before a text: `prefix_…` of `Pieces`."""
 
     once: bool = False
     doubled: bool = True
     never: bool = False
 
 
-AS_SENTENCEPIECE = Blanks()
+AS_SENTENCEPIECE = PrefixRule()
 
 
-def blank_rule(settings: Settings, folder: Path) -> Blanks:
-    """What the files beside a SentencePiece model say of blanks, which it does not say itself.
+def prefix_rule(settings: TokenizerSettings, folder: Path) -> PrefixRule:
+    """The rule for the prefix space from the files beside a SentencePiece model.
 
-    `legacy` does. Where it is left out it is true, but for transformers' LlamaTokenizer (which a
-    Mistral never has), and that one doubles no blank. Only that class reads `add_prefix_space`.
+    It follows from `legacy`. If that is missing it is true, except for transformers' LlamaTokenizer
+    (which a Mistral never has); that class doubles no space. Only it reads `add_prefix_space`.
     """
     is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
     fields = Fields(str(settings.path), settings.values, TokenizerError)
     is_llama &= fields.text("tokenizer_class", None) in LLAMA_CLASSES
     legacy = fields.boolean("legacy", not is_llama and "legacy" not in fields.values)
     never = is_llama and not fields.boolean("add_prefix_space", True)
-    return Blanks(once=not legacy, doubled=legacy and not is_llama, never=never)
+    return PrefixRule(once=not legacy, doubled=legacy and not is_llama, never=never)
 
 
 def read_tokenizer(
-    path: Path, tokens: Sequence[SideToken] = (), blanks: Blanks = AS_SENTENCEPIECE
-) -> Found:
-    """One file's tokenizer, with the tokens that files beside it add to it.
+    path: Path, tokens: Sequence[SideToken] = (), prefix: PrefixRule = AS_SENTENCEPIECE
+) -> AnyTokenizer:
+    """The tokenizer of one file, with the tokens that files beside it add.
 
-    What a tokenizer.model is, its content tells; `blanks` is for one of SentencePiece.
+    A tokenizer.model is recognized by its content; `prefix` applies to SentencePiece only.
     """
     if path.name == "tokenizer.model":
-        if looks_like_ranks(path):
+        if is_rank_file(path):
             return read_ranks(path, tokens)
-        return read_pieces(path, tokens, blanks)
+        return read_pieces(path, tokens, prefix)
     document = with_side_tokens(read_json(path), tokens)
     try:
         if is_char_document(document):
             return chars_from_document(document)
-        if not has_compiled_split(document):
-            return pipeline_from_json(document)
-        vocabulary = vocabulary_from_json(document)
-        ordinary = document["model"]["vocab"]
-        stop_ids = end_ids({**ordinary, **vocabulary.added, **vocabulary.controls})
-        return BytePairTokenizer(vocabulary, bos=first_token(document), stop_ids=stop_ids)
+        return tokenizer_from_json(document, BACKEND)
     except TokenizerError as fault:
         raise TokenizerError(f"{path}: {fault}") from fault
 
 
 def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
-    """Meta's ranks. TokenizerError: a file beside them names a token that they lack."""
-    tokenizer = read_meta_tokenizer(path)
+    """Meta's tokenizer. TokenizerError: a file beside it names a token that it lacks."""
+    tokenizer = read_meta_tokenizer(path, BACKEND)
     for token in tokens:
         ids = tokenizer.encode(token.content, specials=True)
         if len(ids) != 1 or token.id not in (None, *ids):
@@ -243,22 +131,24 @@ def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
     return tokenizer
 
 
-def read_pieces(path: Path, tokens: Sequence[SideToken], blanks: Blanks) -> SentencePieceTokenizer:
-    """A SentencePiece model with the tokens that files beside it add to it."""
+def read_pieces(
+    path: Path, tokens: Sequence[SideToken], prefix: PrefixRule
+) -> SentencePieceTokenizer:
+    """A SentencePiece model with the tokens that files beside it add."""
     tokenizer = read_sentencepiece(path)
-    pieces = replace(tokenizer.pieces, prefix_once=blanks.once, prefix_doubled=blanks.doubled)
-    if blanks.never:
-        pieces = replace(pieces, prefix=False, drop_prefix=False)
+    pieces = replace(tokenizer.pieces, prefix_once=prefix.once, prefix_doubled=prefix.doubled)
+    if prefix.never:
+        pieces = replace(pieces, add_prefix=False, drop_prefix=False)
     pieces = with_side_pieces(pieces, tokens) if tokens else pieces
-    stop_ids = tokenizer.stop_ids | end_ids(pieces.of_kind(*Kind))
-    return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids)
+    stop_ids = tokenizer.stop_ids | stop_ids_by_name(pieces.of_type(*PieceType))
+    return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids, backend=BACKEND)
 
 
-def add_bos(tokenizer: Found, settings: Settings, path: Path) -> None:
-    """Set the token that a text begins with, by `add_bos_token`.
+def add_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, path: Path) -> None:
+    """Set the begin-of-text token by `add_bos_token`.
 
     Beside a tokenizer.json it has no effect: as in transformers 5 the post_processor decides.
-    Exception: vocabularies of characters, which are written here and have no post_processor.
+    Exception: our vocabularies of characters, which have no post_processor.
     """
     fields = Fields(str(settings.path), settings.values, TokenizerError)
     adds_bos = fields.boolean("add_bos_token", None)
@@ -273,13 +163,13 @@ def add_bos(tokenizer: Found, settings: Settings, path: Path) -> None:
         )
 
 
-def add_stops(tokenizer: Found, settings: Settings, folder: Path) -> None:
+def add_stops(tokenizer: AnyTokenizer, settings: TokenizerSettings, folder: Path) -> None:
     """Add the stop tokens that the files beside the weights name."""
     eos = named_id(tokenizer, settings, "eos_token")
     tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
 
 
-def named_id(tokenizer: Found, settings: Settings, name: str) -> int | None:
+def named_id(tokenizer: AnyTokenizer, settings: TokenizerSettings, name: str) -> int | None:
     """The id of a token that the small files name by its text."""
     text = settings.named.get(name)
     if text is None:
@@ -292,7 +182,7 @@ def named_id(tokenizer: Found, settings: Settings, name: str) -> int | None:
     return ids[0]
 
 
-def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
+def generation_stops(tokenizer: AnyTokenizer, folder: Path) -> set[int]:
     """`eos_token_id` of generation_config.json, or of config.json where there is none."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         named = optional_json(path).get("eos_token_id")
@@ -308,9 +198,6 @@ def generation_stops(tokenizer: Found, folder: Path) -> set[int]:
             )
         return {*ids}
     return set()
-
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 def chat_template_from_folder(folder: Path) -> str | None:
@@ -345,17 +232,6 @@ def chat_template_from_folder(folder: Path) -> str | None:
     return None
 
 
-TEMPLATE_TOKENS = ("bos_token", "eos_token")  # what templates call the ends of a text
-
-
-def template_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The texts behind `bos_token` and `eos_token` in a template, where the file names them."""
-    fields = gguf_fields(metadata)
-    tokens = fields.items("tokens", of="text")
-    ids = {name: token_id(fields, f"{name}_id") for name in TEMPLATE_TOKENS}
-    return {n: str(tokens[id]) for n, id in ids.items() if id is not None and id < len(tokens)}
-
-
 def template_tokens_from_folder(folder: Path) -> dict[str, str]:
-    """The same, and other named tokens, from the small files beside a tokenizer."""
+    """The texts of `bos_token`, `eos_token` and other named tokens in a chat template."""
     return read_settings(folder).named

@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer: which tokens were added to it, and what they are for.
+"""The small files beside a tokenizer: tokens that were added to it, and their roles.
 
     added_tokens_decoder  tokenizer_config.json's: id → token with its flags
     added_tokens.json, special_tokens_map.json   older files with the same; read where the first is
@@ -19,18 +19,17 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
-from glassllama.tokenizers.byte_level import is_control
-from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.pieces import Kind, Pieces
-from glassllama.tokenizers.rows import LARGEST_VOCABULARY
+from glassllama.tokenizers.files import LARGEST_VOCABULARY, read_json
+from glassllama.tokenizers.sentencepiece import Pieces, PieceType
+from glassllama.tokenizers.special_tokens import is_special
 
 LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer name first
 # Named tokens of every tokenizer, in the order in which transformers adds them; others follow.
 STANDARD = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
-# A named token that the vocabulary has as a piece is a control token if it looks like one. Others
-# (a line end as eos) stay what they are, or no text could be written without them.
+# A named token that is an ordinary token of the vocabulary becomes special if it looks like one.
+# Others (a newline as eos) stay ordinary, because texts contain them.
 IN_BRACKETS = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 Json = Mapping[str, Any]
@@ -40,23 +39,23 @@ Json = Mapping[str, Any]
 class SideToken:
     """A token that a small file names. `place` is the file and key, for errors.
 
-    Without `id` a token that the vocabulary lacks gets the next one. The ends of a text only keep
-    it free: a model that was trained with them has them.
+    A token without `id` that the vocabulary lacks gets the next id. For `is_end` (the ends of a
+    text) that id stays unused: a model that was trained with them has them in its vocabulary.
     """
 
     content: str
     place: str
     id: int | None = None
     special: bool = True
-    flags: Json | None = None  # None: no file says
+    flags: Json | None = None  # None: not in any file
     is_end: bool = False
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the small files say together.
+class TokenizerSettings:
+    """The contents of all small files.
 
-    `values` are tokenizer_config.json's, with the others'; `named` the texts of bos_token, …
+    `values` of tokenizer_config.json and the others; `named`: the texts of bos_token, …
     """
 
     path: Path  # of tokenizer_config.json, for errors
@@ -65,7 +64,7 @@ class Settings:
     named: dict[str, str]
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path) -> TokenizerSettings:
     """The small files of a folder. TokenizerError: names the file and key that is wrong."""
     path = folder / "tokenizer_config.json"
     config = optional_json(path)
@@ -83,7 +82,7 @@ def read_settings(folder: Path) -> Settings:
     if config.get("added_tokens_decoder") is None:
         tokens += _added_tokens(folder / "added_tokens.json", {token.content for token in special})
     texts = {name: text for name in named if (text := _content(fields, name)) is not None}
-    return Settings(path, {**config, **old}, (*tokens, *special), texts)
+    return TokenizerSettings(path, {**config, **old}, (*tokens, *special), texts)
 
 
 def _named_and_more(config: Json, old: Json) -> tuple[dict[str, Any], Any]:
@@ -113,9 +112,9 @@ def _named_and_more(config: Json, old: Json) -> tuple[dict[str, Any], Any]:
 
 def _is_name(name: str, values: Json) -> bool:
     """Whether a key names a token; `add_bos_token` does not."""
-    kinds = (str, Mapping)
+    types = (str, Mapping)
     return (name in STANDARD and name in values and not isinstance(values[name], bool)) or (
-        name.endswith("_token") and isinstance(values.get(name), kinds)
+        name.endswith("_token") and isinstance(values.get(name), types)
     )
 
 
@@ -135,7 +134,7 @@ def _decoder_tokens(config: Fields) -> Iterator[SideToken]:
 
 
 def _added_tokens(path: Path, special: set[str]) -> list[SideToken]:
-    """`added_tokens.json`: text → id. Special are those that another file calls so."""
+    """`added_tokens.json`: text → id. `special`: those that another file declares special."""
     fields = Fields(str(path), optional_json(path), TokenizerError)
     ids = {text: fields.whole(text, least=0, most=LARGEST_VOCABULARY - 1) for text in fields.values}
     if "" in ids:
@@ -202,22 +201,22 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
     """
     listed, model = document.get("added_tokens") or [], document.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    whole = isinstance(listed, list) and all(
+    is_valid = isinstance(listed, list) and all(
         isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in listed
     )
-    if not whole or not isinstance(vocab, Mapping):
-        return dict(document)  # its reader says what is wrong
+    if not is_valid or not isinstance(vocab, Mapping):
+        return dict(document)  # its reader raises the error
     added = {one.get("content"): dict(one) for one in listed}
     ids = _Ids({**vocab, **{content: one.get("id") for content, one in added.items()}})
-    new = set[str]()  # named without an id: of several flags the last count
+    new = set[str]()  # named without an id: the last flags count
     for token in tokens:
         flags = token.flags or {name: not token.special and name == FLAGS[3] for name in FLAGS}
         if (known := added.get(token.content)) is not None:
             if token.content in new or (token.id is not None and token.flags is not None):
                 known |= {**flags, "special": token.special}
         elif token.is_end and token.content not in vocab:
-            ids.of(token)  # keeps its place, as the tokens behind it were given theirs
-        elif token.content not in vocab or _becomes_control(token):
+            ids.of(token)  # reserves its id, because later tokens got theirs after it
+        elif token.content not in vocab or _becomes_special(token):
             entry = {"id": ids.of(token), "content": token.content, "special": token.special}
             added[token.content] = {**entry, **flags}
             new |= {token.content} if token.id is None else set()
@@ -226,10 +225,11 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
 
 def with_side_pieces(pieces: Pieces, tokens: Iterable[SideToken]) -> Pieces:
     """A SentencePiece model with these tokens. TokenizerError: an id of another token."""
-    ids = _Ids(pieces.of_kind(*Kind))
-    texts, kinds = [*pieces.texts], [*pieces.kinds]
+    ids = _Ids(pieces.of_type(*PieceType))
+    texts, types = [*pieces.texts], [*pieces.types]
     for token in tokens:
-        wanted = Kind.CONTROL if token.special or is_control(token.content) else Kind.USER_DEFINED
+        special = token.special or is_special(token.content)
+        new_type = PieceType.CONTROL if special else PieceType.USER_DEFINED
         if any((token.flags or {}).get(name) for name in FLAGS[:3]):
             raise TokenizerError(
                 f"{token.place}: {quoted(token.content)} has lstrip, rstrip or single_word, which "
@@ -237,24 +237,25 @@ def with_side_pieces(pieces: Pieces, tokens: Iterable[SideToken]) -> Pieces:
             )
         is_known, id = token.content in ids, ids.of(token)
         if token.is_end and not is_known:
-            continue  # keeps its place only
+            continue  # its id stays unused
         missing = id + 1 - len(texts)
-        is_new = missing > 0 or kinds[id] is Kind.UNUSED
+        is_new = missing > 0 or types[id] is PieceType.UNUSED
         texts += [""] * missing
-        kinds += [Kind.UNUSED] * missing
-        if is_new or (kinds[id] in (Kind.NORMAL, Kind.USER_DEFINED) and _becomes_control(token)):
-            texts[id], kinds[id] = token.content, wanted
+        types += [PieceType.UNUSED] * missing
+        is_ordinary = types[id] in (PieceType.NORMAL, PieceType.USER_DEFINED)
+        if is_new or (is_ordinary and _becomes_special(token)):
+            texts[id], types[id] = token.content, new_type
     scores = (*pieces.scores, *[0.0] * (len(texts) - len(pieces.texts)))
-    return replace(pieces, texts=tuple(texts), kinds=tuple(kinds), scores=scores, added_first=True)
+    return replace(pieces, texts=tuple(texts), types=tuple(types), scores=scores, added_first=True)
 
 
-def _becomes_control(token: SideToken) -> bool:
-    """Whether a piece of the vocabulary is read as one token from now on."""
+def _becomes_special(token: SideToken) -> bool:
+    """Whether an ordinary token of the vocabulary becomes a special token."""
     return token.id is not None or IN_BRACKETS.fullmatch(token.content) is not None
 
 
 class _Ids:
-    """Ids of tokens, known and new ones."""
+    """Ids of known and new tokens."""
 
     def __init__(self, known: Json) -> None:
         self._ids = {text: id for text, id in known.items() if isinstance(id, int)}

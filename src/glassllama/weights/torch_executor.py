@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import (
+    CLOSED,
     FOREIGN_CACHE,
     Capabilities,
     ModelConfig,
@@ -84,6 +85,7 @@ class TorchExecutor:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.notes: list[str] = []
+        self._closed = False
         self.lock = NonReentrantLock()
 
     @property
@@ -99,12 +101,15 @@ class TorchExecutor:
         return TorchCache(self.model)
 
     def close(self) -> None:
-        """Nothing to free: the weights go with the object."""
+        """A further step raises GenerationError. The weights go with the object."""
+        self._closed = True
 
     @synchronized
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, cache: Cache) -> NDArray[np.float32]:
         """See Executor.forward."""
+        if self._closed:
+            raise GenerationError(CLOSED)
         if not isinstance(cache, TorchCache) or cache.model is not self.model:
             raise GenerationError(FOREIGN_CACHE)
         require_distinct(batch)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import (
+    CLOSED,
     FOREIGN_CACHE,
     CacheType,
     Capabilities,
@@ -172,6 +173,8 @@ class Engine:
         The logits of a sequence are bit-identical, alone or in a batch, and however its ids are cut
         into calls. Errors as in base.interfaces.Executor.
         """
+        if self._closed:
+            raise GenerationError(CLOSED)
         if not isinstance(cache, PagedCache) or cache.lock is not self.lock:
             raise GenerationError(FOREIGN_CACHE)
         require_distinct(batch)
@@ -258,8 +261,6 @@ class Engine:
 
     def _checked(self, tokens: NewTokens, cache: PagedCache, first_row: int) -> Part:
         """A part of the batch, with ids that can be fed to its sequence. Raises GenerationError."""
-        if self._closed:
-            raise GenerationError("the model is closed: load it again")
         sequence, context = cache.get(tokens.sequence), self.config.max_seq_len
         ids = checked_ids("new tokens", tokens.ids, self.config.vocab_size)
         if sequence.length + len(ids) > context:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from glassllama.base.trust import is_trusted, written_by_others
+from glassllama.base.trust import is_trusted, writable_by_others
 
 WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 SEAL = "sealed.json"
@@ -71,7 +71,7 @@ def seal(folder: Path) -> None:
 def close_to_others(path: Path) -> None:
     """Remove the permission to write that a permissive umask has given to others."""
     facts = path.lstat()
-    if written_by_others(facts):
+    if writable_by_others(facts):
         path.chmod(stat.S_IMODE(facts.st_mode) & ~WRITTEN_BY_OTHERS)
 
 

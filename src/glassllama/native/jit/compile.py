@@ -44,7 +44,7 @@ defer_signals_while_compiling()
 def frozen_sources() -> list[Path]:
     """The source files that compiled code depends on, in a fixed order."""
     package = Path(__file__).parent.parent.parent
-    outside = ("base/interfaces.py", "tokenizers/pretokenizer.py", "tokenizers/unicode_tables.py")
+    outside = ("base/interfaces.py",)
     return [*sorted((package / "native").rglob("*.py")), *(package / name for name in outside)]
 
 

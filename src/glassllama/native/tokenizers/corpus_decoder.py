@@ -1,19 +1,16 @@
-"""ids → bytes at the speed of a corpus: every token's bytes are copied, in one compiled loop."""
+"""Decoder for many ids: copies the bytes of every token in one compiled loop."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.native.jit.byte_scan import PADDING, eight_bytes, put_eight_bytes
 from glassllama.native.jit.compile import Int, raw_entry
-
-if TYPE_CHECKING:
-    from glassllama.tokenizers.bpe import Vocabulary
+from glassllama.tokenizers.vocabulary import Vocabulary
 
 Bytes = NDArray[np.uint8]
 Ids = NDArray[np.uint32]
@@ -22,8 +19,8 @@ Longs = NDArray[np.int64]
 NO_TOKEN = -1  # the size of an id without a token
 
 
-class ArrayDecoder:
-    """Many ids → bytes."""
+class CorpusDecoder:
+    """Ids → bytes."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         tokens = vocabulary.tokens
@@ -34,11 +31,11 @@ class ArrayDecoder:
         self._begins = np.cumsum(np.maximum(self._sizes, 0)) - np.maximum(self._sizes, 0)
 
     def __call__(self, ids: Sequence[int]) -> bytes | None:
-        """The bytes of ids; None where one of them is not in the vocabulary."""
+        """The bytes of ids; None if one of them is not in the vocabulary."""
         try:
             is_array = isinstance(ids, np.ndarray) and ids.dtype == np.uint32
             numbers = np.asarray(ids) if is_array else np.frombuffer(array("I", ids), np.uint32)
-        except OverflowError:  # below 0, or beyond all vocabularies
+        except OverflowError:  # negative, or 2^32 or more
             return None
         size = total_size(numbers, self._sizes)
         if size == NO_TOKEN:
@@ -50,7 +47,7 @@ class ArrayDecoder:
 
 @raw_entry
 def total_size(ids: Ids, sizes: Longs) -> Int:
-    """How many bytes the ids have together, or NO_TOKEN."""
+    """The number of bytes of all ids, or NO_TOKEN."""
     total = 0
     for id in ids:
         if id >= len(sizes) or sizes[id] == NO_TOKEN:
@@ -61,7 +58,7 @@ def total_size(ids: Ids, sizes: Longs) -> Int:
 
 @raw_entry
 def copy_tokens(ids: Ids, text: Bytes, begins: Longs, sizes: Longs, out: Bytes) -> None:
-    """Eight bytes at a time; what is too much is written over by the next token."""
+    """Copy eight bytes at a time; the next token overwrites the excess."""
     at = 0
     for id in ids:
         begin, size = begins[id], sizes[id]

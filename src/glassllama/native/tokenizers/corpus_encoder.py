@@ -1,18 +1,18 @@
-"""Text → ids at the speed of a corpus: words found in a table, in compiled loops.
+"""Encoder for corpora in compiled code: text → ids, with a cache of words (pretokens).
 
-Text repeats its words. So words are looked up by their bytes in a table (word_table.py), and only
-those that were not seen before are made of tokens (interleaved_merge.py). When the table is full it
-is emptied. Nothing is allocated on the way. Some two thousand words at a time go through four
-loops: each does one thing, so that the processor can work on the next word while it waits for this
-one.
+Text repeats its words. The ids of a word are cached in a hash table whose keys are the bytes of the
+word (word_table.py); only words that are not in the cache are merged (interleaved_merge.py). A full
+cache is cleared. Compiled code allocates nothing. Batches of about two thousand words pass through
+four loops that each do one thing, so that the processor can continue with the next word while it
+waits for the memory of this one.
 
-    text ──next_words──▶ where words end ──look_up──▶ slots of the table ──write──▶ ids
-                                              └─new words─▶ learn ─▶ their ids in the slots
+    text ──find_words──▶ ends ──look_up_words──▶ slots of the cache ──write_ids──▶ ids
+                                       └─new words─▶ encode_new_words ─▶ ids in the slots
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -23,19 +23,19 @@ from glassllama.native.jit.byte_scan import PADDING, WINDOW, padded
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
 from glassllama.native.jit.memory import fetch_soon
 from glassllama.native.tokenizers.interleaved_merge import (
-    AT_ONCE,
+    BATCH_SIZE,
     NO_WORD,
     SHORT_WORD,
-    Turns,
-    begin,
-    ids_into,
+    MergeBatch,
     merge_lowest,
-    put_keys,
-    turns,
+    new_batch,
+    start_word,
+    update_keys,
+    write_merged_ids,
 )
-from glassllama.native.tokenizers.pair_table import Room, room
-from glassllama.native.tokenizers.pretokenizer import RULES, next_ends, piece_end
-from glassllama.native.tokenizers.vocab_tables import Known, known, long_ids, merge_long
+from glassllama.native.tokenizers.pair_table import EMPTY, MergeScratch, merge_linked, new_scratch
+from glassllama.native.tokenizers.pretokenizer import RULES, next_ends, segment_end
+from glassllama.native.tokenizers.vocab_tables import VocabTables, build_vocab_tables
 from glassllama.native.tokenizers.word_table import (
     LENGTH_BYTES,
     LONG_BYTES,
@@ -48,271 +48,312 @@ from glassllama.native.tokenizers.word_table import (
     slot_after,
     word_table,
 )
-
-if TYPE_CHECKING:
-    from glassllama.tokenizers.bpe import Vocabulary
+from glassllama.tokenizers.vocabulary import Vocabulary
 
 Bytes = NDArray[np.uint8]
 Ids = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
-WORD_SLOTS = 2**17  # three quarters of them are used: a text's words within many pages
-KEPT_BYTES = 2**21  # for words of more than 15 bytes
-KEPT_IDS = 2**20  # for words of more than three ids
-WORDS = 2**11  # that go through the loops together
-DESK = 2**18  # ids that are made before they are put together
-LONGEST_COPIED, PIECE = 2**19, 2**14  # characters
+WORD_SLOTS = 2**17  # three quarters of them are used: the words of many pages of text
+LONG_WORD_BYTES = 2**21  # for words of more than 15 bytes
+POOL_IDS = 2**20  # for words of more than three ids
+BATCH_WORDS = 2**11
+BUFFER_IDS = 2**18  # ids of one call of `encode_words`
+MAX_REUSED, COPY_CHUNK = 2**19, 2**14  # characters
 UTF8_BYTES = 4  # of a character, at most
-AT, STOP = range(2)  # where the loops are: in the text, and where the piece ends
-NOT_KEPT = -1  # instead of a slot, for words longer than SHORT_WORD
-# A value of the table: how many ids, and up to three of 20 bits each; MANY: count and place in
-# `kept`. So that most words are written without a branch.
+AT, STOP = range(2)  # the cursor: position in the text, end of the segment
+NOT_CACHED = -1  # instead of a slot, for words longer than SHORT_WORD
+# A value of the cache: the number of ids, then up to three ids of 20 bits each, so that most words
+# are written without a branch; or IN_POOL, the number of ids and their index in `id_pool`.
 COUNT, ID_BITS, ID = np.uint64(60), np.uint64(20), np.uint64(2**20 - 1)
-INLINE, MANY = 3, 15
+INLINE_IDS, IN_POOL = 3, 15
 ONE_ID = np.uint64(1 << 60)
-PLACE_BITS, PLACE = np.uint64(40), np.uint64(2**40 - 1)
+POOL_INDEX_BITS, POOL_INDEX = np.uint64(40), np.uint64(2**40 - 1)
 LARGEST_ID = 2**20 - 1
 
 
-class Seen(NamedTuple):
-    """What was learned from the text so far: words → ids."""
+class WordCache(NamedTuple):
+    """Words of the text so far → their ids."""
 
     words: WordTable
-    kept: Ids  # (KEPT_IDS,)
-    used: Longs  # (1,), how many of `kept`
+    id_pool: Ids  # (POOL_IDS,)
+    used: Longs  # (1,), elements of `id_pool` in use
 
 
-class Desk(NamedTuple):
-    """Where words lie between the loops, are merged, and where ids go."""
+class Buffers(NamedTuple):
+    """Words between the loops, memory for merging, and the output."""
 
-    ends: Longs  # where each word ends, behind where the first begins
-    slots: Ints  # of each word in the table, or NOT_KEPT
-    new: Ints  # which words were not in the table
-    symbols: Ints  # this and all others are as long as the longest word may be
-    room: Room
-    turns: Turns
+    ends: Longs  # the start of the first word, then the end of each word
+    slots: Ints  # of each word in the cache, or NOT_CACHED
+    new: Ints  # indices of the words that were not in the cache
+    symbols: Ints  # this and the following have room for the longest possible word
+    scratch: MergeScratch
+    batch: MergeBatch
     out: Ids
 
 
-def desk(longest: int) -> Desk:
-    words = WORDS + WINDOW  # as many may be found at once behind the last but one
-    return Desk(
+def new_buffers(longest: int) -> Buffers:
+    words = BATCH_WORDS + WINDOW  # up to WINDOW words are found at once
+    return Buffers(
         np.empty(words + 1, np.int64),
         np.empty(words, np.int32),
         np.empty(words, np.int32),
         np.empty(longest, np.int32),
-        room(longest),
-        turns(),
+        new_scratch(longest),
+        new_batch(),
         np.full(longest, 0, np.uint32),
     )
 
 
-class ArrayEncoder:
-    """Text without control tokens → ids. One at a time: a second thread waits."""
+class CorpusEncoder:
+    """Text without special tokens → ids. One call at a time: a second thread waits."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """KeyError: the vocabulary splits by a rule that is not compiled (see `has_rule`)."""
+        """KeyError: the split of the vocabulary is not compiled (see `is_supported`)."""
         self._rule = RULES[vocabulary.split.patterns]
-        self._normal_form = vocabulary.split.normal_form
-        self._known = known(vocabulary)
-        self._seen = Seen(
-            word_table(WORD_SLOTS, KEPT_BYTES),
-            np.empty(KEPT_IDS, np.uint32),
+        self._normalize_nfc = vocabulary.split.normalize_nfc
+        self._tables = build_vocab_tables(vocabulary)
+        self._cache = WordCache(
+            word_table(WORD_SLOTS, LONG_WORD_BYTES),
+            np.empty(POOL_IDS, np.uint32),
             np.zeros(1, np.int64),
         )
-        self._desk = desk(DESK)
-        self._text = np.full(UTF8_BYTES * LONGEST_COPIED + PADDING, 0, np.uint8)
+        self._buffers = new_buffers(BUFFER_IDS)
+        self._text = np.full(UTF8_BYTES * MAX_REUSED + PADDING, 0, np.uint8)
         self.lock = NonReentrantLock()
 
     @synchronized
     def __call__(self, text: str) -> Ids:
-        """(T,) ids; UnicodeEncodeError where half of a surrogate pair is in the text."""
-        if self._normal_form:
+        """(T,) ids; UnicodeEncodeError: the text contains a lone surrogate."""
+        if self._normalize_nfc:
             text = normalize("NFC", text)
-        parts, place = [], np.zeros(2, np.int64)
+        parts, cursor = [], np.zeros(2, np.int64)
         data = self._bytes(text)
-        while (before := int(place[AT])) < len(data) - PADDING:
-            n = encode_words(data, place, self._rule, self._known, self._seen, self._desk)
-            parts.append(self._desk.out[:n].copy())
-            if place[AT] == before:  # the next words are longer than the desk
-                self._desk = desk(2 * len(self._desk.out))
+        while (before := int(cursor[AT])) < len(data) - PADDING:
+            n = encode_words(data, cursor, self._rule, self._tables, self._cache, self._buffers)
+            parts.append(self._buffers.out[:n].copy())
+            if cursor[AT] == before:  # the next words are longer than the buffers
+                self._buffers = new_buffers(2 * len(self._buffers.out))
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint32), *parts])
 
     def _bytes(self, text: str) -> Bytes:
-        """The UTF-8 of a text, and PADDING zeros; in memory that was used before, where it fits.
+        """The UTF-8 of a text and PADDING zeros, in a reused buffer where it fits.
 
-        In pieces that fit a processor's cache. New memory for a text costs more than all of this.
+        Copied in chunks that fit the processor's cache; allocating memory would cost more time.
         """
-        if len(text) > LONGEST_COPIED:
+        if len(text) > MAX_REUSED:
             return padded(text)
         size = 0
-        for at in range(0, len(text), PIECE):
-            piece = text[at : at + PIECE].encode()
+        for at in range(0, len(text), COPY_CHUNK):
+            piece = text[at : at + COPY_CHUNK].encode()
             self._text[size : size + len(piece)] = np.frombuffer(piece, np.uint8)
             size += len(piece)
         self._text[size : size + PADDING] = 0
         return self._text[: size + PADDING]
 
 
-def has_rule(vocabulary: Vocabulary) -> bool:
-    """Whether the vocabulary's split is one that is compiled here, and its ids have a place."""
-    is_known = vocabulary.split.patterns in RULES and not vocabulary.outside
+def is_supported(vocabulary: Vocabulary) -> bool:
+    """Whether the vocabulary's split is compiled, and its ids fit into 20 bits."""
+    is_known = vocabulary.split.patterns in RULES and not vocabulary.num_unknown_merges
     return is_known and len(vocabulary.tokens) <= LARGEST_ID
 
 
 @raw_compiled
-def next_words(text: Bytes, place: Longs, rule: Int, kinds: Bytes, desk: Desk) -> Int:
-    """The ends of the next words into desk.ends; how many they are. Moves `place`."""
-    at, stop, size = place[AT], place[STOP], len(text) - PADDING
-    enough, far = len(desk.slots) - WINDOW, at + len(desk.out) // 2
+def find_words(text: Bytes, cursor: Longs, rule: Int, classes: Bytes, buffers: Buffers) -> Int:
+    """Write the ends of the next words into buffers.ends; returns their number; moves `cursor`."""
+    at, stop, size = cursor[AT], cursor[STOP], len(text) - PADDING
+    max_words, last = len(buffers.slots) - WINDOW, at + len(buffers.out) // 2
     n = 0
-    desk.ends[0] = at
-    while at < size and at < far and n < enough:
+    buffers.ends[0] = at
+    while at < size and at < last and n < max_words:
         if at == stop:
-            stop = piece_end(text, at, size, kinds, rule)
-        n = next_ends(text, at, stop, rule, kinds, desk.ends, n + 1) - 1
-        at = desk.ends[n]
-    place[AT], place[STOP] = at, stop
+            stop = segment_end(text, at, size, classes, rule)
+        n = next_ends(text, at, stop, rule, classes, buffers.ends, n + 1) - 1
+        at = buffers.ends[n]
+    cursor[AT], cursor[STOP] = at, stop
     return n
 
 
 @raw_compiled
-def make_room(seen: Seen, words: Int) -> None:
-    """See to it that so many words can be added: where there is no room, forget all others."""
-    table = seen.words
+def clear_if_full(cache: WordCache, words: Int) -> None:
+    """Clear the cache if `words` more words may not fit."""
+    table = cache.words
     fits = 4 * (table.used[N_WORDS] + words) <= 3 * len(table.slots)
     fits &= table.used[LONG_BYTES] + (SHORT_WORD + LENGTH_BYTES) * words <= len(table.long)
-    fits &= seen.used[0] + SHORT_WORD * words <= len(seen.kept)
+    fits &= cache.used[0] + SHORT_WORD * words <= len(cache.id_pool)
     if not fits:
         clear(table)
-        seen.used[0] = 0
+        cache.used[0] = 0
 
 
 @raw_compiled
-def look_up(text: Bytes, words: Int, table: WordTable, tokens: WordTable, desk: Desk) -> Int:
-    """The words' slots; those not found are added, without a value, and listed: how many."""
+def look_up_words(
+    text: Bytes, words: Int, table: WordTable, tokens: WordTable, buffers: Buffers
+) -> Int:
+    """Find the slots of the words; missing words are added without a value.
+
+    Returns how many words are new; their indices are in buffers.new.
+    """
     n = 0
     for k in range(words):
-        at, end = desk.ends[k], desk.ends[k + 1]
+        at, end = buffers.ends[k], buffers.ends[k + 1]
         if end - at > SHORT_WORD:
-            desk.slots[k] = NOT_KEPT
+            buffers.slots[k] = NOT_CACHED
             continue
         found = find(table, text, at, end)
-        desk.slots[k] = found.slot
-        if not found.known:
+        buffers.slots[k] = found.slot
+        if not found.exists:
             add(table, found, text, at, end, np.uint64(0))
             fetch_soon(tokens.slots, slot_after(found.lo, found.hi, tokens.slots))
-            desk.new[n] = k
+            buffers.new[n] = k
             n += 1
     return n
 
 
 @raw_compiled
-def learn(text: Bytes, new: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> None:
-    """Give the new words their values; out[n:] is free to work in."""
-    slots, merging = seen.words.slots, 0
+def encode_new_words(
+    text: Bytes, new: Int, tables: VocabTables, cache: WordCache, buffers: Buffers, n: Int
+) -> None:
+    """Set the values of the new words in the cache; out[n:] is scratch memory."""
+    slots, num_merging = cache.words.slots, 0
     for k in range(new):
-        word = desk.new[k]
-        token = find(known.tokens, text, desk.ends[word], desk.ends[word + 1])
-        if token.known:
-            slots[desk.slots[word], VALUE] = ONE_ID | known.tokens.slots[token.slot, VALUE]
+        word = buffers.new[k]
+        token = find(tables.tokens, text, buffers.ends[word], buffers.ends[word + 1])
+        if token.exists:
+            slots[buffers.slots[word], VALUE] = ONE_ID | tables.tokens.slots[token.slot, VALUE]
         else:
-            desk.new[merging] = word
-            merging += 1
-    merge_new(text, merging, known, seen, desk, n)
+            buffers.new[num_merging] = word
+            num_merging += 1
+    merge_new_words(text, num_merging, tables, cache, buffers, n)
 
 
 @raw_compiled
-def merge_new(text: Bytes, merging: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> None:
-    """The values of the first so many of the words in `new`, merged in turns."""
-    taken, done, words, ends = np.int64(0), np.int64(0), desk.turns.words, desk.ends
-    while done < merging:
-        for row in range(AT_ONCE):
+def merge_new_words(
+    text: Bytes, num_merging: Int, tables: VocabTables, cache: WordCache, buffers: Buffers, n: Int
+) -> None:
+    """Set the values of the first `num_merging` words in `new`, merging BATCH_SIZE in turns."""
+    taken, done, words, ends = np.int64(0), np.int64(0), buffers.batch.words, buffers.ends
+    while done < num_merging:
+        for row in range(BATCH_SIZE):
             if words[row] != NO_WORD:
-                put_keys(desk.turns, row, known.pairs)
-            elif taken < merging:
-                word = np.int64(desk.new[taken])
+                update_keys(buffers.batch, row, tables.pairs)
+            elif taken < num_merging:
+                word = np.int64(buffers.new[taken])
                 taken += 1
-                if begin(desk.turns, row, text, ends[word], ends[word + 1], known):
+                if start_word(buffers.batch, row, text, ends[word], ends[word + 1], tables):
                     words[row] = word
                 else:
-                    end = merge_long(text, ends[word], ends[word + 1], known, desk, n)
-                    give_value(word, seen, desk, n, end)
+                    end = merge_long(text, ends[word], ends[word + 1], tables, buffers, n)
+                    store_ids(word, cache, buffers, n, end)
                     done += 1
-        for row in range(AT_ONCE):  # what was written above is read 16 at once: not too early
+        for row in range(BATCH_SIZE):  # a second loop: the keys written above are read 16 at once
             word = words[row]
             if word == NO_WORD:
                 continue
             size = ends[word + 1] - ends[word]
-            if not merge_lowest(desk.turns, row, size, known.pairs):
-                end = ids_into(desk.turns, row, size, desk.out, n)
-                give_value(word, seen, desk, n, end)
+            if not merge_lowest(buffers.batch, row, size, tables.pairs):
+                end = write_merged_ids(buffers.batch, row, size, buffers.out, n)
+                store_ids(word, cache, buffers, n, end)
                 words[row] = NO_WORD
                 done += 1
 
 
 @raw_inlined
-def give_value(word: Int, seen: Seen, desk: Desk, begin: Int, end: Int) -> None:
-    slots = seen.words.slots
-    slots[desk.slots[word], VALUE] = value_of(seen, desk.out, begin, end - begin)
+def store_ids(word: Int, cache: WordCache, buffers: Buffers, begin: Int, end: Int) -> None:
+    slots = cache.words.slots
+    slots[buffers.slots[word], VALUE] = packed_ids(cache, buffers.out, begin, end - begin)
 
 
 @raw_inlined
-def value_of(seen: Seen, out: Ids, begin: Int, size: Int) -> Int:
-    """A value that holds `size` ids, or says where in `kept` they are."""
-    if size <= INLINE:
+def packed_ids(cache: WordCache, out: Ids, begin: Int, size: Int) -> Int:
+    """The value for `size` ids: the ids themselves, or their index in `id_pool`."""
+    if size <= INLINE_IDS:
         value = np.uint64(size) << COUNT
         for k in range(size):
             value |= np.uint64(out[begin + k]) << (ID_BITS * np.uint64(k))
         return value
-    place = seen.used[0]
+    start = cache.used[0]
     for k in range(size):
-        seen.kept[place + k] = out[begin + k]
-    seen.used[0] += size
-    return np.uint64(MANY) << COUNT | np.uint64(size) << PLACE_BITS | np.uint64(place)
+        cache.id_pool[start + k] = out[begin + k]
+    cache.used[0] += size
+    return np.uint64(IN_POOL) << COUNT | np.uint64(size) << POOL_INDEX_BITS | np.uint64(start)
 
 
 @raw_inlined
-def recall(seen: Seen, slot: Int, out: Ids, n: Int) -> Int:
-    """The ids of a word into out[n:]; the new n. May write INLINE more."""
-    value = seen.words.slots[slot, VALUE]
+def copy_cached_ids(cache: WordCache, slot: Int, out: Ids, n: Int) -> Int:
+    """Copy the ids of a word to out[n:]; returns the new n. Writes up to INLINE_IDS more."""
+    value = cache.words.slots[slot, VALUE]
     count = np.int64(value >> COUNT)
-    if count != MANY:
+    if count != IN_POOL:
         out[n] = value & ID
         out[n + 1] = value >> ID_BITS & ID
         out[n + 2] = value >> (ID_BITS + ID_BITS) & ID
         return n + count
-    count, place = np.int64(value >> PLACE_BITS & ID), np.int64(value & PLACE)
+    count, start = np.int64(value >> POOL_INDEX_BITS & ID), np.int64(value & POOL_INDEX)
     for k in range(count):
-        out[n + k] = seen.kept[place + k]
+        out[n + k] = cache.id_pool[start + k]
     return n + count
 
 
 @raw_compiled
-def write(text: Bytes, words: Int, known: Known, seen: Seen, desk: Desk, n: Int) -> Int:
-    """The ids of all words into out[n:]; the new n."""
+def merge_long(
+    text: Bytes, at: Int, end: Int, tables: VocabTables, buffers: Buffers, n: Int
+) -> Int:
+    """Merge a word of any length; bytes without a token are dropped.
+
+    Writes the ids to out[n:] and returns the new n.
+    """
+    symbols, size = buffers.symbols, np.int64(0)
+    for k in range(at, end):
+        id = tables.byte_ids[text[k]]
+        if id != EMPTY:
+            symbols[size] = id
+            size += 1
+    size = merge_linked(symbols, size, buffers.scratch, tables.pairs)
+    for k in range(size):
+        buffers.out[n + k] = symbols[k]
+    return n + size
+
+
+@raw_compiled
+def long_ids(text: Bytes, at: Int, end: Int, tables: VocabTables, buffers: Buffers, n: Int) -> Int:
+    """Write the ids of a word of any length to out[n:]; returns the new n."""
+    token = find(tables.tokens, text, at, end)
+    if token.exists:
+        buffers.out[n] = tables.tokens.slots[token.slot, VALUE]
+        return n + 1
+    return merge_long(text, at, end, tables, buffers, n)
+
+
+@raw_compiled
+def write_ids(
+    text: Bytes, words: Int, tables: VocabTables, cache: WordCache, buffers: Buffers, n: Int
+) -> Int:
+    """Write the ids of all words to out[n:]; returns the new n."""
     for k in range(words):
-        slot = desk.slots[k]
-        if slot == NOT_KEPT:
-            n = long_ids(text, desk.ends[k], desk.ends[k + 1], known, desk, n)
+        slot = buffers.slots[k]
+        if slot == NOT_CACHED:
+            n = long_ids(text, buffers.ends[k], buffers.ends[k + 1], tables, buffers, n)
         else:
-            n = recall(seen, slot, desk.out, n)
+            n = copy_cached_ids(cache, slot, buffers.out, n)
     return n
 
 
 @raw_entry
-def encode_words(text: Bytes, place: Longs, rule: Int, known: Known, seen: Seen, desk: Desk) -> Int:
-    """The ids of the next words into desk.out, until it may be full; how many they are."""
-    n, room = np.int64(0), len(desk.out) - INLINE
-    while place[AT] < len(text) - PADDING:
-        at, stop = place[AT], place[STOP]
-        words = next_words(text, place, rule, known.kinds, desk)
-        if n + place[AT] - at > room:  # words have no more ids than bytes
-            place[AT], place[STOP] = at, stop
+def encode_words(
+    text: Bytes, cursor: Longs, rule: Int, tables: VocabTables, cache: WordCache, buffers: Buffers
+) -> Int:
+    """Write the ids of the next words to buffers.out until it may be full; returns their number."""
+    n, capacity = np.int64(0), len(buffers.out) - INLINE_IDS
+    while cursor[AT] < len(text) - PADDING:
+        at, stop = cursor[AT], cursor[STOP]
+        words = find_words(text, cursor, rule, tables.classes, buffers)
+        if n + cursor[AT] - at > capacity:  # a word has at most as many ids as bytes
+            cursor[AT], cursor[STOP] = at, stop
             break
-        make_room(seen, words)
-        new = look_up(text, words, seen.words, known.tokens, desk)
-        learn(text, new, known, seen, desk, n)
-        n = write(text, words, known, seen, desk, n)
+        clear_if_full(cache, words)
+        new = look_up_words(text, words, cache.words, tables.tokens, buffers)
+        encode_new_words(text, new, tables, cache, buffers, n)
+        n = write_ids(text, words, tables, cache, buffers, n)
     return n

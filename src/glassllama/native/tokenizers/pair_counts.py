@@ -1,13 +1,13 @@
-"""Counted words as symbols, and the pairs in them: what changes when a pair is merged, and no more.
+"""Learning merges in compiled code: a merge changes only the pairs at its positions.
 
-    word      ␣  l  o  w            positions in one row, words one after the other
-    after     1  2  3  –            the next living position of the word, and `before` the last
-    pair_of   ␣l lo ow –            the pair that begins at a position; the positions of a pair are
-                                    a list in both directions, so that any of them leaves at once
+    symbols   ␣  l  o  w            all words one after the other
+    after     1  2  3  –            the next position of the word that is alive; `before` likewise
+    pair_of   ␣l lo ow –            the pair that starts at a position; the positions of a pair are
+                                    a doubly linked list
 
-Merging `l o` touches its positions only: at each, two pairs go (␣l, ow) and two come (␣lo, low).
-A heap knows the most frequent pair: entries are true or too high, and a too high one is corrected
-when it comes to the top.
+Merging `l o` removes two pairs (␣l, ow) and adds two (␣lo, low) at each of its positions. A heap
+gives the most frequent pair. Its entries are correct or too high; an entry that is too high is
+corrected when it reaches the top. The plain counterpart is `tokenizers.train.learn_merges`.
 """
 
 from __future__ import annotations
@@ -17,70 +17,77 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base.errors import TokenizerError
+from glassllama.base.interfaces import Progress
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
+from glassllama.tokenizers.backend import BYTE_TOKENS, MIN_COUNT, NUM_EXAMPLES, Merge
 
+Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 NONE = -1
-N_PAIRS, HEAP_SIZE, N_TOUCHED = range(3)  # what `used` counts
+N_PAIRS, HEAP_SIZE, N_CHANGED = range(3)  # elements of `used`
 COUNT, KEY = range(2)  # columns of the heap
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # see pair_table.py
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # see pair_table.py
+INITIAL_CAPACITY = 2**14  # pairs
+CHUNK = 2**20  # positions whose pairs are counted in one call
+MAX_POSITIONS = 2**31 - 1  # int32
 
 
-class Rows(NamedTuple):
-    """The words, (N,) positions; what is said of a position is NONE where it has ended."""
+class Symbols(NamedTuple):
+    """The symbols of all words, (N,) positions; NONE where a position or link does not exist."""
 
     symbols: Ints
-    word: Ints  # which word it belongs to
+    word: Ints  # index of the word
     after: Ints
     before: Ints
     pair_of: Ints
-    next_same: Ints  # the next position with the same pair
-    last_same: Ints
-    counts: Longs  # (W,) how often each word occurs
+    next_same: Ints  # the next position of the same pair
+    previous_same: Ints
+    counts: Longs  # (W,), of each word
 
 
-class Pairs(NamedTuple):
-    """All pairs that ever were; `places` finds them by key = left << 32 | right."""
+class PairCounts(NamedTuple):
+    """All pairs so far. `slots` is a hash table: key = left << 32 | right → index of the pair."""
 
-    places: Ints  # hash table of numbers of pairs, a power of two long, at most half full
+    slots: Ints  # a power of two long, at most half full
     keys: Longs
     counts: Longs
     n_positions: Longs
-    first: Ints  # a position of each
-    touched: Ints  # pairs that became more frequent in this merge
-    is_touched: NDArray[np.bool_]
+    first: Ints  # head of the list of positions
+    changed: Ints  # pairs that became more frequent in this merge
+    is_changed: NDArray[np.bool_]
     heap: Longs  # (…, 2): count and key
     used: Longs
 
 
-def new_pairs(capacity: int) -> Pairs:
-    """Room for a number of pairs, a power of two."""
+def new_pairs(capacity: int) -> PairCounts:
+    """No pairs yet; `capacity` is a power of two."""
     longs, ints = np.empty((3, capacity), np.int64), np.empty((2, capacity), np.int32)
-    return Pairs(
-        places=np.full(2 * capacity, NONE, np.int32),
+    return PairCounts(
+        slots=np.full(2 * capacity, NONE, np.int32),
         keys=longs[0],
         counts=longs[1],
         n_positions=longs[2],
         first=ints[0],
-        touched=ints[1],
-        is_touched=np.zeros(capacity, np.bool_),
+        changed=ints[1],
+        is_changed=np.zeros(capacity, np.bool_),
         heap=np.empty((2 * capacity, 2), np.int64),
         used=np.zeros(3, np.int64),
     )
 
 
-def new_rows(symbols: Ints, ends: Longs, counts: Longs) -> Rows:
-    """Words, given as their symbols in a row, where each ends, and how often it occurs."""
-    word, after, before, pair_of, next_same, last_same = np.empty((6, len(symbols)), np.int32)
-    rows = Rows(symbols, word, after, before, pair_of, next_same, last_same, counts)
-    lay_out(rows, ends)
-    return rows
+def new_symbols(symbols: Ints, ends: Longs, counts: Longs) -> Symbols:
+    """`symbols` of all words, the end of each word, and its count."""
+    word, after, before, pair_of, next_same, previous_same = np.empty((6, len(symbols)), np.int32)
+    words = Symbols(symbols, word, after, before, pair_of, next_same, previous_same, counts)
+    link_words(words, ends)
+    return words
 
 
-def with_room(pairs: Pairs, more: int) -> Pairs:
-    """The same pairs, and room for `more` of them, on the heap too."""
+def with_capacity(pairs: PairCounts, more: int) -> PairCounts:
+    """The same pairs with space for `more` pairs and heap entries."""
     n_pairs, heap_size = pairs.used[N_PAIRS], pairs.used[HEAP_SIZE]
     capacity = len(pairs.keys)
     if n_pairs + more <= capacity and heap_size + more <= len(pairs.heap):
@@ -97,24 +104,24 @@ def with_room(pairs: Pairs, more: int) -> Pairs:
 
 
 @raw_inlined
-def place_of(pairs: Pairs, key: Int) -> Int:
-    """Where in `places` a pair is, or the free place where it would be."""
-    mask = np.uint64(len(pairs.places) - 1)
-    place = ((np.uint64(key) * SPREAD) >> np.uint64(32)) & mask
-    while pairs.places[place] != NONE and pairs.keys[pairs.places[place]] != key:
-        place = (place + np.uint64(1)) & mask
-    return place
+def slot_of(pairs: PairCounts, key: Int) -> Int:
+    """The slot of a pair, or the free slot for it."""
+    mask = np.uint64(len(pairs.slots) - 1)
+    slot = ((np.uint64(key) * HASH_FACTOR) >> np.uint64(32)) & mask
+    while pairs.slots[slot] != NONE and pairs.keys[pairs.slots[slot]] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
 
 
 @raw_entry
-def index_all(pairs: Pairs) -> None:
+def index_all(pairs: PairCounts) -> None:
     for pair in range(pairs.used[N_PAIRS]):
-        pairs.places[place_of(pairs, pairs.keys[pair])] = pair
+        pairs.slots[slot_of(pairs, pairs.keys[pair])] = pair
 
 
 @raw_inlined
-def more_frequent(pairs: Pairs, a: Int, b: Int) -> Int:
-    """Whether entry a goes before b: the higher count, of equals the smaller left and right id."""
+def more_frequent(pairs: PairCounts, a: Int, b: Int) -> Int:
+    """Whether heap entry a precedes b: higher count, then smaller left and right id."""
     heap = pairs.heap
     if heap[a, COUNT] != heap[b, COUNT]:
         return heap[a, COUNT] > heap[b, COUNT]
@@ -128,7 +135,7 @@ def swap(heap: Longs, a: Int, b: Int) -> None:
 
 
 @raw_compiled
-def push(pairs: Pairs, count: Int, key: Int) -> None:
+def push(pairs: PairCounts, count: Int, key: Int) -> None:
     at = pairs.used[HEAP_SIZE]
     pairs.heap[at, COUNT], pairs.heap[at, KEY] = count, key
     pairs.used[HEAP_SIZE] += 1
@@ -138,8 +145,8 @@ def push(pairs: Pairs, count: Int, key: Int) -> None:
 
 
 @raw_compiled
-def pop(pairs: Pairs) -> None:
-    """Take the first entry off."""
+def pop(pairs: PairCounts) -> None:
+    """Remove the first entry of the heap."""
     size = pairs.used[HEAP_SIZE] - 1
     pairs.used[HEAP_SIZE] = size
     swap(pairs.heap, 0, size)
@@ -155,130 +162,190 @@ def pop(pairs: Pairs) -> None:
 
 
 @raw_inlined
-def begin_pair(rows: Rows, pairs: Pairs, at: Int) -> None:
-    """The pair that begins at a position has come to be, if there is one."""
-    if rows.after[at] == NONE:
+def add_pair(words: Symbols, pairs: PairCounts, at: Int) -> None:
+    """Count the pair that starts at a position, if there is one."""
+    if words.after[at] == NONE:
         return
-    key = (np.int64(rows.symbols[at]) << 32) | np.int64(rows.symbols[rows.after[at]])
-    place = place_of(pairs, key)
-    pair = np.int64(pairs.places[place])
+    key = (np.int64(words.symbols[at]) << 32) | np.int64(words.symbols[words.after[at]])
+    slot = slot_of(pairs, key)
+    pair = np.int64(pairs.slots[slot])
     if pair == NONE:
         pair = pairs.used[N_PAIRS]
         pairs.used[N_PAIRS] += 1
-        pairs.places[place] = pair
+        pairs.slots[slot] = pair
         pairs.keys[pair], pairs.counts[pair], pairs.n_positions[pair] = key, 0, 0
-        pairs.first[pair], pairs.is_touched[pair] = NONE, False
-    pairs.counts[pair] += rows.counts[rows.word[at]]
+        pairs.first[pair], pairs.is_changed[pair] = NONE, False
+    pairs.counts[pair] += words.counts[words.word[at]]
     pairs.n_positions[pair] += 1
     first = pairs.first[pair]
-    rows.pair_of[at], rows.next_same[at], rows.last_same[at] = pair, first, NONE
+    words.pair_of[at], words.next_same[at], words.previous_same[at] = pair, first, NONE
     if first != NONE:
-        rows.last_same[first] = at
+        words.previous_same[first] = at
     pairs.first[pair] = at
-    if not pairs.is_touched[pair]:
-        pairs.is_touched[pair] = True
-        pairs.touched[pairs.used[N_TOUCHED]] = pair
-        pairs.used[N_TOUCHED] += 1
+    if not pairs.is_changed[pair]:
+        pairs.is_changed[pair] = True
+        pairs.changed[pairs.used[N_CHANGED]] = pair
+        pairs.used[N_CHANGED] += 1
 
 
 @raw_inlined
-def end_pair(rows: Rows, pairs: Pairs, at: Int) -> None:
-    """The pair that begins at a position is no more, if there was one."""
-    pair = np.int64(rows.pair_of[at])
+def remove_pair(words: Symbols, pairs: PairCounts, at: Int) -> None:
+    """Uncount the pair that starts at a position, if there is one."""
+    pair = np.int64(words.pair_of[at])
     if pair == NONE:
         return
-    pairs.counts[pair] -= rows.counts[rows.word[at]]
+    pairs.counts[pair] -= words.counts[words.word[at]]
     pairs.n_positions[pair] -= 1
-    following, previous = rows.next_same[at], rows.last_same[at]
+    following, previous = words.next_same[at], words.previous_same[at]
     if following != NONE:
-        rows.last_same[following] = previous
+        words.previous_same[following] = previous
     if previous != NONE:
-        rows.next_same[previous] = following
+        words.next_same[previous] = following
     else:
         pairs.first[pair] = following
-    rows.pair_of[at] = NONE
+    words.pair_of[at] = NONE
 
 
 @raw_compiled
-def push_touched(pairs: Pairs) -> None:
-    for k in range(pairs.used[N_TOUCHED]):
-        pair = pairs.touched[k]
-        pairs.is_touched[pair] = False
+def push_changed(pairs: PairCounts) -> None:
+    for k in range(pairs.used[N_CHANGED]):
+        pair = pairs.changed[k]
+        pairs.is_changed[pair] = False
         if pairs.counts[pair] > 0:
             push(pairs, pairs.counts[pair], pairs.keys[pair])
-    pairs.used[N_TOUCHED] = 0
+    pairs.used[N_CHANGED] = 0
 
 
 @raw_entry
-def lay_out(rows: Rows, ends: Longs) -> None:
-    """Link the positions of each word, which ends at ends[w]; the symbols are there already."""
+def link_words(words: Symbols, ends: Longs) -> None:
+    """Link the positions of each word, which ends at ends[w]."""
     at = 0
     for word in range(len(ends)):
         begin = at
         while at < ends[word]:
-            rows.word[at] = word
-            rows.before[at] = at - 1 if at > begin else NONE
-            rows.after[at] = at + 1 if at + 1 < ends[word] else NONE
-            rows.pair_of[at] = NONE
+            words.word[at] = word
+            words.before[at] = at - 1 if at > begin else NONE
+            words.after[at] = at + 1 if at + 1 < ends[word] else NONE
+            words.pair_of[at] = NONE
             at += 1
 
 
 @raw_entry
-def begin_pairs(rows: Rows, pairs: Pairs, begin: Int, end: Int) -> None:
-    """Count the pairs of these positions, for which there must be room."""
+def count_pairs(words: Symbols, pairs: PairCounts, begin: Int, end: Int) -> None:
+    """Count the pairs at positions begin … end - 1; the capacity must suffice."""
     for at in range(begin, end):
-        begin_pair(rows, pairs, at)
-    push_touched(pairs)
+        add_pair(words, pairs, at)
+    push_changed(pairs)
 
 
 @raw_entry
-def most_frequent(pairs: Pairs) -> Int:
-    """The number of the most frequent pair, taken off the heap; NONE when none is left."""
+def most_frequent(pairs: PairCounts) -> Int:
+    """Pop the most frequent pair and return its index; NONE if no pair is left."""
     while pairs.used[HEAP_SIZE] > 0:
         count, key = pairs.heap[0, COUNT], pairs.heap[0, KEY]
-        pair = pairs.places[place_of(pairs, key)]
+        pair = pairs.slots[slot_of(pairs, key)]
         pop(pairs)
         if pairs.counts[pair] == count:
             return pair
-        if 0 < pairs.counts[pair] < count:  # if it is higher, another entry says so
+        if 0 < pairs.counts[pair] < count:  # a higher count has another entry
             push(pairs, pairs.counts[pair], key)
     return NONE
 
 
 @raw_entry
-def positions_of(rows: Rows, pairs: Pairs, pair: Int, positions: Ints, words: Ints) -> None:
-    """Where a pair is, in no particular order; the first of the words that it is in, or NONE."""
-    words[:] = NONE
+def positions_of(
+    words: Symbols, pairs: PairCounts, pair: Int, positions: Ints, first_words: Ints
+) -> None:
+    """Write the positions of a pair, unordered, and the first words that contain it, or NONE."""
+    first_words[:] = NONE
     at, n = pairs.first[pair], 0
     while at != NONE:
         positions[n] = at
         n += 1
-        word = rows.word[at]
-        for k in range(len(words)):  # an insertion into those that come before
-            if word == words[k] or word == NONE:
+        word = words.word[at]
+        for k in range(len(first_words)):  # insertion into a sorted list
+            if word == first_words[k] or word == NONE:
                 break
-            if words[k] == NONE or word < words[k]:
-                word, words[k] = words[k], word
-        at = rows.next_same[at]
+            if first_words[k] == NONE or word < first_words[k]:
+                word, first_words[k] = first_words[k], word
+        at = words.next_same[at]
 
 
 @raw_entry
-def merge_at(rows: Rows, pairs: Pairs, pair: Int, positions: Ints, joined: Int) -> None:
-    """Put one symbol in the place of a pair at these positions; of `a a a` the first two merge."""
+def merge_at(words: Symbols, pairs: PairCounts, pair: Int, positions: Ints, joined: Int) -> None:
+    """Replace a pair by one symbol at these positions; of `a a a` the first two merge."""
     for k in range(len(positions)):
         at = np.int64(positions[k])
-        if rows.pair_of[at] != pair:
+        if words.pair_of[at] != pair:
             continue
-        gone, last = np.int64(rows.after[at]), np.int64(rows.before[at])
-        end_pair(rows, pairs, at)
-        end_pair(rows, pairs, gone)
+        removed, last = np.int64(words.after[at]), np.int64(words.before[at])
+        remove_pair(words, pairs, at)
+        remove_pair(words, pairs, removed)
         if last != NONE:
-            end_pair(rows, pairs, last)
-        following = np.int64(rows.after[gone])
-        rows.symbols[at], rows.after[at] = joined, following
+            remove_pair(words, pairs, last)
+        following = np.int64(words.after[removed])
+        words.symbols[at], words.after[at] = joined, following
         if following != NONE:
-            rows.before[following] = at
+            words.before[following] = at
         if last != NONE:
-            begin_pair(rows, pairs, last)
-        begin_pair(rows, pairs, at)
-    push_touched(pairs)
+            add_pair(words, pairs, last)
+        add_pair(words, pairs, at)
+    push_changed(pairs)
+
+
+def learn_from_counts(
+    text: Bytes, ends: Longs, counts: Longs, num_tokens: int, progress: Progress | None
+) -> list[Merge]:
+    """Merge the most frequent pair until there are `num_tokens` tokens, or no pair is left.
+
+    `text` are the bytes of all different words, `ends` (W,) where each ends, `counts` (W,) how
+    often it occurs, the most frequent words first.
+    """
+    tokens = list(BYTE_TOKENS)
+    ids = {token: id for id, token in enumerate(tokens)}
+    words, pairs = initial_pairs(text, ends, counts)
+    merges: list[Merge] = []
+    examples = np.empty(NUM_EXAMPLES, np.int32)
+    while len(tokens) < num_tokens:
+        pair = most_frequent(pairs)
+        if pair < 0 or pairs.counts[pair] < MIN_COUNT:
+            break
+        count, key = int(pairs.counts[pair]), int(pairs.keys[pair])
+        left, right = key >> 32, key & 0xFFFFFFFF
+        joined = ids.setdefault(tokens[left] + tokens[right], len(tokens))
+        if joined == len(tokens):
+            tokens.append(tokens[left] + tokens[right])
+        positions = np.empty(pairs.n_positions[pair], np.int32)
+        positions_of(words, pairs, pair, positions, examples)
+        if left == right:
+            positions.sort()  # of three in a row the first two merge
+        merges.append(Merge(left, right, joined, count, word_texts(examples, text, ends)))
+        pairs = with_capacity(pairs, 2 * len(positions) + 1)
+        merge_at(words, pairs, pair, positions, joined)
+        if progress is not None:
+            progress(len(tokens), num_tokens)
+    return merges
+
+
+def word_texts(words: Ints, text: Bytes, ends: Longs) -> tuple[bytes, ...]:
+    """The bytes of words; NONE is skipped."""
+    found = [int(word) for word in words if word != NONE]
+    return tuple(text[ends[w - 1] if w else 0 : ends[w]].tobytes() for w in found)
+
+
+def initial_pairs(text: Bytes, ends: Longs, counts: Longs) -> tuple[Symbols, PairCounts]:
+    """Every byte as a symbol, and the counts of all pairs."""
+    if len(text) > MAX_POSITIONS:
+        raise TokenizerError(
+            f"texts: the different words have {len(text):,} bytes together; at most "
+            f"{MAX_POSITIONS:,} are supported: give less text"
+        )
+    id_of = np.empty(len(BYTE_TOKENS), np.int32)
+    id_of[np.frombuffer(b"".join(BYTE_TOKENS), np.uint8)] = np.arange(len(BYTE_TOKENS))
+    words = new_symbols(id_of[text], ends, counts)
+    pairs = new_pairs(INITIAL_CAPACITY)
+    for begin in range(0, len(text), CHUNK):
+        end = min(begin + CHUNK, len(text))
+        pairs = with_capacity(pairs, end - begin)
+        count_pairs(words, pairs, begin, end)
+    return words, pairs

@@ -1,6 +1,6 @@
-"""How often each word occurs in texts of any size: what a vocabulary is learned from.
+"""Counts the words (pretokens) of texts of any size, from which a vocabulary is learned.
 
-The words lie in a hash table that doubles when half of it is taken (word_table.py).
+The counts are in a hash table that doubles when half of its slots are in use (word_table.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 
 from glassllama.native.jit.byte_scan import PADDING
 from glassllama.native.jit.compile import Int, raw_entry
-from glassllama.native.tokenizers.char_classes import character_kinds
-from glassllama.native.tokenizers.pretokenizer import RULES, piece_end, word_end
+from glassllama.native.tokenizers.pretokenizer import (
+    RULES,
+    character_classes,
+    segment_end,
+    word_end,
+)
 from glassllama.native.tokenizers.word_table import (
     HI,
     LENGTH,
@@ -26,57 +30,59 @@ from glassllama.native.tokenizers.word_table import (
     WordTable,
     add,
     find,
-    has_room,
+    has_space,
     slot_after,
     word_table,
 )
-from glassllama.tokenizers.bpe import surrogate_error
 from glassllama.tokenizers.pretokenizer import Split
+from glassllama.tokenizers.vocabulary import surrogate_error
 
 Bytes = NDArray[np.uint8]
 Longs = NDArray[np.int64]
 
-FIRST_SLOTS = 2**16
-FIRST_LONG_BYTES = 2**16
-AT_ONCE = 2**20  # bytes of texts that are counted in one go
-TEXT, AT, STOP = range(3)  # where the compiled loop is: which text, where, where the piece ends
+INITIAL_SLOTS = 2**16
+INITIAL_LONG_BYTES = 2**16
+BATCH_BYTES = 2**20  # small texts are collected and counted together
+TEXT, AT, STOP = range(3)  # the cursor: index of the text, position, end of the segment
 
 
 class WordCounts:
-    """Counts the words of one text after another; small texts are counted many at once."""
+    """Counts the words of texts that are added one by one."""
 
     def __init__(self, split: Split) -> None:
-        """KeyError: a split that is not compiled (word_ends.RULES)."""
+        """KeyError: the split is not compiled (pretokenizer.RULES)."""
         self._rule = RULES[split.patterns]
-        self._normal_form = split.normal_form
-        self._table = word_table(FIRST_SLOTS, FIRST_LONG_BYTES)
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+        self._normalize_nfc = split.normalize_nfc
+        self._table = word_table(INITIAL_SLOTS, INITIAL_LONG_BYTES)
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
 
     def add(self, text: str) -> None:
-        """TokenizerError: half of a surrogate pair is in the text."""
+        """TokenizerError: the text contains a lone surrogate."""
         try:
-            data = (normalize("NFC", text) if self._normal_form else text).encode()
+            data = (normalize("NFC", text) if self._normalize_nfc else text).encode()
         except UnicodeEncodeError as fault:
             raise surrogate_error(text) from fault
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= AT_ONCE:
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= BATCH_BYTES:
             self._count()
 
     def _count(self) -> None:
-        """Count the texts that wait; a NUL between two keeps the first from running on."""
-        ends = np.cumsum([len(text) + 1 for text in self._waiting], dtype=np.int64) - 1
-        data = np.frombuffer(bytearray(1).join([*self._waiting, bytes(PADDING)]), np.uint8)
-        self._waiting, self._waiting_bytes = [], 0
-        place = np.zeros(3, np.int64)
-        while needed := count_words(data, ends, place, self._rule, character_kinds(), self._table):
-            self._table = larger(self._table, needed)
+        """Count the pending texts; a NUL after each ends its last word."""
+        ends = np.cumsum([len(text) + 1 for text in self._pending], dtype=np.int64) - 1
+        data = np.frombuffer(bytearray(1).join([*self._pending, bytes(PADDING)]), np.uint8)
+        self._pending, self._pending_bytes = [], 0
+        cursor = np.zeros(3, np.int64)
+        while missing_bytes := count_words(
+            data, ends, cursor, self._rule, character_classes(), self._table
+        ):
+            self._table = grown(self._table, missing_bytes)
 
     def arrays(self) -> tuple[Bytes, Longs, Longs]:
-        """The bytes of all words in a row, where each word ends, and how often it occurs, (W,).
+        """The bytes of all words one after the other, and the end and the count of each word, (W,).
 
-        The most frequent come first, and the order does not depend on that of the texts.
+        The most frequent words come first; the order does not depend on the order of the texts.
         """
         self._count()
         slots = self._table.slots[self._table.slots[:, HI] != 0]
@@ -95,9 +101,9 @@ class WordCounts:
             begin = end
 
 
-def larger(table: WordTable, needed: int) -> WordTable:
-    """The same words in twice the room, and `needed` more bytes."""
-    new = word_table(2 * len(table.slots), 2 * len(table.long) + needed)
+def grown(table: WordTable, missing_bytes: int) -> WordTable:
+    """A copy with twice the capacity and `missing_bytes` more bytes."""
+    new = word_table(2 * len(table.slots), 2 * len(table.long) + missing_bytes)
     new.long[: len(table.long)] = table.long
     new.used[:] = table.used
     move_words(table, new)
@@ -118,33 +124,33 @@ def move_words(old: WordTable, new: WordTable) -> None:
 
 @raw_entry
 def count_words(
-    data: Bytes, ends: Longs, place: Longs, rule: Int, kinds: Bytes, table: WordTable
+    data: Bytes, ends: Longs, cursor: Longs, rule: Int, classes: Bytes, table: WordTable
 ) -> Int:
-    """Count the words of texts that end at `ends`, from `place` on.
+    """Count the words of the texts that end at `ends`, from `cursor` on.
 
-    0: all are counted; else how many bytes the table has no room for.
+    Returns 0 if all are counted, else the number of bytes for which the table has no space.
     """
-    for text in range(place[TEXT], len(ends)):
-        at, stop, end_of_text = place[AT], place[STOP], ends[text]
+    for text in range(cursor[TEXT], len(ends)):
+        at, stop, end_of_text = cursor[AT], cursor[STOP], ends[text]
         while at < end_of_text:
             if at == stop:
-                stop = piece_end(data, at, end_of_text, kinds, rule)
-            end = word_end(data, at, stop, kinds, rule)
+                stop = segment_end(data, at, end_of_text, classes, rule)
+            end = word_end(data, at, stop, classes, rule)
             found = find(table, data, at, end)
-            if found.known:
+            if found.exists:
                 table.slots[found.slot, VALUE] += np.uint64(1)
-            elif has_room(table, end - at):
+            elif has_space(table, end - at):
                 add(table, found, data, at, end, np.uint64(1))
             else:
-                place[TEXT], place[AT], place[STOP] = text, at, stop
+                cursor[TEXT], cursor[AT], cursor[STOP] = text, at, stop
                 return end - at + LENGTH_BYTES
             at = end
-        place[AT] = place[STOP] = end_of_text + 1
+        cursor[AT] = cursor[STOP] = end_of_text + 1
     return 0
 
 
 def n_bytes(slots: NDArray[np.uint64], long_bytes: int) -> int:
-    """How many bytes the words in these slots have together."""
+    """The number of bytes of all words in these slots."""
     is_long = slots[:, HI] >= LONG_MARK
     short = int((slots[~is_long, HI] >> LENGTH).sum())
     return short + long_bytes - LENGTH_BYTES * int(is_long.sum())
@@ -152,7 +158,7 @@ def n_bytes(slots: NDArray[np.uint64], long_bytes: int) -> int:
 
 @raw_entry
 def list_words(slots: NDArray[np.uint64], long: Bytes, text: Bytes, ends: Longs) -> None:
-    """The bytes of all words in the order of the slots, and where each ends."""
+    """Write the bytes of all words, in the order of the slots, and the end of each."""
     at = np.int64(0)
     for k in range(len(slots)):
         lo, hi = slots[k, LO], slots[k, HI]

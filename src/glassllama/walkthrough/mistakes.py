@@ -1,0 +1,195 @@
+"""Common mistakes in implementations of a transformer, and what they change in the predictions.
+
+The mistakes are made by replacing functions of the attention modules for a while; nn/ has no code
+for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glassllama.base.errors import GlassError
+from glassllama.nn.rope import ROTATE
+from glassllama.walkthrough.analysis import Predictions, kl_divergence, predictions_by_row
+from glassllama.walkthrough.pictures import HeatMap, Picture, Table
+from glassllama.walkthrough.step import Check, Source, source
+from glassllama.walkthrough.tracing import trace
+from glassllama.walkthrough.walkthrough import Walkthrough
+
+TOP = 10
+CONTINUATION = 16  # tokens that each of both models generates
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One common mistake; `apply` makes it in an attention module."""
+
+    name: str
+    title: str
+    explanation: str
+    apply: Callable[[Any], None]
+
+
+def without_mask(attention: Any) -> None:
+    correct = attention.attend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        all_visible = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return correct(q, k, v, all_visible)  # type: ignore[no-any-return]
+
+    attention.__dict__["attend"] = attend  # hides the method of the class
+
+
+def other_rope_layout(attention: Any) -> None:
+    layouts = ROTATE.values()
+    attention.rotate = next(f for f in layouts if f is not attention.rotate)
+
+
+def without_scale(attention: Any) -> None:
+    correct = attention.attend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return correct(q * math.sqrt(q.shape[-1]), k, v, mask)  # type: ignore[no-any-return]
+
+    attention.__dict__["attend"] = attend
+
+
+MISTAKES = {
+    mistake.name: mistake
+    for mistake in (
+        Mistake(
+            "no-mask",
+            "Attention without the causal mask",
+            "Every position sees the tokens after it. In training the model could read the answer "
+            "there; a model that was trained with the mask makes wrong predictions without it.",
+            without_mask,
+        ),
+        Mistake(
+            "rope-layout",
+            "RoPE rotates the wrong coordinates",
+            "The layout is interleaved where the checkpoint has half, or the reverse. This is the "
+            "most common mistake when weights are converted between the formats of Meta, Hugging "
+            "Face and GGUF. All shapes are right, so there is no error. Short prompts often look "
+            "right, because slow pairs hardly rotate within a few tokens; longer ones do not.",
+            other_rope_layout,
+        ),
+        Mistake(
+            "scale",
+            "Scores are not divided by √D",
+            "The inputs of the softmax are √D times too large, so that one token gets nearly all "
+            "the weight. A constant copied from a model with another head width has the same, "
+            "smaller effect.",
+            without_scale,
+        ),
+    )
+}
+
+
+@contextmanager
+def with_mistake(model: nn.Module, mistake: Mistake) -> Iterator[None]:
+    """Inside the `with` all layers make this mistake. Raises GlassError if there is no RoPE."""
+    attentions = [m for name, m in model.named_modules() if name.endswith(".attention")]
+    rotations = [getattr(attention, "rotate", None) for attention in attentions]
+    if mistake.apply is other_rope_layout and None in rotations:
+        raise GlassError(f"{mistake.name}: this {type(model).__name__} has no RoPE")
+    try:
+        for attention in attentions:
+            mistake.apply(attention)
+        yield
+    finally:
+        for attention, rotate in zip(attentions, rotations, strict=True):
+            attention.__dict__.pop("attend", None)
+            if rotate is not None:
+                attention.rotate = rotate
+
+
+@dataclass(frozen=True)
+class Run:
+    """The prompt through the model with or without the mistake."""
+
+    predictions: Predictions  # (T, 10)
+    weights: Tensor  # attention weights of the chosen head, (T, T)
+    logits: Tensor  # (T, V)
+    continuation: list[int]  # greedy
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The correct model and the one with the mistake, on the same prompt."""
+
+    walkthrough: Walkthrough
+    mistake: Mistake
+    source: Source
+    runs: dict[str, Run]  # "correct", "wrong"
+    divergence: list[float]  # bits, after each position
+    check: Check  # that the model is the same as before
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Predictions after each position, the most probable next tokens, attention weights."""
+        walk = self.walkthrough
+        columns = [f"{name} model predicts" for name in self.runs]
+        rows = [
+            (n, walk.pieces[n], *self._predicted(n, 0), f"{self.divergence[n]:.2f}")
+            for n in walk.shown
+        ]
+        count = self.runs["correct"].predictions.ids.shape[-1]
+        ranks = [(k + 1, *self._predicted(-1, k)) for k in range(count)]
+        where = f"attention weights of layer {walk.layer}, head {walk.head}"
+        return (
+            Table(["position>", "token", *columns, "KL divergence, bits>"], rows),
+            Table(["rank>", *self.runs], ranks, title="the most probable next tokens"),
+            *(
+                HeatMap(f"{name}: {where}", run.weights.float().numpy(), walk.pieces, top=1.0)
+                for name, run in self.runs.items()
+            ),
+        )
+
+    def _predicted(self, position: int, rank: int) -> list[str]:
+        found = [run.predictions for run in self.runs.values()]
+        return [
+            f"{float(p.probs[position, rank]):4.0%} "
+            f"{self.walkthrough.piece(int(p.ids[position, rank]))}"
+            for p in found
+        ]
+
+
+def compare_with_mistake(walk: Walkthrough, mistake: Mistake) -> Comparison:
+    """Run both. Raises StepMismatchError if the model is not the same afterwards."""
+    runs = {
+        "correct": run(walk, nullcontext()),
+        "wrong": run(walk, with_mistake(walk.model, mistake)),
+    }
+    with torch.no_grad():
+        after = walk.model(walk.id_tensor).cpu()
+    pairs = zip(*(each.logits for each in runs.values()), strict=True)
+    return Comparison(
+        walkthrough=walk,
+        mistake=mistake,
+        source=source(mistake.apply),
+        runs=runs,
+        divergence=[kl_divergence(*pair) for pair in pairs],
+        check=walk.compare_runs("logits of the correct model afterwards", after, walk.plain_logits),
+    )
+
+
+def run(walk: Walkthrough, state: AbstractContextManager[None]) -> Run:
+    """Trace the prompt and generate a continuation while the model is in this state."""
+    hook = f"{walk.prefix}.attention.weights"
+    max_len = min(len(walk.ids) + CONTINUATION, walk.config.max_seq_len)
+    cache = walk.model.new_cache(1, max_len)
+    with state:
+        recorded = trace(walk.model, walk.ids, hooks=[hook], cache=cache)
+        ids = [int(recorded.logits[0, -1].argmax())]
+        while cache.lengths[0] < max_len - 1:
+            logits = trace(walk.model, ids[-1:], hooks=(), cache=cache).logits
+            ids.append(int(logits[0, -1].argmax()))
+    logits = recorded.logits[0].cpu()
+    return Run(predictions_by_row(logits, TOP), recorded[hook][0, walk.head], logits, ids)
