@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glassllama import hub
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.pack import pack
 from rows import Rows
 

@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 
 from glassllama.formats.blocks import SUPPORTED, block_layout, dequantize
-from glassllama.formats.dtypes import ELEMENT_TYPES
+from glassllama.formats.mmap_file import ELEMENT_TYPES
 
 COLUMNS = 4096  # of the matrix that is unpacked
 FLOAT_BYTES = 4

@@ -4,7 +4,7 @@
 
 Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
 of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
-Prints a table; machine, threads and what one thread can do at best (native/engine/roofline.py) come
+Prints a table; machine, threads and what one thread can do at best (native/roofline.py) come
 first.
 """
 
@@ -21,21 +21,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from glassllama.native.engine import gemm_kquant_amx
 from glassllama.native.engine.dispatch import TIERS, features, kernel_address
 from glassllama.native.engine.layout import (
-    WEIGHT_TYPES,
-    Arena,
+    FACTORS,
+    Q11_BYTES,
+    InputFormat,
     Matrix,
-    empty_matrix,
-    own_memory,
-    packed_bytes,
+    WeightType,
+    allocate_matrices,
 )
-from glassllama.native.engine.quantize_activations import FACTORS, Q11_BYTES
-from glassllama.native.engine.repack import FLOAT_TYPES
-from glassllama.native.engine.roofline import peaks, read_bandwidth
 from glassllama.native.engine.thread_pool import num_processors
 from glassllama.native.jit.intrinsics import call_kernel
+from glassllama.native.jit.memory import own_memory
+from glassllama.native.roofline import peaks, read_bandwidth
 from rows import Rows
 
 ROUNDS = 7
@@ -58,13 +56,13 @@ def call(address, arguments):
     call_kernel(address, arguments)
 
 
-def random_matrix(kind: str, rows: int, columns: int) -> Matrix:
+def random_matrix(weight_type: WeightType, rows: int, columns: int) -> Matrix:
     """Any codes, small scales: speed does not depend on the numbers, unless they are not finite."""
-    rng, form = np.random.default_rng(0), WEIGHT_TYPES[kind]
-    matrix = empty_matrix(Arena(packed_bytes(form, rows, columns)), form, rows, columns)
-    if kind in FLOAT_TYPES:
-        numbers = matrix.values.view(FLOAT_TYPES[kind])
-        numbers[:] = rng.standard_normal(numbers.shape[-1]).astype(FLOAT_TYPES[kind])
+    rng = np.random.default_rng(0)
+    matrix = allocate_matrices({"": (weight_type, rows, columns)})[""]
+    if weight_type.is_float:
+        numbers = matrix.values.view(weight_type.dtype)
+        numbers[:] = rng.standard_normal(numbers.shape[-1]).astype(weight_type.dtype)
     else:
         matrix.values[:] = rng.integers(0, 256, matrix.values.shape[-1], dtype=np.uint8)
         scales = matrix.scales.view(np.float16)
@@ -78,14 +76,16 @@ def aligned(kind: Any, *shape: int) -> Any:
 
 
 def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
-    columns = matrix.columns
-    if tier == "amx" and matrix.weight_type.name in gemm_kquant_amx.BASE:
+    columns, input_format = matrix.columns, matrix.weight_type.input_format
+    if tier == "amx" and matrix.weight_type.name.endswith("_K"):
+        input_format = InputFormat.Q11
+    if input_format is InputFormat.Q11:
         x = factors = aligned(np.uint8, columns // 256 + 1, tokens, Q11_BYTES)
     else:
-        x = aligned(np.int8 if matrix.weight_type.integer_inputs else np.float32, tokens, columns)
+        x = aligned(np.float32 if matrix.weight_type.is_float else np.int8, tokens, columns)
         factors = aligned(np.float32, tokens, columns // 32, FACTORS)
     out = aligned(np.float32, tokens, matrix.padded_rows)
-    address = kernel_address(matrix.weight_type.name, tier)
+    address = kernel_address(matrix.weight_type, tier, input_format)
     arguments = (
         matrix.values.ctypes.data, matrix.scales.ctypes.data, matrix.weight_type.blocks(columns),
         x.ctypes.data, x.strides[-2], factors.ctypes.data, factors.strides[0], tokens,
@@ -97,19 +97,19 @@ def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
 def kernels() -> None:
     able = [tier for tier, needed in TIERS.items() if needed <= features()]
     print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in able))
-    for kind in WEIGHT_TYPES:
+    for kind in WeightType:
         large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 768)
         cells = []
         for tier in able:
             stream = large.nbytes / kernel_seconds(tier, large, 1) / 1e9
             rate = 2 * 3072 * 768 * 96 / kernel_seconds(tier, small, 96) / 1e9
             cells.append(f"{stream:8.1f} GB/s {rate:5.0f} GOP/s")
-        print(f"{kind:8}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{kind.name:8}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def steps(path: str) -> None:
     """Decode after a short prompt, prefill of 512 tokens, batches of 8."""
-    from glassllama.weights.open import open_checkpoint
+    from glassllama.weights.checkpoint import open_checkpoint
     from glassllama.weights.pack import pack
 
     started = time.perf_counter()

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama import load
-from glassllama.cli.machine_facts import machine, versions
+from glassllama.benchmark import machine_info, versions
 from glassllama.llm import LLM
 
 QUESTIONS = (
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=80, help="tokens of each answer")
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    around, readers = machine(), Readers(flags.model)
+    around, readers = machine_info(), Readers(flags.model)
     found = compare(readers, flags.new)
     line = {
         "model": Path(flags.model).name,

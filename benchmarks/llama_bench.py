@@ -21,16 +21,17 @@ from typing import Any
 
 from glassllama import load
 from glassllama.base.machine import usable_cores
-from glassllama.cli.bench_runner import (
+from glassllama.benchmark import (
     Cell,
-    Needs,
-    Ours,
-    bandwidth,
+    LLMRunner,
+    Roofline,
+    machine_info,
     prepare,
     random_ids,
+    read_bandwidth,
     seconds_of,
+    versions,
 )
-from glassllama.cli.machine_facts import machine, versions
 
 PROMPT, NEW = 512, 64
 CELLS = (Cell("prefill", PROMPT), Cell("decode", NEW))
@@ -49,23 +50,23 @@ def theirs(program: str, path: Path, flags: str) -> Speeds:
     return speeds[True], speeds[False]
 
 
-def ours(contestant: Ours, words: int, run: int) -> Speeds:
+def ours(runner: LLMRunner, vocab_size: int, run: int) -> Speeds:
     speeds = []
     for cell in CELLS:
-        prepare(contestant, cell, words)
-        seconds = seconds_of(contestant, cell, random_ids(cell.tokens, words, run))
+        prepare(runner, cell, vocab_size)
+        seconds = seconds_of(runner, cell, random_ids(cell.tokens, vocab_size, run))
         speeds.append(cell.tokens / seconds)
     return tuple(speeds)
 
 
 def compare(name: str, program: str, model: str, flags: list[str], runs: int) -> dict[str, Any]:
     """Medians over the runs, in each of which everybody has a turn."""
-    around, llm = machine(), load(model)
-    contestant, needs, threads = Ours(llm), Needs.of(llm), usable_cores()
-    before = bandwidth(needs.bytes, threads)
+    around, llm = machine_info(), load(model)
+    runner, roofline, threads = LLMRunner(llm), Roofline.of(llm), usable_cores()
+    before = read_bandwidth(roofline.bytes, threads)
     found: dict[str, list[Speeds]] = {name: [] for name in ("glassllama", *flags)}
     for run in range(runs):
-        found["glassllama"].append(ours(contestant, needs.words, run))
+        found["glassllama"].append(ours(runner, roofline.vocab_size, run))
         for each in flags:
             found[each].append(theirs(program, llm.path, each))
     medians = {
@@ -78,20 +79,20 @@ def compare(name: str, program: str, model: str, flags: list[str], runs: int) ->
         "machine": around,
         "versions": versions(),
         "runs": runs,
-        "bandwidth": max(before, bandwidth(needs.bytes, threads)),
-        "rows": list(rows(medians, flags, needs)),
+        "bandwidth": max(before, read_bandwidth(roofline.bytes, threads)),
+        "rows": list(rows(medians, flags, roofline)),
     }
 
 
 def rows(
-    medians: dict[str, list[float]], flags: list[str], needs: Needs
+    medians: dict[str, list[float]], flags: list[str], roofline: Roofline
 ) -> Iterator[dict[str, Any]]:
     for n, cell in enumerate(CELLS):
         peers = {each: medians[each][n] for each in flags}
         speed = medians["glassllama"][n]
         yield {"what": cell.what, "tokens": cell.tokens, "tok_s": speed, "peers": peers,
                "ratio": speed / max(peers.values()),
-               "bytes_s": needs.row(cell, speed, []).bytes_s}  # fmt: skip
+               "bytes_s": roofline.result(cell, speed, []).bytes_s}  # fmt: skip
 
 
 def main() -> None:

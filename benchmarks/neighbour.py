@@ -25,9 +25,15 @@ from pathlib import Path
 from statistics import median
 
 from glassllama import load
-from glassllama.cli.bench import LlamaCpp
-from glassllama.cli.bench_runner import Cell, Contestant, Ours, seconds_of
-from glassllama.cli.machine_facts import machine, versions
+from glassllama.benchmark import (
+    Cell,
+    LlamaCppRunner,
+    LLMRunner,
+    Runner,
+    machine_info,
+    seconds_of,
+    versions,
+)
 
 CORES = 2
 SPIN = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
@@ -58,24 +64,24 @@ def neighbour(core: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def measure(contestants: list[Contestant], core: int, new: int, rounds: int) -> list[Lost]:
+def measure(runners: list[Runner], core: int, new: int, rounds: int) -> list[Lost]:
     """Speeds of all, in turns, with the neighbour stopped and running."""
     cell = Cell("decode", new)
     rates: dict[tuple[int, bool], list[float]] = {}
-    for each in contestants:
-        each.begin(1, new)
+    for each in runners:
+        each.reset(1, new)
     with neighbour(core) as process:
         for _ in range(rounds):
             for busy in (False, True):
                 process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
-                for n, each in enumerate(contestants):
+                for n, each in enumerate(runners):
                     each.decode(1)  # awake, before time counts
                     rates.setdefault((n, busy), []).append(new / seconds_of(each, cell, []))
                     each.rewind(0)
                     time.sleep(0.05)  # until its threads have gone to sleep
     return [
         Lost(each.name, median(rates[n, False]), median(rates[n, True]))
-        for n, each in enumerate(contestants)
+        for n, each in enumerate(runners)
     ]
 
 
@@ -86,12 +92,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    around, cores = machine(), sorted(os.sched_getaffinity(0))[:CORES]
+    around, cores = machine_info(), sorted(os.sched_getaffinity(0))[:CORES]
     if len(cores) < CORES:
         sys.exit("needs two cores: on one there is nothing to share")
     os.sched_setaffinity(0, cores)
     llm = load(flags.model, backend="engine", threads=CORES)
-    lost = measure([Ours(llm), LlamaCpp(llm.path, CORES)], cores[-1], flags.new, flags.rounds)
+    lost = measure(
+        [LLMRunner(llm), LlamaCppRunner(llm.path, CORES)], cores[-1], flags.new, flags.rounds
+    )
     for row in lost:
         print(f"{row.name:18} alone {row.alone:7.1f} tok/s   beside a busy process "
               f"{row.beside:7.1f}   lost {row.share:4.0%}")  # fmt: skip

@@ -35,10 +35,11 @@ def lower_limit(values: list[float], confidence: float = 0.95) -> float:
 
 WORKER = """
 import sys, time
-from glassllama.weights import open as opening
+try:
+    from glassllama.weights.checkpoint import open_checkpoint
+except ImportError:  # older commits
+    from glassllama.weights.open import open_weights as open_checkpoint
 from glassllama.weights.pack import pack
-
-open_checkpoint = getattr(opening, "open_checkpoint", None) or opening.open_weights  # older commits
 
 engine = pack(open_checkpoint(sys.argv[1]))
 prompt, count = int(sys.argv[2]), int(sys.argv[3])

@@ -19,8 +19,8 @@ import numba
 import numpy as np
 
 from glassllama import load
-from glassllama.native.engine.roofline import peaks, read_bandwidth
 from glassllama.native.engine.workspace import KERNEL
+from glassllama.native.roofline import peaks, read_bandwidth
 from rows import Rows
 
 TOKENS, RUNS = 64, 5
@@ -86,7 +86,7 @@ def main() -> None:
     size, numbers = sum(m.nbytes for m in weights), sum(m.rows * m.columns for m in weights)
     layers = sum(m.rows * m.columns for m in weights[:-1])  # logits are wanted of the last token
     bandwidth, best = read_bandwidth(min(size, 1 << 30), engine.threads), peaks(engine.threads)
-    integers = all(m.weight_type.integer_inputs for m in weights)
+    integers = not any(m.weight_type.is_float for m in weights)
     peak = {name: rate for name, rate in best.items() if name.startswith("int8") == integers}
     fastest = max(peak, key=lambda name: peak[name])
     works = {

@@ -51,16 +51,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 def shapes_of(layers: int) -> Shapes:
     """Our tensor names and shapes; the writers below translate the names."""
-    from glassllama.weights.configs import config_from_hf
-    from glassllama.weights.tensor_map import expected_shapes
+    from glassllama.weights.architectures.llama import LLAMA
 
-    return expected_shapes(config_from_hf({**LLAMA_3_8B, "num_hidden_layers": layers}).config)
+    values = {**LLAMA_3_8B, "num_hidden_layers": layers}
+    return LLAMA.shapes(LLAMA.config_from_hf(values).config)
 
 
 def named(shapes: Shapes, family: Any, layers: int) -> Shapes:
-    from glassllama.weights.tensor_map import foreign_names
+    from glassllama.weights.architectures.llama import LLAMA
 
-    table = foreign_names(family, layers)
+    config = LLAMA.config_from_hf({**LLAMA_3_8B, "num_hidden_layers": layers}).config
+    table = {tensor.ours: tensor.theirs for tensor in LLAMA.tensors(config, family)}
     return {table[ours]: shape for ours, shape in shapes.items()}
 
 
@@ -134,7 +135,7 @@ def fill(path: Path) -> tuple[int, int]:
     """Give every tensor its numbers, on the disk -> bytes of all, and bytes that a pass reads."""
     import ml_dtypes
 
-    from glassllama.weights.open import open_checkpoint
+    from glassllama.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
@@ -185,7 +186,7 @@ def walk(path: Path) -> dict[str, Any]:
     """One prompt through one checkpoint, in this process."""
     import torch
 
-    from glassllama.weights.open import open_checkpoint
+    from glassllama.weights.checkpoint import open_checkpoint
     from glassllama.weights.stream import StreamedLlama
 
     imported = high_water()
@@ -232,16 +233,15 @@ def walkthrough(path: Path) -> dict[str, Any]:
     }
 
 
-def plan_of(path: Path) -> dict[str, float]:
-    """What weights/memory.py says before anything runs."""
-    from glassllama.weights.memory import plan
-    from glassllama.weights.open import open_checkpoint
+def estimate(path: Path, speed: float) -> dict[str, float]:
+    """The memory that weights/memory.py expects, and the time to read the file once."""
+    from glassllama.weights.checkpoint import open_checkpoint
+    from glassllama.weights.memory import estimate_memory
 
-    made = plan(open_checkpoint(path), tokens=len(PROMPT))
-    print(made.describe())
-    way = made.way("streamed")
-    seconds = made.seconds_per_pass(way)
-    return {"peak_gb": round(way.memory / 1e9, 3), "seconds": round(seconds, 2)}
+    checkpoint = open_checkpoint(path)
+    peak = estimate_memory(checkpoint, tokens=len(PROMPT)).peaks["streamed"]
+    nbytes = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    return {"peak_gb": round(peak / 1e9, 3), "seconds": round(nbytes / speed, 2)}
 
 
 def measure(form: str, layers: int, folder: Path, walked: bool) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def measure(form: str, layers: int, folder: Path, walked: bool) -> dict[str, Any
     written = time.perf_counter() - started
     speed = bandwidth(path)
     forget(path)
-    planned = plan_of(path)
+    planned = estimate(path, speed)
     results = {}
     for state in ("cold", "warm"):
         if state == "cold":

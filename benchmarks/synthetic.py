@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
 from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
-from glassllama.weights.tensor_map import expected_shapes, foreign_names
+from glassllama.weights.architectures.llama import LLAMA
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
 POOL = (1 << 24) + (1 << 12) * 37  # numbers in the stretch; no multiple of a tensor's size
@@ -250,7 +250,8 @@ def write(
     describe(writer, config)
     if words is not None:
         add_words(writer, words)
-    shapes, theirs = expected_shapes(config), foreign_names("gguf", config.n_layers)
+    shapes = LLAMA.shapes(config)
+    theirs = {tensor.ours: tensor.theirs for tensor in LLAMA.tensors(config, "gguf")}
     kinds = {name: type_of(name, kind, config) for name, size in shapes.items() if len(size) > 1}
     pools = {name: Pool(name, numbers=pool) for name in sorted(set(kinds.values()))}
     divisors = rope_divisors(config)

@@ -57,7 +57,7 @@ def peak_memory() -> int:
 def continue_one(path: Path, backend: str) -> dict[str, Any]:
     """Load one checkpoint exactly, continue PROMPT greedily."""
     from glassllama.generation import GenerationSettings, generate
-    from glassllama.weights.open import open_checkpoint
+    from glassllama.weights.checkpoint import open_checkpoint
 
     start = time.perf_counter()
     checkpoint = open_checkpoint(path)

@@ -22,8 +22,8 @@ from synthetic import SUPERBLOCK, add_words, describe, rope_divisors, smollm_wor
 
 from glassllama import hub
 from glassllama.base.config import LlamaConfig
-from glassllama.weights.open import Checkpoint, open_checkpoint
-from glassllama.weights.tensor_map import expected_shapes, foreign_names
+from glassllama.weights.architectures.llama import LLAMA
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 
 TYPES = ("Q4_K_M", "Q6_K")
 
@@ -53,15 +53,14 @@ def write(path: Path, checkpoint: Checkpoint, *, words: bool = True) -> Path:
     if words:
         add_words(writer, smollm_words())
         writer.add_chat_template(str(checkpoint.chat_template))
-    theirs = foreign_names("gguf", config.n_layers)
     divisors = rope_divisors(config)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
-    for name, shape in expected_shapes(config).items():
-        numbers = checkpoint.float32(name)
+    for tensor in LLAMA.tensors(config, "gguf"):
+        numbers, shape = checkpoint.float32(tensor.ours), tensor.shape
         wide = np.zeros(shape, np.float32)
         wide[tuple(slice(size) for size in numbers.shape)] = numbers
-        writer.add_tensor(theirs[name], wide * shrunk if wide.ndim == 1 else wide)
+        writer.add_tensor(tensor.theirs, wide * shrunk if wide.ndim == 1 else wide)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

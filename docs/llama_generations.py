@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig, RopeScaling
 from glassllama.formats.blocks import BLOCKS, block_layout
-from glassllama.weights.tensor_map import expected_shapes
+from glassllama.weights.architectures.llama import LLAMA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +172,13 @@ MODELS = {
 
 def parameters(config: LlamaConfig) -> int:
     """Number of parameters; tied embeddings count once."""
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
+    return sum(math.prod(shape) for shape in LLAMA.shapes(config).values())
 
 
 def weight_bytes(config: LlamaConfig, dtype: str) -> int:
     """Bytes of the weights with all matrices as `dtype`; beside block types, norms are F32."""
     total = 0
-    for shape in expected_shapes(config).values():
+    for shape in LLAMA.shapes(config).values():
         stored = "F32" if len(shape) == 1 and dtype in BLOCKS else dtype
         layout = block_layout(stored)
         total += math.prod(shape) // layout.elements * layout.bytes

@@ -20,7 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).parent.parent
-LESSONS = [ROOT / "lessons" / "walkthrough.py"]
+LESSONS = [ROOT / "lessons" / "llama_step_by_step.py"]
 SECONDS = 300  # for one cell, at most
 MODEL = re.compile(r'^MODEL = ".*"$', re.MULTILINE)
 

@@ -113,7 +113,7 @@ def young() -> frozenset[str]:
 
 
 def mixed_text(seed: int, *, pieces: int = 600) -> str:
-    """Scripts, digits, blanks, signs, code, look-alikes of control tokens, and any code point."""
+    """Scripts, digits, blanks, signs, code, look-alikes of special tokens, and any code point."""
     chance = random.Random(seed)
     parts = chance.choices(PIECES, k=pieces)
     for at in chance.sample(range(pieces), k=pieces // 10):

@@ -11,16 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import LlamaConfig
-from glassllama.native.engine.executor import Engine, Weights
-from glassllama.native.engine.layout import (
-    BLOCK,
-    WEIGHT_TYPES,
-    Arena,
-    Matrix,
-    empty_matrix,
-    packed_bytes,
-)
-from glassllama.native.engine.repack import fill, fill_rounded
+from glassllama.base.layer_plan import ModelPlan, llama_plan
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.layout import BLOCK, Matrix, WeightType, allocate_matrices
+from glassllama.native.engine.repack import pack_matrix
+from glassllama.native.engine.workspace import Weights, vector_shapes
 
 PROT_NONE = 0
 SMALL = LlamaConfig(
@@ -31,25 +26,19 @@ SMALL = LlamaConfig(
 
 def matrix(chance: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
     """Random numbers, as F32, or quantised to Q8_0 or Q4_0 where columns are whole blocks."""
-    name = "F32" if columns % BLOCK else kind
-    packed = WEIGHT_TYPES[name]
-    made = empty_matrix(Arena(packed_bytes(packed, rows, columns)), packed, rows, columns)
-    numbers = chance.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
-    (fill if name == "F32" else fill_rounded)(made, 0, numbers)
+    weight_type = WeightType["F32" if columns % BLOCK else kind]
+    made = allocate_matrices({"": (weight_type, rows, columns)})[""]
+    pack_matrix(made, 0, chance.normal(0, columns**-0.5, (rows, columns)).astype(np.float32))
     return made
 
 
-def weights(config: LlamaConfig, kind: str = "F32") -> Weights:
-    chance, c = np.random.default_rng(3), config
-    heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    layer = [
-        (heads, c.dim), (kv_heads, c.dim), (kv_heads, c.dim), (c.dim, heads),
-        (c.ffn_dim, c.dim), (c.ffn_dim, c.dim), (c.dim, c.ffn_dim),
-    ]  # fmt: skip
-    shapes = [*layer * c.n_layers, (c.vocab_size, c.dim)]
-    matrices = [matrix(chance, kind, *shape) for shape in shapes]
-    norms = np.ones((2 * c.n_layers + 1, c.dim), np.float32)
-    return Weights(matrices, matrices[-1], norms)
+def weights(config: LlamaConfig | ModelPlan, kind: str = "F32") -> Weights:
+    plan = llama_plan(config) if isinstance(config, LlamaConfig) else config
+    chance = np.random.default_rng(3)
+    shapes = [shape for block in plan.blocks for shape in block.matrices(plan.dim).values()]
+    matrices = [matrix(chance, kind, *shape) for shape in (*shapes, (plan.vocab_size, plan.dim))]
+    ones = {name: np.ones(size, np.float32) for name, size in vector_shapes(plan).items()}
+    return Weights(matrices, matrices[-1], ones)
 
 
 def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> Engine:
@@ -81,7 +70,8 @@ def walled_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
     matrices = [
         replace(m, values=walled(m.values), scales=walled(m.scales)) for m in plain.matrices
     ]
-    engine = Engine(config, Weights(matrices, matrices[-1], walled(plain.norms)), **options)
+    vectors = {name: walled(vector) for name, vector in plain.vectors.items()}
+    engine = Engine(config, Weights(matrices, matrices[-1], vectors), **options)
     workspace = engine._workspace
     for name, table in workspace.tables.items():
         workspace.tables[name] = walled(table)

@@ -14,7 +14,7 @@ from llama_models.sku_list import all_registered_models
 import make_compare
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.hub.names import HUB_MODELS
-from glassllama.weights.configs import config_from_meta
+from glassllama.weights.architectures.llama import config_from_meta
 from llama_generations import GENERATIONS, MODELS, parameters, weight_bytes
 
 PAGE = Path(__file__).parent.parent / "docs" / "compare.md"

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/recipes.md work.
+"""The commands and programs of the README, of docs/recipes.md and of docs/api.md work.
 
 Those of the section Install are the ones that the Makefile runs; all others are executed here.
 """
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 INSTALL = README.split("## Install\n")[1].split("\n## ")[0]
 
@@ -38,7 +39,7 @@ def commands(text: str) -> list[str]:
 
 
 INSTALL_COMMANDS = commands(INSTALL)
-PYTHON = blocks(README + RECIPES, "python")
+PYTHON = blocks(README + RECIPES + API, "python")
 COMMANDS = commands(README.replace(INSTALL, "") + RECIPES)
 EXTRA = re.compile(r"pip install (?:-q )?-e '\.\[([a-z,]+)\]'")
 HUB = [line for line in COMMANDS if "HuggingFaceTB/" in line]
@@ -73,7 +74,7 @@ def test_the_speed_table_is_not_stale() -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert len(COMMANDS) >= 16
     assert len(HUB) == 1
 

@@ -8,10 +8,9 @@ from glassllama.cli import errors
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code (cli/errors.py)."""
+    """Run the command line and exit with its code (cli/errors.py)."""
     errors.prepare()
-    code = errors.code_of(_run_verb)
-    sys.exit(code)
+    sys.exit(errors.exit_code_of(_run_verb, debug="--debug" in sys.argv))
 
 
 def _run_verb() -> None:

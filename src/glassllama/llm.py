@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,12 +51,12 @@ from glassllama.weights.backend import (
     check_precision,
     choose_backend,
 )
-from glassllama.weights.open import Checkpoint, open_checkpoint
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.quantization import Quantize
 
 if TYPE_CHECKING:
+    from glassllama.models.language_model import LanguageModel
     from glassllama.walkthrough import Intervention, Trace
-    from glassllama.weights.load import Model
 
 DEFAULT_MODEL = "smollm2-135m"
 Prompt = str | Sequence[int]
@@ -331,7 +331,7 @@ class LLM:
         return logits_of_text(self.executor, ids)
 
     @cached_property
-    def model(self) -> Model:
+    def model(self) -> LanguageModel:
         """The PyTorch reference model of this checkpoint, loaded on first use.
 
         With the torch backend it is the model that generates. Raises MissingExtraError without
@@ -343,7 +343,7 @@ class LLM:
         except ImportError:
             raise MissingExtraError("the PyTorch reference model", "torch") from None
         if isinstance(self.executor, TorchExecutor):
-            return cast("Model", self.executor.model)
+            return self.executor.model
         return load_model(self.checkpoint)
 
     def trace(
@@ -465,7 +465,7 @@ def load(
                        progress=download_progress)  # fmt: skip
     started = time.perf_counter()
     checkpoint = open_checkpoint(path)
-    if backend == "auto" and checkpoint.torch_only:
+    if backend == "auto" and checkpoint.architecture.layer_plan is None:
         chosen = "torch"  # and the checkpoint's notes say why
     check_precision(chosen, dtype, exact, quantize, cache, stream_layers)
     if chosen == "engine":

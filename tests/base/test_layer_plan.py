@@ -18,7 +18,7 @@ from glassllama.base.layer_plan import (
     RopePlan,
     llama_plan,
 )
-from glassllama.weights.tensor_map import expected_shapes
+from glassllama.weights.architectures.llama import LLAMA as ARCHITECTURE
 
 LLAMA = LlamaConfig(
     dim=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=40, vocab_size=70,
@@ -36,7 +36,7 @@ MODEL = ModelPlan(
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_plan_has_the_sizes_of_the_configuration(tied: bool) -> None:
     config = replace(LLAMA, tie_embeddings=tied)
-    plan, shapes = llama_plan(config), expected_shapes(config)
+    plan, shapes = llama_plan(config), ARCHITECTURE.shapes(config)
     assert plan.n_layers == config.n_layers
     assert plan.matrices() == {name: s for name, s in shapes.items() if len(s) == 2}
     assert plan.norms() == [name for name, s in shapes.items() if len(s) == 1]

@@ -11,7 +11,7 @@ import pytest
 from glassllama.base import trust
 from glassllama.base.errors import UntrustedError
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
-from glassllama.native.jit import checksums, code_cache
+from glassllama.native.jit import code_cache
 from glassllama.native.jit.code_cache import folder_for
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
@@ -145,15 +145,15 @@ def test_files_that_others_can_write_are_discarded(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "link").symlink_to("ours")
-    checksums.seal(tmp_path)
+    code_cache.write_checksums(tmp_path)
     (tmp_path / "open").chmod(0o666)
     (tmp_path / "open_folder").chmod(0o777)
-    assert checksums.discard_damaged(tmp_path) == 2  # and a folder
-    assert [name for name, _ in checksums.files(tmp_path)] == ["in/ours", "ours"]
-    (tmp_path / checksums.SEAL).chmod(0o666)
-    assert checksums.read_seal(tmp_path) == {}, "a seal that others may have written is none"
-    assert checksums.discard_damaged(tmp_path) == 0
-    assert list(checksums.files(tmp_path)) == []
+    assert code_cache.discard_damaged(tmp_path) == 2  # and a folder
+    assert [name for name, _ in code_cache.files(tmp_path)] == ["in/ours", "ours"]
+    (tmp_path / code_cache.CHECKSUM_FILE).chmod(0o666)
+    assert code_cache.read_checksums(tmp_path) == {}, "a seal that others may have written is none"
+    assert code_cache.discard_damaged(tmp_path) == 0
+    assert list(code_cache.files(tmp_path)) == []
 
 
 def test_sealing_removes_write_permissions_of_others(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_sealing_removes_write_permissions_of_others(tmp_path: Path) -> None:
     try:
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "file").write_text("x")
-        checksums.seal(tmp_path)
+        code_cache.write_checksums(tmp_path)
     finally:
         os.umask(before)
-    assert checksums.discard_damaged(tmp_path) == 0
-    assert [name for name, _ in checksums.files(tmp_path)] == ["sub/file"]
-    assert is_trusted((tmp_path / checksums.SEAL).lstat())
+    assert code_cache.discard_damaged(tmp_path) == 0
+    assert [name for name, _ in code_cache.files(tmp_path)] == ["sub/file"]
+    assert is_trusted((tmp_path / code_cache.CHECKSUM_FILE).lstat())

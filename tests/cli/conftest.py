@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from glassllama.cli.app import app
+from glassllama.cli.errors import exit_code_of
 from glassllama.llm import LLM, load
 
 
@@ -48,9 +49,9 @@ def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", pipe)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            app([str(argument) for argument in arguments], prog_name="glassllama")
-        return Ran(int(end.value.code or 0), *capsys.readouterr())
+        words = [str(argument) for argument in arguments]
+        code = exit_code_of(lambda: app(words, prog_name="glassllama"), debug=True)
+        return Ran(code, *capsys.readouterr())
 
     return run
 

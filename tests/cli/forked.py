@@ -2,8 +2,7 @@
 
 import sys
 
-import rich.console  # noqa: F401
-import typer._adapters  # noqa: F401
+import typer.rich_utils  # noqa: F401
 
 import glassllama.cli.app
 import glassllama.hub

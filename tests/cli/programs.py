@@ -19,7 +19,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 from forks import server
-from glassllama.cli.compile_notice import COMPILING
+from glassllama.cli.console import COMPILING
 
 REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from cli.conftest import Verb
-from glassllama.cli.bench_runner import (
+from glassllama.benchmark import (
     Cell,
     Grid,
-    Needs,
-    Ours,
+    LlamaCppRunner,
+    LLMRunner,
+    Roofline,
     prepare,
     random_ids,
     seconds_of,
@@ -28,7 +29,7 @@ SMALL = ("--prompt", "6,3", "--new", "2", "--runs", "1", "--context", "0,5", "--
 @pytest.fixture(autouse=True)
 def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory's speed is read from a few megabytes here, not from a model's weights."""
-    monkeypatch.setattr("glassllama.cli.bench_runner.LARGEST_STRETCH", 1 << 22)
+    monkeypatch.setattr("glassllama.benchmark.MAX_BANDWIDTH_BYTES", 1 << 22)
 
 
 def test_bench_measures_the_grid_and_its_bounds(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
@@ -51,7 +52,13 @@ def test_bench_measures_the_grid_and_its_bounds(verb: Verb, loaded: LLM, tmp_pat
 
 def test_bench_prints_a_line_a_cell(verb: Verb, loaded: LLM) -> None:
     table = verb("bench", "smollm2-135m", *SMALL).out
-    for words in ("prefill 6", "decode 2 after 5", "decode 2, 2 rows", "bound of decode", "GOP/s"):
+    for words in (
+        "prefill 6",
+        "decode 2 after 5",
+        "decode 2, 2 sequences",
+        "limit of decode",
+        "GOP/s",
+    ):
         assert words in table
 
 
@@ -71,36 +78,38 @@ def test_lists_are_whole_numbers(verb: Verb, loaded: LLM, value: str) -> None:
 def test_needs_are_those_of_the_matrices(loaded: LLM) -> None:
     """SmolLM2-135M by hand: thirty layers of 576 × (576 + 2·192 + 576 + 3·1536), tied output."""
     layer = 576 * (576 + 2 * 192 + 576 + 3 * 1536)
-    needs = Needs.of(loaded)
-    assert needs.ops == 2 * (30 * layer + 576 * 49_152)
-    assert needs.output_ops == 2 * 576 * 49_152
-    assert needs.cache_bytes == 2 * 30 * 3 * (64 * 2 + 4)
-    assert needs.numbers == "int8"
-    prefill = needs.row(Cell("prefill", 10), 1.0, [])
+    roofline = Roofline.of(loaded)
+    assert roofline.ops == 2 * (30 * layer + 576 * 49_152)
+    assert roofline.output_ops == 2 * 576 * 49_152
+    assert roofline.cache_bytes == 2 * 30 * 3 * (64 * 2 + 4)
+    assert roofline.numbers == "int8"
+    prefill = roofline.result(Cell("prefill", 10), 1.0, [])
     assert prefill.ops_s == pytest.approx(2 * 30 * layer + 2 * 576 * 49_152 / 10)
-    decode = needs.row(Cell("decode", 4, 100, batch=2), 6.0, [2.0, 3.0])
-    assert decode.bytes_s == pytest.approx(6 * (needs.bytes / 2 + 102 * needs.cache_bytes))
+    decode = roofline.result(Cell("decode", 4, 100, batch=2), 6.0, [2.0, 3.0])
+    assert decode.bytes_s == pytest.approx(6 * (roofline.bytes / 2 + 102 * roofline.cache_bytes))
     assert decode.ratio == 2.0
 
 
 def test_what_is_timed_is_done(loaded: LLM) -> None:
-    """All that a cell asks for is computed: nothing is found again that was read before."""
-    ours, words = Ours(loaded), loaded.executor.config.vocab_size
+    """All that a cell asks for is computed: no tokens are reused from the cache."""
+    ours, words = LLMRunner(loaded), loaded.executor.config.vocab_size
     for cell in (Cell("prefill", 70), Cell("decode", 4, 66), Cell("decode", 66, 0, 3)):
         prepare(ours, cell, words)
         for run in range(2):
             seconds_of(ours, cell, random_ids(cell.tokens, words, run))
-            assert list(ours._cache.lengths) == [cell.context + cell.tokens] * cell.batch
-            assert ours._cache.cached_tokens == 0
+            assert len(ours._sequences) == cell.batch
+            for sequence in ours._sequences:
+                assert ours._cache.length(sequence) == cell.context + cell.tokens
+                assert ours._cache.reused(sequence) == 0
 
 
 def test_the_torch_backend_is_measured_too(default_model: Path) -> None:
     pytest.importorskip("torch")
     llm = load("smollm2-135m", backend="torch", dtype="float32")
     engine = load("smollm2-135m", exact=True)
-    assert Needs.of(llm).numbers == Needs.of(engine).numbers == "float32"
+    assert Roofline.of(llm).numbers == Roofline.of(engine).numbers == "float32"
     norms = 2 * (2 * 30 + 1) * 576  # the engine counts matrices only
-    assert Needs.of(llm).ops - norms == Needs.of(engine).ops
+    assert Roofline.of(llm).ops - norms == Roofline.of(engine).ops
 
 
 def test_bench_without_the_peer_says_what_to_install(
@@ -115,17 +124,15 @@ def test_bench_without_the_peer_says_what_to_install(
 def test_llama_cpp_reads_the_same_logits_row_by_row(loaded: LLM) -> None:
     """The peer does the work that it is timed for: its likeliest tokens are mostly ours."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: the bench extra")
-    from glassllama.cli.bench import LlamaCpp
-
-    peer: Any = LlamaCpp(loaded.path, 1)
+    peer: Any = LlamaCppRunner(loaded.path, 1)
     ours = loaded.executor
     ids = loaded.encode("The capital of France is")
-    peer.begin(2, 16)
-    peer.feed(ids[:2])
+    peer.reset(2, 16)
+    peer.prefill(ids[:2])
     peer.rewind(0)
     for row in range(2):
         peer._decode([(id, row, False) for id in ids[:-1]])
     peer._decode([(ids[-1], row, True) for row in range(2)])
     likeliest = int(loaded.logits(ids)[-1].argmax())
     assert list(peer._likeliest()) == [likeliest, likeliest]
-    assert ours.config.vocab_size == peer._words
+    assert ours.config.vocab_size == peer._vocab_size

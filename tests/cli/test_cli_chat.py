@@ -15,11 +15,10 @@ import pytest
 from cli.conftest import Verb
 from glassllama.base.errors import GlassError
 from glassllama.cli import console
-from glassllama.cli.console import text_and_stdin
-from glassllama.cli.conversation import Conversation
+from glassllama.cli.console import prompt_from
 from glassllama.cli.options import ChatOptions, SamplingOptions
-from glassllama.cli.repl import Repl
-from glassllama.cli.session import Talk
+from glassllama.cli.repl import Repl, limits
+from glassllama.cli.session import ChatSession, Conversation
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import ChatML, TemplateChat
 
@@ -47,7 +46,7 @@ def test_what_is_piped_in_follows_the_text(
     monkeypatch: pytest.MonkeyPatch, text: str | None, raw: bytes, whole: str
 ) -> None:
     piped(monkeypatch, raw)
-    assert text_and_stdin(text, "TEXT") == whole
+    assert prompt_from(text, "TEXT") == whole
 
 
 @pytest.mark.parametrize("text", [None, "Sum up:"])
@@ -56,30 +55,30 @@ def test_what_cannot_follow_a_text_is_one_line(
 ) -> None:
     piped(monkeypatch, b"abc\xff")
     with pytest.raises(GlassError, match="standard input: not UTF-8 at byte 3"):
-        text_and_stdin(text, "TEXT")
-    monkeypatch.setattr(console, "MOST_PROMPT", 8)
+        prompt_from(text, "TEXT")
+    monkeypatch.setattr(console, "MAX_PROMPT_BYTES", 8)
     piped(monkeypatch, b"123456789")
     with pytest.raises(GlassError, match="standard input: more than 8 bytes"):
-        text_and_stdin(text, "TEXT")
+        prompt_from(text, "TEXT")
 
 
 def test_a_closed_stdin_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     piped(monkeypatch, b"lost")
     sys.stdin.close()
-    assert text_and_stdin("Sum up:", "TEXT") == "Sum up:"
+    assert prompt_from("Sum up:", "TEXT") == "Sum up:"
     with pytest.raises(GlassError, match="TEXT is missing"):
-        text_and_stdin(None, "TEXT")
+        prompt_from(None, "TEXT")
 
 
 def test_waiting_for_stdin_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(console, "STDIN_NOTICE_SECONDS", 0.01)
     reader, writer = os.pipe()
     Timer(0.3, os.close, [writer]).start()
     with open(reader, encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
-        assert text_and_stdin("Sum up:", "TEXT") == "Sum up:"
+        assert prompt_from("Sum up:", "TEXT") == "Sum up:"
     assert "reading standard input until it ends" in capsys.readouterr().err
 
 
@@ -92,30 +91,34 @@ def test_chat_and_generate_read_a_file_beside_their_argument(verb: Verb, loaded:
 
 
 def test_chat_has_a_limit_and_a_penalty_and_shows_them(verb: Verb) -> None:
-    page = " ".join(verb("chat", "--help").out.split())
-    assert "Stop an answer after N tokens. [default: 1024]" in page
+    page = " ".join(verb("chat", "--help").out.replace("│", "").split())
+    assert "full context. [default: 1024]" in page
     assert "become less likely. [default: 1.1]" in page
     assert (SamplingOptions().max_tokens, SamplingOptions().repetition_penalty) == (None, 1.0)
 
 
-def talk_with(llm: Any, **changes: Any) -> Talk:
-    return Talk(llm, Conversation(), replace(ChatOptions(), **changes))
+def session_with(llm: Any, **changes: Any) -> ChatSession:
+    return ChatSession(llm, Conversation(), replace(ChatOptions(), **changes))
 
 
-def test_the_conversation_says_its_limits(llm: LLM) -> None:
-    assert "at most 1,024 tokens, repetition penalty 1.1" in talk_with(llm).limits()
-    assert "no limit" in talk_with(llm, max_tokens=None).limits()
+def test_the_conversation_says_its_limits() -> None:
+    assert "at most 1,024 tokens, repetition penalty 1.1" in limits(ChatOptions())
+    assert "without limit" in limits(ChatOptions(max_tokens=None))
 
 
-class Speaks:
-    """A model that is asked for its chat format and its tokenizer only."""
+class OtherTemplate:
+    """A model with another chat format, for encoding only."""
 
     def __init__(self, llm: LLM, chat_format: Any) -> None:
         self.tokenizer, self.chat_format = llm.tokenizer, chat_format
 
+    def encode_chat(self, messages: Any) -> list[int]:
+        ids: list[int] = self.chat_format.encode(messages, self.tokenizer)
+        return ids
+
 
 @pytest.mark.parametrize(
-    ("template", "system", "told"),
+    ("template", "system", "shown"),
     [
         (None, None, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
         (None, "Be brief.", "Be brief."),
@@ -128,25 +131,25 @@ class Speaks:
     ],
 )  # fmt: skip
 def test_what_the_template_adds_by_itself(
-    llm: LLM, template: Any, system: str | None, told: str
+    llm: LLM, template: Any, system: str | None, shown: str
 ) -> None:
-    talk = talk_with(Speaks(llm, template or llm.chat_format))
-    talk.conversation.system = system
-    assert talk.text_before_first_message() == told
+    session = session_with(OtherTemplate(llm, template or llm.chat_format))
+    session.conversation.system = system
+    assert session.text_before_first_message() == shown
 
 
 def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    repl = Repl(talk_with(llm))
-    repl.obey("/system")
+    repl = Repl(session_with(llm))
+    repl.handle("/system")
     none, template = capsys.readouterr().out.splitlines()
     assert none == "none"
     assert template.endswith("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-    repl.obey("/system Be brief.")
+    repl.handle("/system Be brief.")
     assert capsys.readouterr().out == "Be brief.\n"
 
 
 def test_files_of_a_user_who_is_unknown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    repl = Repl(talk_with(llm))
+    repl = Repl(session_with(llm))
     for command in ("/save", "/load"):
-        repl.obey(f"{command} ~nobody-of-that-name/a")
+        repl.handle(f"{command} ~nobody-of-that-name/a")
         assert "No such file or directory" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 
 from cli.programs import COMMAND, PATIENCE, complaints, is_clean_error, run, run_many
 from glassllama.base.errors import GlassError
-from glassllama.cli.errors import foreseen
+from glassllama.cli.errors import user_message
 from tiny_models import hf_model, write_hf
 
 # Every verb, with arguments that would work if the model were there.
@@ -145,12 +145,12 @@ def test_libraries_words_for_too_little_memory() -> None:
         RuntimeError("can't start new thread"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ):  # fmt: skip
-        assert str(foreseen(error)).startswith("out of memory")
+        assert str(user_message(error)).startswith("out of memory")
     unread = GlassError("x.gguf: cannot be read: Cannot allocate memory")
     unread.__cause__ = OSError(errno.ENOMEM, "Cannot allocate memory")
-    assert str(foreseen(unread)).startswith("out of memory")
-    assert foreseen(RuntimeError("something else")) is None
-    assert foreseen(GlassError("needs not enough memory")) == "needs not enough memory"
+    assert str(user_message(unread)).startswith("out of memory")
+    assert user_message(RuntimeError("something else")) is None
+    assert user_message(GlassError("needs not enough memory")) == "needs not enough memory"
 
 
 def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:

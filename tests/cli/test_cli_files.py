@@ -10,10 +10,10 @@ import pytest
 from cli.conftest import Verb
 from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
-from glassllama.cli import compile_notice
-from glassllama.cli.conversation import Conversation
-from glassllama.cli.files import write_file
-from glassllama.native.jit.deferred_signals import Compilations
+from glassllama.cli import console
+from glassllama.cli.console import write_file
+from glassllama.cli.session import Conversation
+from glassllama.native.jit import deferred_signals
 from tiny_models import hf_model, write_hf
 
 ROOM = 4096  # bytes
@@ -76,7 +76,8 @@ def test_a_pipe_is_no_conversation(tmp_path: Path) -> None:
 def test_compiling_is_said_where_it_lasts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compile_notice, "compilations", Compilations())
+    compilations = deferred_signals.Compilations()
+    monkeypatch.setattr(deferred_signals, "compilations", compilations)
     heard: list[str] = []
 
     class Looks:
@@ -88,13 +89,13 @@ def test_compiling_is_said_where_it_lasts(
         def wait(self, _: float) -> bool:
             self.count += 1
             heard.append(capsys.readouterr().err)
-            compile_notice.compilations.begun += self.count == 2
+            compilations.begun += self.count == 2
             return self.count > 3
 
-    compile_notice.watch(Looks(), 0)  # type: ignore[arg-type]
+    console.watch_compiling(Looks(), 0)  # type: ignore[arg-type]
     assert heard == ["", ""]  # a download, or PyTorch
-    assert capsys.readouterr().err == f"{compile_notice.COMPILING}\n"
-    compile_notice.watch(Looks(), 2)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == f"{console.COMPILING}\n"
+    console.watch_compiling(Looks(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
-    with compile_notice.told_of_compiling():
+    with console.compile_notice():
         pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.programs import COMMAND, PATIENCE
-from glassllama.cli.compile_notice import COMPILING
+from glassllama.cli.console import COMPILING
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,24 +5,21 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from threading import Event
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from cli.conftest import Verb
 from glassllama.base.errors import GlassError
-from glassllama.cli.console import AfterAWhile, amount
-from glassllama.cli.conversation import Conversation
-from glassllama.cli.errors import foreseen
-from glassllama.cli.help import two_columns
+from glassllama.cli.console import ASCII_DRAWING, amount, new_progress
+from glassllama.cli.errors import user_message
 from glassllama.cli.options import SamplingOptions
-from glassllama.cli.render import speed_line
-from glassllama.cli.session import Talk
-from glassllama.cli.settings import changed
+from glassllama.cli.render import WordWrap, speed_line
+from glassllama.cli.repl import with_option
+from glassllama.cli.session import ChatSession, Conversation
 from glassllama.cli.tokenize import read_ids
-from glassllama.cli.wrap import WordWrap, cells
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import Message
 
@@ -40,7 +37,7 @@ def test_wrapping_changes_only_blanks_into_breaks(text: str, cuts: list[int], wi
     pieces = [text[a:b] for a, b in pairwise(places)]
     lines = wrapped(pieces, width)
     assert lines == wrapped([text], width)  # however it comes
-    assert all(sum(map(cells, line)) <= width for line in lines.split("\n"))
+    assert all(cell_len(line) <= width for line in lines.split("\n"))
     assert [c for c in lines if c not in " \n"] == [c for c in text if c not in " \n"]
 
 
@@ -55,19 +52,19 @@ def turns(*roles: str) -> list[Message]:
 
 
 def test_a_long_conversation_loses_its_oldest_turns_but_never_the_system_message() -> None:
-    talk = Conversation(system="be brief", turns=turns(*["user", "assistant"] * 3, "user"))
-    assert talk.shorten(len, room=8) == 0
-    assert talk.shorten(len, room=5) == 4
+    talk = Conversation(system="be brief", history=turns(*["user", "assistant"] * 3, "user"))
+    assert talk.shorten(len, max_tokens=8) == 0
+    assert talk.shorten(len, max_tokens=5) == 4
     assert [m.role for m in talk.messages] == ["system", "user", "assistant", "user"]
-    assert talk.turns[-1].content == "user 6"
-    assert talk.shorten(len, room=1) == 2  # the question itself stays, come what may
+    assert talk.history[-1].content == "user 6"
+    assert talk.shorten(len, max_tokens=1) == 2  # the question itself stays, come what may
     assert [m.role for m in talk.messages] == ["system", "user"]
 
 
 def test_talking_on_in_a_small_context_goes_on(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class SmallContext(Talk):
+    class SmallContext(ChatSession):
         context = 128  # type: ignore[assignment]
 
     talk = SmallContext(
@@ -77,11 +74,11 @@ def test_talking_on_in_a_small_context_goes_on(
         talk.ask(f"What comes after the number {number}, please, and why do you think so?")
     assert talk.count(talk.conversation.messages[:-1]) <= 128 - 8
     assert talk.conversation.messages[0].role == "system"
-    assert "oldest 2 messages are forgotten" in capsys.readouterr().err
+    assert "oldest 2 messages were dropped" in capsys.readouterr().err
 
 
 def test_a_saved_conversation_comes_back(tmp_path: Path) -> None:
-    talk = Conversation(system="sé\n", turns=turns("user", "assistant"))
+    talk = Conversation(system="sé\n", history=turns("user", "assistant"))
     talk.save(tmp_path / "talk.json")
     assert Conversation.load(tmp_path / "talk.json") == talk
     Conversation().save(tmp_path / "empty.json")
@@ -106,7 +103,7 @@ def test_what_is_no_conversation_names_the_file(tmp_path: Path, text: str) -> No
     ],
 )  # fmt: skip
 def test_settings_are_read(name: str, typed: str, value: object) -> None:
-    assert getattr(changed(SamplingOptions(), name, typed), name) == value
+    assert getattr(with_option(SamplingOptions(), name, typed), name) == value
 
 
 @pytest.mark.parametrize(
@@ -119,14 +116,14 @@ def test_settings_are_read(name: str, typed: str, value: object) -> None:
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(name: str, typed: str) -> None:
     with pytest.raises(GlassError, match=name):
-        changed(SamplingOptions(), name, typed)
+        with_option(SamplingOptions(), name, typed)
 
 
 def test_foreseen_faults_are_lines_and_others_are_not() -> None:
-    assert foreseen(GlassError("x: y")) == "x: y"
-    assert foreseen(FileNotFoundError(2, "No such file", "f.txt")) == "f.txt: No such file"
-    assert "memory" in str(foreseen(MemoryError()))
-    assert foreseen(ValueError("ours")) is None
+    assert user_message(GlassError("x: y")) == "x: y"
+    assert user_message(FileNotFoundError(2, "No such file", "f.txt")) == "f.txt: No such file"
+    assert "memory" in str(user_message(MemoryError()))
+    assert user_message(ValueError("ours")) is None
 
 
 def test_amounts_are_what_people_read() -> None:
@@ -134,29 +131,19 @@ def test_amounts_are_what_people_read() -> None:
     assert amount(512, 2048, None, "tokens") == "512/2,048 tokens"
 
 
-def test_help_columns_fit() -> None:
-    lines = two_columns("--an-option-with-a-long-name N", "word " * 40, 80)
-    assert all(len(line) <= 80 for line in lines)
-    assert lines[0] == "  --an-option-with-a-long-name N"
-    assert two_columns("-n N", "words", 80) == ["  -n N".ljust(28) + "words"]
-
-
-@pytest.mark.parametrize("columns", [1, 25, 28, 29])
-def test_help_in_a_window_too_narrow_for_it(columns: int) -> None:
-    assert two_columns("-n N", "two words", columns) == ["  -n N".ljust(28) + "two words"]
-
-
-def test_a_switch_that_is_on_is_explained_as_what_turns_it_off(
+def test_help_shows_options_whole_and_no_default_of_switches(
     verb: Verb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    page = verb("train", "--help").out
-    assert re.search("--no-preflight +Leave out the checks", page)
+    monkeypatch.setenv("COLUMNS", "80")
     from glassllama.cli.app import app
 
     for command in app.registered_commands:
-        assert "[default: True]" not in verb(command.name, "--help").out
+        page = verb(command.name, "--help").out
+        assert "[default: True]" not in page
+        assert "…" not in re.sub(r"N,…|mps …|train …", "", page), command.name  # cut by the table
     assert "[default: 1.0]" in verb("generate", "--help").out  # 1.0 == True
+    assert "org/name[@revision][:FILE.gguf]" in verb("show", "--help").out
+    assert "--no-preflight" in verb("train", "--help").out
 
 
 PATHS = [
@@ -183,44 +170,55 @@ def test_an_empty_name_is_not_the_current_folder(
 
 
 @pytest.mark.parametrize(
-    ("option", "typed", "wanted"),
+    ("option", "typed", "expected"),
     [
-        ("--temperature", "inf", "a finite number of at least 0"),
-        ("--temperature", "nan", "a finite number of at least 0"),
-        ("--temperature", "hot", "a finite number of at least 0"),
-        ("--top-p", "1.5", "a finite number of at least 0 and at most 1"),
-        ("--presence-penalty", "-3", "a finite number of at least -2 and at most 2"),
-        ("--max-tokens", "0", "a whole number of at least 1"),
-        ("--seed", "1.5", "a whole number of at least 0"),
-        ("--backend", "x", "auto, engine or torch"),
-        ("--dtype", "int8", "float32 or bfloat16"),
+        ("--temperature", "hot", "expected a number, got 'hot'"),
+        ("--seed", "1.5", "expected a whole number, got '1.5'"),
+        ("--threads", "0", "expected a whole number of at least 1, got '0'"),
+        ("--backend", "x", "'x' is not one of 'auto', 'engine', 'torch'"),
+        ("--dtype", "int8", "'int8' is not one of 'float32', 'bfloat16'"),
     ],
 )
 def test_usage_errors_say_what_came_and_what_was_expected(
-    option: str, typed: str, wanted: str, verb: Verb
+    option: str, typed: str, expected: str, verb: Verb
 ) -> None:
     ran = verb("generate", "hi", option, typed)
     assert (ran.code, ran.out) == (2, "")
     last = ran.err.splitlines()[-1]
     assert option in last
-    assert f": expected {wanted}, got '{typed}' (see 'glassllama generate -h')" in last
+    assert f": {expected} (see 'glassllama generate -h')" in last
 
 
-def test_a_number_that_no_option_can_have_is_wrong_usage_too(verb: Verb) -> None:
-    """What the sampler alone knows, it says before a model is loaded."""
+@pytest.mark.parametrize(
+    ("option", "typed", "message"),
+    [
+        ("--temperature", "inf", "temperature must be 0 (greedy) or from 1e-06 to 1e+06, got inf"),
+        ("--temperature", "nan", "temperature must be"),
+        ("--top-p", "1.5", "top_p must be above 0 and at most 1, got 1.5"),
+        ("--min-p", "-1", "min_p must be"),
+        ("--top-k", "0", "top_k must be"),
+        ("--presence-penalty", "-3", "presence_penalty must be between -2 and 2, got -3.0"),
+        ("--frequency-penalty", "3", "frequency_penalty must be"),
+        ("--repetition-penalty", "0", "repetition_penalty must be"),
+        ("--max-tokens", "0", "max_tokens must be a whole number of at least 1, got 0"),
+        ("--seed", "-1", "seed must be"),
+    ],
+)
+def test_values_that_sampling_refuses_are_wrong_usage(
+    option: str, typed: str, message: str, verb: Verb
+) -> None:
+    """Reported before a model is loaded."""
     for name in ("generate", "chat"):
-        ran = verb(name, "hi", "--repetition-penalty", "0")
-        assert ran.code == 2
-        assert "repetition_penalty must be" in ran.err.splitlines()[-1]
+        ran = verb(name, "hi", option, typed)
+        assert (ran.code, ran.out) == (2, "")
+        assert message in ran.err.splitlines()[-1]
 
 
 def test_drawings_are_drawn_with_what_the_output_has() -> None:
-    from glassllama.cli import ascii_fallback
-
     drawing = "✓ ███▊ ░▒▓ ▁▂█ → … 日é"
-    assert drawing.encode("ascii", ascii_fallback.NAME) == b"+ #### .+# _.# > . ??"
-    assert "█░ é√".encode("cp437", ascii_fallback.NAME).decode("cp437") == "█░ é√"
-    assert drawing.encode("utf-8", ascii_fallback.NAME).decode() == drawing
+    assert drawing.encode("ascii", ASCII_DRAWING) == b"+ #### .+# _.# > . ??"
+    assert "█░ é√".encode("cp437", ASCII_DRAWING).decode("cp437") == "█░ é√"
+    assert drawing.encode("utf-8", ASCII_DRAWING).decode() == drawing
 
 
 def test_ids_are_read_in_every_usual_form() -> None:
@@ -233,23 +231,10 @@ def test_an_answer_that_was_cut_says_so(llm: LLM) -> None:
     assert "cut off" not in speed_line(llm.chat("What is photosynthesis?"))
 
 
-def test_a_bar_comes_only_to_work_that_lasts() -> None:
-    told: list[tuple[int, int]] = []
-    arrived = Event()
-
-    def show(done: int, total: int) -> None:
-        told.append((done, total))
-        arrived.set()
-
-    soon_over = AfterAWhile(show, 60)
-    soon_over(0, 9)
-    soon_over(9, 9)
-    soon_over.stop()
-    assert told == []
-    lasting = AfterAWhile(show, 0.01)
-    lasting(0, 9)
-    assert arrived.wait(30), "it shows itself, although nothing more was told"
-    lasting(5, 9)
-    lasting.stop()
-    lasting(6, 9)
-    assert told == [(0, 9), (5, 9)]
+def test_a_delayed_bar_appears_when_it_is_due() -> None:
+    progress = new_progress()
+    progress.add_task("reading", total=9, unit="tokens", after=60)
+    assert [*progress.get_renderables()] == []
+    progress.add_task("loading", total=9, unit="tensors", after=0)
+    [table] = progress.get_renderables()
+    assert table.row_count == 1

@@ -17,8 +17,8 @@ from glassllama.generation.perplexity import passes, score
 from glassllama.llm import LLM
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import open_checkpoint
 from glassllama.weights.save import save_model
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import META_SHAPE, hf_model, write_hf

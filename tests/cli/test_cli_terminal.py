@@ -49,12 +49,12 @@ def test_a_conversation_and_every_command(terminal: Terminal, home: Path, tmp_pa
     assert "peak memory" in answer
     assert "/load FILE" in say(terminal, "/help")
     assert "24" in say(terminal, "/set max_tokens")  # shown, as it is
-    assert "want a number" in say(terminal, "/set temperature warm")
+    assert "expected a number" in say(terminal, "/set temperature warm")
     assert "top_p must be" in say(terminal, "/set top_p 3")
-    assert "is no option" in say(terminal, "/set mood good")
+    assert "is not an option" in say(terminal, "/set mood good")
     assert "0.5" in say(terminal, "/set temperature 0.5")
     assert "pirate" in say(terminal, "/system You are a pirate.")
-    assert "is no command" in say(terminal, "/dance")
+    assert "is not a command" in say(terminal, "/dance")
     assert "3" in say(terminal, "/show").split("messages")[1].split("\n")[0]
 
     kept = tmp_path / "kept.json"
@@ -130,4 +130,4 @@ def test_colours_only_where_they_are_wanted() -> None:
     assert "\x1b" not in plain.raw
     coloured = Terminal("--help")
     assert coloured.end() == 0
-    assert "\x1b[1m" in coloured.raw
+    assert "\x1b[1" in coloured.raw

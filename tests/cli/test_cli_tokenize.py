@@ -26,7 +26,7 @@ def test_json_in_parts_is_json(
     text = 'a "quoted" \\ 🦙\n' * 5
     for ids in (tokenizer.encode(text), []):
         pieces = (tokenize.piece(tokenizer, id) for id in ids)
-        tokenize.print_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
+        tokenize.write_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
         expected = {"model": "m", "text": text, "ids": ids}
         expected["pieces"] = [tokenize.piece(tokenizer, id) for id in ids]
         assert json.loads(capsys.readouterr().out) == expected
@@ -35,7 +35,7 @@ def test_json_in_parts_is_json(
 def test_a_long_table_has_a_line_for_every_token(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tokenize, "LONGEST_TABLE", 5)
+    monkeypatch.setattr(tokenize, "MAX_TABLE", 5)
     ids = tokenizer.encode("The 42 tallest llamas\n")
     tokenize.print_tokens(tokenizer, ids)
     lines = capsys.readouterr().out.splitlines()

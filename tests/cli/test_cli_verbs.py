@@ -107,11 +107,11 @@ def test_next_agrees_with_the_logits(verb: Verb, loaded: LLM) -> None:
         assert math.isclose(token["probability"], probs[token["id"]], rel_tol=1e-4)
 
 
-def test_next_shows_a_table_and_warns_of_a_trailing_blank(verb: Verb, loaded: LLM) -> None:
+def test_next_shows_a_table_and_warns_of_a_trailing_space(verb: Verb, loaded: LLM) -> None:
     ran = verb("next", "The capital of France is ", "--top", "2")
     assert len(ran.out.splitlines()) == 4
-    assert "blank" in ran.err
-    assert "blank" not in verb("next", "The capital of France is", "--top", "2").err
+    assert "ends with a space" in ran.err
+    assert "ends with a space" not in verb("next", "The capital of France is", "--top", "2").err
 
 
 def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
@@ -140,7 +140,7 @@ def test_control_tokens_that_stay_text_are_noted(verb: Verb, loaded: LLM, tmp_pa
     file.write_text(RAW * 2)
     scoring = ["perplexity", "smollm2-135m", "-f", str(file), "--window", "64"]
     for command in (["generate", RAW, "-n", "1"], ["next", RAW], scoring):
-        note = "the text holds <|im_start|>, <|im_end|>, read as text; --specials"
+        note = "<|im_start|>, <|im_end|> in the text: read as text; --specials"
         assert note in verb(*command).err
         ran = verb(*command, "--specials")
         assert "read as text" not in ran.err

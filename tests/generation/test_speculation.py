@@ -18,7 +18,7 @@ from glassllama.base.interfaces import NewTokens
 from glassllama.generation import Generation, GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.generation.speculation import GRAMS, TIMES, Lookup, Speculation
 from glassllama.native.engine.executor import Engine
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.pack import pack
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf

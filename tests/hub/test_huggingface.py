@@ -136,7 +136,7 @@ def test_a_bad_index_is_an_error(
 def test_a_single_file_that_the_index_does_not_name_is_the_model(
     sandbox: Sandbox, repositories: dict[str, Repository]
 ) -> None:
-    """As weights/open.py reads the folder. The shards are not downloaded."""
+    """As weights/model_files.py reads the folder. The shards are not downloaded."""
     index = {"model.safetensors.index.json": index_of("a.safetensors", "gone.safetensors")}
     repositories["org/both"] = Repository({**SINGLE, **index, "a.safetensors": b"old"})
     answer = sandbox.run(name="org/both")

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import open_checkpoint
 from tiny_models import (
     META_SHAPE,
     VARIANTS,

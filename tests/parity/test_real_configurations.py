@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from glassllama.base.errors import ConfigError, WeightsError
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import load_model
-from glassllama.weights.open import Checkpoint, open_checkpoint
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import assert_logits
 
@@ -43,7 +43,7 @@ def check_as_transformers(folder: Path, tokens: int) -> Checkpoint:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     checkpoint = open_checkpoint(folder)
     ids = IDS[:, :tokens]
-    assert_logits(load_model(checkpoint)(ids), theirs(ids).logits, checkpoint.model_config)
+    assert_logits(load_model(checkpoint)(ids), theirs(ids).logits, checkpoint.config)
     return checkpoint
 
 
@@ -167,7 +167,7 @@ def test_dynamic_rope_is_exact_up_to_its_original_context(
     ("fields", "words"),
     [
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "each kind of layer"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one per type of layer"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -275,7 +275,7 @@ def test_divisors_and_a_factor_in_one_gguf_both_count(tmp_path: Path) -> None:
     """As llama.cpp does: frequency / divisor / factor."""
     from glassllama.base.config import rope_frequencies
     from glassllama.formats.gguf import open_gguf
-    from glassllama.weights.configs import config_from_gguf
+    from glassllama.weights.architectures import config_from_gguf
 
     file = open_gguf(write_gguf(hf_model(**VARIANTS["scaled-8"]), tmp_path / "m.gguf"))
     alone = rope_frequencies(config_from_gguf(file).config)  # type: ignore[arg-type]
@@ -294,7 +294,7 @@ def changed(path: Path, **fields: Any) -> Any:
 
 def test_one_number_for_each_layer_of_a_gguf(tmp_path: Path) -> None:
     """As llama.cpp reads them, if all are equal."""
-    from glassllama.weights.configs import config_from_gguf
+    from glassllama.weights.architectures import config_from_gguf
 
     path = write_gguf(hf_model(**PLAIN), tmp_path / "m.gguf")
     usual = config_from_gguf(changed(path)).config
@@ -315,7 +315,7 @@ def test_one_number_for_each_layer_of_a_gguf(tmp_path: Path) -> None:
 def test_what_llama_cpp_reads_of_every_architecture(
     name: str, neutral: Any, other: Any, tmp_path: Path
 ) -> None:
-    from glassllama.weights.configs import config_from_gguf
+    from glassllama.weights.architectures import config_from_gguf
 
     path = write_gguf(hf_model(**PLAIN), tmp_path / "m.gguf")
     assert config_from_gguf(changed(path, **{name: neutral})) == config_from_gguf(changed(path))

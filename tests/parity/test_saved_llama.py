@@ -14,7 +14,7 @@ from glassllama.base.config import GivenDivisors, LinearScaling, Llama3Scaling, 
 from glassllama.base.errors import ConfigError
 from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
 from tolerances import assert_logits, assert_same_greedy, difference, logits_bar
 

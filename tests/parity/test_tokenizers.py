@@ -34,7 +34,7 @@ from long_mode import LONG, SEEDS
 from tokenizers import Tokenizer
 
 Encode = Callable[[str], list[int]]
-Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no control tokens
+Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no special tokens
 
 TEXT_SIZE = 10_000_000 if LONG else 300_000  # characters of prose, and of code
 ALIKE = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
@@ -56,7 +56,7 @@ def meta_tiktoken(meta: BytePairTokenizer) -> tiktoken.Encoding:
 
 
 def foreign(tokenizer: Tokenizer) -> Encode:
-    tokenizer.encode_special_tokens = True  # written control tokens are text
+    tokenizer.encode_special_tokens = True  # written special tokens are text
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -179,7 +179,7 @@ def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
     assert [ours.encode(text, specials=True) for text in texts] == encoded
 
 
-def test_control_tokens_in_text(meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding) -> None:
+def test_special_tokens_in_text(meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding) -> None:
     controls = {*meta.specials.values()}
     for text in map(mixed_text, range(20)):
         ids = meta.encode(text, specials=True)
@@ -207,7 +207,7 @@ HOSTILE = {
     "runs at the limit": " ".join("b" * n for n in (24_999, 25_000, 25_001, 50_000, 50_001)),
     "over a chunk": "the quick brown fox " * 41_000,
     "odd blanks": "\x1c\x85\u2003\n" * 20_000 + "z",
-    "a control token on the border": "c " * 199_996 + "<|eot_id|>" + " d",
+    "a special token on the border": "c " * 199_996 + "<|eot_id|>" + " d",
 }
 
 

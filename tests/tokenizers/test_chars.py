@@ -1,4 +1,4 @@
-"""Characters as tokens: round trip, unseen characters, control tokens, bounds."""
+"""Characters as tokens: round trip, unseen characters, special tokens, bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glassllama.tokenizers.chars import CharTokenizer
 TEXT = "hello, world\n"
 
 
-def test_on_paper() -> None:
+def test_ids_by_hand() -> None:
     tokenizer: Tokenizer = CharTokenizer("hello")
     assert tokenizer.encode("hello") == [1, 0, 2, 2, 3]  # e h l o
     assert tokenizer.vocab_size == 8
@@ -37,7 +37,7 @@ def test_unseen_characters_survive_as_unknown(text: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
 
 
-def test_control_tokens_only_on_request() -> None:
+def test_special_tokens_only_on_request() -> None:
     tokenizer = CharTokenizer(TEXT)
     written = "hello<|end|>"
     assert tokenizer.encode(written, specials=True)[-1] == tokenizer.end
@@ -45,7 +45,7 @@ def test_control_tokens_only_on_request() -> None:
     assert tokenizer.decode([tokenizer.end]) == "<|end|>"
 
 
-def test_odd_text() -> None:
+def test_unusual_text() -> None:
     tokenizer = CharTokenizer("a\x00\ufeff")
     assert tokenizer.encode("") == []
     assert tokenizer.decode(tokenizer.encode("\ufeffa\x00")) == "\ufeffa\x00"

@@ -101,10 +101,10 @@ def test_chatml_ids_are_those_of_transformers(
     assert ours == theirs(smollm, messages, prompt)
 
 
-# T3: control tokens come from the format alone
+# Special tokens come from the format alone
 
 
-def test_special_text_in_a_message_never_becomes_a_control_id(
+def test_special_text_in_a_message_never_becomes_a_special_id(
     llama3: MetaTokenizer, chatml: HuggingFaceTokenizer
 ) -> None:
     plain = [Message("user", "x"), Message("assistant", "y")]
@@ -146,7 +146,7 @@ def test_bad_messages_are_named(
     assert "\n" not in str(raised.value)
 
 
-def test_a_vocabulary_without_the_control_tokens_is_refused(llama3: MetaTokenizer) -> None:
+def test_a_vocabulary_without_the_special_tokens_is_refused(llama3: MetaTokenizer) -> None:
     with pytest.raises(TokenizerError, match="<\\|im_start\\|>"):
         ChatML().encode(TALK, llama3)
 
@@ -180,7 +180,7 @@ def test_other_families_templates_give_the_ids_of_transformers(
     messages: list[Message],
     prompt: bool,
 ) -> None:
-    """One vocabulary does for all: what is compared is the rendering and where it is cut."""
+    """One vocabulary for all: the rendering and the splitting at special tokens are compared."""
     expected = smollm.apply_chat_template(
         dicts(messages),
         chat_template=template,
@@ -196,13 +196,13 @@ def test_other_families_templates_give_the_ids_of_transformers(
 @pytest.mark.parametrize("template", [None, *STYLES.values()], ids=["the model's", *STYLES])
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_no_text_of_a_message_becomes_a_control_id(
+def test_no_text_of_a_message_becomes_a_special_id(
     smollm: PreTrainedTokenizerBase,
     chatml: HuggingFaceTokenizer,
     template: str | None,
     data: st.DataObject,
 ) -> None:
-    """Control tokens whole, cut, nested, at the ends and next to each other."""
+    """Special tokens whole, cut, nested, at the ends and next to each other."""
     specials = sorted(chatml.specials)
     cut = st.sampled_from(specials).flatmap(
         lambda text: st.integers(0, len(text)).flatmap(
@@ -222,7 +222,7 @@ def test_no_text_of_a_message_becomes_a_control_id(
         assert all(message.content.strip() in chatml.decode(ids) for message in messages)
 
 
-def test_a_template_that_trims_cannot_join_the_halves_of_a_control_token(
+def test_a_template_that_trims_cannot_join_two_parts_of_a_special_token(
     chatml: HuggingFaceTokenizer,
 ) -> None:
     chat = TemplateChat("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
@@ -245,10 +245,10 @@ def test_a_template_that_trims_cannot_join_the_halves_of_a_control_token(
 )  # fmt: skip
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_no_edit_of_a_template_makes_a_control_token_of_a_message(
+def test_no_edit_of_a_template_makes_a_special_token_of_a_message(
     chatml: HuggingFaceTokenizer, edit: str, data: st.DataObject
 ) -> None:
-    """Fragments of control tokens, with what templates remove or cut at between them."""
+    """Fragments of special tokens, with what templates remove or cut at between them."""
     chat = TemplateChat("{% for m in messages %}<|im_start|>{{ m.content" + edit + " }}<|im_end|>"
                         "{% endfor %}")  # fmt: skip
     fragments = ["<|im_", "end|>", "<|im_end|>", "<", "|", ">", "<|im_END|>", "im_start", "x",
@@ -302,9 +302,7 @@ def marked_vocabulary(path: Path, in_gguf: bool, marks: Sequence[str] = MARKS) -
 
 
 @pytest.mark.parametrize("in_gguf", [False, True], ids=["tokenizer.json", "GGUF"])
-def test_role_marks_that_no_file_calls_special_come_from_the_template_only(
-    tmp_path: Path, in_gguf: bool
-) -> None:
+def test_added_role_tokens_come_from_the_template_only(tmp_path: Path, in_gguf: bool) -> None:
     tokenizer = marked_vocabulary(tmp_path, in_gguf)
     user, assistant, says, think = (tokenizer.encode(mark)[0] for mark in MARKS)
     chat = TemplateChat(
@@ -334,10 +332,10 @@ WRITTEN = {"joined": slice(4), "upper case": slice(4, None), "two kinds": slice(
 
 @pytest.mark.parametrize("in_gguf", [False, True], ids=["tokenizer.json", "GGUF"])
 @pytest.mark.parametrize("name", COMPOSED)
-def test_marks_of_roles_that_do_not_speak_here_are_not_read_from_a_message(
+def test_role_tokens_of_other_conversations_are_not_read_from_a_message(
     name: str, in_gguf: bool, tmp_path: Path
 ) -> None:
-    """The user types the mark of a role that the template would write for another conversation."""
+    """The user types a role token that the template would write for another conversation."""
     tokenizer = marked_vocabulary(tmp_path, in_gguf, COMPOSED_MARKS)
     chat = TemplateChat(COMPOSED[name])
     ids = {mark: tokenizer.encode(mark)[0] for mark in COMPOSED_MARKS}
@@ -348,7 +346,7 @@ def test_marks_of_roles_that_do_not_speak_here_are_not_read_from_a_message(
         assert tokenizer.decode(typed).count(mark) == tokenizer.decode(calm).count(mark) + 1
 
 
-def test_templates_refuse_messages_in_their_own_words(chatml: HuggingFaceTokenizer) -> None:
+def test_the_message_of_a_template_that_refuses_is_shown(chatml: HuggingFaceTokenizer) -> None:
     chat = TemplateChat(LLAMA2, bos_token="<s>", eos_token="</s>")
     with pytest.raises(TokenizerError, match="Roles must take turns"):
         chat.encode([Message("assistant", "x")], chatml)
@@ -356,14 +354,14 @@ def test_templates_refuse_messages_in_their_own_words(chatml: HuggingFaceTokeniz
         TemplateChat("{{ 'x' + eos_token }}").encode(TALK, chatml)
 
 
-def test_bos_comes_once(llama3: MetaTokenizer) -> None:
+def test_bos_is_written_once(llama3: MetaTokenizer) -> None:
     chat = choose_chat_format(LLAMA3, llama3)
     ids = chat.encode(TALK, llama3)
     assert ids.count(llama3.bos) == 1
     assert ids == Llama3Chat().encode([Message(m.role, m.content.strip()) for m in TALK], llama3)
 
 
-def test_the_format_is_chosen_by_template_then_by_control_tokens(
+def test_the_format_is_chosen_by_template_then_by_special_tokens(
     llama3: MetaTokenizer, chatml: HuggingFaceTokenizer
 ) -> None:
     assert isinstance(choose_chat_format("x", llama3), TemplateChat)
@@ -374,7 +372,7 @@ def test_the_format_is_chosen_by_template_then_by_control_tokens(
         choose_chat_format(None, base)
 
 
-def test_the_page_about_chat_is_true(default_model: Path) -> None:
+def test_examples_of_the_chat_page(default_model: Path) -> None:
     page = Path(__file__).parent.parent.parent / "docs" / "chat.md"
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.attempted > 10

@@ -1,4 +1,4 @@
-"""Chat templates are programs from anywhere: what they may do, and that they can be stopped."""
+"""Chat templates are untrusted programs: what they may do, and that they are stopped."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES + TIME + MEMORY + SOURCES, ids=lambda s: s[:60])
-def test_a_hostile_template_ends_soon_in_one_line(source: str) -> None:
+def test_a_hostile_template_fails_fast_in_one_line(source: str) -> None:
     messages = [{"role": "user", "content": "x"}]
 
     def refused() -> None:
@@ -121,7 +121,7 @@ def test_a_hostile_template_ends_soon_in_one_line(source: str) -> None:
     assert messages == [{"role": "user", "content": "x"}]
 
 
-def test_one_hostile_conversation_does_not_weigh_on_the_next() -> None:
+def test_a_hostile_conversation_does_not_affect_the_next() -> None:
     template = ChatTemplate(
         "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}x"
     )
@@ -156,7 +156,7 @@ def test_what_templates_need_works(source: str, text: str) -> None:
     assert ChatTemplate(source).render() == text
 
 
-def test_the_date_is_todays() -> None:
+def test_strftime_now_is_the_current_date() -> None:
     shown = ChatTemplate("{{ strftime_now('%Y') }}").render()
     assert abs(int(shown) - datetime.now().year) <= 1
 
@@ -164,7 +164,7 @@ def test_the_date_is_todays() -> None:
 def test_the_garbage_collector_does_not_count_as_the_templates_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a large process one collection takes longer than a template may."""
+    """In a large process one collection exceeds the time limit of a template."""
 
     def slow_collection(phase: str, details: dict[str, int]) -> None:
         end = time.thread_time() + 0.06

@@ -1,4 +1,4 @@
-"""Streaming: text as soon as it is certain (G2), stop strings never shown (G3)."""
+"""Streaming: text as soon as it is complete, stop strings never shown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def streamed(tokenizer: MetaTokenizer, ids: list[int]) -> tuple[list[str], str]:
     return [decoder.push(id) for id in ids], decoder.finish()
 
 
-def test_pieces_join_to_the_text_and_characters_come_whole(llama3: MetaTokenizer) -> None:
+def test_parts_join_to_the_text_and_characters_are_whole(llama3: MetaTokenizer) -> None:
     pieces, rest = streamed(llama3, llama3.encode(MIXED))
     assert "".join(pieces) == MIXED
     assert rest == ""
@@ -46,7 +46,7 @@ def test_text_comes_with_the_token_that_completes_it(llama3: MetaTokenizer) -> N
 
 
 @given(st.integers(0, 2**32))
-def test_any_ids_stream_to_what_decode_makes_of_them(llama3: MetaTokenizer, seed: int) -> None:
+def test_streaming_any_ids_equals_decode(llama3: MetaTokenizer, seed: int) -> None:
     choice = random.Random(seed)
     # Half of the ids are single bytes (the first 256), so that invalid UTF-8 is frequent.
     ids = [choice.randrange(choice.choice([256, 128_000])) for _ in range(choice.randrange(40))]
@@ -54,13 +54,13 @@ def test_any_ids_stream_to_what_decode_makes_of_them(llama3: MetaTokenizer, seed
     assert "".join(pieces) + rest == llama3.decode(ids)
 
 
-def test_really_invalid_bytes_are_shown_at_the_end(llama3: MetaTokenizer) -> None:
+def test_invalid_bytes_are_shown_at_the_end(llama3: MetaTokenizer) -> None:
     first_byte = next(i for i in range(256) if llama3.token_bytes(i) == b"\xf0")
     pieces, rest = streamed(llama3, [first_byte])
     assert (pieces, rest) == ([""], "\ufffd")
 
 
-def test_control_tokens_are_not_shown(llama3: MetaTokenizer) -> None:
+def test_special_tokens_are_not_shown(llama3: MetaTokenizer) -> None:
     ids = llama3.encode("<|begin_of_text|>one<|eot_id|> two", specials=True)
     pieces, rest = streamed(llama3, ids)
     assert "".join(pieces) + rest == "one two"
@@ -75,7 +75,7 @@ def test_an_id_outside_the_vocabulary_is_an_error(llama3: MetaTokenizer) -> None
 
 
 def by_definition(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The rule said plainly: earliest end, then longest; nothing of it or after it is shown."""
+    """The rule in plain Python: earliest end, then longest; nothing of it or after it is shown."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -95,7 +95,7 @@ def run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
     st.lists(st.text("ab<", min_size=1, max_size=5), max_size=4),
     st.lists(st.integers(0, 30)),
 )
-def test_every_cut_of_the_text_gives_what_the_rule_says(
+def test_every_division_of_the_text_follows_the_rule(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     borders = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
@@ -114,7 +114,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
     assert stopper.finish() == ""
 
 
-def test_held_text_comes_as_soon_as_it_is_harmless() -> None:
+def test_held_text_is_released_as_soon_as_possible() -> None:
     stopper = StopStrings(["</answer>"])
     assert [stopper.push(p) for p in ["a <", "/ans", "</", "x"]] == ["a ", "", "</ans", "</x"]
     assert stopper.push("</") == ""
@@ -127,7 +127,7 @@ def test_the_stop_string_that_ends_first_wins() -> None:
     assert run([], ["abc"]) == ("abc", None)
 
 
-def test_a_long_stop_string_costs_linear_time() -> None:
+def test_a_long_stop_string_takes_linear_time() -> None:
     """The worst case: a text that is nearly the stop string all along, one character at a time."""
     stops = ["a" * 50_000 + "b"]
     assert run(stops, ["a"] * 200_000) == ("a" * 200_000, None)

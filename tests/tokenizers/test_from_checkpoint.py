@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: GGUF metadata by the gguf package, folders as people have them."""
+"""The tokenizer of a checkpoint: GGUF metadata by the gguf package, published folders."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_gguf_begin_and_stops(tmp_path: Path, llama: Tokenizer) -> None:
     ]
 
 
-# Of these, llama.cpp (2026-11) ends an answer at all but four.
+# llama.cpp (2026-11) ends an answer at all of these but four.
 NAMES = (
     "<|bos|> <|eos|> <|im_start|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|endoftext|> "
     "<|end_of_text|> </s> <end_of_turn> <|end_of_turn|> <EOT> <|EOT|> <｜end▁of▁sentence｜> <eos> "
@@ -189,8 +189,8 @@ def small_gguf(**changes: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items()}
 
 
-def test_merges_of_what_is_no_token_are_counted_in_a_note() -> None:
-    """As llama.cpp loads them: what merges make and is no token falls into its bytes."""
+def test_a_note_counts_merges_of_unknown_tokens() -> None:
+    """As llama.cpp loads them: merged parts that are not tokens are split into bytes."""
     merges = ["b c", "bc a", "a b", "☃ a", "a", " b", "bca c"]
     tokenizer = tokenizer_from_gguf(small_gguf(merges=merges))
     assert isinstance(tokenizer, BytePairTokenizer)
@@ -206,7 +206,7 @@ def test_merges_of_what_is_no_token_are_counted_in_a_note() -> None:
     assert tokenizer_from_gguf(small_gguf()).notes == []  # type: ignore[attr-defined]
 
 
-def test_of_equal_control_tokens_the_last_is_read_and_all_are_tokens() -> None:
+def test_of_equal_special_tokens_the_last_is_read_and_all_are_tokens() -> None:
     tokens = ["a", "b", "<s>", "<s>", "<x>", "<x>"]
     metadata = small_gguf(
         tokens=tokens, token_type=[1, 1, 3, 3, 4, 4], merges=[], bos_token_id=2, eos_token_id=3,
@@ -218,8 +218,8 @@ def test_of_equal_control_tokens_the_last_is_read_and_all_are_tokens() -> None:
     assert list(tokenizer.gaps) == []
 
 
-def test_of_equal_tokens_and_merges_llama_cpps_choice_counts() -> None:
-    """The last of equal tokens, the first of equal merges; empty and strange tokens are unused."""
+def test_equal_tokens_and_merges_as_in_llama_cpp() -> None:
+    """The last of equal tokens, the first of equal merges; empty and invalid tokens are unused."""
     tokens = ["a", "b", "c", "ab", "bc", "a", "", "☃", "abc"]
     metadata = small_gguf(tokens=tokens, token_type=None, merges=["a b", "b c", "a b", "ab c"])
     tokenizer = tokenizer_from_gguf(metadata)
@@ -228,7 +228,7 @@ def test_of_equal_tokens_and_merges_llama_cpps_choice_counts() -> None:
     assert [tokenizer.token_bytes(id) for id in (0, 6, 7)] == [b"a", b"", "☃".encode()]
 
 
-def test_an_id_of_2_32_minus_1_is_none() -> None:
+def test_the_id_2_32_minus_1_means_none() -> None:
     for none in (2**32 - 1, -1):
         assert tokenizer_from_gguf(small_gguf(eos_token_id=none)).stop_ids == frozenset()
 
@@ -243,7 +243,7 @@ def test_a_file_that_is_too_large_is_not_read(folder: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, read_meta_tokenizer, read_sentencepiece):
         with pytest.raises(TokenizerError, match="pipe: is not a regular file"):
@@ -326,7 +326,7 @@ def test_broken_folder(folder: Path, name: str, fields: dict[str, Any], words: s
     assert after in str(fault.value)
 
 
-def test_tokenizer_model_is_told_by_its_content(
+def test_tokenizer_model_is_recognized_by_its_content(
     tmp_path: Path, llama3_ranks: Path, folder: Path
 ) -> None:
     weights = tmp_path / "download" / "Llama3.1-8B"
@@ -343,8 +343,8 @@ def test_tokenizer_model_is_told_by_its_content(
 
 @pytest.mark.parametrize("adds", [True, False, None])
 @pytest.mark.parametrize("template", [True, False])
-def test_a_text_begins_as_in_transformers(folder: Path, template: bool, adds: bool | None) -> None:
-    """The post_processor of tokenizer.json decides; what contradicts it has no effect."""
+def test_texts_start_as_in_transformers(folder: Path, template: bool, adds: bool | None) -> None:
+    """The post_processor of tokenizer.json decides; add_bos_token has no effect."""
     if not template:
         edit(folder / "tokenizer.json", post_processor=None)
     edit(

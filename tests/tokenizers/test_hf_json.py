@@ -1,4 +1,4 @@
-"""tokenizer.json: what the tokenizers library wrote reads alike; what is strange is refused."""
+"""tokenizer.json: the ids of the tokenizers library; unsupported contents are refused."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_added_tokens_in_any_text(foreign: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_what_looks_like_control_is_control(foreign: Tokenizer) -> None:
-    """FAULTS.md, T3: fine-tuned models flag their chat tokens as plain additions."""
+def test_added_tokens_that_look_special_are_special(foreign: Tokenizer) -> None:
+    """Fine-tuned models declare chat tokens as ordinary added tokens."""
     foreign = Tokenizer.from_str(foreign.to_str())
     foreign.add_tokens([AddedToken("<|im_end|>", normalized=False)])
     tokenizer = ours(foreign)
@@ -72,7 +72,7 @@ def test_what_looks_like_control_is_control(foreign: Tokenizer) -> None:
     assert tokenizer.encode("a<|im_end|>b", specials=True) == foreign.encode("a<|im_end|>b").ids
 
 
-def test_begin_of_text_is_the_post_processors(foreign: Tokenizer) -> None:
+def test_bos_is_that_of_the_post_processor(foreign: Tokenizer) -> None:
     foreign = Tokenizer.from_str(foreign.to_str())
     begin = foreign.token_to_id("<|begin|>")
     for template, bos in (("<|begin|> $A", begin), ("$A", None)):
@@ -95,7 +95,7 @@ def test_begin_of_text_is_the_post_processors(foreign: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", [processors.RobertaProcessing, processors.BertProcessing])
-def test_begin_of_text_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) -> None:
+def test_bos_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) -> None:
     foreign = Tokenizer.from_str(foreign.to_str())
     begin = foreign.token_to_id("<|begin|>")
     foreign.post_processor = kind(("x", 3), ("<|begin|>", begin))
@@ -103,8 +103,8 @@ def test_begin_of_text_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) 
     assert [*tokenizer.encode("some text", bos=True), 3] == foreign.encode("some text").ids
 
 
-def test_a_word_is_no_added_token_that_stands_outside_the_model(foreign: Tokenizer) -> None:
-    """Also with `ignore_merges`, where a word that is a token of the model is taken at once."""
+def test_pretokens_do_not_become_added_tokens_outside_the_model(foreign: Tokenizer) -> None:
+    """Also with `ignore_merges`, where pretokens that are tokens are not merged."""
     document = json.loads(foreign.to_str())
     document["model"]["ignore_merges"] = True
     theirs = Tokenizer.from_str(json.dumps(document))
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_understood_is_refused(name: str) -> None:
+def test_unsupported_contents_are_refused(name: str) -> None:
     changes, words = REFUSED[name]
     document = changed(json.loads(LLAMA_LIKE), changes)
     with pytest.raises(TokenizerError, match=words) as fault:
@@ -231,7 +231,7 @@ def changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"null"])
-def test_no_json(tmp_path: Path, raw: bytes) -> None:
+def test_invalid_json(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(raw)
     with pytest.raises(TokenizerError, match=str(path)):

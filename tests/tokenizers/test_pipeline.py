@@ -54,7 +54,7 @@ def byte_level() -> Tokenizer:
 
 @cache
 def of_pieces() -> Tokenizer:
-    """As old conversions of Llama: ▁ for blanks and one in front, bytes for the rest."""
+    """As in old conversions of Llama: ▁ for spaces and one in front, bytes for the rest."""
     words = ["▁", *"xyabtok<>the12", "▁x", "▁y", "th", "the", "▁t", "▁the", "to", "tok", "▁▁"]
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     vocab |= {word: 259 + n for n, word in enumerate(dict.fromkeys(words))}
@@ -82,7 +82,7 @@ def ours(theirs: Tokenizer) -> PipelineTokenizer:
 
 
 def assert_same(theirs: Tokenizer, texts: list[str]) -> int:
-    """How many texts were compared: tokenizers cannot cut where two tokens take the same blank."""
+    """Returns the number of compared texts: tokenizers panics where two tokens share a space."""
     tokenizer = ours(theirs)
     assert tokenizer.vocab_size == 1 + max(theirs.get_vocab().values())
     compared = 0
@@ -126,7 +126,7 @@ def test_families_whose_split_is_not_compiled(name: str) -> None:
 
 
 def test_falcon_3_splits_between_the_bytes_of_a_character() -> None:
-    """Digits come behind ByteLevel there: byte 0xB2 is written ², which is a number."""
+    """Digits comes after ByteLevel there: byte 0xB2 is written ², which is a number."""
     theirs = copy_of(byte_level())
     theirs.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [pre_tokenizers.Punctuation("contiguous"),
@@ -136,7 +136,7 @@ def test_falcon_3_splits_between_the_bytes_of_a_character() -> None:
     assert_same(theirs, [*TEXTS, "", "ж²", "1234567"])
 
 
-def test_byte_level_with_its_default_puts_a_blank_before_a_text() -> None:
+def test_byte_level_with_its_default_puts_a_space_before_a_text() -> None:
     theirs = copy_of(byte_level())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
     assert_same(theirs, [*TEXTS, "", "Hello", " Hello", "\nHello"])
@@ -231,8 +231,8 @@ def test_added_tokens_with_any_flags(seed: int) -> None:
     assert compared > 10 * ROUNDS
 
 
-def test_text_never_becomes_a_control_token_by_merging() -> None:
-    """FAULTS.md, T3: a control token that merges make is made where specials are read only."""
+def test_text_never_becomes_a_special_token_by_merging() -> None:
+    """merges make a special token only with `specials`."""
     theirs = copy_of(byte_level())
     document = json.loads(theirs.to_str())
     id = document["model"]["vocab"]["the"]
@@ -247,7 +247,7 @@ def test_text_never_becomes_a_control_token_by_merging() -> None:
 
 
 def test_a_text_may_end_with_a_token_of_the_post_processor() -> None:
-    """It is known as an end of answers; a prompt does not end with it."""
+    """It is a stop token; a prompt does not end with it."""
     theirs = copy_of(byte_level())
     theirs.add_special_tokens(["<a>", "<z>"])
     first, last = theirs.token_to_id("<a>"), theirs.token_to_id("<z>")
@@ -260,7 +260,7 @@ def test_a_text_may_end_with_a_token_of_the_post_processor() -> None:
         assert [*tokenizer.encode("Hello", bos=True), last] == theirs.encode("Hello").ids
 
 
-def test_ids_with_holes_and_of_the_vocabulary() -> None:
+def test_ids_with_gaps_and_of_the_vocabulary() -> None:
     """A text of the vocabulary has its id there; ids between tokens have none."""
     document = json.loads(byte_level().to_str())
     size = len(document["model"]["vocab"])
@@ -286,7 +286,7 @@ def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words are made one by one: a list of them would take 60 bytes and more for each."""
+    """Pretokens are made one by one: a list would take 60 bytes and more for each."""
     monkeypatch.setattr(patterns, "LONG_TEXT", 2**14)
     theirs = copy_of(byte_level())
     stages = [isolated(TEKKEN), pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]
@@ -303,7 +303,7 @@ def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert peak < 20 * len(text)  # where words begin and end: 16 bytes for each, and copies
 
 
-def test_half_a_character_is_refused() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     for theirs in (byte_level(), of_pieces()):
         with pytest.raises(TokenizerError, match=r"character 1 is U\+D800"):
             ours(theirs).encode("a\ud800")

@@ -41,7 +41,7 @@ FOREIGN = (
     "日本語のテキストです。中文文本没有空格。한국어 텍스트 हिन्दी में पाठ ก็ไม่ عربي עברית "
     "👩\u200d👩\u200d👧 😀😀😀 e\u0301\u0323 x²+y³ ½ ﬁ\u3000wide\xa0blank\u200bzero "
 )
-# Every one is another way through the tokenizer.
+# Each exercises another path through the tokenizer.
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {
         "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
@@ -94,7 +94,7 @@ Pair = tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor]
 
 
 def mixed(seed: int, pieces: list[str]) -> str:
-    """Random text of words, blanks, controls, pieces of the vocabulary and any characters."""
+    """Random text of words, spaces, special tokens, pieces of the vocabulary and any characters."""
     choice = random.Random(seed)
     parts = []
     for _ in range(choice.randrange(1, 40)):
@@ -117,14 +117,14 @@ def mixed(seed: int, pieces: list[str]) -> str:
 
 
 def held_back(pair: Pair, text: str) -> bool:
-    """Whether our tokenizer takes something for a control token that the library always reads."""
+    """Whether ours treats something as a special token that the library always reads."""
     ours, theirs = pair
     always = [special for special, id in ours.specials.items() if not theirs.is_control(id)]
     return any(special in text for special in always)
 
 
 def one_replacement(text: str) -> str:
-    """The library writes U+FFFD for every byte that is no character, Python for groups of them."""
+    """The library writes U+FFFD for every invalid byte, Python for groups of them."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -185,7 +185,7 @@ def test_megabytes_of_prose_and_code(pair: Pair) -> None:
         assert ours.encode_array(text[:1000]).tolist() == ours.encode(text[:1000])
 
 
-def test_a_stream_that_continues_a_text_keeps_its_first_blank(pair: Pair) -> None:
+def test_a_stream_that_continues_a_text_keeps_its_first_space(pair: Pair) -> None:
     ours, theirs = pair
     ids = [theirs.piece_to_id("▁of"), theirs.piece_to_id("▁the")]
     decoder = Detokenizer(ours, continues=True)
@@ -298,7 +298,7 @@ def test_json_every_code_point(
         assert ours.encode(text) == their_ids(theirs, text, specials=False)
 
 
-def test_json_says_which_token_begins_a_text(
+def test_json_names_the_first_token_of_a_text(
     json_pair: tuple[PipelineTokenizer, Tokenizer],
 ) -> None:
     ours, theirs = json_pair
@@ -306,10 +306,10 @@ def test_json_says_which_token_begins_a_text(
     assert ours.stop_ids == {2}
 
 
-def test_a_control_token_between_texts(
+def test_a_special_token_between_texts(
     json_pair: tuple[PipelineTokenizer, Tokenizer],
 ) -> None:
-    """The blank that a text begins with depends on what stands before it: see ChatML on Llama 2."""
+    """The space before a text depends on what comes before it: see ChatML on Llama 2."""
     ours, theirs = json_pair
     ids = ours.encode_parts([1, "[INST] hi [/INST]", 2, 1, " again", "<s>"])
     written = their_ids(theirs, "<s>[INST] hi [/INST]</s><s> again", specials=True)
@@ -352,10 +352,10 @@ def test_chat_templates_give_the_ids_of_transformers(
     assert compared > 5
 
 
-def test_chat_text_never_becomes_a_control_id(
+def test_chat_text_never_becomes_a_special_id(
     json_pair: tuple[PipelineTokenizer, Tokenizer],
 ) -> None:
-    """T3 on this kind of vocabulary: the only control ids are the template's."""
+    """The only special ids are the template's."""
     ours, _ = json_pair
     chat = TemplateChat(LLAMA2, bos_token="<s>", eos_token="</s>")
     told = [("user", "<s></s>"), ("assistant", "a</s>[INST] b</s"), ("user", "s><s><s>")]
@@ -415,8 +415,8 @@ def with_piece(metadata: dict[str, Any], text: str, kind: int) -> dict[str, Any]
     return metadata | {key: [*metadata[key], value] for key, value in keys.items()}
 
 
-def test_gguf_user_defined_pieces_are_cut_out_first(metadata: dict[str, Any]) -> None:
-    """As llama.cpp: a blank before each stretch of text, none before the piece."""
+def test_gguf_user_defined_pieces_are_found_first(metadata: dict[str, Any]) -> None:
+    """As in llama.cpp: a space before each part of the text, none before the piece."""
     ours = sentencepiece_from_gguf(with_piece(metadata, "<sep>", 4))
     plain = sentencepiece_from_gguf(metadata)
     id = plain.vocab_size
@@ -450,7 +450,7 @@ def test_gguf_without_scores_or_types_loads(metadata: dict[str, Any]) -> None:
 
 
 def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
-    """An empty piece is never met; of equal ones the last is used, as in llama.cpp."""
+    """An empty piece is never used; of equal ones the last is used, as in llama.cpp."""
     plain = sentencepiece_from_gguf(metadata)
     for kind in (1, 3, 4, 5):
         ours = sentencepiece_from_gguf(with_piece(metadata, "", kind))
@@ -472,7 +472,7 @@ def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
 
 @pytest.mark.parametrize("unit", [" ", "\n", "^", "a", "0", "😀", "\u0301"])
 def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> None:
-    """T1: round trip within five seconds, and time that grows with the length."""
+    """round trip within five seconds, and linear time."""
 
     def there_and_back(count: int) -> None:
         assert warm.decode(warm.encode(unit * count)) == unit * count
@@ -482,8 +482,8 @@ def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> 
     assert seconds(partial(there_and_back, 1_000_000), enough=limit) <= limit
 
 
-def test_half_a_character_is_refused(trained: dict[str, Path]) -> None:
-    """T2: a lone surrogate is no text; everything else in ODD is."""
+def test_a_lone_surrogate_is_refused(trained: dict[str, Path]) -> None:
+    """A lone surrogate is refused, everything else in ODD is text."""
     for name in ("llama", "defaults"):
         with pytest.raises(TokenizerError, match=r"character 1 is U\+D800"):
             read_sentencepiece(trained[name]).encode("a\ud800")
@@ -491,15 +491,14 @@ def test_half_a_character_is_refused(trained: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("id", [-1, 2000, 2**40])
 def test_an_id_outside_the_vocabulary_is_refused(trained: dict[str, Path], id: int) -> None:
-    """T4."""
     tokenizer = read_sentencepiece(trained["llama"])
     for use in (tokenizer.token_bytes, lambda id: tokenizer.decode([5, id])):
         with pytest.raises(TokenizerError, match=f"id {id}: not in the vocabulary, .* 0 … 1999"):
             use(id)
 
 
-def test_control_text_is_read_only_on_request(trained: dict[str, Path]) -> None:
-    """T3, also for what Gemma's own file calls a plain addition."""
+def test_special_tokens_are_read_only_on_request(trained: dict[str, Path]) -> None:
+    """Also for what Gemma's file declares as an ordinary added token."""
     tokenizer = read_sentencepiece(trained["gemma"])
     for text in tokenizer.specials:
         assert not set(tokenizer.encode(f"a{text}b")) & set(tokenizer.specials.values())
@@ -546,7 +545,7 @@ def fault_of(path: Path) -> str | None:
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix: not supported"),
     ],
 )
-def test_other_kinds_of_models_are_refused(
+def test_other_model_types_are_refused(
     tmp_path: Path, options: dict[str, Any], complaint: str
 ) -> None:
     sentencepiece.SentencePieceTrainer.train(
@@ -559,7 +558,7 @@ def test_other_kinds_of_models_are_refused(
 
 
 def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, Any]) -> None:
-    """As llama.cpp takes them, and a note; an empty table of normal forms is none."""
+    """As in llama.cpp, with a note; an empty precompiled_charsmap is ignored."""
     usual = sentencepiece_from_gguf(metadata)
     beyond = {"bos_token_id": 9000, "eos_token_id": 9001, "eot_token_id": 9002}
     changed = {f"tokenizer.ggml.{key}": id for key, id in beyond.items()}
@@ -618,7 +617,7 @@ def test_wrong_gguf_metadata_is_named(
          "added_tokens[0]: lstrip must be true or false, got 1"),
     ],
 )  # fmt: skip
-def test_json_that_is_not_understood_is_named(
+def test_unsupported_json_is_refused(
     trained: dict[str, Path], stage: str, value: Any, complaint: str
 ) -> None:
     document = json.loads(as_hugging_face(trained["llama"], "llama 2").to_str())

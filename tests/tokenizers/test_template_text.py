@@ -35,7 +35,7 @@ def pairs_of(text: str) -> Pairs:
 
 
 def by_definition(pairs: Pairs, name: str, *arguments: Any) -> list[Pairs]:
-    """What is left of the characters, by the places where the text is cut."""
+    """The characters of each part, by definition."""
     text = "".join(c for c, _ in pairs)
     if name in ("strip", "lstrip", "rstrip"):
         [chars] = arguments
@@ -69,7 +69,7 @@ def test_parts_keep_the_origin_of_their_characters(pairs: Pairs, needle: str | N
 
 
 @given(TEXTS, NEEDLES, st.integers(-1, 3))
-def test_cuts_at_a_text_keep_the_origin(pairs: Pairs, needle: str, count: int) -> None:
+def test_splitting_at_a_text_keeps_the_origin(pairs: Pairs, needle: str, count: int) -> None:
     text, plain = text_of(pairs), "".join(c for c, _ in pairs)
     for name in ("split", "rsplit"):
         parts = getattr(text, name)(needle, count)
@@ -111,7 +111,9 @@ def test_replacing_keeps_both_origins(pairs: Pairs, old: str, new: Pairs, count:
 
 
 @given(TEXTS, TEXTS, TEXTS, st.integers(-3, 3), st.integers(-3, 3))
-def test_sums_and_slices(one: Pairs, two: Pairs, three: Pairs, start: int, step: int) -> None:
+def test_concatenation_and_slices(
+    one: Pairs, two: Pairs, three: Pairs, start: int, step: int
+) -> None:
     first, second, third = text_of(one), text_of(two), text_of(three)
     plain = str.__str__(second)
     assert pairs_of(first + second) == one + two

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer from Meta's file: golden ids, control tokens, chunks, damaged files."""
+"""Llama 3's tokenizer from Meta's file: known ids, special tokens, damaged files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is "
 
 
-def test_the_famous_prompt(llama3_ranks: Path) -> None:
+def test_known_ids_of_a_prompt(llama3_ranks: Path) -> None:
     tokenizer = read_meta_tokenizer(llama3_ranks)
     ids = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395]
     assert tokenizer.encode(ULTIMATE, bos=True) == [*ids, 374, 220]

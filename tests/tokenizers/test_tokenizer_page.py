@@ -1,4 +1,4 @@
-"""The page on tokenizers is run: every `>>>` on it prints what it says."""
+"""Runs the examples of docs/tokenizers.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent.parent / "docs" / "tokenizers.md"
 
 
-def test_the_page_is_true(default_model: Path) -> None:
+def test_examples_of_the_page(default_model: Path) -> None:
     assert default_model.is_file()  # what the page downloads
     failed, tried = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
     assert tried >= 10

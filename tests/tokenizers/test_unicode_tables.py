@@ -1,4 +1,4 @@
-"""What a letter is does not depend on installed packages: tables of one version of Unicode."""
+"""Unicode tables of one version, independent of installed packages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_categories_are_those_of_tiktoken_and_tokenizers(name: str) -> None:
         assert of_tiktoken(rf"\p{{{name}}}") == ours
 
 
-def test_words_and_signs() -> None:
+def test_words_and_punctuation() -> None:
     assert of_tiktoken(r"\w") == np.flatnonzero(word_points()).tolist()
     strip = pre_tokenizers.Punctuation("removed")
     signs = [ord(c) for c in EVERY[:0x3100] if not strip.pre_tokenize_str(c)]
@@ -60,8 +60,8 @@ def test_words_and_signs() -> None:
 
 
 def test_the_version_is_fixed() -> None:
-    """Characters of a later version are unassigned: neither letters nor digits, however new the
-    installed `regex` is."""
+    """Characters of a later version are unassigned: neither letters nor digits, whatever version
+    of Unicode the installed `regex` has."""
     assert unicode_data()["version"] == "16.0"
     names = unicode_data()["categories"]
     assert {names[categories()[ord(char)]] for char in YOUNG} == {"Cn"}
@@ -85,7 +85,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_find_what_tokenizers_finds(pattern: str) -> None:
+def test_patterns_match_as_in_tokenizers(pattern: str) -> None:
     text = "It's a CAB, don'T x² Word oX aab bc ac deef\r\n__ é ä 日本語 12½ ſLL "
     text += "’q\u0301]-[ ⅷⓐ\u200d^ "
     text += "".join(map(chr, range(0x20, 0x700, 3)))
@@ -102,7 +102,7 @@ def test_damaged_patterns_are_refused(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SPLITS, *OTHER_SPLITS])
-def test_a_long_text_is_split_in_blocks_without_another_word(
+def test_blocks_of_a_long_text_change_no_pretoken(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = {**SPLITS, **OTHER_SPLITS}[name]

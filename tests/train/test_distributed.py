@@ -95,7 +95,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     for way, (kind, *_) in WAYS.items():
         run = new_run(home / f"one-{way}", text, kind, *settings_of(way))
         (home / f"one-{way}.json").write_text(json.dumps(losses(make_steps(run))))
-    code_cache.seal()  # the ranks need not compile again what was compiled here
+    code_cache.save_checksums()  # the ranks need not compile again what was compiled here
     shutil.copytree(home / "one-muon", home / "alone")
     shutil.rmtree(home / "alone" / "checkpoints" / f"step-{STEPS:06d}")
     assert run_script(TWO_RANKS + BOTH_WELL, home, text) == ""

@@ -23,8 +23,8 @@ from glassllama.train.preflight import preflight
 from glassllama.train.prepare import prepare
 from glassllama.train.resolve import changed_lines, resolve
 from glassllama.train.warm_start import in_layout_of
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_model
-from glassllama.weights.open import open_checkpoint
 from train.recipes import PRESET, make_steps, new_run, write_text
 from train.test_resume import assert_same_run
 

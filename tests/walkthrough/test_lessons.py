@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import nbformat
 import pytest
 import torch
+from notebook_display import show
 from safetensors.torch import load_file, save_file
 
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
@@ -26,14 +26,6 @@ from glassllama.walkthrough.walkthrough import Walkthrough
 from tiny_models import META_SHAPE, hf_model, write_meta
 
 ROOT = Path(__file__).parent.parent.parent
-SPEC = importlib.util.spec_from_file_location(
-    "notebook_display", ROOT / "lessons" / "notebook_display.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-DISPLAY = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(DISPLAY)
-show = DISPLAY.show
 BUILT = ROOT / "build" / "notebooks"
 
 
@@ -45,7 +37,7 @@ def made(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
 
 def outputs(folder: Path) -> list[Any]:
     """The outputs of every cell of code."""
-    notebook = nbformat.read(folder / "walkthrough.ipynb", as_version=4)
+    notebook = nbformat.read(folder / "llama_step_by_step.ipynb", as_version=4)
     return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -66,7 +58,7 @@ def test_it_runs_on_the_default_model() -> None:
     assert html.count('<p class="ask">') >= len(STEPS) + len(MISTAKES)
     assert "France" in html
     assert "␣Rome" in html  # step 12: the other country's vector was taken over
-    assert (BUILT / "walkthrough.html").stat().st_size < 1_000_000
+    assert (BUILT / "llama_step_by_step.html").stat().st_size < 1_000_000
     kinds = {part.output_type for cell in outputs(BUILT) for part in cell}
     assert kinds == {"execute_result", "display_data", "stream"}
     streams = [part.name for cell in outputs(BUILT) for part in cell if "name" in part]
@@ -95,7 +87,7 @@ def test_a_failed_check_fails_it(tmp_path: Path, with_text: Path) -> None:
     assert done.returncode == 1
     assert "DamagedWeightsError" in done.stderr
     assert "layers.1.feed_forward.up" in done.stderr
-    assert not (tmp_path / "walkthrough.ipynb").exists()
+    assert not (tmp_path / "llama_step_by_step.ipynb").exists()
 
 
 class Balanced(HTMLParser):
@@ -137,7 +129,7 @@ def test_a_heat_map_has_every_number(tiny_walk: Walkthrough) -> None:
     assert strengths == pytest.approx([max(w**0.5, 0.04) for w in lower], abs=0.006)
 
 
-def test_text_is_text(with_text: Path) -> None:
+def test_texts_are_escaped(with_text: Path) -> None:
     from glassllama.walkthrough.walkthrough import open_walkthrough
 
     hostile = "<script>alert(1)</script>&lt;"
@@ -148,6 +140,6 @@ def test_text_is_text(with_text: Path) -> None:
     assert json.dumps(hostile)[1:-1] not in html
 
 
-def test_what_cannot_be_shown_is_named() -> None:
+def test_an_object_of_another_type_is_an_error() -> None:
     with pytest.raises(TypeError, match="expected a step, a comparison or a picture, got int"):
         show(5)

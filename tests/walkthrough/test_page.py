@@ -167,7 +167,7 @@ def page(browser: Browser, file: Path) -> Browser:
     return browser
 
 
-def test_one_file_of_decent_size(walk: Walkthrough, file: Path) -> None:
+def test_size_and_policy_of_the_file(walk: Walkthrough, file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(walk.ids) == 12
     assert file.stat().st_size <= LARGEST
@@ -209,7 +209,7 @@ HOOKS = [
 ]  # fmt: skip
 
 
-def test_its_numbers_are_the_traces(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
+def test_numbers_are_those_of_the_trace(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
     """Read by keyboard: from the last token four up, and some channels to the right."""
     ends = {"input": "layers.2", "output": "layers.3", "norm": "norm"}
     for step, hook in HOOKS:
@@ -315,7 +315,7 @@ def test_by_keyboard_alone(page: Browser) -> None:
     assert page.text("#title").startswith("0. ")
 
 
-def test_everything_that_can_be_used_has_a_name(page: Browser) -> None:
+def test_all_controls_have_accessible_names(page: Browser) -> None:
     """In the tree that screen readers are given."""
     wanted = {"button", "slider", "radio", "application", "img", "combobox"}
     for number in range(len(STEPS)):
@@ -326,7 +326,7 @@ def test_everything_that_can_be_used_has_a_name(page: Browser) -> None:
         assert [n for n in used if not n.get("name", {}).get("value", "").strip()] == []
 
 
-def test_phone_dark_and_still(browser: Browser, file: Path) -> None:
+def test_phone_dark_mode_and_reduced_motion(browser: Browser, file: Path) -> None:
     """360 pixels without a scrollbar to the side; other colours in the dark; nothing moves."""
     paper = []
     for scheme in ("light", "dark"):
@@ -421,9 +421,7 @@ def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are kept"])
-def test_ids_of_any_number_and_no_vocabulary(
-    browser: Browser, tmp_path: Path, ids: list[int]
-) -> None:
+def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)
     path.write_text(html_page(walk), encoding="utf-8")
@@ -438,7 +436,7 @@ def test_ids_of_any_number_and_no_vocabulary(
     assert browser.complaints() == []
 
 
-def test_the_verb_writes_and_opens_it(
+def test_the_command_writes_and_opens_the_page(
     verb: Verb, with_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, opened = tmp_path / "a page.html", tmp_path / "opened"
@@ -469,7 +467,7 @@ def test_the_verb_writes_and_opens_it(
         (["--html", "."], 1, "--html .: expected the name of a file"),
     ],
 )
-def test_what_the_verb_refuses(
+def test_errors_of_the_command(
     verb: Any, with_text: Path, options: list[str], code: int, line: str
 ) -> None:
     done = verb("walkthrough", "lambda", "-m", with_text, *options)
@@ -478,7 +476,9 @@ def test_what_the_verb_refuses(
     assert not Path("x.html").exists()
 
 
-def test_a_page_that_does_not_fit_is_not_there(verb: Verb, with_text: Path, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    verb: Verb, with_text: Path, tmp_path: Path
+) -> None:
     page = tmp_path / "walk.html"
     page.write_text("an older one")
     with files_of_at_most(4096):

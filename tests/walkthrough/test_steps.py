@@ -38,7 +38,7 @@ from glassllama.walkthrough.walkthrough import (
     open_walkthrough,
     start_walkthrough,
 )
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
 from rows import Rows
 from tiny_models import VARIANTS
@@ -208,7 +208,7 @@ def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walkthrough) -> None:
 
 
 @pytest.mark.parametrize("name", PERTURBED)
-def test_another_row_of_weights_is_no_rounding(name: str, tiny_walk: Walkthrough) -> None:
+def test_shifted_rows_of_weights_are_an_error(name: str, tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule(name).weight
     weight.copy_(weight.roll(1, 0))
     wrong = rf"step {PERTURBED[name]}, .*running model"
@@ -263,7 +263,7 @@ def test_a_wrong_nucleus_is_noticed(
         run_step(tiny_walk, 14)
 
 
-def test_a_cache_that_lies_is_noticed(tiny_walk: Walkthrough) -> None:
+def test_a_changed_cache_is_noticed(tiny_walk: Walkthrough) -> None:
     run_step(tiny_walk, 15)
     tiny_walk.cache.values[1, 0, 0, 2, 0] += 0.1
     assert warned(run_step(tiny_walk, 15))
@@ -379,7 +379,7 @@ def test_control_tokens_in_the_prompt(default_model: Path) -> None:
     assert "--specials --step 1" in step.command
 
 
-def test_no_llama(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
@@ -411,14 +411,14 @@ def test_source_lines_are_the_files(tiny_walk: Walkthrough) -> None:
         source(manual_block.attention_scores, "gone =")
 
 
-def test_colours_only_where_they_are_wanted(tiny_walk: Walkthrough) -> None:
+def test_colors_only_if_asked_for(tiny_walk: Walkthrough) -> None:
     step = run_step(tiny_walk, 5)
     assert "\x1b[" not in render(step, Layout(80))
     assert "\x1b[1m" in render(step, Layout(80, color=True))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_rows_that_are_no_whole_blocks_are_rounded_too(kind: Any) -> None:
+def test_rows_are_padded_to_whole_blocks(kind: Any) -> None:
     matrix = torch.randn(600, 96, generator=torch.Generator().manual_seed(3))
     back = round_trip(matrix[:, :70], kind)
     assert back.shape == (600, 70)
@@ -447,7 +447,7 @@ def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
         assert scaled[below].max(initial=0.0) < scaled[nucleus].min()
 
 
-def test_one_model_many_walks(tiny_walk: Walkthrough) -> None:
+def test_several_walkthroughs_of_one_model(tiny_walk: Walkthrough) -> None:
     other = start_walkthrough(tiny_walk.checkpoint, tiny_walk.model, IDS[:3], head=1)
     run_step(tiny_walk, 15)
     run_step(other, 15)

@@ -86,7 +86,7 @@ def test_tensors_are_those_of_the_trace(walk: Walkthrough, walked: dict[str, Any
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_any_temperature_can_be_drawn_from_it(
+def test_probabilities_at_any_temperature_follow_from_the_object(
     walk: Walkthrough, walked: dict[str, Any], temperature: float
 ) -> None:
     """With the listed logits and the sum of all others a page has the exact probabilities."""
@@ -100,7 +100,7 @@ def test_any_temperature_can_be_drawn_from_it(
     assert np.allclose(probs, expected, atol=1e-4)
 
 
-def test_one_step_and_no_other(walk: Walkthrough) -> None:
+def test_one_step_only(walk: Walkthrough) -> None:
     assert [step["number"] for step in to_json(walk, steps=[9])["steps"]] == [9]
 
 
@@ -117,7 +117,7 @@ def test_numbers_keep_four_digits() -> None:
     assert plain(values) == {"a": [[0.3333, 12350.0]], "b": [1, "x", None, 6.667e-10]}
 
 
-def test_the_page_names_every_field(walked: dict[str, Any]) -> None:
+def test_the_documentation_names_every_field(walked: dict[str, Any]) -> None:
     page = PAGE.read_text()
     fields = {*walked, *walked["tokens"][0], *walked["steps"][0], *walked["probabilities"]}
     fields |= {*walked["mistakes"][0], *walked["attention"], *walked["layers"]["0"]}
@@ -130,7 +130,7 @@ def glassllama(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_the_verb_in_a_process_of_its_own(with_text: Path) -> None:
+def test_the_command_in_a_new_process(with_text: Path) -> None:
     done = glassllama("lambda forms", "-m", with_text, "--layer", 1)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -159,7 +159,7 @@ def test_bad_input_at_the_command_line(
     assert done.out == ""
 
 
-def test_the_verb_prints_one_object(with_text: Path, verb: Any) -> None:
+def test_the_command_prints_one_object(with_text: Path, verb: Any) -> None:
     done = verb("walkthrough", "lambda", "-m", with_text, "--json", "--step", 3, "--scale", "wrong")
     walked = json.loads(done.out)
     assert done.code == 0

@@ -16,13 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import handmade_gguf as hand
 from glassllama.base.config import GivenDivisors, LinearScaling, LlamaConfig
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError
-from glassllama.cli.model_info import describe
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
+from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
-from glassllama.weights.memory import plan
-from glassllama.weights.open import Checkpoint, open_checkpoint
+from glassllama.weights.memory import estimate_memory
 from glassllama.weights.save import save_model
 from processor_time import seconds
 from semantic_mutants import gguf_bytes
@@ -159,7 +159,7 @@ def test_a_context_of_any_length_costs_nothing_before_it_is_used(tmp_path: Path)
 
 def look_at(checkpoint: Checkpoint) -> None:
     describe(checkpoint)
-    plan(checkpoint, tokens=8, memory=1 << 40)
+    estimate_memory(checkpoint, tokens=8, memory=1 << 40)
     load_model(checkpoint)
 
 

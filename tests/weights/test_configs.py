@@ -10,15 +10,11 @@ import pytest
 
 from glassllama.base.config import Llama3Scaling
 from glassllama.base.errors import ConfigError
-from glassllama.weights.bigram import config_from_bigram
-from glassllama.weights.configs import (
-    Resolved,
-    architecture,
-    config_from_hf,
-    config_from_meta,
-    meta_ffn_dim,
-)
-from glassllama.weights.gpt2 import config_from_gpt2
+from glassllama.weights.architectures import config_from_hf, hf_architecture
+from glassllama.weights.architectures.bigram import BIGRAM as BIGRAM_ARCHITECTURE
+from glassllama.weights.architectures.description import Resolved
+from glassllama.weights.architectures.gpt2 import GPT2 as GPT2_ARCHITECTURE
+from glassllama.weights.architectures.llama import config_from_meta, meta_ffn_dim
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -157,8 +153,8 @@ ALL_KEYS: dict[str, Any] = {
 READERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Resolved]]] = {
     "llama": (ALL_KEYS, config_from_hf),
     "meta": (META_31_8B, lambda values: config_from_meta(values, 128256, tied=False)),
-    "gpt2": (GPT_2, config_from_gpt2),
-    "bigram": (BIGRAM, config_from_bigram),
+    "gpt2": (GPT_2, GPT2_ARCHITECTURE.config_from_hf),
+    "bigram": (BIGRAM, BIGRAM_ARCHITECTURE.config_from_hf),
 }
 NO_EFFECT = {"torch_dtype", "model_type"}  # of these only config_from_hf reads the last
 WHOLE: list[Any] = [4.5, 8.0, "8", True, [8], {"a": 8}, -8, 0, 10**400, math.nan]
@@ -220,7 +216,7 @@ def test_every_field_of_the_scaling_too(key: str) -> None:
 )
 def test_models_of_other_families(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        architecture(values)
+        hf_architecture(values)
 
 
 def test_long_names_are_cut_in_notes() -> None:

@@ -23,15 +23,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.model_info import describe
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.resolve import preset_names, read_tables, resolve
 from glassllama.train.run import FORMAT, read_state, require_same
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
+from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
-from glassllama.weights.memory import plan
-from glassllama.weights.open import Checkpoint, open_checkpoint
+from glassllama.weights.memory import estimate_memory
 from glassllama.weights.save import save_model
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,
@@ -81,8 +81,8 @@ def look_at(checkpoint: Checkpoint) -> None:
     facts = describe(checkpoint)
     for line in [*facts["notes"], facts["tokenizer"].get("error", "")]:
         check_line(line)
-    if checkpoint.torch_only is None:
-        plan(checkpoint, tokens=8, memory=1 << 40).describe()
+    if checkpoint.architecture.layer_plan is not None:
+        estimate_memory(checkpoint, tokens=8, memory=1 << 40).describe()
     load_model(checkpoint)
 
 

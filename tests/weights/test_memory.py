@@ -35,11 +35,13 @@ before = high_water()
 print(high_water() - before)
 """
 TORCH = (
-    "import torch; from glassllama.weights.load import *; from glassllama.weights.open import *",
+    "import torch; from glassllama.weights.load import *\n"
+    "from glassllama.weights.checkpoint import *",
     "model = load_llama(open_checkpoint(sys.argv[1]))",
 )
 ENGINE = (
-    "import numba; from glassllama.weights.pack import *; from glassllama.weights.open import *",
+    "import numba; from glassllama.weights.pack import *\n"
+    "from glassllama.weights.checkpoint import *",
     "model = pack(open_checkpoint(sys.argv[1]))",
 )
 
@@ -77,7 +79,7 @@ from glassllama.base.interfaces import logits_of_text
 import numba
 from pathlib import Path
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = int(sys.argv[2]), -1e18
 packed_cache.folder = lambda: Path(sys.argv[1]).parent / "packed"
 engine = pack.pack(open_checkpoint(sys.argv[1]))

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError, quoted
 from glassllama.base.machine import require_memory
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import open_checkpoint
 from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
 
 
@@ -167,7 +167,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="'bert', only 'llama'"):
+    with pytest.raises(ConfigError, match="'bert', supported are 'llama'"):
         open_checkpoint(tmp_path / "x.gguf")
 
 

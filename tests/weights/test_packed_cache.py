@@ -17,7 +17,7 @@ import pytest
 
 from glassllama.native.engine.executor import Engine
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf
 
@@ -64,13 +64,13 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        really = pack.fill_all
+        really = pack.pack_all
 
         def counting(*arguments: Any) -> None:
             self.times += 1
             really(*arguments)
 
-        monkeypatch.setattr(pack, "fill_all", counting)
+        monkeypatch.setattr(pack, "pack_all", counting)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def kept_notes(engine: Engine) -> list[str]:
-    return [note for note in engine.notes if "not kept" in note]
+    return [note for note in engine.notes if "not cached" in note]
 
 
 def test_the_second_start_maps_what_the_first_packed(model: Path, packings: Counted) -> None:
@@ -166,13 +166,13 @@ def test_a_file_that_may_be_changing_is_not_kept(
 def test_a_file_that_changes_meanwhile_is_not_kept(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = pack.fill_all
+    really = pack.pack_all
 
     def changing(*arguments: Any) -> None:
         really(*arguments)
         os.utime(model)
 
-    monkeypatch.setattr(pack, "fill_all", changing)
+    monkeypatch.setattr(pack, "pack_all", changing)
     engine = pack.pack(open_checkpoint(model))
     assert "changed while" in kept_notes(engine)[0]
     assert np.isfinite(logits(engine)).all()
@@ -222,7 +222,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from glassllama.weights import pack, packed_cache
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = 0, -10**15
 packed_cache.folder = lambda: Path(sys.argv[2])
 packed_cache.KeptPlace.keep = lambda self: os._exit(9)
@@ -245,8 +245,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_used(
 
 def test_several_processes_at_once_pack_once(model: Path) -> None:
     script = KILLED.replace("packed_cache.KeptPlace.keep = lambda self: os._exit(9)", "").replace(
-        "pack.pack(open", "really = pack.fill_all\n"
-        "pack.fill_all = lambda *a: (print('packed'), really(*a))\n"
+        "pack.pack(open", "really = pack.pack_all\n"
+        "pack.pack_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"
     ) + (
         "from glassllama.base.interfaces import logits_of_text\n"
@@ -320,7 +320,7 @@ def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
 def test_waiting_for_another_process_has_an_end(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_cache, "PATIENCE", 0.1)
+    monkeypatch.setattr(packed_cache, "LOCK_TIMEOUT", 0.1)
     packed_cache.folder().mkdir()
     with packed_cache.FileLock(packed_cache.folder() / ".lock"):
         engine = pack.pack(open_checkpoint(model))

@@ -11,17 +11,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.unpacked import read_rows
 from glassllama.base.errors import ConfigError, MemoryShortError
 from glassllama.base.interfaces import TensorFile, TensorInfo
 from glassllama.formats.blocks import dequantize
 from glassllama.llm import load
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.layout import Matrix
-from glassllama.weights import quantization
-from glassllama.weights.open import Checkpoint, open_checkpoint
-from glassllama.weights.pack import pack
-from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, choose, packing_plan
+from glassllama.weights import pack as packing
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
+from glassllama.weights.pack import choose_packing, pack
+from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, PackingPlan, packing_plan
+from native.engine.unpacked import read_rows
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tolerances import eight_bit_bar, spread_apart
@@ -110,7 +110,7 @@ def test_rows_that_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:
 def test_a_quantised_file_stays_as_it_is_and_that_is_said(models: dict[str, Path]) -> None:
     engine = pack(open_checkpoint(models["q4_0"]), quantize="q8_0")
     assert packed_as(engine) == {"Q4_0"}
-    assert any("quantised already" in note for note in engine.notes)
+    assert any("quantized already" in note for note in engine.notes)
 
 
 def sizes(checkpoint: Checkpoint) -> list[int]:
@@ -118,42 +118,43 @@ def sizes(checkpoint: Checkpoint) -> list[int]:
 
 
 @pytest.mark.parametrize(("short_by", "kind"), [(0, "none"), (1, "q8_0"), (2, "q4_0")])
-def test_memory_decides_and_it_is_said(
+def test_weights_are_quantized_if_memory_is_short(
     short_by: int, kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(models["bf16"])
     free = sizes(checkpoint)[short_by] + WORKING_MEMORY
-    monkeypatch.setattr(quantization, "available_memory", lambda: free)
-    packed = choose(checkpoint, exact=False, quantize=None)
+    monkeypatch.setattr(packing, "available_memory", lambda: free)
+    packed = choose_packing(checkpoint, exact=False, quantize=None)
     assert packed.nbytes == free - WORKING_MEMORY
     if kind == "none":
         assert packed.notes == []
         return
     [note] = packed.notes
     assert note.startswith("BF16 weights need ")
-    assert f"GB are free: quantised to {kind} (" in note
+    assert f"GB are free: quantized to {kind} (" in note
 
 
 @pytest.mark.parametrize("form", ["bf16", "q4_0"])
-def test_too_large_even_so(
+def test_a_model_that_fits_in_no_way(
     form: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what would do, by the planner's figures."""
+    """The error says what would fit, by the estimate of weights/memory.py."""
     checkpoint = open_checkpoint(models[form])
-    monkeypatch.setattr(quantization, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr(packing, "available_memory", lambda: 10_000_000)
     with pytest.raises(MemoryShortError, match=r"of memory, 10\.0 MB are free; nothing fits"):
-        choose(checkpoint, exact=False, quantize=None)
-    monkeypatch.setattr(quantization, "available_memory", lambda: 500_000_000)
-    big = quantization.PackingPlan({}, 10**9, [])
-    assert "use backend engine" in str(quantization.too_large(checkpoint, big, 500_000_000))
+        choose_packing(checkpoint, exact=False, quantize=None)
+    monkeypatch.setattr(packing, "available_memory", lambda: 500_000_000)
+    monkeypatch.setattr(packing, "packing_plan", lambda *_, **__: PackingPlan({}, 10**9, []))
+    with pytest.raises(MemoryShortError, match="use backend engine"):
+        choose_packing(checkpoint, exact=False, quantize=None)
 
 
-def test_what_cannot_be_had_together(models: dict[str, Path]) -> None:
+def test_options_that_contradict_each_other(models: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(models["bf16"])
     with pytest.raises(ConfigError, match="exact arithmetic keeps every weight"):
         pack(checkpoint, exact=True, quantize="q8_0")
     with pytest.raises(ConfigError, match="must be one of none, q8_0, q4_0, got 'q5_0'"):
-        choose(checkpoint, exact=False, quantize="q5_0")  # type: ignore[arg-type]
+        choose_packing(checkpoint, exact=False, quantize="q5_0")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="quantize q8_0 is for the engine"):
         load(models["bf16"], backend="torch", quantize="q8_0")
 

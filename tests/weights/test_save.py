@@ -23,7 +23,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import UNFINISHED, save_model
 from glassllama.weights.tokenizer import tokenizer_from_folder
 from tolerances import assert_logits
@@ -60,7 +60,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
     llm = load(tmp_path / "runs" / "x", backend="torch")
-    assert llm.checkpoint.model_config == model.config
+    assert llm.checkpoint.config == model.config
     ids = TOKENIZER.encode("hello 日 λ🙂!")
     expected = model(torch.tensor([ids]))[0].numpy()
     if "bigram" in name:  # a table that is read: no sums
@@ -181,7 +181,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     save_file({"moments": torch.zeros(3)}, tmp_path / "training.safetensors")
     for name in ("Llama", "bigram", "GPT"):  # one over the other
         save_model(tmp_path, models()[name], TOKENIZER)
-        assert type(open_checkpoint(tmp_path).model_config) is type(models()[name].config)
+        assert type(open_checkpoint(tmp_path).config) is type(models()[name].config)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -17,8 +17,8 @@ from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
 from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.weights import stream
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import load_llama
-from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedLlama, StreamExecutor
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
@@ -162,7 +162,7 @@ BLOCK = 2_000_000  # numbers of the output matrix at once
 MEASURE = """
 import sys, torch
 from glassllama.weights import stream
-from glassllama.weights.open import open_checkpoint
+from glassllama.weights.checkpoint import open_checkpoint
 stream.BLOCK_NUMBERS = int(sys.argv[2])
 def high_water():  # of this process alone: getrusage starts with the parent's
     with open("/proc/self/status") as status:

@@ -1,7 +1,4 @@
-"""The shape of a Llama, and the rotation frequencies that follow from it.
-
-Both executors (models/llama.py in torch, engine/ without it) build from this one class.
-"""
+"""The configuration of a Llama, and the RoPE frequencies that follow from it."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's stretch of the context: slow rotations are divided, fast ones left alone.
+    """RoPE scaling of Llama 3.1: low frequencies are divided by `factor`, high ones unchanged.
 
-    Source: The Llama 3 Herd of Models (2024); the rule itself is in Meta's `apply_scaling`.
+    Source: The Llama 3 Herd of Models (2024); the rule is in Meta's `apply_scaling`.
     """
 
     factor: float
@@ -36,16 +33,16 @@ class Llama3Scaling:
             raise ConfigError(f"rope_scaling: need 0 < low < high and factor > 0, got {self}")
 
     def divisors(self, frequencies: Floats) -> Floats:
-        """By what each frequency (radians per token) is divided: 1 … factor, same shape."""
+        """The divisor of each frequency (radians per token): 1 … factor, same shape."""
         turns = self.original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
         share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        share = np.clip(share, 0.0, 1.0)  # 1: fast enough to stay, 0: slowed by the whole factor
+        share = np.clip(share, 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
         return 1.0 / (share + (1.0 - share) / self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Position interpolation: every rotation is slowed by the same factor (Chen et al., 2023)."""
+    """Position interpolation: all frequencies are divided by a factor (Chen et al., 2023)."""
 
     factor: float
 
@@ -59,7 +56,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenDivisors:
-    """Divisors written out one by one: GGUF carries Llama 3.1's scaling as `rope_freqs.weight`."""
+    """A divisor for each frequency: `rope_freqs.weight` in GGUF files of Llama 3.1."""
 
     values: tuple[float, ...]  # as many as there are frequencies
 
@@ -76,7 +73,7 @@ RopeScaling = Llama3Scaling | LinearScaling | GivenDivisors
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Everything that distinguishes one Llama from another; sizes in elements, theta a base.
+    """The configuration of a Llama; sizes in elements.
 
     `rope_layout` says which coordinates of a head turn together: "interleaved" (0,1), (2,3), … in
     Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. It is data: the q and
@@ -98,6 +95,7 @@ class LlamaConfig:
     rope_layout: RopeLayout = "half"
     tie_embeddings: bool = False
     qk_norm: bool = False
+    architecture: ClassVar[str] = "llama"  # its name in weights/architectures
     unbounded: ClassVar[bool] = False  # True: what comes next depends on the last id only
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from glassllama.base.errors import GenerationError, quoted
 
 
 class Tokenizer(Protocol):
-    """Text ↔ ids. Control tokens are only ever read from text when `specials=True`."""
+    """Text ↔ ids. Special tokens are only ever read from text when `specials=True`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -30,14 +30,14 @@ class Tokenizer(Protocol):
     @property
     def stop_ids(self) -> frozenset[int]: ...
     @property
-    def specials(self) -> Mapping[str, int]: ...  # control tokens: text -> id
+    def specials(self) -> Mapping[str, int]: ...  # special tokens: text -> id
     @property
     def gaps(self) -> Sequence[int]: ...  # ids below vocab_size that have no token
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]: ...
     def encode_array(self, text: str) -> NDArray[np.uint32]: ...  # for corpora
     def decode(self, ids: Sequence[int]) -> str: ...
-    def token_bytes(self, id: int) -> bytes: ...  # control tokens: their text
+    def token_bytes(self, id: int) -> bytes: ...  # special tokens: their text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,3 +116,21 @@ def _user_home() -> Path:
         raise DownloadError(
             "cache: this user has no home folder; set GLASSLLAMA_HOME to a folder for models"
         ) from None
+
+
+def peak_memory() -> int | None:
+    """Bytes of this process's largest resident set so far; None where unknown (Windows).
+
+    Linux: read from /proc, because the value of getrusage survives exec and may be a parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        return peaks[0] * 1024 if peaks else None
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,28 +1,29 @@
-"""The verbs, put together. Each is a short function in a file of its own, and imports late."""
+"""All verbs as one Typer application. Each verb is a function in a file of its own."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
 import sys
+from collections.abc import Callable
 from textwrap import shorten
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from glassllama import __version__
 from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.cli.bench import bench
 from glassllama.cli.chat import chat
-from glassllama.cli.compile_notice import told_of_compiling
+from glassllama.cli.console import compile_notice
 from glassllama.cli.download import download
-from glassllama.cli.errors import DEBUG, code_of, failed
+from glassllama.cli.errors import WRONG_USAGE, print_error
 from glassllama.cli.generate import generate
-from glassllama.cli.help import page, parameter_sections
 from glassllama.cli.list import list_models
 from glassllama.cli.next import next_tokens
-from glassllama.cli.options import spread
-from glassllama.cli.other_names import no_such_verb
+from glassllama.cli.options import with_fields_as_options
 from glassllama.cli.perplexity import perplexity
 from glassllama.cli.show import show
 from glassllama.cli.tokenize import tokenize
@@ -31,85 +32,78 @@ from glassllama.cli.train_tokenizer import train_tokenizer
 from glassllama.cli.validate import validate
 from glassllama.cli.walkthrough import walkthrough
 
-NAMES = {list_models: "list", next_tokens: "next", train_tokenizer: "train-tokenizer"}
-UsageError: Any = typer.BadParameter.__base__  # the parser's own class, whichever it comes with
-WRONG_USAGE = 2  # exit code
-LONG_WORD = re.compile(rf"\S{{{QUOTED_CHARACTERS + 1},}}")  # only what was typed has such
-LONGEST_FAULT = 400  # characters of a mistake's description: many words may have been typed
-USE, MAKE, LOOK = "Use a model", "Make one", "Look at one"
-
-
-class Verb(TyperCommand):
-    """One verb, with a help page of ours."""
-
-    def get_help(self, ctx: Any) -> str:
-        return page(self, ctx, parameter_sections(self.get_params(ctx)))
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
+    "Use a model": {
+        "chat": chat, "generate": generate, "download": download, "list": list_models,
+    },
+    "Train": {"train": train, "train-tokenizer": train_tokenizer},
+    "Inspect a model": {
+        "walkthrough": walkthrough, "show": show, "validate": validate, "tokenize": tokenize,
+        "next": next_tokens, "perplexity": perplexity, "bench": bench,
+    },
+}  # fmt: skip
+# Names that other programs have for what our verbs do.
+INSTEAD = {
+    "run": "chat", "ask": "chat", "repl": "chat", "complete": "generate", "sample": "generate",
+    "pull": "download", "fetch": "download", "get": "download", "ls": "list", "models": "list",
+    "search": "list", "rm": "list: it shows where models are", "info": "show", "inspect": "show",
+    "check": "validate", "verify": "validate", "benchmark": "bench", "llama-bench": "bench",
+    "eval": "perplexity", "ppl": "perplexity", "encode": "tokenize", "decode": "tokenize",
+    "logits": "next", "predict": "next", "explain": "walkthrough", "trace": "walkthrough",
+    "pretrain": "train", "resume": "train PRESET --resume auto", "lora": "train --init-from MODEL",
+    "finetune": "train --init-from MODEL", "fine-tune": "train --init-from MODEL",
+    "quantize": "generate --quantize q8_0", "help": "--help", "version": "--version",
+}  # fmt: skip
+UsageError: Any = typer.BadParameter.__base__
+LONG_WORD = re.compile(rf"\S{{{QUOTED_CHARACTERS + 1},}}")
+MAX_USAGE_ERROR = 400  # characters
+COMPLETION = "_GLASSLLAMA_COMPLETE"  # set by shells
 
 
 class Verbs(TyperGroup):
-    """All verbs. Their faults become lines and exit codes here, before the parser sees them."""
+    """The application: errors in usage are one line; all others are left to `exit_code_of`."""
 
-    def main(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Run the command line; a mistake in it is one line, as every other error is."""
+    def main(self, *args: Any, **options: Any) -> Any:
+        if COMPLETION in os.environ:
+            return super().main(*args, **options)
         try:
-            code = super().main(*arguments, **{**options, "standalone_mode": False})
+            words = list(args[0]) if args else sys.argv[1:]
+            with self.make_context("glassllama", words) as context, compile_notice():
+                self.invoke(context)
         except UsageError as error:
-            failed(usage_fault(error))
-            code = WRONG_USAGE
-        sys.exit(code or 0)
+            print_error(usage_message(error))
+            sys.exit(WRONG_USAGE)
+        except typer.Exit as end:
+            sys.exit(end.exit_code)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands and not args[0].startswith("-"):
-            raise UsageError(no_such_verb(args[0], self.commands), ctx)
+        if (verb := INSTEAD.get(args[0])) is not None:
+            raise UsageError(f"no such command: {args[0]}; use 'glassllama {verb}'", ctx)
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> None:
-        with told_of_compiling():
-            code = code_of(lambda: super(Verbs, self).invoke(ctx), unexpected=False)
-        if code:
-            ctx.exit(code)
 
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Read the command line; --help and --version print here, perhaps to nobody."""
-        made: list[Any] = []
-        parse = super().make_context
-        code = code_of(lambda: made.append(parse(*arguments, **options)), unexpected=False)
-        if not made:
-            sys.exit(code)
-        return made[0]
-
-    def get_help(self, ctx: Any) -> str:
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for name, verb in self.commands.items():
-            brief = (verb.help or "").strip().split("\n\n")[0]
-            panel = str(getattr(verb, "rich_help_panel", ""))
-            panels.setdefault(panel, []).append((name, " ".join(brief.split())))
-        return page(self, ctx, [*panels.items(), *parameter_sections(self.get_params(ctx))])
-
-
-def usage_fault(error: Any) -> str:
-    """The parser's complaint, as it is worded everywhere here, and where to read more."""
-    message = LONG_WORD.sub(
-        lambda word: word[0][: QUOTED_CHARACTERS - 1] + "…", error.format_message()
-    )
-    text = shorten(message, LONGEST_FAULT, placeholder=" …").rstrip(".")
-    asked = "glassllama" if error.ctx is None else error.ctx.command_path
-    return f"{text[:1].lower()}{text[1:]} (see '{asked} -h')"
+def usage_message(error: Any) -> str:
+    """The parser's message as one line of limited length, and the command that shows help."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    message = LONG_WORD.sub(lambda word: word[0][: QUOTED_CHARACTERS - 1] + "…", message)
+    text = shorten(message, MAX_USAGE_ERROR, placeholder=" …")
+    command = "glassllama" if error.ctx is None else error.ctx.command_path
+    return f"{text[:1].lower()}{text[1:]} (see '{command} -h')"
 
 
 app = typer.Typer(
     cls=Verbs,
-    help="Llama models on your own machine, in Python you can see through.",
+    help="Llama models on your own machine, in readable Python.",
     epilog="Start with: glassllama chat",
-    invoke_without_command=True,  # then this is the help page
-    pretty_exceptions_enable=False,  # __main__ prints one line for what nobody foresaw
-    rich_markup_mode=None,  # cli/help.py writes the pages
+    invoke_without_command=True,  # prints the help page
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         print(f"glassllama {__version__}")
         raise typer.Exit
 
@@ -120,11 +114,11 @@ def glassllama(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option(DEBUG, help="Show where in the program an unexpected error happened.")
+        bool, typer.Option("--debug", help="Show the traceback of unexpected errors.")
     ] = False,
 ) -> None:
     """Options before the verb. Without a verb, the help page."""
@@ -132,20 +126,13 @@ def glassllama(
         print(ctx.get_help())
 
 
-for verb, panel in (
-    (chat, USE),
-    (generate, USE),
-    (download, USE),
-    (list_models, USE),
-    (train, MAKE),
-    (train_tokenizer, MAKE),
-    (walkthrough, LOOK),
-    (show, LOOK),
-    (validate, LOOK),
-    (tokenize, LOOK),
-    (next_tokens, LOOK),
-    (perplexity, LOOK),
-    (bench, LOOK),
-):
-    name = NAMES.get(verb, verb.__name__)
-    app.command(name, cls=Verb, rich_help_panel=panel)(spread(verb))
+def help_text(verb: Callable[..., None]) -> str:
+    """The docstring with one line per paragraph."""
+    paragraphs = inspect.cleandoc(verb.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for panel, verbs in VERBS.items():
+    for name, verb in verbs.items():
+        command = app.command(name, help=help_text(verb), rich_help_panel=panel)
+        command(with_fields_as_options(verb))

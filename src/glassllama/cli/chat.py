@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glassllama.cli.console import is_terminal, note, print_json, text_and_stdin
-from glassllama.cli.options import ChatOptions, How, Json, Logprobs, Which, require_json
-from glassllama.cli.render import as_object, speed_line
+from glassllama.cli.console import is_terminal, note, print_json, prompt_from
+from glassllama.cli.options import (
+    BackendOptions,
+    ChatOptions,
+    Json,
+    Logprobs,
+    ModelOptions,
+    require_json,
+)
+from glassllama.cli.render import completion_json, speed_line
 
 if TYPE_CHECKING:
-    from glassllama.cli.session import Talk
+    from glassllama.cli.session import ChatSession
 
 TOUR_QUESTION = "What is photosynthesis?"
 TRY_NEXT = """
@@ -28,77 +35,69 @@ Three things to try next:
 
 
 def chat(
-    which: Which,
-    how: How,
+    model_options: ModelOptions,
+    backend_options: BackendOptions,
     sampling: ChatOptions,
     message: Annotated[
         str | None,
         typer.Argument(
             metavar="MESSAGE",
-            help="What to say. What is piped in follows it after a blank line: chat 'Sum this up:' "
-            "< FILE. Left out: a conversation on a terminal, else what is piped in.",
+            help="What to say. Piped input follows it after a blank line: chat 'Summarize:' "
+            "< FILE. Without it: a conversation on a terminal, else the piped input.",
         ),
     ] = None,
     system: Annotated[
-        str | None,
-        typer.Option("--system", "-s", metavar="TEXT", help="Tell the model first how to behave."),
+        str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message.")
     ] = None,
     tour: Annotated[
-        bool,
-        typer.Option("--tour", help="Begin with a question of ours, and say what to try next."),
+        bool, typer.Option("--tour", help="Start with an example question and suggestions.")
     ] = False,
     logprobs: Logprobs = None,
     json: Json = False,
 ) -> None:
-    """Ask a chat model something, or talk with it.
+    """Ask a chat model something, or have a conversation.
 
     On a terminal and without MESSAGE this is a conversation: /help lists its commands, Ctrl-C stops
     an answer, Ctrl-D leaves.
     """
     require_json(json, logprobs)
-    sampling.options(logprobs)  # what is wrong with them is said before anything is loaded
-    alive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if message is not None or (not tour and (json or not alive)):
-        message = text_and_stdin(message, "MESSAGE")
-    from glassllama.cli.conversation import Conversation
-    from glassllama.cli.session import Talk
+    options = sampling.options(logprobs)  # errors in them before the model is loaded
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+    if message is not None or (not tour and (json or not interactive)):
+        message = prompt_from(message, "MESSAGE")
+    from glassllama.cli.session import ChatSession, Conversation
 
-    talk = Talk(how.load(which), Conversation(system=system), sampling)
+    llm = backend_options.load(model_options)
+    session = ChatSession(llm, Conversation(system=system), sampling)
     if tour:
-        show_tour(talk)
-    if message is not None:
-        say_once(talk, message, json, logprobs)
-    elif alive:
-        from glassllama.cli.repl import Repl
-
-        Repl(talk).run()
-
-
-def say_once(talk: Talk, message: str, json: bool, logprobs: int | None) -> None:
-    if json:
+        show_tour(session)
+    if message is not None and json:
         from glassllama.tokenizers.chat import Message
 
-        talk.conversation.turns.append(Message("user", message))
-        completion = talk.llm.chat(talk.conversation.messages, **talk.sampling.options(logprobs))
-        print_json(as_object(talk.llm, completion))
-        return
-    completion = talk.ask(message)
-    if is_terminal(sys.stdout):
-        note(f"\n{speed_line(completion)}")
+        messages = [*session.conversation.messages, Message("user", message)]
+        print_json(completion_json(llm, llm.chat(messages, **options)))
+    elif message is not None:
+        completion = session.ask(message)
+        if is_terminal(sys.stdout):
+            note(f"\n{speed_line(completion)}")
+    elif interactive:
+        from glassllama.cli.repl import Repl
+
+        Repl(session).run()
 
 
-def show_tour(talk: Talk) -> None:
-    """One question of ours, always with the same answer, and what to try next."""
+def show_tour(session: ChatSession) -> None:
+    """An example question, always with the same answer, and what to try next."""
     note(f"> {TOUR_QUESTION}")
-    chosen = talk.sampling
-    talk.sampling = replace(chosen, temperature=0.0, repetition_penalty=1.0)
-    completion = talk.ask(TOUR_QUESTION)
-    talk.sampling = chosen
+    sampling = session.sampling
+    session.sampling = replace(sampling, temperature=0.0, repetition_penalty=1.0)
+    completion = session.ask(TOUR_QUESTION)
+    session.sampling = sampling
     note(f"\n{speed_line(completion)}\n{TRY_NEXT.format(program=program())}")
 
 
 def program() -> str:
-    """What to type to start this program again from here."""
+    """How this program can be started again from here."""
     started = Path(sys.argv[0])
     if started.name == "__main__.py":
         return "python -m glassllama"

@@ -13,7 +13,7 @@ from glassllama.base.errors import GlassError
 from glassllama.hub import PACKAGE_MODELS
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
-from glassllama.weights.open import Checkpoint, open_checkpoint
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress, Tokenizer
@@ -51,7 +51,7 @@ def findings(path: Path, bars: Bars) -> Iterator[Finding]:
     except GlassError as error:
         yield Finding(False, f"tokenizer: {error}")
     else:
-        yield from vocabulary(tokenizer, checkpoint.model_config.vocab_size)
+        yield from vocabulary(tokenizer, checkpoint.config.vocab_size)
         yield chat(checkpoint, tokenizer)
     checkpoint.close()
 

@@ -1,6 +1,6 @@
-"""How the program ends: what went wrong becomes one line and an exit code, never a traceback.
+"""How the program ends: each error is one line on stderr and an exit code, never a traceback.
 
-0 done · 1 error · 2 wrong usage · 130 Ctrl-C · 141 nobody reads the output · 143 SIGTERM
+0 done · 1 error · 2 wrong usage · 130 Ctrl-C · 141 broken pipe · 143 SIGTERM
 """
 
 from __future__ import annotations
@@ -10,46 +10,46 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
 from io import TextIOBase
 from typing import IO, Any, NoReturn, cast
 
 from glassllama.base.errors import GlassError, MemoryShortError, quoted
 from glassllama.base.machine import address_space_left, gigabytes
-from glassllama.cli import ascii_fallback
-from glassllama.cli.wrap import fitted
+from glassllama.cli.console import ASCII_DRAWING
+from glassllama.cli.render import wrapped
 from glassllama.native.jit import deferred_signals
 
-ERROR, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 130, 141, 143
-DEBUG = "--debug"
-OUT_OF_MEMORY = "out of memory: try a smaller or more quantised model, or a shorter context"
+ERROR, WRONG_USAGE, CTRL_C, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
+OUT_OF_MEMORY = "out of memory: try a smaller or more quantized model, or a shorter context"
 RAISE_LIMIT = ", or raise this shell's limit ('ulimit -v')"
-REFUSED = ("failed to map segment", "cannot allocate memory", "can't allocate memory",
-           "can't start new thread", "unable to allocate", "not enough memory")  # fmt: skip
-# Bytes of address space that these take, compiling included, and half as much again. They abort
-# where they get less: nothing that Python could catch.
+MEMORY_REFUSED = (  # in the messages of libraries
+    "failed to map segment", "cannot allocate memory", "can't allocate memory",
+    "can't start new thread", "unable to allocate", "not enough memory",
+)  # fmt: skip
+# Address space in bytes that importing these takes (compiling included), times 1.5. With less they
+# abort the process.
 LIBRARIES = {"numpy": 200_000_000, "numba": 1_000_000_000, "torch": 1_000_000_000}
 SHOW_CURSOR = "\x1b[?25h"
 
 
-class Closed(TextIOBase):
-    """A standard output that the caller has closed, as `>&-` does: an answer would be lost.
+class ClosedStdout(TextIOBase):
+    """Standard output that the caller has closed (`>&-`): writing is an error.
 
-    `place` keeps its number taken, so that no file of ours gets it.
+    `placeholder` keeps file descriptor 1 in use, so that no opened file gets it.
     """
 
-    def __init__(self, place: IO[Any]) -> None:
-        self.place = place
+    def __init__(self, placeholder: IO[Any]) -> None:
+        self.placeholder = placeholder
 
     def write(self, _: str) -> NoReturn:
-        raise OSError(errno.EBADF, "closed, so that nothing can be written to it", "stdout")
+        raise OSError(errno.EBADF, "closed, nothing can be written to it", "stdout")
 
     def reconfigure(self, **_: object) -> None:
         """Nothing is encoded."""
 
 
-class ShortOfMemory(MetaPathFinder):
-    """Refuses in one line to load a library that would end the process, for lack of memory."""
+class AddressSpaceCheck:
+    """Import hook: a library that would abort for lack of address space is an error instead."""
 
     def find_spec(self, name: str, *_: object) -> None:
         needed, left = LIBRARIES.get(name), address_space_left()
@@ -61,61 +61,63 @@ class ShortOfMemory(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Before anything is printed: output that any locale can take, and a handler for SIGTERM."""
+    """Before anything is printed: output in any encoding, missing streams, a SIGTERM handler."""
     if address_space_left() is not None:
-        sys.meta_path.insert(0, ShortOfMemory())
+        sys.meta_path.insert(0, cast(Any, AddressSpaceCheck()))
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as `<&-` does
-            stream = open(os.devnull, mode)  # noqa: SIM115 -- open to the very end, in its place
-            setattr(sys, name, stream if name != "stdout" else Closed(stream))
+        if getattr(sys, name) is None:  # closed by the caller, such as `<&-`
+            stream = open(os.devnull, mode)  # noqa: SIM115 -- stays open to the end
+            setattr(sys, name, stream if name != "stdout" else ClosedStdout(stream))
     for stream in (sys.stdout, sys.stderr):
-        cast(Any, stream).reconfigure(errors=ascii_fallback.NAME)
-    signal.signal(signal.SIGTERM, _terminated)
-    deferred_signals.instead = {signal.default_int_handler: _leave, _terminated: _leave}
+        cast(Any, stream).reconfigure(errors=ASCII_DRAWING)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    deferred_signals.instead = {
+        signal.default_int_handler: _exit_at_once,
+        _on_sigterm: _exit_at_once,
+    }
 
 
-def _leave(number: signal.Signals) -> NoReturn:
-    """End at once, in the middle of compiling: nothing is lost but what is not compiled yet."""
+def _exit_at_once(number: signal.Signals) -> NoReturn:
+    """End in the middle of compiling: only what is not yet compiled is lost."""
     if sys.stderr.isatty():
-        sys.stderr.write(SHOW_CURSOR)  # a bar may have hidden it
+        sys.stderr.write(SHOW_CURSOR)  # a progress bar may have hidden it
     if number == signal.SIGINT:
-        sys.stderr.write("\n")  # leave the line that shows ^C
+        sys.stderr.write("\n")  # after the line that shows ^C
     sys.stderr.flush()
     os._exit(128 + number)
 
 
-def _terminated(*_: object) -> NoReturn:
+def _on_sigterm(*_: object) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
-def code_of(program: Callable[[], object], *, unexpected: bool = True) -> int:
-    """Run `program` -> its exit code, after saying on stderr what went wrong.
-
-    With `unexpected` off, exceptions that are no fault of the user's or the machine's pass through:
-    the parser's own are among them.
-    """
+def exit_code_of(program: Callable[[], object], *, debug: bool = False) -> int:
+    """Run `program` and print its error, if any -> exit code. `debug`: unexpected errors raise."""
     try:
         program()
         sys.stdout.flush()
     except SystemExit as end:
-        return _flushed(end.code if isinstance(end.code, int) else int(end.code is not None))
+        if isinstance(end.__context__, BrokenPipeError):  # how Rich ends then
+            _redirect_to_null(sys.stdout, sys.stderr)
+            return BROKEN_PIPE
+        return _flush_stdout(end.code if isinstance(end.code, int) else int(end.code is not None))
     except KeyboardInterrupt:
-        _say("\n")  # leave the line that shows ^C
+        _write_stderr("\n")  # after the line that shows ^C
         return CTRL_C
     except BrokenPipeError:
-        _silence(sys.stdout, sys.stderr)
+        _redirect_to_null(sys.stdout, sys.stderr)
         return BROKEN_PIPE
     except Exception as error:
-        line = foreseen(error)
-        if line is None and (not unexpected or DEBUG in sys.argv):
+        message = user_message(error)
+        if message is None and debug:
             raise
-        return failed(line or _report(error))
+        return print_error(message or _unexpected_message(error))
     return 0
 
 
-def foreseen(error: Exception) -> str | None:
-    """The line for a fault that the user or the machine can do something about, else None."""
-    if is_of_memory(error.__cause__ if isinstance(error, GlassError) else error):
+def user_message(error: Exception) -> str | None:
+    """The line for an error that the user can do something about; None for a bug."""
+    if is_out_of_memory(error.__cause__ if isinstance(error, GlassError) else error):
         return OUT_OF_MEMORY + (RAISE_LIMIT if address_space_left() is not None else "")
     if isinstance(error, GlassError):
         return str(error)
@@ -126,59 +128,59 @@ def foreseen(error: Exception) -> str | None:
     return None
 
 
-def is_of_memory(error: BaseException | None) -> bool:
-    """Whether the system refused memory: libraries say so in many ways, and hide one in another."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the system refused memory: libraries report it in many ways, also as a cause."""
     while error is not None:
-        refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
         text = str(error).lower()
-        if refused or isinstance(error, MemoryError) or any(words in text for words in REFUSED):
+        if no_memory or isinstance(error, MemoryError) or any(x in text for x in MEMORY_REFUSED):
             return not isinstance(error, GlassError)
         error = error.__cause__ or error.__context__
     return False
 
 
-def failed(message: str) -> int:
-    """Print the one line of an error -> the exit code 1."""
+def print_error(message: str) -> int:
+    """Print an error as one line -> exit code 1."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    _flushed(ERROR)
-    _say(fitted(f"error: {line}\n", sys.stderr))
+    _flush_stdout(ERROR)
+    _write_stderr(wrapped(f"error: {line}\n", sys.stderr))
     return ERROR
 
 
-def _say(text: str) -> None:
-    """Write to stderr; where nobody can read it, the exit code has to do."""
+def _write_stderr(text: str) -> None:
+    """If stderr cannot be written to, the exit code has to suffice."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        _silence(sys.stderr)
+        _redirect_to_null(sys.stderr)
 
 
-def _report(error: Exception) -> str:
+def _unexpected_message(error: Exception) -> str:
     return (
-        f"unexpected {type(error).__name__} ({error}): a fault of glassllama's own; please report "
-        f"it with what the same command prints as 'glassllama {DEBUG} …'"
+        f"unexpected {type(error).__name__} ({error}): a bug of glassllama; please report it with "
+        "the output of the same command as 'glassllama --debug …'"
     )
 
 
-def _flushed(code: int) -> int:
-    """Write out what is left of the answer -> the exit code, another one where that fails."""
+def _flush_stdout(code: int) -> int:
+    """Flush stdout -> `code`, or another exit code if that fails."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence(sys.stdout)
+        _redirect_to_null(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        _silence(sys.stdout)
-        return code or failed(f"stdout: {error.strerror}")
+        _redirect_to_null(sys.stdout)
+        return code or print_error(f"stdout: {error.strerror}")
     return code
 
 
-def _silence(*streams: IO[Any]) -> None:
-    """Let Python's own flush at the very end succeed, or it would complain in many lines."""
+def _redirect_to_null(*streams: IO[Any]) -> None:
+    """Make Python's own flush at exit succeed; otherwise it prints several lines."""
     for stream in streams:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
-        except (OSError, ValueError):  # it has no number, or is closed
+        except (OSError, ValueError):  # no file descriptor, or closed
             continue

@@ -1,4 +1,4 @@
-"""`glassllama next`: what the model thinks comes next."""
+"""`glassllama next`: the most likely next tokens of a text."""
 
 from __future__ import annotations
 
@@ -10,65 +10,63 @@ import typer
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.console import (
-    MOST_PROMPT,
+    MAX_PROMPT_BYTES,
     is_terminal,
     note,
     print_json,
     print_table,
     text_or_stdin,
 )
-from glassllama.cli.errors import failed
-from glassllama.cli.options import How, Json, Specials, Which, note_specials
+from glassllama.cli.errors import print_error
+from glassllama.cli.options import BackendOptions, Json, ModelOptions, Specials, note_specials
 
 if TYPE_CHECKING:
     from glassllama.llm import LLM
 
-WIDEST_BAR = 24  # characters, for probability 1
-ROUNDED = (
-    "\nrounded as the engine rounds, to be fast; 'next --exact' shows what the walkthrough shows"
-)
+BAR_WIDTH = 24  # characters for probability 1
+ROUNDED = "\nThe engine rounds activations to be fast; 'next --exact' shows exact probabilities."
 
 
 def next_tokens(
-    which: Which,
-    how: How,
+    model_options: ModelOptions,
+    backend_options: BackendOptions,
     prompt: Annotated[
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="The text so far. Left out: asks for prompts on a terminal, else reads stdin.",
+            help="The text. Without it: asks for texts on a terminal, else reads stdin.",
         ),
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", "-k", min=1, metavar="N", help="Show the N likeliest tokens.")
+        int, typer.Option("--top", "-k", min=1, metavar="N", help="Show N tokens.")
     ] = 10,
     specials: Specials = False,
     json: Json = False,
 ) -> None:
-    """Show the likeliest next tokens of a text, with their probabilities."""
-    asking = prompt is None and is_terminal(sys.stdin) and not json
-    if not asking:
-        prompt = text_or_stdin(prompt, "PROMPT", MOST_PROMPT)
-    llm = how.load(which)
+    """Show the most likely next tokens of a text, with their probabilities."""
+    interactive = prompt is None and is_terminal(sys.stdin) and not json
+    if not interactive:
+        prompt = text_or_stdin(prompt, "PROMPT", MAX_PROMPT_BYTES)
+    llm = backend_options.load(model_options)
     if prompt is None:
-        ask_on(llm, top, specials)
+        ask_repeatedly(llm, top, specials)
         return
     show_next(llm, prompt, top, json, specials)
-    if llm.backend == "engine" and not how.exact and not json:
+    if llm.backend == "engine" and not backend_options.exact and not json:
         note(ROUNDED)
 
 
-def ask_on(llm: LLM, top: int, specials: bool) -> None:
-    """One prompt after the other, until Ctrl-D."""
-    from glassllama.cli.history import line_editing
+def ask_repeatedly(llm: LLM, top: int, specials: bool) -> None:
+    """One text after the other, until Ctrl-D."""
+    from glassllama.cli.repl import line_editing
 
-    note("write the beginning of a text; Ctrl-D leaves")
+    note("type the beginning of a text; Ctrl-D leaves")
     with line_editing():
         while True:
             try:
                 show_next(llm, input("text> "), top, False, specials)
             except GlassError as error:
-                failed(str(error))
+                print_error(str(error))
             except EOFError:
                 print()
                 return
@@ -89,14 +87,11 @@ def show_next(llm: LLM, prompt: str, top: int, json: bool, specials: bool) -> No
     if json:
         print_json({"model": llm.name, "prompt_ids": completion.prompt_ids, "next": tokens})
         return
+    bars = ["█" * round(t["probability"] * BAR_WIDTH) for t in tokens]
     rows = [
-        (f"{t['probability']:.1%}", bar(t["probability"]), repr(t["piece"]), t["id"])
-        for t in tokens
+        (f"{t['probability']:.1%}", bar, repr(t["piece"]), t["id"])
+        for t, bar in zip(tokens, bars, strict=True)
     ]
     print_table(["probability>", "", "token", "id>"], rows)
     if prompt.endswith(" "):
-        note("\nthe text ends with a blank, but tokens bring their own: try it without")
-
-
-def bar(probability: float) -> str:
-    return "█" * round(probability * WIDEST_BAR)
+        note("\nThe text ends with a space, but tokens begin with one: try it without.")

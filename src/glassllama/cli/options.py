@@ -1,7 +1,7 @@
-"""The options that verbs share, each declared once, as a field of a frozen dataclass.
+"""Options that several verbs share, each declared once.
 
-A verb takes such a dataclass as one parameter; `spread` shows its fields to the command line as
-options of their own and puts the dataclass together again.
+Groups of options are frozen dataclasses. A verb takes such a dataclass as one parameter;
+`with_fields_as_options` shows its fields to Typer as separate options.
 """
 
 from __future__ import annotations
@@ -9,67 +9,37 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import ParameterInfo
 
-from glassllama.base.errors import GenerationError, GlassError
+from glassllama.base.errors import GenerationError, GlassError, quoted
 from glassllama.cli.console import note, progress_bars
-from glassllama.cli.param_types import read_by_us
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
     from glassllama.llm import LLM, Options
 
 DEFAULT_MODEL = "smollm2-135m"
-NOT_THE_SAMPLERS = (
-    "max_tokens",
-    "ignore_eos",
-    "on_overflow",
-    "speculation",
-    "stop",
-)  # of SamplingOptions
-
-
-class Backend(StrEnum):
-    auto = "auto"
-    engine = "engine"
-    torch = "torch"
-
-
-class CacheType(StrEnum):
-    int16 = "int16"
-    int8 = "int8"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Overflow(StrEnum):
-    stop = "stop"
-    shift = "shift"
-
-
-class Quantise(StrEnum):
-    none = "none"
-    q8_0 = "q8_0"
-    q4_0 = "q4_0"
+MAX_SHOWN_SPECIALS = 3  # control tokens that a note lists
 
 
 def model_names(incomplete: str) -> Iterator[str]:
-    """What the shell offers for a model: short names; it adds files by itself."""
+    """Shell completion of short names (the shell itself adds files)."""
     from glassllama.hub import SHORT_NAMES
 
     return (name for name in SHORT_NAMES if name.startswith(incomplete))
 
 
-NAMES = "A path, a short name (see 'glassllama list'), or a Hub id org/name[@revision][:FILE.gguf]."
+NAMES = (
+    "A path, a short name (see 'glassllama list'), or a Hub id "
+    r"org/name\[@revision]\[:FILE.gguf]."
+)
 model_option = partial(typer.Option, rich_help_panel="Model")
 sampling_option = partial(typer.Option, rich_help_panel="Sampling")
 
@@ -80,7 +50,7 @@ Offline = Annotated[bool, model_option("--offline", help="Never use the network.
 PreferPth = Annotated[
     bool,
     model_option(
-        "--pth", help="Where a Hub repository has both, take Meta's .pth files, not safetensors."
+        "--pth", help="From a Hub repository that has both: Meta's .pth files, not safetensors."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
@@ -88,7 +58,7 @@ Specials = Annotated[
     bool,
     typer.Option(
         "--specials",
-        help="Read control tokens written in the text, such as <|im_start|>, as control tokens.",
+        help="Read control tokens in the text, such as <|im_start|>, as control tokens.",
     ),
 ]
 Logprobs = Annotated[
@@ -96,14 +66,14 @@ Logprobs = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="With --json: log probabilities of each token, and of the N likeliest in its place.",
+        help="With --json: log probabilities of each token and of the N most likely ones.",
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Which:
-    """Which model."""
+class ModelOptions:
+    """Which model, and where it may come from."""
 
     model: Annotated[
         str,
@@ -113,96 +83,83 @@ class Which:
     pth: PreferPth = False
 
     def path(self) -> Path:
-        """Where it is on this machine, downloaded first if need be, with a bar."""
+        """The model's file or folder; downloaded first if necessary."""
         return find(self.model, offline=self.offline, pth=self.pth)
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """How it is run."""
+class BackendOptions:
+    """How the model is run: the keyword arguments of `glassllama.load`."""
 
     backend: Annotated[
-        Backend,
+        Literal["auto", "engine", "torch"],
         model_option(
             metavar="NAME",
-            help="engine: compiled for this CPU, quantised weights stay quantised. torch: the "
-            "reference in PyTorch. auto: the engine on a CPU, torch elsewhere.",
+            help="engine: compiled for this CPU, quantized weights stay quantized. torch: the "
+            "reference in PyTorch. auto: engine on a CPU, else torch.",
         ),
-    ] = Backend.auto
+    ] = "auto"
     device: Annotated[
         str, model_option(metavar="NAME", help="cpu, cuda, cuda:1, mps …: all but cpu need torch.")
     ] = "cpu"
     dtype: Annotated[
-        Dtype | None,
+        Literal["float32", "bfloat16"] | None,
         model_option(metavar="NAME", help="float32 or bfloat16, for the torch backend."),
     ] = None
     exact: Annotated[
         bool,
-        model_option("--exact", help="Unpack the weights and compute in float32: slow, exact."),
+        model_option("--exact", help="Dequantize weights and compute in float32: slow, exact."),
     ] = False
     quantize: Annotated[
-        Quantise | None,
+        Literal["none", "q8_0", "q4_0"] | None,
         model_option(
             metavar="TYPE",
-            help="What the engine makes of float weights while loading: q8_0 (half of bfloat16), "
-            "q4_0 (a third) or none.",
-            show_default="none, unless memory is too short",
+            help="How the engine quantizes float weights: q8_0 (half of bfloat16), q4_0 (a third) "
+            "or none.",
+            show_default="none, unless memory is short",
         ),
     ] = None
     cache_type: Annotated[
-        CacheType,
+        Literal["int16", "int8"],
         model_option(
-            metavar="TYPE",
-            help="How the engine keeps keys and values: int16, or int8 for half the memory.",
+            metavar="TYPE", help="KV cache of the engine: int16, or int8 for half the memory."
         ),
-    ] = CacheType.int16
+    ] = "int16"
     threads: Annotated[
         int | None,
-        model_option(min=1, metavar="N", help="CPU threads.", show_default="every core"),
+        model_option(min=1, metavar="N", help="CPU threads.", show_default="all cores"),
     ] = None
     stream_layers: Annotated[
         bool,
         model_option(
             "--stream-layers",
-            help="Read one layer at a time, anew for every token: any model, little memory, slow.",
+            help="Read one layer at a time, for every token again: little memory, slow.",
         ),
     ] = False
 
-    def load(self, which: Which) -> LLM:
-        """The model, ready to answer, with bars for what takes long and notes of what was odd."""
+    def load(self, options: ModelOptions) -> LLM:
+        """Load the model, with progress bars and its notes."""
         from glassllama.llm import load
 
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         with progress_bars() as bar:
             llm = load(
-                which.model,
-                backend=self.backend.value,
-                device=self.device,
-                dtype=None if self.dtype is None else self.dtype.value,
-                exact=self.exact,
-                quantize=None if self.quantize is None else self.quantize.value,
-                cache=self.cache_type.value,
-                threads=self.threads,
-                offline=which.offline,
-                prefer_pth=which.pth,
-                stream_layers=self.stream_layers,
-                download_progress=bar(f"downloading {which.model}", "bytes"),
-                load_progress=bar(f"loading {which.model}", "tensors"),
+                options.model,
+                **{"cache" if name == "cache_type" else name: v for name, v in values.items()},
+                offline=options.offline,
+                prefer_pth=options.pth,
+                download_progress=bar(f"downloading {options.model}", "bytes"),
+                load_progress=bar(f"loading {options.model}", "tensors"),
             )
         with suppress(GlassError):
-            _ = llm.tokenizer  # whose notes belong to these
+            _ = llm.tokenizer  # reading it may add notes
         for line in llm.notes:
             note(f"note: {line}")
         return llm
 
 
-def require_json(json: bool, logprobs: int | None) -> None:
-    """--logprobs says nothing where there is no place to print them."""
-    if logprobs is not None and not json:
-        raise typer.BadParameter("only together with --json", param_hint="--logprobs")
-
-
 def find(name: str, *, offline: bool = False, pth: bool = False) -> Path:
-    """The model's file or folder, downloaded first if need be, with a bar."""
+    """The model's file or folder; downloaded first if necessary, with a progress bar."""
     from glassllama import hub
 
     with progress_bars() as bar:
@@ -210,207 +167,216 @@ def find(name: str, *, offline: bool = False, pth: bool = False) -> Path:
         return hub.resolve(name, offline=offline, prefer_pth=pth, progress=progress)
 
 
+MaxTokens = Annotated[
+    int | None,
+    sampling_option(
+        "--max-tokens",
+        "-n",
+        metavar="N",
+        help="Stop after N tokens. Else at the model's end token or a full context.",
+    ),
+]
 RepetitionPenalty = Annotated[
     float,
     sampling_option(
-        min=0.0,
-        metavar="X",
-        help="Above 1: tokens of the prompt and the answer become less likely.",
+        metavar="X", help="Above 1: tokens of the prompt and the answer become less likely."
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen, and when to stop.
+    """How the next token is chosen and when to stop: `glassllama.llm.Options`, which checks them.
 
-    Temperature and top-p are those of the example programs that Meta published with Llama 3.
+    Temperature and top-p are those of Meta's example programs for Llama 3.
     """
 
-    max_tokens: Annotated[
-        int | None,
-        sampling_option(
-            "--max-tokens",
-            "-n",
-            min=1,
-            metavar="N",
-            help="Stop after N tokens.",
-            show_default="at the model's own end, or when its context is full",
-        ),
-    ] = None
+    max_tokens: MaxTokens = None
     temperature: Annotated[
         float,
         sampling_option(
-            "--temperature",
-            "-t",
-            min=0.0,
-            metavar="T",
-            help="0: always the likeliest token; the higher, the more varied.",
+            "--temperature", "-t", metavar="T", help="0: always the most likely token (greedy)."
         ),
     ] = 0.6
     top_k: Annotated[
-        int | None,
-        sampling_option(min=1, metavar="K", help="Choose among the K likeliest tokens only."),
+        int | None, sampling_option(metavar="K", help="Sample from the K most likely tokens.")
     ] = None
     top_p: Annotated[
         float,
         sampling_option(
-            min=0.0,
-            max=1.0,
-            metavar="P",
-            help="Choose among the likeliest tokens that reach probability P together.",
+            metavar="P", help="Sample from the most likely tokens with a total probability of P."
         ),
     ] = 0.9
     min_p: Annotated[
         float,
         sampling_option(
-            min=0.0,
-            max=1.0,
-            metavar="P",
-            help="Leave out tokens less than P times as likely as the likeliest one.",
+            metavar="P", help="Exclude tokens less than P times as likely as the most likely one."
         ),
     ] = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
     presence_penalty: Annotated[
         float,
         sampling_option(
-            min=-2.0,
-            max=2.0,
-            metavar="X",
-            help="Above 0: tokens already in the answer become less likely.",
+            metavar="X", help="Above 0: tokens that are in the answer become less likely."
         ),
     ] = 0.0
     frequency_penalty: Annotated[
         float,
         sampling_option(
-            min=-2.0,
-            max=2.0,
-            metavar="X",
-            help="Above 0: tokens become less likely with every use in the answer.",
+            metavar="X", help="Above 0: tokens become less likely with every use in the answer."
         ),
     ] = 0.0
     seed: Annotated[
         int | None,
         sampling_option(
-            min=0,
             metavar="N",
-            help="Same seed, same answer.",
+            help="The same seed gives the same answer.",
             show_default="a new one every time",
         ),
     ] = None
     stop: Annotated[
         list[str] | None,
-        sampling_option(
-            metavar="TEXT", help="End the answer before TEXT; may be given several times."
-        ),
+        sampling_option(metavar="TEXT", help="End the answer before TEXT. Repeatable."),
     ] = None
     ignore_eos: Annotated[
         bool,
-        sampling_option(
-            "--ignore-eos", help="Go on after the model's own end, to --max-tokens: for measuring."
-        ),
+        sampling_option("--ignore-eos", help="Continue after the end token, up to --max-tokens."),
     ] = False
     on_overflow: Annotated[
-        Overflow | None,
+        Literal["stop", "shift"] | None,
         sampling_option(
             metavar="NAME",
-            help="Where the context is full before --max-tokens. stop: end the answer. shift: drop "
-            "the oldest half of the text and go on.",
-            show_default="shift for models of your own with a context under 1,024, else stop",
+            help="If the context is full. stop: end the answer. shift: drop the older half of the "
+            "text and continue.",
+            show_default="shift for your own models with a context under 1,024, else stop",
         ),
     ] = None
-    speculation: Annotated[
+    no_speculation: Annotated[
         bool,
         sampling_option(
-            "--speculation/--no-speculation",
-            help="Never guess several tokens ahead: slower, the same answer.",
-            show_default="guess where it is faster",
+            "--no-speculation", help="Never guess several tokens ahead: slower, same answer."
         ),
-    ] = True
+    ] = False
 
     def check(self) -> None:
-        """Raise GenerationError where the sampler cannot work with them."""
-        from glassllama.generation.sampler import make_sampler
+        """Raise GenerationError for values that generation does not accept."""
+        from glassllama.generation import GenerationSettings, make_sampler
 
-        names = [field.name for field in fields(self) if field.name not in NOT_THE_SAMPLERS]
-        make_sampler(**{name: getattr(self, name) for name in names})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        GenerationSettings(max_tokens=values.pop("max_tokens"))
+        for name in ("ignore_eos", "on_overflow", "no_speculation", "stop"):
+            values.pop(name)
+        make_sampler(**values)
 
     def options(self, logprobs: int | None = None) -> Options:
-        """As the facade takes them (glassllama.llm.Options), after `check`."""
+        """The options as `LLM.generate` takes them. Raises BadParameter for bad values."""
         try:
             self.check()
         except GenerationError as error:
-            raise typer.BadParameter(str(error)) from None
+            name = str(error).split()[0]
+            hint = f"--{name.replace('_', '-')}" if hasattr(self, name) else None
+            raise typer.BadParameter(str(error), param_hint=hint) from None
         values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["on_overflow"] = None if self.on_overflow is None else self.on_overflow.value
-        values["logprobs"] = logprobs
-        values["stop"] = tuple(self.stop or ())
+        values |= {"logprobs": logprobs, "stop": tuple(self.stop or ())}
+        values["speculation"] = not values.pop("no_speculation")
         options: Options = values
         return options
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(SamplingOptions):
-    """The same for a conversation, where an answer that repeats itself must not go on for ever.
+    """Defaults for conversations: answers that repeat themselves have to end.
 
     Measured with the default model, temperature 0.6 and top-p 0.9: four of six everyday requests (a
-    long story, a poem, "explain … in detail", "list all prime numbers") had no end within 1,024
-    tokens, but the same line over and over. With a penalty of 1.1 all four ended, after 64 to 810.
+    long story, a poem, "explain … in detail", "list all prime numbers") did not end within 1,024
+    tokens and repeated one line. With a penalty of 1.1 all four ended, after 64 to 810 tokens.
     """
 
-    max_tokens: Annotated[
-        int | None,
-        sampling_option(
-            "--max-tokens", "-n", min=1, metavar="N", help="Stop an answer after N tokens."
-        ),
-    ] = 1024
+    max_tokens: MaxTokens = 1024
     repetition_penalty: RepetitionPenalty = 1.1
 
 
+def require_json(json: bool, logprobs: int | None) -> None:
+    """--logprobs needs --json."""
+    if logprobs is not None and not json:
+        raise typer.BadParameter("only together with --json", param_hint="--logprobs")
+
+
 def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
-    """Say that control tokens in a text stay text, where nobody asked for anything else."""
+    """A note if the text contains control tokens that are read as text."""
     from glassllama.tokenizers.special_tokens import find_tokens
 
     found = [] if specials else find_tokens(text, tokenizer.specials)
     if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        note(f"the text holds {', '.join(found[:3])}{more}, read as text; --specials reads control "
-             "tokens as such")  # fmt: skip
+        more = len(found) - MAX_SHOWN_SPECIALS
+        shown = ", ".join(found[:MAX_SHOWN_SPECIALS]) + (f" and {more} more" if more > 0 else "")
+        note(f"{shown} in the text: read as text; --specials reads control tokens as such")
 
 
-def spread(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb` with every parameter that is a dataclass replaced by that dataclass's fields.
+# --- dataclasses as options -----------------------------------------------------------------------
 
-    What is typed is read by cli/param_types.py.
-    """
-    parameters: list[inspect.Parameter] = []
+
+def with_fields_as_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """`verb` with every dataclass parameter replaced by the fields of that dataclass."""
     groups: dict[str, Any] = {}
+    parameters: list[tuple[str, Any, Any]] = []  # name, annotation, default
     hints = get_type_hints(verb, include_extras=True)
-    for parameter in inspect.signature(verb).parameters.values():
-        kind = hints[parameter.name]
-        if is_dataclass(kind):
-            groups[parameter.name] = kind
-            parameters += _fields_as_parameters(kind)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        group = hints[name]
+        if is_dataclass(group):
+            groups[name] = group
+            kinds = get_type_hints(group, include_extras=True)
+            parameters += [
+                (field.name, kinds[field.name], field.default) for field in fields(group)
+            ]
         else:
-            parameters.append(
-                parameter.replace(annotation=read_by_us(kind), kind=parameter.KEYWORD_ONLY)
-            )
+            parameters.append((name, group, parameter.default))
 
     @wraps(verb)
-    def taking_all(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         verb(**values)
 
-    taking_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    taking_all.__annotations__ = {p.name: p.annotation for p in parameters}
-    return taking_all
-
-
-def _fields_as_parameters(kind: Any) -> list[inspect.Parameter]:
-    hints = get_type_hints(kind, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=read_by_us(hints[f.name]))
-        for f in fields(kind)
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, keyword, default=default, annotation=with_parser(kind))
+            for name, kind, default in parameters
+        ]
+    )
+    call.__annotations__ = {name: with_parser(kind) for name, kind, _ in parameters}
+    return call
+
+
+def with_parser(annotation: Any) -> Any:
+    """The annotation of a number or path with `parse_value`: its errors say what was given."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    kind, info = get_args(annotation)
+    inner = {kind, *get_args(kind)}
+    value_type = next((each for each in (int, float, Path) if each in inner), None)
+    if value_type is None or not isinstance(info, ParameterInfo):
+        return annotation
+    least, most = info.min, info.max
+    info = copy(info)
+    info.min = info.max = None
+    info.parser = lambda word: parse_value(value_type, least, most, word)
+    return Annotated[kind, info]
+
+
+def parse_value(kind: Any, least: float | None, most: float | None, word: Any) -> Any:
+    """A number between the bounds, or a path. Raises BadParameter."""
+    if not isinstance(word, str):
+        return word  # a default
+    with suppress(ValueError):
+        value = kind(word)
+        if word and (least is None or value >= least) and (most is None or value <= most):
+            return value
+    expected = {int: "a whole number", float: "a number"}.get(kind, "the name of a file or folder")
+    bounds = [
+        *([] if least is None else [f"at least {least:g}"]),
+        *([] if most is None else [f"at most {most:g}"]),
     ]
+    limits = f" of {' and '.join(bounds)}" if bounds else ""
+    raise typer.BadParameter(f"expected {expected}{limits}, got {quoted(word)}")

@@ -1,48 +1,109 @@
-"""An answer on its way to the screen, and what is said about it afterwards."""
+"""Generated text on stdout while it is generated, and its statistics."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from glassllama.cli.console import console, is_terminal, progress_bars, write
-from glassllama.cli.memory import peak_memory
-from glassllama.cli.wrap import Unwrapped, WordWrap
+from glassllama.base.machine import gigabytes, peak_memory
+from glassllama.cli.console import is_terminal, progress_bars, write
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
     from glassllama.llm import LLM, Completion, TextStream
 
-PATIENCE_SECONDS = 2.0  # a prompt that is read sooner needs no bar
+PREFILL_BAR_SECONDS = 2.0  # a prompt that is processed sooner gets no progress bar
+DEFAULT_WIDTH = 80  # columns
+
+
+class WordWrap:
+    """Breaks streamed text between words: pieces in, pieces with line breaks out.
+
+    A word is buffered until its end is known or it is as long as a line. `width` is in terminal
+    columns; None changes nothing.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self._width = width
+        self._column = 0
+        self._word = ""
+        self._word_width = 0
+
+    def push(self, piece: str) -> str:
+        """The text that can be shown now."""
+        return piece if self._width is None else "".join(map(self._add, piece))
+
+    def finish(self) -> str:
+        """The buffered word."""
+        word, width, self._word, self._word_width = self._word, self._word_width, "", 0
+        if not word or self._width is None:
+            return word
+        fits = self._column + width <= self._width
+        self._column = width + (self._column if fits else 0)
+        return word if fits else "\n" + word
+
+    def _add(self, character: str) -> str:
+        from rich.cells import cell_len
+
+        assert self._width is not None
+        if character == "\n":
+            text = self.finish() + character
+            self._column = 0
+            return text
+        if character == " ":
+            text = self.finish()
+            full = self._column >= self._width  # the line break replaces the space
+            self._column = 0 if full else self._column + 1
+            return text + ("\n" if full else " ")
+        width = cell_len(character)  # before and after a wide character a line may break
+        text = self.finish() if width > 1 or self._word_width + width > self._width else ""
+        self._word += character
+        self._word_width += width
+        return text + (self.finish() if width > 1 else "")
+
+
+def terminal_width(stream: IO[Any]) -> int | None:
+    """Columns of the terminal that a stream is; None if it is not one."""
+    if not is_terminal(stream):
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
+    except (OSError, ValueError):
+        return DEFAULT_WIDTH
+
+
+def wrapped(text: str, stream: IO[Any]) -> str:
+    """`text` with line breaks between words, if `stream` is a terminal."""
+    wrap = WordWrap(terminal_width(stream))
+    return wrap.push(text) + wrap.finish()
 
 
 def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]) -> Completion:
-    """Print the pieces as they are made, and a line end -> the whole answer.
+    """Print the pieces of a stream as they come, then a line end.
 
-    `start` begins the stream and gets a bar, for prompts that take long to read. `shown` receives
-    the pieces, for the caller whose stream is stopped halfway.
+    `start` begins the stream; its argument is a progress bar for long prompts. The pieces are
+    appended to `shown`, for callers whose stream is interrupted.
     """
     with progress_bars() as bar:
-        stream = start(bar("reading the prompt", "tokens", after=PATIENCE_SECONDS))
+        stream = start(bar("reading the prompt", "tokens", after=PREFILL_BAR_SECONDS))
         shown += itertools.islice(stream, 1)
-    lines = WordWrap(console("stdout").width) if is_terminal(sys.stdout) else Unwrapped()
-    write(lines.push("".join(shown)))
+    wrap = WordWrap(terminal_width(sys.stdout))
+    write(wrap.push("".join(shown)))
     try:
         for piece in stream:
             shown.append(piece)
-            write(lines.push(piece))
+            write(wrap.push(piece))
     finally:
-        write(lines.finish() + "\n" * (not "".join(shown).endswith("\n")))
+        write(wrap.finish() + "\n" * (not "".join(shown).endswith("\n")))
     return stream.completion
 
 
 def speed_line(completion: Completion) -> str:
-    """`prefill 812 tok/s · decode 212 tok/s · peak memory 310 MB`, as far as it is known."""
-    from glassllama.base.machine import gigabytes
-
+    """`prefill 812 tok/s · decode 212 tok/s · 64 tokens · peak memory 310 MB`, what is known."""
     timings, peak = completion.timings, peak_memory()
     parts = [
         timings.prefill_rate is not None and f"prefill {timings.prefill_rate:,.0f} tok/s",
@@ -57,31 +118,29 @@ def speed_line(completion: Completion) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def as_object(llm: LLM, completion: Completion) -> dict[str, Any]:
-    """The one object that `generate --json` and `chat --json` print."""
+def completion_json(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """The object that `generate --json` and `chat --json` print."""
     timings = completion.timings
-    answer: dict[str, Any] = {
+    prompt, new = len(completion.prompt_ids), len(completion.ids)
+    logprobs = completion.logprobs
+    return {
         "model": llm.name,
         "prompt_ids": completion.prompt_ids,
         "ids": completion.ids,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-    }
-    if completion.logprobs is not None:
-        answer["logprobs"] = [asdict(token) for token in completion.logprobs]
-    prompt, new = len(completion.prompt_ids), len(completion.ids)
-    return answer | {
+        **({} if logprobs is None else {"logprobs": [asdict(token) for token in logprobs]}),
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
             "dropped_tokens": completion.dropped_tokens,  # where the context was full
-            "drafted_tokens": timings.drafted,  # guessed, see generation/speculation.py
-            "accepted_tokens": timings.accepted,  # of them, those that were right
+            "drafted_tokens": timings.drafted,  # by speculation
+            "accepted_tokens": timings.accepted,
         },
         "timings": {
             "load_s": llm.load_seconds,
-            "ttft_s": timings.prefill_s,  # the first token comes out of the prefill
+            "ttft_s": timings.prefill_s,  # the prefill yields the first token
             "prefill_tok_s": timings.prefill_rate,
             "decode_tok_s": timings.decode_rate,
         },

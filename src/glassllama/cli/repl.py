@@ -1,47 +1,53 @@
-"""The conversation on a terminal: reads lines, obeys /commands, shows answers."""
+"""The interactive chat on a terminal: reads lines, runs /commands, prints answers."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from glassllama.base.errors import GlassError
+from glassllama.base.errors import GlassError, UntrustedError
+from glassllama.base.trust import make_folder
 from glassllama.cli.console import note
-from glassllama.cli.conversation import Conversation
-from glassllama.cli.errors import failed, foreseen
-from glassllama.cli.history import line_editing
+from glassllama.cli.errors import print_error, user_message
+from glassllama.cli.options import SamplingOptions
 from glassllama.cli.render import speed_line
-from glassllama.cli.session import Talk
-from glassllama.cli.settings import changed, known, option_names
+from glassllama.cli.session import ChatSession, Conversation
 
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
-WELCOME = "{name}: write something, or /help; Ctrl-D leaves"
+WELCOME = "{name}: type a message, or /help; Ctrl-D leaves"
 HELP = """\
-/set                 show how answers are chosen
-/set OPTION VALUE    change it: /set temperature 0.2, or /set seed none
-/system              show what the model reads first: your system message, the template's text
-/system TEXT         tell it something else
+/set                 show the options of answers
+/set OPTION VALUE    change one: /set temperature 0.2, or /set seed none
+/system              show what the model reads first: system message, text of the template
+/system TEXT         replace the system message
 /show                show the model and how full its context is
-/save FILE           keep this conversation
-/load FILE           go on with one that was kept
-/clear               forget what was said
+/save FILE           save this conversation
+/load FILE           continue a saved one
+/clear               delete the conversation
 /bye                 leave; so does Ctrl-D
 \"\"\"                  begins and ends a message of several lines
 Ctrl-C               stops an answer; at the prompt, twice leaves
 up, down             earlier lines"""
+HISTORY_LINES = 1000
+PRIVATE = 0o600  # mode of the history file
+SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
 class Leave(Exception):
-    """The user is done."""
+    """Ends the conversation."""
 
 
 class Repl:
-    """Reads, answers, until /bye, Ctrl-D, or Ctrl-C twice at the prompt (KeyboardInterrupt)."""
+    """Reads and answers until /bye, Ctrl-D, or Ctrl-C twice at the prompt (KeyboardInterrupt)."""
 
-    def __init__(self, talk: Talk) -> None:
-        self.talk = talk
+    def __init__(self, session: ChatSession) -> None:
+        self.session = session
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: print(HELP),
             "/set": self.set,
@@ -54,11 +60,12 @@ class Repl:
         }
 
     def run(self) -> None:
-        note(f"{WELCOME.format(name=self.talk.llm.name)}\n({self.talk.limits()})")
+        note(WELCOME.format(name=self.session.llm.name))
+        note(f"({limits(self.session.sampling)})")
         with line_editing():
             try:
                 while True:
-                    self.obey(self.read())
+                    self.handle(self.read())
             except (EOFError, Leave):
                 print()
 
@@ -70,68 +77,69 @@ class Repl:
             note("\n(Ctrl-C again leaves, and so does Ctrl-D)")
         return read_message()
 
-    def obey(self, text: str) -> None:
-        """One message or command; what goes wrong is said, and the conversation goes on."""
+    def handle(self, text: str) -> None:
+        """Answer a message or run a command; errors are printed."""
         try:
             if text.startswith("/"):
-                self.command(*text.split(maxsplit=1))
+                self.run_command(*text.split(maxsplit=1))
             elif text.strip():
-                note("\n" + speed_line(self.talk.ask(text)) + "\n")
+                note("\n" + speed_line(self.session.ask(text)) + "\n")
         except KeyboardInterrupt:
             note("(stopped)\n")
         except Exception as error:
-            if (line := foreseen(error)) is None:
+            if (message := user_message(error)) is None:
                 raise
-            failed(line)
+            print_error(message)
 
-    def command(self, name: str, argument: str = "") -> None:
+    def run_command(self, name: str, argument: str = "") -> None:
         if name not in self.commands:
-            raise GlassError(f"{name} is no command; have {' '.join(self.commands)}")
+            raise GlassError(f"{name} is not a command; there are {' '.join(self.commands)}")
         self.commands[name](argument.strip())
 
     def set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
-        names = [name.replace("-", "_")] if name else option_names()
+        names = [require_option(name)] if name else option_names()
         if value:
-            self.talk.sampling = changed(self.talk.sampling, names[0], value.strip())
+            self.session.sampling = with_option(self.session.sampling, names[0], value.strip())
         for name in names:
-            print(f"{name:<20} {shown(getattr(self.talk.sampling, known(name)))}")
+            print(f"{name:<20} {as_typed(getattr(self.session.sampling, name))}")
 
     def system(self, text: str) -> None:
+        conversation = self.session.conversation
         if text:
-            self.talk.conversation.system = text.strip('"')
-        print(shown(self.talk.conversation.system))
-        opening = self.talk.text_before_first_message()
-        if opening not in ("", self.talk.conversation.system):
-            print(f"as the model's chat template writes it: {opening}")
+            conversation.system = text.strip('"')
+        print(as_typed(conversation.system))
+        before = self.session.text_before_first_message()
+        if before not in ("", conversation.system):
+            print(f"as the model's chat template writes it: {before}")
 
     def show(self, _: str) -> None:
-        llm, conversation = self.talk.llm, self.talk.conversation
-        used = self.talk.count(conversation.messages) if conversation.messages else 0
-        print(f"model      {llm.name} ({llm.backend}), {llm.path}")
-        print(f"messages   {len(conversation.messages)}")
-        print(f"context    {used:,} of {self.talk.context:,} tokens")
+        session, messages = self.session, self.session.conversation.messages
+        print(f"model      {session.llm.name} ({session.llm.backend}), {session.llm.path}")
+        print(f"messages   {len(messages)}")
+        used = session.count(messages) if messages else 0
+        print(f"context    {used:,} of {session.context:,} tokens")
 
     def save(self, file: str) -> None:
-        path = named_path(file, "/save FILE")
-        self.talk.conversation.save(path)
-        print(f"{len(self.talk.conversation.messages)} messages in {path}")
+        path = expanded(file, "/save FILE")
+        self.session.conversation.save(path)
+        print(f"{len(self.session.conversation.messages)} messages in {path}")
 
     def load(self, file: str) -> None:
-        path = named_path(file, "/load FILE")
-        self.talk.conversation = Conversation.load(path)
-        print(f"{len(self.talk.conversation.messages)} messages from {path}")
+        path = expanded(file, "/load FILE")
+        self.session.conversation = Conversation.load(path)
+        print(f"{len(self.session.conversation.messages)} messages from {path}")
 
     def clear(self, _: str) -> None:
-        self.talk.conversation.turns.clear()
-        print("forgotten; the system message stays")
+        self.session.conversation.history.clear()
+        print("deleted; the system message stays")
 
     def bye(self, _: str) -> None:
         raise Leave
 
 
 def read_message() -> str:
-    """One line, or what stands between two times three quotes. Raises EOFError at Ctrl-D."""
+    """One line, or several between triple quotes. Raises EOFError at Ctrl-D."""
     text = input(PROMPT)
     if not text.lstrip().startswith(QUOTES):
         return text
@@ -141,19 +149,96 @@ def read_message() -> str:
     return text[: text.index(QUOTES)].strip("\n")
 
 
-def named_path(file: str, usage: str) -> Path:
-    """The path that was typed, with ~ expanded; ~NAME of an unknown user is left as it is."""
-    return Path(os.path.expanduser(required(file, usage)))
+def expanded(file: str, usage: str) -> Path:
+    """A typed path with ~ expanded; ~NAME of an unknown user stays as it is."""
+    if not file:
+        raise GlassError(f"the file is missing: {usage}")
+    return Path(os.path.expanduser(file))
 
 
-def required(value: str, usage: str) -> str:
-    if not value:
-        raise GlassError(f"which one? {usage}")
-    return value
+@contextmanager
+def line_editing() -> Iterator[None]:
+    """While the body runs, input() edits lines and keeps a history on disk (with readline)."""
+    try:
+        import readline
+    except ImportError:  # Windows: its console edits lines
+        yield
+        return
+    from glassllama.base.machine import cache_home
+
+    path = cache_home() / "history"
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        make_folder(path.parent)
+        path.touch(mode=PRIVATE)
+        readline.read_history_file(path)
+    except (OSError, UntrustedError) as error:
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        note(f"(no history is kept: {reason})")
+        yield
+        return
+    try:
+        yield
+    finally:
+        readline.write_history_file(path)
 
 
-def shown(value: object) -> str:
-    """A setting as one would type it."""
+# --- /set -----------------------------------------------------------------------------------------
+
+
+def limits(sampling: SamplingOptions) -> str:
+    """The options that keep an answer from going on forever."""
+    most, penalty = sampling.max_tokens, sampling.repetition_penalty
+    length = "without limit" if most is None else f"of at most {most:,} tokens"
+    return f"answers {length}, repetition penalty {penalty:g}; /set shows and changes this"
+
+
+def option_names() -> list[str]:
+    return [field.name for field in fields(SamplingOptions)]
+
+
+def require_option(name: str) -> str:
+    """`name` as a field of SamplingOptions. Raises GlassError."""
+    name = name.replace("-", "_")
+    if name not in option_names():
+        raise GlassError(f"{name} is not an option; there are {' '.join(option_names())}")
+    return name
+
+
+def with_option(sampling: SamplingOptions, name: str, typed: str) -> SamplingOptions:
+    """`sampling` with one option changed. Raises GlassError for unknown names and bad values."""
+    kind = get_type_hints(SamplingOptions)[require_option(name)]
+    new = replace(sampling, **{name: read_value(name, kind, typed)})
+    new.check()
+    return new
+
+
+def read_value(name: str, kind: Any, typed: str) -> Any:
+    """The typed text as a value of type `kind`."""
+    kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
+    if typed == "none" and NoneType in kinds:
+        return None
+    kind, expected = kinds[0], "a number"
+    try:
+        if get_origin(kind) is Literal:
+            expected = " or ".join(get_args(kind))
+            return {choice: choice for choice in get_args(kind)}[typed]
+        if kind is bool:
+            expected = "on or off"
+            return SWITCH[typed.lower()]
+        if kind == list[str]:
+            expected = "texts, in quotes if they contain spaces"
+            return shlex.split(typed) or [typed]
+        if kind is int:
+            expected = "a whole number"
+            return int(typed)
+        return float(typed)
+    except (ValueError, KeyError):
+        raise GlassError(f"{name}: expected {expected}, got {typed or 'nothing'}") from None
+
+
+def as_typed(value: object) -> str:
+    """A value as one would type it."""
     if isinstance(value, list):
         return shlex.join(value)
     if isinstance(value, bool):

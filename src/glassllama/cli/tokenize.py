@@ -1,4 +1,4 @@
-"""`glassllama tokenize`: a text as the model sees it, and back."""
+"""`glassllama tokenize`: the tokens of a text, and the text of tokens."""
 
 from __future__ import annotations
 
@@ -13,44 +13,38 @@ import typer
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.cli.console import note, print_table, text_or_stdin
-from glassllama.cli.options import Json, Which
-from glassllama.native.jit import code_cache
+from glassllama.cli.options import Json, ModelOptions, Specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Tokenizer
 
-LONGEST_TABLE = 10_000  # rows whose widths are looked for
+MAX_TABLE = 10_000  # rows; above, columns have fixed widths
 PIECE_WIDTH = 20
-PART = 2**20  # characters
+PART = 2**20  # characters that are written at once
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model"}
 MODEL_FILES = {"config.json", "params.json"}
-MODEL_ENDINGS = {".safetensors", ".gguf", ".pth"}
+MODEL_SUFFIXES = {".safetensors", ".gguf", ".pth"}
 
 
 def tokenize(
-    which: Which,
+    model_options: ModelOptions,
     text: Annotated[
-        str | None,
-        typer.Argument(metavar="TEXT", help="The text; read from stdin where it is left out."),
+        str | None, typer.Argument(metavar="TEXT", help="The text; without it, stdin is read.")
     ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="TEXT holds ids; print the text they stand for.")
+        bool, typer.Option("--decode", help="TEXT contains ids; print their text.")
     ] = False,
-    specials: Annotated[
-        bool,
-        typer.Option(
-            "--specials",
-            help="Read control tokens such as <|eot_id|> in TEXT as such, not as text.",
-        ),
-    ] = False,
+    specials: Specials = False,
     bos: Annotated[
         bool, typer.Option("--bos", help="Begin with the model's begin-of-text token, if any.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Show the tokens of a text: id, piece and bytes of each."""
+    from glassllama.native.jit import code_cache
+
     text = text_or_stdin(text, "TEXT")
-    tokenizer = tokenizer_at(which.path())
+    tokenizer = tokenizer_at(model_options.path())
     if decode:
         ids = read_ids(text)
         text = tokenizer.decode(ids)
@@ -58,7 +52,7 @@ def tokenize(
         ids = tokenizer.encode(text, bos=bos, specials=specials)
     if json:
         pieces = (piece(tokenizer, id) for id in ids)
-        print_json_parts({"model": which.model, "text": text, "ids": ids, "pieces": pieces})
+        write_json_parts({"model": model_options.model, "text": text, "ids": ids, "pieces": pieces})
     elif decode:
         print(text)
     else:
@@ -69,9 +63,9 @@ def tokenize(
 
 
 def print_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-    """A line for each: a table as wide as it has to be, or of fixed widths where it is long."""
+    """A row per token."""
     rows = ((id, repr(piece(tokenizer, id)), tokenizer.token_bytes(id).hex(" ")) for id in ids)
-    if len(ids) <= LONGEST_TABLE:
+    if len(ids) <= MAX_TABLE:
         print_table(["id>", "piece", "bytes"], [*rows])
         return
     width = len(str(tokenizer.vocab_size))
@@ -79,8 +73,8 @@ def print_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
         print(f"{id:{width}}  {shown:{PIECE_WIDTH}}  {raw}")
 
 
-def print_json_parts(value: Mapping[str, str | Iterable[object]]) -> None:
-    """What `print_json` prints, a part at a time: texts and lists may be long."""
+def write_json_parts(value: Mapping[str, str | Iterable[object]]) -> None:
+    """The same as `print_json`, with bounded memory for long texts and lists."""
     ascii_only = (sys.stdout.encoding or "").lower() != "utf-8"
     dump = JSONEncoder(ensure_ascii=ascii_only).encode
     for n, (key, content) in enumerate(value.items()):
@@ -95,26 +89,26 @@ def print_json_parts(value: Mapping[str, str | Iterable[object]]) -> None:
 
 
 def tokenizer_at(path: Path) -> Tokenizer:
-    """A model's tokenizer, or that of a folder which holds nothing else (train-tokenizer)."""
-    from glassllama.weights.open import open_checkpoint
+    """A model's tokenizer, or that of a folder without a model (from train-tokenizer)."""
+    from glassllama.weights.checkpoint import open_checkpoint
     from glassllama.weights.tokenizer import tokenizer_from_folder
 
     files = list(path.iterdir()) if path.is_dir() else []
-    has_model = any(f.name in MODEL_FILES or f.suffix.lower() in MODEL_ENDINGS for f in files)
+    has_model = any(f.name in MODEL_FILES or f.suffix.lower() in MODEL_SUFFIXES for f in files)
     if not has_model and any(file.name in TOKENIZER_FILES for file in files):
         return tokenizer_from_folder(path)
     return open_checkpoint(path).tokenizer
 
 
 def piece(tokenizer: Tokenizer, id: int) -> str:
-    """A token's bytes as text; � stands for the bytes of a character that is not whole."""
+    """A token's bytes as text, with � for incomplete characters."""
     return tokenizer.token_bytes(id).decode("utf-8", errors="replace")
 
 
 def read_ids(text: str) -> list[int]:
-    """`1 2 3`, `1,2,3` or `[1, 2, 3]` -> ids. Raises TokenizerError that names the odd word."""
+    """`1 2 3`, `1,2,3` or `[1, 2, 3]` -> ids. Raises TokenizerError with the invalid word."""
     words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
     for word in words:
         if not word.isascii() or not word.isdigit():
-            raise TokenizerError(f"--decode: {quoted(word)} is no token id; want whole numbers")
+            raise TokenizerError(f"--decode: expected whole numbers, got {quoted(word)}")
     return [int(word) for word in words]

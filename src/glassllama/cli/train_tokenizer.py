@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glassllama.base.errors import GlassError
-from glassllama.cli.console import note, print_json, print_table, progress_bars
-from glassllama.cli.files import naming
+from glassllama.cli.console import naming, note, print_json, print_table, progress_bars
 from glassllama.cli.options import Json
 
 if TYPE_CHECKING:

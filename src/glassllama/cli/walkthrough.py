@@ -16,15 +16,15 @@ import typer
 
 from glassllama.base.errors import GlassError, MissingExtraError
 from glassllama.cli.console import (
-    MOST_PROMPT,
+    MAX_PROMPT_BYTES,
     is_terminal,
     print_json,
     progress_bars,
     text_or_stdin,
     write,
+    write_file,
 )
-from glassllama.cli.files import write_file
-from glassllama.cli.options import Json, Specials, Which, note_specials
+from glassllama.cli.options import Json, ModelOptions, Specials, note_specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
@@ -77,7 +77,7 @@ Scale = Annotated[
 
 
 def walkthrough(
-    which: Which,
+    which: ModelOptions,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="PROMPT", help="The text; read from stdin if it is left out."),
@@ -116,7 +116,7 @@ def walkthrough(
     wrong = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     mistakes = [name for name, chosen in wrong.items() if chosen]
     options = {"layer": layer, "head": head, "stream_layers": stream_layers, "specials": specials}
-    walk = start(which, text_or_stdin(prompt, "PROMPT", MOST_PROMPT), step, options)
+    walk = start(which, text_or_stdin(prompt, "PROMPT", MAX_PROMPT_BYTES), step, options)
     if walk.tokenizer is not None:
         note_specials(walk.tokenizer, walk.prompt or "", specials)
     if to_page:
@@ -150,7 +150,9 @@ def full_layers(layers: str | None, walk: Walkthrough) -> list[int] | None:
     return sorted({int(n) for n in numbers} | {walk.layer})
 
 
-def start(which: Which, prompt: str, step: int | None, options: dict[str, Any]) -> Walkthrough:
+def start(
+    which: ModelOptions, prompt: str, step: int | None, options: dict[str, Any]
+) -> Walkthrough:
     """Load the model; bad input is refused before."""
     if find_spec("torch") is None:
         raise MissingExtraError("the walkthrough", "torch")

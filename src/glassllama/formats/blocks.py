@@ -1,7 +1,7 @@
-"""Stored numbers -> float32: plain element types, and blocks of numbers that share a scale.
+"""Convert stored numbers to float32: plain element types, and blocks with a common scale.
 
-A quantised tensor is cut along its rows into blocks of 32. A block holds small whole numbers q, a
-half-precision scale d and with some types an offset m: x = d·q, or x = d·q + m. In IQ4_NL q is
+A quantized tensor is divided along its rows into blocks of 32. A block holds small whole numbers q,
+a half-precision scale d and with some types an offset m: x = d·q, or x = d·q + m. In IQ4_NL q is
 looked up in a table. Superblocks of 256 are in k_blocks.py. docs/formats/gguf.md draws the bytes.
 
 Source: the block_* structures of ggml (ggml-common.h). The arithmetic is float32, in the order
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.dtypes import ELEMENT_TYPES
 from glassllama.formats.k_blocks import K_BLOCKS, STEPS, Blocks, Codes, Floats
+from glassllama.formats.mmap_file import ELEMENT_TYPES
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -34,7 +34,7 @@ Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("codes", "u1", 
 Q8_0 = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 IQ4_NL = Q4_0
 
-CHUNK = 2**16  # elements unpacked at a time: what is in the making (512 KiB) stays in the cache
+CHUNK = 2**16  # elements unpacked at a time, 512 KiB of intermediate arrays: they stay in cache
 
 
 def unpack_q4_0(blocks: Blocks, out: Floats) -> None:
@@ -135,11 +135,11 @@ def block_layout(dtype: str) -> BlockLayout:
 def dequantize(
     raw: NDArray[Any], dtype: str, shape: tuple[int, ...], out: Floats | None = None
 ) -> Floats:
-    """What a file stores as `dtype` -> float32 of `shape`, writeable.
+    """Convert numbers stored as `dtype` to float32 of `shape`, writable.
 
-    `raw` is what `TensorFile.read` returns: elements, or bytes of blocks. With `out`, a
-    contiguous float32 array of `shape`, the numbers go there and no memory is taken. Raises
-    FormatError for a type that is not in SUPPORTED and for the wrong number of bytes.
+    `raw` is what `TensorFile.read` returns: elements, or bytes of blocks. `out`, a contiguous
+    float32 array of `shape`, receives the numbers if given. Raises FormatError for a type that is
+    not in SUPPORTED and for the wrong number of bytes.
     """
     if dtype not in SUPPORTED:
         raise FormatError(f"{dtype} is no type of weights; have {' '.join(SUPPORTED)}")

@@ -1,11 +1,11 @@
-"""Which format a file has: told by its first bytes, by its name only where they tell nothing.
+"""The container format of a file, by its first bytes; if they are unknown, by its name.
 
     GGUF         "GGUF"
     safetensors  8 bytes of header length, of which the upper four are 0, and "{"
-    zip          "PK", 3, 4: what torch.save writes since torch 1.6
-    pickle       128 and a protocol from 2 to 5: what it wrote before
+    zip          "PK", 3, 4: written by torch.save since torch 1.6
+    pickle       128 and a protocol from 2 to 5: written by older versions
 
-By its name: a damaged file is opened as what it is called, and told what is wrong with it.
+The name decides for damaged files, so that the reader of that format can say what is wrong.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Container = Literal["gguf", "safetensors", "zip", "pickle"]
 ENDINGS: dict[str, Container] = {".gguf": "gguf", ".safetensors": "safetensors", ".pth": "zip"}
 ZIP_MAGIC = b"PK\3\4"
 PICKLE_MAGIC = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
-SHORT_LENGTH = bytes(4)  # the upper half of a length below 4 GiB; a header has 100 MB at most
+SHORT_LENGTH = bytes(4)  # the upper half of a length below 4 GiB; headers have at most 100 MB
 FIRST_BYTES = 9  # enough to tell the formats apart
 
 
 def format_of(path: Path) -> Container | None:
-    """The format of a file, or None: a folder, a file of no format that is known here.
+    """The format of a file; None for folders and unknown formats.
 
-    Raises OSError where a regular file cannot be read.
+    Raises OSError if a regular file cannot be read.
     """
     if path.is_dir():
         return None

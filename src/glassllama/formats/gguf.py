@@ -1,7 +1,7 @@
 """GGUF checkpoints: metadata and named tensors, memory-mapped, in one file or several parts.
 
-One file's header is read by gguf_header.py, values of the metadata by gguf_values.py, and what
-`read` returns is made float32 by blocks.py. docs/formats/gguf.md draws the bytes.
+One file's header is read by gguf_header.py; blocks.py converts what `read` returns to float32.
+docs/formats/gguf.md draws the bytes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorInfo
 from glassllama.formats.blocks import block_layout
-from glassllama.formats.dtypes import ELEMENT_TYPES
-from glassllama.formats.gguf_header import read_header
-from glassllama.formats.gguf_values import Cursor, Value
-from glassllama.formats.mmap_file import MappedFile, as_plain_array
+from glassllama.formats.gguf_header import Cursor, Value, read_header
+from glassllama.formats.mmap_file import ELEMENT_TYPES, MappedFile, as_plain_array
 
 PART_NAME = re.compile(
     r"(?P<stem>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)", re.IGNORECASE
@@ -69,8 +67,8 @@ class GGUFFile:
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The tensor as stored, or `rows` along its first axis: a read-only view of the file.
 
-        Block types come as uint8 of shape (*shape[:-1], bytes of a row). Nothing is fetched from
-        the disk before it is looked at.
+        Block types come as uint8 of shape (*shape[:-1], bytes of a row). Pages are read from the
+        disk when they are accessed.
         """
         info = self.info(name)
         if info.path not in self._maps:
@@ -83,13 +81,13 @@ class GGUFFile:
         return as_plain_array(self._maps[info.path].array(shape, dtype, info.offset), rows)
 
     def release_pages(self, name: str) -> None:
-        """Give this tensor's pages back; whoever looks at it again reads the file again."""
+        """Give this tensor's pages back to the system; later reads read the file again."""
         info = self.info(name)
         if info.path in self._maps:
             self._maps[info.path].release_pages(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the files. A map ends with the last array that looks into it, not under it."""
+        """Close the files. A mapping ends with the last array that uses it."""
         self._maps = {}
 
 

@@ -21,11 +21,15 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import Progress, TensorInfo
-from glassllama.formats.dtypes import ELEMENT_TYPES, checked_shape
-from glassllama.formats.mmap_file import MappedFile, as_plain_array
-from glassllama.formats.restricted_unpickler import PickleMachine
+from glassllama.formats.mmap_file import ELEMENT_TYPES, MappedFile, as_plain_array, checked_shape
+from glassllama.formats.restricted_unpickler import (
+    HINTS,
+    NAMES,
+    PickleMachine,
+    StoredTensor,
+    storage,
+)
 from glassllama.formats.stored_zip import Entry, read_directory
-from glassllama.formats.torch_names import HINTS, NAMES, StoredTensor, storage
 
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # how files of torch < 1.6 begin
 LARGEST_SMALL_ENTRY = 64 * 2**20  # a pickle takes 120 bytes a tensor: half a million of them
@@ -36,7 +40,7 @@ PIECE = 8 * 2**20  # bytes between two reports of progress
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorView:
     """A tensor in the mapped file: `strides` and `span` (first to last byte) in bytes."""
 
     info: TensorInfo
@@ -51,12 +55,12 @@ class PthFile:
         self,
         file: MappedFile,
         entries: Mapping[str, Entry],
-        places: Mapping[str, Place],
+        views: Mapping[str, TensorView],
         metadata: Mapping[str, Any],
         *,
         big_endian: bool,
     ) -> None:
-        self._file, self._entries, self._places = file, entries, places
+        self._file, self._entries, self._views = file, entries, views
         self._metadata = metadata
         self._big_endian = big_endian
 
@@ -71,26 +75,26 @@ class PthFile:
         return _have_checksums(self._entries)
 
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._views)
 
     def info(self, name: str) -> TensorInfo:
         """Where it begins and its own bytes, which lie further apart if it was saved strided."""
-        return self._place(name).info
+        return self._view_of(name).info
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
 
         A view of the mapped file; a copy where it was saved transposed or big-endian.
         """
-        place = self._place(name)
-        dtype = ELEMENT_TYPES[place.info.dtype]
-        view = self._file.array(place.info.shape, dtype, place.info.offset, place.strides)
-        plain = as_plain_array(view, rows)
+        view = self._view_of(name)
+        dtype = ELEMENT_TYPES[view.info.dtype]
+        array = self._file.array(view.info.shape, dtype, view.info.offset, view.strides)
+        plain = as_plain_array(array, rows)
         return _swapped(plain) if self._big_endian else plain
 
     def release_pages(self, name: str) -> None:
-        place = self._place(name)
-        self._file.release_pages(place.info.offset, place.span)
+        view = self._view_of(name)
+        self._file.release_pages(view.info.offset, view.span)
 
     def close(self) -> None:
         self._file.close()
@@ -122,14 +126,14 @@ class PthFile:
                 f"match their CRC-32: {named}; download or copy the file again"
             )
 
-    def _place(self, name: str) -> Place:
-        if name not in self._places:
+    def _view_of(self, name: str) -> TensorView:
+        if name not in self._views:
             raise FormatError(f"{self._file.path}: no tensor named {quoted(name)}")
-        return self._places[name]
+        return self._views[name]
 
     def _described(self, entry: Entry) -> str:
         within = range(entry.offset, entry.offset + entry.nbytes)
-        tensors = [n for n, place in self._places.items() if place.info.offset in within]
+        tensors = [n for n, view in self._views.items() if view.info.offset in within]
         return f"{quoted(entry.name)} (tensors {', '.join(map(quoted, tensors[:MOST_LISTED]))})"
 
 
@@ -150,15 +154,15 @@ def open_pth(path: Path) -> PthFile:
     folder = _folder(entries, file.path)
     big_endian = _is_big_endian(file, entries, folder)
     root = _unpickled(file, entries, folder)
-    places, metadata = dict[str, Place](), dict[str, Any]()
+    views, metadata = dict[str, TensorView](), dict[str, Any]()
     for name, value in _state_and_settings(root, file.path):
-        if name in (places if isinstance(value, StoredTensor) else metadata):
+        if name in (views if isinstance(value, StoredTensor) else metadata):
             raise FormatError(f"{path}: {quoted(name)} appears twice")
         if isinstance(value, StoredTensor):
-            places[name] = _place(name, value, entries, folder=folder, path=file.path)
+            views[name] = _view_of(name, value, entries, folder=folder, path=file.path)
         elif value is None or isinstance(value, str | int | float):
             metadata[name] = value
-    return PthFile(file, entries, places, metadata, big_endian=big_endian)
+    return PthFile(file, entries, views, metadata, big_endian=big_endian)
 
 
 def _folder(entries: Mapping[str, Entry], path: Path) -> str:
@@ -191,7 +195,7 @@ def _unpickled(file: MappedFile, entries: Mapping[str, Entry], folder: str) -> d
 
 
 def _checked_bytes(file: MappedFile, entry: Entry, entries: Mapping[str, Entry]) -> bytes:
-    """A small entry's bytes; a flipped bit in them could name another place in the file."""
+    """A small entry's bytes; a flipped bit in them could name another offset in the file."""
     if entry.nbytes > LARGEST_SMALL_ENTRY:
         raise FormatError(
             f"{file.path}: zip entry {quoted(entry.name)} has {entry.nbytes} bytes, expected at "
@@ -244,9 +248,9 @@ def _leaves(
             yield name, value
 
 
-def _place(
+def _view_of(
     name: str, tensor: StoredTensor, entries: Mapping[str, Entry], *, folder: str, path: Path
-) -> Place:
+) -> TensorView:
     """Check a tensor against its storage: inside it, and no element used twice."""
     where = f"{path}: tensor {quoted(name)}"
     entry = entries.get(f"{folder}/data/{tensor.storage.key}")
@@ -273,7 +277,7 @@ def _place(
         offset=entry.offset + tensor.offset * itemsize,
         nbytes=math.prod(shape) * itemsize,
     )
-    return Place(info, tuple(by * itemsize for by in strides), span * itemsize)
+    return TensorView(info, tuple(by * itemsize for by in strides), span * itemsize)
 
 
 def _checked_strides(

@@ -1,9 +1,7 @@
-"""float32 -> blocks of Q8_0 and Q4_0: a scale for 32 numbers, and small whole numbers.
+"""Quantize float32 to blocks of Q8_0 and Q4_0: a scale for 32 numbers, and small whole numbers.
 
-`blocks.dequantize` unpacks what is made here.
-
-Source: the quantisers of ggml (quantize_row_q8_0_ref, quantize_row_q4_0_ref); equal to the `gguf`
-package's to the byte.
+`blocks.dequantize` is the inverse. Source: ggml (quantize_row_q8_0_ref, quantize_row_q4_0_ref);
+the bytes are equal to those of the `gguf` package.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ Pack = Callable[[Floats], Blocks]
 def quantize_q8_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
     """Floats (rows, columns) -> (rows, columns / 32 · 34), the bytes of a GGUF file.
 
-    Raises FormatError for rows that are no whole blocks of 32, and for numbers that no
-    half-precision scale can carry: NaN, infinities, above 8.3 million.
+    Raises FormatError for rows that are not whole blocks of 32, and for numbers without a
+    half-precision scale: NaN, infinities, above 8.3 million.
     """
     return quantize(matrix, "Q8_0", pack_q8_0)
 
@@ -33,7 +31,7 @@ def quantize_q8_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
 def quantize_q4_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:
     """Floats (rows, columns) -> (rows, columns / 32 · 18), the bytes of a GGUF file.
 
-    Raises FormatError as `quantize_q8_0`; here numbers end at 524,000.
+    Raises FormatError as `quantize_q8_0`; here the limit is 524,000.
     """
     return quantize(matrix, "Q4_0", pack_q4_0)
 
@@ -42,7 +40,7 @@ QUANTIZE = {"Q8_0": quantize_q8_0, "Q4_0": quantize_q4_0}
 
 
 def quantize(matrix: NDArray[Any], dtype: str, pack: Pack) -> NDArray[np.uint8]:
-    """Some rows at a time, so that what is in the making stays in the processor's cache."""
+    """Pack some rows at a time, so that intermediate arrays stay in the processor's cache."""
     if matrix.ndim != 2 or matrix.shape[1] % BLOCK:
         raise FormatError(
             f"{dtype} takes rows of whole blocks of {BLOCK} numbers, got shape {matrix.shape}"
@@ -53,7 +51,7 @@ def quantize(matrix: NDArray[Any], dtype: str, pack: Pack) -> NDArray[np.uint8]:
     step = max(CHUNK // max(columns, 1), 1)
     for start in range(0, rows, step):
         numbers = np.asarray(matrix[start : start + step], np.float32).reshape(-1, BLOCK)
-        with np.errstate(all="ignore"):  # what overflows is seen in the scales
+        with np.errstate(all="ignore"):  # an overflow shows in the scales
             blocks = pack(numbers)
         require_scales(blocks, dtype, start)
         rows_done = out[start : start + step]

@@ -1,8 +1,9 @@
-"""A pickle is a program for a stack machine; this machine can build data and do nothing else.
+"""Reads pickles of state dicts without executing code.
 
-Python's own unpickler imports and calls what the file names. This one knows 38 of the 68 opcodes;
-a name that is not in the table handed to it ends the run, and only functions from that table are
-ever called. No imports, no attributes, no classes, no jumps: a run is as long as its bytes.
+A pickle is a program for a stack machine, and Python's own unpickler imports and calls what it
+names. This one implements 38 of the 68 opcodes, those that build data. A name outside a table is an
+error, and only functions of that table are called. There are no imports, attributes, classes or
+jumps, so the number of steps is bounded by the number of bytes.
 
 Source: the opcode descriptions in Python's `pickletools` module, protocols 2 to 5.
 """
@@ -17,15 +18,15 @@ from typing import Any, NoReturn
 from glassllama.base.errors import FormatError, quoted
 
 STOP = ord(".")
-MOST_STEPS = 4_000_000  # 80,000 tensors; a step makes one object at most: this bounds memory
+MOST_STEPS = 4_000_000  # 80,000 tensors; a step makes at most one object, so memory is bounded
 DEEPEST_MARKS = 10_000  # Python's pickler leaves one open per nested list or dict
-KEY_LIMIT = 2**32  # larger whole numbers as keys could be chosen to collide in a dict
+KEY_LIMIT = 2**32  # larger keys could be chosen so that they collide in a dict
 SUPPORTED_PROTOCOLS = range(2, 6)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A name of the whitelist that may be called, with the tuple of arguments."""
+    """A name in the table whose function may be called, with the tuple of arguments."""
 
     name: str
     function: Callable[[tuple[object, ...]], object]
@@ -34,8 +35,9 @@ class Call:
 class PickleMachine:
     """Runs one pickle. `names` maps "module.name" to a `Call` or to a plain value.
 
-    `persistent` turns a persistent id (how torch.save refers to a storage) into a value. Both
-    raise ValueError for what they do not expect. `hints` explain names that are known and refused.
+    `persistent` converts a persistent id (by which torch.save refers to a storage) to a value. It
+    and the functions raise ValueError for unexpected arguments. `hints` explain known names that
+    are not supported.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class PickleMachine:
         self.memo: dict[int, object] = {}
 
     def run(self) -> object:
-        """-> the pickled value, of dicts, lists, tuples, text, numbers and what `names` gives."""
+        """The pickled value: dicts, lists, tuples, text, numbers and values from `names`."""
         for _ in range(MOST_STEPS):
             opcode = self.take_number(U8)
             if opcode == STOP:
@@ -172,7 +174,7 @@ def _protocol(m: PickleMachine) -> None:
 
 
 def _frame(m: PickleMachine) -> None:
-    m.take(U64.size)  # how much to read at once: a hint for readers of streams
+    m.take(U64.size)  # the length of a frame: a hint for reading from streams
 
 
 def _small_long(m: PickleMachine) -> None:
@@ -244,7 +246,7 @@ def _call(m: PickleMachine) -> None:
 
 
 def _build(m: PickleMachine) -> None:
-    """torch hangs module versions on a state dict as attributes: of no use here, left out."""
+    """Ignored: torch sets module versions as attributes of a state dict."""
     m.stack.pop()
     if not isinstance(m.stack[-1], dict):
         raise m.fault(f"sets the state of a {type(m.stack[-1]).__name__}")
@@ -293,7 +295,7 @@ ACTIONS: dict[int, tuple[str, Action]] = {
     ord("b"): ("BUILD", _build),
     ord("Q"): ("BINPERSID", _persistent),
 }
-# Named in errors, because they are how a pickle makes objects or reaches for code.
+# Named in errors: opcodes that make objects or call code.
 REFUSED = {
     ord("i"): "INST",
     ord("o"): "OBJ",
@@ -303,4 +305,115 @@ REFUSED = {
     0x82: "EXT1",
     0x83: "EXT2",
     0x84: "EXT4",
+}
+
+# --- names of torch -------------------------------------------------------------------------
+#
+# torch pickles a tensor as a call: rebuild(storage, offset, shape, strides, …). Nothing is rebuilt
+# here: the arguments of the call become a `StoredTensor`, and formats/pth.py reads from the file.
+# These functions raise ValueError for arguments that torch does not write.
+
+
+@dataclass(frozen=True, slots=True)
+class ElementType:
+    """The type of a storage's elements, of a name such as torch.HalfStorage."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """`count` elements in the zip entry data/`key`."""
+
+    key: str
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A view of a storage; offset and strides in elements, not yet checked."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def storage(persistent_id: object) -> Storage:
+    """torch's persistent ids: ("storage", type, key, device, number of elements)."""
+    match persistent_id:
+        case ("storage", ElementType(dtype), str(key), str(), int(count)) if count >= 0:
+            return Storage(key, dtype, count)
+    raise ValueError("a persistent id of the pickle is not that of a storage")
+
+
+def _tensor(arguments: tuple[object, ...]) -> StoredTensor:
+    match arguments:
+        case (Storage() as found, int(offset), tuple(shape), tuple(strides), bool(), dict(), *rest):
+            # The seventh argument says that the values are to be negated or conjugated.
+            numbers = all(type(number) is int for number in (offset, *shape, *strides))
+            if numbers and rest in ([], [None], [{}]):
+                return StoredTensor(found, offset, shape, strides)
+    raise ValueError(f"torch._utils._rebuild_tensor_v2: unexpected arguments {_types(arguments)}")
+
+
+def _parameter(arguments: tuple[object, ...]) -> StoredTensor:
+    match arguments:
+        case (StoredTensor() as tensor, bool(), dict()):
+            return tensor
+    raise ValueError(f"torch._utils._rebuild_parameter: unexpected arguments {_types(arguments)}")
+
+
+def _size(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    match arguments:
+        case (tuple(sizes),):
+            return sizes
+    raise ValueError(f"torch.Size: unexpected arguments {_types(arguments)}")
+
+
+def _ordered_dict(arguments: tuple[object, ...]) -> dict[object, object]:
+    if arguments:
+        raise ValueError(f"collections.OrderedDict: unexpected arguments {_types(arguments)}")
+    return {}
+
+
+def _types(arguments: tuple[object, ...]) -> str:
+    return quoted([type(argument).__name__ for argument in arguments])
+
+
+STORAGE_TYPES = {
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+CALLS = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _size,
+}
+NAMES: dict[str, object] = {
+    **{name: Call(name, function) for name, function in CALLS.items()},
+    **{name: ElementType(dtype) for name, dtype in STORAGE_TYPES.items()},
+    **{f"torch.{dtype}": f"torch.{dtype}" for dtype in DTYPES},  # settings beside the tensors
+}
+
+_WITHOUT_EXTRAS = "tensors with attributes are not supported; save tensor.detach().clone()"
+HINTS = {
+    "torch._utils._rebuild_sparse_tensor": "sparse tensors are not supported; save .to_dense()",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor has no data to read",
+    "torch._utils._rebuild_qtensor": "torch's quantized tensors are not supported; .dequantize()",
+    "torch._utils._rebuild_tensor_v3": "element types beyond "
+    f"{', '.join(DTYPES)} are not supported (float8, uint16 …)",
+    "torch._utils._rebuild_parameter_with_state": _WITHOUT_EXTRAS,
+    "torch._tensor._rebuild_from_type_v2": _WITHOUT_EXTRAS,
 }

@@ -10,7 +10,9 @@ header says is checked before any tensor is read.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,8 @@ from numpy.typing import NDArray
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import relative_path
 from glassllama.base.interfaces import TensorInfo
-from glassllama.formats.dtypes import ELEMENT_TYPES, checked_shape
 from glassllama.formats.first_bytes import format_of
-from glassllama.formats.mmap_file import MappedFile, as_plain_array
-from glassllama.formats.strict_json import parse_object
+from glassllama.formats.mmap_file import ELEMENT_TYPES, MappedFile, as_plain_array, checked_shape
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -33,7 +33,7 @@ ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 class SafetensorsFile:
     """A `TensorFile` over one file or all shards of an index. Made by `open_safetensors`.
 
-    The format carries no checksums: what can be verified is verified when the file is opened.
+    The format has no checksums; everything that can be checked is checked when it is opened.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SafetensorsFile:
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
 
-        A view of the mapped file; a copy only where the elements do not lie aligned.
+        A view of the mapped file; a copy only if the elements are not aligned.
         """
         tensor = self.info(name)
         file, dtype = self._files[tensor.path], ELEMENT_TYPES[tensor.dtype]
@@ -173,7 +173,7 @@ def _check_no_gaps(tensors: Iterable[TensorInfo], data_start: int, file: MappedF
 
 
 def _open_sharded(index: Path) -> SafetensorsFile:
-    """Open all shards; each tensor must lie where the index says, and in one shard only."""
+    """Open all shards; each tensor must be in the shard that the index names, and in no other."""
     weight_map = read_weight_map(index)
     files, tensors, metadata = [], dict[str, TensorInfo](), dict[str, str]()
     for shard in sorted(set(weight_map.values())):
@@ -226,3 +226,33 @@ def _is_safetensors(path: Path) -> bool:
         return format_of(path) == "safetensors"
     except OSError:
         return False
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `raw` (UTF-8). Raises FormatError for duplicate keys, NaN, no object.
+
+    Python's own parser takes the last of two equal keys; another reader might take the first.
+    """
+    try:
+        parsed = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 and digit limits
+        raise FormatError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{where}: expected a JSON object, got {quoted(parsed)}")
+    return parsed
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {quoted(twice)} appears twice")
+    for key in unique:
+        key.encode("utf-8")  # half a surrogate pair is a UnicodeEncodeError, a ValueError
+    return unique
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")

@@ -1,12 +1,12 @@
-"""The zip files that torch.save writes: entries stored as they are, so that they can be mapped.
+"""The zip files that torch.save writes: uncompressed entries, so that they can be mapped.
 
     local header, name, padding, data   once per entry; torch pads so that data begins at 64 · n
-    central directory                   once per entry: name, size, checksum, where
-    (64-bit end record and its locator) numbers too large for the last record, and always by torch
-    end record                          where the directory lies
+    central directory                   once per entry: name, size, checksum, offset
+    (64-bit end record and its locator) for numbers too large for the end record; torch always
+    end record                          offset of the directory
 
-Source: PKWARE APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3. What torch does not write is refused:
-compression, encryption, comments, bytes that belong to no entry's place.
+Source: PKWARE APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3. Anything that torch does not write is
+an error: compression, encryption, comments, overlapping entries. Python's `zipfile` accepts these.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LOCATOR = struct.Struct("<4sIQI")  # signature, disk, offset of the 64-bit end r
 END_64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disk ×2, then as in END
 CENTRAL = struct.Struct("<4s6H3I5H2I")
 LOCAL = struct.Struct("<4s5H3I2H")
-MOST_ENTRIES, LARGEST_DIRECTORY = 100_000, 32 * 2**20  # far more than checkpoints have
+MOST_ENTRIES, LARGEST_DIRECTORY = 100_000, 32 * 2**20  # far above real checkpoints
 STORED = 0
 ENCRYPTED = 1  # bit of the flags
 EXTRA_64 = 1  # the extra field that holds 64-bit sizes
-FULL_16, FULL_32 = 2**16 - 1, 2**32 - 1  # "look into the 64-bit record instead"
+FULL_16, FULL_32 = 2**16 - 1, 2**32 - 1  # the number is in the 64-bit record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Entry:
 
 
 def read_directory(file: MappedFile) -> dict[str, Entry]:
-    """Every entry by name; FormatError for anything that is not a plain zip of stored entries."""
+    """Every entry by name. Raises FormatError for anything but a zip of uncompressed entries."""
     start, nbytes, count = _find_directory(file)
     if count > MOST_ENTRIES or nbytes > LARGEST_DIRECTORY:
         raise FormatError(
@@ -116,14 +116,14 @@ def _central_entries(raw: bytes, file: MappedFile) -> Iterator[Entry]:
                 f"{where}: compressed or encrypted (method {method}), expected stored bytes; "
                 "unpack it and save it with torch.save again"
             )
-        nbytes, packed, header = _widened((nbytes, packed, header), extra, where)
+        nbytes, packed, header = _with_64_bits((nbytes, packed, header), extra, where)
         if nbytes != packed:
             raise FormatError(f"{where}: stored in {packed} bytes, expected {nbytes}")
         yield _with_local_header(raw_name, header, nbytes, crc32, file)
 
 
-def _widened(fields: tuple[int, int, int], extra: bytes, where: str) -> tuple[int, ...]:
-    """Replace the fields that are full by their 64-bit values, which the extra field lists."""
+def _with_64_bits(fields: tuple[int, int, int], extra: bytes, where: str) -> tuple[int, ...]:
+    """The fields; those with all bits set come from the extra field, which lists 64-bit values."""
     wide = iter(())
     while len(extra) >= 4:
         kind, nbytes = struct.unpack_from("<2H", extra)
@@ -140,7 +140,7 @@ def _widened(fields: tuple[int, int, int], extra: bytes, where: str) -> tuple[in
 def _with_local_header(
     raw_name: bytes, header: int, nbytes: int, crc32: int, file: MappedFile
 ) -> Entry:
-    """The header before the data repeats the name; only its lengths say where the data begins."""
+    """The entry; the local header's lengths give the offset of the data."""
     raw = file.bytes_at(header, LOCAL.size)
     where = f"{file.path}: zip entry {quoted(raw_name.decode('utf-8', 'replace'))}"
     if len(raw) < LOCAL.size or not raw.startswith(b"PK\3\4"):

@@ -80,8 +80,8 @@ def choose_safetensors(names: list[str], id: HubId, index: bytes | None) -> list
     """Weights as safetensors at the top of the repository, with config and tokenizer files.
 
     With an index, the weights are the files that it names; but model.safetensors is the model if
-    the index does not name it, as in weights/open.py. Raises DownloadError: an index that cannot be
-    read, or names a file that is not there.
+    the index does not name it, as in weights/model_files.py. Raises DownloadError: an index
+    that cannot be read, or names a file that is not there.
     """
     weights = [SINGLE] if SINGLE in names else []
     shards = set() if index is None else read_shards(index, id)

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from glassllama.base.config import require_sizes
-from glassllama.nn.init import initialize
+from glassllama.models.language_model import LanguageModel
 from glassllama.nn.kv_cache import KVCache
 
 
@@ -30,23 +29,21 @@ class BigramConfig:
 
     vocab_size: int
     max_seq_len: int
+    architecture: ClassVar[str] = "bigram"
     unbounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_sizes(self, "vocab_size", "max_seq_len")
 
 
-class Bigram(nn.Module):
+class Bigram(LanguageModel):
     """Ids to logits by lookup."""
 
-    def __init__(self, config: BigramConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.vocab_size)
+    config: BigramConfig
 
-    def initialize(self, generator: torch.Generator) -> None:
-        """Fill with small random numbers: all tokens are almost equally likely."""
-        initialize(self, generator, n_layers=0)
+    def __init__(self, config: BigramConfig) -> None:
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.vocab_size)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """A cache without layers: it holds the lengths of the rows only."""
@@ -64,7 +61,7 @@ class Bigram(nn.Module):
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, V). Arguments as in models/llama.py; `segments` have no effect."""
+        """(B, T) ids -> (B, T, V); see LanguageModel.hidden. `segments` have no effect."""
         batch, count = ids.shape
         if cache is not None:
             new = [count] * batch if lengths is None else lengths
@@ -74,15 +71,4 @@ class Bigram(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(…, V) -> (…, V) float32: hidden states are logits already."""
-        return h.float()
-
-    def forward(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        *,
-        lengths: Sequence[int] | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; arguments as in `hidden`."""
-        return self.logits(self.hidden(ids, cache, lengths=lengths, segments=segments))
+        return self.last_logits(h.float())  # (…, V)

@@ -15,22 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassllama.base.config import require_positive, require_sizes
 from glassllama.base.errors import ConfigError, GenerationError, quoted
-from glassllama.nn.attention import (
-    attend,
-    causal_mask,
-    join_heads,
-    positions_in_segments,
-    same_segment,
-    split_heads,
-)
+from glassllama.models.language_model import LanguageModel
+from glassllama.nn.attention import attend, join_heads, positions_and_mask, split_heads
 from glassllama.nn.hooks import HookPoint
-from glassllama.nn.init import initialize
 from glassllama.nn.kv_cache import KVCache
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
@@ -59,6 +51,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     bias: bool = True
     tie_embeddings: bool = True
+    architecture: ClassVar[str] = "gpt2"
     unbounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -78,6 +71,10 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
 
 
 @dataclass(frozen=True)
@@ -146,12 +143,13 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, C)
 
 
-class GPT(nn.Module):
-    """Ids to logits. It holds weights only; past tokens are in the cache, an argument."""
+class GPT(LanguageModel):
+    """Embeddings of tokens and positions, blocks, norm, output matrix."""
+
+    config: GPTConfig
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.pos_embeddings = nn.Embedding(config.max_seq_len, config.dim)
         self.embeddings = HookPoint()  # the sum of both
@@ -159,24 +157,10 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         if not config.tie_embeddings:
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.last_logits = HookPoint()
-
-    def initialize(self, generator: torch.Generator) -> None:
-        """Fill with random weights as in GPT-2 (nn/init.py)."""
-        initialize(self, generator, self.config.n_layers)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache on the weights' device, for at most as many tokens as positions."""
-        c, weight = self.config, self.tok_embeddings.weight
-        return KVCache(
-            n_layers=c.n_layers,
-            batch=batch,
-            n_kv_heads=c.n_heads,
-            max_len=min(max_len, c.max_seq_len),
-            head_dim=c.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        """An empty cache, for at most as many tokens as there are positions."""
+        return super().new_cache(batch, min(max_len, self.config.max_seq_len))
 
     def hidden(
         self,
@@ -186,25 +170,18 @@ class GPT(nn.Module):
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C), the hidden states after the last norm.
+        """(B, T) ids -> (B, T, C); see LanguageModel.hidden.
 
-        Arguments as in models/llama.py. Raises GenerationError if a row would be longer than the
-        number of learned positions.
+        Raises GenerationError if a row would be longer than the number of learned positions.
         """
-        batch, count = ids.shape
-        new = [count] * batch if lengths is None else lengths
-        past = [0] * batch if cache is None else cache.lengths
-        visible = max(new) if cache is None else cache.reserve(new)
-        if visible > self.config.max_seq_len:
+        new = [ids.shape[1]] * ids.shape[0] if lengths is None else lengths
+        positions, mask = positions_and_mask(ids, cache, new, segments)  # (B, T), (B or 1, 1, T, S)
+        past = [0] * len(new) if cache is None else cache.lengths
+        longest = max(seen + n for seen, n in zip(past, new, strict=True))
+        if longest > self.config.max_seq_len:
             raise GenerationError(
-                f"{visible} tokens, but only {self.config.max_seq_len} positions were learned"
+                f"{longest} tokens, but only {self.config.max_seq_len} positions were learned"
             )
-        offsets = torch.tensor(past, device=ids.device)[:, None]  # (B, 1)
-        positions = offsets + torch.arange(count, device=ids.device)  # (B, T)
-        mask = causal_mask(positions, visible) if any(past) else None  # (B, 1, T, S)
-        if segments is not None:
-            mask = causal_mask(positions, count) & same_segment(segments)  # (B, 1, T, T)
-            positions = positions_in_segments(segments)  # (B, T)
         # Padding may be after the last position; its outputs have no meaning.
         positions = positions.clamp(max=self.config.max_seq_len - 1)
 
@@ -215,22 +192,3 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(new)
         return self.norm(x)  # (B, T, C)
-
-    def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V) float32: the logits of the next token."""
-        if self.config.tie_embeddings:
-            logits = F.linear(h, self.tok_embeddings.weight)
-        else:
-            logits = self.output(h)
-        return self.last_logits(logits.float())  # (…, V)
-
-    def forward(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        *,
-        lengths: Sequence[int] | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; arguments as in `hidden`."""
-        return self.logits(self.hidden(ids, cache, lengths=lengths, segments=segments))

@@ -53,6 +53,25 @@ def positions_in_segments(segments: Tensor) -> Tensor:
     return where - (where * begins).cummax(dim=1).values  # (B, T)
 
 
+def positions_and_mask(
+    ids: Tensor, cache: KVCache | None, new: Sequence[int], segments: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Positions of the new tokens, (B, T), and the mask as in `ForwardContext`.
+
+    `new` are the numbers of real tokens per row, for which the cache reserves memory. Raises
+    GenerationError if the cache is full.
+    """
+    if segments is not None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)  # (B, T)
+        mask = causal_mask(positions, ids.shape[1]) & same_segment(segments)  # (B, 1, T, T)
+        return positions_in_segments(segments), mask
+    past = [0] * ids.shape[0] if cache is None else cache.lengths
+    visible = ids.shape[1] if cache is None else cache.reserve(new)
+    offsets = torch.tensor(past, device=ids.device)[:, None]  # (B, 1)
+    positions = offsets + torch.arange(ids.shape[1], device=ids.device)  # (B, T)
+    return positions, causal_mask(positions, visible) if any(past) else None  # (B, 1, T, S)
+
+
 def split_heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, T, n·D) -> (B, n, T, D)
 

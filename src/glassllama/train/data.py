@@ -24,7 +24,7 @@ from glassllama.train.corpus import (
 )
 from glassllama.train.settings import BPE, CHARACTERS, DataSettings
 from glassllama.train.tokens import Tokens, open_tokens
-from glassllama.weights.open import read_json
+from glassllama.weights.model_files import read_json
 from glassllama.weights.tokenizer import BACKEND, TOKENIZER_FILES, tokenizer_from_folder
 
 MADE_OF = "made_of.json"  # beside a learnt vocabulary: the text, and how

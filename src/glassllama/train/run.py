@@ -25,7 +25,7 @@ from glassllama.train.faults import TrainingError
 from glassllama.train.model_factory import as_module
 from glassllama.train.optimizers import Optimisers
 from glassllama.train.settings import Settings
-from glassllama.weights.open import read_json
+from glassllama.weights.model_files import read_json
 from glassllama.weights.save import save_model, save_tensors
 
 CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder

@@ -101,7 +101,7 @@ class FirstStep:
     def write(self, record: Record) -> None:
         if self._journal is None:
             settle(self._run)
-            code_cache.seal()  # all kernels are compiled now
+            code_cache.save_checksums()  # all kernels are compiled now
             board = self._run.settings.run.tensorboard
             self._journal = Journal(self._run.folder, self._done, tensorboard=board)
         self._journal.write(record)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from glassllama import hub
-from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import WeightsError, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
 from glassllama.train.distributed import is_sharded
 from glassllama.train.model_factory import as_module
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import as_tensor
-from glassllama.weights.open import Checkpoint, open_checkpoint
 
 # May differ: a Llama has no weights for positions, and the order of coordinates can be changed.
 NO_MATTER = ("max_seq_len", "rope_layout")
@@ -44,7 +43,7 @@ def fill_from(
         with torch.no_grad(), whole_tensors_into(model):
             for name, weight in as_module(model).named_parameters():
                 tensor = as_tensor(checkpoint, name, torch.float32, weight.device)
-                weight.copy_(in_layout_of(model.config, checkpoint.model_config, name, tensor))
+                weight.copy_(in_layout_of(model.config, checkpoint.config, name, tensor))
                 checkpoint.release_pages(name)
     finally:
         checkpoint.close()
@@ -60,10 +59,10 @@ def whole_tensors_into(model: LanguageModel) -> AbstractContextManager[object]:
 
 
 def require_same_model(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    theirs: Any = checkpoint.model_config
+    theirs: Any = checkpoint.config
     ours: Any = model.config
     if type(theirs) is not type(ours):
-        kinds = f"it is a {checkpoint.architecture}, this run trains a {type(model).__name__}"
+        kinds = f"it is a {checkpoint.architecture.title}, this run trains a {type(model).__name__}"
         raise WeightsError(f"model.init_from: {checkpoint.path}: {kinds}: set model.kind")
     names = [field.name for field in fields(ours) if field.name not in NO_MATTER]
     pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
@@ -110,7 +109,7 @@ def in_layout_of(ours: Any, theirs: Any, name: str, tensor: Tensor) -> Tensor:
 
     Neighbours (0, 1), (2, 3), … become halves (0, D/2), (1, D/2 + 1), …: the same model.
     """
-    rotated = isinstance(ours, LlamaConfig) and name.endswith(ROTATED)
+    rotated = hasattr(ours, "rope_layout") and name.endswith(ROTATED)
     if not rotated or theirs.rope_layout == ours.rope_layout:
         return tensor
     assert theirs.rope_layout == INTERLEAVED  # models that are trained here rotate halves

@@ -88,7 +88,7 @@ class Check:
 class Step:
     """One of the eighteen steps. `data` has results for programs: plain numbers, texts, lists."""
 
-    number: int
+    number: int = 0  # set by run_step: the order is that of STEPS
     name: str
     title: str
     question: str

@@ -99,12 +99,9 @@ def token_to_json(walk: Walkthrough, id: int) -> Object:
 
 
 def step_to_json(step: Step) -> Object:
+    texts = ("number", "name", "title", "question", "shapes")
     return {
-        "number": step.number,
-        "name": step.name,
-        "title": step.title,
-        "question": step.question,
-        "shapes": step.shapes,
+        **{name: getattr(step, name) for name in texts},
         "sources": [dataclasses.asdict(source) for source in step.sources],
         "text": list(step.text),
         "numbers": [numbers_to_json(shown) for shown in step.numbers],

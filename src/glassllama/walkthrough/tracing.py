@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from glassllama.base.errors import GenerationError, GlassError
+from glassllama.models.language_model import LanguageModel
 from glassllama.nn.hooks import HookFn, add_hooks
 from glassllama.nn.kv_cache import KVCache
-from glassllama.weights.load import Model
 
 TOKEN_AXIS = -2
 # Options of glibc's mallopt, by malloc.h: blocks up to 32 MiB (its limit) are not mapped one by
@@ -126,7 +126,7 @@ def patch(hook: str, source: Trace, positions: Sequence[int] | None = None) -> I
 
 @torch.no_grad()
 def trace(
-    model: Model,
+    model: LanguageModel,
     ids: Tensor | Sequence[int],
     *,
     hooks: Sequence[str] = ("*",),
@@ -157,7 +157,7 @@ def trace(
     return Trace(recorded, rows, logits)
 
 
-def batch_of_ids(model: Model, ids: Tensor | Sequence[int]) -> Tensor:
+def batch_of_ids(model: LanguageModel, ids: Tensor | Sequence[int]) -> Tensor:
     """(T,) or (B, T) -> (B, T) on the model's device. Raises GenerationError for other shapes."""
     rows = torch.as_tensor(ids, device=model.tok_embeddings.weight.device)
     rows = rows[None] if rows.ndim == 1 else rows

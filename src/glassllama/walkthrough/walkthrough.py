@@ -37,8 +37,8 @@ from glassllama.walkthrough.manual_block import Tensors, Transformer, block_func
 from glassllama.walkthrough.pictures import visible
 from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
 from glassllama.walkthrough.tracing import Trace, retain_freed_memory, trace
+from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import as_tensor, load_model
-from glassllama.weights.open import Checkpoint, open_checkpoint
 from glassllama.weights.stream import StreamedBlock, StreamedLlama
 
 # Attention weights of all layers are recorded up to this length: they grow with its square.
@@ -378,11 +378,11 @@ def encode_checked(
     checkpoint: Checkpoint, prompt: str | Sequence[int], specials: bool, layer: int, head: int
 ) -> tuple[Tokenizer | None, list[int]]:
     """The vocabulary and the ids of the prompt, after all arguments are checked."""
-    config: Any = checkpoint.model_config
+    config: Any = checkpoint.config
     if not hasattr(config, "n_heads"):
         raise ConfigError(
             f"{checkpoint.path}: the walkthrough is for transformers (Llama, GPT-2) and this is a "
-            f"{checkpoint.architecture}"
+            f"{checkpoint.architecture.title}"
         )
     require_below("--layer", layer, config.n_layers)
     require_below("--head", head, config.n_heads)

@@ -1,31 +1,39 @@
-"""A checkpoint → the packed CPU engine: in slices of rows, by all threads, strictly in order.
+"""A checkpoint → the CPU engine: matrices are packed in slices of rows, by all threads, in order.
 
-What is packed as what is decided in quantization.py; what large models were packed to is kept on
-disk by packed_cache.py, and mapped the next time.
+quantization.py says as which weight type a matrix is packed. The packed weights of large models
+are cached on disk by packed_cache.py and mapped the next time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from glassllama.base.errors import ConfigError, MemoryShortError, quoted
 from glassllama.base.interfaces import CacheType, Progress
-from glassllama.native.engine.executor import Engine, Weights
-from glassllama.native.engine.layout import GROUP, Arena, Matrix, empty_matrix
-from glassllama.native.engine.repack import fill, fill_rounded
+from glassllama.base.machine import available_memory, gigabytes
+from glassllama.native.engine.executor import Engine
+from glassllama.native.engine.layout import Matrix, allocate_matrices
+from glassllama.native.engine.repack import pack_matrix, row_slices
 from glassllama.native.engine.thread_pool import num_processors
-from glassllama.native.jit.code_cache import seal
-from glassllama.weights.open import Checkpoint
+from glassllama.native.engine.workspace import Weights, vector_shapes
+from glassllama.native.jit.code_cache import save_checksums
+from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.memory import estimate_memory
 from glassllama.weights.packed_cache import open_buffer
-from glassllama.weights.quantization import EMBEDDINGS, Quantize, choose
+from glassllama.weights.quantization import (
+    CHOICES,
+    EMBEDDINGS,
+    WORKING_MEMORY,
+    PackingPlan,
+    Quantize,
+    packing_plan,
+)
 
-SLICE_NUMBERS = 1 << 18  # numbers of a tensor in the making at once, per thread
-MAPPED_BYTES = 1 << 26  # of the file, in memory at once before they are let go
-
-Matrices = dict[str, Matrix]
+SLICE_NUMBERS = 1 << 18  # numbers that a thread packs at once
+MAPPED_BYTES = 1 << 26  # of the file that are mapped before their pages are released
 
 
 def pack(
@@ -37,51 +45,55 @@ def pack(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Engine:
-    """The engine with this checkpoint's weights. `exact` keeps everything in float32.
+    """The engine with this checkpoint's weights. `exact` computes everything in float32.
 
-    `quantize` makes float weights Q8_0 or Q4_0 on the way, or leaves them ("none"); None takes the
-    richest form that fits into memory. `cache` is how keys and values are kept. Peak memory is the
+    `quantize` makes float weights Q8_0 or Q4_0, or leaves them ("none"); None takes the most
+    precise form that fits into memory. `cache` is the type of the KV cache. Peak memory is the
     packed model and little more. Raises MemoryShortError before it allocates, ConfigError.
     """
-    packed = choose(checkpoint, exact=exact, quantize=quantize)
-    notes = list(packed.notes)
-    with open_buffer(checkpoint, packed, notes) as place:
-        arena = Arena(packed.nbytes, place.memory)
-        matrices: Matrices = {}
-        for name, kind in packed.weight_types.items():
-            matrices[name] = empty_matrix(arena, kind, *checkpoint.info(name).shape)
-        if not place.filled:
-            fill_all(checkpoint, matrices, threads or num_processors(), progress)
-            place.keep()
+    packed = choose_packing(checkpoint, exact=exact, quantize=quantize)
+    notes, plan = list(packed.notes), checkpoint.layer_plan
+    with open_buffer(checkpoint, packed, notes) as buffer:
+        types = {}
+        for name, weight_type in packed.weight_types.items():
+            rows, columns = checkpoint.info(name).shape
+            types[name] = (weight_type, rows, columns)
+        matrices = allocate_matrices(types, buffer.memory)
+        if not buffer.filled:
+            pack_all(checkpoint, matrices, threads or num_processors(), progress)
+            buffer.keep()
     weights = Weights(
-        matrices=[
-            matrix
-            for name, matrix in matrices.items()
-            if name != EMBEDDINGS or checkpoint.config.tie_embeddings
-        ],
+        matrices=[m for name, m in matrices.items() if name != EMBEDDINGS or plan.tie_embeddings],
         embeddings=matrices[EMBEDDINGS],
-        norms=read_norms(checkpoint),
+        vectors={name: np.array(checkpoint.float32(name)) for name in vector_shapes(plan)},
     )
     engine = Engine(
-        checkpoint.config, weights, exact=exact, cache=cache, threads=threads, notes=notes
-    )
-    seal()
+        checkpoint.config, weights, exact=exact, cache=cache, threads=threads, notes=notes,
+        plan=plan,
+    )  # fmt: skip
+    save_checksums()
     return engine
 
 
-def fill_all(
-    checkpoint: Checkpoint, matrices: Matrices, threads: int, progress: Progress | None
+def pack_all(
+    checkpoint: Checkpoint, matrices: dict[str, Matrix], threads: int, progress: Progress | None
 ) -> None:
-    """Every slice of every tensor, by so many threads; mapped pages are let go on the way."""
+    """Pack every tensor, in slices of rows, by so many threads; mapped pages are released."""
 
-    def move(piece: tuple[str, slice]) -> None:
-        name, rows = piece
-        move_rows(checkpoint, name, matrices[name], rows)
+    def pack_rows(piece: tuple[str, slice]) -> None:
+        (name, rows), matrix = piece, matrices[piece[0]]
+        as_stored = checkpoint.info(name).dtype == matrix.weight_type.name
+        read = checkpoint.read if as_stored else checkpoint.float32
+        pack_matrix(matrix, rows.start, read(name, rows))
 
     done, mapped = 0, 0
     with ThreadPoolExecutor(threads) as pool:
-        pieces = [(name, rows) for name, matrix in matrices.items() for rows in slices(matrix)]
-        for (name, rows), _ in zip(pieces, pool.map(move, pieces), strict=True):
+        pieces = [
+            (name, rows)
+            for name, matrix in matrices.items()
+            for rows in row_slices(matrix, SLICE_NUMBERS)
+        ]
+        for (name, rows), _ in zip(pieces, pool.map(pack_rows, pieces), strict=True):
             info = checkpoint.info(name)
             mapped += info.nbytes // info.shape[0] * (rows.stop - rows.start)
             last = rows.stop == info.shape[0]
@@ -93,28 +105,33 @@ def fill_all(
                 progress(done, len(matrices))
 
 
-def slices(matrix: Matrix) -> Iterator[slice]:
-    """The rows of a matrix in pieces of whole groups, small enough to make several at once."""
-    step = max(1, SLICE_NUMBERS // (GROUP * matrix.columns)) * GROUP
-    for first in range(0, matrix.rows, step):
-        yield slice(first, min(first + step, matrix.rows))
+def choose_packing(
+    checkpoint: Checkpoint, *, exact: bool, quantize: Quantize | None
+) -> PackingPlan:
+    """How to pack: as asked for, else the most precise form that fits into memory, with a note.
 
-
-def move_rows(checkpoint: Checkpoint, name: str, matrix: Matrix, rows: slice) -> None:
-    """Some rows of a tensor: as the file has them if of that kind, else by way of floats."""
-    if checkpoint.info(name).dtype == matrix.weight_type.name:
-        fill(matrix, rows.start, checkpoint.read(name, rows))
-    elif matrix.weight_type.name == "F32":
-        fill(matrix, rows.start, checkpoint.float32(name, rows))
-    else:
-        fill_rounded(matrix, rows.start, checkpoint.float32(name, rows))
-
-
-def read_norms(checkpoint: Checkpoint) -> NDArray[np.float32]:
-    """(2·layers + 1, C): attention and feed-forward norm of every layer, then the last."""
-    names = [
-        f"layers.{n}.{name}.weight"
-        for n in range(checkpoint.config.n_layers)
-        for name in ("attention_norm", "ffn_norm")
-    ]
-    return np.stack([checkpoint.float32(name) for name in [*names, "norm.weight"]])
+    Raises ConfigError if both exact and quantized weights are asked for, and MemoryShortError.
+    """
+    if quantize not in (None, *CHOICES):
+        raise ConfigError(f"quantize must be one of {', '.join(CHOICES)}, got {quoted(quantize)}")
+    if exact and quantize not in (None, "none"):
+        raise ConfigError("exact arithmetic keeps every weight as it is: leave out quantize")
+    free = available_memory()
+    first = packing_plan(checkpoint, exact=exact, quantize=quantize or "none")
+    if free is None or first.nbytes + WORKING_MEMORY <= free:
+        return first
+    for choice in CHOICES[1:] if quantize is None and not exact else ():
+        packed = packing_plan(checkpoint, exact=False, quantize=choice)
+        if packed.nbytes < first.nbytes and packed.nbytes + WORKING_MEMORY <= free:
+            stored = checkpoint.info("layers.0.feed_forward.gate.weight").dtype
+            note = (
+                f"{stored} weights need {gigabytes(first.nbytes)}, {gigabytes(free)} are free: "
+                f"quantized to {choice} ({gigabytes(packed.nbytes)}); decide yourself with "
+                "quantize none, q8_0 or q4_0"
+            )
+            return replace(packed, notes=[note])
+    raise MemoryShortError(
+        f"{checkpoint.path.name}, packed for the engine, needs "
+        f"{gigabytes(first.nbytes + WORKING_MEMORY)} of memory, {gigabytes(free)} are free; "
+        f"{estimate_memory(checkpoint, tokens=1, memory=free).advice()}"
+    )

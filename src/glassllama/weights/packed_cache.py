@@ -1,17 +1,17 @@
-"""Packed weights on disk: what a large model's packing made, to be mapped the next time.
+"""Cache of packed weights on disk: the next start maps them instead of packing again.
 
     4096 bytes of header │ the arena as it was packed (native/engine/layout.py)
 
-An entry is served only while the files that it was made of are the same. Its name is a digest of
-    - where every tensor lies in them, as what it is stored and as what it is packed,
-    - their size, inode, and times of change: the inode's too, which nobody can set back,
-    - their beginning, and pages from all over them, for file systems that keep no such times,
-    - the code that packs. Another layout is another digest.
-A file that changed in the last seconds, or while it was packed, is not kept at all: its times may
-stay the same when it changes again.
+An entry is valid only for the same model files. Its name is a digest of
+    - the offset, stored type and packed type of every tensor,
+    - size, inode and times of change of the files; the inode's time cannot be set back,
+    - the beginning of the files and samples of their pages, for file systems without such times,
+    - the source of the packing code, so that another layout is another digest.
+A file that changed in the last seconds, or while it was packed, is not cached: its times may stay
+the same when it changes again.
 
-An entry appears whole or not at all: it is packed under another name, into room that was reserved,
-written out, and then renamed. One process packs, others wait for it and then map what it made.
+Entries are written under another name, into disk space that was reserved, and then renamed. One
+process packs; others wait for it and then map the entry.
 """
 
 from __future__ import annotations
@@ -36,40 +36,39 @@ from numpy.typing import NDArray
 from glassllama.base.errors import GlassError
 from glassllama.base.machine import cache_home, gigabytes
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
-from glassllama.native.engine import layout, repack, repack_moves, repack_rounding
-from glassllama.native.engine.layout import own_memory
-from glassllama.native.jit.checksums import close_to_others
-from glassllama.weights.open import Checkpoint
+from glassllama.native.engine.repack import layout_digest
+from glassllama.native.jit.code_cache import remove_write_permission
+from glassllama.native.jit.memory import own_memory
+from glassllama.weights.checkpoint import Checkpoint
 from glassllama.weights.quantization import PackingPlan
 
 MAGIC = b"glassllama packed"
 HEADER = struct.Struct(f"<{len(MAGIC)}s32sQ")  # magic, digest, bytes of data; then their sha256
 HEADER_BYTES = 4096  # a page, so that weights begin on one
 SUM_BYTES = 32
-WORTH_KEEPING = 1_000_000_000  # packed bytes; fewer are packed in a fraction of a second
-KEPT_BYTES = 60_000_000_000  # of all entries together; the least recently used goes first
-SPARE_BYTES = 2_000_000_000  # of the disk, left to others
+WORTH_KEEPING = 1_000_000_000  # packed bytes; smaller models are packed in a fraction of a second
+KEPT_BYTES = 60_000_000_000  # of all entries; the least recently used is deleted first
+SPARE_BYTES = 2_000_000_000  # of the disk, left free
 RECENT = 2_000_000_000  # nanoseconds: coarser than the clock of any file system (FAT's)
 SAMPLES, SAMPLE_BYTES, FIRST_BYTES = 64, 4096, 1 << 16  # of every file
-PATIENCE = 120.0  # seconds that another process may pack before this one does without
-CODE = (layout, repack, repack_moves, repack_rounding)  # what decides how weights lie
-NOT_CACHED = "packed weights are not kept on disk, but made at every start: {}"
+LOCK_TIMEOUT = 120.0  # seconds to wait while another process packs
+NOT_CACHED = "packed weights are not cached on disk, but made at every start: {}"
 
 
 class NotCachedError(Exception):
-    """Why an entry cannot be had or made."""
+    """The reason why an entry cannot be read or written."""
 
 
 class Buffer:
-    """Memory for packed weights, this process's own; a context, inside which they are packed."""
+    """Private memory for packed weights; a context manager around the packing."""
 
-    filled = False  # whether the weights are there already
+    filled = False  # whether it holds the weights already
 
     def __init__(self, nbytes: int) -> None:
         self.memory = own_memory(nbytes)
 
     def keep(self) -> None:
-        """The weights are whole: let the next process have them."""
+        """Called when all weights are packed."""
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +83,7 @@ class Buffer:
 
 
 def open_buffer(checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> Buffer:
-    """Where to pack: on disk if the model is large, and if not, why not is added to `notes`."""
+    """The buffer to pack into: on disk for large models; a reason against it goes to `notes`."""
     if packed.nbytes < WORTH_KEEPING:
         return Buffer(packed.nbytes)
     try:
@@ -99,7 +98,7 @@ def open_buffer(checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -
 
 
 class FileBuffer(Buffer):
-    """Memory that is a file: mapped from an entry, or from what is going to be one."""
+    """A mapped file: a cache entry, or one that is being written."""
 
     def __init__(self, checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> None:
         """Raises NotKept, UntrustedError, OSError."""
@@ -117,7 +116,7 @@ class FileBuffer(Buffer):
             return
         make_folder(folder())
         try:
-            self._lock.acquire(timeout=PATIENCE)
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
             raise NotCachedError("another process has been packing for minutes") from None
         try:
@@ -128,7 +127,7 @@ class FileBuffer(Buffer):
             raise
 
     def _found(self) -> bool:
-        """Whether another process made the entry; then it is ours too."""
+        """Map the entry if it exists. Returns whether it does."""
         memory = mapped(self._path, self._digest, self._packed.nbytes)
         if memory is not None:
             self.memory, self.filled = memory, True
@@ -142,13 +141,13 @@ class FileBuffer(Buffer):
         size = HEADER_BYTES + self._packed.nbytes
         make_room(size)
         with self._part.open("w+b") as file:
-            close_to_others(self._part)
+            remove_write_permission(self._part)
             reserve(file.fileno(), size)
             self._map = mmap.mmap(file.fileno(), size)
         self.memory = np.frombuffer(self._map, np.uint8)[HEADER_BYTES:]
 
     def keep(self) -> None:
-        """Write out, then give it its name; whatever prevents that is noted."""
+        """Write to disk, then rename. A reason against it goes to the notes."""
         try:
             if digest(self._checkpoint, self._packed) != self._digest:
                 raise NotCachedError("the file changed while it was packed")
@@ -184,7 +183,7 @@ def folder() -> Path:
 
 
 def entries() -> list[Path]:
-    """All that is kept, the least recently used first."""
+    """All entries, the least recently used first."""
     found = []
     for path in folder().glob("*.packed"):
         with suppress(OSError):
@@ -193,17 +192,15 @@ def entries() -> list[Path]:
 
 
 def entry_prefix(checkpoint: Checkpoint, packed: PackingPlan) -> str:
-    """How the names of entries begin that can replace each other: same model, packed alike."""
+    """The beginning of the names of all entries of this model with the same weight types."""
     weight_types = json.dumps([kind.name for kind in packed.weight_types.values()])
     where = hashlib.sha256(f"{checkpoint.path.absolute()} {weight_types}".encode())
     return f"{checkpoint.path.stem[:64]}-{where.hexdigest()[:8]}-"
 
 
 def digest(checkpoint: Checkpoint, packed: PackingPlan) -> bytes:
-    """32 bytes that are others if any weight may be another, or would lie elsewhere."""
-    total = hashlib.sha256()
-    for module in CODE:
-        total.update(Path(str(module.__file__)).read_bytes())
+    """32 bytes that change if any weight, its offset or the layout may have changed."""
+    total = hashlib.sha256(layout_digest())
     for name, kind in packed.weight_types.items():
         info = checkpoint.info(name)
         line = (name, kind.name, info.dtype, info.shape, Path(info.path).name, info.offset)
@@ -231,7 +228,7 @@ def recently_changed(checkpoint: Checkpoint) -> bool:
 
 
 def mapped(path: Path, wanted: bytes, nbytes: int) -> NDArray[np.uint8] | None:
-    """The data of an entry, read-only; None where there is none, not a whole one, or others'."""
+    """The data of an entry, read-only; None if it is missing, incomplete or another user's."""
     expected = HEADER.pack(MAGIC, wanted, nbytes)
     expected += hashlib.sha256(expected).digest()
     try:
@@ -248,7 +245,7 @@ def mapped(path: Path, wanted: bytes, nbytes: int) -> NDArray[np.uint8] | None:
 
 
 def make_room(size: int) -> None:
-    """Delete what is left over and, if need be, what was not used for longest. With the lock."""
+    """Delete unfinished files and, if necessary, old entries. The caller has the lock."""
     for part in folder().glob("*.part"):
         part.unlink(missing_ok=True)
     for path in entries():
@@ -268,7 +265,7 @@ def free_on_disk() -> int:
 
 
 def reserve(file: int, size: int) -> None:
-    """Make the disk promise the bytes: writing to a mapped file that finds no room is a crash."""
+    """Reserve disk space: writing to a mapped file on a full disk would crash the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
         return
@@ -278,7 +275,7 @@ def reserve(file: int, size: int) -> None:
 
 
 def forget_others(path: Path, beginning: str) -> None:
-    """Entries that this one replaces: the file changed, or the engine."""
+    """Delete older entries of the same model."""
     for other in folder().glob(f"{escape(beginning)}*.packed"):
         if other != path:
             other.unlink(missing_ok=True)

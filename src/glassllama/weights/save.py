@@ -1,11 +1,12 @@
-"""A model → a folder that `load` reads, and Hugging Face's own code where it knows the model.
+"""Save a model as a folder that `load` and transformers read.
 
     model.safetensors    the weights, under Hugging Face's names
     tokenizer.json …     the vocabulary
     config.json          the configuration: written last, because a folder without it is no model
 
-Every file appears whole or not at all, and config.json is taken away before anything else changes.
-So whenever the writer is stopped, the folder holds the new model, the old one, or none.
+Files are written under another name and then renamed, and config.json is removed before anything
+else changes. So whenever the writer is stopped, the folder holds the new model, the old one, or
+none.
 """
 
 from __future__ import annotations
@@ -21,17 +22,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from glassllama.base.config import LlamaConfig
 from glassllama.base.errors import GlassError, TokenizerError
 from glassllama.base.interfaces import Tokenizer
 from glassllama.models.language_model import LanguageModel
 from glassllama.tokenizers.chars import CharTokenizer, char_document
 from glassllama.weights.architectures import architecture_of
-from glassllama.weights.configs import llama_to_hf
-from glassllama.weights.rows import Row
-from glassllama.weights.tensor_map import foreign_names
+from glassllama.weights.architectures.description import MappedTensor
 from glassllama.weights.tokenizer import TOKENIZER_FILES
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -45,11 +43,11 @@ def save_model(
     *,
     vocabulary: Path | None = None,
 ) -> None:
-    """Write weights, configuration and tokenizer into `folder`, made if need be.
+    """Write weights, configuration and tokenizer into `folder`, which is created if necessary.
 
-    A character tokenizer is written out; of any other kind the files are copied from `vocabulary`,
-    the folder that it was read from. Raises GlassError: nowhere to write, disk full, another
-    model's shards in the folder; ConfigError, TokenizerError: what the form has no words for.
+    A character tokenizer is written; files of other tokenizers are copied from `vocabulary`, the
+    folder that they were read from. Raises GlassError: not writable, disk full, another model's
+    shards in the folder; ConfigError, TokenizerError: the format cannot express something.
     """
     config = hf_config(model, tokenizer)
     tensors = dict(hf_tensors(model))
@@ -73,18 +71,19 @@ def save_model(
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file that whoever may read other new files can read.
+    """Write a safetensors file with the permissions of any new file.
 
-    Its own writer leaves it to the user alone, whatever the umask. Raises OSError, SafetensorError.
+    The library's own writer gives permissions to the user only, whatever the umask says. Raises
+    OSError, SafetensorError.
     """
     path.touch()
-    mode = path.stat().st_mode  # what the umask, or the folder, makes of a new file
+    mode = path.stat().st_mode  # by the umask or the folder
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     path.chmod(stat.S_IMODE(mode))
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file under another name, force it to disk, and only then name it."""
+    """Let `write` write the file under another name, flush it to disk, then rename it."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         write(unfinished)
@@ -104,12 +103,10 @@ def writer_of(values: Mapping[str, Any]) -> Callable[[Path], object]:
 
 
 def hf_config(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json: the architecture's own keys, the number format, and where texts end."""
-    config = model.config
-    llama = isinstance(config, LlamaConfig)
+    """config.json: the architecture's own keys, the dtype, and the ids that begin and end texts."""
     stops = sorted(tokenizer.stop_ids)
     return {
-        **(llama_to_hf(config) if llama else architecture_of(config).config_to_hf(config)),
+        **architecture_of(model.config).config_to_hf(model.config),
         "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.bos,
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
@@ -117,27 +114,23 @@ def hf_config(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights under Hugging Face's names, as they lie there."""
-    assert isinstance(model, nn.Module)
-    state = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
-    config = model.config
-    if not isinstance(config, LlamaConfig):
-        yield from rearranged(state, architecture_of(config).rows(config))
-        return
-    names = foreign_names("hf", config.n_layers)
-    yield from ((names[ours], weight.contiguous()) for ours, weight in state.items())
+    """The weights under Hugging Face's names: the rules of the tensor map, inverted.
 
-
-def rearranged(state: Mapping[str, Tensor], rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of rows.Rearranged: turned, joined, and zeros for what ours has not."""
-    held: dict[str, list[Tensor]] = {}
-    dtype = state["tok_embeddings.weight"].dtype
-    for row in rows:
-        mine = torch.zeros(row.shape, dtype=dtype) if row.zero else state[row.ours]
-        parts = held.setdefault(row.theirs, [])
-        parts.append(mine.T if row.transposed else mine)
-        if len(parts) == row.parts:
-            yield row.theirs, torch.cat(held.pop(row.theirs), dim=-1).contiguous()
+    Matrices that the format stores as one are stacked, transposed ones transposed again, and zeros
+    are written for parameters that the model does not have.
+    """
+    weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
+    dtype = model.tok_embeddings.weight.dtype
+    stored: dict[str, list[MappedTensor]] = {}
+    for tensor in architecture_of(model.config).tensors(model.config, "hf"):
+        stored.setdefault(tensor.theirs, []).append(tensor)
+    for theirs, tensors in stored.items():
+        parts = [
+            torch.zeros(tensor.shape, dtype=dtype) if tensor.is_zero else weights[tensor.ours]
+            for tensor in tensors
+        ]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        yield theirs, (whole.T if tensors[0].transposed else whole).contiguous()
 
 
 # --- tokenizer ------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ def rearranged(state: Mapping[str, Tensor], rows: list[Row]) -> Iterator[tuple[s
 def tokenizer_files(
     tokenizer: Tokenizer, vocabulary: Path | None
 ) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """The files of a tokenizer, each with what writes it."""
+    """The files of a tokenizer, each with the function that writes it."""
     if isinstance(tokenizer, CharTokenizer):
         yield "tokenizer.json", writer_of(char_document(tokenizer))
         yield "tokenizer_config.json", writer_of(char_settings(tokenizer))
@@ -163,7 +156,7 @@ def tokenizer_files(
 
 
 def char_settings(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """tokenizer_config.json: what the control tokens are for."""
+    """tokenizer_config.json: the roles of the control tokens."""
     begin, end, pad, unknown = tokenizer.specials
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,12 +1,11 @@
-"""A checkpoint larger than memory: the reference model, holding the weights of one layer at a time.
+"""Models larger than memory: the reference model with the weights of one layer at a time.
 
-Nothing of the arithmetic is stated again. `StreamedLlama` is the Llama of models/llama.py, built on
-the meta device, where a weight is a shape without numbers. A layer is filled from the file when it
-is called and emptied when it has answered; embeddings are read row by row, the output matrix in
-blocks of rows. What was read is let go at once, in our memory and in the mapped file's pages.
-Every forward pass reads the whole file: patience instead of memory.
+`StreamedLlama` is the Llama of models/llama.py built on the meta device, where a weight is a shape
+without data. A layer is filled from the file when it is called and emptied afterwards; embeddings
+are read row by row, the output matrix in blocks of rows. After reading, both our memory and the
+mapped pages of the file are released. Every forward pass reads the whole file, so it is slow.
 
-Shapes: B batch, T new tokens, C model width, V vocabulary, N rows in hand.
+Shapes: B batch, T new tokens, C model width, V vocabulary, N rows that were read.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from glassllama.base.machine import require_memory
 from glassllama.models.llama import Block, Llama
 from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
-from glassllama.weights.load import as_tensor, kept_dtype, set_parameter
-from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_way
-from glassllama.weights.open import Checkpoint
+from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.load import as_tensor, default_dtype, set_parameter
+from glassllama.weights.memory import BLOCK_NUMBERS, PYTORCH_ITSELF, streamed_memory
 from glassllama.weights.torch_executor import TorchExecutor
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -34,7 +33,7 @@ EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from, and as what they are wanted. What it has read it has let go."""
+    """Reads weights as `dtype` on `device`, and releases the file's pages after each read."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -66,11 +65,11 @@ class Source:
 
 
 class StreamedEmbedding(nn.Embedding):
-    """An embedding that reads the rows it is asked for, and keeps none."""
+    """An embedding that reads the rows of the given ids at each call."""
 
     def __init__(self, source: Source) -> None:
         config = source.checkpoint.config
-        # Of the weight remain dtype, device and width: what a new cache wants to know.
+        # An empty weight: a new KV cache reads its dtype and device.
         super().__init__(0, config.dim, device=source.device, dtype=source.dtype)
         self.source, self.vocab_size = source, config.vocab_size
 
@@ -88,7 +87,7 @@ class StreamedEmbedding(nn.Embedding):
 
 
 class StreamedOutput(nn.Module):
-    """The output matrix where it is not tied to the embeddings: a place to watch."""
+    """The output matrix if it is not tied to the embeddings; a module, so that hooks work."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class StreamedOutput(nn.Module):
 
 
 class StreamedBlock(Block):
-    """A layer whose weights are in memory while it works."""
+    """A block whose weights are in memory during its forward pass."""
 
     def __init__(self, source: Source, layer: int) -> None:
         super().__init__(source.checkpoint.config, layer)
@@ -107,8 +106,8 @@ class StreamedBlock(Block):
 
     @contextmanager
     def filled(self) -> Iterator[StreamedBlock]:
-        """Inside this `with` the weights are numbers, not only shapes, also for a closer look."""
-        if not self.attention_norm.weight.is_meta:  # by an outer `with`, which empties it, too
+        """Inside this `with` the weights have data."""
+        if not self.attention_norm.weight.is_meta:  # filled by an outer `with`, which empties it
             yield self
             return
         shapes = dict(self.named_parameters())
@@ -126,10 +125,11 @@ class StreamedBlock(Block):
 
 
 class StreamedLlama(Llama):
-    """Used like Llama, with every place to watch; `layers[n].filled()` shows a layer's weights.
+    """Used like Llama, with the same hook points; `layers[n].filled()` gives access to weights.
 
-    `dtype` None keeps bfloat16 files as they are and makes everything else float32. The checkpoint
-    stays open as long as the model is used. Raises MemoryShortError before it allocates.
+    `dtype` None leaves bfloat16 files as they are and makes everything else float32. The checkpoint
+    stays open as long as the model is used. Raises ConfigError for a model that is no Llama, and
+    MemoryShortError before it allocates.
     """
 
     def __init__(
@@ -139,19 +139,19 @@ class StreamedLlama(Llama):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        config = checkpoint.config  # of a Llama: raises ConfigError for any other model
-        kept = kept_dtype(checkpoint) if dtype is None else dtype
-        source = Source(checkpoint, kept, torch.device(device))
+        _ = checkpoint.layer_plan  # raises ConfigError if only PyTorch, in memory, runs the model
+        config, dtype = checkpoint.config, default_dtype(checkpoint) if dtype is None else dtype
+        source = Source(checkpoint, dtype, torch.device(device))
         if source.device.type == "cpu":
             require_memory(
-                streamed_way(checkpoint, 0, kept.itemsize).memory - PYTORCH_ITSELF,
-                what=f"one layer of {checkpoint.path.name} in {str(kept).removeprefix('torch.')}",
+                streamed_memory(checkpoint, 0, dtype.itemsize) - PYTORCH_ITSELF,
+                what=f"one layer of {checkpoint.path.name} in {str(dtype).removeprefix('torch.')}",
                 instead="close other programs, or use a smaller model",
             )
         with shapes_only():
-            super().__init__(config)  # shapes only
+            super().__init__(config)
             self.layers = nn.ModuleList(StreamedBlock(source, n) for n in range(config.n_layers))
-        self.to(kept)
+        self.to(dtype)
         self.tok_embeddings = StreamedEmbedding(source)
         set_parameter(self, "norm.weight", source.tensor("norm.weight"))
         self.source = source
@@ -163,8 +163,7 @@ class StreamedLlama(Llama):
         """(…, C) -> (…, V) float32, as Llama's."""
         tied = self.config.tie_embeddings
         logits: Tensor = self.source.linear(EMBEDDINGS, h) if tied else self.output(h)
-        watched: Tensor = self.last_logits(logits.float())  # (…, V)
-        return watched
+        return self.last_logits(logits.float())  # type: ignore[no-any-return]  # (…, V)
 
 
 class StreamExecutor(TorchExecutor):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from numba.core.caching import _CacheLocator
 
-from glassllama.native.jit import checksums, compile
+from glassllama.native.jit import code_cache, compile
 from glassllama.native.tokenizers import corpus_encoder
 
 IDS = """
@@ -52,7 +52,7 @@ def ids(home: Path) -> str:
 
 
 def facts(folder: Path) -> dict[str, int]:
-    return {name: path.stat().st_mtime_ns for name, path in checksums.files(folder)}
+    return {name: path.stat().st_mtime_ns for name, path in code_cache.files(folder)}
 
 
 def flipped(data: bytes) -> bytes:
@@ -97,5 +97,5 @@ def test_damaged_code_is_compiled_anew(home: Path) -> None:
     entry = largest.relative_to(folder).as_posix()  # others are only made where a caller is made
     assert facts(folder)[entry] != before[entry]
     assert largest.read_bytes() != damaged
-    assert checksums.discard_damaged(folder) == 0
+    assert code_cache.discard_damaged(folder) == 0
     assert ids(home) == right

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from byte_level_families import mixed_text
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
-from glassllama.native.jit.byte_scan import PADDING, WINDOW, padded
+from glassllama.native.jit.memory import PADDING, WINDOW, padded
 from glassllama.native.tokenizers import COMPILED, corpus_encoder, pair_table
 from glassllama.native.tokenizers.pretokenizer import RULES, character_classes, word_ends
 from glassllama.tokenizers.bpe import MANY_IDS, BytePairTokenizer

@@ -1,4 +1,4 @@
-"""Attention of a step: RoPE, the KV cache, and softmax over the keys of each sequence.
+"""Attention of a step: QK-norm, RoPE, the KV cache, and softmax over the keys of each sequence.
 
 Queries that see the same keys are computed together: those of the heads that share a KV head, and
 those of up to eight consecutive tokens of a sequence (a tile). The sums of each query are taken in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from glassllama.native.engine import workspace as ws
 from glassllama.native.engine.attention_kernels import (
     accumulate_values,
     apply_rope,
@@ -18,20 +19,23 @@ from glassllama.native.engine.attention_kernels import (
     item_bytes,
     merge_accumulators,
     normalize_accumulator,
+    normalize_head,
     score_page,
+    softmax_capped_page,
     softmax_page,
     store_kv,
 )
-from glassllama.native.engine.kv_pages import FLOAT32, PAGE
 from glassllama.native.engine.layer_ops import (
     inputs_of,
+    layer_field,
+    layer_number,
     matrix_field,
     quantize_inputs,
     row,
     token_fields,
 )
-from glassllama.native.engine.thread_pool import claim, finish_phase
-from glassllama.native.engine.workspace import GROUPS, LANES, MATRICES, POSITION, SEQUENCE, WK, WQ
+from glassllama.native.engine.layout import KV_FLOAT32, PAGE
+from glassllama.native.engine.thread_pool import parallel_for
 from glassllama.native.jit.compile import compiled, inlined
 from glassllama.native.jit.intrinsics import integers64
 
@@ -65,35 +69,89 @@ def page_offsets(workspace: Any, layer: int, kv_head: int, kv_type: int) -> Any:
 @compiled
 def pages_of(workspace: Any, step: Any, t: int) -> Any:
     """Addresses of the pages of a token's sequence."""
-    sequence = token_fields(workspace, t)[SEQUENCE]
+    sequence = token_fields(workspace, t)[ws.SEQUENCE]
     return integers64(step.page_table + sequence * step.table_columns * 8, step.table_columns)
 
 
 @compiled
 def position_of(workspace: Any, t: int) -> Any:
-    return token_fields(workspace, t)[POSITION]
+    return token_fields(workspace, t)[ws.POSITION]
+
+
+@compiled
+def first_visible(workspace: Any, layer: int, position: int) -> Any:
+    """The first position that a query sees: with a sliding window not always 0."""
+    window = layer_field(workspace, layer, ws.WINDOW)
+    return max(0, position + 1 - window) if window > 0 else 0
+
+
+# --- queries and keys -----------------------------------------------------------------------------
+
+
+@compiled
+def rope_and_norm(workspace: Any, layer: int, t: int, head: Any, norm_weights: int) -> None:
+    """QK-norm of single heads and RoPE, in the order of the layer plan, on a head (D,) in place."""
+    qk_norm = layer_field(workspace, layer, ws.QK_NORM)
+    by_head = qk_norm != ws.NO_NORM and qk_norm != ws.FULL_WIDTH
+    after = layer_field(workspace, layer, ws.QK_NORM_AFTER_ROPE)
+    if by_head and not after:
+        normalize_head(head, norm_weights, workspace.eps)
+    pairs = layer_field(workspace, layer, ws.ROTARY_PAIRS)
+    if pairs > 0:
+        half = workspace.head_dim // 2
+        table = layer_field(workspace, layer, ws.ROPE_TABLE) * workspace.max_tokens + t
+        cos, sin = row(workspace.cos, table, half)[:pairs], row(workspace.sin, table, half)[:pairs]
+        apply_rope(head, cos, sin, layer_field(workspace, layer, ws.INTERLEAVED))
+    if by_head and after:
+        normalize_head(head, norm_weights, workspace.eps)
 
 
 @compiled
 def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
-    """Apply RoPE to the key of token t and one KV head, and to the queries that attend to it.
+    """Apply RoPE and QK-norm to the key of token t and one KV head, and to the queries that attend
+    to it.
 
     The key and the value go into the cache.
     """
-    width, group, m = workspace.head_dim, workspace.group_size, layer * MATRICES
-    cos, sin = row(workspace.cos, t, width // 2), row(workspace.sin, t, width // 2)
-    interleaved, qk_norm, eps = workspace.interleaved, workspace.qk_norm, workspace.eps
+    width, group, m = workspace.head_dim, workspace.group_size, layer * ws.MATRICES
+    q_norm, k_norm = (
+        layer_field(workspace, layer, ws.Q_NORM),
+        layer_field(workspace, layer, ws.K_NORM),
+    )
     queries = workspace.qkv + t * workspace.qkv_width * 4
     for head in range(kv_head * group, (kv_head + 1) * group):
-        apply_rope(row(queries, head, width), cos, sin, interleaved, qk_norm, eps)
-    first_key = queries + matrix_field(workspace, m + WQ, GROUPS) * LANES * 4
-    first_value = first_key + matrix_field(workspace, m + WK, GROUPS) * LANES * 4
+        rope_and_norm(workspace, layer, t, row(queries, head, width), q_norm)
+    first_key = queries + matrix_field(workspace, m + ws.WQ, ws.GROUPS) * ws.LANES * 4
+    first_value = first_key + matrix_field(workspace, m + ws.WK, ws.GROUPS) * ws.LANES * 4
     key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
-    apply_rope(key, cos, sin, interleaved, qk_norm, eps)
+    rope_and_norm(workspace, layer, t, key, k_norm)
     position = position_of(workspace, t)
     page, slot = pages_of(workspace, step, t)[position // PAGE], position % PAGE
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
     store_kv(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kv_type)
+
+
+@compiled
+def normalize_full_width(workspace: Any, layer: int, t: int) -> None:
+    """QK-norm over all heads together, of the queries and of the keys of token t."""
+    width, m = workspace.head_dim, layer * ws.MATRICES
+    queries = workspace.qkv + t * workspace.qkv_width * 4
+    keys = queries + matrix_field(workspace, m + ws.WQ, ws.GROUPS) * ws.LANES * 4
+    q_norm, k_norm = (
+        layer_field(workspace, layer, ws.Q_NORM),
+        layer_field(workspace, layer, ws.K_NORM),
+    )
+    normalize_head(row(queries, 0, workspace.heads * width), q_norm, workspace.eps)
+    normalize_head(row(keys, 0, workspace.kv_heads * width), k_norm, workspace.eps)
+
+
+@compiled
+def rope_and_store_range(first: int, last: int, workspace: Any, layer: int, step: Any) -> None:
+    for t in range(first, last):
+        if layer_field(workspace, layer, ws.QK_NORM) == ws.FULL_WIDTH:
+            normalize_full_width(workspace, layer, t)
+        for kv_head in range(workspace.kv_heads):
+            rope_and_store(workspace, layer, step, t, kv_head)
 
 
 @inlined
@@ -102,28 +160,30 @@ def shares_spans(workspace: Any, step: Any) -> Any:
     return step.num_tokens == 1 and step.num_spans > 1
 
 
+@inlined
+def stores_in_attend(workspace: Any, layer: int, step: Any) -> Any:
+    """Whether `rope_and_store` is left to `attend`, where the thread that attends does it.
+
+    That is so for a single token with one span, unless its heads are normalized together.
+    """
+    full_width = layer_field(workspace, layer, ws.QK_NORM) == ws.FULL_WIDTH
+    return step.num_tokens == 1 and not shares_spans(workspace, step) and not full_width
+
+
 @compiled
 def rope_and_store_all(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
-    """`rope_and_store` for all tokens and KV heads.
+    """`rope_and_store` for all tokens and KV heads."""
+    if not stores_in_attend(workspace, layer, step):
+        arguments = (workspace, layer, step)
+        parallel_for(worker, phase, step.num_tokens, 1, rope_and_store_range, arguments)
 
-    A single token with one span is left to `attend`, where the thread that attends does it.
-    """
-    if step.num_tokens == 1 and not shares_spans(workspace, step):
-        return
-    first, last = claim(worker, phase, step.num_tokens, 1)
-    num_done = 0
-    while first < last:
-        for t in range(first, last):
-            for kv_head in range(workspace.kv_heads):
-                rope_and_store(workspace, layer, step, t, kv_head)
-        num_done += last - first
-        first, last = claim(worker, phase, step.num_tokens, 1)
-    finish_phase(worker, phase, step.num_tokens, num_done)
+
+# --- scores and values ----------------------------------------------------------------------------
 
 
 @inlined
-def attend_page(workspace: Any, scratch: Any, page: int, ahead: int, past: int, t: int, count: int,
-                accumulators: int, at: Any, kv_type: int) -> None:  # fmt: skip
+def attend_page(workspace: Any, scratch: Any, layer: int, page: int, ahead: int, past: int, t: int,
+                count: int, accumulators: int, at: Any, kv_type: int) -> None:  # fmt: skip
     """Attend to one page with the queries of a tile: tokens t … t + count - 1.
 
     `past` tokens come before the page. The next page is `ahead` bytes away and is prefetched.
@@ -133,15 +193,22 @@ def attend_page(workspace: Any, scratch: Any, page: int, ahead: int, past: int, 
     converted = converts_page(count * group, width, kv_type)
     if converted:
         convert_page(keys, width * PAGE, scratch.kv_f32, ahead, kv_type)
-        keys, values, form = scratch.kv_f32, scratch.kv_f32, FLOAT32
+        keys, values, form = scratch.kv_f32, scratch.kv_f32, KV_FLOAT32
     score_page(scratch.queries, count * group, keys, width, scores, ahead, form)
+    cap = layer_number(workspace, layer, ws.SOFTCAP)
+    plain = cap == 0 and layer_field(workspace, layer, ws.WINDOW) == 0
     for n in range(count):
-        visible = min(PAGE, position_of(workspace, t + n) + 1 - past)
+        position = position_of(workspace, t + n)
+        visible = min(PAGE, position + 1 - past)
         for g in range(n * group, (n + 1) * group):
-            accumulator = accumulators + g * (width + 2) * 4
-            softmax_page(
-                scores + g * PAGE * 4, visible, accumulator, width, page + at.scales, kv_type
-            )
+            own, accumulator = scores + g * PAGE * 4, accumulators + g * (width + 2) * 4
+            if plain:
+                softmax_page(own, visible, accumulator, width, page + at.scales, kv_type)
+            else:
+                first = max(0, first_visible(workspace, layer, position) - past)
+                softmax_capped_page(
+                    own, first, visible, accumulator, width, page + at.scales, kv_type, cap
+                )
     if converted:
         convert_page(page + at.values, width * PAGE, scratch.kv_f32, ahead, kv_type)
     accumulate_values(scores, count * group, values, width, accumulators, ahead, form)
@@ -164,6 +231,7 @@ def attend_span(
         workspace.scores + worker.thread * queries * PAGE * 4,
         workspace.kv_f32 + worker.thread * width * PAGE * 4,
     )
+    scale = layer_number(workspace, layer, ws.SCORE_SCALE)
     for n in range(count):
         own = workspace.qkv + (t + n) * workspace.qkv_width * 4
         for g in range(group):
@@ -171,13 +239,15 @@ def attend_span(
                 row(own, kv_head * group + g, width),
                 row(scratch.queries, n * group + g, width),
                 row(accumulators, n * group + g, width + 2),
+                scale,
             )
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
     pages, last = pages_of(workspace, step, t), position_of(workspace, t + count - 1) // PAGE
-    for page in range(span * SPAN // PAGE, min((span + 1) * SPAN // PAGE - 1, last) + 1):
+    first = first_visible(workspace, layer, position_of(workspace, t)) // PAGE
+    for page in range(max(first, span * SPAN // PAGE), min((span + 1) * SPAN // PAGE, last + 1)):
         ahead = pages[min(page + 1, last)] - pages[page]
         attend_page(
-            workspace, scratch, pages[page], ahead, page * PAGE, t, count, accumulators, at,
+            workspace, scratch, layer, pages[page], ahead, page * PAGE, t, count, accumulators, at,
             step.kv_type,
         )  # fmt: skip
 
@@ -192,8 +262,9 @@ def attend_sequence(
     group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
     total = workspace.accumulators + 2 * worker.thread * queries * (width + 2) * 4
     part = total + queries * (width + 2) * 4
-    attend_span(worker, workspace, layer, step, tile, kv_head, 0, total)
-    for span in range(1, position_of(workspace, t + count - 1) // SPAN + 1):
+    first = first_visible(workspace, layer, position_of(workspace, t)) // SPAN
+    attend_span(worker, workspace, layer, step, tile, kv_head, first, total)
+    for span in range(first + 1, position_of(workspace, t + count - 1) // SPAN + 1):
         attend_span(worker, workspace, layer, step, tile, kv_head, span, part)
         for n in range(count):
             if span * SPAN <= position_of(workspace, t + n):
@@ -208,39 +279,46 @@ def attend_sequence(
 
 
 @compiled
+def attend_range(
+    first: int, last: int, worker: Any, workspace: Any, layer: int, step: Any, spans: int
+) -> None:
+    """Items: every span of every KV head of every tile."""
+    kv_heads, group = workspace.kv_heads, workspace.group_size
+    for item in range(first, last):
+        tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
+        if spans == 1:
+            if stores_in_attend(workspace, layer, step):
+                rope_and_store(workspace, layer, step, 0, kv_head)
+            attend_sequence(worker, workspace, layer, step, tile, kv_head)
+        else:
+            first_head = (span * kv_heads + kv_head) * group
+            partial = workspace.partials + first_head * (workspace.head_dim + 2) * 4
+            attend_span(worker, workspace, layer, step, tile, kv_head, span, partial)
+
+
+@compiled
 def attend(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
     """Attention of all query heads and tokens over the keys up to each token's position."""
-    kv_heads, group = workspace.kv_heads, workspace.group_size
     spans = step.num_spans if shares_spans(workspace, step) else 1
-    items = step.num_tiles * kv_heads * spans
-    first, last = claim(worker, phase, items, 1)
-    num_done = 0
-    while first < last:
-        for item in range(first, last):
-            tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
-            if spans == 1:
-                if step.num_tokens == 1:
-                    rope_and_store(workspace, layer, step, 0, kv_head)
-                attend_sequence(worker, workspace, layer, step, tile, kv_head)
-            else:
-                first_head = (span * kv_heads + kv_head) * group
-                partial = workspace.partials + first_head * (workspace.head_dim + 2) * 4
-                attend_span(worker, workspace, layer, step, tile, kv_head, span, partial)
-        num_done += last - first
-        first, last = claim(worker, phase, items, 1)
-    finish_phase(worker, phase, items, num_done)
+    items = step.num_tiles * workspace.kv_heads * spans
+    arguments = (worker, workspace, layer, step, spans)
+    parallel_for(worker, phase, items, 1, attend_range, arguments)
+
+
+# --- output ---------------------------------------------------------------------------------------
 
 
 @inlined
-def merge_spans(worker: Any, workspace: Any, step: Any, out: int) -> None:
+def merge_spans(worker: Any, workspace: Any, layer: int, step: Any, out: int) -> None:
     """Merge the accumulators of all spans -> the attention output of the single token, at `out`."""
     width, heads = workspace.head_dim, workspace.heads
     total = row(workspace.accumulators, 2 * worker.thread * workspace.tile_queries, width + 2)
+    start = first_visible(workspace, layer, position_of(workspace, 0)) // SPAN
     for head in range(heads):
-        first = row(workspace.partials, head, width + 2)
+        first = row(workspace.partials, start * heads + head, width + 2)
         for i in range(width + 2):
             total[i] = first[i]
-        for span in range(1, step.num_spans):
+        for span in range(start + 1, step.num_spans):
             merge_accumulators(
                 total, row(workspace.partials, span * heads + head, width + 2), width
             )
@@ -249,13 +327,13 @@ def merge_spans(worker: Any, workspace: Any, step: Any, out: int) -> None:
 
 @compiled
 def prepare_output(
-    worker: Any, workspace: Any, step: Any, t: int, input_format: int, out: int
+    worker: Any, workspace: Any, layer: int, step: Any, t: int, input_format: int, out: int
 ) -> None:
     """The attention output of token t becomes input row `out` of the output projection."""
     inputs, width = inputs_of(workspace), workspace.heads * workspace.head_dim
     numbers, attn_out = row(inputs.act_f32, out, inputs.width), row(workspace.attn_out, t, width)
     if shares_spans(workspace, step):
-        merge_spans(worker, workspace, step, inputs.act_f32 + out * inputs.width * 4)
+        merge_spans(worker, workspace, layer, step, inputs.act_f32 + out * inputs.width * 4)
     else:
         for i in range(width):
             numbers[i] = attn_out[i]
@@ -263,18 +341,22 @@ def prepare_output(
 
 
 @compiled
-def prepare_outputs(worker: Any, phase: int, workspace: Any, input_format: int, step: Any) -> Any:
+def prepare_output_range(
+    first: int, last: int, worker: Any, workspace: Any, layer: int, step: Any, input_format: int
+) -> None:
+    for t in range(first, last):
+        prepare_output(worker, workspace, layer, step, t, input_format, t)
+
+
+@compiled
+def prepare_outputs(
+    worker: Any, phase: int, workspace: Any, layer: int, input_format: int, step: Any
+) -> Any:
     """`prepare_output` for all tokens -> the first row of inputs: see `layer_ops.norm_rows`."""
     if step.num_tokens == 1:
         own_row = workspace.max_tokens + worker.thread
-        prepare_output(worker, workspace, step, 0, input_format, own_row)
+        prepare_output(worker, workspace, layer, step, 0, input_format, own_row)
         return own_row
-    first, last = claim(worker, phase, step.num_tokens, 1)
-    num_done = 0
-    while first < last:
-        for t in range(first, last):
-            prepare_output(worker, workspace, step, t, input_format, t)
-        num_done += last - first
-        first, last = claim(worker, phase, step.num_tokens, 1)
-    finish_phase(worker, phase, step.num_tokens, num_done)
+    arguments = (worker, workspace, layer, step, input_format)
+    parallel_for(worker, phase, step.num_tokens, 1, prepare_output_range, arguments)
     return 0

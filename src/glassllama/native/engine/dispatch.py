@@ -1,4 +1,4 @@
-"""Which kernels this processor runs: machine code and addresses, made when a model needs them.
+"""Which kernels this processor runs; they are compiled when a model needs them.
 
     amx      the next, and matrix registers for many tokens
     vnni     AVX-512 with VNNI          neon   ARMv8.2's dot product
@@ -22,20 +22,18 @@ from glassllama.base.errors import GlassError
 from glassllama.native.engine import (
     amx,
     gemm_amx,
-    gemm_amx_float,
+    gemm_float,
     gemm_int8,
     gemm_kquant_amx,
     gemm_plain,
 )
-from glassllama.native.engine.gemm_float import FLOAT_KERNELS
-from glassllama.native.engine.layout import BFLOAT16, FLOAT32, INT8, Q11, WeightType
+from glassllama.native.engine.layout import InputFormat, WeightType
 from glassllama.native.jit.compile import LOOSE, STRICT, callback_address
 from glassllama.native.jit.intrinsics import types
 
 SIGNATURE = types.void(*[types.int64] * 12)  # see gemm_plain.py
 VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 AMX = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
-BFLOAT_TILES = "BF16 tiles"  # a kernel of tier amx
 TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
     "amx": VNNI | AMX,
     "vnni": VNNI,
@@ -48,7 +46,7 @@ TIERS: dict[str, frozenset[str]] = {  # best first: what the processor must have
 
 @cache
 def features() -> frozenset[str]:
-    """What this process may use, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
+    """This process's instruction sets by LLVM's names; NUMBA_CPU_FEATURES can restrict them."""
     settings: Any = numba.config
     forced: str | None = settings.CPU_FEATURES
     if forced is not None:
@@ -61,7 +59,7 @@ def features() -> frozenset[str]:
 
 
 def tier() -> str:
-    """The name of the tier in use. Raises GlassError if GLASSLLAMA_TIER asks for what is not."""
+    """The name of the tier in use. Raises GlassError if GLASSLLAMA_TIER cannot run here."""
     able = [name for name, needed in TIERS.items() if needed <= features()]
     asked = os.environ.get("GLASSLLAMA_TIER") or able[0]
     if asked not in able:
@@ -69,35 +67,35 @@ def tier() -> str:
     return asked
 
 
-def choose(kind: WeightType, columns: int) -> tuple[str, int]:
-    """Which kernel multiplies a packed matrix, and what its inputs must be."""
+def choose(weight_type: WeightType, columns: int) -> InputFormat:
+    """What the kernel that multiplies a packed matrix here reads as inputs."""
     if tier() == "amx":
-        if kind.name == "BF16" and columns % gemm_amx_float.STEP == 0:
-            return BFLOAT_TILES, BFLOAT16
-        if kind.name in gemm_kquant_amx.BASE:
-            return kind.name, Q11
-    return kind.name, INT8 if kind.integer_inputs else FLOAT32
+        if weight_type is WeightType.BF16 and columns % gemm_amx.STEP == 0:
+            return InputFormat.BF16
+        if weight_type in gemm_kquant_amx.BASE:
+            return InputFormat.Q11
+    return weight_type.input_format
 
 
-def kernel(kind: str, tier: str) -> Callable[..., None]:
-    """The function to compile for a packed format: plain loops, or a tier's vectors."""
-    if kind == BFLOAT_TILES:
-        return gemm_amx_float.bf16
+def kernel(weight_type: WeightType, tier: str, input_format: InputFormat) -> Callable[..., None]:
+    """The function to compile for a weight type: plain loops, or a tier's vectors."""
+    if input_format is InputFormat.BF16:
+        return gemm_amx.bf16
+    if input_format is InputFormat.Q11:
+        return gemm_kquant_amx.kernel(weight_type)
     if tier == "plain":
-        return gemm_plain.PLAIN[kind]
-    if kind in FLOAT_KERNELS:
-        return FLOAT_KERNELS[kind]
-    if tier == "amx":
-        whole = kind in gemm_kquant_amx.BASE
-        return gemm_kquant_amx.kernel(kind) if whole else gemm_amx.kernel(kind)
-    return gemm_int8.kernel(tier, kind)
+        return gemm_plain.PLAIN[weight_type]
+    if weight_type.is_float:
+        return gemm_float.kernel(weight_type)
+    return gemm_amx.kernel(weight_type) if tier == "amx" else gemm_int8.kernel(tier, weight_type)
 
 
 @cache
-def kernel_address(kind: str, tier: str) -> int:
+def kernel_address(weight_type: WeightType, tier: str, input_format: InputFormat) -> int:
     """The address of the compiled kernel.
 
-    Sums of plain loops may be taken in any order, so that they vectorise. Vector kernels are left
+    Sums of plain loops may be taken in any order, so that they vectorize. Vector kernels are left
     as they are written: tiles of one token and of many must round alike.
     """
-    return callback_address(SIGNATURE, kernel(kind, tier), LOOSE if tier == "plain" else STRICT)
+    function = kernel(weight_type, tier, input_format)
+    return callback_address(SIGNATURE, function, LOOSE if tier == "plain" else STRICT)

@@ -25,6 +25,7 @@ from glassllama.base.interfaces import (
     context_full,
     require_distinct,
 )
+from glassllama.base.layer_plan import ModelPlan, llama_plan
 from glassllama.base.locks import synchronized
 from glassllama.native.engine import model
 from glassllama.native.engine.attention import SPAN
@@ -36,13 +37,11 @@ from glassllama.native.engine.kv_cache import (
     Pages,
     bytes_per_token,
 )
-from glassllama.native.engine.kv_pages import FLOAT32, PAGE
 from glassllama.native.engine.layer_ops import Step
-from glassllama.native.engine.layout import Matrix
-from glassllama.native.engine.prepare_step import prepare_step
+from glassllama.native.engine.layout import KV_FLOAT32, PAGE
 from glassllama.native.engine.sampling import NativeSampler, SamplerParams
 from glassllama.native.engine.thread_pool import LIVE_POOLS, ThreadPool, num_processors
-from glassllama.native.engine.workspace import Workspace
+from glassllama.native.engine.workspace import Weights, Workspace
 from glassllama.native.jit import code_cache
 
 # Tokens of one step, enough to use a weight often while it is in a near cache. The first is used
@@ -51,23 +50,6 @@ CHUNKS = (256, 128)
 CALL_SECONDS = 0.04  # planned duration of one native call, so that Ctrl-C is answered within 0.1 s
 LAYER_SECONDS = 0.07  # most for one layer, which is not divided
 FIRST_SPEED = 4e9  # assumed weight bytes × tokens per second, until it has been measured
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A whole model, packed. `matrices` are wq wk wv wo gate up down of every layer, then output.
-
-    `embeddings` is the same object as the last of `matrices` if the two are tied.
-    """
-
-    matrices: list[Matrix]
-    embeddings: Matrix
-    norms: NDArray[np.float32]  # (2·layers + 1, C): attention and ffn of every layer, then the last
-
-    @property
-    def nbytes(self) -> int:
-        distinct = {id(m): m.nbytes for m in (*self.matrices, self.embeddings)}
-        return sum(distinct.values()) + self.norms.nbytes
 
 
 EMPTY_STEP = (0,) * len(Step._fields)  # arguments of a step without tokens
@@ -122,6 +104,7 @@ class Engine:
         cache: CacheType = "int16",
         threads: int | None = None,
         notes: Sequence[str] = (),
+        plan: ModelPlan | None = None,
     ) -> None:
         """`exact` stores keys and values in float32, else `cache` says how.
 
@@ -130,7 +113,7 @@ class Engine:
         self.config = config
         self.weights = weights
         self.exact = exact
-        self.cache_kind = FLOAT32 if exact else CACHE_KINDS[cache]
+        self.cache_kind = KV_FLOAT32 if exact else CACHE_KINDS[cache]
         available = num_processors()
         self.threads = min(threads or available, available)
         self.notes = list(notes)
@@ -139,9 +122,8 @@ class Engine:
         self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
         self.lock = self._pages.lock
         self._workspace = Workspace(
-            config, weights.matrices, weights.embeddings, weights.norms,
-            max_tokens=CHUNKS[0], threads=self.threads,
-        )  # fmt: skip
+            plan or llama_plan(config), weights, max_tokens=CHUNKS[0], threads=self.threads
+        )
         self._closed = False
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_SPEED
         self._compile()
@@ -284,7 +266,7 @@ class Engine:
         tables["tokens"][:count] = tokens
         tables["output_rows"][: len(output_rows)] = output_rows
         self._workspace.reserve_partials(spans)
-        tiles = prepare_step(self._workspace.record, count)
+        tiles = model.prepare_step(self._workspace.record, count)
         places = (page_table.ctypes.data, page_table.shape[1], spans, cache.kv_type)
         for layers in self._calls(count):
             started = time.perf_counter()
@@ -312,7 +294,7 @@ class Engine:
 
         A thread that waited for the compiler while another thread waited for it would never end.
         """
-        prepare_step(self._workspace.record, 0)
+        model.prepare_step(self._workspace.record, 0)
         model.worker_loop(0, *ThreadPool(1, 0).native_args, EMPTY_STEP, self._workspace.record)
 
     def create_pool(self) -> None:

@@ -1,23 +1,34 @@
-"""Integer kernels of processors with matrix registers (Intel's AMX): sixteen tokens at a time.
+"""Kernels of processors with matrix registers (Intel's AMX): sixteen tokens at a time.
 
-A tile register holds sixteen rows of 64 bytes, and one instruction multiplies two of them: here
-sixteen tokens times 32 inputs by 32 inputs times sixteen outputs, 8,192 products. The second factor
-is a block of Q8_0 as layout.py has it, but signed; all formats are unpacked to that first, once for
-all tokens. Then all products of some blocks are taken, and then scaled: while tiles are at work
-512-bit vectors have one port less, and tiles are not forwarded from stores on their way.
+Integers. A tile register holds sixteen rows of 64 bytes, and one instruction multiplies two of
+them: here sixteen tokens times 32 inputs by 32 inputs times sixteen outputs, 8,192 products. The
+second factor is a block of Q8_0 as in layout.py, but signed; all types are unpacked to that first,
+once for all tokens. All products of some blocks are computed first, and then scaled: while tiles
+multiply, 512-bit vectors have one port less, and tiles are not forwarded from pending stores.
 
     tile 0  16 tokens × 16 outputs  int32 sums
     tile 1  16 tokens × 32 inputs   int8, a row of it every `x_stride` bytes
     tile 2   8 vectors              int8: vector q holds inputs 4q … 4q+3 of sixteen outputs
 
-In memory near by, the calling thread's stack:
+On the calling thread's stack:
 
-    for each of GROUPS groups  FEW blocks' bytes (8, 64), then their scales (2, 16) float32
-    sums                       (FEW, 16 tokens, 16 outputs) int32, of blocks
+    for each of GROUPS groups  CHUNK blocks' bytes (8, 64), then their scales (2, 16) float32
+    sums                       (CHUNK, 16 tokens, 16 outputs) int32, of blocks
 
 The sums are whole numbers and what follows is in the order of gemm_int8.py, so a token's
 numbers are the same to the bit in a tile of sixteen and alone. Fewer tokens go there. K-quants
-have a way of their own: gemm_kquant_amx.py.
+have kernels of their own: gemm_kquant_amx.py.
+
+Bfloat16. Products are summed in the tiles, in float32; inputs are bfloat16, too. Two groups of
+sixteen outputs meet up to 32 tokens:
+
+    tile 0 … 3  sums of tokens' tile n // 2 and group n % 2
+    tile 4, 5   tokens × 32 inputs
+    tile 6, 7   32 inputs × 16 outputs: sixteen vectors of pairs, as in layout.py
+
+Up to sixteen tokens may meet four groups, whose sums are tiles 0 … 3 then; for long groups that is
+faster. There are four sums at a time, because one instruction must not wait for the last. A token's
+sum goes through its inputs from first to last, 32 at a time, whichever tokens are computed with it.
 """
 
 from __future__ import annotations
@@ -25,126 +36,119 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from glassllama.native.engine.amx import (
-    begin_tiles,
-    end_tiles,
-    scratch,
-    tile_at,
-    tile_call,
-)
+from glassllama.native.engine.amx import begin_tiles, end_tiles, scratch, tile_at, tile_call
 from glassllama.native.engine.gemm_float import clear
 from glassllama.native.engine.gemm_int8 import (
-    FORMATS,
-    MINIMA,
-    ROW_GROUPS,
     ROWS,
     TILE,
+    UNPACK,
     add_scaled,
     factors_at,
+    row_groups_at_once,
     run_groups,
 )
-from glassllama.native.engine.quantize_activations import SCALE_BYTES
-from glassllama.native.jit.compile import inlined, instruction_for_constants
-from glassllama.native.jit.intrinsics import types
-from glassllama.native.jit.ir_builder import AHEAD, F32, I8, I32, LINE, Vectors, number, vector
+from glassllama.native.engine.layout import BLOCK, SCALE_BYTES, WeightType
+from glassllama.native.jit.compile import inlined
+from glassllama.native.jit.intrinsics import (
+    AHEAD,
+    F32,
+    I32,
+    LINE,
+    NEAR,
+    Vectors,
+    instruction,
+    number,
+    vector,
+)
 
 TOKENS = 16
-BLOCK = 32  # inputs
 BLOCK_BYTES, SUM_BYTES = 512, 1024
-CHUNK = 16  # blocks at a time, whose bytes and sums stay in a core's nearest cache
-SCALES = 128  # bytes of a block's, once they are float32
+CHUNK = 16  # blocks at a time, whose bytes and sums stay in the first-level cache
+SCALES = 128  # bytes of a block's scales as float32
 SCALES_AT = CHUNK * BLOCK_BYTES
 GROUP_BYTES = SCALES_AT + CHUNK * SCALES
-GROUPS = 4  # groups at a time: inputs come from afar once for all of them
+GROUPS = 4  # groups at a time: inputs are read once for all of them
 SUMS_AT = GROUPS * GROUP_BYTES
 SUMS, INPUTS, WEIGHTS = range(3)
-BYTES = vector(I8, 64)
-SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and which the other tokens go to
+SAME_AS = "vnni"  # the tier whose vectors unpack and scale, and that computes the other tokens
 SCRATCH_LINES = (SUMS_AT + CHUNK * SUM_BYTES) // LINE
+STEP, STEP_BYTES = 32, 1024  # inputs of one product of bfloat16; bytes of a group's weights
+MANY, LONG = 4, 64  # groups at once, if they have so many steps
 
 
-@instruction_for_constants
-def unpack(context, kind, values, scales, first, count, out):  # type: ignore[no-untyped-def]
+@instruction(constants=1)
+def unpack(
+    v: Vectors, kind: str, values: Any, scales: Any, first: Any, count: Any, out: Any
+) -> None:
     """`count` blocks of a group, from the block `first` on: at `out` eight vectors of bytes each,
     and after all of these their scales as float32."""
-    format = kind.literal_value
+    weight_type = WeightType[kind]
+    size, (quads, scales_of) = weight_type.value_bytes, UNPACK[weight_type]
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, scales, first, count, out = arguments[1:]
-        v, (size, _, quads, scales_of) = Vectors(builder), FORMATS[format]
+    def one(n: Any, nothing: list[Any]) -> list[Any]:
+        block = v.builder.add(first, n)
+        own = v.step(values, block, size)
+        v.prefetch(v.at(own, AHEAD), size)
+        for q, weights in quads(v, "amx", own):
+            if weight_type is WeightType.Q4_0:
+                weights = v.builder.sub(weights, v.same(weights.type, 8))
+            v.store(weights, v.at(v.step(out, n, BLOCK_BYTES), LINE * q), LINE)
+        for k, d in enumerate(scales_of(v, "amx", scales, block, 0)):
+            v.store(d, v.at(v.step(out, n, SCALES), SCALES_AT + LINE * k), LINE)
+        return nothing
 
-        def one(n: Any, nothing: list[Any]) -> list[Any]:
-            block = builder.add(first, n)
-            own = v.step(values, block, size)
-            v.prefetch(v.at(own, AHEAD), size)
-            for q, weights in quads(v, "amx", own):
-                if format == "Q4_0":
-                    weights = builder.sub(weights, v.same(BYTES, 8))
-                v.store(weights, v.at(v.step(out, n, BLOCK_BYTES), LINE * q), LINE)
-            for k, d in enumerate(scales_of(v, "amx", scales, block, 0)):
-                v.store(d, v.at(v.step(out, n, SCALES), SCALES_AT + LINE * k), LINE)
-            return nothing
-
-        v.count_up(count, [], one)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 5), emit
+    v.count_up(count, [], one)
 
 
 def multiply_block(v: Vectors, weights: Any, inputs: Any, stride: Any, out: Any) -> None:
     """Products of one block: sums of sixteen tokens and outputs at `out`, int32."""
-    tile_call(v.builder, "tilezero", SUMS)
-    tile_at(v.builder, "tileloadd64", INPUTS, inputs, stride)
-    tile_at(v.builder, "tileloadd64", WEIGHTS, weights)
-    tile_call(v.builder, "tdpbssd", SUMS, INPUTS, WEIGHTS)
-    tile_at(v.builder, "tilestored64", SUMS, out)
+    tile_call(v, "tilezero", SUMS)
+    tile_at(v, "tileloadd64", INPUTS, inputs, stride)
+    tile_at(v, "tileloadd64", WEIGHTS, weights)
+    tile_call(v, "tdpbssd", SUMS, INPUTS, WEIGHTS)
+    tile_at(v, "tilestored64", SUMS, out)
 
 
 def add_block(
-    v: Vectors, kind: str, n: Any, sums: Any, scales: Any, factors: list[Any], ys: list[Any]
-) -> list[Any]:
+    v: Vectors, weight_type: WeightType, n: Any, sums: Any, scales: Any, factors: list[Any],
+    ys: list[Any],
+) -> list[Any]:  # fmt: skip
     """The sums of block n, scaled and added to some tokens' ys."""
     whole, real = vector(I32, ROWS), vector(F32, ROWS)
     own, place = v.step(sums, n, SUM_BYTES), v.step(scales, n, SCALES)
-    count = 2 if kind in MINIMA else 1
+    count = 2 if weight_type.has_minima else 1
     d, results = [v.load(v.at(place, LINE * k), real, LINE) for k in range(count)], []
     for t, y in enumerate(ys):
         factor = factors_at(v, v.step(factors[t], n, SCALE_BYTES), ROWS)
         total = v.load(v.at(own, LINE * t), whole, LINE)
-        results.append(add_scaled(v, kind, d, [total], factor, y))
+        results.append(add_scaled(v, weight_type, d, [total], factor, y))
     return results
 
 
-@instruction_for_constants
-def multiply_sixteen(  # type: ignore[no-untyped-def]
-    context, kind, scratch_address, sums, count, x, x_stride, f, f_stride, y, y_stride
-):
+@instruction(constants=1)
+def multiply_sixteen(
+    v: Vectors, kind: str, scratch_address: Any, sums: Any, count: Any, x: Any, x_stride: Any,
+    f: Any, f_stride: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
     """y += `count` blocks of sixteen rows, unpacked at `scratch_address`, times sixteen tokens."""
-    format = kind.literal_value
+    builder, floats, weight_type = v.builder, vector(F32, ROWS), WeightType[kind]
+    scales = v.at(scratch_address, SCALES_AT)
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scratch_address, sums, count, x, x_stride, f, f_stride, y, y_stride = arguments[1:]
-        v, floats = Vectors(builder), vector(F32, ROWS)
-        scales = v.at(scratch_address, SCALES_AT)
+    def products(n: Any, nothing: list[Any]) -> list[Any]:
+        w, inputs = v.step(scratch_address, n, BLOCK_BYTES), v.step(x, n, BLOCK)
+        multiply_block(v, w, inputs, x_stride, v.step(sums, n, SUM_BYTES))
+        return nothing
 
-        def products(n: Any, nothing: list[Any]) -> list[Any]:
-            w, inputs = v.step(scratch_address, n, BLOCK_BYTES), v.step(x, n, BLOCK)
-            multiply_block(v, w, inputs, x_stride, v.step(sums, n, SUM_BYTES))
-            return nothing
+    v.count_up(count, [], products)
+    factors = [builder.add(f, builder.mul(f_stride, number(t))) for t in range(TOKENS)]
+    places = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(TOKENS)]
 
-        v.count_up(count, [], products)
-        factors = [builder.add(f, builder.mul(f_stride, number(t))) for t in range(TOKENS)]
-        places = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(TOKENS)]
+    def scaled(n: Any, ys: list[Any]) -> list[Any]:
+        return add_block(v, weight_type, n, sums, scales, factors, ys)
 
-        def scaled(n: Any, ys: list[Any]) -> list[Any]:
-            return add_block(v, format, n, sums, scales, factors, ys)
-
-        ys = v.count_up(count, [v.load(place, floats, 4) for place in places], scaled)
-        for total, place in zip(ys, places, strict=True):
-            v.store(total, place, 4)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 9), emit
+    ys = v.count_up(count, [v.load(place, floats, 4) for place in places], scaled)
+    for total, place in zip(ys, places, strict=True):
+        v.store(total, place, 4)
 
 
 @inlined
@@ -177,11 +181,11 @@ def run_tiles(
     end_tiles()
 
 
-def kernel(kind: str) -> Callable[..., None]:
-    """The kernel of a packed format, for `cfunc`: see gemm_plain.py."""
-    value_bytes, scale_bytes = FORMATS[kind][:2]
-    target, tile_tokens = SAME_AS, TILE[SAME_AS]
-    row_groups = ROW_GROUPS.get((target, kind), 1)
+def kernel(weight_type: WeightType) -> Callable[..., None]:
+    """The kernel of a packed format, for `callback_address`: see gemm_plain.py."""
+    kind, target, tile_tokens = weight_type.name, SAME_AS, TILE[SAME_AS]
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
+    row_groups = row_groups_at_once(target, weight_type)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,
@@ -197,3 +201,102 @@ def kernel(kind: str) -> Callable[..., None]:
                        f_stride, tokens - t, y + t * y_stride, y_stride, first, last)  # fmt: skip
 
     return run
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def bytes_ahead(v: Vectors, n: Any, steps: Any, group_bytes: Any) -> Any:
+    """Prefetch distance from a step: a short one, then the first steps of the groups after these.
+
+    For MANY groups at once.
+    """
+    inside = v.builder.icmp_signed("<", v.builder.add(n, number(NEAR // STEP_BYTES)), steps)
+    others = v.builder.mul(group_bytes, number(MANY - 1))
+    return v.builder.add(number(NEAR), v.builder.select(inside, number(0), others))
+
+
+@instruction(constants=2)
+def multiply_bfloats(
+    v: Vectors, tiles: int, groups: int, values: Any, group_bytes: Any, steps: Any, x: Any,
+    x_stride: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """Sums of one or two tiles of tokens and some groups, stored at y."""
+    b, rows = v.builder, number(TOKENS)
+
+    def inputs(n: Any, t: int) -> None:
+        own = b.add(x, b.mul(x_stride, b.mul(rows, number(t))))
+        tile_at(v, "tileloadd64", 4 + t, v.step(own, n, 2 * STEP), x_stride)
+
+    def weights(n: Any, g: int, ahead: Any) -> None:
+        w = v.step(b.add(values, b.mul(group_bytes, number(g))), n, STEP_BYTES)
+        v.prefetch(b.add(w, ahead), STEP_BYTES)
+        tile_at(v, "tileloadd64", 6 + g % 2, w)
+
+    def one(n: Any, nothing: list[Any]) -> list[Any]:
+        for g in range(groups):
+            weights(n, g, number(AHEAD))
+        for t in range(tiles):
+            inputs(n, t)
+            for g in range(groups):
+                tile_call(v, "tdpbf16ps", 2 * t + g, 4 + t, 6 + g)
+        return nothing
+
+    def one_of_many(n: Any, nothing: list[Any]) -> list[Any]:
+        inputs(n, 0)
+        for g in range(groups):
+            weights(n, g, bytes_ahead(v, n, steps, group_bytes))
+            tile_call(v, "tdpbf16ps", g, 4, 6 + g % 2)
+        return nothing
+
+    for t in range(tiles):
+        for g in range(groups):
+            tile_call(v, "tilezero", 2 * t + g)
+    v.count_up(steps, [], one_of_many if groups == MANY else one)
+    for t in range(tiles):
+        for g in range(groups):
+            out = b.add(y, b.mul(y_stride, b.mul(rows, number(t))))
+            tile_at(v, "tilestored64", 2 * t + g, v.at(out, g * LINE), y_stride)
+
+
+@inlined
+def run_bfloat_groups(
+    tiles: int, values: int, size: int, steps: int, x: int, x_stride: int, y: int, y_stride: int,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """All groups for one or two tiles of tokens: in twos, and one that is left; or in fours."""
+    group = first
+    while tiles == 1 and steps >= LONG and group + MANY <= last:
+        multiply_bfloats(1, MANY, values + group * size, size, steps, x, x_stride,
+                         y + group * LINE, y_stride)  # fmt: skip
+        group += MANY
+    while group + 2 <= last:
+        multiply_bfloats(tiles, 2, values + group * size, size, steps, x, x_stride,
+                         y + group * LINE, y_stride)  # fmt: skip
+        group += 2
+    if group < last:
+        multiply_bfloats(tiles, 1, values + group * size, size, steps, x, x_stride,
+                         y + group * LINE, y_stride)  # fmt: skip
+
+
+def bf16(
+    values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
+    tokens: int, y: int, y_stride: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """The kernel for bfloat16 inputs, a multiple of 32 of them: see gemm_plain.py."""
+    size, steps, t = columns * 32, columns // STEP, 0
+    if tokens >= TOKENS:
+        begin_tiles("floats", TOKENS)
+        while t + 2 * TOKENS <= tokens:
+            run_bfloat_groups(2, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                         y_stride, first, last)  # fmt: skip
+            t += 2 * TOKENS
+        if t + TOKENS <= tokens:
+            run_bfloat_groups(1, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                         y_stride, first, last)  # fmt: skip
+            t += TOKENS
+    if t < tokens:
+        begin_tiles("floats of few", tokens - t)
+        run_bfloat_groups(1, values, size, steps, x + t * x_stride, x_stride, y + t * y_stride,
+                     y_stride, first, last)  # fmt: skip
+    end_tiles()

@@ -12,9 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from glassllama.native.jit.compile import compiled, inlined, instruction_for_constants
-from glassllama.native.jit.intrinsics import floats, types
-from glassllama.native.jit.ir_builder import AHEAD, F16, F32, I16, I32, Vectors, number, vector
+from glassllama.native.engine.layout import WeightType
+from glassllama.native.jit.compile import compiled, inlined
+from glassllama.native.jit.intrinsics import (
+    AHEAD,
+    F16,
+    F32,
+    I16,
+    I32,
+    Vectors,
+    floats,
+    instruction,
+    number,
+    vector,
+)
 
 FLOATS = vector(F32, 16)
 CHAINS = 4
@@ -50,43 +61,33 @@ WIDEN: dict[str, Callable[[Vectors, Any, int], list[Any]]] = {
 }  # fmt: skip
 
 
-@instruction_for_constants
-def tile(  # type: ignore[no-untyped-def]
-    context, kind, size, tokens, chains, values, count, x, x_stride, y, y_stride
-):
-    """y += sixteen rows times `count` inputs (a multiple of `chains`) of some tokens.
+@instruction(constants=3)
+def tile(
+    v: Vectors, kind: str, tokens: int, ways: int, values: Any, count: Any, x: Any, x_stride: Any,
+    y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """y += sixteen rows times `count` inputs, a multiple of `ways`, of some tokens."""
+    builder, width = v.builder, WeightType[kind].value_bytes
+    inputs = [builder.add(x, builder.mul(x_stride, number(t))) for t in range(tokens)]
+    outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
 
-    `kind`, `size` (bytes of a weight), `tokens` and `chains` are constants.
-    """
-    widen, width = WIDEN[kind.literal_value], 16 * size.literal_value
-    many, ways = tokens.literal_value, chains.literal_value
+    def some(index: Any, sums: list[Any]) -> list[Any]:
+        results, place = list(sums), v.step(values, index, width * ways)
+        v.prefetch(v.at(place, AHEAD), width * ways)
+        for way, w in enumerate(WIDEN[kind](v, place, ways)):
+            for t, address in enumerate(inputs):
+                one = v.load(v.at(v.step(address, index, 4 * ways), 4 * way), F32, 4)
+                chain = t * ways + way
+                results[chain] = v.fused(w, v.splat(one, 16), results[chain])
+        return results
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, count, x, x_stride, y, y_stride = arguments[4:]
-        v = Vectors(builder)
-        inputs = [builder.add(x, builder.mul(x_stride, number(t))) for t in range(many)]
-        outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(many)]
-
-        def some(index: Any, sums: list[Any]) -> list[Any]:
-            results, place = list(sums), v.step(values, index, width * ways)
-            v.prefetch(v.at(place, AHEAD), width * ways)
-            for way, w in enumerate(widen(v, place, ways)):
-                for t, address in enumerate(inputs):
-                    one = v.load(v.at(v.step(address, index, 4 * ways), 4 * way), F32, 4)
-                    chain = t * ways + way
-                    results[chain] = v.fused(w, v.splat(one, 16), results[chain])
-            return results
-
-        rounds = builder.udiv(count, number(ways))
-        sums = v.count_up(rounds, [v.same(FLOATS, 0.0)] * (many * ways), some)
-        for t, address in enumerate(outputs):
-            total = v.load(address, FLOATS, 4)
-            for way in range(ways):
-                total = builder.fadd(total, sums[t * ways + way])
-            v.store(total, address, 4)
-        return context.get_dummy_value()
-
-    return types.void(kind, size, tokens, chains, *[types.int64] * 6), emit
+    rounds = builder.udiv(count, number(ways))
+    sums = v.count_up(rounds, [v.same(FLOATS, 0.0)] * (tokens * ways), some)
+    for t, address in enumerate(outputs):
+        total = v.load(address, FLOATS, 4)
+        for way in range(ways):
+            total = builder.fadd(total, sums[t * ways + way])
+        v.store(total, address, 4)
 
 
 @compiled
@@ -97,25 +98,7 @@ def clear(address: int) -> None:
 
 
 @inlined
-def sweep(
-    kind: str, size: int, values: int, columns: int, x: int, x_stride: int, tokens: int, y: int,
-    y_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    """Groups and tokens of a kernel: tiles of four tokens, then one by one."""
-    for group in range(first, last):
-        w, out, t = values + group * columns * 16 * size, y + group * 64, 0
-        while t + 4 <= tokens:
-            some(kind, size, 4, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
-                 y_stride)  # fmt: skip
-            t += 4
-        while t < tokens:
-            some(kind, size, 1, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
-                 y_stride)  # fmt: skip
-            t += 1
-
-
-@inlined
-def some(
+def run_group(
     kind: str, size: int, tokens: int, w: int, columns: int, x: int, x_stride: int, y: int,
     y_stride: int,
 ) -> None:  # fmt: skip
@@ -124,32 +107,39 @@ def some(
         clear(y + n * y_stride)
     fours, twos = columns // CHAINS * CHAINS, columns // 2 * 2
     if fours > 0:
-        tile(kind, size, tokens, CHAINS, w, fours, x, x_stride, y, y_stride)
+        tile(kind, tokens, CHAINS, w, fours, x, x_stride, y, y_stride)
     if fours < twos:
-        tile(kind, size, tokens, 2, w + fours * 16 * size, 2, x + fours * 4, x_stride, y, y_stride)
+        tile(kind, tokens, 2, w + fours * size, 2, x + fours * 4, x_stride, y, y_stride)
     if twos < columns:
-        tile(kind, size, tokens, 1, w + twos * 16 * size, 1, x + twos * 4, x_stride, y, y_stride)
+        tile(kind, tokens, 1, w + twos * size, 1, x + twos * 4, x_stride, y, y_stride)
 
 
-def f32(
-    values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
-    tokens: int, y: int, y_stride: int, first: int, last: int,
+@inlined
+def run_groups(
+    kind: str, size: int, values: int, columns: int, x: int, x_stride: int, tokens: int, y: int,
+    y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    sweep("F32", 4, values, columns, x, x_stride, tokens, y, y_stride, first, last)
+    """Groups and tokens of a kernel: tiles of four tokens, then one by one."""
+    for group in range(first, last):
+        w, out, t = values + group * columns * size, y + group * 64, 0
+        while t + 4 <= tokens:
+            run_group(kind, size, 4, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
+                      y_stride)  # fmt: skip
+            t += 4
+        while t < tokens:
+            run_group(kind, size, 1, w, columns, x + t * x_stride, x_stride, out + t * y_stride,
+                      y_stride)  # fmt: skip
+            t += 1
 
 
-def f16(
-    values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
-    tokens: int, y: int, y_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    sweep("F16", 2, values, columns, x, x_stride, tokens, y, y_stride, first, last)
+def kernel(weight_type: WeightType) -> Callable[..., None]:
+    """The kernel of one weight type, for `callback_address`: see gemm_plain.py."""
+    kind, size = weight_type.name, weight_type.value_bytes
 
+    def run(
+        values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
+        tokens: int, y: int, y_stride: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        run_groups(kind, size, values, columns, x, x_stride, tokens, y, y_stride, first, last)
 
-def bf16(
-    values: int, scales: int, columns: int, x: int, x_stride: int, f: int, f_stride: int,
-    tokens: int, y: int, y_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    sweep("BF16", 2, values, columns, x, x_stride, tokens, y, y_stride, first, last)
-
-
-FLOAT_KERNELS: dict[str, Callable[..., None]] = {"F32": f32, "F16": f16, "BF16": bf16}
+    return run

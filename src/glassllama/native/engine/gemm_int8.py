@@ -6,7 +6,7 @@ vector holds four inputs of each of its rows, and the next vector holds the next
 
     vnni     vpdpbusd, 64 bytes: unsigned weights times signed inputs, four products to a lane
     avxvnni  the same with 32 bytes
-    avx2     vpmaddubsw adds two products to 16 bits, and saturates there: see `dot_in_halves`
+    avx2     vpmaddubsw adds two products to 16 bits, and saturates there: see `dot_avx2`
     neon     sdot, 16 bytes: signed times signed
 
 The weights are unpacked once for all tokens of a tile.
@@ -19,36 +19,39 @@ from typing import Any
 
 from llvmlite import ir
 
-from glassllama.native.engine.quantize_activations import (
-    CORRECTION_8,
-    CORRECTION_32_HIGH,
-    CORRECTION_32_LOW,
-    CORRECTION_128,
+from glassllama.native.engine.layout import (
     CORRECTION_BYTES,
     FACTORS,
     SCALE,
     SCALE_BYTES,
     TOTAL,
+    WeightType,
 )
-from glassllama.native.jit.compile import inlined, instruction_for_constants
-from glassllama.native.jit.intrinsics import types
-from glassllama.native.jit.ir_builder import AHEAD, F32, I8, I16, I32, NEAR, Vectors, number, vector
+from glassllama.native.jit.compile import inlined
+from glassllama.native.jit.intrinsics import (
+    AHEAD,
+    F32,
+    I8,
+    I16,
+    I32,
+    NEAR,
+    Vectors,
+    instruction,
+    number,
+    vector,
+)
 
 ROWS = 16
 LANES = {"amx": 16, "vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
 TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once, limited by registers
-SIGNED = (
-    "neon",
-    "avx2",
-    "amx",
-)  # need Q8_0's bytes without the 128 that layout.py adds
+SIGNED = ("neon", "avx2", "amx")  # need Q8_0's bytes without the 128 that layout.py adds
 
 
 def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
     """sums += the products of bytes of weights and inputs, four for each lane."""
     b, kind = v.builder, sums.type
     if target == "avx2":
-        return b.add(sums, dot_in_halves(v, weights, inputs))
+        return b.add(sums, dot_avx2(v, weights, inputs))
     if target == "neon":
         return v.call("llvm.aarch64.neon.sdot.v4i32.v16i8", kind, sums, weights, inputs)
     # LLVM 22 changed the operands' type to bytes; the old spelling is accepted before and after.
@@ -56,7 +59,7 @@ def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
     return v.call(name, kind, sums, b.bitcast(weights, kind), b.bitcast(inputs, kind))
 
 
-def dot_in_halves(v: Vectors, weights: Any, inputs: Any) -> Any:
+def dot_avx2(v: Vectors, weights: Any, inputs: Any) -> Any:
     """The same without a dot-product instruction: sums of two in 16 bits, then of four in 32.
 
     The first instruction takes unsigned weights and saturates at 32,767. So it gets the magnitudes
@@ -67,8 +70,8 @@ def dot_in_halves(v: Vectors, weights: Any, inputs: Any) -> Any:
     zero = v.same(weights.type, 0)
     negative = b.icmp_signed("<", weights, zero)
     size = b.select(negative, b.sub(zero, weights), weights)
-    turned = v.call("llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
-    halves = v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, size, turned)
+    signed = v.call("llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
+    halves = v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, size, signed)
     return v.call("llvm.x86.avx2.pmadd.wd", quads, halves, v.same(pairs, 1))
 
 
@@ -142,36 +145,34 @@ def scales_of_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -
 Factor = Callable[[int], Any]
 Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
 Scales = Callable[[Vectors, str, Any, Any, int], list[Any]]
-HALVES = ("Q6_K",)  # sixteen inputs share a scale, not 32
-MINIMA = ("Q4_1", "Q4_K")  # the second scale is multiplied by the sum of the inputs
-# Zero-point corrections, where weights are stored plus 128, 8 or 32: quantize_activations.py.
-CORRECTIONS = {
-    "Q8_0": (CORRECTION_128,),
-    "Q4_0": (CORRECTION_8,),
-    "Q6_K": (CORRECTION_32_LOW, CORRECTION_32_HIGH),
+# How to unpack values and scales of a block.
+UNPACK: dict[WeightType, tuple[Unpack, Scales]] = {
+    WeightType.Q8_0: (quads_of_bytes, scales_of_bytes),
+    WeightType.Q4_0: (quads_of_nibbles, scales_of_bytes),
+    WeightType.Q4_1: (quads_of_nibbles, scale_and_minimum),
+    WeightType.Q4_K: (quads_of_nibbles, scales_of_q4_k),
+    WeightType.Q6_K: (quads_of_six_bits, scales_of_q6_k),
 }
-# Groups computed together for a single token: memory is read faster at several places, and the
-# products of different groups do not wait for each other.
-ROW_GROUPS = {("vnni", kind): 4 for kind in ("Q4_0", "Q4_1", "Q4_K", "Q6_K")}
-MIN_BLOCKS = 64  # of a row, for that; for shorter rows there is no gain (docs/log.md)
-# weight type: bytes of values and of scales per block, and how to unpack them
-FORMATS: dict[str, tuple[int, int, Unpack, Scales]] = {
-    "Q8_0": (512, 32, quads_of_bytes, scales_of_bytes),
-    "Q4_0": (256, 32, quads_of_nibbles, scales_of_bytes),
-    "Q4_1": (256, 64, quads_of_nibbles, scale_and_minimum),
-    "Q4_K": (256, 40, quads_of_nibbles, scales_of_q4_k),
-    "Q6_K": (384, 36, quads_of_six_bits, scales_of_q6_k),
-}
+MIN_BLOCKS = 64  # of a row, for several groups at once; for shorter rows no gain (docs/log.md)
+
+
+def row_groups_at_once(target: str, weight_type: WeightType) -> int:
+    """Groups computed together for a single token.
+
+    Memory is read faster at several places, and the products of different groups do not wait for
+    each other.
+    """
+    return 4 if target == "vnni" and weight_type is not WeightType.Q8_0 else 1
 
 
 def add_scaled(
-    v: Vectors, kind: str, scales: list[Any], sums: list[Any], factor: Factor, y: Any
+    v: Vectors, weight_type: WeightType, scales: list[Any], sums: list[Any], factor: Factor, y: Any
 ) -> Any:
     """y + Σ weights · inputs of a block, from its one or two integer sums."""
     for d, total in zip(scales, sums, strict=False):
         scale = v.builder.fmul(d, factor(SCALE))
         y = v.multiply_add(v.builder.sitofp(total, y.type), scale, y)
-    return v.multiply_add(scales[1], factor(TOTAL), y) if kind in MINIMA else y
+    return v.multiply_add(scales[1], factor(TOTAL), y) if weight_type.has_minima else y
 
 
 def factors_at(v: Vectors, address: Any, lanes: int) -> Factor:
@@ -179,58 +180,60 @@ def factors_at(v: Vectors, address: Any, lanes: int) -> Factor:
     return lambda n: v.splat(v.load(v.at(address, 4 * n), F32, 4), lanes)
 
 
-def first_sums(v: Vectors, target: str, kind: str, corrections: Any) -> list[Any]:
-    """Initial sums of a token and block: zero, or the zero-point correction."""
-    whole, too_large = vector(I32, LANES[target]), kind == "Q4_0" or target not in SIGNED
-    if kind in CORRECTIONS and too_large:
+def first_sums(v: Vectors, target: str, weight_type: WeightType, corrections: Any) -> list[Any]:
+    """Initial sums of a token and block: zero, or the zero-point corrections."""
+    whole = vector(I32, LANES[target])
+    too_large = weight_type is WeightType.Q4_0 or target not in SIGNED
+    if weight_type.corrections and too_large:
         return [
             v.splat(v.load(v.at(corrections, 4 * n), I32, 4), LANES[target])
-            for n in CORRECTIONS[kind]
+            for n in weight_type.corrections
         ]
-    return [v.same(whole, 0)] * (2 if kind in HALVES else 1)
+    return [v.same(whole, 0)] * weight_type.sums
 
 
 def block_sums(
-    v: Vectors, target: str, kind: str, values: Any, inputs: list[Any], corrections: list[Any]
-) -> list[Any]:
+    v: Vectors, target: str, weight_type: WeightType, values: Any, inputs: list[Any],
+    corrections: list[Any],
+) -> list[Any]:  # fmt: skip
     """One block of the rows of a vector times that block of every token -> int32 sums."""
-    sums = [first_sums(v, target, kind, address) for address in corrections]
-    if len(inputs) == 1 and kind not in HALVES:
+    sums = [first_sums(v, target, weight_type, address) for address in corrections]
+    if len(inputs) == 1 and weight_type.sums == 1:
         # A single token would wait for each sum before the next: two chains of sums instead.
         sums[0].append(v.same(sums[0][0].type, 0))
-    for q, weights in FORMATS[kind][2](v, target, values):
+    for q, weights in UNPACK[weight_type][0](v, target, values):
         for t, address in enumerate(inputs):
             four = v.splat(v.load(v.at(address, 4 * q), I32, 4), LANES[target])
             chain = q * len(sums[t]) // 8
             some = v.builder.bitcast(four, weights.type)
             sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
-    return sums if kind in HALVES else [[sum_of(v, s)] for s in sums]
+    return sums if weight_type.sums > 1 else [[sum_of(v, s)] for s in sums]
 
 
 def sum_of(v: Vectors, sums: list[Any]) -> Any:
     return sums[0] if len(sums) == 1 else v.builder.add(*sums)
 
 
-def blocks_ahead(v: Vectors, kind: str, groups: int, block: Any, blocks: Any) -> Any:
+def blocks_ahead(v: Vectors, weight_type: WeightType, groups: int, block: Any, blocks: Any) -> Any:
     """How many blocks further on to prefetch.
 
     For several groups at once the distance is short, and the last blocks of one set of groups are
     followed by the next set.
     """
-    value_bytes, b = FORMATS[kind][0], v.builder
     if groups == 1:
-        return number(AHEAD // value_bytes)
-    few = number(NEAR // value_bytes)
+        return number(AHEAD // weight_type.value_bytes)
+    b, few = v.builder, number(NEAR // weight_type.value_bytes)
     inside = b.icmp_signed("<", b.add(block, few), blocks)
     return b.add(few, b.select(inside, number(0), b.mul(blocks, number(groups - 1))))
 
 
 def block_step(
-    v: Vectors, target: str, kind: str, addresses: Any, block: Any, ahead: Any, ys: list[Any]
-) -> list[Any]:
+    v: Vectors, target: str, weight_type: WeightType, addresses: Any, block: Any, ahead: Any,
+    ys: list[Any],
+) -> list[Any]:  # fmt: skip
     """Add one block of all sixteen rows and every token to `ys`, vector by vector."""
     values, scales, (x, x_rows), (f, f_rows), corrections_at = addresses
-    value_bytes, scale_bytes, _, scales_of = FORMATS[kind]
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
     lanes = LANES[target]
     later = v.builder.add(block, ahead)
     v.prefetch(v.step(values, later, value_bytes), value_bytes)
@@ -242,31 +245,45 @@ def block_step(
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
-        own = scales_of(v, target, scales, block, first)
-        for t, sums in enumerate(block_sums(v, target, kind, some, inputs, corrections)):
+        own = UNPACK[weight_type][1](v, target, scales, block, first)
+        for t, sums in enumerate(block_sums(v, target, weight_type, some, inputs, corrections)):
             factor = factors_at(v, factors[t], lanes)
-            results.append(add_scaled(v, kind, own, sums, factor, ys[len(results)]))
+            results.append(add_scaled(v, weight_type, own, sums, factor, ys[len(results)]))
     return results
 
 
+@instruction(constants=4)
+def tile(
+    v: Vectors, target: str, kind: str, groups: int, tokens: int, values: Any, scales: Any,
+    blocks: Any, x: Any, x_stride: Any, f: Any, f_stride: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """Some groups of sixteen rows times some tokens.
+
+    All addresses are those of the first group and token, as in gemm_plain.py.
+    """
+    write_tile(v, target, kind, groups, tokens,
+               values, scales, blocks, x, x_stride, f, f_stride, y, y_stride)  # fmt: skip
+
+
 def write_tile(
-    builder: Any, target: str, kind: str, groups: int, tokens: int, arguments: Any
-) -> None:
-    """Emit the instructions for some groups of sixteen rows times some tokens."""
-    values, scales, blocks, x, x_stride, f, f_stride, y, y_stride = arguments
+    v: Vectors, target: str, kind: str, groups: int, tokens: int, values: Any, scales: Any,
+    blocks: Any, x: Any, x_stride: Any, f: Any, f_stride: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """The instructions of `tile`."""
+    builder, lanes, weight_type = v.builder, LANES[target], WeightType[kind]
     before_corrections = builder.udiv(
         builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS)
     )
-    v, lanes = Vectors(builder), LANES[target]
-    value_bytes, scale_bytes = FORMATS[kind][:2]
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
     size = tokens * ROWS // lanes  # vectors of sums, of one group
 
     def some(block: Any, ys: list[Any]) -> list[Any]:
-        ahead, results = blocks_ahead(v, kind, groups, block, blocks), list[Any]()
+        ahead, results = blocks_ahead(v, weight_type, groups, block, blocks), list[Any]()
         for g in range(groups):
             own = (v.step(values, cells[g], value_bytes), v.step(scales, cells[g], scale_bytes))
             group_sums = ys[g * size : (g + 1) * size]
-            results += block_step(v, target, kind, (*own, *inputs), block, ahead, group_sums)
+            addresses = (*own, *inputs)
+            results += block_step(v, target, weight_type, addresses, block, ahead, group_sums)
         return results
 
     cells = [builder.mul(blocks, number(g)) for g in range(groups)]
@@ -278,25 +295,6 @@ def write_tile(
               for row in outputs]  # fmt: skip
     for total, place in zip(sums, places, strict=True):
         v.store(total, place, 4)
-
-
-@instruction_for_constants
-def tile(  # type: ignore[no-untyped-def]
-    context, target, kind, groups, tokens, values, scales, blocks, x, x_stride, f, f_stride, y,
-    y_stride
-):  # fmt: skip
-    """`write_tile` for compiled loops; the first four arguments are constants.
-
-    All addresses are those of the first group and token, as in gemm_plain.py.
-    """
-    form = (target.literal_value, kind.literal_value)
-    size = (groups.literal_value, tokens.literal_value)
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        write_tile(builder, *form, *size, arguments[4:])
-        return context.get_dummy_value()
-
-    return types.void(target, kind, groups, tokens, *[types.int64] * 9), emit
 
 
 @inlined
@@ -330,13 +328,14 @@ def run_groups(
             t += 1
 
 
-def kernel(target: str, kind: str) -> Callable[..., None]:
+def kernel(target: str, weight_type: WeightType) -> Callable[..., None]:
     """The kernel of one tier and weight type, for `cfunc`: see gemm_plain.py.
 
     It closes over strings and numbers only, so that Numba can distinguish the kernels on disk.
     """
-    value_bytes, scale_bytes, tile_tokens = *FORMATS[kind][:2], TILE[target]
-    row_groups = ROW_GROUPS.get((target, kind), 1)
+    kind, tile_tokens = weight_type.name, TILE[target]
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
+    row_groups = row_groups_at_once(target, weight_type)
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, f_stride: int,

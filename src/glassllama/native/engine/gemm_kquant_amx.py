@@ -1,7 +1,7 @@
 """K-quants in matrix registers: whole superblocks of many tokens are summed as integers.
 
-What is summed is in gemm_kquant_vnni.py. Tiles multiply bytes; inputs are x = 8 · X + Y, and
-weights have two digits as well, w = base · H + L. So a superblock takes four products:
+The sums are those of gemm_kquant_vnni.py. Tiles multiply bytes; inputs are x = 8 · hi + lo, here
+8 · X + Y, and weights have two parts as well, w = base · H + L. So there are four products:
 
     Σ w·x = base · (8 · Σ H·X + Σ H·Y) + 8 · Σ L·X + Σ L·Y
 
@@ -14,12 +14,13 @@ tokens and one group of outputs, or of eight tokens and two groups. Tiles 0 … 
 tokens, 5 … 7 weights. Sums of half blocks' inputs meet the minima in a tile too, as bfloat16 that
 are whole numbers: a sum is split in two of them, and all stays below 2²⁴, where float32 is exact.
 
-In memory near by, the calling thread's stack:
+On the calling thread's stack:
 
     of each of GROUPS groups  H and L (16 · 4, 64), minima (16, 64), d and −dmin (2, 16) float32
     sums                      (4, 16, 16), then those of the minima: (16 tokens, 16 outputs)
 
-All sums are exact, so a token's numbers are the same to the bit in any company.
+All sums are exact, so a token's numbers are the same to the bit whichever tokens are computed with
+it.
 """
 
 from __future__ import annotations
@@ -27,21 +28,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from glassllama.native.engine.amx import (
-    begin_tiles,
-    end_tiles,
-    scratch,
-    tile_at,
-    tile_call,
-)
+from glassllama.native.engine.amx import begin_tiles, end_tiles, scratch, tile_at, tile_call
 from glassllama.native.engine.gemm_float import clear
-from glassllama.native.engine.gemm_int8 import (
-    FORMATS,
-    MINIMA,
-    ROWS,
-    quads_of_nibbles,
-    quads_of_six_bits,
-)
+from glassllama.native.engine.gemm_int8 import ROWS, quads_of_nibbles, quads_of_six_bits
 from glassllama.native.engine.gemm_kquant_vnni import (
     BLOCKS,
     FLOATS,
@@ -56,25 +45,25 @@ from glassllama.native.engine.gemm_kquant_vnni import (
     small,
     twice,
 )
-from glassllama.native.engine.quantize_activations import (
+from glassllama.native.engine.layout import (
     LOW_STEPS,
     Q11_BYTES,
+    Q11_HI,
+    Q11_LO,
     Q11_SUMS,
-    Q11_X,
-    Q11_Y,
     SUPERBLOCK,
+    WeightType,
 )
-from glassllama.native.jit.compile import inlined, instruction, instruction_for_constants
-from glassllama.native.jit.intrinsics import types
-from glassllama.native.jit.ir_builder import LINE, Vectors, number
+from glassllama.native.jit.compile import inlined
+from glassllama.native.jit.intrinsics import LINE, Vectors, instruction, number
 
 TOKENS, TILE = 16, 8  # at a time; of a tile
-BASE = {"Q4_K": 8, "Q6_K": 128}
-DIGIT_BYTES, TILE_BYTES, STEPS = ROWS * SUPERBLOCK, 16 * LINE, SUPERBLOCK // LINE
-MINIMA_AT = 2 * DIGIT_BYTES
+BASE = {WeightType.Q4_K: 8, WeightType.Q6_K: 128}
+PART_BYTES, TILE_BYTES, STEPS = ROWS * SUPERBLOCK, 16 * LINE, SUPERBLOCK // LINE
+MINIMA_AT = 2 * PART_BYTES
 SCALES_AT = MINIMA_AT + TILE_BYTES
 GROUP_BYTES = SCALES_AT + 2 * LINE
-GROUPS = 2  # groups at a time: inputs come from afar once for both of them
+GROUPS = 2  # groups at a time: inputs are read once for both of them
 CHUNK = 4  # superblocks whose inputs, of all tokens, stay in a core's second-level cache
 SUMS_AT = GROUPS * GROUP_BYTES
 SUMS, INPUTS, WEIGHTS = 4, 4, 7  # tiles
@@ -87,20 +76,20 @@ SCRATCH_LINES = (SUMS_AT + MINIMA_SUMS + TILE_BYTES + HALF) // LINE
 
 
 def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
-    """Digits: scale = 8 · upper + lower, and neither times a nibble is more than 105. So a word of
+    """H and L: scale = 8 · upper + lower, and neither times a nibble is more than 105. So a word of
     two nibbles, a byte each, is multiplied at once."""
     b = v.builder
 
     def block(j: Any, nothing: list[Any]) -> list[Any]:
         own = v.step(v.at(scales, 4 * ROWS), j, 2 * ROWS)
         scale = small(v, own, signed=False)
-        digits = (b.lshr(scale, v.same(INTS, 3)), b.and_(scale, v.same(INTS, 7)))
-        pairs = [twice(v, digit) for digit in digits]
+        parts = (b.lshr(scale, v.same(INTS, 3)), b.and_(scale, v.same(INTS, 7)))
+        pairs = [twice(v, part) for part in parts]
         place = v.step(out, j, 8 * LINE)
         for q, codes in quads_of_nibbles(v, "amx", v.step(values, j, 4 * LINE)):
-            for n, digit in enumerate(pairs):
-                product = b.mul(b.bitcast(codes, WORDS), digit)
-                v.store(product, v.at(place, DIGIT_BYTES * n + LINE * q), LINE)
+            for n, part in enumerate(pairs):
+                product = b.mul(b.bitcast(codes, WORDS), part)
+                v.store(product, v.at(place, PART_BYTES * n + LINE * q), LINE)
         minimum = b.bitcast(v.whole(v.at(own, ROWS), ROWS, signed=False), INTS)
         both = b.or_(minimum, b.lshr(minimum, v.same(INTS, 16)))  # as bfloat16, twice
         for half in (0, 1):
@@ -111,7 +100,7 @@ def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
 
 
 def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
-    """Digits of w = scale · (code − 32), thirteen bits: seven lower ones, and what is above."""
+    """H and L of w = scale · (code − 32), thirteen bits: seven lower ones, and what is above."""
     b, byte, seven = v.builder, v.same(WORDS, 8), v.same(WORDS, 7)
 
     def joined(even: Any, odd: Any) -> Any:
@@ -128,98 +117,71 @@ def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
             lower = (b.and_(w, v.same(WORDS, 127)) for w in (even, odd))
             upper = (b.ashr(w, seven) for w in (even, odd))
             for n, parts in enumerate((upper, lower)):
-                v.store(joined(*parts), v.at(place, DIGIT_BYTES * n + LINE * q), LINE)
+                v.store(joined(*parts), v.at(place, PART_BYTES * n + LINE * q), LINE)
         return nothing
 
     v.count_up(number(BLOCKS), [], block)
 
 
-UNPACK = {"Q4_K": unpack_q4_k, "Q6_K": unpack_q6_k}
+UNPACK = {WeightType.Q4_K: unpack_q4_k, WeightType.Q6_K: unpack_q6_k}
 
 
-@instruction_for_constants
-def unpack(context, kind, values, scales, out):  # type: ignore[no-untyped-def]
-    """A superblock of a group at `out`, ready for tiles; `kind` is a constant."""
-    format = kind.literal_value
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v, (values, scales, out) = Vectors(builder), arguments[1:]
-        for n, d in enumerate(scales_of_superblock(v, format, scales)):
-            v.store(d, v.at(out, SCALES_AT + LINE * n), LINE)
-        UNPACK[format](v, values, scales, out)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 3), emit
+@instruction(constants=1)
+def unpack(v: Vectors, kind: str, values: Any, scales: Any, out: Any) -> None:
+    """A superblock of a group at `out`, ready for tiles."""
+    for n, d in enumerate(scales_of_superblock(v, WeightType[kind], scales)):
+        v.store(d, v.at(out, SCALES_AT + LINE * n), LINE)
+    UNPACK[WeightType[kind]](v, values, scales, out)
 
 
-# --- products of tiles, and what becomes of them --------------------------------------------------
+# --- products of tiles ----------------------------------------------------------------------------
 
 
-@instruction
-def begin_sums(context: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        for n in range(SUMS):
-            tile_call(builder, "tilezero", n)
-        return context.get_dummy_value()
-
-    return types.void(), emit
+@instruction()
+def begin_sums(v: Vectors) -> None:
+    for n in range(SUMS):
+        tile_call(v, "tilezero", n)
 
 
-@instruction_for_constants
-def multiply(context, groups, scratch_address, x):  # type: ignore[no-untyped-def]
+@instruction(constants=1)
+def multiply(v: Vectors, groups: int, scratch_address: Any, x: Any) -> None:
     """Sums += 64 inputs of a superblock: two tiles of tokens times a group, unpacked at
-    `scratch_address`, or one tile times two groups. `groups` is a constant.
-    """
-    count = groups.literal_value
+    `scratch_address`, or one tile times two groups."""
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (scratch_address, x), v, b = arguments[1:], Vectors(builder), builder
+    def tokens(tile: int) -> None:
+        place = v.at(x, Q11_HI + tile * TILE * Q11_BYTES)
+        tile_at(v, "tileloadd64", INPUTS + tile, place, Q11_LO - Q11_HI)
 
-        def tokens(tile: int) -> None:
-            place = v.at(x, Q11_X + tile * TILE * Q11_BYTES)
-            tile_at(b, "tileloadd64", INPUTS + tile, place, Q11_Y - Q11_X)
-
-        tokens(0)
-        for n in range(2 * count):  # of each group H, then L
-            weights = WEIGHTS - n % 3
-            digit = v.at(scratch_address, n // 2 * GROUP_BYTES + n % 2 * DIGIT_BYTES)
-            tile_at(b, "tileloadd64", weights, digit)
-            tile_call(b, "tdpbssd", n, INPUTS, weights)
-            if count == 1:
-                if n == 0:
-                    tokens(1)
-                tile_call(b, "tdpbssd", 2 + n, INPUTS + 1, weights)
-        return context.get_dummy_value()
-
-    return types.void(groups, types.int64, types.int64), emit
+    tokens(0)
+    for n in range(2 * groups):  # of each group H, then L
+        weights = WEIGHTS - n % 3
+        part = v.at(scratch_address, n // 2 * GROUP_BYTES + n % 2 * PART_BYTES)
+        tile_at(v, "tileloadd64", weights, part)
+        tile_call(v, "tdpbssd", n, INPUTS, weights)
+        if groups == 1:
+            if n == 0:
+                tokens(1)
+            tile_call(v, "tdpbssd", 2 + n, INPUTS + 1, weights)
 
 
-@instruction_for_constants
-def end_sums(context, kind, groups, scratch_address, x, sums):  # type: ignore[no-untyped-def]
+@instruction(constants=2)
+def end_sums(v: Vectors, kind: str, groups: int, scratch_address: Any, x: Any, sums: Any) -> None:
     """Sums go to memory, with those of the minima."""
-    has_minima, count = kind.literal_value in MINIMA, groups.literal_value
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (scratch_address, x, sums), v, b = arguments[2:], Vectors(builder), builder
-        places = {tile: tile * TILE_BYTES for tile in range(SUMS)}
-        if has_minima:
-            tile_at(b, "tileloadd64", INPUTS, v.at(x, Q11_SUMS), Q11_BYTES)
-            for g in range(count):
-                own = INPUTS + 1 + g
-                tile_call(b, "tilezero", own)
-                tile_at(
-                    b, "tileloadd64", WEIGHTS, v.at(scratch_address, g * GROUP_BYTES + MINIMA_AT)
-                )
-                tile_call(b, "tdpbf16ps", own, INPUTS, WEIGHTS)
-                places[own] = MINIMA_SUMS + g * HALF  # of two groups eight tokens count
-        for tile, place in places.items():
-            tile_at(b, "tilestored64", tile, v.at(sums, place))
-        return context.get_dummy_value()
-
-    return types.void(kind, groups, *[types.int64] * 3), emit
+    places = {tile: tile * TILE_BYTES for tile in range(SUMS)}
+    if WeightType[kind].has_minima:
+        tile_at(v, "tileloadd64", INPUTS, v.at(x, Q11_SUMS), Q11_BYTES)
+        for g in range(groups):
+            own = INPUTS + 1 + g
+            tile_call(v, "tilezero", own)
+            minima = v.at(scratch_address, g * GROUP_BYTES + MINIMA_AT)
+            tile_at(v, "tileloadd64", WEIGHTS, minima)
+            tile_call(v, "tdpbf16ps", own, INPUTS, WEIGHTS)
+            places[own] = MINIMA_SUMS + g * HALF  # of two groups eight tokens count
+    for tile, place in places.items():
+        tile_at(v, "tilestored64", tile, v.at(sums, place))
 
 
-def whole_sum(v: Vectors, kind: str, sums: Any) -> Any:
+def whole_sum(v: Vectors, base: int, sums: Any) -> Any:
     """Σ w·x of a token, from its HX and HY, LX and LY."""
     b, bits = v.builder, v.same(INTS, LOW_BITS)
     hx, hy, lx, ly = (
@@ -227,62 +189,47 @@ def whole_sum(v: Vectors, kind: str, sums: Any) -> Any:
         for tile in (0, 1)
         for n in (0, 1)
     )
-    if BASE[kind] == LOW_STEPS:
+    if base == LOW_STEPS:
         return b.add(b.shl(b.add(b.shl(hx, bits), b.add(hy, lx)), bits), ly)
     upper, lower = b.add(b.shl(hx, bits), hy), b.add(b.shl(lx, bits), ly)
-    return b.add(b.shl(upper, v.same(INTS, BASE[kind].bit_length() - 1)), lower)
+    return b.add(b.shl(upper, v.same(INTS, base.bit_length() - 1)), lower)
 
 
-@instruction_for_constants
-def add_tokens(  # type: ignore[no-untyped-def]
-    context, kind, scratch_address, sums, minima, first, last, x, y, y_stride
-):
+@instruction(constants=1)
+def add_tokens(
+    v: Vectors, kind: str, scratch_address: Any, sums: Any, minima: Any, first: Any, last: Any,
+    x: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
     """Sums of the tokens first … last-1 > first of a tile, scaled and added to y."""
-    format = kind.literal_value
-    count = 2 if format in MINIMA else 1
+    b, weight_type = v.builder, WeightType[kind]
+    count = 2 if weight_type.has_minima else 1
+    scales = [
+        v.load(v.at(scratch_address, SCALES_AT + LINE * n), FLOATS, LINE) for n in range(count)
+    ]
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scratch_address, sums, minima, first, last, x, y, y_stride = arguments[1:]
-        v, b = Vectors(builder), builder
-        scales = [
-            v.load(v.at(scratch_address, SCALES_AT + LINE * n), FLOATS, LINE) for n in range(count)
-        ]
+    def token(n: Any, nothing: list[Any]) -> list[Any]:
+        t = b.add(first, n)
+        found = [b.sitofp(whole_sum(v, BASE[weight_type], v.step(sums, t, 2 * LINE)), FLOATS)]
+        if count > 1:
+            found.append(v.load(v.step(minima, t, LINE), FLOATS, LINE))
+        s, out = scale_of_token(v, v.step(x, t, Q11_BYTES)), b.add(y, b.mul(t, y_stride))
+        v.store(add_scaled(v, scales, found, s, v.load(out, FLOATS, 4)), out, 4)
+        return nothing
 
-        def token(n: Any, nothing: list[Any]) -> list[Any]:
-            t = b.add(first, n)
-            found = [b.sitofp(whole_sum(v, format, v.step(sums, t, 2 * LINE)), FLOATS)]
-            if count > 1:
-                found.append(v.load(v.step(minima, t, LINE), FLOATS, LINE))
-            s, out = scale_of_token(v, v.step(x, t, Q11_BYTES)), b.add(y, b.mul(t, y_stride))
-            v.store(add_scaled(v, scales, found, s, v.load(out, FLOATS, 4)), out, 4)
-            return nothing
-
-        v.count_up(b.sub(last, first), [], token)
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 8), emit
+    v.count_up(b.sub(last, first), [], token)
 
 
-@instruction_for_constants
-def prefetch_part(  # type: ignore[no-untyped-def]
-    context, kind, groups, values, scales, blocks, cell, k
-):
-    """Ask for part k of STEPS of a superblock of some groups, which begins with block `cell`; the
-    first two arguments are constants."""
-    value_bytes, scale_bytes = FORMATS[kind.literal_value][:2]
-    count = groups.literal_value
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, scales, blocks, cell, k = arguments[2:]
-        v, b = Vectors(builder), builder
-        for g in range(count):
-            own = b.add(cell, b.mul(blocks, number(g)))
-            for place, block in ((values, value_bytes), (scales, scale_bytes)):
-                part = BLOCKS * block // STEPS
-                v.prefetch(v.step(v.step(place, own, block), k, part), part)
-        return context.get_dummy_value()
-
-    return types.void(kind, groups, *[types.int64] * 5), emit
+@instruction(constants=2)
+def prefetch_part(
+    v: Vectors, kind: str, groups: int, values: Any, scales: Any, blocks: Any, cell: Any, k: Any
+) -> None:
+    """Prefetch part k of STEPS of a superblock of some groups, which begins with block `cell`."""
+    weight_type, b = WeightType[kind], v.builder
+    for g in range(groups):
+        own = b.add(cell, b.mul(blocks, number(g)))
+        for place, block in ((values, weight_type.value_bytes), (scales, weight_type.scale_bytes)):
+            part = BLOCKS * block // STEPS
+            v.prefetch(v.step(v.step(place, own, block), k, part), part)
 
 
 # --- all groups and tokens ------------------------------------------------------------------------
@@ -318,31 +265,15 @@ def add_pending(
     last = min(last, pending.tokens)
     if first < last:
         own, minima = sums + tile * 2 * TILE_BYTES, sums + MINIMA_SUMS + tile * HALF
-        add_tokens(
-            kind,
-            pending.scratch_address,
-            own,
-            minima,
-            first,
-            last,
-            pending.x,
-            pending.y,
-            w.y_stride,
-        )
+        add_tokens(kind, pending.scratch_address, own, minima, first, last, pending.x, pending.y,
+                   w.y_stride)  # fmt: skip
 
 
 @inlined
 def multiply_tiles(
-    kind: str,
-    groups: int,
-    scratch_address: int,
-    x: int,
-    sums: int,
-    one: Any,
-    two: Any,
-    w: Any,
+    kind: str, groups: int, scratch_address: int, x: int, sums: int, one: Any, two: Any, w: Any,
     next_block: int,
-) -> None:
+) -> None:  # fmt: skip
     """A superblock of one group times sixteen tokens, or of two times eight.
 
     While tiles are multiplied, vectors add what was made before, one tile's tokens and another's,
@@ -411,13 +342,14 @@ def run_tiles(kind: str, value_bytes: int, scale_bytes: int, w: Any, first: int,
     end_tiles()
 
 
-def kernel(kind: str) -> Callable[..., None]:
-    """The kernel of a packed format, for `cfunc`: see gemm_plain.py.
+def kernel(weight_type: WeightType) -> Callable[..., None]:
+    """The kernel of a packed format, for `callback_address`: see gemm_plain.py.
 
-    Inputs are superblocks in two digits (quantize_activations.py), those of all tokens next to each
-    other at `x`; the next superblock's are `x_next` bytes further.
+    Inputs are in format Q11 (layout.py): a superblock of all tokens at `x`, then `x_next` bytes
+    further the next superblock.
     """
-    value_bytes, scale_bytes = FORMATS[kind][:2]
+    kind = weight_type.name
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
 
     def run(
         values: int, scales: int, blocks: int, x: int, x_stride: int, f: int, x_next: int,

@@ -7,9 +7,9 @@ inputs, are small whole numbers. So a weight is d · w, w = scale · code, less 
     y += s · (d · Σ w·x − dmin · Σ minimum·x)
 
 Eight bits would be too coarse for inputs with one scale for so many; these have eleven, in two
-digits: x = 8 · X + Y. Bytes are what processors multiply, so every weight is multiplied twice. That
-pays where prompts go through matrix registers (gemm_kquant_amx.py); elsewhere K-quants are
-multiplied as all other formats are (gemm_int8.py).
+parts: x = 8 · hi + lo. Processors multiply bytes, so every weight is multiplied twice. That is
+worthwhile where prompts go through matrix registers (gemm_kquant_amx.py); elsewhere K-quants are
+multiplied as all other weight types are (gemm_int8.py).
 """
 
 from __future__ import annotations
@@ -19,33 +19,41 @@ from typing import Any
 from llvmlite import ir
 
 from glassllama.native.engine.gemm_int8 import (
-    FORMATS,
     MIN_BLOCKS,
-    MINIMA,
-    ROW_GROUPS,
     ROWS,
     blocks_ahead,
     dot,
     quads_of_nibbles,
     quads_of_six_bits,
+    row_groups_at_once,
 )
-from glassllama.native.engine.quantize_activations import (
+from glassllama.native.engine.layout import (
     LOW_STEPS,
     Q11_BYTES,
+    Q11_HI,
+    Q11_LO,
     Q11_SCALE,
     Q11_TOTALS,
-    Q11_X,
-    Q11_Y,
+    WeightType,
 )
-from glassllama.native.jit.compile import inlined, instruction_for_constants
-from glassllama.native.jit.intrinsics import types
-from glassllama.native.jit.ir_builder import F32, I8, I16, I32, LINE, Vectors, number, vector
+from glassllama.native.jit.compile import inlined
+from glassllama.native.jit.intrinsics import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LINE,
+    Vectors,
+    instruction,
+    number,
+    vector,
+)
 
 BLOCKS = 8  # of a superblock
 LOW_BITS = LOW_STEPS.bit_length() - 1
 WORDS, INTS, FLOATS = vector(I16, 2 * ROWS), vector(I32, ROWS), vector(F32, ROWS)
 MAX_VECTOR_TOKENS = 4  # tokens; more go through tiles
-GROUPS_AT_ONCE = ROW_GROUPS["vnni", "Q4_K"]  # groups that a single token meets at once
+GROUPS_AT_ONCE = row_groups_at_once("vnni", WeightType.Q4_K)  # for a single token
 
 
 def small(v: Vectors, address: Any, *, signed: bool) -> Any:
@@ -74,10 +82,12 @@ def add_scaled(v: Vectors, scales: list[Any], sums: list[Any], s: Any, y: Any) -
     return v.multiply_add(s, total, y)
 
 
-def scales_of_superblock(v: Vectors, kind: str, scales: Any) -> list[Any]:
+def scales_of_superblock(v: Vectors, weight_type: WeightType, scales: Any) -> list[Any]:
     """d, and −dmin where there are minima."""
     d = v.halves(scales, ROWS)
-    return [d, v.builder.fneg(v.halves(v.at(scales, 2 * ROWS), ROWS))] if kind in MINIMA else [d]
+    if not weight_type.has_minima:
+        return [d]
+    return [d, v.builder.fneg(v.halves(v.at(scales, 2 * ROWS), ROWS))]
 
 
 def scale_of_token(v: Vectors, x: Any) -> Any:
@@ -90,8 +100,8 @@ def dots(v: Vectors, quads: list[tuple[int, Any]], x: Any, starts: list[Any]) ->
     low, high = list(starts), [v.same(INTS, 0)] * len(starts)
     for q, codes in quads:
         n = q * len(starts) // 8
-        for sums, digit in ((high, Q11_X), (low, Q11_Y)):
-            four = v.splat(v.load(v.at(x, digit + 4 * q), I32, 4), ROWS)
+        for sums, part in ((high, Q11_HI), (low, Q11_LO)):
+            four = v.splat(v.load(v.at(x, part + 4 * q), I32, 4), ROWS)
             sums[n] = dot(v, "vnni", sums[n], codes, four)
     bits = v.same(INTS, LOW_BITS)
     return [b.add(b.shl(c, bits), f) for c, f in zip(high, low, strict=True)]
@@ -116,73 +126,68 @@ def block_of_q4_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any
 
 
 def block_of_q6_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any]) -> list[Any]:
-    """Σ w·x of every token. Codes are 32 too large, which the sums of either half begin with."""
+    """Σ w·x of every token. Codes are stored 32 too large: sums begin with a correction."""
     b, own = v.builder, v.step(v.at(scales, 2 * ROWS), j, 2 * ROWS)
     quads = quads_of_six_bits(v, "vnni", values)
     scale = [small(v, v.at(own, ROWS * n), signed=True) for n in (0, 1)]
-    too_large = [ir.Constant(WORDS, half * ROWS) for half in ([-32, 0], [0, -32])]
+    offsets = [ir.Constant(WORDS, half * ROWS) for half in ([-32, 0], [0, -32])]
     sums = []
     for x in inputs:
-        starts = [pairs_added(v, totals_at(v, x, j), half) for half in too_large]
+        starts = [pairs_added(v, totals_at(v, x, j), half) for half in offsets]
         low, high = dots(v, quads, v.step(x, j, 32), starts)
         sums.append(b.add(b.mul(low, scale[0]), b.mul(high, scale[1])))
     return sums
 
 
-BLOCK_OF = {"Q4_K": block_of_q4_k, "Q6_K": block_of_q6_k}
+BLOCK_OF = {WeightType.Q4_K: block_of_q4_k, WeightType.Q6_K: block_of_q6_k}
 
 
-@instruction_for_constants
-def multiply(  # type: ignore[no-untyped-def]
-    context, kind, groups, tokens, values, scales, blocks, x, x_next, y, y_stride
-):
-    """Some groups side by side times some tokens; the first three arguments are constants.
+@instruction(constants=3)
+def multiply(
+    v: Vectors, kind: str, groups: int, tokens: int, values: Any, scales: Any, blocks: Any, x: Any,
+    x_next: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """Some groups side by side times some tokens.
 
-    Everything else is of the first group and token, as in amx_superblocks.kernel.
+    Addresses are those of the first group and token, as in gemm_kquant_amx.kernel.
     """
-    format, beside, count = kind.literal_value, groups.literal_value, tokens.literal_value
-    value_bytes, scale_bytes = FORMATS[format][:2]
-    kept = 2 if format in MINIMA else 1  # sums of a token
+    b, weight_type = v.builder, WeightType[kind]
+    value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
+    sums_per_token = 2 if weight_type.has_minima else 1
+    cells = [b.mul(blocks, number(g)) for g in range(groups)]
+    own_values = [v.step(values, cell, value_bytes) for cell in cells]
+    own_scales = [v.step(scales, cell, scale_bytes) for cell in cells]
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, scales, blocks, x, x_next, y, y_stride = arguments[3:]
-        v, b = Vectors(builder), builder
-        cells = [b.mul(blocks, number(g)) for g in range(beside)]
-        own_values = [v.step(values, cell, value_bytes) for cell in cells]
-        own_scales = [v.step(scales, cell, scale_bytes) for cell in cells]
+    def superblock(n: Any, ys: list[Any]) -> list[Any]:
+        start, first = b.add(x, b.mul(n, x_next)), b.mul(n, number(BLOCKS))
+        inputs = [v.at(start, t * Q11_BYTES) for t in range(tokens)]
+        places = [v.step(own, first, scale_bytes) for own in own_scales]
 
-        def superblock(n: Any, ys: list[Any]) -> list[Any]:
-            start, first = b.add(x, b.mul(n, x_next)), b.mul(n, number(BLOCKS))
-            inputs = [v.at(start, t * Q11_BYTES) for t in range(count)]
-            places = [v.step(own, first, scale_bytes) for own in own_scales]
+        def block(j: Any, sums: list[Any]) -> list[Any]:
+            at, found = b.add(first, j), list[Any]()
+            later = b.add(at, blocks_ahead(v, weight_type, groups, at, blocks))
+            for g in range(groups):
+                v.prefetch(v.step(own_values[g], later, value_bytes), value_bytes)
+                v.prefetch(v.step(own_scales[g], later, scale_bytes), scale_bytes)
+                some = v.step(own_values[g], at, value_bytes)
+                found += BLOCK_OF[weight_type](v, some, places[g], j, inputs)
+            return [b.add(*pair) for pair in zip(sums, found, strict=True)]
 
-            def block(j: Any, sums: list[Any]) -> list[Any]:
-                at, found = b.add(first, j), list[Any]()
-                later = b.add(at, blocks_ahead(v, format, beside, at, blocks))
-                for g in range(beside):
-                    v.prefetch(v.step(own_values[g], later, value_bytes), value_bytes)
-                    v.prefetch(v.step(own_scales[g], later, scale_bytes), scale_bytes)
-                    some = v.step(own_values[g], at, value_bytes)
-                    found += BLOCK_OF[format](v, some, places[g], j, inputs)
-                return [b.add(*pair) for pair in zip(sums, found, strict=True)]
+        zeros = [v.same(INTS, 0)] * (sums_per_token * len(ys))
+        sums = v.count_up(number(BLOCKS), zeros, block)
+        results = []
+        for n, y in enumerate(ys):
+            d = scales_of_superblock(v, weight_type, places[n // tokens])
+            own = sums[n * sums_per_token : (n + 1) * sums_per_token]
+            real = [b.sitofp(total, FLOATS) for total in own]
+            results.append(add_scaled(v, d, real, scale_of_token(v, inputs[n % tokens]), y))
+        return results
 
-            zeros = [v.same(INTS, 0)] * (kept * len(ys))
-            sums = v.count_up(number(BLOCKS), zeros, block)
-            results = []
-            for n, y in enumerate(ys):
-                d = scales_of_superblock(v, format, places[n // count])
-                real = [b.sitofp(total, FLOATS) for total in sums[n * kept : (n + 1) * kept]]
-                results.append(add_scaled(v, d, real, scale_of_token(v, inputs[n % count]), y))
-            return results
-
-        supers = b.udiv(blocks, number(BLOCKS))
-        ys = v.count_up(supers, [v.same(FLOATS, 0.0)] * (beside * count), superblock)
-        for n, total in enumerate(ys):
-            row = b.add(y, b.mul(y_stride, number(n % count)))
-            v.store(total, v.at(row, LINE * (n // count)), 4)
-        return context.get_dummy_value()
-
-    return types.void(kind, groups, tokens, *[types.int64] * 7), emit
+    supers = b.udiv(blocks, number(BLOCKS))
+    ys = v.count_up(supers, [v.same(FLOATS, 0.0)] * (groups * tokens), superblock)
+    for n, total in enumerate(ys):
+        row = b.add(y, b.mul(y_stride, number(n % tokens)))
+        v.store(total, v.at(row, LINE * (n // tokens)), 4)
 
 
 @inlined
@@ -190,8 +195,8 @@ def run_few_tokens(
     kind: str, value_bytes: int, scale_bytes: int, values: int, scales: int, blocks: int,
     x: int, x_next: int, tokens: int, y: int, y_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """All groups times up to FEW tokens; a single one meets several groups at once, where they
-    are long."""
+    """All groups times up to MAX_VECTOR_TOKENS tokens; a single one meets several groups at once,
+    if they are long."""
     while tokens == 1 and blocks >= MIN_BLOCKS and first + GROUPS_AT_ONCE <= last:
         w, d = values + first * blocks * value_bytes, scales + first * blocks * scale_bytes
         multiply(kind, GROUPS_AT_ONCE, 1, w, d, blocks, x, x_next, y + first * LINE, y_stride)

@@ -1,11 +1,11 @@
-"""Single rows of a packed matrix as float32 again: an embedding is one.
+"""Single rows of a packed matrix as float32: the lookup of embeddings.
 
-All readers have one form, so that a step can call any of them by its address:
+All readers have one signature, so that a step can call any of them by its address:
 
     reader(values, scales, blocks, row, out)
 
 `out[k]` becomes the number in column k of that row; everything is an address or a count. Layouts
-are those of layout.py, and the numbers to the bit those of the file.
+are those of layout.py; the numbers equal those of the file to the bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glassllama.native.engine.layout import WeightType
 from glassllama.native.jit.compile import STRICT, callback_address, inlined
 from glassllama.native.jit.intrinsics import (
     bytes8,
@@ -64,13 +65,13 @@ def q8_0(values: int, scales: int, blocks: int, row: int, out: int) -> None:
 
 
 @inlined
-def read_nibbles(w: Any, lane: int, scale: Any, centre: int, minimum: Any, y: Any) -> None:
-    """A block (4, 16, 4) of nibbles -> y (8, 4) = scale · (nibble − centre) + minimum."""
+def read_nibbles(w: Any, lane: int, scale: Any, zero_point: int, minimum: Any, y: Any) -> None:
+    """A block (4, 16, 4) of nibbles -> y (8, 4) = scale · (nibble − zero_point) + minimum."""
     for q in range(4):
         for k in range(4):
             both = I32(w[q, lane, k])
-            y[q, k] = scale * np.float32((both & I32(15)) - I32(centre)) + minimum
-            y[4 + q, k] = scale * np.float32((both >> I32(4)) - I32(centre)) + minimum
+            y[q, k] = scale * np.float32((both & I32(15)) - I32(zero_point)) + minimum
+            y[4 + q, k] = scale * np.float32((both >> I32(4)) - I32(zero_point)) + minimum
 
 
 def q4_0(values: int, scales: int, blocks: int, row: int, out: int) -> None:
@@ -119,13 +120,13 @@ def q6_k(values: int, scales: int, blocks: int, row: int, out: int) -> None:
                 y[b, q, k] = scale * np.float32(low + I32(16) * top - I32(32))
 
 
-READERS: dict[str, Callable[..., None]] = {
-    "F32": f32, "F16": f16, "BF16": bf16, "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1,
-    "Q4_K": q4_k, "Q6_K": q6_k,
+READERS: dict[WeightType, Callable[..., None]] = {
+    WeightType.F32: f32, WeightType.F16: f16, WeightType.BF16: bf16, WeightType.Q8_0: q8_0,
+    WeightType.Q4_0: q4_0, WeightType.Q4_1: q4_1, WeightType.Q4_K: q4_k, WeightType.Q6_K: q6_k,
 }  # fmt: skip
 
 
 @cache
-def reader_address(kind: str) -> int:
-    """The address of the compiled reader of a packed format."""
-    return callback_address(SIGNATURE, READERS[kind], STRICT)
+def reader_address(weight_type: WeightType) -> int:
+    """The address of the compiled reader of a weight type."""
+    return callback_address(SIGNATURE, READERS[weight_type], STRICT)

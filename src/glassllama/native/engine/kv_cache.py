@@ -27,18 +27,24 @@ from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
 from glassllama.base.locks import NonReentrantLock, synchronized
-from glassllama.native.engine.kv_pages import FLOAT32, INT8, INT16, ITEM_BYTES, PAGE
-from glassllama.native.engine.layout import zeros
+from glassllama.native.engine.layout import (
+    ITEM_BYTES,
+    KV_FLOAT32,
+    KV_INT8,
+    KV_INT16,
+    PAGE,
+    zeros,
+)
 
 T = TypeVar("T")
 
-CACHE_KINDS: dict[CacheType, int] = {"int16": INT16, "int8": INT8}
+CACHE_KINDS: dict[CacheType, int] = {"int16": KV_INT16, "int8": KV_INT8}
 MIN_SHARED = 32  # ids in common with another sequence of a batch: that one is fed first, for both
 
 
 def bytes_per_token(config: LlamaConfig, kv_type: int) -> int:
     """Memory of one token's keys and values in all layers; integers have scales besides."""
-    return kv_bytes(config, ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != FLOAT32 else 0)
+    return kv_bytes(config, ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != KV_FLOAT32 else 0)
 
 
 def living(references: Iterable[weakref.ref[T]]) -> list[T]:
@@ -115,7 +121,7 @@ class PagedCache:
     """
 
     def __init__(self, pages: Pages, kv_type: int) -> None:
-        self.kv_type = kv_type  # of its numbers: kv_pages.INT16, FLOAT32, INT8
+        self.kv_type = kv_type  # of its numbers: layout.KV_INT16, KV_FLOAT32, KV_INT8
         self.lock = pages.lock
         self._all = pages
         self._sequences: dict[int, CachedSequence] = {}

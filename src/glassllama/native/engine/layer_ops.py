@@ -1,4 +1,4 @@
-"""Operations that the phases of a step share: matrix products, norms, and quantized inputs.
+"""Operations that the phases of a step share: tables, matrix products, norms, quantized inputs.
 
 All buffers are in the workspace (workspace.py), and functions reach them by address: to Numba an
 array argument is seven words, and a step that passed twenty arrays took 20 seconds to compile.
@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from glassllama.native.engine.elementwise import BLOCK, normalize, quantize_blocks
-from glassllama.native.engine.layout import BFLOAT16, INT8, Q11
-from glassllama.native.engine.quantize_activations import (
-    FACTORS,
-    Q11_BYTES,
-    SUPERBLOCK,
+from glassllama.native.engine import workspace as ws
+from glassllama.native.engine.elementwise import (
+    add_scaled_to,
+    add_to,
+    normalize,
+    quantize_blocks,
     quantize_superblock,
 )
-from glassllama.native.engine.thread_pool import claim, finish_phase
-from glassllama.native.engine.workspace import (
-    BLOCKS,
-    INPUT_FORMAT,
-    KERNEL,
-    MATRIX_FIELDS,
-    SCALES,
-    TOKEN_FIELDS,
-    VALUES,
+from glassllama.native.engine.layout import (
+    BLOCK,
+    FACTORS,
+    IN_BF16,
+    IN_INT8,
+    IN_Q11,
+    Q11_BYTES,
+    SUPERBLOCK,
 )
+from glassllama.native.engine.thread_pool import parallel_for
 from glassllama.native.jit.compile import compiled
 from glassllama.native.jit.intrinsics import (
     bfloat_from_float,
@@ -40,7 +40,7 @@ from glassllama.native.jit.intrinsics import (
 
 
 class Step(NamedTuple):
-    """Arguments of one step, as they stand in the control block of the thread pool."""
+    """Arguments of one step, as they are in the control block of the thread pool."""
 
     num_tokens: int
     num_tiles: int  # groups of consecutive tokens of one sequence: see attention.py
@@ -50,7 +50,7 @@ class Step(NamedTuple):
     page_table: int  # address of the cache's page table
     table_columns: int  # columns of that table
     num_spans: int  # of the longest sequence, SPAN tokens each
-    kv_type: int  # how keys and values are stored: kv_pages.INT16, FLOAT32, INT8
+    kv_type: int  # how keys and values are stored: layout.KVType
     logits: int  # address of the output buffer (num_outputs, padded V)
 
 
@@ -93,13 +93,25 @@ def row(address: int, t: int, width: int) -> Any:
 @compiled
 def matrix_field(workspace: Any, matrix: int, name: int) -> Any:
     """One column of the table of matrices: KERNEL, VALUES, …"""
-    return integers64(workspace.matrices + (matrix * MATRIX_FIELDS + name) * 8, 1)[0]
+    return integers64(workspace.matrices + (matrix * ws.MATRIX_FIELDS + name) * 8, 1)[0]
+
+
+@compiled
+def layer_field(workspace: Any, layer: int, name: int) -> Any:
+    """One column of the table of layers: PRE_ATTENTION, WINDOW, …"""
+    return integers64(workspace.layer_fields + (layer * ws.LAYER_FIELDS + name) * 8, 1)[0]
+
+
+@compiled
+def layer_number(workspace: Any, layer: int, name: int) -> Any:
+    """One column of the table of layers' float32 numbers: SCORE_SCALE, SOFTCAP, RESIDUAL."""
+    return floats(workspace.layer_numbers + (layer * ws.LAYER_NUMBERS + name) * 4, 1)[0]
 
 
 @compiled
 def token_fields(workspace: Any, t: int) -> Any:
     """Id, sequence and position of a token: (TOKEN_FIELDS,)."""
-    return integers64(workspace.tokens + t * TOKEN_FIELDS * 8, TOKEN_FIELDS)
+    return integers64(workspace.tokens + t * ws.TOKEN_FIELDS * 8, ws.TOKEN_FIELDS)
 
 
 @compiled
@@ -113,22 +125,30 @@ def multiply(
     """
     w = inputs.width
     address, stride = inputs.act_f32 + first_row * w * 4, w * 4
-    input_format = matrix_field(workspace, matrix, INPUT_FORMAT)
-    if input_format == INT8:
+    input_format = matrix_field(workspace, matrix, ws.INPUT_FORMAT)
+    if input_format == IN_INT8:
         address, stride = inputs.act_q8 + first_row * w, w
-    elif input_format == BFLOAT16:
+    elif input_format == IN_BF16:
         address, stride = inputs.act_bf16 + first_row * w * 2, w * 2
     scale_stride = w // BLOCK * FACTORS * 4
     scales = inputs.act_scales + first_row * scale_stride
-    if input_format == Q11:
+    if input_format == IN_Q11:
         address, stride = inputs.act_q11 + first_row * Q11_BYTES, Q11_BYTES
         scales, scale_stride = address, inputs.q11_next
     arguments = (
-        matrix_field(workspace, matrix, VALUES), matrix_field(workspace, matrix, SCALES),
-        matrix_field(workspace, matrix, BLOCKS), address, stride, scales, scale_stride,
+        matrix_field(workspace, matrix, ws.VALUES), matrix_field(workspace, matrix, ws.SCALES),
+        matrix_field(workspace, matrix, ws.BLOCKS), address, stride, scales, scale_stride,
         num_tokens, out, width * 4, groups[0], groups[1],
     )  # fmt: skip
-    call_kernel(matrix_field(workspace, matrix, KERNEL), arguments)
+    call_kernel(matrix_field(workspace, matrix, ws.KERNEL), arguments)
+
+
+@compiled
+def add_bias(bias: int, table: int, width: int, num_tokens: int, first: int, last: int) -> None:
+    """Add columns first … last-1 of a bias (an address) to those of rows of `width` floats."""
+    for t in range(num_tokens):
+        columns = floats(table + (t * width + first) * 4, last - first)
+        add_to(columns, floats(bias + first * 4, last - first))
 
 
 @compiled
@@ -140,16 +160,16 @@ def quantize_inputs(
     `input_format` is a combination of flags. Columns are whole blocks, and whole superblocks if one
     of the formats is Q11.
     """
-    if input_format & INT8:
+    if input_format & IN_INT8:
         codes = integers8(inputs.act_q8 + t * inputs.width, inputs.width)
         blocks = inputs.width // BLOCK
         scales = floats(inputs.act_scales + t * blocks * FACTORS * 4, (blocks, FACTORS))
         quantize_blocks(numbers, first // BLOCK, last // BLOCK, codes, scales)
-    if input_format & BFLOAT16:
+    if input_format & IN_BF16:
         bfloats = words16(inputs.act_bf16 + t * inputs.width * 2, inputs.width)
         for i in range(first, last):
             bfloats[i] = bfloat_from_float(numbers[i])
-    if input_format & Q11:
+    if input_format & IN_Q11:
         for n in range(first // SUPERBLOCK, last // SUPERBLOCK):
             out = inputs.act_q11 + n * inputs.q11_next + t * Q11_BYTES
             quantize_superblock(numbers.ctypes.data + n * SUPERBLOCK * 4, out)
@@ -157,34 +177,61 @@ def quantize_inputs(
 
 @compiled
 def norm_row(workspace: Any, norm: int, t: int, input_format: int, out: int) -> None:
-    """RMSNorm of row t of the residual stream -> input row `out`."""
+    """RMSNorm of row t of the residual stream, with the weights at `norm` -> input row `out`.
+
+    Without weights (address 0) the row is copied.
+    """
     inputs = inputs_of(workspace)
-    numbers = row(inputs.act_f32, out, inputs.width)
-    weights = row(workspace.norms, norm, workspace.dim)
-    normalize(row(workspace.x, t, workspace.dim), weights, workspace.eps, numbers)
+    numbers, x = row(inputs.act_f32, out, inputs.width), row(workspace.x, t, workspace.dim)
+    if norm != 0:
+        normalize(x, floats(norm, workspace.dim), workspace.eps, numbers)
+    else:
+        for i in range(workspace.dim):
+            numbers[i] = x[i]
     quantize_inputs(input_format, inputs, out, numbers, 0, workspace.dim)
 
 
 @compiled
-def norm_rows(
-    worker: Any, phase: int, workspace: Any, norm: int, input_format: int, tokens: int, count: int
-) -> Any:
-    """RMSNorm of `count` rows of the residual stream -> the first row of inputs.
+def norm_range(
+    first: int, last: int, workspace: Any, norm: int, input_format: int, rows: int
+) -> None:
+    for t in range(first, last):
+        norm_row(workspace, norm, integers64(rows + t * 8, 1)[0], input_format, t)
 
-    `tokens` is the address of the numbers of the rows. For a single token every thread computes the
+
+@compiled
+def norm_rows(
+    worker: Any, phase: int, workspace: Any, norm: int, input_format: int, rows: int, count: int
+) -> Any:
+    """`norm_row` of `count` rows of the residual stream -> the first row of inputs.
+
+    `rows` is the address of the numbers of the rows. For a single token every thread computes the
     inputs itself, which is cheaper than waiting for another thread. It writes them into a row of
     its own, because a late thread may still write when the next step has begun.
     """
-    rows = integers64(tokens, count)
     if count == 1:
-        norm_row(workspace, norm, rows[0], input_format, workspace.max_tokens + worker.thread)
-        return workspace.max_tokens + worker.thread
-    first, last = claim(worker, phase, count, 1)
-    num_done = 0
-    while first < last:
-        for t in range(first, last):
-            norm_row(workspace, norm, rows[t], input_format, t)
-        num_done += last - first
-        first, last = claim(worker, phase, count, 1)
-    finish_phase(worker, phase, count, num_done)
+        own_row = workspace.max_tokens + worker.thread
+        norm_row(workspace, norm, integers64(rows, 1)[0], input_format, own_row)
+        return own_row
+    arguments = (workspace, norm, input_format, rows)
+    parallel_for(worker, phase, count, 1, norm_range, arguments)
     return 0
+
+
+@compiled
+def add_normed_range(first: int, last: int, workspace: Any, norm: int, multiplier: float) -> None:
+    dim = workspace.dim
+    for t in range(first, last):
+        out = row(workspace.proj_out, t, workspace.proj_out_width)[:dim]
+        normalize(out, floats(norm, dim), workspace.eps, out)
+        add_scaled_to(row(workspace.x, t, dim), out, multiplier)
+
+
+@compiled
+def add_normed(
+    worker: Any, phase: int, workspace: Any, norm: int, multiplier: float, num_tokens: int
+) -> None:
+    """x += multiplier · RMSNorm(projection), for all tokens; nothing without a norm (address 0)."""
+    if norm != 0:
+        arguments = (workspace, norm, multiplier)
+        parallel_for(worker, phase, num_tokens, 1, add_normed_range, arguments)

@@ -1,165 +1,355 @@
-"""From a file's blocks to the packed layout (layout.py), and back for single rows.
+"""From a file's rows to the packed layout (layout.py): moved as they are, or quantized.
 
-Nothing is rounded here, only moved. What moves blocks is said plainly here, in numpy, and done by
-repack_moves.py, compiled and ten times as fast.
+`pack_matrix` is the only entrance. The compiled functions below it move groups of sixteen rows.
+They take addresses: of the first row in the file's form, and of the values and scales of the first
+group; then the bytes of a row, the number of groups and of blocks in a row. A word is four bytes:
+four inputs, or eight nibbles. Blocks in a file begin at any even address, so words are loaded
+without alignment. The same in NumPy is in tests/native/engine/plain_packing.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.engine.layout import BLOCK, GROUP, QUAD, Matrix
-from glassllama.native.engine.repack_moves import MOVE, move
-from glassllama.native.engine.repack_rounding import quantise_groups
+from glassllama.native.engine import layout
+from glassllama.native.engine.layout import BLOCK, GROUP, Matrix, WeightType
+from glassllama.native.jit.compile import entry, inlined
+from glassllama.native.jit.intrinsics import (
+    I8,
+    I16,
+    I32,
+    Vectors,
+    carray,
+    float_from_bits,
+    floats,
+    instruction,
+    pointer,
+    stack_words,
+    types,
+)
 
-Raw = NDArray[Any]
-FLOAT_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-def interleave(rows: NDArray[Any]) -> NDArray[Any]:
-    """(16·G, blocks, quads, 4) -> (G, blocks, quads, 16, 4): four inputs of each row in turn."""
-    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1, 4)
-
-
-def beside(rows: NDArray[Any]) -> NDArray[Any]:
-    """(16·G, blocks, n bytes) scales -> (G, blocks, n/2, 16) halves: each lane's own."""
-    halves = np.ascontiguousarray(rows).view(np.uint16)
-    return halves.reshape(-1, GROUP, *halves.shape[1:]).transpose(0, 2, 3, 1)
-
-
-def pack_floats(raw: Raw, values: Raw, scales: Raw) -> None:
-    lanes = raw.reshape(len(values), GROUP, -1).transpose(0, 2, 1)  # (G, columns, 16)
-    values.view(raw.dtype)[:] = lanes
-
-
-def pack_bfloats(raw: Raw, values: Raw, scales: Raw) -> None:
-    """In pairs: (G, columns/2, 16, 2); an odd last column by itself."""
-    even = raw.shape[1] // 2 * 2
-    pairs = raw[:, :even].reshape(len(values), GROUP, -1, 2).transpose(0, 2, 1, 3)
-    place = values.view(raw.dtype)  # (G, columns, 16)
-    place[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
-    place[:, even:] = raw[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+LANES = GROUP
+LOW, HIGH, TOP = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0), np.uint32(0x03030303)
+SIGNS = np.uint32(0x80808080)
+MAGNITUDE = np.int32(0x7FFFFFFF)  # a float32's bits without its sign; these order like the numbers
+INFINITY = np.int32(0x7F800000)  # and whatever is above is NaN
 
 
-def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
-    """File block: half d, 32 signed bytes."""
-    blocks = raw.reshape(len(raw), -1, 34)
-    quads = (blocks[..., 2:] ^ 0x80).reshape(*blocks.shape[:2], -1, QUAD)  # signed -> plus 128
-    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
-    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :2])
+def pack_matrix(matrix: Matrix, first: int, rows: NDArray[Any]) -> None:
+    """Pack rows `first` … (a multiple of sixteen) of a matrix.
 
-
-def pack_nibbles(raw: Raw, values: Raw, scales: Raw, header: int) -> None:
-    """File block: half d (and half m), then sixteen bytes, low nibbles first."""
-    blocks = raw.reshape(len(raw), -1, header + BLOCK // 2)
-    quads = blocks[..., header:].reshape(*blocks.shape[:2], -1, QUAD)
-    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
-    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :header])
-
-
-def pack_q4_0(raw: Raw, values: Raw, scales: Raw) -> None:
-    pack_nibbles(raw, values, scales, header=2)
-
-
-def pack_q4_1(raw: Raw, values: Raw, scales: Raw) -> None:
-    pack_nibbles(raw, values, scales, header=4)
-
-
-def to_nibbles(codes: Raw) -> Raw:
-    """(rows, blocks, 32) codes -> (rows, blocks, 4, 4) bytes of two nibbles."""
-    low, high = codes[..., :16] & 15, codes[..., 16:] & 15
-    return (low | high << 4).reshape(*codes.shape[:2], -1, QUAD)
-
-
-def by_lane(rows: Raw) -> Raw:
-    """(16·G, n, k) numbers of each row -> (G, n, k, 16)."""
-    return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1)
-
-
-def pack_q4_k(raw: Raw, values: Raw, scales: Raw) -> None:
-    """File: half d, half dmin, 12 bytes of six-bit scales and minima, 128 bytes of nibbles."""
-    supers = raw.reshape(len(raw), -1, 144)
-    runs = supers[..., 16:].reshape(*supers.shape[:2], 4, 32)
-    codes = np.stack([runs & 15, runs >> 4], 3).reshape(len(raw), -1, BLOCK)
-    vectors = values.reshape(*values.shape[:2], -1, GROUP, QUAD)
-    vectors[:] = interleave(to_nibbles(codes))
-    places = scales.reshape(len(scales), -1, 320)
-    halves = places.view(np.uint16)
-    halves[..., :32] = beside(supers[..., :4]).reshape(*halves.shape[:2], 32)
-    both = np.stack(six_bits(supers[..., 4:16]), -1)  # (rows, supers, 8, 2)
-    small = by_lane(both.reshape(*both.shape[:2], 16))  # (G, supers, 16, lanes)
-    places[..., 64:] = small.reshape(*places.shape[:2], 256)
-
-
-def six_bits(packed: Raw) -> tuple[Raw, Raw]:
-    """Twelve bytes -> eight scales and eight minima: the last four have their top bits apart."""
-    low_scales, low_minima, both = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    scales = np.concatenate([low_scales & 63, (both & 15) | (low_scales >> 6 << 4)], -1)
-    minima = np.concatenate([low_minima & 63, (both >> 4) | (low_minima >> 6 << 4)], -1)
-    return scales, minima
-
-
-def pack_q6_k(raw: Raw, values: Raw, scales: Raw) -> None:
-    """File: 128 bytes of low nibbles, 64 of upper bits, 16 signed scales, half d."""
-    supers = raw.reshape(len(raw), -1, 210)
-    low = supers[..., :128].reshape(*supers.shape[:2], 2, 2, 32)
-    low = np.stack([low & 15, low >> 4], 3).reshape(*supers.shape[:2], 2, 4, 32)
-    high = supers[..., 128:192].reshape(*supers.shape[:2], 2, 1, 32)
-    high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    low, high = (part.reshape(len(raw), -1, BLOCK) for part in (low, high))
-    fields = high.reshape(*high.shape[:2], 4, 2, QUAD)  # inputs 4q+t: (rows, blocks, q//2, q%2, t)
-    tops = (fields << np.array([0, 2, 4, 6], np.uint8)[:, None, None]).sum(2, dtype=np.uint8)
-    quads = np.concatenate([to_nibbles(low), tops], 2)
-    values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
-    places = scales.reshape(len(scales), -1, 288)
-    halves = places.view(np.uint16)
-    halves[..., :16] = beside(supers[..., 208:]).reshape(*halves.shape[:2], 16)
-    places[..., 32:] = by_lane(supers[..., 192:208]).reshape(*places.shape[:2], 256)
-
-
-PACK: dict[str, Callable[[Raw, Raw, Raw], None]] = {
-    "F32": pack_floats, "F16": pack_floats, "BF16": pack_bfloats,
-    "Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_1": pack_q4_1,
-    "Q4_K": pack_q4_k, "Q6_K": pack_q6_k,
-}  # fmt: skip
-
-
-def fill(matrix: Matrix, first: int, raw: Raw) -> None:
-    """Put rows `first` … (a multiple of sixteen) in their place.
-
-    `raw` is (rows, columns) numbers for F32, F16 and BF16, else the file's blocks as uint8 (rows,
-    bytes of a row); where it ends within a group it must be the matrix's end, and zeros follow.
+    `rows` is the blocks of a file of the matrix's own type, as uint8 (rows, bytes of a row); or
+    numbers (rows, columns) of the matrix's own float type; or float32 numbers, which are quantized
+    to the matrix's Q8_0 or Q4_0. If it ends within a group of sixteen rows, it must be the end of
+    the matrix, and rows of zeros follow.
     """
-    raw, place = whole_groups(raw, first)
-    if matrix.weight_type.name in MOVE:
-        move(matrix, place, raw)
-    else:
-        PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
-
-
-def fill_plainly(matrix: Matrix, first: int, raw: Raw) -> None:
-    """The same by the functions of this file."""
-    raw, place = whole_groups(raw, first)
-    PACK[matrix.weight_type.name](raw, matrix.values[place], matrix.scales[place])
-
-
-def whole_groups(rows: Raw, first: int) -> tuple[Raw, slice]:
-    """Rows from `first` on, filled up with zeros to groups of sixteen -> and which groups."""
     short = -len(rows) % GROUP
     if short:
         rows = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
-    return rows, slice(first // GROUP, (first + len(rows)) // GROUP)
+    groups = slice(first // GROUP, (first + len(rows)) // GROUP)
+    values, scales = matrix.values[groups], matrix.scales[groups]
+    if matrix.weight_type.is_float:
+        interleave_floats(np.asarray(rows, matrix.weight_type.dtype), values)
+    elif rows.dtype == np.uint8:
+        move_blocks(matrix, rows, values, scales)
+    else:
+        quantize_rows(matrix, rows, values, scales)
 
 
-def fill_rounded(matrix: Matrix, first: int, numbers: NDArray[np.float32]) -> None:
-    """The same from float32 (rows, columns), quantised on the way to the matrix's Q8_0 or Q4_0."""
-    numbers, place = whole_groups(numbers, first)
-    values, scales = matrix.values[place], matrix.scales[place]
+def row_slices(matrix: Matrix, numbers: int) -> Iterator[slice]:
+    """The rows of a matrix in pieces of whole groups, of about so many numbers each."""
+    step = max(1, numbers // (GROUP * matrix.columns)) * GROUP
+    for first in range(0, matrix.rows, step):
+        yield slice(first, min(first + step, matrix.rows))
+
+
+def layout_digest() -> bytes:
+    """A digest of the code that decides how packed weights are laid out in memory."""
+    sources = (Path(str(layout.__file__)), Path(__file__))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).digest()
+
+
+def interleave_floats(rows: NDArray[Any], values: NDArray[np.uint8]) -> None:
+    """Columns of sixteen rows; of bfloat16 pairs of columns, and an odd last one by itself."""
+    place = values.view(rows.dtype)  # (G, columns, 16)
+    if rows.dtype != WeightType.BF16.dtype:
+        place[:] = rows.reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+        return
+    even = rows.shape[1] // 2 * 2
+    pairs = rows[:, :even].reshape(len(values), GROUP, -1, 2).transpose(0, 2, 1, 3)
+    place[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
+    place[:, even:] = rows[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+
+
+def move_blocks(
+    matrix: Matrix, raw: NDArray[np.uint8], values: NDArray[np.uint8], scales: NDArray[np.uint8]
+) -> None:
+    """Blocks of the matrix's own type (16·G, bytes of a row) -> values and scales of G groups."""
+    raw, blocks = np.ascontiguousarray(raw), matrix.weight_type.blocks(matrix.columns)
+    assert raw.nbytes * 8 == len(values) * GROUP * blocks * matrix.weight_type.stored_bytes
+    MOVE[matrix.weight_type](
+        raw.ctypes.data, values.ctypes.data, scales.ctypes.data, raw.strides[0],
+        len(values), blocks,
+    )  # fmt: skip
+
+
+def quantize_rows(
+    matrix: Matrix, numbers: NDArray[np.float32], values: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+) -> None:  # fmt: skip
+    """Rows (16·G, columns) -> values and scales of G groups, quantized to Q8_0 or Q4_0.
+
+    The codes are those of ggml's quantizers to the bit, as in formats/quantize.py, as long as the
+    numbers are finite. A block with a NaN or an infinity gets NaN as its scale, so that a broken
+    model is noticed.
+    """
+    numbers, groups = np.ascontiguousarray(numbers), len(values)
+    assert numbers.shape == (groups * GROUP, values.shape[1] * BLOCK)
+    assert numbers.dtype == np.float32
+    exact = np.empty((groups, matrix.weight_type.blocks(numbers.shape[1]), GROUP), np.float32)
+    QUANTIZE[matrix.weight_type](
+        numbers.ctypes.data, values.ctypes.data, exact.ctypes.data, numbers.shape[1], groups
+    )
     halves = scales.view(np.float16)
     with np.errstate(over="ignore"):  # beyond a half's range: infinity, which comes out as NaN
-        halves[:] = quantise_groups(matrix.weight_type.name, numbers, values).reshape(halves.shape)
+        halves[:] = exact.reshape(halves.shape)
+
+
+# --- blocks of a file -----------------------------------------------------------------------------
+
+
+@instruction(returns=types.uint8)
+def load8(v: Vectors, address: Any) -> Any:
+    return v.load(address, I8, 1)
+
+
+@instruction(returns=types.uint16)
+def load16(v: Vectors, address: Any) -> Any:
+    return v.load(address, I16, 1)
+
+
+@instruction(returns=types.uint32)
+def load32(v: Vectors, address: Any) -> Any:
+    return v.load(address, I32, 1)
+
+
+@instruction(types.int64, types.uint8)
+def store8(v: Vectors, address: Any, value: Any) -> None:
+    v.store(value, address, 1)
+
+
+@instruction(types.int64, types.uint16)
+def store16(v: Vectors, address: Any, value: Any) -> None:
+    v.store(value, address, 1)
+
+
+@instruction(types.int64, types.uint32)
+def store32(v: Vectors, address: Any, value: Any) -> None:
+    v.store(value, address, 1)
+
+
+@inlined
+def word_place(values: int, cell: int, words: int, word: int, lane: int) -> int:
+    """The address of a lane's word of a block, of so many words per lane."""
+    return values + ((cell * words + word) * LANES + lane) * 4
+
+
+@entry
+def move_q8_0(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File block: half d, 32 signed bytes."""
+    for cell in range(groups * blocks):
+        first = raw + cell // blocks * LANES * row + cell % blocks * 34
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(scales + (cell * LANES + lane) * 2, load16(block))
+            for w in range(8):
+                word = load32(block + 2 + 4 * w) ^ SIGNS  # signed -> plus 128
+                store32(word_place(values, cell, 8, w, lane), word)
+
+
+@entry
+def move_q4_0(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File block: half d, sixteen bytes of two nibbles in the same order."""
+    for cell in range(groups * blocks):
+        first = raw + cell // blocks * LANES * row + cell % blocks * 18
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(scales + (cell * LANES + lane) * 2, load16(block))
+            for w in range(4):
+                store32(word_place(values, cell, 4, w, lane), load32(block + 2 + 4 * w))
+
+
+@entry
+def move_q4_1(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File block: half d, half m, sixteen bytes as in Q4_0."""
+    for cell in range(groups * blocks):
+        first = raw + cell // blocks * LANES * row + cell % blocks * 20
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(scales + (cell * 2 * LANES + lane) * 2, load16(block))
+            store16(scales + ((cell * 2 + 1) * LANES + lane) * 2, load16(block + 2))
+            for w in range(4):
+                store32(word_place(values, cell, 4, w, lane), load32(block + 4 + 4 * w))
+
+
+@entry
+def move_q4_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File: half d, half dmin, 12 bytes of six-bit scales and minima, 128 bytes of nibbles.
+
+    A run of 32 bytes holds two blocks, one in its low and one in its high nibbles; here a byte
+    holds two numbers of the same block.
+    """
+    supers = blocks // 8
+    for cell in range(groups * supers):
+        first = raw + cell // supers * LANES * row + cell % supers * 144
+        own = scales + cell * 320
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(own + lane * 2, load16(block))
+            store16(own + (LANES + lane) * 2, load16(block + 2))
+            for n in range(4):
+                scale, minimum = load8(block + 4 + n), load8(block + 8 + n)
+                both = load8(block + 12 + n)
+                place = own + 4 * LANES + n * 2 * LANES + lane
+                store8(place, scale & 63)
+                store8(place + LANES, minimum & 63)
+                store8(place + 8 * LANES, both & 15 | scale >> 6 << 4)
+                store8(place + 9 * LANES, both >> 4 | minimum >> 6 << 4)
+            for run in range(4):
+                for w in range(4):
+                    place = word_place(values, cell * 8 + 2 * run, 4, w, lane)
+                    left = load32(block + 16 + run * 32 + 4 * w)
+                    right = load32(block + 32 + run * 32 + 4 * w)
+                    store32(place, left & LOW | (right & LOW) << 4)
+                    store32(place + 16 * LANES, (left & HIGH) >> 4 | right & HIGH)
+
+
+@entry
+def move_q6_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File: 128 bytes of low nibbles, 64 of upper bits, 16 signed scales, half d.
+
+    Each half of a superblock is four blocks: their low nibbles are in two runs of 32 bytes, first
+    the low halves of both, then the high ones; their upper bits share 32 bytes.
+    """
+    supers = blocks // 8
+    for cell in range(groups * supers):
+        first = raw + cell // supers * LANES * row + cell % supers * 210
+        own = scales + cell * 288
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(own + lane * 2, load16(block + 208))
+            for n in range(16):
+                store8(own + 2 * LANES + n * LANES + lane, load8(block + 192 + n))
+            for n in range(8):
+                low = block + n // 4 * 64 + n % 2 * 32
+                high = block + 128 + n // 4 * 32
+                shift = n // 2 % 2 * 4
+                for w in range(4):
+                    left = load32(low + 4 * w) >> shift & LOW
+                    right = load32(low + 16 + 4 * w) >> shift & LOW
+                    store32(word_place(values, cell * 8 + n, 6, w, lane), left | right << 4)
+                for v in range(2):
+                    tops = np.uint32(0)
+                    for w in range(4):
+                        two = load32(high + 4 * (2 * w + v)) >> (2 * (n % 4)) & TOP
+                        tops |= two << (2 * w)
+                    store32(word_place(values, cell * 8 + n, 6, 4 + v, lane), tops)
+
+
+MOVE: dict[WeightType, Callable[..., None]] = {
+    WeightType.Q8_0: move_q8_0, WeightType.Q4_0: move_q4_0, WeightType.Q4_1: move_q4_1,
+    WeightType.Q4_K: move_q4_k, WeightType.Q6_K: move_q6_k,
+}  # fmt: skip
+
+
+# --- float32 rows ---------------------------------------------------------------------------------
+
+
+@inlined
+def largest_magnitude(bits: Any, start: int) -> Any:
+    """Of 32 float32, given as int32: the bits of the largest, without sign."""
+    most = np.int32(0)
+    for i in range(BLOCK):
+        most = max(most, bits[start + i] & MAGNITUDE)
+    return most
+
+
+@inlined
+def scale_or_nan(most: int, scale: float) -> Any:
+    """The scale; NaN if the largest magnitude is not finite."""
+    return float_from_bits(MAGNITUDE) if most >= INFINITY else scale
+
+
+@inlined
+def inverse(scale: float) -> Any:
+    return np.float32(1) / scale if scale != 0 else np.float32(0)
+
+
+@entry
+def quantize_q8_0(numbers: int, values: int, scales: int, columns: int, groups: int) -> None:
+    """Codes −127 … 127, halves away from zero; the largest of a block gets ±127.
+
+    scales: (groups, blocks, 16) float32, to be rounded to halves by the caller.
+    """
+    blocks = columns // BLOCK
+    bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
+    inputs = floats(numbers, groups * LANES * columns)
+    line = stack_words()  # the codes of one block
+    codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
+    factors = floats(scales, groups * blocks * LANES)
+    for cell in range(groups * blocks):
+        for lane in range(LANES):
+            start = (cell // blocks * LANES + lane) * columns + cell % blocks * BLOCK
+            most = largest_magnitude(bits, start)
+            scale = float_from_bits(most) / np.float32(127)
+            factors[cell * LANES + lane] = scale_or_nan(most, scale)
+            times = inverse(scale)
+            for i in range(BLOCK):
+                code = inputs[start + i] * times
+                code += np.float32(0.5) if code >= 0 else np.float32(-0.5)
+                codes[i] = np.uint8(np.int32(code) + np.int32(128))
+            for w in range(8):
+                store32(word_place(values, cell, 8, w, lane), words[w])
+
+
+@entry
+def quantize_q4_0(numbers: int, values: int, scales: int, columns: int, groups: int) -> None:
+    """Codes 0 … 15 for −8 … 7; the first number farthest from zero gets −8."""
+    blocks = columns // BLOCK
+    bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
+    inputs = floats(numbers, groups * LANES * columns)
+    line = stack_words()  # the codes of one block
+    codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
+    factors = floats(scales, groups * blocks * LANES)
+    for cell in range(groups * blocks):
+        for lane in range(LANES):
+            start = (cell // blocks * LANES + lane) * columns + cell % blocks * BLOCK
+            most, farthest = largest_magnitude(bits, start), start
+            while bits[farthest] & MAGNITUDE != most:
+                farthest += 1
+            scale = inputs[farthest] / np.float32(-8)
+            factors[cell * LANES + lane] = scale_or_nan(most, scale)
+            times = inverse(scale)
+            for i in range(BLOCK // 2):
+                low = four_bits(inputs[start + i] * times)
+                high = four_bits(inputs[start + BLOCK // 2 + i] * times)
+                codes[i] = np.uint8(low | high << np.int32(4))
+            for w in range(4):
+                store32(word_place(values, cell, 4, w, lane), words[w])
+
+
+@inlined
+def four_bits(steps: float) -> Any:
+    """Steps of −8 … 8 -> the nearest code, at most 15."""
+    return min(np.int32(steps + np.float32(8.5)), np.int32(15))
+
+
+QUANTIZE: dict[WeightType, Callable[..., None]] = {
+    WeightType.Q8_0: quantize_q8_0, WeightType.Q4_0: quantize_q4_0,
+}  # fmt: skip

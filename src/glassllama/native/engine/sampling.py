@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.native.engine.elementwise import exponential
-from glassllama.native.jit.code_cache import seal
+from glassllama.native.jit.code_cache import save_checksums
 from glassllama.native.jit.compile import INTERNAL, inlined, native, reassociating
 from glassllama.native.jit.intrinsics import float_from_bits
 
@@ -307,7 +307,7 @@ def compiled_choose() -> Any:
     machine_code: Any = native(choose, set())
     machine_code(*example())
     if machine_code.stats.cache_misses:
-        seal()
+        save_checksums()
     return machine_code
 
 

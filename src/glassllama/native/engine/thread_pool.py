@@ -128,6 +128,25 @@ def finish_phase(worker: Any, phase: int, items: int, num_done: int) -> None:
             relax()
 
 
+@inlined
+def parallel_for(
+    worker: Any, phase: int, items: int, min_items: int, body: Any, arguments: Any
+) -> None:
+    """One thread's part of a phase: body(first, last, *arguments) for items first … last-1.
+
+    Claims `min_items` or more at a time, then waits until the other threads have finished the
+    phase. `body` is the name of a compiled function in the caller: this function is inlined, so
+    that the call is a direct one and the caller's machine code can be cached on disk.
+    """
+    first, last = claim(worker, phase, items, min_items)
+    num_done = 0
+    while first < last:
+        body(first, last, *arguments)
+        num_done += last - first
+        first, last = claim(worker, phase, items, min_items)
+    finish_phase(worker, phase, items, num_done)
+
+
 @compiled
 def begin_step(
     control_block: int, threads: int, first_phase: int, words: int, step_args: Any

@@ -1,8 +1,7 @@
 """Decorators that compile functions with Numba, without the GIL, cached on disk.
 
 Numba's cache checks one source file at a time, but compiled functions depend on each other and on
-constants across files. So the cache folders are named after the digest of all sources of `native`
-and of the modules outside it whose constants end up in compiled code.
+constants across files. So the cache folders are named after the digest of all sources of `native`.
 
 The decorators `raw_…` compile without Numba's reference counting, which takes half the time of
 loops over bytes. Such code cannot allocate arrays: it uses those that Python passes in.
@@ -18,7 +17,6 @@ from typing import Any, TypeVar, cast
 import numba
 from numba import njit
 from numba.core.ccallback import CFunc
-from numba.extending import intrinsic
 
 from glassllama.native.jit.code_cache import best_effort_cache, folder_for
 from glassllama.native.jit.deferred_signals import defer_signals_while_compiling
@@ -42,10 +40,11 @@ defer_signals_while_compiling()
 
 
 def frozen_sources() -> list[Path]:
-    """The source files that compiled code depends on, in a fixed order."""
-    package = Path(__file__).parent.parent.parent
-    outside = ("base/interfaces.py",)
-    return [*sorted((package / "native").rglob("*.py")), *(package / name for name in outside)]
+    """The source files that compiled code depends on, in a fixed order: all of native/.
+
+    tests/native/test_frozen_sources.py checks that no constant from elsewhere is compiled in.
+    """
+    return sorted(Path(__file__).parent.parent.rglob("*.py"))
 
 
 @lru_cache(maxsize=3)
@@ -141,13 +140,3 @@ def callback_address(signature: Any, function: Callable[..., Any], fastmath: set
     made.compile()
     CALLBACKS.append(made)
     return int(made.address)
-
-
-def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function written in LLVM's intermediate representation: see intrinsics.py."""
-    return cast(Callable[..., Any], intrinsic(function))
-
-
-def instruction_for_constants(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, for functions some of whose arguments are compile-time constants."""
-    return cast(Callable[..., Any], intrinsic(prefer_literal=True)(function))

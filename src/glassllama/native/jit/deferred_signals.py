@@ -25,16 +25,16 @@ class DeferredSignals:
     def __init__(self) -> None:
         self._depth = 0
         self._before: dict[Signals, Any] = {}
-        self._held: list[Signals] = []
+        self._pending: list[Signals] = []
 
     def on_start(self, _: object) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signal handlers run in the main thread only
         if self._depth == 0:
             try:
-                self._take_over()
+                self._install()
             except BaseException:  # raised by the handler of another signal
-                self._give_back()
+                self._restore()
                 raise
         self._depth += 1
 
@@ -44,12 +44,12 @@ class DeferredSignals:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             try:
-                self._give_back()
+                self._restore()
             finally:
-                self._give_back()  # the rest, if a signal came in between
-            held, self._held = self._held, []
-            if held:
-                signal.raise_signal(held[0])
+                self._restore()  # the rest, if a signal came in between
+            pending, self._pending = self._pending, []
+            if pending:
+                signal.raise_signal(pending[0])
 
     def notify(self, event: Any) -> None:
         if event.is_start:
@@ -57,23 +57,23 @@ class DeferredSignals:
         else:
             self.on_end(event)
 
-    def _take_over(self) -> None:
+    def _install(self) -> None:
         for number in SIGNALS:
             handler = signal.getsignal(number)
-            if callable(handler) and handler != self._hold:
+            if callable(handler) and handler != self._defer:
                 self._before[number] = handler
-                signal.signal(number, self._hold)
+                signal.signal(number, self._defer)
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def _hold(self, number: int, _: object) -> None:
+    def _defer(self, number: int, _: object) -> None:
         at_once = instead.get(self._before[Signals(number)])
         if at_once is not None:
             at_once(Signals(number))
-        self._held.append(Signals(number))
+        self._pending.append(Signals(number))
 
 
 class Compilations:

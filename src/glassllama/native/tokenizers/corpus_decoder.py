@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import PADDING, eight_bytes, put_eight_bytes
 from glassllama.native.jit.compile import Int, raw_entry
+from glassllama.native.jit.memory import PADDING, eight_bytes, put_eight_bytes
 from glassllama.tokenizers.vocabulary import Vocabulary
 
 Bytes = NDArray[np.uint8]

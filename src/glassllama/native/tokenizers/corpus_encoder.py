@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.locks import NonReentrantLock, synchronized
-from glassllama.native.jit.byte_scan import PADDING, WINDOW, padded
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
-from glassllama.native.jit.memory import fetch_soon
+from glassllama.native.jit.memory import PADDING, WINDOW, fetch_soon, padded
 from glassllama.native.tokenizers.interleaved_merge import (
     BATCH_SIZE,
     NO_WORD,

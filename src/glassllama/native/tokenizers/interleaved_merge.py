@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import leading_zeros, trailing_zeros
 from glassllama.native.jit.compile import Int, raw_inlined
-from glassllama.native.jit.memory import KEYS, lowest_key
+from glassllama.native.jit.memory import KEYS, leading_zeros, lowest_key, trailing_zeros
 from glassllama.native.tokenizers.pair_table import (
     EMPTY,
     LARGEST_ID,

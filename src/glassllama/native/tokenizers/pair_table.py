@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
-from glassllama.native.jit.memory import LINE, fetch_soon, slot_of_key, table_of_zeros
+from glassllama.native.jit.memory import SLOTS, fetch_soon, slot_of_key, table_of_zeros
 from glassllama.tokenizers.vocabulary import Vocabulary
 
 Ints = NDArray[np.int32]
@@ -34,14 +34,14 @@ LARGEST_ID, MERGE_RANK_MASK = 2**21 - 1, np.uint64(2**22 - 1)
 
 
 class PairTable(NamedTuple):
-    """Which pairs of ids merge: a hash table of a power of two of lines, each of LINE slots.
+    """Which pairs of ids merge: a hash table of a power of two of lines, each of SLOTS slots.
 
     A slot is left << 43 | right << 22 | merge_rank + 1, or 0. The merge rank numbers the different
     (rank, joined) in ascending order. `bitmap_filter` has a bit for every hash, set if a pair has
     it: it is small enough for the processor's cache and rejects nearly all pairs that do not merge.
     """
 
-    slots: NDArray[np.uint64]  # (lines, LINE)
+    slots: NDArray[np.uint64]  # (lines, SLOTS)
     bitmap_filter: NDArray[np.uint64]  # 2^FILTER_BITS bits: half a megabyte
     ranks: Ints  # rank in the vocabulary, by merge rank
     joined: Ints  # id of the merged token, by merge rank
@@ -56,9 +56,9 @@ def table_of(rows: NDArray[np.int64]) -> PairTable:
     if len(rows) and max(rows[:, 0].max(), rows[:, 1].max(), rows[:, 3].max()) >= LARGEST_ID:
         raise TokenizerError(f"vocabulary: an id is {LARGEST_ID} or larger, which is not supported")
     merges, merge_ranks = np.unique(rows[:, 2] << 32 | rows[:, 3], return_inverse=True)
-    lines = 1 << max(1, math.ceil(math.log2(len(rows) / MAX_LOAD / LINE + 1)))
+    lines = 1 << max(1, math.ceil(math.log2(len(rows) / MAX_LOAD / SLOTS + 1)))
     table = PairTable(
-        table_of_zeros(lines, LINE),
+        table_of_zeros(lines, SLOTS),
         np.zeros(2**FILTER_BITS // 64, np.uint64),
         (merges >> 32).astype(np.int32),
         (merges & 0xFFFFFFFF).astype(np.int32),
@@ -114,7 +114,7 @@ def fill(table: PairTable, lefts: Keys, rights: Keys, merge_ranks: Keys) -> None
         line, at = line_of(slots, key * HASH_FACTOR), 0
         while slots[line, at] != 0 and slots[line, at] >> MERGE_RANK_BITS != key:
             at += 1
-            if at == LINE:
+            if at == SLOTS:
                 line, at = (line + np.uint64(1)) & np.uint64(len(slots) - 1), 0
         slots[line, at] = key << MERGE_RANK_BITS | np.uint64(merge_ranks[k] + 1)
         place, bit = filter_bit(key * HASH_FACTOR)
@@ -132,7 +132,7 @@ def merge_rank_of(left: Int, right: Int, table: PairTable) -> Int:
         return EMPTY
     while True:
         found = slot_of_key(table.slots, line, key, MERGE_RANK_BITS) & MERGE_RANK_MASK
-        if found != 0 or table.slots[line, LINE - 1] == 0:
+        if found != 0 or table.slots[line, SLOTS - 1] == 0:
             return np.int64(found) - 1
         line = (line + np.uint64(1)) & np.uint64(len(table.slots) - 1)
 
@@ -150,7 +150,7 @@ def prefetched_merge_rank(left: Int, right: Int, table: PairTable) -> Int:
     key = np.uint64(left) << ID_BITS | np.uint64(right)
     line = line_of(table.slots, key * HASH_FACTOR)
     found = slot_of_key(table.slots, line, key, MERGE_RANK_BITS) & MERGE_RANK_MASK
-    has_space = np.uint64(table.slots[line, LINE - 1] == 0)
+    has_space = np.uint64(table.slots[line, SLOTS - 1] == 0)
     if found | has_space == 0:  # full line: the pair may be in the next; rare
         return merge_rank_of(left, right, table)
     fetch_soon(table.joined, np.int64(found))  # its neighbor, mostly in the same cache line

@@ -13,7 +13,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import (
+from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
+from glassllama.native.jit.memory import (
     WINDOW,
     bytes_within,
     eight_bytes,
@@ -21,7 +22,6 @@ from glassllama.native.jit.byte_scan import (
     letters_in,
     trailing_zeros,
 )
-from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, LLAMA3, QWEN2
 from glassllama.tokenizers.unicode_tables import N_CODE_POINTS, property_points, whitespace_points
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import PADDING
 from glassllama.native.jit.compile import raw_entry
+from glassllama.native.jit.memory import PADDING
 from glassllama.native.tokenizers.pair_table import (
     EMPTY,
     PairTable,

@@ -11,8 +11,8 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import PADDING
 from glassllama.native.jit.compile import Int, raw_entry
+from glassllama.native.jit.memory import PADDING
 from glassllama.native.tokenizers.pretokenizer import (
     RULES,
     character_classes,

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.jit.byte_scan import eight_bytes, put_eight_bytes
 from glassllama.native.jit.compile import Int, raw_compiled, raw_inlined
-from glassllama.native.jit.memory import table_of_zeros
+from glassllama.native.jit.memory import eight_bytes, put_eight_bytes, table_of_zeros
 
 Bytes = NDArray[np.uint8]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from glassllama.base.errors import GlassError
@@ -70,7 +71,7 @@ def run_step(walk: Walkthrough, number: int) -> Step:
     """
     require_step(number)
     try:
-        return STEPS[number](walk)
+        return replace(STEPS[number](walk), number=number)
     except StepMismatchError as error:
         raise StepMismatchError(f"step {step_title(number)}: {error}") from None
     except DamagedWeightsError as error:

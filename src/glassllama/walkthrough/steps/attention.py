@@ -53,7 +53,6 @@ def norm(walk: Walkthrough) -> Step:
     numbers[1:1] = [Numbers("divided", divided)]
     numbers.append(Numbers("result", out[0, -1], f"{walk.prefix}.attention_norm"))
     return Step(
-        number=5,
         name="norm",
         title="RMSNorm" if root_mean_square else "LayerNorm",
         question="How is the input of a layer normalized?",
@@ -85,7 +84,6 @@ def queries_keys_values(walk: Walkthrough) -> Step:
     q, k, v = (t[f"attention.{name}"] for name in "qkv")
     attention = walk.implementation(f"{walk.prefix}.attention")
     return Step(
-        number=6,
         name="qkv",
         title="Queries, keys and values",
         question="Which vectors does attention compare, and which does it add up?",
@@ -137,7 +135,6 @@ def heads_and_groups(walk: Walkthrough) -> Step:
         text = f"Each of the {c.n_heads} query heads has a KV head of its own (multi-head "
         text += f"attention, no groups). Only {cache}."
     return Step(
-        number=7,
         name="groups",
         title="Heads and groups" if size > 1 else "Heads",
         question=question,
@@ -199,7 +196,6 @@ def rope(walk: Walkthrough, angles: Tensor) -> Step:
     normed = " Then the whole head is divided by its RMS (qk_norm)." if c.qk_norm else ""
     q, q_rope = t["attention.q"], t["attention.q_rope"]
     return Step(
-        number=8,
         name="rope",
         title="RoPE: positions as rotations",
         question="How do attention scores depend on the positions of tokens?",
@@ -284,7 +280,6 @@ def learned_positions(walk: Walkthrough) -> Step:
     directions = torch.nn.functional.normalize(vectors[0, walk.shown.start :].float(), dim=-1)
     last = len(walk.ids) - 1
     return Step(
-        number=8,
         name="positions",
         title="Positions: one learned vector each",
         question="How do attention scores depend on the positions of tokens?",
@@ -328,7 +323,6 @@ def attention_weights_step(walk: Walkthrough) -> Step:
     top = ", ".join(f"{walk.pieces[int(n)]} {float(w):.0%}" for w, n in zip(*largest, strict=True))
     title = f"layer {walk.layer}, head {walk.head}: rows are queries, columns are keys"
     return Step(
-        number=9,
         name="attention",
         title="Scores, mask, softmax",
         question="How much attention does each token pay to the tokens before it?",
@@ -376,7 +370,6 @@ def attention_output(walk: Walkthrough) -> Step:
     )
     heads, wo = t["attention.heads"], t["attention.wo"]
     return Step(
-        number=10,
         name="residual",
         title="Weighted sum, wo, residual",
         question="What does attention add to the residual stream?",

@@ -73,7 +73,6 @@ def quantization(walk: Walkthrough) -> Step:
          f"{e.divergence:.2e}", walk.piece(e.predicts)) for e in results
     ]  # fmt: skip
     return Step(
-        number=16,
         name="quantization",
         title="Quantization: the same with fewer bits",
         question="How much do Q8_0 and Q4_0 change weights, outputs and logits?",
@@ -179,7 +178,6 @@ def time_by_part(walk: Walkthrough) -> Step:
     parts = sorted(seconds, key=lambda part: -seconds[part])
     threads, cores = torch.get_num_threads(), usable_cores()
     return Step(
-        number=17,
         name="time",
         title="Time by part",
         question="Which parts of the forward pass take how much time?",

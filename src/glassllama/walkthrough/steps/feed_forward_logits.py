@@ -50,7 +50,6 @@ def feed_forward(walk: Walkthrough) -> Step:
         Numbers(name, t[f"feed_forward.{name}"][0, -1], f"{prefix}.{name}") for name in names
     ]
     return Step(
-        number=11,
         name="swiglu" if walk.is_gated else "feed_forward",
         title=title,
         question="What does the feed-forward network add to the residual stream?",
@@ -104,7 +103,6 @@ def all_layers(walk: Walkthrough) -> Step:
     x, count = shape(walk.block_input), walk.config.n_layers
     norms = residual_norms(walk.trace)[:, 0]  # (L + 1, T)
     return Step(
-        number=12,
         name="layers",
         title="All layers",
         question="How does the residual stream change from layer to layer?",
@@ -169,7 +167,6 @@ def last_logits(walk: Walkthrough) -> Step:
     norm_source = source(RMSNorm.forward, "return") if walk.is_rms_norm else source(layer_norm)
     matrix = "the embedding matrix, used again" if c.tie_embeddings else "the output matrix"
     return Step(
-        number=13,
         name="logits",
         title="Last norm, logits, top ten",
         question="How does the last vector become a probability for every token?",

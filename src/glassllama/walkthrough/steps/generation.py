@@ -45,7 +45,6 @@ def sampling(walk: Walkthrough) -> Step:
     drawn = draws(walk, logits)
     count = f"{len(nucleus):,} candidate{'' if len(nucleus) == 1 else 's'}"
     return Step(
-        number=14,
         name="sampling",
         title="Sampling: temperature and top-p",
         question="How is the next token chosen from the probabilities?",
@@ -162,7 +161,6 @@ def kv_cache(walk: Walkthrough) -> Step:
     tokens = [first, *greedy_tokens(walk, cache, recorded.logits[0, -1].cpu())]
     weights, logits = recorded[f"{prefix}.attention.weights"], recorded.logits.cpu()
     return Step(
-        number=15,
         name="cache",
         title="The second token, with the KV cache",
         question="Which results are reused for the next token?",

@@ -21,7 +21,7 @@ from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
 from glassllama.walkthrough.step import Check, Numbers, Source, Step, same, source
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape
-from glassllama.weights.open import Checkpoint
+from glassllama.weights.checkpoint import Checkpoint
 
 BYTES_PER_LINE = 12
 SHOWN_BYTES = 20
@@ -45,7 +45,6 @@ def prompt_bytes(walk: Walkthrough) -> Step:
         text = f"{len(raw)} bytes of UTF-8, in {len(parts)} pre-tokens. ␣ is a space, ↵ a line "
         text += f"break. {how_split(walk)}"
     return Step(
-        number=0,
         name="prompt",
         title="The prompt and its bytes",
         question="What does the tokenizer get, and how is it split first?",
@@ -121,7 +120,6 @@ def token_ids(walk: Walkthrough) -> Step:
             "are the order in which training learned the merges, the most frequent pairs first."
         )
     return Step(
-        number=1,
         name="ids",
         title="Merges: from bytes to token ids",
         question="How do bytes become token ids?",
@@ -196,7 +194,6 @@ def weights_file(walk: Walkthrough) -> Step:
     sizes = bytes_by_part(checkpoint)
     total, file = sum(sizes.values()), PurePath(info.path).name
     return Step(
-        number=2,
         name="file",
         title="The weights file",
         question="How are the weights stored?",
@@ -253,7 +250,6 @@ def configuration(walk: Walkthrough) -> Step:
         (Numbers("RoPE frequencies, radians per token", walk.frequencies),) if walk.has_rope else ()
     )
     return Step(
-        number=3,
         name="config",
         title="The configuration",
         question="Which settings distinguish this model from others of its architecture?",
@@ -342,7 +338,6 @@ def embedding(walk: Walkthrough) -> Step:
         ]
         checks.append(walk.check("embeddings", rows + positions))
     return Step(
-        number=4,
         name="embedding",
         title="Embedding: one row of a matrix for each token",
         question="How does a token id become a vector?",

@@ -1,0 +1,186 @@
+"""A path → a checkpoint: its files, its architecture and configuration, its tensors.
+
+Nothing is loaded here. A `Checkpoint` reads one tensor at a time under our own names; the PyTorch
+model (weights/load.py) and the engine (weights/pack.py) are both filled from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import ConfigError, GlassError, MissingExtraError, TokenizerError
+from glassllama.base.fields import Fields
+from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
+from glassllama.base.layer_plan import ModelPlan
+from glassllama.formats.blocks import dequantize
+from glassllama.tokenizers.vocabulary import TokenizerBase
+from glassllama.weights.architectures import (
+    architecture_of,
+    config_from_gguf,
+    config_from_hf,
+    config_from_meta,
+)
+from glassllama.weights.architectures.description import Architecture, FileFormat, MappedTensor
+from glassllama.weights.model_files import OPEN, find_model, hf_notes, read_json
+from glassllama.weights.tensor_map import match_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened, checked model whose weights are not loaded."""
+
+    path: Path  # the file or folder
+    file_format: FileFormat
+    architecture: Architecture
+    config: Any  # the architecture's configuration
+    file: TensorFile
+    tensors: Mapping[str, MappedTensor]  # by our parameter names, in the order of a forward pass
+    notes: list[str] = field(default_factory=list)  # what was inferred, what has no effect
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Our parameter names -> the file's, in the order of a forward pass."""
+        return {ours: tensor.theirs for ours, tensor in self.tensors.items()}
+
+    @cached_property
+    def layer_plan(self) -> ModelPlan:
+        """What the engine runs. Raises ConfigError if only PyTorch runs this architecture."""
+        if self.architecture.layer_plan is None:
+            raise ConfigError(f"{self.path}: {self.architecture.torch_only}, whole in memory")
+        return self.architecture.layer_plan(self.config)
+
+    def info(self, ours: str) -> TensorInfo:
+        """Shape, type and size of one of our parameters.
+
+        Path and offset are those of the stored tensor, which may hold others, too.
+        """
+        tensor = self.tensors[ours]
+        info = self.file.info(tensor.theirs)
+        if tensor.as_stored:
+            return info
+        stored_rows = tensor.stored_shape[-1 if tensor.transposed else 0]
+        nbytes = info.nbytes // stored_rows * tensor.shape[0]
+        return replace(info, name=ours, shape=tensor.shape, nbytes=nbytes)
+
+    def read(self, ours: str, rows: slice | None = None) -> NDArray[Any]:
+        """The tensor, or some of its rows, as stored (see TensorFile.read)."""
+        tensor = self.tensors[ours]
+        if tensor.as_stored:
+            return self.file.read(tensor.theirs, rows)
+        stored = self.file.read(tensor.theirs)
+        stored = stored.T if tensor.transposed else stored
+        matrix = stored[tensor.first_row : tensor.first_row + tensor.shape[0]]
+        return np.ascontiguousarray(matrix if rows is None else matrix[rows])
+
+    def float32(self, ours: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The tensor, or some of its rows, as float32: a copy."""
+        info, raw = self.info(ours), self.read(ours, rows)
+        return dequantize(raw, info.dtype, (*raw.shape[:1], *info.shape[1:]))
+
+    def release_pages(self, ours: str) -> None:
+        """Give the mapped pages of this tensor back to the system."""
+        self.file.release_pages(self.tensors[ours].theirs)
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that came with the weights. Raises TokenizerError."""
+        from glassllama.weights.tokenizer import tokenizer_from_folder
+        from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
+
+        gguf, rows = self.file_format == "gguf", self.config.vocab_size
+        found: Tokenizer = (
+            tokenizer_from_gguf(self.file.metadata) if gguf else tokenizer_from_folder(self.folder)
+        )
+        self.notes.extend(getattr(found, "notes", []))
+        if isinstance(found, TokenizerBase):
+            found.model_rows = rows
+        if found.vocab_size > rows:
+            self.notes.append(
+                f"the tokenizer has {found.vocab_size} tokens, the model {rows}: texts with one of "
+                f"the last {found.vocab_size - rows} cannot be read"
+            )
+        return found
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja template that came with the weights, if any."""
+        from glassllama.weights.tokenizer import chat_template_from_folder
+
+        if self.file_format == "gguf":
+            get = Fields("GGUF", self.file.metadata, TokenizerError)
+            return get.text("tokenizer.chat_template", None)
+        return chat_template_from_folder(self.folder)
+
+    @cached_property
+    def template_tokens(self) -> dict[str, str]:
+        """The texts of the template's variables `bos_token`, `eos_token` and the like."""
+        from glassllama.weights.tokenizer import template_tokens_from_folder
+        from glassllama.weights.tokenizer_gguf import template_tokens_from_gguf
+
+        if self.file_format == "gguf":
+            return template_tokens_from_gguf(self.file.metadata)
+        return template_tokens_from_folder(self.folder)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a GGUF file, a Hugging Face folder or a Meta folder (or a file in one).
+
+    Raises GlassError: no such file, no known format, FormatError (damaged), ConfigError (not a
+    supported model), WeightsError (tensors do not fit the configuration).
+    """
+    path = Path(path)
+    try:
+        return _open(*find_model(path))
+    except MissingExtraError:
+        raise
+    except GlassError as error:
+        folder = str(path if path.is_dir() else path.parent)
+        if str(error).startswith((folder, str(path))):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _open(file_format: FileFormat, source: Path) -> Checkpoint:
+    folder = source if source.is_dir() else source.parent
+    # config.json before any other file: what it says explains most errors.
+    resolved = config_from_hf(read_json(folder / "config.json")) if file_format == "hf" else None
+    file = OPEN[file_format](source)
+    try:
+        if resolved is None:
+            gguf = file_format == "gguf"
+            resolved = (
+                config_from_gguf(file)
+                if gguf
+                else config_from_meta(read_json(folder / "params.json"), file)
+            )
+        architecture = architecture_of(resolved.config)
+        match = match_tensors(file, architecture, resolved.config, file_format)
+        notes = [*resolved.notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
+    except GlassError:
+        file.close()
+        raise
+    if architecture.layer_plan is None:
+        notes.append(architecture.torch_only)
+    return Checkpoint(
+        path=source,
+        file_format=file_format,
+        architecture=architecture,
+        config=match.config,
+        file=file,
+        tensors=match.tensors,
+        notes=notes,
+    )
