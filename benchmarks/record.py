@@ -6,7 +6,7 @@
 
 Each measurement is one file in benchmarks/results/record/. A measurement that has a file is
 skipped, so an interrupted run continues. Models with random weights are written into FOLDER one at
-a time (benchmarks/synthetic.py, widened.py) and deleted afterwards, unless they existed before. All
+a time (benchmarks/synthetic.py, padded.py) and deleted afterwards, unless they existed before. All
 measurements take 25 minutes on two idle cores, those beside ik_llama.cpp (--llama-bench) 16 more;
 they need 10 GB of disk, 16 GB of memory and the bench extra.
 """
@@ -31,10 +31,10 @@ from record_page import (
     DEFAULT,
     HERE,
     LINES,
+    PADDED,
     PAGE,
     PROGRAM,
     README,
-    WIDENED,
     Line,
     page,
     readme,
@@ -75,7 +75,7 @@ def model_file(model: str, models: Path) -> Iterator[str]:
         return
     before = set(packed_cache.folder().glob("*.packed"))
     random = ["synthetic.py", "--shape", shape]
-    script, *options = ["widened.py"] if shape == WIDENED else random
+    script, *options = ["padded.py"] if shape == PADDED else random
     words = [str(HERE / script), str(models), *options, "--type", kind]
     try:
         subprocess.run([sys.executable, *words], check=True)

@@ -15,7 +15,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "record", HERE / "RECORD.md"
 README = HERE.parent / "README.md"
-DEFAULT, WIDENED = "smollm2-135m", "widened"
+DEFAULT, PADDED = "smollm2-135m", "padded"
 BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
 MORE = "--prompt 512 --batch 1,8"
 LONG = "--prompt 512 --context 4096 --runs 2 --new 32 --vs llama.cpp"
@@ -30,7 +30,7 @@ LARGE = "--prompt 512 --batch 1,8 --runs 2 --new 16 --vs llama.cpp"
 
 @dataclass(frozen=True)
 class Line:
-    """One measurement. `model` is a short name, SHAPE-TYPE of random weights, or widened-TYPE."""
+    """One measurement. `model` is a short name, SHAPE-TYPE of random weights, or padded-TYPE."""
 
     name: str
     model: str
@@ -66,7 +66,7 @@ LINES = (
         Line(name, model, "python benchmarks/fidelity.py MODEL", title)
         for name, model, title in (
             ("fidelity", DEFAULT, "Fidelity"),
-            ("fidelity-Q4_K_M", f"{WIDENED}-Q4_K_M", "Fidelity of K-quants"),
+            ("fidelity-Q4_K_M", f"{PADDED}-Q4_K_M", "Fidelity of K-quants"),
         )
     ),
     *(
@@ -152,9 +152,9 @@ weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
 The target of a decode step is met by its ratio **or** by its share of the bound, because memory
 speed varies on a machine that is shared. ik_llama.cpp, the fastest fork known, has its own table.
 """
-WIDENED_MODEL = (
+PADDED_MODEL = (
     "The default model, padded with zeros because K-quants need rows of a multiple of 256 "
-    "(`python benchmarks/widened.py`), quantized by llama.cpp. "
+    "(`python benchmarks/padded.py`), quantized by llama.cpp. "
 )
 MISSING = "\nNot measured yet: {}.\n"
 
@@ -390,7 +390,7 @@ def fidelity_part(line: Line, r: dict[str, Any]) -> str:
     near = "met" if perplexity["more"] <= PERPLEXITY_SLACK else "**not met**"
     return (
         f"\n## {line.title}\n\n"
-        + ("" if line.model == DEFAULT else WIDENED_MODEL)
+        + ("" if line.model == DEFAULT else PADDED_MODEL)
         + "Mean KL divergence (nats) from exact float32 arithmetic, at each token of some answers "
         "and of a text. Target: not larger than llama.cpp's. Differences are given with their "
         "standard error, over answers or tokens.\n\n"

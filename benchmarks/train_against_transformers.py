@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from glassllama.train.data import open_data
-from glassllama.train.loop import one_step
-from glassllama.train.model_factory import parameters
-from glassllama.train.prepare import prepare
-from glassllama.train.resolve import from_tables
+from glassllama.train.loop import train_step
+from glassllama.train.model_factory import count_parameters
+from glassllama.train.settings import from_tables
+from glassllama.train.setup import prepare
 
 CONTEXT, VOCABULARY = 256, 8192
 SIZES = {
@@ -40,13 +40,13 @@ def ours(batch: int, precision: str, folder: Path) -> tuple[Callable[[], object]
             "model": {"kind": "llama", **SIZES},
             "data": {"corpus": "shakespeare", "tokenizer": f"bpe:{VOCABULARY}",
                      "context": CONTEXT, "batch": batch},
-            "optimiser": {"lr": 1e-4},
+            "optimizer": {"lr": 1e-4},
             "schedule": {"steps": 10_000},
             "run": {"precision": precision},
         },
     )  # fmt: skip
     run = prepare(settings, open_data(settings.data, folder), folder)
-    return lambda: one_step(run), parameters(run.model)
+    return lambda: train_step(run), count_parameters(run.model)
 
 
 def theirs(batch: int, autocast: bool) -> tuple[Callable[[], object], int]:
@@ -57,7 +57,7 @@ def theirs(batch: int, autocast: bool) -> tuple[Callable[[], object], int]:
         max_position_embeddings=CONTEXT,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
         ids = torch.randint(VOCABULARY, (batch, CONTEXT))
@@ -65,8 +65,8 @@ def theirs(batch: int, autocast: bool) -> tuple[Callable[[], object], int]:
             loss = model(ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step, sum(p.numel() for p in model.parameters())
 

@@ -31,7 +31,7 @@ import torch
 from glassllama import hub
 from glassllama.train.batches import every_window
 from glassllama.train.data import open_data
-from glassllama.train.metrics import read_records
+from glassllama.train.metrics import read_log
 from glassllama.train.settings import DataSettings
 
 PRESET = "llama-tinyshakespeare-cpu"
@@ -96,10 +96,10 @@ def nanogpt_loss(checkout: Path, folder: Path) -> float:
     model.load_state_dict(saved["model"])
     model.eval()
     settings = DataSettings(corpus="tinyshakespeare", context=CONTEXT, batch=1)
-    held_out = open_data(settings, folder).held_out
+    val = open_data(settings, folder).val
     total, count = 0.0, 0
     with torch.inference_mode():
-        for batch in every_window(held_out, CONTEXT, 128):
+        for batch in every_window(val, CONTEXT, 128):
             targets = torch.from_numpy(batch.targets)
             logits, _ = model(torch.from_numpy(batch.ids), targets.clamp(min=0))
             losses = torch.nn.functional.cross_entropy(
@@ -114,7 +114,7 @@ def ours(preset: str, folder: Path, changes: list[str]) -> Run:
     sets = [word for change in changes for word in ("--set", change)]
     command = ["train", preset, "--out", str(folder / "run"), "--no-preflight", *sets]
     subprocess.run([sys.executable, "-m", "glassllama", *command], check=True, capture_output=True)
-    records = read_records(folder / "run")
+    records = read_log(folder / "run")
     scores = [(r.seconds, r.val_loss) for r in records if r.val_loss is not None]
     return Run(records[-1].seconds, records[-1].step, scores)
 

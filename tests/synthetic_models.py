@@ -1,5 +1,5 @@
 """Scripts of benchmarks/ that write models, as modules: of random weights, of any shape and type,
-in no time (synthetic.py); and of another model's with zeros around them (widened.py)."""
+in no time (synthetic.py); and of another model's with zeros around them (padded.py)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def synthetic_module() -> ModuleType:
     return module("synthetic")
 
 
-def widened_module() -> ModuleType:
+def padded_module() -> ModuleType:
     synthetic_module()  # which it imports
-    return module("widened")
+    return module("padded")
 
 
 def module(name: str) -> ModuleType:

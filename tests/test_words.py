@@ -28,7 +28,6 @@ PARTS = {
     "everyone": "all_rows",
     "faults": "errors",
     "foreseen": "user_message",
-    "halves": "half",
     "heard": "SIGNALS",
     "judge": "evaluate",
     "judged": "evaluate",
@@ -127,14 +126,11 @@ WHOLE = {
     "Which": "ModelOptions",
 }
 NOT_YET = {
-    "Answer", "Book", "Desk", "Family", "Known", "Made", "NOTHING", "Place",
-    "Record", "See", "Seen", "Team", "Told", "TorchOnly", "beside",
-    "bfloats", "board", "border", "carry_out", "centre", "certain", "colour",
-    "dequantise", "essential", "everyone", "faults", "fit", "going_on", "halves",
-    "heard", "held", "held_out", "journal", "judged", "kept", "lead_first", "learnt", "listed",
-    "many", "mine", "nobody", "occupy", "optimiser", "optimisers", "patience", "perhaps",
-    "place", "quantise", "quantised", "recall", "rehearsal", "require_fit", "room", "said",
-    "settle", "sweep", "take", "take_up", "told", "turn", "turns", "wanted", "watched",
+    "Answer", "Book", "Made", "Place", "Record", "Team", "Told", "beside", "bfloats", "board",
+    "border", "carry_out", "essential", "faults", "fit", "going_on", "heard", "held",
+    "held_out", "journal", "judged", "kept", "lead_first", "learnt", "listed", "many", "mine",
+    "nobody", "occupy", "optimiser", "optimisers", "patience", "place", "rehearsal", "room",
+    "said", "settle", "sweep", "take", "take_up", "told", "turn", "turns", "wanted", "watched",
     "wish",
 }  # fmt: skip
 

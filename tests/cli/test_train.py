@@ -1,4 +1,4 @@
-"""`glassllama train`: to a model that `generate` runs; faults, signals, resumption."""
+"""`glassllama train`: to a model that `generate` runs; errors, signals, resuming."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 from cli.programs import COMMAND, PATIENCE, run
 from forks import WITH_TORCH, server
-from glassllama.cli.train_view import View, curve
-from glassllama.train.metrics import Record, read_records
-from glassllama.train.reference_runs import Band, Watchman
+from glassllama.cli.train_view import TrainView, curve
+from glassllama.train.metrics import LoggedMetrics, RunInfo, read_log
 from train.recipes import PRESET, changes, write_text
 
 LONG = ["schedule.steps=150", "run.eval_every=50", "run.save_every=5"]
@@ -31,7 +30,7 @@ def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in the same order here as in a process that is told to use one thread."""
+    """Sums in the same order here as in a process with one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +52,7 @@ def test_trained_models_generate(kind: str, verb: Any, tmp_path: Path, text: Pat
     for words in (
         "settings of ", "\nschedule.steps = 12\n", "checked targets: the inputs, shifted by one",
         "checked this machine:",
-        "step 12: validation ", "bits a byte", "tok/s", "a sample:", "complete: try it with",
+        "step 12: validation ", "bits per byte", "tok/s", "a sample:", "complete: try it with",
     ):  # fmt: skip
         assert words in ran.err, words
     for name in ("settings.toml", "log.jsonl", "log.csv", "loss.svg", "loss.png", "config.json"):
@@ -85,7 +84,7 @@ def test_presets_are_listed(verb: Any) -> None:
         (["bigram-tinyshakespeare", "--set", "run.device=abacus"], 1, "run.device: 'abacus'"),
     ],
 )
-def test_faults_are_one_line(
+def test_errors_are_one_line(
     arguments: list[str], code: int, words: str, verb: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,7 +100,7 @@ def test_a_second_run_in_the_folder_is_refused(verb: Any, tmp_path: Path, text: 
     assert verb(*options(folder, text, "bigram"), "--no-preflight").code == 0
     again = verb(*options(folder, text, "bigram"))
     assert again.code == 1
-    assert "holds a run already" in again.err
+    assert "there is a run already" in again.err
     (tmp_path / "file").write_text("")
     assert verb(*options(tmp_path / "file" / "run", text, "bigram")).code == 1
 
@@ -138,14 +137,14 @@ INTERRUPTED = """
 import os, signal, sys, time, torch
 from pathlib import Path
 from glassllama.__main__ import main
-from glassllama.train.metrics import read_records
+from glassllama.train.metrics import read_log
 folder, step, *numbers = (sys.argv.pop(1) for _ in range(4))
 torch.set_num_threads(1)
 process = os.fork()
 if process == 0:
     main()
     os._exit(0)
-while not any(record.step >= int(step) for record in read_records(Path(folder))):
+while not any(record.step >= int(step) for record in read_log(Path(folder))):
     assert os.waitpid(process, os.WNOHANG) == (0, 0), "it has ended"
     time.sleep(0.01)
 for number in numbers:
@@ -166,12 +165,12 @@ def interrupted(words: list[str], folder: Path, step: int, *numbers: int) -> tup
     return int(ran.stdout), ran.stderr
 
 
-def test_killed_interrupted_and_resumed_is_never_interrupted(
+def test_a_killed_and_interrupted_run_equals_one_that_was_not(
     verb: Any, tmp_path: Path, text: Path, one_thread: None
 ) -> None:
-    """kill -9, then SIGTERM: in the end every bit is that of a run without them."""
+    """kill -9, then SIGTERM: in the end every bit equals a run without them."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    more = [*LONG, "model.dropout=0.1", "run.precision=bfloat16", "optimiser.ema=0.9"]
+    more = [*LONG, "model.dropout=0.1", "run.precision=bfloat16", "optimizer.ema=0.9"]
     assert verb(*options(straight, text, "llama", *more), "--no-preflight").code == 0
 
     arguments = [*options(broken, text, "llama", *more), "--no-preflight", "--resume", "auto"]
@@ -186,7 +185,7 @@ def test_killed_interrupted_and_resumed_is_never_interrupted(
     assert set(left) == set(right)
     assert all(torch.equal(left[name], right[name]) for name in left)
     losses = [
-        [(r.loss, r.grad_norm, r.val_loss) for r in read_records(folder)]
+        [(r.loss, r.grad_norm, r.val_loss) for r in read_log(folder)]
         for folder in (straight, broken)
     ]
     assert losses[0] == losses[1]
@@ -202,7 +201,7 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, text: Path) -> None:
     assert code == 130, err
 
 
-def test_a_reader_that_leaves(tmp_path: Path, text: Path) -> None:
+def test_a_closed_pipe_is_no_traceback(tmp_path: Path, text: Path) -> None:
     words = " ".join(options(tmp_path / "run", text, "bigram"))
     shell = f"{' '.join(COMMAND)} {words} --no-preflight | true; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=PATIENCE)
@@ -219,32 +218,38 @@ def test_help_does_not_import_torch() -> None:
     assert out.stdout.strip() == "False"
 
 
-# --- what is seen ---------------------------------------------------------------------------
+# --- the display ----------------------------------------------------------------------------
 
 
-def record(step: int, loss: float, **more: float) -> Record:
-    return Record(step=step, loss=loss, lr=0.003, grad_norm=1.0, tokens=step * 100, tok_s=5000.0,
-                  seconds=1.0, **more)  # fmt: skip
+def record(step: int, loss: float, **more: float) -> LoggedMetrics:
+    return LoggedMetrics(step=step, loss=loss, lr=0.003, grad_norm=1.0, tokens=step * 100,
+                         tok_s=5000.0, seconds=1.0, **more)  # fmt: skip
+
+
+def info(steps: int, flops: float, peak: float) -> RunInfo:
+    return RunInfo(folder=Path("run"), first_step=0, total_steps=steps, flops_per_token=flops,
+                   peak_flops=peak)  # fmt: skip
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
-    watchman = Watchman(Band(seeds=3, steps=(2, 4), low=(3.0, 2.0), high=(4.0, 3.0)))
-    with View(steps=4, first=0, flops=4e6, peak=1e11, watchman=watchman) as view:
+    with TrainView("settings of a run") as view:
+        view.on_start(info(steps=4, flops=4e6, peak=1e11))
         for step, loss in enumerate((3.6, 3.4, 3.3, 3.2), start=1):
             view.on_step(record(step, loss))
         view.on_step(record(4, 2.0, val_loss=2.5, val_error=0.01, bits_per_byte=3.6))
         view.on_sample(4, "Thus spake")
     err = capsys.readouterr().err
     assert "step 1/4  loss 3.600  lr 3.0e-03  5,000 tok/s  MFU 20%" in err
-    assert "step 4: loss 3.250 is outside the usual 2.000 … 3.000" in err
-    assert "step 4: validation 2.5000 ± 0.0100, 3.600 bits a byte" in err
+    assert err.startswith("settings of a run\n")
+    assert "step 4: validation 2.5000 ± 0.0100, 3.600 bits per byte" in err
     assert "Thus spake" in err
 
 
 def test_speed_is_of_all_steps_since_the_last_line(capsys: Any) -> None:
     """40 steps of 100 tokens: every second one takes 1 ms, the others 99 ms."""
     seconds = 0.0
-    with View(steps=40, first=0, flops=1e6, peak=1e10) as view:
+    with TrainView() as view:
+        view.on_start(info(steps=40, flops=1e6, peak=1e10))
         for step in range(1, 41):
             took = 0.001 if step % 2 else 0.099
             seconds += took
@@ -263,13 +268,13 @@ def test_the_curve_falls_as_the_loss_does() -> None:
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(verb: Any, tmp_path: Path) -> None:
-    told = (PRESET["bigram"], "--data", tmp_path / "MISSING")
-    ran = verb("train", *told, "--out", tmp_path / "runs" / "one")
+    arguments = (PRESET["bigram"], "--data", tmp_path / "MISSING")
+    ran = verb("train", *arguments, "--out", tmp_path / "runs" / "one")
     assert ran.code == 1
     assert "MISSING: no such file or folder" in ran.err
     assert not (tmp_path / "runs").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "notes.txt").write_text("kept")
-    assert verb("train", *told, "--out", mine / "one").code == 1
+    (mine / "notes.txt").write_text("mine")
+    assert verb("train", *arguments, "--out", mine / "one").code == 1
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]

@@ -25,7 +25,7 @@ def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
     return write_text(tmp_path, romeo_and_juliet)
 
 
-def held(folder: Path) -> dict[str, bytes | None]:
+def contents(folder: Path) -> dict[str, bytes | None]:
     """Every name below the folder, with the bytes of those that are files."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
@@ -48,7 +48,7 @@ def one_error(ran: Any) -> str:
     return line
 
 
-# --- nothing is left ------------------------------------------------------------------------
+# --- failed starts --------------------------------------------------------------------------
 
 BAD_TEXTS = {
     "short": "To be, or not to be, that is the question. " * 10,
@@ -61,7 +61,7 @@ BAD_TEXTS = {
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("name", BAD_TEXTS)
-def test_a_text_that_cannot_be_learnt_from(
+def test_a_text_that_cannot_be_trained_on(
     name: str, there: bool, verb: Any, tmp_path: Path
 ) -> None:
     bad, folder = tmp_path / f"{name}.txt", tmp_path / "runs" / "one"
@@ -70,10 +70,10 @@ def test_a_text_that_cannot_be_learnt_from(
         (folder / "data").mkdir(parents=True)
         (folder / "data" / "train.bin").write_bytes(b"mine")
         (folder / "settings.toml").write_text("# mine\n")
-    before = held(tmp_path)
+    before = contents(tmp_path)
     line = one_error(verb("train", BIGRAM, "--data", bad, "--out", folder))
     assert f"{name}.txt" in line
-    assert held(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def no_number(*_: Any) -> float:
@@ -93,7 +93,7 @@ FAILURES: dict[str, tuple[str, Callable[..., Any], int]] = {
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_no_first_step(
+def test_a_start_without_a_first_step_leaves_no_trace(
     failure: str, there: bool, verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     place, broken, code = FAILURES[failure]
@@ -102,10 +102,10 @@ def test_no_first_step(
     if there:
         folder.mkdir(parents=True)
         (folder / "notes.txt").write_text("mine")
-    before = held(tmp_path)
+    before = contents(tmp_path)
     options = [] if "checks" in failure else ["--no-preflight"]
     assert verb(*words("bigram", text, folder), *options).code == code
-    assert held(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_a_signal_before_the_first_step(
@@ -115,7 +115,7 @@ def test_a_signal_before_the_first_step(
         os.kill(os.getpid(), signal.SIGINT)
         return 1e9
 
-    monkeypatch.setattr("glassllama.train.mfu.peak_flops", interrupted)
+    monkeypatch.setattr("glassllama.train.precision.peak_flops", interrupted)
     ran = verb(*words("bigram", text, tmp_path / "run"), "--no-preflight")
     assert ran.code == 130
     assert "stopped before step 1; nothing has changed" in ran.err
@@ -123,13 +123,13 @@ def test_a_signal_before_the_first_step(
 
 
 def test_without_tensorboard(verb: Any, tmp_path: Path, text: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("glassllama.train.run_dir.find_spec", lambda name: None)
+    monkeypatch.setattr("glassllama.train.metrics.find_spec", lambda name: None)
     ran = verb(*words("bigram", text, tmp_path / "run", "run.tensorboard=true"), "--no-preflight")
     assert "run.tensorboard needs an extra" in one_error(ran)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_killed_start_leaves_is_swept(verb: Any, tmp_path: Path, text: Path) -> None:
+def test_leftovers_of_a_killed_start_are_removed(verb: Any, tmp_path: Path, text: Path) -> None:
     stage = tmp_path / "run" / ".start" / "tokenizer"
     stage.mkdir(parents=True)
     (stage / "tokenizer.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_what_a_killed_start_leaves_is_swept(verb: Any, tmp_path: Path, text: Pa
 # --- vocabularies ---------------------------------------------------------------------------
 
 
-def test_a_failed_start_has_no_part_in_the_next(
+def test_a_failed_start_does_not_affect_the_next(
     verb: Any, tmp_path: Path, text: Path, romeo_and_juliet: Path
 ) -> None:
     """Another text and another size, refused; the vocabulary is then of what was asked for."""
@@ -167,7 +167,7 @@ def test_a_refused_resumption_leaves_every_byte(
     other.write_text(romeo_and_juliet.read_text()[50_000:60_000])
     vocabulary = "data.tokenizer=bpe:300"
     assert verb(*words("llama", text, folder, vocabulary), "--no-preflight").code == 0
-    before = held(folder)
+    before = contents(folder)
     for line, said in (
         (words("llama", other, folder, vocabulary), "training text was"),
         (words("llama", text, folder, vocabulary, "schedule.steps=11"), "extended, not shortened"),
@@ -177,7 +177,7 @@ def test_a_refused_resumption_leaves_every_byte(
     ):
         ran = verb(*line, "--resume", "auto")
         assert said in one_error(ran)
-        assert held(folder) == before, said
+        assert contents(folder) == before, said
     back = verb("train", folder / "settings.toml", "--resume", "auto", "--out", folder)
     assert back.code == 0, back.err
     assert "going on after step 12" in back.err
@@ -188,32 +188,32 @@ def test_a_refused_resumption_leaves_every_byte(
 
 @pytest.mark.parametrize("more", [[], ["--no-preflight"]])
 @pytest.mark.parametrize("change", ["data.batch=1000000000", "model.dim=99999", "data.batch=40000"])
-def test_memory_is_looked_at_before_it_is_taken(
+def test_memory_is_checked_before_it_is_taken(
     change: str, more: list[str], verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 10_000_000)
-    monkeypatch.setattr(loop, "one_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("a step was made"))
     line = one_error(verb(*words("gpt", text, tmp_path / "run", change), *more))
     assert "of memory, 10.0 MB are free; raise run.accumulate, or lower data.batch" in line
     assert not (tmp_path / "run").exists()
 
 
-# --- faults are one line --------------------------------------------------------------------
+# --- errors are one line --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("run.compile=true", "run.compile: this model has no layers to compile"),
-        (f"run.seed={SEED_LIMIT}", "run.seed must be a whole number from 0 to 4294967295"),
-        (f"schedule.steps={TEN_TO_THE_400}", "schedule.steps must be a whole number from 0 to"),
+        (f"run.seed={SEED_LIMIT}", "run.seed must be a whole number in [0, 4294967295]"),
+        (f"schedule.steps={TEN_TO_THE_400}", "schedule.steps must be a whole number in [1, "),
         ("schedule.steps=1" + "0" * 9000, "more than 4,096 characters"),
-        ("data.batch=1000000000000", "data.batch must be a whole number from 0 to 2147483647"),
-        (f"optimiser.lr={TEN_TO_THE_400}", "optimiser.lr must be a finite number"),
-        ("data.tokenizer=bpe:1" + "0" * 3000, "data.tokenizer: want bpe:N"),
-        ("run.prompt=\udcff", r"run.prompt must be text in UTF-8, got '\udcff'"),
-        ("data.corpus=", "data.corpus: want a name or a path, got none"),
-        ("data.tokenizer=", "data.tokenizer: want a name or a path, got none"),
+        ("data.batch=1000000000000", "data.batch must be a whole number in [1, 2147483647]"),
+        (f"optimizer.lr={TEN_TO_THE_400}", "optimizer.lr must be a finite number"),
+        ("data.tokenizer=bpe:1" + "0" * 3000, "data.tokenizer must be bpe:N"),
+        ("run.prompt=\udcff", r"run.prompt must be non-empty text in UTF-8, got '\udcff'"),
+        ("data.corpus=", "data.corpus must be non-empty text in UTF-8"),
+        ("data.tokenizer=", "data.tokenizer must be non-empty text in UTF-8"),
         ("model.dim=3", "model.dim: a bigram has no such setting; have vocab_size"),
     ],
 )  # fmt: skip
@@ -256,7 +256,7 @@ def test_what_was_changed_is_printed(verb: Any, tmp_path: Path, text: Path) -> N
     line = ["train", BIGRAM, *SHORT, "--data", text, "--out", folder, "--no-preflight"]
     said = verb(*line).err.splitlines()
     assert said[:5] == [
-        f"settings of {BIGRAM}; all go to {folder / 'settings.toml'}",
+        f"settings of {BIGRAM}; all are saved in {folder / 'settings.toml'}",
         "schedule.steps = 2",
         "data.batch = 4",
         "run.eval_every = 0",
@@ -296,12 +296,12 @@ def test_the_line_to_copy_is_quoted(verb: Any, tmp_path: Path, text: Path) -> No
 def test_a_signal_in_the_last_save_stops_nothing(
     verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
-    honest = loop.save
+    original = loop.save
 
     def interrupted(run: Any) -> None:
         if run.complete:
             os.kill(os.getpid(), signal.SIGTERM)
-        honest(run)
+        original(run)
 
     monkeypatch.setattr(loop, "save", interrupted)
     ran = verb(*words("bigram", text, tmp_path / "run"), "--no-preflight")

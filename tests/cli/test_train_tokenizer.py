@@ -21,7 +21,7 @@ def test_a_folder_that_tokenize_takes(verb: Verb, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     ran = verb("train-tokenizer", PAGE, "--vocab-size", 600, "--out", out)
     assert (ran.code, ran.out) == (0, f"{out}\n")
-    assert "600 tokens learned in" in ran.err
+    assert "600 tokens trained in" in ran.err
     assert sorted(path.name for path in out.iterdir()) == FILES
     asked = verb("tokenize", "-m", out, "the model and <|end_of_text|>", "--json", "--bos")
     ids = json.loads(asked.out)["ids"]
@@ -137,5 +137,5 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     terminal = Terminal(
         "train-tokenizer", str(PAGE), "--vocab-size", "500", "-o", str(tmp_path / "t")
     )
-    terminal.wait_for("500 tokens learned")
+    terminal.wait_for("500 tokens trained")
     assert terminal.end() == 0

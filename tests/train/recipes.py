@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from glassllama.base.config import LlamaConfig
+from glassllama.models.llama import Llama
+from glassllama.train.checkpoint import maybe_resume
 from glassllama.train.data import open_data
-from glassllama.train.loop import train
-from glassllama.train.metrics import Journal, Record
-from glassllama.train.prepare import prepare, take_up
-from glassllama.train.resolve import resolve
+from glassllama.train.loop import StopRequest, train_steps
+from glassllama.train.metrics import LoggedMetrics, MetricsLog, NullListener
 from glassllama.train.run import Run
-from glassllama.train.signals import Wish
+from glassllama.train.settings import load_settings
+from glassllama.train.setup import prepare
 
 TINY = {
     "llama": ["model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=6",
@@ -43,39 +48,52 @@ def changes(kind: str, text: Path, *more: str) -> list[str]:
 
 def new_run(folder: Path, text: Path, kind: str = "llama", *more: str) -> Run:
     """A tiny run of that kind, ready for its first step, or for the next after its checkpoint."""
-    settings = resolve(PRESET[kind], changes(kind, text, *more))
+    settings = load_settings(PRESET[kind], changes(kind, text, *more))
     folder.mkdir(parents=True, exist_ok=True)
     run = prepare(settings, open_data(settings.data, folder), folder)
-    take_up(run)
+    maybe_resume(run)
     return run
 
 
-class Listener:
-    """Keeps what it is told; raises the wish to stop after a step, if asked."""
+class Listener(NullListener):
+    """Stores what it receives; asks to stop after a step, if given."""
 
-    def __init__(self, wish: Wish | None = None, stop_after: int = -1, **_: Any) -> None:
-        self.records: list[Record] = []
+    def __init__(self, stop: StopRequest | None = None, stop_after: int = -1) -> None:
+        self.records: list[LoggedMetrics] = []
         self.samples: list[str] = []
-        self.wish, self.stop_after = wish, stop_after
+        self.stop, self.stop_after = stop, stop_after
 
-    def on_step(self, record: Record) -> None:
-        self.records.append(record)
-        if record.step == self.stop_after and self.wish is not None:
-            import signal
-
-            self.wish.signal = signal.SIGINT
+    def on_step(self, metrics: LoggedMetrics) -> None:
+        self.records.append(metrics)
+        if metrics.step == self.stop_after and self.stop is not None:
+            self.stop.received = signal.SIGINT
 
     def on_sample(self, step: int, text: str) -> None:
         self.samples.append(text)
 
 
-def make_steps(run: Run, stop_after: int = -1) -> list[Record]:
-    """Train to the end, or as if Ctrl-C came in that step -> the records of these steps."""
-    wish = Wish()
-    listener = Listener(wish, stop_after)
-    journal = Journal(run.folder, run.progress.step)
+def make_steps(run: Run, stop_after: int = -1) -> list[LoggedMetrics]:
+    """Train to the end, or as if Ctrl-C came in that step -> the metrics of these steps."""
+    stop = StopRequest()
+    listener = Listener(stop, stop_after)
+    log = MetricsLog(run.folder, run.progress.step)
     try:
-        train(run, journal, listener, wish)
+        train_steps(run, log, listener, stop)
     finally:
-        journal.close()
+        log.close()
     return listener.records
+
+
+def small_llama(vocab_size: int = 69, **changes: Any) -> Llama:
+    """All sizes different, weights large enough that every part matters."""
+    sizes = {
+        "dim": 40, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "ffn_dim": 56,
+        "vocab_size": vocab_size, "max_seq_len": 32, "norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "tie_embeddings": True,
+    }  # fmt: skip
+    model = Llama(LlamaConfig(**{**sizes, **changes}))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.3 * noise + (parameter.ndim == 1)
+    return model

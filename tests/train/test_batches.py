@@ -21,7 +21,7 @@ from glassllama.train.batches import (
     every_window,
     windows_at,
 )
-from glassllama.train.tokens import TokenizerFacts, Tokens
+from glassllama.train.tokens import TokenizerInfo, Tokens
 from tolerances import assert_logits
 
 
@@ -32,7 +32,7 @@ def tokens(*documents: int) -> Tokens:
         path=Path("made up"),
         ids=np.arange(ends[-1], dtype=np.uint32),
         starts=np.concatenate(([0], ends[:-1])).astype(np.int64),
-        tokenizer=TokenizerFacts(name="none", vocab_size=int(ends[-1]), sha256=""),
+        tokenizer=TokenizerInfo(name="none", vocab_size=int(ends[-1]), sha256=""),
         sha256="",
     )
 
@@ -106,14 +106,14 @@ def test_epochs_differ_and_reach_every_token() -> None:
     batches = Batches(tokens(203), context=20, batch=3, seed=0)
     seen = [batches.at(step).targets for step in range(200 * batches.windows // 3)]
     assert np.array_equal(np.unique(np.concatenate(seen)), np.arange(1, 203))
-    assert len({batches.grid(epoch).starts.min() for epoch in range(40)}) > 10
+    assert len({batches.shuffled(epoch).min() for epoch in range(40)}) > 10
 
 
 def test_a_batch_of_many_epochs_is_its_windows_one_by_one() -> None:
     batches = Batches(tokens(203), context=20, batch=1, seed=5)
     one_by_one = [int(batches.at(number).ids[0, 0]) for number in range(100)]
-    assert batches.windows_from(0, 100).tolist() == one_by_one
-    assert batches.windows_from(37, 50).tolist() == one_by_one[37:87]
+    assert batches.window_starts(0, 100).tolist() == one_by_one
+    assert batches.window_starts(37, 50).tolist() == one_by_one[37:87]
     assert batches.windows == 9  # so that these were a dozen epochs
 
 

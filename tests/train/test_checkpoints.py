@@ -1,4 +1,4 @@
-"""Checkpoint folders survive whatever stops the writer: kill -9, a full disk, no permission."""
+"""Checkpoint folders are complete or absent after kill -9, a full disk, no permission."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from glassllama.train.checkpoints import complete_steps, prune, sweep, write_checkpoint
-from glassllama.train.faults import TrainingError
+from glassllama.base.errors import TrainingError
+from glassllama.train.checkpoint import complete_steps, prune, remove_unfinished, write_checkpoint
 from train.recipes import make_steps, new_run, write_text
 
 KILLS = 50
@@ -21,7 +21,7 @@ KILLS = 50
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from glassllama.train.checkpoints import complete_steps, prune, sweep, write_checkpoint
+from glassllama.train.checkpoint import complete_steps, prune, remove_unfinished, write_checkpoint
 
 home, kills = Path(sys.argv[1]), int(sys.argv[2])
 NAMES = ("model.safetensors", "training.safetensors", "state.json")
@@ -59,7 +59,7 @@ for kill in range(kills):
     for step, folder in steps.items():
         for name in NAMES:
             assert (folder / name).read_bytes() == content(step, name), (step, name)
-    orphans += len(sweep(home))
+    orphans += len(remove_unfinished(home))
     assert not [f for f in home.iterdir() if f.name.startswith(".")]
 print("orphans", orphans, "last", max(complete_steps(home)))
 """
@@ -105,7 +105,7 @@ def test_a_full_disk_ends_cleanly_and_keeps_what_was_there(
     assert make_steps(again)[-1].step == 12
 
 
-def test_nowhere_to_write(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot be saved"):
         write_checkpoint(tmp_path / "file" / "checkpoints", 3, lambda folder: None)
@@ -119,4 +119,4 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     prune(tmp_path, keep=1, best=None)
     assert list(complete_steps(tmp_path)) == [40]
     assert complete_steps(tmp_path / "nowhere") == {}
-    assert sweep(tmp_path / "nowhere") == []
+    assert remove_unfinished(tmp_path / "nowhere") == []

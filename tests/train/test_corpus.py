@@ -1,4 +1,4 @@
-"""Corpora: what is read, what is held out, and what is said of files that are no text."""
+"""Corpora: reading, splitting, and errors for files that are not text."""
 
 from __future__ import annotations
 
@@ -10,33 +10,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glassllama.base.errors import ConfigError, GlassError
+from glassllama.base.errors import GlassError
+from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.train import corpus as corpora
 from glassllama.train.corpus import (
-    PARTS,
+    SPLITS,
     Corpus,
     CorpusError,
-    Part,
-    Shares,
+    Split,
     char_tokenizer,
+    encode_split,
     open_corpus,
-    tokenize,
 )
+from glassllama.train.tokens import Tokens, tokenizer_info, write_tokens
 
-HELD_OUT = Shares(val=0.1, test=0.1)
+VAL = 0.1  # share of the validation split
 
 
-def parts_of(corpus: Corpus, shares: Shares) -> dict[Part, list[str]]:
-    """Each part's documents, whole again."""
-    out: dict[Part, list[str]] = {}
-    for part in PARTS:
+def splits_of(corpus: Corpus) -> dict[Split, list[str]]:
+    """The documents of each split, whole again."""
+    out: dict[Split, list[str]] = {}
+    for split in SPLITS:
         documents: dict[int, str] = {}
-        for document, _, characters in corpus.texts(part, shares):
+        for document, _, characters in corpus.texts(split, VAL):
             documents[document] = documents.get(document, "") + characters
-        out[part] = list(documents.values())
+        out[split] = list(documents.values())
     return out
+
+
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, val_fraction: float = VAL
+) -> dict[Split, Tokens]:
+    info = tokenizer_info(tokenizer)
+    splits: list[Split] = ["train", "val"] if val_fraction else ["train"]
+    return {
+        split: write_tokens(
+            folder / f"{split}.bin", encode_split(corpus, tokenizer, split, val_fraction), info
+        )
+        for split in splits
+    }
 
 
 def test_tiny_shakespeare_is_split_as_nanogpt_does(tinyshakespeare: Path, tmp_path: Path) -> None:
@@ -58,7 +72,7 @@ def test_tiny_shakespeare_is_split_as_nanogpt_does(tinyshakespeare: Path, tmp_pa
     ]  # fmt: skip
 
 
-def test_a_few_documents_give_their_ends(tmp_path: Path) -> None:
+def test_of_few_documents_the_ends_are_validation_text(tmp_path: Path) -> None:
     texts = [chr(97 + n) * (10 * n + 10) for n in range(9)]
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
@@ -67,9 +81,9 @@ def test_a_few_documents_give_their_ends(tmp_path: Path) -> None:
     (tmp_path / ".hidden.txt").write_bytes(b"\xff")
     corpus = open_corpus(tmp_path)
     assert list(corpus.lengths) == [len(text) for text in texts]
-    parts = parts_of(corpus, HELD_OUT)
-    assert [a + b + c for a, b, c in zip(*parts.values(), strict=True)] == texts
-    assert [len(text) for text in parts["val"]] == [n + 1 for n in range(9)]
+    splits = splits_of(corpus)
+    assert [a + b for a, b in zip(*splits.values(), strict=True)] == texts
+    assert [len(text) for text in splits["val"]] == [n + 1 for n in range(9)]
 
 
 def many(tmp_path: Path, count: int = 2000) -> list[str]:
@@ -79,31 +93,23 @@ def many(tmp_path: Path, count: int = 2000) -> list[str]:
     return texts
 
 
-def test_of_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
+def test_of_many_documents_whole_ones_are_validation_text(tmp_path: Path) -> None:
     texts = many(tmp_path)
-    parts = parts_of(open_corpus(tmp_path / "many.jsonl"), HELD_OUT)
-    assert sorted(chain.from_iterable(parts.values())) == sorted(texts)
-    assert 0.08 < len(parts["val"]) / len(texts) < 0.12
-    assert 0.08 < len(parts["test"]) / len(texts) < 0.12
-    for one in PARTS:
-        for other in PARTS:
-            assert one == other or not set(parts[one]) & set(parts[other]), "a copy leaks"
-    assert parts == parts_of(open_corpus(tmp_path), HELD_OUT)
+    splits = splits_of(open_corpus(tmp_path / "many.jsonl"))
+    assert sorted(chain.from_iterable(splits.values())) == sorted(texts)
+    assert 0.08 < len(splits["val"]) / len(texts) < 0.12
+    assert not set(splits["train"]) & set(splits["val"]), "a copy leaks"
+    assert splits == splits_of(open_corpus(tmp_path))
 
 
 def test_documents_begin_and_end_in_the_ids(tmp_path: Path) -> None:
-    texts = many(tmp_path)
+    many(tmp_path)
     corpus = open_corpus(tmp_path)
     tokenizer = char_tokenizer(corpus)
     assert tokenizer.bos is not None
-    told: list[tuple[int, int]] = []
-    written = tokenize(
-        corpus, tokenizer, tmp_path / "out", shares=HELD_OUT,
-        progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
-    assert told[-1] == (sum(map(len, texts)), sum(map(len, texts)))
-    for part, expected in parts_of(corpus, HELD_OUT).items():
-        tokens = written[part]
+    written = tokenize(corpus, tokenizer, tmp_path / "out")
+    for split, expected in splits_of(corpus).items():
+        tokens = written[split]
         pieces = np.split(tokens.ids, tokens.starts[1:])
         assert [tokenizer.decode(ids[1:-1].tolist()) for ids in pieces] == expected
         assert {int(ids[0]) for ids in pieces} == {tokenizer.bos}
@@ -128,24 +134,20 @@ def test_cuts_change_no_token(
     tokenizer = read_meta_tokenizer(llama3_ranks)
     tokenizer.bos = None
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(corpora, "LONG_TEXT", 1000)
+    monkeypatch.setattr(corpora, "MAX_PIECE", 1000)
     monkeypatch.setattr(corpora, "READ_BYTES", 777)
-    no_val = Shares(val=0.0)
     corpus = open_corpus(tmp_path / "a.txt")
-    assert len(list(corpus.texts("train", no_val))) > 30
-    written = tokenize(corpus, tokenizer, tmp_path / "out", shares=no_val)
-    assert list(written) == ["train"]
+    assert len(list(corpus.texts("train", 0.0))) > 30
+    written = tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.0)
     assert written["train"].ids.tolist() == whole
 
 
-def test_a_text_without_lines_is_cut_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpora, "LONG_TEXT", 100)
+def test_a_text_without_lines_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "MAX_PIECE", 100)
     monkeypatch.setattr(corpora, "READ_BYTES", 7)
     text = "日本語é" * 500 + "\n" * 700
     (tmp_path / "a.txt").write_text(text, "utf-8")
-    pieces = [t.characters for t in open_corpus(tmp_path).texts("train", Shares(val=0.0))]
+    pieces = [t.characters for t in open_corpus(tmp_path).texts("train", 0.0)]
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 200
 
@@ -158,7 +160,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     assert size > 30_000_000
     tracemalloc.start()
     corpus = open_corpus(tmp_path)
-    for _ in corpus.texts("train", Shares()):
+    for _ in corpus.texts("train", VAL):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -168,22 +170,22 @@ def test_memory_stays_small(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "no text in it"),
     "mark.txt": (b"\xef\xbb\xbf", "no text in it"),
-    "latin.txt": (b"a" * 3_000_000 + "\xe9".encode("latin-1") + b"b", "byte 3000000 is no UTF-8"),
-    "cut.txt": ("abc日".encode()[:-1], "byte 3 is no UTF-8"),
-    "utf16.txt": ("abc".encode("utf-16"), "byte 0 is no UTF-8"),
+    "latin.txt": (b"a" * 3_000_000 + "\xe9".encode("latin-1") + b"b", "byte 3000000 is not UTF-8"),
+    "cut.txt": ("abc日".encode()[:-1], "byte 3 is not UTF-8"),
+    "utf16.txt": ("abc".encode("utf-16"), "byte 0 is not UTF-8"),
     "blank.jsonl": (b"\n\n  \n", "no text in it"),
-    "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "line 2: no JSON"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON"),
     "list.jsonl": (b'{"text": "a"}\n\n["b"]\n', "line 3: expected an object.*'text'"),
     "field.jsonl": (b'{"body": "a"}\n', "line 1: expected an object.*'text'"),
     "number.jsonl": (b'{"text": 3}\n', "line 1: expected an object.*'text'"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1: .*UTF-16"),
-    "bytes.jsonl": (b'{"text": "\xff"}\n', "line 1: no JSON"),
-    "deep.jsonl": (b"[" * 100_000, "line 1: no JSON"),
+    "bytes.jsonl": (b'{"text": "\xff"}\n', "line 1: not valid JSON"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: not valid JSON"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_is_no_text_is_said_with_its_place(tmp_path: Path, name: str) -> None:
+def test_errors_name_the_place_of_invalid_text(tmp_path: Path, name: str) -> None:
     content, words = FAULTS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=words) as error:
@@ -192,26 +194,19 @@ def test_what_is_no_text_is_said_with_its_place(tmp_path: Path, name: str) -> No
     assert "\n" not in str(error.value)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="no such file or folder"):
         open_corpus(tmp_path / "missing")
     with pytest.raises(CorpusError, match=r"no texts in this folder.*\.jsonl"):
         open_corpus(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\r\n")
     assert open_corpus(tmp_path).characters == frozenset("ab\r\n")
 
 
-def test_shares_that_cannot_be() -> None:
-    for val, test in ((-0.1, 0.0), (0.5, 0.5), (0.0, 1.0)):
-        with pytest.raises(ConfigError, match="shares"):
-            Shares(val=val, test=test)
-
-
-def test_a_text_too_short_to_hold_anything_out(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("ab")
-    corpus = open_corpus(tmp_path)
-    with pytest.raises(GlassError, match=r": 2 characters are too few: none is left"):
-        tokenize(corpus, CharTokenizer("ab"), tmp_path / "out", shares=Shares(val=0.1, test=0.1))
+def test_a_text_too_short_for_a_split(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(GlassError, match="no ids to write"):
+        tokenize(open_corpus(tmp_path), CharTokenizer("a"), tmp_path / "out")

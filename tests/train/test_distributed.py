@@ -1,7 +1,7 @@
 """Two ranks are one process: the same losses, the same state resumed, whoever wrote it.
 
-Real processes, gloo between them, tiny models: under torchrun once, else forked and told who they
-are by the environment, as torchrun does.
+Real processes, gloo between them, tiny models: under torchrun once, else forked, with their ranks
+in the environment, as torchrun sets them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from forks import WITH_TORCH, run_script, server
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
 from glassllama.native.jit import code_cache
 from glassllama.train.batches import IGNORED, Batch
-from glassllama.train.distributed import Team
+from glassllama.train.checkpoint import maybe_resume
+from glassllama.train.distributed import DistContext
 from glassllama.train.evaluate import of_all_ranks, rows_of_rank
-from glassllama.train.faults import TrainingError
-from glassllama.train.prepare import take_up
 from tolerances import CONDITION, difference, loss_bar, muon_bar
 from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of
@@ -57,7 +56,7 @@ os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID"
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 torch.set_num_threads(1)
 """
-BOTH_WELL = """
+BOTH_END_WELL = """
 both = [begin(rank, lambda: ranks.main(*map(Path, sys.argv[1:]))) for rank in (0, 1)]
 assert [os.waitpid(process, 0)[1] for process in both] == [0, 0]
 """
@@ -96,9 +95,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         run = new_run(home / f"one-{way}", text, kind, *settings_of(way))
         (home / f"one-{way}.json").write_text(json.dumps(losses(make_steps(run))))
     code_cache.save_checksums()  # the ranks need not compile again what was compiled here
-    shutil.copytree(home / "one-muon", home / "alone")
-    shutil.rmtree(home / "alone" / "checkpoints" / f"step-{STEPS:06d}")
-    assert run_script(TWO_RANKS + BOTH_WELL, home, text) == ""
+    shutil.copytree(home / "one-muon", home / "single")
+    shutil.rmtree(home / "single" / "checkpoints" / f"step-{STEPS:06d}")
+    assert run_script(TWO_RANKS + BOTH_END_WELL, home, text) == ""
     return home
 
 
@@ -134,17 +133,17 @@ def test_two_ranks_have_the_losses_of_one(way: str, home: Path, report: dict[str
 def test_resuming_is_exact(report: dict[str, Any]) -> None:
     assert report["resumed at"] == HALF
     assert report["same bits"] is True
-    assert report["halves"] == report["muon"][-len(report["halves"]) :]
+    assert report["resumed"] == report["muon"][-len(report["resumed"]) :]
 
 
-def test_one_process_goes_on_for_two(home: Path, text: Path, report: dict[str, Any]) -> None:
+def test_one_process_resumes_a_run_of_two(home: Path, text: Path, report: dict[str, Any]) -> None:
     """2 → 1: the same tensors to the bit, and the losses that two would have had."""
     folder = home / "to_one"
     shutil.copytree(home / "muon", folder)
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:06d}")
     run = new_run(folder, text, "llama", *settings_of("muon"))
     assert run.progress.step == HALF
-    gathered = load_file(home / "halves.safetensors")
+    gathered = load_file(home / "resumed.safetensors")
     state = ranks.training_state(run)
     assert set(gathered) == set(state)
     assert all(torch.equal(gathered[name], state[name]) for name in state)
@@ -152,7 +151,7 @@ def test_one_process_goes_on_for_two(home: Path, text: Path, report: dict[str, A
     assert furthest(went_on, report["muon"][-len(went_on) :]) < rounding("muon", STEPS)
 
 
-def test_two_ranks_go_on_for_one(home: Path, report: dict[str, Any]) -> None:
+def test_two_ranks_resume_a_run_of_one(home: Path, report: dict[str, Any]) -> None:
     gathered = load_file(home / "from_one.safetensors")
     written = load_file(
         home / "one-muon" / "checkpoints" / f"step-{HALF:06d}" / "training.safetensors"
@@ -163,14 +162,14 @@ def test_two_ranks_go_on_for_one(home: Path, report: dict[str, Any]) -> None:
     assert furthest(report["from one"], one[-len(report["from one"]) :]) < rounding("muon", STEPS)
 
 
-def test_the_leader_writes_a_model_that_load_reads(home: Path) -> None:
+def test_rank_0_writes_a_model_that_load_reads(home: Path) -> None:
     ours, theirs = (load(str(home / name), backend="torch") for name in ("muon", "one-muon"))
     ids = ours.tokenizer.encode("To be, or not")
     apart = difference(ours.logits(ids), theirs.logits(ids))
     assert apart < CONDITION * rounding("muon", STEPS)  # single logits, not the mean of many
 
 
-def test_a_missing_shard_is_missed(home: Path, text: Path) -> None:
+def test_a_missing_shard_is_an_error(home: Path, text: Path) -> None:
     folder = home / "torn"
     shutil.copytree(home / "muon", folder)
     shards = sorted((folder / "checkpoints" / f"step-{STEPS:06d}" / "training").iterdir())
@@ -205,7 +204,7 @@ def test_foreign_checkpoints_are_refused_unopened(tmp_path: Path, text: Path) ->
     (foreign / ".metadata").write_bytes(pickle.dumps(Canary(tmp_path / "opened")))
     for _ in range(2):  # with its table of contents, and without
         with pytest.raises(TrainingError, match=r"checkpoint of torch\.distributed") as error:
-            take_up(run)
+            maybe_resume(run)
         assert "\n" not in str(error.value)
         (foreign / ".metadata").unlink(missing_ok=True)
     assert not (tmp_path / "opened").exists()
@@ -213,23 +212,23 @@ def test_foreign_checkpoints_are_refused_unopened(tmp_path: Path, text: Path) ->
 
 def test_batches_that_cannot_be_shared() -> None:
     with pytest.raises(ConfigError, match="6 rows cannot be shared by 4 ranks"):
-        Team(rank=0, world=4).require_even(6, 1)
+        DistContext(rank=0, world=4).require_even(6, 1)
 
 
-def test_every_row_is_judged_once() -> None:
+def test_every_row_is_evaluated_once() -> None:
     rows = np.arange(5)[:, None]
     batch = Batch(rows, np.full((5, 1), IGNORED), rows)
     sums = {}
 
-    class OneOfThree(Team):
+    class OneOfThree(DistContext):
         def total(self, numbers: torch.Tensor) -> torch.Tensor:
             sums[self.rank] = numbers
             return sum(sums.values())  # type: ignore[return-value]
 
     for rank in range(3):
-        team = OneOfThree(rank, 3)
-        mine = torch.from_numpy(rows_of_rank(batch, team).ids[:, 0])
-        table = of_all_ranks(mine, team)[:5]
+        dist = OneOfThree(rank, 3)
+        mine = torch.from_numpy(rows_of_rank(batch, dist).ids[:, 0])
+        table = of_all_ranks(mine, dist)[:5]
     assert table.tolist() == [0, 1, 2, 3, 4]
 
 

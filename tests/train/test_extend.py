@@ -13,22 +13,23 @@ import pytest
 import torch
 
 from glassllama.base.config import LlamaConfig
-from glassllama.base.errors import ConfigError, TokenizerError, WeightsError
+from glassllama.base.errors import ConfigError, TokenizerError, TrainingError, WeightsError
+from glassllama.llm import load
 from glassllama.nn.rope import rope_table, rotate_half, rotate_interleaved
+from glassllama.train import train
 from glassllama.train.data import vocabulary_folder
-from glassllama.train.faults import TrainingError
 from glassllama.train.loop import sample_text
-from glassllama.train.metrics import Record
+from glassllama.train.metrics import LoggedMetrics, NullListener, RunInfo, read_log
+from glassllama.train.model_factory import in_layout_of
 from glassllama.train.preflight import preflight
-from glassllama.train.prepare import prepare
-from glassllama.train.resolve import changed_lines, resolve
-from glassllama.train.warm_start import in_layout_of
+from glassllama.train.settings import changed_lines, load_settings
+from glassllama.train.setup import prepare
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_model
-from train.recipes import PRESET, make_steps, new_run, write_text
+from train.recipes import PRESET, changes, make_steps, new_run, write_text
 from train.test_resume import assert_same_run
 
-EMA = "optimiser.ema=0.9"
+EMA = "optimizer.ema=0.9"
 HUGE = torch.tensor([[1000.0], [-1000.0]])
 
 
@@ -37,7 +38,7 @@ def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
     return write_text(tmp_path, romeo_and_juliet)
 
 
-def losses(records: list[Record]) -> list[float]:
+def losses(records: list[LoggedMetrics]) -> list[float]:
     return [record.loss for record in records]
 
 
@@ -46,13 +47,13 @@ def losses(records: list[Record]) -> list[float]:
 
 def test_a_run_extended_before_its_rate_falls_is_the_longer_run(tmp_path: Path, text: Path) -> None:
     """12 steps fall from the 8th on, 24 steps from the 15th: the 6th is before both."""
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, "llama", EMA, "schedule.steps=24"))
-    make_steps(new_run(halves, text, "llama", EMA), stop_after=6)
-    run = new_run(halves, text, "llama", EMA, "schedule.steps=24")
+    make_steps(new_run(resumed, text, "llama", EMA), stop_after=6)
+    run = new_run(resumed, text, "llama", EMA, "schedule.steps=24")
     assert run.extended == "schedule.steps was 12, is 24"
     make_steps(run)
-    assert_same_run(straight, halves, 24)
+    assert_same_run(straight, resumed, 24)
 
 
 def test_a_complete_run_goes_on_with_the_longer_schedule(tmp_path: Path, text: Path) -> None:
@@ -76,25 +77,25 @@ def test_a_run_is_neither_shortened_nor_otherwise_changed(tmp_path: Path, text: 
     make_steps(new_run(folder, text, "bigram"), stop_after=4)
     with pytest.raises(TrainingError, match=r"schedule\.steps was 12, is 6; a run can be extended"):
         new_run(folder, text, "bigram", "schedule.steps=6")
-    with pytest.raises(TrainingError, match=r"another run: optimiser\.lr was .*, is 0\.5; begin"):
-        new_run(folder, text, "bigram", "schedule.steps=24", "optimiser.lr=0.5")
-    with pytest.raises(TrainingError, match=r"schedule\.floor was 0\.0, is 0\.5; begin"):
-        new_run(folder, text, "bigram", "schedule.floor=0.5")
-    run = new_run(folder, text, "bigram", "schedule.steps=24", "schedule.floor=0.5")
-    assert run.extended == "schedule.floor was 0.0, is 0.5; schedule.steps was 12, is 24"
+    with pytest.raises(TrainingError, match=r"another run: optimizer\.lr was .*, is 0\.5; begin"):
+        new_run(folder, text, "bigram", "schedule.steps=24", "optimizer.lr=0.5")
+    with pytest.raises(TrainingError, match=r"schedule\.min_lr_ratio was 0\.0, is 0\.5; begin"):
+        new_run(folder, text, "bigram", "schedule.min_lr_ratio=0.5")
+    run = new_run(folder, text, "bigram", "schedule.steps=24", "schedule.min_lr_ratio=0.5")
+    assert run.extended == "schedule.min_lr_ratio was 0.0, is 0.5; schedule.steps was 12, is 24"
 
 
 def test_fewer_steps_than_the_presets_warmup_shorten_it() -> None:
     name = "llama-tinyshakespeare-cpu"
     change = ["schedule.steps=10"]
-    settings = resolve(name, change)
+    settings = load_settings(name, change)
     assert (settings.schedule.steps, settings.schedule.warmup) == (10, 1)
     assert changed_lines(name, settings, change) == ["schedule.steps = 10", "schedule.warmup = 1"]
-    plain = resolve(name, ["schedule.steps=400"])
-    assert plain.schedule.warmup == resolve(name).schedule.warmup
+    plain = load_settings(name, ["schedule.steps=400"])
+    assert plain.schedule.warmup == load_settings(name).schedule.warmup
     assert changed_lines(name, plain, ["schedule.steps=400"]) == ["schedule.steps = 400"]
     with pytest.raises(ConfigError, match=r"12 steps of warmup do not fit .* schedule\.warmup=1$"):
-        resolve(name, ["schedule.steps=10", "schedule.warmup=12"])
+        load_settings(name, ["schedule.steps=10", "schedule.warmup=12"])
 
 
 # --- from other weights ---------------------------------------------------------------------
@@ -110,7 +111,7 @@ def test_a_run_begins_with_the_weights_and_tokenizer_of_a_model(
     other.write_text(text.read_text()[1000:3000].lower())
     run = new_run(tmp_path / "second", other, kind, f"model.init_from={first.folder}")
     saved = load_model(open_checkpoint(first.folder)).named_parameters()  # the best of `first`
-    assert all(torch.equal(run.optimisers.named[name], weight) for name, weight in saved)
+    assert all(torch.equal(run.optimizers.named[name], weight) for name, weight in saved)
     assert run.settings.data.tokenizer == str(first.folder)
     assert run.data.tokenizer.vocab_size == first.data.tokenizer.vocab_size
     report = list(preflight(run))
@@ -123,14 +124,14 @@ def test_a_run_from_other_weights_is_resumed_exactly(tmp_path: Path, text: Path)
     first = new_run(tmp_path / "first", text, "llama")
     make_steps(first, stop_after=4)
     begun = f"model.init_from={first.folder}"
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, "llama", EMA, begun))
-    make_steps(new_run(halves, text, "llama", EMA, begun), stop_after=7)
+    make_steps(new_run(resumed, text, "llama", EMA, begun), stop_after=7)
     (first.folder / "model.safetensors").unlink()  # they were needed for the first step only
-    make_steps(new_run(halves, text, "llama", EMA, begun))
-    assert_same_run(straight, halves, 12)
+    make_steps(new_run(resumed, text, "llama", EMA, begun))
+    assert_same_run(straight, resumed, 12)
     with pytest.raises(TrainingError, match=r"model\.init_from was '.*', is not set"):
-        new_run(halves, text, "llama", EMA, f"data.tokenizer={first.folder}")
+        new_run(resumed, text, "llama", EMA, f"data.tokenizer={first.folder}")
 
 
 def test_every_difference_from_the_other_model_is_named(tmp_path: Path, text: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_model_with_more_rows_than_tokens(tmp_path: Path, text: Path) -> None:
         new_run(tmp_path / "a", text, "llama", begun)
     run = new_run(tmp_path / "b", text, "llama", begun, padded)
     saved = load_model(open_checkpoint(first.folder)).named_parameters()
-    assert all(torch.equal(run.optimisers.named[name], weight) for name, weight in saved)
+    assert all(torch.equal(run.optimizers.named[name], weight) for name, weight in saved)
     make_steps(run)
 
 
@@ -183,7 +184,7 @@ def test_a_llamas_context_may_be_another(tmp_path: Path, text: Path) -> None:
     assert make_steps(new_run(tmp_path / "a", text, "llama", *more))[-1].step == 12
 
 
-def test_rows_in_pairs_become_rows_in_halves() -> None:
+def test_interleaved_rows_are_reordered_to_halves() -> None:
     """Rotated each in its own layout, the same weights give the same scores of queries and keys."""
     config = LlamaConfig(dim=24, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=8,
                          vocab_size=5, max_seq_len=9, norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
@@ -212,7 +213,7 @@ def test_a_model_that_is_one_file_has_no_tokenizer_to_copy(tmp_path: Path) -> No
     assert vocabulary_folder(str(tmp_path), offline=True) == tmp_path
 
 
-# --- what else reads them -------------------------------------------------------------------
+# --- other readers --------------------------------------------------------------------------
 
 PLAIN = ["llama-tinyshakespeare-cpu", "llama-shakespeare-bpe", "llama-tinyshakespeare-10m",
          "llama-tinyshakespeare-25m"]  # fmt: skip
@@ -220,20 +221,18 @@ PLAIN = ["llama-tinyshakespeare-cpu", "llama-shakespeare-bpe", "llama-tinyshakes
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_presets_are_llama_3_in_shape(name: str) -> None:
-    sizes = resolve(name).model.sizes
+    sizes = load_settings(name).model.sizes
     assert sizes["n_kv_heads"] < sizes["n_heads"]
     assert not sizes.get("qk_norm", False)
-    assert resolve(name).run.precision == "auto"
+    assert load_settings(name).run.precision == "auto"
 
 
 def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> None:
     """The preset's own model but for its depth, trained for some steps."""
     from transformers import AutoModelForCausalLM
 
-    from glassllama.llm import load
-
     more = ["model.n_layers=2", "data.context=64", "data.batch=4", "schedule.steps=4"]
-    settings = resolve(PRESET["llama"], [f"data.corpus={text}", *more])
+    settings = load_settings(PRESET["llama"], [f"data.corpus={text}", *more])
     from glassllama.train.data import open_data
 
     run = prepare(settings, open_data(settings.data, tmp_path), tmp_path)
@@ -251,7 +250,7 @@ def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> N
         assert float(np.abs(llm.logits(ids) - expected).max()) <= bar, backend
 
 
-def test_old_runs_with_qk_norm_are_still_read_and_taken_up(tmp_path: Path, text: Path) -> None:
+def test_old_runs_with_qk_norm_are_read_and_resumed(tmp_path: Path, text: Path) -> None:
     """A state.json as the previous version wrote it: no `model.init_from`, bfloat16, QK-norm."""
     more = ("model.qk_norm=true", "model.n_kv_heads=4", "run.precision=bfloat16")
     run = new_run(tmp_path / "run", text, "llama", *more)
@@ -260,3 +259,54 @@ def test_old_runs_with_qk_norm_are_still_read_and_taken_up(tmp_path: Path, text:
     assert "model.init_from" not in state["identity"]
     assert new_run(tmp_path / "run", text, "llama", *more).progress.step == 4
     assert json.loads((run.folder / "config.json").read_text())["model_type"] == "glass_llama"
+
+
+def test_a_run_of_an_older_version_is_extended(tmp_path: Path, monkeypatch: Any) -> None:
+    """tests/train/old_run has the old names in its settings and its state, and was complete."""
+    folder = shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "run")
+    monkeypatch.chdir(folder)  # its settings name text.txt
+    settings = load_settings("settings.toml", ["schedule.steps=6"])
+    train(settings, folder=folder, resume=True)
+    assert [metrics.step for metrics in read_log(folder)] == [1, 2, 3, 4, 5, 6]
+    state = json.loads((folder / "checkpoints" / "step-000006" / "state.json").read_text())
+    assert state["identity"]["optimizer.grad_clip"] == 0.5
+    assert not [name for name in state["identity"] if "optimiser" in name or "floor" in name]
+    assert "grad_clip = 0.5" in (folder / "settings.toml").read_text()
+    other = ["schedule.steps=8", "optimizer.grad_clip=0.25"]
+    with pytest.raises(TrainingError, match=r"optimizer\.grad_clip was 0\.5, is 0\.25"):
+        train(load_settings("settings.toml", other), folder=folder, resume=True)
+
+
+def test_train_is_a_function_with_a_listener(tmp_path: Path, text: Path) -> None:
+    settings = load_settings(PRESET["bigram"], changes("bigram", text, "run.sample_every=6"))
+    listener = RecordCalls()
+    folder = train(settings, folder=tmp_path / "run", listener=listener)
+    assert load(folder).tokenizer.decode([1])
+    calls = [name for name, _ in listener.calls]
+    assert list(dict.fromkeys(calls)) == ["note", "start", "step", "sample", "end"]
+    assert calls.count("step") == 12
+    assert calls.count("sample") == 2
+    notes = [text for name, text in listener.calls if name == "note"]
+    assert any(note.startswith("checked targets") for note in notes)
+    assert notes[-1] == "reference runs: none for these settings"
+    assert listener.calls[-1][1]  # a sample
+
+
+class RecordCalls(NullListener):
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def on_note(self, text: str) -> None:
+        self.calls.append(("note", text))
+
+    def on_start(self, info: RunInfo) -> None:
+        self.calls.append(("start", info))
+
+    def on_step(self, metrics: LoggedMetrics) -> None:
+        self.calls.append(("step", metrics))
+
+    def on_sample(self, step: int, text: str) -> None:
+        self.calls.append(("sample", text))
+
+    def on_end(self, sample: str | None) -> None:
+        self.calls.append(("end", sample))

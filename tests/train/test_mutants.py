@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glassllama.base.errors import GlassError
-from glassllama.train.metrics import read_records
-from glassllama.train.model_factory import numbers_of
-from glassllama.train.resolve import PRESETS, from_tables, parse, preset_names, resolve
-from glassllama.train.run import read_state
+from glassllama.train.checkpoint import read_state
+from glassllama.train.metrics import read_log
+from glassllama.train.model_factory import planned_parameters
+from glassllama.train.settings import PRESETS, from_tables, load_settings, parse, preset_names
 from glassllama.train.tokens import open_tokens
 from train.recipes import make_steps, new_run, write_text
 
@@ -78,7 +78,9 @@ def clean(check: Any) -> bool:
 
 @pytest.fixture
 def traced() -> Iterator[None]:
-    numbers_of(resolve("llama-shakespeare-bpe"), vocab_size=69)  # what PyTorch imports when asked
+    planned_parameters(
+        load_settings("llama-shakespeare-bpe"), vocab_size=69
+    )  # what PyTorch imports when asked
     tracemalloc.start()
     yield
     tracemalloc.stop()
@@ -91,7 +93,7 @@ def test_settings(name: str, traced: None) -> None:
     tables["run"].setdefault("device", "cpu")
 
     def check(mutant: dict[str, Any]) -> None:
-        numbers_of(from_tables("mine.toml", mutant), vocab_size=69)
+        planned_parameters(from_tables("mine.toml", mutant), vocab_size=69)
 
     refused = sum(clean(lambda m=m: check(m)) for m in mutants(tables, 1))  # type: ignore[misc]
     assert refused > MUTANTS / 2
@@ -105,7 +107,7 @@ def test_settings(name: str, traced: None) -> None:
 def test_files_of_settings(text: str, tmp_path: Path, traced: None) -> None:
     file = tmp_path / "mine.toml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    assert clean(lambda: resolve(str(file)))
+    assert clean(lambda: load_settings(str(file)))
 
 
 def test_preset_files_are_settings() -> None:
@@ -136,7 +138,7 @@ def test_logs_and_sidecars(checkpoint: Path, traced: None) -> None:
     refused = [0, 0]
     for mutant in mutants(record, 3):
         log.write_text(json.dumps(mutant) + "\n", encoding="utf-8")
-        refused[0] += clean(lambda: read_records(folder))
+        refused[0] += clean(lambda: read_log(folder))
     for mutant in mutants(about, 4):
         sidecar.write_text(json.dumps(mutant), encoding="utf-8")
         refused[1] += clean(lambda: open_tokens(sidecar.with_suffix(".bin"), verify=False))

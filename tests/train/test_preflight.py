@@ -1,4 +1,4 @@
-"""Every check before a run, by planting the bug that it is there for; and the faults of a run."""
+"""Preflight checks, each by planting its bug; errors while training; reference runs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,41 @@ import pytest
 import torch
 
 from forks import run_script
-from glassllama.base.errors import DownloadError, GlassError, MemoryShortError
+from glassllama.base.errors import (
+    DownloadError,
+    GlassError,
+    MemoryShortError,
+    PreflightError,
+    TrainingError,
+)
 from glassllama.native.training import blocks
 from glassllama.nn import attention
-from glassllama.train import data as data_room
-from glassllama.train import estimate, loop
-from glassllama.train.adamw import AdamW
+from glassllama.train import loop
+from glassllama.train import preflight as preflight_module
 from glassllama.train.batches import Batch, Batches, bytes_of_batch
-from glassllama.train.checkpoints import complete_steps
-from glassllama.train.data import open_data
-from glassllama.train.faults import PreflightError, TrainingError
-from glassllama.train.metrics import Journal, Record, read_records
+from glassllama.train.checkpoint import complete_steps
+from glassllama.train.data import find_text, open_data
+from glassllama.train.metrics import LoggedMetrics, MetricsLog, read_log
 from glassllama.train.model_factory import as_module
-from glassllama.train.plot import draw_curve
+from glassllama.train.optimizers import AdamW
 from glassllama.train.preflight import check_targets, preflight
-from glassllama.train.prepare import prepare
-from glassllama.train.reference_runs import BANDS, Band, Watchman, band_of, make_band
-from glassllama.train.resolve import resolve
+from glassllama.train.reference_runs import (
+    REFERENCE_RUNS,
+    LossMonitor,
+    ReferenceRuns,
+    make_reference,
+    plot_loss,
+    reference_for,
+)
 from glassllama.train.run import Run
-from glassllama.train.settings import DataSettings
+from glassllama.train.settings import DataSettings, load_settings
+from glassllama.train.setup import prepare
 from train.recipes import make_steps, new_run, write_text
 
 STORED = sorted(
-    entry.name.removesuffix(".json") for entry in BANDS.iterdir() if entry.name.endswith(".json")
+    entry.name.removesuffix(".json")
+    for entry in REFERENCE_RUNS.iterdir()
+    if entry.name.endswith(".json")
 )
 KINDS = ("llama", "gpt", "bigram")
 
@@ -70,7 +82,7 @@ def test_a_sound_run_passes_and_is_left_as_it_was(
     after = dict(as_module(run.model).named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.progress.step == 0
-    assert not run.optimisers.adamw.state
+    assert not run.optimizers.adamw.state
 
 
 def test_a_text_that_repeats_its_characters_is_no_leak(tmp_path: Path, text: Path) -> None:
@@ -83,7 +95,7 @@ def test_a_text_that_repeats_its_characters_is_no_leak(tmp_path: Path, text: Pat
     assert loss < guessing - 0.5
 
 
-class Wrong(Batches):
+class ShiftedBatches(Batches):
     """Batches whose targets are shifted by `shift` instead of one."""
 
     shift = 2
@@ -97,7 +109,7 @@ class Wrong(Batches):
 
 def test_targets_shifted_by_two(run: Run) -> None:
     """The bug of a published tutorial: its model learns to skip every other letter."""
-    wrong = Wrong(run.batches.tokens, 16, 6, 1)
+    wrong = ShiftedBatches(run.batches.tokens, 16, 6, 1)
     fails(replace(run, batches=wrong), "targets", "shifted by 2, not by 1", "skip 1 of 2 tokens")
 
 
@@ -145,10 +157,8 @@ def test_initial_weights_too_large(run: Run) -> None:
     fails(run, "beginning", "the initial weights are too large")
 
 
-def test_a_model_that_knows_already(run: Run, monkeypatch: Any) -> None:
-    from glassllama.train import preflight as room
-
-    monkeypatch.setattr(room, "mean_loss", lambda *_: torch.tensor(0.5))
+def test_a_model_that_knows_the_answers(run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr(preflight_module, "mean_loss", lambda *_: torch.tensor(0.5))
     fails(run, "beginning", "knows the answers already")
 
 
@@ -158,20 +168,20 @@ def test_a_frozen_parameter(run: Run, name: str) -> None:
     fails(run, "learning", name, "did not move: frozen")
 
 
-def test_gradients_that_do_not_arrive(run: Run, monkeypatch: Any) -> None:
+def test_weights_that_do_not_move(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(AdamW, "step", lambda self: None)
     fails(run, "learning", "did not move")
 
 
-def test_nothing_is_learnt(run: Run, monkeypatch: Any) -> None:
+def test_a_loss_that_does_not_fall(run: Run, monkeypatch: Any) -> None:
     """Steps uphill, as with the sign of the loss wrong."""
-    honest = AdamW.step
+    original = AdamW.step
 
     def uphill(self: Any) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad.neg_()
-        return honest(self)
+        return original(self)
 
     monkeypatch.setattr(AdamW, "step", uphill)
     fails(run, "learning", "gradients do not reach the weights as they should")
@@ -183,15 +193,15 @@ def test_text_that_is_one_character(tmp_path: Path) -> None:
     fails(new_run(tmp_path / "run", path), "data", "one token over and over")
 
 
-def test_validation_text_that_is_learnt_from(tmp_path: Path, romeo_and_juliet: Path) -> None:
+def test_validation_text_in_the_training_text(tmp_path: Path, romeo_and_juliet: Path) -> None:
     path = tmp_path / "twice.txt"
     path.write_text(romeo_and_juliet.read_text(encoding="utf-8")[:700] * 10)
-    fails(new_run(tmp_path / "run", path), "stands in the training text too")
+    fails(new_run(tmp_path / "run", path), "is in the training text too")
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_is_tried(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 100_000)
-    monkeypatch.setattr(estimate, "one_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was made"))
     with pytest.raises(MemoryShortError, match=r"raise run\.accumulate, or lower data\.batch"):
         list(preflight(run))
 
@@ -202,9 +212,9 @@ def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
     for rows, parts in ((6, 1), (12, 1), (12, 2)):
         more = (f"data.batch={rows}", f"run.accumulate={parts}", "run.loss_chunk=1")
         run = new_run(tmp_path / f"{rows}-{parts}", text, "llama", *more)
-        sizes[rows, parts] = estimate.memory_of_step(run)
+        sizes[rows, parts] = preflight_module.require_step_fits(run)
     row = (sizes[12, 1] - sizes[6, 1]) / 6
-    corpus = run.data.learnt
+    corpus = run.data.train
     assert sizes[12, 2] - sizes[6, 1] == bytes_of_batch(corpus, 6, 16)  # of the batch itself
     assert 16 * 24 * 4 * 10 < row < 16 * 24 * 4 * 200  # some tens of (T, C) tensors a layer
 
@@ -212,7 +222,7 @@ def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
 PEAK = """
 import ctypes, re, sys
 from pathlib import Path
-from glassllama.train import estimate, loop
+from glassllama.train import loop, preflight
 from train.recipes import new_run
 
 def memory(kind):  # getrusage's peak begins with that of the process which started this one
@@ -222,20 +232,18 @@ def memory(kind):  # getrusage's peak begins with that of the process which star
 folder, text, kind, *sizes = sys.argv[1:]
 large = ("data.context=64", "run.precision=float32", *sizes)
 run = new_run(Path(folder) / "run", Path(text), kind, *large)
-counted = estimate.memory_of_step(run)
+counted = preflight.require_step_fits(run)
 in_pieces = "run.loss_chunk=10"  # as the large one: PyTorch imports more for that
-loop.one_step(new_run(Path(folder) / "small", Path(text), kind, in_pieces))
+loop.train_step(new_run(Path(folder) / "small", Path(text), kind, in_pieces))
 ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD: what is freed goes back to the system
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of compiling perhaps, is forgotten
 before = memory("VmRSS")
-loop.one_step(run)
+loop.train_step(run)
 print(counted, memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="its allocator can be told, others not"
-)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs its mallopt")
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -257,7 +265,7 @@ def test_memory_is_what_a_step_takes(
     assert 1 < counted / taken < (1 + 1 / 7) * (1 + 1 / 8) * 1.1
 
 
-# --- faults while running -------------------------------------------------------------------
+# --- errors while training ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -268,15 +276,15 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
     run = new_run(tmp_path / "run", text, kind)
     make_steps(run, stop_after=5)
     before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
-    honest = loop.loss_and_gradients
+    original = loop.loss_and_gradients
 
     def broken(run: Run, batch: Batch) -> float:
-        loss = honest(run, batch)
+        loss = original(run, batch)
         if run.progress.step < 6:
             return loss
         if where == "loss":
             return float("inf")
-        next(iter(run.optimisers.named.values())).grad.view(-1)[3] = float("nan")  # type: ignore[union-attr]
+        next(iter(run.optimizers.named.values())).grad.view(-1)[3] = float("nan")  # type: ignore[union-attr]
         return loss
 
     monkeypatch.setattr(loop, "loss_and_gradients", broken)
@@ -289,7 +297,7 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
     assert list(complete_steps(run.checkpoints)) == [4, 5]
     after = dict(as_module(run.model).named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
-    assert [r.step for r in read_records(run.folder)] == list(range(1, 7))
+    assert [r.step for r in read_log(run.folder)] == list(range(1, 7))
     assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was made
 
 
@@ -299,7 +307,7 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
         ("empty.txt", b"", "no text"),
         ("short.txt", b"To be or not to be, that is the question." * 2, "too few for a context"),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2"),
-        ("latin.txt", b"caf\xe9 " * 1000, "byte 3 is no UTF-8"),
+        ("latin.txt", b"caf\xe9 " * 1000, "byte 3 is not UTF-8"),
     ],
 )
 def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -318,25 +326,25 @@ def test_without_a_network_the_error_says_what_works(monkeypatch: Any, tmp_path:
         open_data(settings, tmp_path, offline=True)
     assert "--data FILE" in str(error.value)
     assert "llama-shakespeare-bpe" in str(error.value)
-    assert data_room.find_text("some/file.txt") == Path("some/file.txt")
+    assert find_text("some/file.txt") == Path("some/file.txt")
 
 
-# --- is it normal? --------------------------------------------------------------------------
+# --- reference runs -------------------------------------------------------------------------
 
 
-def test_bands_hold_normal_runs_and_name_others() -> None:
+def test_normal_runs_are_inside_the_reference_and_others_get_a_warning() -> None:
     chance = np.random.default_rng(4)
     falling = 4.0 * np.exp(-np.arange(100) / 40)
 
     def losses() -> list[float]:
         return list(falling + chance.normal(0, 0.02, 100))
 
-    band = make_band([25, 50, 75, 100], [losses() for _ in range(3)])
-    assert band.seeds == 3
+    reference = make_reference([25, 50, 75, 100], [losses() for _ in range(3)])
+    assert reference.seeds == 3
 
     def heard(values: Any) -> list[str]:
-        watchman = Watchman(band)
-        return [said for n, x in enumerate(values, 1) if (said := watchman.hear(n, x))]
+        monitor = LossMonitor(reference)
+        return [said for n, x in enumerate(values, 1) if (said := monitor.check_loss(n, x))]
 
     assert heard(losses()) == []
     (slow,) = heard(np.maximum(losses(), 3.5))
@@ -347,64 +355,67 @@ def test_bands_hold_normal_runs_and_name_others() -> None:
     assert "fell behind" in late
     (good,) = heard(falling * 0.8)
     assert "sees what it is to predict" in good
-    resumed = Watchman(band, first_step=40)
-    assert resumed.hear(50, 9.0) is None  # half a block says nothing
-    assert isinstance(band, Band)
+    resumed = LossMonitor(reference, first_step=40)
+    assert resumed.check_loss(50, 9.0) is None  # half a block says nothing
 
 
-def test_a_band_is_for_the_presets_own_settings_only() -> None:
-    assert band_of(resolve("llama-tinyshakespeare-cpu", ["optimiser.lr=0.5"])) is None
-    assert band_of(resolve("llama-tinyshakespeare-cpu", ["data.corpus=mine.txt"])) is None
+def test_a_reference_is_for_the_presets_own_settings_only() -> None:
+    assert reference_for(load_settings("llama-tinyshakespeare-cpu", ["optimizer.lr=0.5"])) is None
+    assert (
+        reference_for(load_settings("llama-tinyshakespeare-cpu", ["data.corpus=mine.txt"])) is None
+    )
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_stored_bands_are_of_the_presets_as_they_are(name: str) -> None:
-    settings = resolve(name)
-    band = band_of(settings)
-    assert band is not None, "the preset was changed: run benchmarks/train_bands.py"
-    assert band.seeds >= 3
-    assert band.steps[-1] == settings.schedule.steps
-    assert len(band.steps) == len(band.low) == len(band.high)
-    assert all(low < high for low, high in zip(band.low, band.high, strict=True))
-    assert band_of(replace(settings, run=replace(settings.run, seed=99))) == band
+def test_stored_references_fit_the_presets(name: str) -> None:
+    settings = load_settings(name)
+    reference = reference_for(settings)
+    assert reference is not None, "the preset was changed: run benchmarks/train_reference_runs.py"
+    assert reference.seeds >= 3
+    assert reference.steps[-1] == settings.schedule.steps
+    assert len(reference.steps) == len(reference.low) == len(reference.high)
+    assert all(low < high for low, high in zip(reference.low, reference.high, strict=True))
+    assert reference_for(replace(settings, run=replace(settings.run, seed=99))) == reference
 
 
-def test_a_whole_run_is_inside_its_band_and_a_slower_one_is_not(
+def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
     tmp_path: Path, tinyshakespeare: Path
 ) -> None:
-    """The bigram preset as it stands, with a seed that its band was not made of."""
+    """The bigram preset as it stands, with a seed that its reference was not made of."""
     heard = {}
     for rate in (0.1, 0.02):
-        settings = resolve("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
-        optimiser = replace(settings.optimiser, lr=rate)
+        settings = load_settings("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
+        optimizer = replace(settings.optimizer, lr=rate)
         folder = tmp_path / str(rate)
         folder.mkdir()
         data = open_data(settings.data, folder)
-        records = make_steps(prepare(replace(settings, optimiser=optimiser), data, folder))
-        watchman = Watchman(band_of(settings))  # type: ignore[arg-type]
-        said = [watchman.hear(record.step, record.loss) for record in records]
+        records = make_steps(prepare(replace(settings, optimizer=optimizer), data, folder))
+        monitor = LossMonitor(reference_for(settings))  # type: ignore[arg-type]
+        said = [monitor.check_loss(record.step, record.loss) for record in records]
         heard[rate] = [line for line in said if line]
     assert heard[0.1] == []
     assert len(heard[0.02]) == 1
     assert "slow from the beginning" in heard[0.02][0]
 
 
-# --- what is written down -------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------
 
 
 def test_the_curve_is_drawn(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = MetricsLog(tmp_path)
     for step in range(1, 30):
         val = {"val_loss": 3.0, "val_error": 0.1, "bits_per_byte": 4.3} if step % 10 == 0 else {}
         journal.write(
-            Record(step=step, loss=4 - step / 30, lr=0.1, grad_norm=1.0, tokens=step * 8,
+            LoggedMetrics(step=step, loss=4 - step / 30, lr=0.1, grad_norm=1.0, tokens=step * 8,
                    tok_s=100.0, seconds=step * 0.1, **val)
         )  # fmt: skip
     journal.close()
-    records = read_records(tmp_path)
+    records = read_log(tmp_path)
     assert len(records) == 29
     assert records[9].val_loss == 3.0
-    paths = draw_curve(records, tmp_path, "a run", Band(seeds=3, steps=(15,), low=(3,), high=(4,)))
+    paths = plot_loss(
+        records, tmp_path, "a run", ReferenceRuns(seeds=3, steps=(15,), low=(3,), high=(4,))
+    )
     assert [path.name for path in paths] == ["loss.svg", "loss.png"]
     assert b"<svg" in paths[0].read_bytes()[:1000]
     rows = (tmp_path / "log.csv").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A run that was interrupted is the run that was not: weights, optimiser, losses, bit for bit."""
+"""A resumed run equals one that was not interrupted: weights, optimizer, losses, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
-from glassllama.train.checkpoints import complete_steps
-from glassllama.train.faults import TrainingError
-from glassllama.train.metrics import Journal, read_records
-from glassllama.train.resolve import resolve
-from glassllama.train.run_dir import occupy, require_free
+from glassllama.train.checkpoint import complete_steps
+from glassllama.train.metrics import MetricsLog, read_log
+from glassllama.train.settings import load_settings
+from glassllama.train.setup import lock_run_dir, require_free
 from tolerances import assert_logits, logits_bar, loss_bar, muon_bar
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
 STEPS = 12
 WAYS = {
-    "llama": ("llama", "optimiser.ema=0.9", "model.dropout=0.2", "run.precision=bfloat16"),
+    "llama": ("llama", "optimizer.ema=0.9", "model.dropout=0.2", "run.precision=bfloat16"),
     "llama in float32, in parts": (
         "llama",
         "run.precision=float32",
         "run.accumulate=3",
         "run.loss_chunk=10",
     ),
-    "gpt": ("gpt", "model.dropout=0.1", "optimiser.weight_decay=0.1"),
+    "gpt": ("gpt", "model.dropout=0.1", "optimizer.weight_decay=0.1"),
     "bigram": ("bigram",),
 }
 
@@ -48,7 +47,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert set(left) == set(right)
     assert all(torch.equal(left[name], right[name]) for name in left)
     timeless = [
-        [dataclasses.replace(r, seconds=0.0, tok_s=0.0) for r in read_records(folder)]
+        [dataclasses.replace(r, seconds=0.0, tok_s=0.0) for r in read_log(folder)]
         for folder in (one, other)
     ]
     assert timeless[0] == timeless[1]
@@ -56,21 +55,23 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_stopped_and_resumed_is_never_stopped(way: str, tmp_path: Path, text: Path) -> None:
+def test_a_resumed_run_equals_one_that_was_not_stopped(
+    way: str, tmp_path: Path, text: Path
+) -> None:
     kind, *more = WAYS[way]
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, kind, *more))
-    make_steps(new_run(halves, text, kind, *more), stop_after=7)
-    second = new_run(halves, text, kind, *more)
+    make_steps(new_run(resumed, text, kind, *more), stop_after=7)
+    second = new_run(resumed, text, kind, *more)
     assert second.progress.step == 7
     make_steps(second)
-    assert_same_run(straight, halves, STEPS)
+    assert_same_run(straight, resumed, STEPS)
     begin = load_file(straight / "checkpoints" / f"step-{STEPS:06d}" / "training.safetensors")
-    moved = new_run(tmp_path / "fresh", text, kind, *more).optimisers.named
+    moved = new_run(tmp_path / "fresh", text, kind, *more).optimizers.named
     assert not all(torch.equal(begin[f"weights.{n}"], p) for n, p in moved.items())
 
 
-def test_steps_after_the_last_checkpoint_are_made_again(tmp_path: Path, text: Path) -> None:
+def test_steps_after_the_last_checkpoint_are_repeated(tmp_path: Path, text: Path) -> None:
     """What kill -9 leaves: a log that is ahead of the checkpoint, its last line cut."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     make_steps(new_run(straight, text))
@@ -83,7 +84,7 @@ def test_steps_after_the_last_checkpoint_are_made_again(tmp_path: Path, text: Pa
     assert (killed / "log.csv").read_text().count("\n") == STEPS + 1
 
 
-def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, text: Path) -> None:
+def test_microbatches_together_are_the_batch(tmp_path: Path, text: Path) -> None:
     one = new_run(tmp_path / "whole", text, "llama", "run.precision=float32")
     other = new_run(tmp_path / "parts", text, "llama", "run.precision=float32", "run.accumulate=3")
     whole, parts, config = make_steps(one), make_steps(other), one.model.config
@@ -101,7 +102,7 @@ def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
     assert [r.loss for r in one] != [r.loss for r in two]
 
 
-def test_a_foreign_name_of_any_length_is_cut(tmp_path: Path, text: Path) -> None:
+def test_long_names_in_errors_are_cut(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
     (path,) = folder.rglob("state.json")
@@ -113,40 +114,40 @@ def test_a_foreign_name_of_any_length_is_cut(tmp_path: Path, text: Path) -> None
     assert len(str(refused.value)) < 1000
 
 
-def test_another_run_is_not_taken_up(tmp_path: Path, text: Path) -> None:
+def test_another_run_is_not_resumed(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
-    with pytest.raises(TrainingError, match=r"another run: optimiser\.lr was .*, is 0\.5"):
-        new_run(folder, text, "llama", "optimiser.lr=0.5")
+    with pytest.raises(TrainingError, match=r"another run: optimizer\.lr was .*, is 0\.5"):
+        new_run(folder, text, "llama", "optimizer.lr=0.5")
     text.write_text(text.read_text() + "More.")
     with pytest.raises(TrainingError, match="text was"):
         new_run(folder, text)
 
 
-def test_what_is_only_reported_may_change(tmp_path: Path, text: Path) -> None:
+def test_reporting_settings_may_change(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
     run = new_run(folder, text, "llama", "run.eval_every=3", "run.sample_every=5", "run.keep=5")
     assert make_steps(run)[-1].step == STEPS
 
 
-def test_a_folder_is_one_runs_and_one_processes(tmp_path: Path, text: Path) -> None:
+def test_a_folder_is_for_one_run_and_one_process(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
-    settings = resolve(PRESET["llama"], changes("llama", text))
-    with pytest.raises(TrainingError, match="holds a run already; go on with it by --resume auto"):
+    settings = load_settings(PRESET["llama"], changes("llama", text))
+    with pytest.raises(TrainingError, match="there is a run already; resume it with --resume auto"):
         require_free(folder, settings, resuming=False)
     require_free(folder, settings, resuming=True)
     with (
-        occupy(folder),
+        lock_run_dir(folder),
         pytest.raises(TrainingError, match="another process is training there"),
-        occupy(folder),
+        lock_run_dir(folder),
     ):
         pass
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(TrainingError, match="cannot be written"),
-        occupy(tmp_path / "file" / "run"),
+        lock_run_dir(tmp_path / "file" / "run"),
     ):
         pass
 
@@ -174,7 +175,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
 # --- what a run leaves behind ---------------------------------------------------------------
 
 
-def test_the_last_and_the_best_are_kept_and_the_best_is_the_runs_model(
+def test_the_last_and_the_best_checkpoints_stay_and_the_best_is_the_model(
     tmp_path: Path, text: Path
 ) -> None:
     run = new_run(tmp_path / "run", text, "llama", "run.eval_every=1", "run.save_every=1")
@@ -188,12 +189,12 @@ def test_the_last_and_the_best_are_kept_and_the_best_is_the_runs_model(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt", "bigram"])
 def test_the_runs_folder_is_a_model_that_load_reads(kind: str, tmp_path: Path, text: Path) -> None:
-    more = ("run.precision=float32", "optimiser.ema=0.5", "schedule.steps=4")
+    more = ("run.precision=float32", "optimizer.ema=0.5", "schedule.steps=4")
     run = new_run(tmp_path / "run", text, kind, *more)
     make_steps(run)
     llm = load(str(run.folder), backend="torch")
     ids = llm.tokenizer.encode("To be, or not")
-    with torch.inference_mode(), run.average.in_place():  # type: ignore[union-attr]
+    with torch.inference_mode(), run.ema.in_place():  # type: ignore[union-attr]
         expected = run.model(torch.tensor([ids]))[0].numpy()
     if kind == "bigram":  # a table that is read: no sums
         assert (llm.logits(ids) == expected).all()
@@ -204,11 +205,10 @@ def test_the_runs_folder_is_a_model_that_load_reads(kind: str, tmp_path: Path, t
 def test_samples_and_tensorboard(tmp_path: Path, text: Path) -> None:
     run = new_run(tmp_path / "run", text, "gpt", "run.sample_every=6", "run.sample_tokens=40")
     listener = Listener()
-    from glassllama.train.loop import train
-    from glassllama.train.signals import Wish
+    from glassllama.train.loop import StopRequest, train_steps
 
-    journal = Journal(run.folder, tensorboard=True)
-    train(run, journal, listener, Wish())
+    journal = MetricsLog(run.folder, tensorboard=True)
+    train_steps(run, journal, listener, StopRequest())
     journal.close()
     assert len(listener.samples) == 2
     assert all(sample.startswith("\n") and len(sample) > 40 for sample in listener.samples)

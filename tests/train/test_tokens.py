@@ -1,4 +1,4 @@
-"""Ids on disk: what is written is read, and what does not belong together is not."""
+"""Ids on disk: round trip, damage, and errors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from glassllama.base.errors import FormatError, GlassError
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.tokens import (
     Piece,
-    TokenizerFacts,
+    TokenizerInfo,
     Tokens,
     open_tokens,
-    tokenizer_facts,
+    tokenizer_info,
     write_tokens,
 )
 
 
-def facts(vocab_size: int) -> TokenizerFacts:
-    return TokenizerFacts(name="none", vocab_size=vocab_size, sha256="0" * 64)
+def info(vocab_size: int) -> TokenizerInfo:
+    return TokenizerInfo(name="none", vocab_size=vocab_size, sha256="0" * 64)
 
 
 def written(path: Path, vocab_size: int = 300) -> Tokens:
@@ -31,7 +31,7 @@ def written(path: Path, vocab_size: int = 300) -> Tokens:
     draw = [chance.integers(vocab_size, size=n) for n in (5, 7, 2, 0, 9)]
     begins = (True, True, False, True, True)
     pieces = [Piece(ids, first) for ids, first in zip(draw, begins, strict=True)]
-    tokens = write_tokens(path, pieces, facts(vocab_size))
+    tokens = write_tokens(path, pieces, info(vocab_size))
     assert tokens.ids.tolist() == np.concatenate(draw).tolist()
     return tokens
 
@@ -50,15 +50,15 @@ def test_the_vocabulary_decides_how_wide_an_id_is(
     again = open_tokens(path)
     assert isinstance(again.ids, np.memmap)
     assert again.ids.tolist() == np.fromfile(path, f"<u{width}").tolist()
-    assert (again.starts.tolist(), again.tokenizer) == ([0, 5, 14], facts(vocab_size))
+    assert (again.starts.tolist(), again.tokenizer) == ([0, 5, 14], info(vocab_size))
     assert sorted(p.name for p in path.parent.iterdir()) == ["tokens.bin", "tokens.json"]
 
 
-def test_same_vocabulary_same_facts() -> None:
-    one, same = tokenizer_facts(CharTokenizer("abc")), tokenizer_facts(CharTokenizer("cba"))
+def test_equal_vocabularies_have_equal_hashes() -> None:
+    one, same = tokenizer_info(CharTokenizer("abc")), tokenizer_info(CharTokenizer("cba"))
     assert one == same
     assert one.vocab_size == 7
-    assert tokenizer_facts(CharTokenizer("abd")).sha256 != one.sha256
+    assert tokenizer_info(CharTokenizer("abd")).sha256 != one.sha256
 
 
 def spoil(path: Path, name: str) -> None:
@@ -109,7 +109,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_does_not_belong_together_is_not_opened(tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tokens.bin"
     written(path)
     spoil(path, damage)
@@ -121,18 +121,18 @@ def test_what_does_not_belong_together_is_not_opened(tmp_path: Path, damage: str
 
 def test_an_empty_corpus_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(GlassError, match="empty"):
-        write_tokens(tmp_path / "tokens.bin", [Piece(np.array([], int), True)], facts(9))
+        write_tokens(tmp_path / "tokens.bin", [Piece(np.array([], int), True)], info(9))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ids_outside_the_vocabulary_are_not_written(tmp_path: Path) -> None:
     for bad in (9, -1):
         with pytest.raises(GlassError, match=f"id {bad} is outside the vocabulary of 9"):
-            write_tokens(tmp_path / "tokens.bin", [Piece(np.array([1, bad]), True)], facts(9))
+            write_tokens(tmp_path / "tokens.bin", [Piece(np.array([1, bad]), True)], info(9))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
+def test_old_files_stay_until_all_is_written(tmp_path: Path) -> None:
     path = tmp_path / "tokens.bin"
     before = written(path).ids.tolist()
 
@@ -141,7 +141,7 @@ def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_tokens(path, broken(), facts(300))
+        write_tokens(path, broken(), info(300))
     assert open_tokens(path).ids.tolist() == before
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -149,4 +149,4 @@ def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GlassError, match="cannot be written"):
-        write_tokens(tmp_path / "file" / "tokens.bin", [Piece(np.arange(3), True)], facts(9))
+        write_tokens(tmp_path / "file" / "tokens.bin", [Piece(np.arange(3), True)], info(9))

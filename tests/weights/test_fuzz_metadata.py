@@ -26,8 +26,9 @@ from glassllama.base.errors import GlassError
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.train.resolve import preset_names, read_tables, resolve
-from glassllama.train.run import FORMAT, read_state, require_same
+from glassllama.train.checkpoint import FORMAT, read_state
+from glassllama.train.run import require_same_run
+from glassllama.train.settings import load_settings, preset_names, read_tables
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
@@ -109,7 +110,7 @@ def use_state(folder: Path) -> None:
     state.progress.note_score(1.0)
     assert state.progress.step + 1 > 0
     assert state.progress.seconds + 1.0 >= 1.0
-    require_same(folder, state.identity, IDENTITY)
+    require_same_run(folder, state.identity, IDENTITY)
 
 
 # --- documents --------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def settings_target(home: Path) -> Target:
     return Target(
         read_tables(name),
         lambda values: path.write_text(as_toml(values), "utf-8"),
-        lambda: resolve(str(path)),
+        lambda: load_settings(str(path)),
         list(DATES),
     )
 

@@ -13,7 +13,7 @@ import transformers
 
 from glassllama import LLM, load
 from glassllama.base.errors import GenerationError, TokenizerError
-from glassllama.cli.checks import vocabulary
+from glassllama.weights.validate import check_vocabulary
 from tiny_models import VARIANTS, hf_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -109,7 +109,7 @@ def test_gaps_between_tokens_are_never_chosen(folder: Path, tmp_path: Path, back
         assert made.logprobs is not None
         shown = {token.id for step in made.logprobs for token in step.top}
         assert not {*made.ids, *shown} & {*range(size, size + 5), *range(size + 6, ROWS)}
-    [first, *_] = vocabulary(llm.tokenizer, ROWS)
+    [first, *_] = check_vocabulary(llm.tokenizer, ROWS)
     assert f"{size + 1} tokens" in first.text
     assert f"{ROWS - size - 1} have no token and are never chosen" in first.text
 
@@ -128,7 +128,7 @@ def test_they_are_no_text_and_others_are_an_error(llm: LLM, folder: Path) -> Non
 
 
 def test_validation_says_so(llm: LLM) -> None:
-    [first, *_] = vocabulary(llm.tokenizer, ROWS)
+    [first, *_] = check_vocabulary(llm.tokenizer, ROWS)
     assert first.ok
     size = llm.tokenizer.vocab_size
     assert f"{ROWS - size} have no token and are never chosen" in first.text

@@ -48,6 +48,14 @@ class UntrustedError(GlassError):
     """A folder of the cache is another user's, or others can write to it: it is not used."""
 
 
+class TrainingError(GlassError):
+    """A run cannot start or continue: bad data, non-finite numbers, a checkpoint of another run."""
+
+
+class PreflightError(TrainingError):
+    """A check before the first training step found a bug, which the message names."""
+
+
 class MissingExtraError(GlassError):
     """An optional part is not installed: the message is the `pip install` line to run."""
 

@@ -1,4 +1,4 @@
-"""`glassllama train-tokenizer`: a vocabulary learned from one's own texts."""
+"""`glassllama train-tokenizer`: train a BPE vocabulary on your own texts."""
 
 from __future__ import annotations
 
@@ -44,16 +44,14 @@ Texts = Annotated[
 ]
 VocabSize = Annotated[
     int,
-    typer.Option(
-        min=1, metavar="N", help="Tokens in all, 256 bytes and control tokens among them."
-    ),
+    typer.Option(min=1, metavar="N", help="Tokens in all, including 256 bytes and special tokens."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")]
 FormatOption = Annotated[
     Format,
     typer.Option(
         metavar="NAME",
-        help="hf: tokenizer.json. meta: Llama 3's tokenizer.model, with its 256 control tokens. "
+        help="hf: tokenizer.json. meta: Llama 3's tokenizer.model, with its 256 special tokens. "
         "both.",
     ),
 ]
@@ -61,13 +59,13 @@ Special = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help="A control token; may be given several times.",
+        help="A special token; may be given several times.",
         show_default="<|begin_of_text|> and <|end_of_text|>",
     ),
 ]
 SplitOption = Annotated[
     SplitName,
-    typer.Option(metavar="NAME", help="How text falls into words: llama3, gpt2, smollm or qwen2."),
+    typer.Option(metavar="NAME", help="Pretokenizer: llama3, gpt2, smollm or qwen2."),
 ]
 ShowMerges = Annotated[
     int, typer.Option(min=0, metavar="N", help="Show the first N merges and where they occur.")
@@ -84,14 +82,14 @@ def train_tokenizer(
     show_merges: ShowMerges = 0,
     json: Json = False,
 ) -> None:
-    """Learn a vocabulary from texts: byte-pair encoding, as Llama 3's was made.
+    """Train a vocabulary on texts: byte-pair encoding, as for Llama 3.
 
-    Prints the folder, which other verbs take as a model where only the tokenizer is asked for.
+    Prints the folder; verbs that need only a tokenizer take it as a model.
     """
-    specials = control_tokens(format, special)
+    specials = special_tokens(format, special)
     require_free(out)
     start = time.perf_counter()
-    trained = learn(texts, vocab_size, specials, split.value)
+    trained = train_with_bars(texts, vocab_size, specials, split.value)
     files = [path.name for path in save(trained, out, format)]
     seconds = round(time.perf_counter() - start, 2)
     shown = [merge_facts(trained, merge) for merge in trained.merges[:show_merges]]
@@ -102,7 +100,7 @@ def train_tokenizer(
     if shown:
         print_merges(shown)
     print(out)
-    note(f"{vocab_size:,} tokens learned in {seconds} s: {', '.join(files)}")
+    note(f"{vocab_size:,} tokens trained in {seconds} s: {', '.join(files)}")
 
 
 def print_merges(merges: Sequence[dict[str, Any]]) -> None:
@@ -113,15 +111,15 @@ def print_merges(merges: Sequence[dict[str, Any]]) -> None:
     print_table(["id>", "pair", "token", "count>", "as in"], rows)
 
 
-def learn(
+def train_with_bars(
     paths: Sequence[Path], vocab_size: int, specials: Sequence[str], split: str
 ) -> TrainedBPE:
-    """Read and learn, with bars. Raises GlassError where there is nothing to read."""
+    """Read and train, with progress bars. Raises GlassError if there is nothing to read."""
     from glassllama.tokenizers.train import train_bpe
     from glassllama.weights.tokenizer import BACKEND
 
     with progress_bars() as bar:
-        reading, merging = bar("reading", "bytes"), bar("learning", "tokens")
+        reading, merging = bar("reading", "bytes"), bar("training", "tokens")
         texts = read(paths, reading)
         return train_bpe(
             texts, vocab_size, specials, split=split, progress=merging, backend=BACKEND
@@ -143,36 +141,36 @@ def read(paths: Sequence[Path], progress: Progress | None) -> Iterator[str]:
         raise GlassError(f"{', '.join(map(str, paths))}: no text in it; give files with text")
 
 
-def control_tokens(format: Format, special: list[str] | None) -> Sequence[str]:
-    """The control tokens of a form. Meta's has names of its own."""
+def special_tokens(format: Format, special: list[str] | None) -> Sequence[str]:
+    """The special tokens of a file format; Meta's are fixed."""
     from glassllama.tokenizers.tiktoken_file import special_token_names
 
     if format is Format.hf:
         return ("<|begin_of_text|>", "<|end_of_text|>") if special is None else special
     if special:
-        hint = f"not together with --format {format.value}: Meta's form has its own control tokens"
+        hint = f"not with --format {format.value}: Meta's format has its own special tokens"
         raise typer.BadParameter(hint, param_hint="--special")
     return special_token_names()
 
 
 def require_free(folder: Path) -> None:
-    """Raise GlassError where a tokenizer would be written over: a model may depend on it."""
+    """Raise GlassError if a tokenizer would be overwritten: a model may depend on it."""
     for path in (folder / name for name in TOKENIZER_FILES):
         if path.exists():
             raise GlassError(f"--out: {path} exists already; name another folder, or delete it")
     if folder.exists() and not folder.is_dir():
-        raise GlassError(f"--out: {folder} is a file, want a folder")
+        raise GlassError(f"--out: {folder} is a file, expected a folder")
 
 
 def save(trained: TrainedBPE, folder: Path, format: Format) -> list[Path]:
-    """Write the files, all or none. Raises GlassError where they cannot be written."""
-    ours, new_folder = [folder / name for name in WRITTEN], not folder.is_dir()
-    ours = [path for path in ours if not path.exists()]
+    """Write the files, all or none. Raises GlassError if they cannot be written."""
+    new_folder = not folder.is_dir()
+    new_files = [folder / name for name in WRITTEN if not (folder / name).exists()]
     try:
         with naming(folder):
             return trained.save(folder, format.value)
     except BaseException:
-        for path in ours:
+        for path in new_files:
             path.unlink(missing_ok=True)
         if new_folder and folder.is_dir():
             folder.rmdir()

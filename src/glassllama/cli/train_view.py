@@ -1,115 +1,132 @@
-"""What is seen of a training run: a live view on a terminal, plain lines elsewhere."""
+"""The display of a training run: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from itertools import pairwise
+from shlex import quote
 from typing import TYPE_CHECKING
 
-from glassllama.cli.console import console, is_terminal, note
+from glassllama.cli.console import console, is_terminal, note, progress_bars, write
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from glassllama.train.metrics import Record
-    from glassllama.train.reference_runs import Watchman
+    from glassllama.base.interfaces import Progress
+    from glassllama.train.metrics import LoggedMetrics, RunInfo
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 60  # of the curve of characters
+WIDTH = 60  # characters of the loss curve
 LINES = 20  # plain lines in a whole run, besides evaluations
 REFRESH = 4  # times a second
-LEAST = 1.0  # seconds over which a speed is measured where every step is shown
+INTERVAL = 1.0  # seconds over which speed is measured in the live view
 
 
-@dataclass
-class View:
-    """Told of every step (train/loop.py's Listener), shows what a person wants to know of it.
+class TrainView:
+    """Shows what a training run reports (train/metrics.py's Listener).
 
-    `peak` and `flops` (of one token) give MFU: the share of the machine's arithmetic that is used.
+    `settings` are lines that are printed when the run starts.
     """
 
-    steps: int  # of the whole run
-    first: int  # steps made before this process
-    flops: float
-    peak: float
-    watchman: Watchman | None = None
-    losses: list[float] = field(default_factory=list)
-    judged: str = ""
-    _rate: float = 0.0  # tokens a second, when last measured
-    _marked: Record | None = None  # the step after which that was
-    _live: Live | None = None
-    _started: float = field(default_factory=time.perf_counter)
+    info: RunInfo
 
-    def __enter__(self) -> View:
-        if is_terminal(sys.stderr):
-            from rich.live import Live
+    def __init__(self, settings: str = "") -> None:
+        self._settings = settings
+        self._losses: list[float] = []
+        self._validation = ""
+        self._tok_s = 0.0  # when last measured
+        self._measured: LoggedMetrics | None = None  # the step of that measurement
+        self._stack = ExitStack()  # of progress bars, until the live view starts
+        self._bars = self._stack.enter_context(progress_bars())
+        self._bar: Progress | None = None
+        self._live: Live | None = None
 
-            self._live = Live(console=console("stderr"), refresh_per_second=REFRESH, transient=True)
-            self._live.start()
+    def __enter__(self) -> TrainView:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         if self._live is not None:
             self._live.stop()
+            self._live = None
 
-    def on_step(self, record: Record) -> None:
-        self.losses.append(record.loss)
-        if record.val_loss is not None:
-            self.judged = f"validation {record.val_loss:.4f} ± {record.val_error:.4f}"
-            per_byte = f"{record.bits_per_byte:.3f} bits a byte"
-            self.say(f"step {record.step:,}: {self.judged}, {per_byte}")
-        warning = self.watchman and self.watchman.hear(record.step, record.loss)
-        if warning:
-            self.say(warning)
-        if self._live is not None:
-            from rich.text import Text
+    def on_download(self, name: str, done: int, total: int) -> None:
+        self._bar = self._bar or self._bars(f"downloading {name}", "bytes")
+        if self._bar is not None:
+            self._bar(done, total)
 
-            self.measure(record, least=LEAST)
-            lines = (self.line(record), self.judged, curve(self.losses, WIDTH))
-            self._live.update(Text("\n".join(line for line in lines if line)))
-        elif record.step % max(1, self.steps // LINES) == 0:
-            self.measure(record)
-            note(self.line(record))
-
-    def on_sample(self, step: int, text: str) -> None:
-        self.say(f"step {step:,}, a sample:\n{text}\n")
-
-    def say(self, text: str) -> None:
-        """A line that stays, above what moves."""
+    def on_note(self, text: str) -> None:
+        """A line that stays, above the live view."""
         if self._live is not None:
             self._live.console.print(text, soft_wrap=True)
         else:
             note(text)
 
-    def measure(self, record: Record, least: float = 0.0) -> None:
-        """Tokens a second of training since the last measurement, `least` seconds ago or more."""
-        if self._marked is None:
-            self._rate, self._marked = record.tok_s, record
-        elif (seconds := record.seconds - self._marked.seconds) > least:
-            self._rate = (record.tokens - self._marked.tokens) / seconds
-            self._marked = record
+    def on_start(self, info: RunInfo) -> None:
+        self._stack.close()
+        if self._settings:
+            note(self._settings)
+        self.info, self._started = info, time.perf_counter()
+        if is_terminal(sys.stderr):
+            from rich.live import Live
 
-    def line(self, record: Record) -> str:
+            self._live = Live(console=console("stderr"), refresh_per_second=REFRESH, transient=True)
+            self._live.start()
+
+    def on_step(self, metrics: LoggedMetrics) -> None:
+        self._losses.append(metrics.loss)
+        if metrics.val_loss is not None:
+            self._validation = f"validation {metrics.val_loss:.4f} ± {metrics.val_error:.4f}"
+            bits = f"{metrics.bits_per_byte:.3f} bits per byte"
+            self.on_note(f"step {metrics.step:,}: {self._validation}, {bits}")
+        if self._live is not None:
+            from rich.text import Text
+
+            self._measure(metrics, INTERVAL)
+            lines = (self._line(metrics), self._validation, curve(self._losses, WIDTH))
+            self._live.update(Text("\n".join(line for line in lines if line)))
+        elif metrics.step % max(1, self.info.total_steps // LINES) == 0:
+            self._measure(metrics)
+            note(self._line(metrics))
+
+    def on_sample(self, step: int, text: str) -> None:
+        self.on_note(f"step {step:,}, a sample:\n{text}\n")
+
+    def on_end(self, sample: str | None) -> None:
+        self.__exit__()
+        if sample is not None:
+            write(sample.strip() + "\n")
+            folder = quote(str(self.info.folder))
+            note(f"complete: try it with: glassllama generate -m {folder} TEXT")
+
+    def _measure(self, metrics: LoggedMetrics, interval: float = 0.0) -> None:
+        """Tokens per second since the last measurement, if that is more than `interval` ago."""
+        if self._measured is None:
+            self._tok_s, self._measured = metrics.tok_s, metrics
+        elif (seconds := metrics.seconds - self._measured.seconds) > interval:
+            self._tok_s = (metrics.tokens - self._measured.tokens) / seconds
+            self._measured = metrics
+
+    def _line(self, metrics: LoggedMetrics) -> str:
         """`step 120/1,000  loss 1.842  lr 3.0e-03  41,200 tok/s  MFU 23%  50 s left`."""
-        used = self._rate * self.flops / self.peak
+        from glassllama.train.preflight import duration
+
+        info, step = self.info, metrics.step
+        seconds = (time.perf_counter() - self._started) / (step - info.first_step)
         parts = (
-            f"step {record.step:,}/{self.steps:,}",
-            f"loss {record.loss:.3f}",
-            f"lr {record.lr:.1e}",
-            f"{self._rate:,.0f} tok/s",
-            f"MFU {used:.0%}" if self.flops else "",
-            f"{self.left(record.step)} left",
+            f"step {step:,}/{info.total_steps:,}",
+            f"loss {metrics.loss:.3f}",
+            f"lr {metrics.lr:.1e}",
+            f"{self._tok_s:,.0f} tok/s",
+            f"MFU {self._tok_s * info.flops_per_token / info.peak_flops:.0%}"
+            if info.flops_per_token
+            else "",
+            f"{duration(seconds * (info.total_steps - step))} left",
         )
         return "  ".join(part for part in parts if part)
-
-    def left(self, step: int) -> str:
-        from glassllama.train.estimate import duration
-
-        each = (time.perf_counter() - self._started) / (step - self.first)
-        return duration(each * (self.steps - step))
 
 
 def curve(values: Sequence[float], width: int) -> str:

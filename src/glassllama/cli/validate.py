@@ -1,4 +1,4 @@
-"""`glassllama validate`: everything that can be found out about a model's files."""
+"""`glassllama validate`: check the files of a model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def validate(
 
     Lists all problems, and exits with 1 if there are any.
     """
-    from glassllama.cli.checks import findings
+    from glassllama.hub import PACKAGE_MODELS
+    from glassllama.weights.validate import validate as validate_files
 
     path = find(model, offline=offline, pth=pth)
+    hashes = [file.sha256 for file in PACKAGE_MODELS.values() if file.location == path]
     with progress_bars() as bars:
-        found = list(findings(path, bars))
+        found = validate_files(path, sha256="".join(hashes[:1]), bars=bars)
     problems = [finding.text for finding in found if not finding.ok]
     if json:
         fine = [finding.text for finding in found if finding.ok]

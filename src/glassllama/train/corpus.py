@@ -1,11 +1,12 @@
-"""A corpus: one text, a folder of texts, or JSON lines; read piece by piece, whatever its size.
+"""Training text: one file, a folder of files, or JSON lines, read in pieces of bounded size.
 
-A file of plain text is a document, and so is the field `text` of every line of a .jsonl file. One
-pass, `open_corpus`, reads everything once: what is no UTF-8 or no JSON is found before anything
-else begins, and it is known how long each document is and which characters there are.
+A text file is a document, and so is the field `text` of every line of a .jsonl file. `open_corpus`
+reads everything once: invalid UTF-8 or JSON is found before anything else begins, and the length of
+each document and the set of characters are known.
 
-What is held out: of few documents the end of each, by position, as nanoGPT does with its one text;
-of many, whole documents, chosen by their content, so that a copy of one is on the same side.
+The validation split: of few documents the end of each, by position, as nanoGPT splits its one
+text; of many, whole documents, chosen by a hash of their content, so that copies of a document are
+always in the same split.
 """
 
 from __future__ import annotations
@@ -21,38 +22,28 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from glassllama.base.errors import ConfigError, GlassError
-from glassllama.base.interfaces import Progress, Tokenizer
+from glassllama.base.errors import GlassError
+from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.train.tokens import NoIdsError, Piece, Tokens, tokenizer_facts, write_tokens
+from glassllama.train.tokens import Piece
 
-Part = Literal["train", "val", "test"]
-PARTS: tuple[Part, ...] = ("train", "val", "test")
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
-TEXT_ENDINGS = (".txt", ".text", ".md")  # of a folder's files; a file that is named may end anyhow
+TEXT_SUFFIXES = (".txt", ".text", ".md")  # of a folder's files; a single file may have any name
 JSON_LINES = ".jsonl"
 FIELD = "text"
 READ_BYTES = 1 << 20
-LONG_TEXT = 1 << 22  # characters of a document in hand at once
-FEW_DOCUMENTS = 100  # up to here each is cut; of more, whole documents are held out
+MAX_PIECE = 1 << 22  # characters of a document in memory at once
+FEW_DOCUMENTS = 100  # up to here the end of each is validation text; of more, whole documents
 
 
 class CorpusError(GlassError):
-    """Something is wrong with a text: which file, which line or byte, what to do."""
-
-
-class NothingLeftError(CorpusError):
-    """A part of a corpus that should have a share of it has none."""
-
-    def __init__(self, corpus: Corpus, part: Part) -> None:
-        count, self.part = sum(corpus.lengths), part
-        super().__init__(
-            f"{corpus.path}: {count:,} characters are too few: none is left for {part!r}; give more"
-        )
+    """A text cannot be used: which file, which line or byte, what to do."""
 
 
 class Text(NamedTuple):
-    """Some characters of a document in a row."""
+    """Consecutive characters of a document."""
 
     document: int
     start: int  # characters of the document before these
@@ -60,67 +51,41 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shares:
-    """How much of a corpus is held out: for validation, and for a last test."""
-
-    val: float = 0.1
-    test: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(self.val, self.test) < 0 or self.val + self.test >= 1:
-            raise ConfigError(
-                f"shares must be at least 0 and less than 1 together, got {self.val} for "
-                f"validation and {self.test} for a test"
-            )
-
-    def of(self, part: Part) -> tuple[float, float]:
-        """From where to where a part reaches if the whole is from 0 to 1."""
-        train, val = 1 - self.val - self.test, 1 - self.test
-        return {"train": (0.0, train), "val": (train, val), "test": (val, 1.0)}[part]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Texts that have been looked through; made by `open_corpus`."""
+    """Texts that were read once by `open_corpus`."""
 
     path: Path
     files: tuple[Path, ...]
     lengths: array[int]  # characters of every document
     characters: frozenset[str]
-    sha256: str  # of all documents: equal for equal texts, whatever the files are called
+    sha256: str  # of all documents, independent of file names
 
     @property
     def documents(self) -> int:
         return len(self.lengths)
 
-    def texts(self, part: Part, shares: Shares) -> Iterator[Text]:
-        """What belongs to a part, in order."""
-        low, high = shares.of(part)
-        whole_documents = self.documents > FEW_DOCUMENTS
-        taken = -1
+    def texts(self, split: Split, val_fraction: float) -> Iterator[Text]:
+        """The texts of a split, in order; `val_fraction` is the share of the validation split."""
+        low, high = (0.0, 1 - val_fraction) if split == "train" else (1 - val_fraction, 1.0)
+        chosen = -1
         for text in read_texts(self.files):
-            if whole_documents:
-                if text.start == 0 and low <= place_of(text.characters) < high:
-                    taken = text.document
-                if text.document == taken:
+            if self.documents > FEW_DOCUMENTS:
+                if text.start == 0 and low <= hash_fraction(text.characters) < high:
+                    chosen = text.document
+                if text.document == chosen:
                     yield text
                 continue
             length = self.lengths[text.document]
             first, last = int(length * low), int(length * high)
-            mine = text.characters[max(first - text.start, 0) : max(last - text.start, 0)]
-            if mine:
-                yield Text(text.document, max(first, text.start), mine)
+            inside = text.characters[max(first - text.start, 0) : max(last - text.start, 0)]
+            if inside:
+                yield Text(text.document, max(first, text.start), inside)
 
 
-def open_corpus(path: Path, *, progress: Progress | None = None) -> Corpus:
-    """Read everything once. Progress is told in bytes.
-
-    Raises CorpusError: nothing there, no text in it, no UTF-8, or a bad line of JSON.
-    """
+def open_corpus(path: Path) -> Corpus:
+    """Read everything once. Raises CorpusError: no file, no text, invalid UTF-8 or JSON."""
     files = text_files(path)
-    lengths, characters = array("q"), set[str]()
-    total, done, told = sum(file.stat().st_size for file in files), 0, -1
-    digest = hashlib.sha256()
+    lengths, characters, digest = array("q"), set[str](), hashlib.sha256()
     for text in read_texts(files):
         if text.document == len(lengths):
             lengths.append(0)
@@ -128,39 +93,30 @@ def open_corpus(path: Path, *, progress: Progress | None = None) -> Corpus:
         characters.update(text.characters)
         raw = text.characters.encode("utf-8")
         digest.update(f"{text.document} {text.start} {len(raw)}\n".encode() + raw)
-        done += len(raw)
-        if progress is not None and done > told:
-            progress(min(done, total), total)
-            told = done
     if not lengths:
-        of = "" if files == (path,) else f" (files: {len(files)})"
-        raise CorpusError(f"{path}: no text in it{of}; expected at least one character")
-    return Corpus(
-        path=path,
-        files=files,
-        lengths=lengths,
-        characters=frozenset(characters),
-        sha256=digest.hexdigest(),
-    )
+        count = "" if files == (path,) else f" (files: {len(files)})"
+        raise CorpusError(f"{path}: no text in it{count}; expected at least one character")
+    seen, sha256 = frozenset(characters), digest.hexdigest()
+    return Corpus(path=path, files=files, lengths=lengths, characters=seen, sha256=sha256)
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
-    """A file itself; of a folder all texts and .jsonl files below it, by name."""
+    """A file itself; of a folder all text and .jsonl files below it, by name."""
     if path.is_file():
         return (path,)
     if not path.is_dir():
         what = "neither a regular file nor a" if path.exists() else "no such file or"
         raise CorpusError(f"{path}: {what} folder")
-    endings = (*TEXT_ENDINGS, JSON_LINES)
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+    suffixes = (*TEXT_SUFFIXES, JSON_LINES)
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
     found = [file for file in found if file.is_file() and not file.name.startswith(".")]
     if not found:
-        raise CorpusError(f"{path}: no texts in this folder; expected {' '.join(endings)} files")
+        raise CorpusError(f"{path}: no texts in this folder; expected {' '.join(suffixes)} files")
     return tuple(found)
 
 
-def place_of(text: str) -> float:
-    """Where on the line from 0 to 1 a document's beginning falls: a hash, equal for equal texts."""
+def hash_fraction(text: str) -> float:
+    """A hash in [0, 1), equal for equal texts."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest()
     return int.from_bytes(digest, "little") / 2.0**48
 
@@ -185,33 +141,33 @@ def read_texts(files: Iterable[Path]) -> Iterator[Text]:
 
 
 def cut(pieces: Iterable[str]) -> Iterator[str]:
-    """The same characters in pieces of about LONG_TEXT, cut where no token would reach across.
+    """The same characters in pieces of about MAX_PIECE, cut where no token can cross the cut.
 
-    That is after a line's end, before anything but a blank: no split pattern joins these two. A
-    text without such a place is cut all the same, lest it fill the memory.
+    That is after the end of a line that is followed by anything but white space: no pretokenizer
+    pattern joins the two. A text without such a place is cut anyway, to bound memory.
     """
-    held = ""
+    pending = ""
     for piece in pieces:
-        held += piece
-        while len(held) > 2 * LONG_TEXT:
-            at = border_before(held, LONG_TEXT)
-            yield held[:at]
-            held = held[at:]
-    if held:
-        yield held
+        pending += piece
+        while len(pending) > 2 * MAX_PIECE:
+            at = cut_before(pending, MAX_PIECE)
+            yield pending[:at]
+            pending = pending[at:]
+    if pending:
+        yield pending
 
 
-def border_before(text: str, at: int) -> int:
+def cut_before(text: str, at: int) -> int:
     """The last such place in the first `at` characters, or `at`."""
     while (found := text.rfind("\n", 0, at)) > 0:
         if not text[found + 1].isspace():
             return found + 1
         at = found
-    return LONG_TEXT
+    return MAX_PIECE
 
 
 def decoded(file: Path) -> Iterator[str]:
-    """A file's characters as they come, without a byte order mark."""
+    """A file's characters, without a byte order mark, as they are read."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0
     with file.open("rb") as stream:
@@ -222,8 +178,8 @@ def decoded(file: Path) -> Iterator[str]:
                 yield decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise CorpusError(
-                    f"{file}: byte {done - pending + error.start} is no UTF-8; convert the file to "
-                    "UTF-8, or leave it out"
+                    f"{file}: byte {done - pending + error.start} is not UTF-8; convert the file "
+                    "to UTF-8, or leave it out"
                 ) from None
             if not raw:
                 return
@@ -231,7 +187,7 @@ def decoded(file: Path) -> Iterator[str]:
 
 
 def json_texts(file: Path) -> Iterator[list[str]]:
-    """The field `text` of every line, each as a list of one; empty lines are passed over."""
+    """The field `text` of every line, each as a list of one; empty lines are skipped."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -242,15 +198,14 @@ def json_text(line: bytes, where: str) -> str:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CorpusError(f"{where}: no JSON ({reason})") from None
+        raise CorpusError(f"{where}: not valid JSON ({str(error).splitlines()[0]})") from None
     text = values.get(FIELD) if isinstance(values, dict) else None
     if not isinstance(text, str):
         raise CorpusError(f"{where}: expected an object with a text in its field {FIELD!r}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise CorpusError(f"{where}: the text holds half of a UTF-16 pair, no character") from None
+        raise CorpusError(f"{where}: the text has half of a UTF-16 surrogate pair") from None
     return text
 
 
@@ -260,7 +215,7 @@ def json_text(line: bytes, where: str) -> str:
 def char_tokenizer(corpus: Corpus) -> CharTokenizer:
     """The characters of the corpus as a vocabulary.
 
-    Of a single text a model learns no beginnings, so there is no begin token to put before prompts.
+    A single text has one beginning to learn from, so its prompts get no begin token.
     """
     tokenizer = CharTokenizer(corpus.characters)
     if corpus.documents == 1:
@@ -268,57 +223,17 @@ def char_tokenizer(corpus: Corpus) -> CharTokenizer:
     return tokenizer
 
 
-def tokenize(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    folder: Path,
-    *,
-    shares: Shares | None = None,
-    progress: Progress | None = None,
-) -> dict[Part, Tokens]:
-    """Write the parts of a corpus as `train.bin`, `val.bin` (and `test.bin`) into `folder`.
-
-    A document begins with the tokenizer's begin token, if it has one; where there are several, it
-    ends with an end token, if there is one. Parts without a share are left out. Progress is told in
-    characters. Raises NothingLeftError: a part without text; GlassError: an id that is none of the
-    vocabulary.
-    """
-    shares = shares or Shares()
-    facts = tokenizer_facts(tokenizer)
-    told = Told(progress, sum(corpus.lengths))
-    written: dict[Part, Tokens] = {}
-    for part in PARTS:
-        low, high = shares.of(part)
-        if low < high:
-            pieces = encoded(corpus, corpus.texts(part, shares), tokenizer, told)
-            try:
-                written[part] = write_tokens(folder / f"{part}.bin", pieces, facts)
-            except NoIdsError:
-                raise NothingLeftError(corpus, part) from None
-    return written
-
-
-@dataclass
-class Told:
-    """Counts characters for a progress bar, over several parts."""
-
-    progress: Progress | None
-    total: int
-    done: int = 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def encoded(
-    corpus: Corpus, texts: Iterable[Text], tokenizer: Tokenizer, told: Told
+def encode_split(
+    corpus: Corpus, tokenizer: Tokenizer, split: Split, val_fraction: float
 ) -> Iterator[Piece]:
-    """The ids of each text, with what marks the ends of documents."""
+    """The ids of a split, text by text.
+
+    A document begins with the tokenizer's begin token, if it has one; if there are several, each
+    ends with an end token, if there is one.
+    """
     end = min(tokenizer.stop_ids, default=None) if corpus.documents > 1 else None
     current = -1
-    for document, start, characters in texts:
+    for document, start, characters in corpus.texts(split, val_fraction):
         begins, current = document != current, document
         if start == 0 and tokenizer.bos is not None:
             yield Piece(np.array([tokenizer.bos]), begins)
@@ -326,4 +241,3 @@ def encoded(
         yield Piece(tokenizer.encode_array(characters), begins)
         if end is not None and start + len(characters) == corpus.lengths[document]:
             yield Piece(np.array([end]), begins=False)
-        told.add(len(characters))

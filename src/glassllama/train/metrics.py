@@ -1,25 +1,26 @@
-"""What happened, step by step: log.jsonl and log.csv, and TensorBoard's files where wanted."""
+"""What a run reports: metrics of every step, the Listener that receives them, and the log files."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
-from glassllama.base.errors import MissingExtraError, quoted
+from glassllama.base.errors import MissingExtraError, TrainingError, quoted
 from glassllama.base.fields import Fields
-from glassllama.train.faults import TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """One optimiser step. `step` counts from 1; losses in nats per token; rates per second."""
+class StepMetrics:
+    """One optimizer step. `step` counts from 1; losses are in nats per token."""
 
     step: int
     loss: float  # of the batch, before the step
-    lr: float  # AdamW's
+    lr: float  # of AdamW
     grad_norm: float  # before clipping
     tokens: int  # seen so far
     tok_s: float
@@ -27,89 +28,158 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Made):
-    """A line of the log: a step, and the score after it where the model was judged then."""
+class LoggedMetrics(StepMetrics):
+    """A line of the log: a step, and the validation score if there was an evaluation after it."""
 
     val_loss: float | None = None
     val_error: float | None = None
     bits_per_byte: float | None = None
 
 
-COLUMNS = [field.name for field in fields(Record)]
-SCORES = [name for name in COLUMNS if name not in {field.name for field in fields(Made)}]
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a display of a run needs to know before the first step."""
+
+    folder: Path
+    first_step: int  # steps that were made before
+    total_steps: int
+    flops_per_token: float  # of training; 0: not known
+    peak_flops: float  # per second, of all ranks together
+
+
+class Listener(Protocol):
+    """Receives what happens in `train`, on rank 0 and in the calling thread.
+
+    Order of calls: on_download (bytes of a text that is fetched), on_note (lines about checks and
+    settings), on_start; then on_step for every step and on_sample for every sample, with notes in
+    between; on_end after the last step, with a sample if the run is complete.
+    """
+
+    def on_download(self, name: str, done: int, total: int) -> None: ...
+    def on_note(self, text: str) -> None: ...
+    def on_start(self, info: RunInfo) -> None: ...
+    def on_step(self, metrics: LoggedMetrics) -> None: ...
+    def on_sample(self, step: int, text: str) -> None: ...
+    def on_end(self, sample: str | None) -> None: ...
+
+
+class NullListener:
+    """Ignores everything: the default, and for ranks other than 0. Also a base class."""
+
+    def on_download(self, name: str, done: int, total: int) -> None:
+        pass
+
+    def on_note(self, text: str) -> None:
+        pass
+
+    def on_start(self, info: RunInfo) -> None:
+        pass
+
+    def on_step(self, metrics: LoggedMetrics) -> None:
+        pass
+
+    def on_sample(self, step: int, text: str) -> None:
+        pass
+
+    def on_end(self, sample: str | None) -> None:
+        pass
+
+
+# --- log files ------------------------------------------------------------------------------
+
+COLUMNS = [field.name for field in fields(LoggedMetrics)]
+SCORES = [name for name in COLUMNS if name not in {field.name for field in fields(StepMetrics)}]
 NUMBERS = [name for name in COLUMNS if name not in ("step", "tokens", *SCORES)]
-MOST_TOKENS = 2**63 - 1
-MEND = "remove the log to go on without it"
+MAX_TOKENS = 2**63 - 1
+REMEDY = "remove the log to go on without it"
 
 
-class Journal:
-    """Appends records to the files in a run's folder; begins again after `last_step`."""
+class MetricsLog:
+    """Writes log.jsonl, log.csv and, on request, TensorBoard's files into a run's folder.
 
-    def __init__(self, folder: Path, last_step: int = 0, *, tensorboard: bool = False) -> None:
-        kept = [r for r in read_records(folder) if r.step <= last_step]
-        self._jsonl = (folder / "log.jsonl").open("w", encoding="utf-8")
-        self._csv = (folder / "log.csv").open("w", encoding="utf-8", newline="")
-        self._rows = csv.DictWriter(self._csv, COLUMNS)
-        self._rows.writeheader()
-        for record in kept:
-            self._append(record)
-        self._board = open_tensorboard(folder, last_step) if tensorboard else None
+    The files are opened at the first step, after `on_open` was called; records after `last_step`
+    are dropped then. Raises MissingExtraError if TensorBoard is requested and not installed.
+    """
 
-    def write(self, record: Record) -> None:
-        self._append(record)
-        if self._board is not None:
-            for name, value in asdict(record).items():
+    def __init__(
+        self,
+        folder: Path,
+        last_step: int = 0,
+        *,
+        tensorboard: bool = False,
+        on_open: Callable[[], None] | None = None,
+    ) -> None:
+        if tensorboard and find_spec("tensorboard") is None:
+            raise MissingExtraError("run.tensorboard", "train")
+        self._folder, self._last_step = folder, last_step
+        self._tensorboard, self._on_open = tensorboard, on_open
+        self._files: list[IO[str]] = []
+        self._summary: Any = None
+
+    def write(self, metrics: LoggedMetrics) -> None:
+        if not self._files:
+            self._open()
+        self._append(metrics)
+        if self._summary is not None:
+            for name, value in asdict(metrics).items():
                 if value is not None and name != "step":
-                    self._board.add_scalar(name, value, record.step)
+                    self._summary.add_scalar(name, value, metrics.step)
 
-    def _append(self, record: Record) -> None:
-        values = {name: value for name, value in asdict(record).items() if value is not None}
-        self._jsonl.write(json.dumps(values) + "\n")
+    def _open(self) -> None:
+        if self._on_open is not None:
+            self._on_open()
+        earlier = [r for r in read_log(self._folder) if r.step <= self._last_step]
+        jsonl = (self._folder / "log.jsonl").open("w", encoding="utf-8")
+        table = (self._folder / "log.csv").open("w", encoding="utf-8", newline="")
+        self._files = [jsonl, table]
+        self._rows = csv.DictWriter(table, COLUMNS)
+        self._rows.writeheader()
+        for metrics in earlier:
+            self._append(metrics)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._summary = SummaryWriter(str(self._folder), purge_step=self._last_step + 1)
+
+    def _append(self, metrics: LoggedMetrics) -> None:
+        values = {name: value for name, value in asdict(metrics).items() if value is not None}
+        self._files[0].write(json.dumps(values) + "\n")
         self._rows.writerow(values)
-        self._jsonl.flush()
-        self._csv.flush()
+        for file in self._files:
+            file.flush()
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._csv.close()
-        if self._board is not None:
-            self._board.close()
+        for file in self._files:
+            file.close()
+        if self._summary is not None:
+            self._summary.close()
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The records of a run so far; a last line that was cut off while being written is left out.
+def read_log(folder: Path) -> list[LoggedMetrics]:
+    """The metrics logged so far; an incomplete last line is left out.
 
-    Raises TrainingError naming the line that is no record.
+    Raises TrainingError that names the line that cannot be read.
     """
     path = folder / "log.jsonl"
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
+    complete = path.read_bytes().rpartition(b"\n")[0]
     return [
-        read_record(f"{path}, line {number}", line)
-        for number, line in enumerate(whole.splitlines(), start=1)
+        read_line(f"{path}, line {number}", line)
+        for number, line in enumerate(complete.splitlines(), start=1)
     ]
 
 
-def read_record(place: str, line: bytes) -> Record:
+def read_line(place: str, line: bytes) -> LoggedMetrics:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        raise TrainingError(f"{place}: no JSON, got {quoted(line)}; {MEND}") from None
+        raise TrainingError(f"{place}: not valid JSON, got {quoted(line)}; {REMEDY}") from None
     try:
         get = Fields(place, values, TrainingError)
-        step, tokens = get.whole("step"), get.whole("tokens", least=0, most=MOST_TOKENS)
+        step, tokens = get.whole("step"), get.whole("tokens", least=0, most=MAX_TOKENS)
         numbers: dict[str, Any] = {name: get.number(name) for name in NUMBERS}
         numbers |= {name: get.number(name, None) for name in SCORES}
     except TrainingError as error:
-        raise TrainingError(f"{error}; {MEND}") from None
-    return Record(step=step, tokens=tokens, **numbers)
-
-
-def open_tensorboard(folder: Path, last_step: int) -> Any:
-    """TensorBoard's writer. Raises MissingExtraError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError("run.tensorboard", "train") from None
-    return SummaryWriter(str(folder), purge_step=last_step + 1)
+        raise TrainingError(f"{error}; {REMEDY}") from None
+    return LoggedMetrics(step=step, tokens=tokens, **numbers)

@@ -1,45 +1,61 @@
-"""Checks before a run: a few seconds that save hours of training the wrong thing.
+"""Checks before the first step: a few seconds that save hours of training the wrong thing.
 
 Each failing check raises a PreflightError that names the bug; each is tested by planting that bug.
-They run on rows of the first batch and on a copy of the model, so the run itself begins untouched.
+They use rows of the first batch and a copy of the model, so the run itself is not changed. Memory
+is estimated before it is taken.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glassllama.base.errors import QUOTED_CHARACTERS
+from glassllama.base.errors import QUOTED_CHARACTERS, PreflightError
+from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.adamw import AdamW
-from glassllama.train.batches import IGNORED, Batch
+from glassllama.train.batches import IGNORED, Batch, bytes_of_batch
 from glassllama.train.data import Data
-from glassllama.train.estimate import estimate
-from glassllama.train.faults import PreflightError
-from glassllama.train.loss import summed_loss
-from glassllama.train.model_factory import as_module
-from glassllama.train.run import Run
+from glassllama.train.distributed import SINGLE_PROCESS, DistContext
+from glassllama.train.evaluate import summed_loss
+from glassllama.train.loop import microbatches, train_step
+from glassllama.train.model_factory import as_module, count_parameters, planned_parameters
+from glassllama.train.optimizers import AdamW, Optimizers
+from glassllama.train.run import Progress, Run
+from glassllama.train.settings import Settings
 
-ROWS, TOKENS = 4, 32  # enough of a batch to look at
-SHIFTS = 8  # how far wrong targets are looked for
-SAME = 1e-4  # logits this close are the same, computed twice
-SLACK, SLACK_SHARE = 0.5, 0.12  # nats, and share of ln V, that a fresh model may be from ln V
-REPEATS = 60  # steps on one small batch, within which its loss must halve
-RATES = (3e-3, 3e-1)  # AdamW's: of a network with layers, and of a mere table
-HALF = 0.5  # of the first loss must be reached
-GENTLE, ENOUGH = (3e-4, 3e-3, 3e-1), 0.9  # the same for a model that has learnt already
-PROBES, PROBE_TOKENS = 16, 48  # pieces of held-out text that are looked for in the training text
+ROWS, TOKENS = 4, 32  # of the first batch
+SHIFTS = 8  # wrong targets are looked for up to here
+SAME = 1e-4  # largest difference of equal logits that were computed twice
+SLACK, SLACK_SHARE = 0.5, 0.12  # nats, and share of ln V, that a new model may be from ln V
+REPEATS = 60  # steps on one small batch
+# Learning rates of AdamW that are tried, and the share of the first loss that must be reached: for
+# random weights (a network with layers, a mere table), and for weights of another model.
+RATES, ENOUGH = (3e-3, 3e-1), 0.5
+GENTLE_RATES, GENTLE_ENOUGH = (3e-4, 3e-3, 3e-1), 0.9
+PROBES, PROBE_TOKENS = (
+    16,
+    48,
+)  # pieces of the validation text that are searched in the training text
+
+FLOAT = 4  # bytes
+LOGIT_COPIES = 3  # logits of a chunk, their softmax, their gradient
+HEAP = 1.15  # the C library keeps some freed tensors of less than 32 MiB: a seventh, measured
+GRADIENTS = 2  # of the last layer's output: in pieces, and joined
+TRIAL_SECONDS = 2.0  # of trial steps, after which no other is started
+FORWARD_SHARE = 1 / 3  # of a training step: the backward pass has two products for each
 
 
 def preflight(run: Run) -> Iterator[str]:
-    """What each check found, one line at a time. Raises PreflightError, MemoryShortError."""
-    batch = some_rows(run)
+    """The result of each check, one line at a time. Raises PreflightError, MemoryShortError."""
+    batch = replace(run.batches, batch=min(ROWS, run.batches.batch)).at(0)
     yield f"data: {check_data(run.data, run.settings.data.corpus)}"
     check_targets(batch)
     yield "targets: the inputs, shifted by one"
@@ -51,55 +67,41 @@ def preflight(run: Run) -> Iterator[str]:
     if batch.segments is not None:
         check_documents(twin, ids)
     yield "future: no token's logits depend on later ones"
-    begun = bool(run.settings.model.init_from)
-    yield f"beginning: {check_beginning(twin, ids, targets, begun=begun)}"
-    yield f"learning: {check_learning(twin, ids, targets, begun=begun)}"
+    trained = bool(run.settings.model.init_from)
+    yield f"beginning: {check_initial_loss(twin, ids, targets, trained=trained)}"
+    yield f"learning: {check_learning(twin, ids, targets, trained=trained)}"
     yield f"this machine: {estimate(run)}"
 
 
-def some_rows(run: Run) -> Batch:
-    """The first rows of the first batch."""
-    return replace(run.batches, batch=min(ROWS, run.batches.batch)).at(0)
-
-
 def check_data(data: Data, corpus: str) -> str:
-    """Several different tokens, few unknown ones, and held-out text that is not learnt from."""
-    learnt, held_out, name = data.learnt, data.held_out, corpus[-QUOTED_CHARACTERS:]
-    counts = np.bincount(learnt.ids, minlength=data.tokenizer.vocab_size)
+    """Several different tokens, few unknown ones, and validation text that is not trained on."""
+    train, val, name = data.train, data.val, corpus[-QUOTED_CHARACTERS:]
+    size = data.tokenizer.vocab_size
+    counts = np.bincount(train.ids, minlength=size)
     if np.count_nonzero(counts) < 2:
         raise PreflightError(f"data: {name}: the text is one token over and over; check the file")
     unknown = getattr(data.tokenizer, "unknown", None)
-    if unknown is not None and counts[unknown] > len(learnt) / 100:
+    if unknown is not None and counts[unknown] > len(train) / 100:
         raise PreflightError(
-            f"data: {name}: {counts[unknown] / len(learnt):.0%} of the text is not in the "
+            f"data: {name}: {counts[unknown] / len(train):.0%} of the text is not in the "
             "vocabulary; make a vocabulary from this text (data.tokenizer)"
         )
-    seen = share_seen(learnt.ids, held_out.ids)
+    length, text = min(PROBE_TOKENS, len(val)), np.asarray(train.ids).tobytes()
+    starts = np.linspace(0, len(val) - length, PROBES).astype(int)
+    seen = float(np.mean([val.ids[s : s + length].tobytes() in text for s in starts]))
     if seen > 0.5:
         raise PreflightError(
-            f"data: {name}: {seen:.0%} of the validation text stands in the training text too: "
-            "its loss would say nothing; remove repetitions from the corpus"
+            f"data: {name}: {seen:.0%} of the validation text is in the training text too, so its "
+            "loss would mean nothing; remove repetitions from the corpus"
         )
-    return f"{len(learnt):,} tokens to learn from, {len(held_out):,} held out, " + (
-        f"vocabulary {data.tokenizer.vocab_size:,}"
-    )
-
-
-def share_seen(
-    learnt: np.ndarray[tuple[int], np.dtype[np.integer]],
-    held_out: np.ndarray[tuple[int], np.dtype[np.integer]],
-) -> float:
-    """The share of some pieces of the held-out ids that occur in the others word for word."""
-    length = min(PROBE_TOKENS, len(held_out))
-    text = np.asarray(learnt).tobytes()
-    starts = np.linspace(0, len(held_out) - length, PROBES).astype(int)
-    return float(np.mean([held_out[s : s + length].tobytes() in text for s in starts]))
+    return f"{len(train):,} tokens for training, {len(val):,} for validation, vocabulary {size:,}"
 
 
 def check_targets(batch: Batch) -> None:
     """Each target must be the next input of its row."""
-    fits = [shift for shift in range(min(SHIFTS, batch.ids.shape[1])) if is_shifted(batch, shift)]
-    if 1 in fits or batch.ids.shape[1] == 1:  # of rows of one token nothing can be seen
+    shifts = range(min(SHIFTS, batch.ids.shape[1]))
+    fits = [shift for shift in shifts if is_shifted(batch, shift)]
+    if 1 in fits or batch.ids.shape[1] == 1:  # rows of one token show nothing
         return
     if not fits:
         raise PreflightError("targets: they are not the inputs of any later position")
@@ -147,27 +149,24 @@ def check_documents(model: LanguageModel, ids: Tensor) -> None:
 
 
 @torch.inference_mode()
-def check_beginning(
-    model: LanguageModel, ids: Tensor, targets: Tensor, *, begun: bool = False
+def check_initial_loss(
+    model: LanguageModel, ids: Tensor, targets: Tensor, *, trained: bool = False
 ) -> str:
-    """A fresh model knows nothing: its loss is that of guessing, ln V.
-
-    Of one that has `begun` with another's weights there is nothing to expect but a finite loss.
-    """
+    """The loss of random weights is that of guessing, ln V; of `trained` ones it is finite."""
     loss, guessing = mean_loss(model, ids, targets).item(), math.log(model.config.vocab_size)
     slack = max(SLACK, SLACK_SHARE * guessing)
     found = f"loss {loss:.2f}, guessing among {model.config.vocab_size:,} is {guessing:.2f}"
-    if begun and math.isfinite(loss):
+    if trained and math.isfinite(loss):
         return f"{found}: it begins with the weights of another model"
     if not loss < guessing + slack:
         raise PreflightError(f"beginning: {found}: the initial weights are too large")
-    # With tied embeddings a fresh model predicts the input token again, which may be right.
+    # With tied embeddings a new model predicts the input token again, which may be right.
     others = targets.masked_fill(targets == ids, IGNORED)
-    known = bool((others != IGNORED).any()) and mean_loss(model, ids, others) < guessing - slack
-    if loss < guessing - slack and known:
+    leaks = bool((others != IGNORED).any()) and mean_loss(model, ids, others) < guessing - slack
+    if loss < guessing - slack and leaks:
         raise PreflightError(
             f"beginning: {found}: the model knows the answers already: targets leak into its "
-            "input, or its weights are not fresh"
+            "input, or its weights are not new"
         )
     return found
 
@@ -178,26 +177,25 @@ def mean_loss(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_learning(
-    model: LanguageModel, ids: Tensor, targets: Tensor, *, begun: bool = False
+    model: LanguageModel, ids: Tensor, targets: Tensor, *, trained: bool = False
 ) -> str:
-    """A few rows, seen again and again, must be learnt by heart, by all parameters together."""
-    begin = {name: p.detach().clone() for name, p in as_module(model).named_parameters()}
-    share = ENOUGH if begun else HALF
-    for rate in GENTLE if begun else RATES:
-        losses = repeat(model, ids, targets, rate, share)
-        still = [n for n, p in as_module(model).named_parameters() if torch.equal(p, begin[n])]
-        if still:
+    """A few rows, repeated, must be learned by heart, and all parameters must change."""
+    before = {name: p.detach().clone() for name, p in as_module(model).named_parameters()}
+    rates, enough = (GENTLE_RATES, GENTLE_ENOUGH) if trained else (RATES, ENOUGH)
+    for rate in rates:
+        losses = repeat(model, ids, targets, rate, enough)
+        named = as_module(model).named_parameters()
+        if still := [name for name, p in named if torch.equal(p, before[name])]:
             raise PreflightError(
                 f"learning: {', '.join(still[:3])}{' …' * (len(still) > 3)} did not move: frozen "
                 "(requires_grad is off), or nothing that the logits depend on"
             )
-        if losses[-1] < share * losses[0]:
-            return (
-                f"loss of one small batch {losses[0]:.2f} → {losses[-1]:.2f} in {len(losses)} steps"
-            )
+        if losses[-1] < enough * losses[0]:
+            steps = f"in {len(losses)} steps"
+            return f"loss of one small batch {losses[0]:.2f} → {losses[-1]:.2f} {steps}"
         with torch.no_grad():
             for name, parameter in as_module(model).named_parameters():
-                parameter.copy_(begin[name])
+                parameter.copy_(before[name])
     raise PreflightError(
         f"learning: {REPEATS} steps on one small batch took its loss from {losses[0]:.2f} to no "
         f"less than {losses[-1]:.2f}: gradients do not reach the weights as they should"
@@ -205,20 +203,127 @@ def check_learning(
 
 
 def repeat(
-    model: LanguageModel, ids: Tensor, targets: Tensor, rate: float, share: float
+    model: LanguageModel, ids: Tensor, targets: Tensor, rate: float, enough: float
 ) -> list[float]:
-    """The losses of steps on the same batch, until one is below that share of the first.
-
-    Two steps are made at least.
-    """
-    learning = [p for p in as_module(model).parameters() if p.requires_grad]
-    optimiser = AdamW([{"params": learning, "weight_decay": 0.0}], lr=rate)
+    """The losses of steps on the same batch, at least three, until one is `enough` of the first."""
+    trainable = [p for p in as_module(model).parameters() if p.requires_grad]
+    optimizer = AdamW([{"params": trainable, "weight_decay": 0.0}], lr=rate)
     losses: list[float] = []
-    while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < share * losses[0]):
+    while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < enough * losses[0]):
         loss = mean_loss(model, ids, targets)
-        for parameter in learning:
+        for parameter in trainable:
             parameter.grad = None
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+# --- memory and time ------------------------------------------------------------------------
+
+
+def estimate(run: Run) -> str:
+    """Parameters, memory and time of the run, from steps of a copy of it.
+
+    Raises MemoryShortError, before these steps, if they would not fit.
+    """
+    memory, free, s = require_step_fits(run), available_memory(), run.settings
+    twin = copy.deepcopy(run.model)
+    optimizers = Optimizers(as_module(twin), s.optimizer)
+    trial = replace(run, model=twin, optimizers=optimizers, ema=None, progress=Progress())
+    times: list[float] = []  # the first step is slower, but enough if steps are long
+    while len(times) < 3 and sum(times) < TRIAL_SECONDS:
+        started = time.perf_counter()
+        train_step(trial)
+        times.append(time.perf_counter() - started)
+    evaluations = s.schedule.steps // s.run.eval_every if s.run.eval_every else 1
+    evaluation = FORWARD_SHARE * len(run.data.val) / run.tokens_per_step * min(times)
+    seconds = s.schedule.steps * min(times) + evaluations * evaluation
+    of_free = "" if free is None else f" of {gigabytes(free)} free"
+    return (
+        f"{count_parameters(run.model):,} parameters, about {gigabytes(memory)}{of_free}, "
+        f"about {duration(seconds)}"
+    )
+
+
+def require_memory_for(settings: Settings, data: Data, dist: DistContext = SINGLE_PROCESS) -> None:
+    """Raise MemoryShortError, before a model is built, if what follows from its sizes does not fit.
+
+    That is this rank's part of the batch, the weights, and everything of their size. What the
+    layers store for the backward pass is counted by `require_step_fits`, which needs the model.
+    """
+    numbers = planned_parameters(settings, data.tokenizer.vocab_size)
+    if settings.run.device == "cpu":
+        needed = memory_without_layers(settings, data, numbers, dist.world)
+    else:  # the batch is made on the CPU
+        rows = settings.data.batch // dist.world
+        needed = bytes_of_batch(data.train, rows, settings.data.context)
+    require(settings, needed)
+
+
+def require_step_fits(run: Run) -> int:
+    """Bytes of a step at its peak. Raises MemoryShortError, before it is made, if it cannot be."""
+    rows = run.settings.data.batch // run.settings.run.accumulate
+    rest = memory_without_layers(run.settings, run.data, count_parameters(run.model), 1)
+    one, two = activation_memory(run, 1), activation_memory(run, 2)
+    per_row = two - one
+    constant = max(0, one - per_row)  # joined weights, which serve all rows
+    memory = rest + constant + round(HEAP * rows * per_row)
+    if run.settings.run.device == "cpu":
+        require(run.settings, memory)
+    return memory
+
+
+def require(settings: Settings, needed: int) -> None:
+    require_memory(
+        needed,
+        what=f"{settings.name}: a step",
+        instead="raise run.accumulate, or lower data.batch, data.context or the model's sizes",
+    )
+
+
+def memory_without_layers(s: Settings, data: Data, numbers: int, world: int) -> int:
+    """Bytes of one rank: the batch, all that is as large as the weights, and a chunk's logits."""
+    copies = 2 + 2 + (s.optimizer.ema > 0)  # weights, gradients, AdamW's two means (Muon: one)
+    rows = s.data.batch // world
+    positions = min(s.run.loss_chunk, rows // s.run.accumulate * s.data.context)
+    vocab_size = int(s.model.sizes.get("vocab_size", data.tokenizer.vocab_size))
+    logits = LOGIT_COPIES * positions * vocab_size
+    batch = bytes_of_batch(data.train, rows, s.data.context)
+    return batch + FLOAT * (copies * numbers // world + logits)
+
+
+def activation_memory(run: Run, rows: int) -> int:
+    """Peak bytes of what a step of `rows` stores for the backward pass, counted in a forward pass.
+
+    The backward pass also needs the gradients of one layer, and those of the last hidden states:
+    in pieces, then joined. Logits are left out.
+    """
+    saved: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in as_module(run.model).parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = replace(run.batches, batch=rows).at(0)
+    ids, _, segments = next(iter(microbatches(batch, 1, run.settings.run.device)))
+    compiled = run.settings.run.compile  # compiling would take longer than this one pass
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with eager, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hidden = run.model.hidden(ids, segments=segments)  # alive, so saved tensors are, too
+    count(hidden)
+    forward, layers = sum(saved.values()), getattr(run.model.config, "n_layers", 0)
+    return forward + (forward // layers if layers else 0) + GRADIENTS * hidden.nbytes
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1 min 15 s", 4000 -> "1 h 7 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,8 +1,8 @@
-"""A corpus as ids on disk: written once, piece by piece, then read through a memory map.
+"""Token ids of a corpus on disk, memory-mapped for training.
 
-Two files that belong together: `tokens.bin`, the ids one after another, little endian, 16 bits each
-where the vocabulary allows it and 32 where it does not; and `tokens.json`, which says what they
-are: whose ids, how many, where documents start, and the sha256 of tokens.bin.
+Two files: `train.bin`, the ids one after another, little endian, 16 bits each if the vocabulary
+allows it, else 32; and `train.json`, which describes them: the tokenizer, their number, where
+documents start, and the sha256 of the ids.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 
 FORMAT = "glassllama tokens 1"
-MOST_IDS = 2**62  # of a file
+MAX_IDS = 2**62  # of a file
 SMALL_VOCABULARY = 1 << 16  # up to here an id fits 16 bits
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -36,28 +36,27 @@ class NoIdsError(GlassError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFacts:
-    """Whose ids these are. The hash is over every token's bytes and the control tokens."""
+class TokenizerInfo:
+    """Identifies a vocabulary; the hash covers the bytes of every token and the special tokens."""
 
     name: str
     vocab_size: int
     sha256: str
 
 
-def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
-    """Equal facts mean equal vocabularies: the same id is the same text."""
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """Equal for equal vocabularies only: the same id stands for the same text."""
     digest = hashlib.sha256()
     for id in range(tokenizer.vocab_size):
-        piece = tokenizer.token_bytes(id)
-        digest.update(len(piece).to_bytes(4, "little") + piece)
+        token = tokenizer.token_bytes(id)
+        digest.update(len(token).to_bytes(4, "little") + token)
     digest.update(json.dumps(dict(tokenizer.specials), sort_keys=True).encode())
-    return TokenizerFacts(
-        name=type(tokenizer).__name__, vocab_size=tokenizer.vocab_size, sha256=digest.hexdigest()
-    )
+    name, sha256 = type(tokenizer).__name__, digest.hexdigest()
+    return TokenizerInfo(name=name, vocab_size=tokenizer.vocab_size, sha256=sha256)
 
 
 class Piece(NamedTuple):
-    """Some ids in a row; a document may come in many pieces."""
+    """Consecutive ids; a document may come in many pieces."""
 
     ids: NDArray[Any]
     begins: bool  # whether the first of them begins a document
@@ -65,12 +64,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The ids of a corpus, mapped from the file: nothing is in memory until it is looked at."""
+    """The ids of a corpus, memory-mapped."""
 
     path: Path
     ids: Ids  # (N,)
     starts: NDArray[np.int64]  # (documents,) where each begins; the first is 0
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerInfo
     sha256: str
 
     def __len__(self) -> int:
@@ -81,148 +80,106 @@ class Tokens:
         return len(self.starts)
 
 
-def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerFacts) -> Tokens:
-    """Write `path` (….bin) and its sidecar, holding one piece at a time in memory.
+def write_tokens(path: Path, pieces: Iterable[Piece], tokenizer: TokenizerInfo) -> Tokens:
+    """Write `path` (….bin) and its .json, with one piece at a time in memory.
 
-    Both appear when all is written; what was there before stays until then. Raises GlassError: an
-    id outside the vocabulary, no ids at all (NoIdsError), or a folder that cannot be written.
+    Both files appear when everything is written; what was there before stays until then. Raises
+    GlassError: an id outside the vocabulary, no ids at all (NoIdsError), or a folder that cannot
+    be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    description = path.with_suffix(".json")
+    partial_json = description.with_name(f".{description.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
                 about = write_ids(file, pieces, tokenizer)
             if not about["count"]:
-                raise NoIdsError(f"{path}: the corpus is empty, there are no ids to write")
-            write_pair(partial, path, about)
+                raise NoIdsError(f"{path}: the corpus is empty: no ids to write")
+            partial_json.write_text(json.dumps(about), encoding="utf-8")
+            description.unlink(missing_ok=True)  # ids without a description count as absent
+            os.replace(partial, path)
+            os.replace(partial_json, description)
         finally:
             partial.unlink(missing_ok=True)
+            partial_json.unlink(missing_ok=True)
     except OSError as error:
         raise GlassError(f"{path}: cannot be written ({error.strerror or error})") from None
     return open_tokens(path, verify=False)
 
 
-def write_ids(file: BinaryIO, pieces: Iterable[Piece], tokenizer: TokenizerFacts) -> dict[str, Any]:
-    """All ids to the file and to the disk -> what the sidecar will say of them."""
+def write_ids(file: BinaryIO, pieces: Iterable[Piece], tokenizer: TokenizerInfo) -> dict[str, Any]:
+    """Write all ids -> the content of the .json file."""
     name = "uint16" if tokenizer.vocab_size <= SMALL_VOCABULARY else "uint32"
     digest, count, starts = hashlib.sha256(), 0, [0]
     for ids, begins in pieces:
-        require_inside(ids, tokenizer.vocab_size)
-        if begins and count > starts[-1]:  # what has no ids is no document
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+            bad = next(int(id) for id in ids if not 0 <= id < tokenizer.vocab_size)
+            raise GlassError(f"id {bad} is outside the vocabulary of {tokenizer.vocab_size}")
+        if begins and count > starts[-1]:  # a document without ids does not count
             starts.append(count)
         raw = ids.astype(DTYPES[name]).tobytes()
         file.write(raw)
         digest.update(raw)
         count += len(ids)
-    if count == starts[-1] > 0:  # nothing came after the last beginning
+    if count == starts[-1] > 0:  # the last document has no ids
         starts.pop()
     file.flush()
     os.fsync(file.fileno())
-    return {
-        "format": FORMAT,
-        "tokenizer": asdict(tokenizer),
-        "dtype": name,
-        "count": count,
-        "sha256": digest.hexdigest(),
-        "starts": starts,
-    }
-
-
-def write_pair(partial: Path, path: Path, about: dict[str, Any]) -> None:
-    """Put tokens and sidecar in place, the sidecar last: without one, tokens count as absent."""
-    sidecar = path.with_suffix(".json")
-    described = sidecar.with_name(f".{sidecar.name}.{os.getpid()}")
-    try:
-        described.write_text(json.dumps(about), encoding="utf-8")
-        sidecar.unlink(missing_ok=True)
-        os.replace(partial, path)
-        os.replace(described, sidecar)
-    finally:
-        described.unlink(missing_ok=True)
-
-
-def require_inside(ids: NDArray[Any], vocab_size: int) -> None:
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        bad = next(int(id) for id in ids if not 0 <= id < vocab_size)
-        raise GlassError(f"id {bad} is outside the vocabulary of {vocab_size}")
+    about = {"format": FORMAT, "tokenizer": asdict(tokenizer), "dtype": name, "count": count}
+    return about | {"sha256": digest.hexdigest(), "starts": starts}
 
 
 def open_tokens(path: Path, *, verify: bool = True) -> Tokens:
-    """Map the ids and check that both files belong together; `verify` reads them all once.
+    """Map the ids after checking that both files belong together; `verify` also hashes the ids.
 
-    Raises FormatError: what is missing, damaged or of another kind.
+    Raises FormatError: a file is missing, damaged or of another format.
     """
-    about = read_sidecar(path.with_suffix(".json"))
-    dtype, count = about.dtype, about.count
-    size = path.stat().st_size if path.is_file() else None
-    if size != count * dtype.itemsize:
-        came = "is missing" if size is None else f"has {size} bytes"
-        raise FormatError(
-            f"{path}: {came}, its sidecar says {count} ids of {dtype.itemsize}; tokenize again"
-        )
-    if verify and (found := file_hash(path)) != about.sha256:
-        raise FormatError(
-            f"{path}: sha256 is {found}, its sidecar says {quoted(about.sha256)}; tokenize again"
-        )
-    return Tokens(
-        path=path,
-        ids=np.memmap(path, dtype, mode="r"),
-        starts=about.starts,
-        tokenizer=about.tokenizer,
-        sha256=about.sha256,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """What tokens.json says, every field as `write_ids` writes it."""
-
-    dtype: np.dtype[Any]
-    count: int
-    sha256: str
-    starts: NDArray[np.int64]  # (documents,), growing from 0, less than `count`
-    tokenizer: TokenizerFacts
-
-
-def read_sidecar(sidecar: Path) -> Sidecar:
-    """Raises FormatError: missing, no JSON, or a field that cannot be."""
     try:
-        about = json.loads(sidecar.read_bytes())
-    except OSError as error:
-        raise FormatError(f"{sidecar}: {error.strerror or error}; tokenize again") from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error)[:QUOTED_CHARACTERS]
-        raise FormatError(f"{sidecar}: not valid JSON ({reason}); tokenize again") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise FormatError(f"{sidecar}: expected a sidecar of format {FORMAT!r}; tokenize again")
-    try:
-        return checked_sidecar(Fields(str(sidecar), about, FormatError))
+        return checked_tokens(path, verify)
     except FormatError as error:
         raise FormatError(f"{error}; tokenize again") from None
 
 
-def checked_sidecar(get: Fields) -> Sidecar:
-    facts = get.object("tokenizer")
-    dtype, count = get.text("dtype"), get.whole("count", most=MOST_IDS)
-    if dtype not in DTYPES:
-        get.refuse("dtype", " or ".join(DTYPES))
-    starts = get.items("starts")
-    if not (starts and starts[0] == 0 and all(map(is_whole, starts))):
-        get.refuse("starts", "whole numbers from 0 on")
-    if starts[-1] >= count or not all(a < b for a, b in pairwise(starts)):
-        get.refuse("starts", f"numbers that grow and are less than the count of ids, {count}")
-    return Sidecar(
-        dtype=DTYPES[dtype],
-        count=count,
-        sha256=get.text("sha256"),
-        starts=np.array(starts, np.int64),
-        tokenizer=TokenizerFacts(
-            name=facts.text("name"),
-            vocab_size=facts.whole("vocab_size"),
-            sha256=facts.text("sha256"),
-        ),
+def checked_tokens(path: Path, verify: bool) -> Tokens:
+    get = read_description(path.with_suffix(".json"))
+    info = get.object("tokenizer")
+    tokenizer = TokenizerInfo(
+        name=info.text("name"), vocab_size=info.whole("vocab_size"), sha256=info.text("sha256")
     )
+    name, count, sha256 = get.text("dtype"), get.whole("count", most=MAX_IDS), get.text("sha256")
+    if name not in DTYPES:
+        get.refuse("dtype", " or ".join(DTYPES))
+    starts, dtype = get.items("starts"), DTYPES[name]
+    if not (starts and starts[0] == 0 and all(map(is_whole, starts))):
+        get.refuse("starts", "whole numbers that begin with 0")
+    if starts[-1] >= count or not all(a < b for a, b in pairwise(starts)):
+        get.refuse("starts", f"increasing numbers below the number of ids, {count}")
+    size = path.stat().st_size if path.is_file() else None
+    if size != count * dtype.itemsize:
+        came = "is missing" if size is None else f"has {size} bytes"
+        raise FormatError(f"{path}: {came}, expected {count} ids of {dtype.itemsize} bytes")
+    if verify and (found := file_hash(path)) != sha256:
+        raise FormatError(f"{path}: sha256 is {found}, expected {quoted(sha256)}")
+    ids = np.memmap(path, dtype, mode="r")
+    return Tokens(
+        path=path, ids=ids, starts=np.array(starts, np.int64), tokenizer=tokenizer, sha256=sha256
+    )
+
+
+def read_description(path: Path) -> Fields:
+    """The fields of the .json file. Raises FormatError: missing, not JSON, another format."""
+    try:
+        about = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:QUOTED_CHARACTERS]
+        raise FormatError(f"{path}: not valid JSON ({reason})") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise FormatError(f"{path}: expected a file of format {FORMAT!r}")
+    return Fields(str(path), about, FormatError)
 
 
 def file_hash(path: Path) -> str:

@@ -20,7 +20,7 @@ from glassllama.weights.load import load_llama
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
-from synthetic_models import synthetic_module, widened_module
+from synthetic_models import padded_module, synthetic_module
 from tolerances import assert_logits, eight_bit_error, spread_apart
 
 CONFIG = LlamaConfig(
@@ -142,11 +142,11 @@ def call_it(path: Path, kind: gguf.GGMLQuantizationType) -> None:
 
 
 def test_zeros_around_a_model_change_no_logits(tmp_path: Path, synthetic: ModuleType) -> None:
-    """benchmarks/widened.py, with which fidelity on K-quants is measured."""
-    widened = widened_module()
+    """benchmarks/padded.py, with which fidelity on K-quants is measured."""
+    padded = padded_module()
     narrow = replace(CONFIG, dim=160, n_heads=5, n_kv_heads=5, ffn_dim=288)
     source = open_checkpoint(synthetic.write(tmp_path / "narrow.gguf", narrow, "F32", pool=POOL))
-    wide = open_checkpoint(widened.write(tmp_path / "wide.gguf", source, words=False))
+    wide = open_checkpoint(padded.write(tmp_path / "wide.gguf", source, words=False))
     sizes = wide.config.dim, wide.config.n_heads * wide.config.head_dim, wide.config.ffn_dim
     assert sizes == (256, 256, 512)
     before, after = (logits(pack(checkpoint, exact=True)) for checkpoint in (source, wide))

@@ -1,1 +1,1 @@
-"""Compiled kernels for training on a CPU, and a Llama block made of them."""
+"""Fused blocks and kernels for training a Llama on a CPU."""

@@ -1,10 +1,9 @@
-"""A Llama's layer, said once more and fast: for training on a CPU, with products in either dtype.
+"""Fused blocks of a Llama, for training on a CPU, with matrix products in bfloat16 or float32.
 
-models/llama.py says what a layer computes; this one computes the same (a test ties them) with
-fewer, larger matrix products and with what lies between them fused (kernels.py). A norm's
-weight is multiplied into the matrix behind it, queries, keys and values are one product, so are
-gate and up. Weights and their gradients stay float32, so does what layers add to. "Narrow" is the
-dtype of the products: bfloat16 or float32.
+They compute what models/llama.py states (a test compares them) with fewer and larger matrix
+products, and with everything between these fused (kernels.py). The weight of a norm is multiplied
+into the matrix after it; queries, keys and values are one product, and so are gate and up. Weights,
+their gradients and the residual stream stay float32.
 
 Shapes: B rows, T tokens, N = B·T, C model width, H query heads, K kv heads, D head width, F ffn
 width.
@@ -28,89 +27,89 @@ from glassllama.native.training import kernels
 from glassllama.nn.attention import ForwardContext, fused_attention
 
 BF16 = torch.bfloat16
-NO_NORM = -1.0  # instead of an epsilon: queries and keys keep their lengths
+NO_NORM = -1.0  # instead of epsilon: no QK-norm
 
 
-def accelerate(model: Llama, dropout: float = 0.0, products: torch.dtype = BF16) -> None:
-    """Let the model's layers compute this way from now on; its weights are as they were.
+def fuse_blocks(model: Llama, dropout: float = 0.0, dtype: torch.dtype = BF16) -> None:
+    """Let the model's blocks compute this way; its weights stay as they are.
 
-    `products` is the dtype of matrix products; `dropout` is what nn/dropout.py hung onto the parts
-    of a layer, which are not called here.
+    `dtype` is that of matrix products. `dropout` is applied here, because the modules to which
+    nn/dropout.py adds it are not called.
     """
     for layer in model.layers:
         layer.__class__ = FusedBlock
         assert isinstance(layer, FusedBlock)
-        layer.dropout, layer.products = dropout, products
+        layer.dropout, layer.dtype = dropout, dtype
 
 
 class FusedBlock(Block):
-    """A drop-in for models.llama.Layer wherever no cache is in play."""
+    """Replaces models.llama.Block wherever there is no KV cache."""
 
     dropout: float
-    products: torch.dtype
+    dtype: torch.dtype
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         if context.cache is not None:
             return super().forward(x, context)
         a, f, eps = self.attention, self.feed_forward, self.attention_norm.eps
-        x, normed = AddNorm.apply(x, None, eps, self.products)  # (B, T, C) float32, narrow
+        x, normed = AddNorm.apply(x, None, eps, self.dtype)  # (B, T, C) float32, dtype
         qkv = product(normed, self.attention_norm.weight, a.wq, a.wk, a.wv)  # (B, T, (H+K+K)·D)
         heads = attend(qkv, context, a.config)  # (B, T, H·D)
         branch = self.drop(product(heads, None, a.wo))  # (B, T, C)
-        x, normed = AddNorm.apply(x, branch, eps, self.products)
+        x, normed = AddNorm.apply(x, branch, eps, self.dtype)
         both = product(normed, self.ffn_norm.weight, f.gate, f.up)  # (B, T, 2F)
-        return x + self.drop(product(Gate.apply(both), None, f.down))  # (B, T, C)
+        return x + self.drop(product(SwiGLU.apply(both), None, f.down))  # (B, T, C)
 
     def drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training)
 
 
-def product(x: Tensor, scale: Tensor | None, *maps: torch.nn.Linear) -> Tensor:
-    """Several linear maps of the same input, scaled per channel first, as one product."""
-    weight = torch.cat([m.weight for m in maps]) if len(maps) > 1 else maps[0].weight
+def product(x: Tensor, scale: Tensor | None, *linears: torch.nn.Linear) -> Tensor:
+    """Linear maps of the same input as one product; `scale` is multiplied to its channels."""
+    weight = torch.cat([m.weight for m in linears]) if len(linears) > 1 else linears[0].weight
     return F.linear(x, (weight if scale is None else weight * scale).to(x.dtype))
 
 
 def attend(qkv: Tensor, context: ForwardContext, config: Any) -> Tensor:
-    """Place queries and keys, and attend in float32. (B, T, (H+K+K)·D) -> (B, T, H·D) narrow."""
+    """RoPE and attention in float32. (B, T, (H+K+K)·D) -> (B, T, H·D), both in the dtype."""
     heads = qkv.unflatten(-1, (-1, config.head_dim))  # (B, T, H+K+K, D)
     angles = [each.expand(len(qkv), -1, -1, -1).flatten(0, 2) for each in context.rope]  # (N, D/2)
     eps = config.norm_eps if config.qk_norm else NO_NORM
-    q, k, v = Place.apply(heads, *angles, (config.n_heads, config.n_kv_heads), eps)
+    q, k, v = RopeNorm.apply(heads, *angles, (config.n_heads, config.n_kv_heads), eps)
     out = fused_attention(q, k, v, context.mask)  # (B, H, T, D)
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 class AddNorm(torch.autograd.Function):
-    """x + branch, and its RMS norm without weight, narrowed for the product behind it."""
+    """x + branch, and its RMS norm without weight in the dtype of the product after it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor | None, eps: float, products: torch.dtype
+        ctx: Any, x: Tensor, branch: Tensor | None, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)  # (N, C)
-        total, normed = torch.empty_like(rows), torch.empty_like(rows, dtype=products)
+        total, normed = torch.empty_like(rows), torch.empty_like(rows, dtype=dtype)
         scale = torch.empty(len(rows))
         added = torch.zeros_like(normed) if branch is None else branch.flatten(0, -2)
         run(kernels.add_norm, (rows, added, total, normed, scale), eps)
         ctx.save_for_backward(total, scale)
-        ctx.alone = branch is None
+        ctx.no_branch = branch is None
         return total.view_as(x), normed.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         total, scale = ctx.saved_tensors
         d_x, d_branch = torch.empty_like(total), torch.empty_like(total, dtype=d_normed.dtype)
-        given = (rows_of(d_total, total), rows_of(d_normed, total))
-        run(kernels.add_norm_back, (total, scale, *given, d_x, d_branch))
+        given = [d.reshape(total.shape).contiguous() for d in (d_total, d_normed)]  # (N, C) each
+        run(kernels.add_norm_backward, (total, scale, *given, d_x, d_branch))
         shape = d_total.shape
-        return d_x.view(shape), None if ctx.alone else d_branch.view(shape), None, None
+        return d_x.view(shape), None if ctx.no_branch else d_branch.view(shape), None, None
 
 
-class Place(torch.autograd.Function):
-    """Queries and keys turned by their positions (with qk_norm: made length one), values widened.
+class RopeNorm(torch.autograd.Function):
+    """RoPE of queries and keys (with QK-norm: normalized first); values as float32.
 
-    (B, T, H+K+K, D) narrow -> (B, H, T, D), (B, K, T, D), (B, K, T, D) float32.
+    (B, T, H+K+K, D) product -> (B, H, T, D), (B, K, T, D), (B, K, T, D) float32.
     """
 
     @staticmethod
@@ -118,33 +117,33 @@ class Place(torch.autograd.Function):
         ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, counts: tuple[int, int], eps: float
     ) -> tuple[Tensor, ...]:
         rows = heads.flatten(0, 1)  # (N, H+K+K, D)
-        placed = torch.empty(rows.shape)
+        out = torch.empty(rows.shape)
         scale = torch.empty(len(rows), sum(counts))
-        run(kernels.place, (rows, cos, sin, placed, scale), eps)
-        ctx.save_for_backward(placed, cos, sin, scale)
-        ctx.normed, ctx.counts, ctx.narrow = eps >= 0, (*counts, counts[1]), rows.dtype
+        run(kernels.rope_norm, (rows, cos, sin, out, scale), eps)
+        ctx.save_for_backward(out, cos, sin, scale)
+        ctx.normed, ctx.counts, ctx.dtype = eps >= 0, (*counts, counts[1]), rows.dtype
         return tuple(
-            part.transpose(1, 2) for part in placed.view(heads.shape).split(ctx.counts, dim=2)
+            part.transpose(1, 2) for part in out.view(heads.shape).split(ctx.counts, dim=2)
         )
 
     @staticmethod
     def backward(ctx: Any, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
-        placed, cos, sin, scale = ctx.saved_tensors
-        d_rows = torch.empty_like(placed, dtype=ctx.narrow)
+        out, cos, sin, scale = ctx.saved_tensors
+        d_rows = torch.empty_like(out, dtype=ctx.dtype)
         given = [d.transpose(1, 2).flatten(0, 1).contiguous() for d in d_parts]  # (N, n, D) each
-        run(kernels.unplace, (placed, cos, sin, scale, *given, d_rows), ctx.normed)
+        run(kernels.rope_norm_backward, (out, cos, sin, scale, *given, d_rows), ctx.normed)
         batch, tokens = d_parts[0].shape[0], d_parts[0].shape[2]
         return d_rows.unflatten(0, (batch, tokens)), None, None, None, None
 
 
-class Gate(torch.autograd.Function):
-    """silu(gate) · up: (B, T, 2F) -> (B, T, F), narrow both."""
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up: (B, T, 2F) -> (B, T, F), both in the product dtype."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         rows = both.flatten(0, -2)  # (N, 2F)
         out = torch.empty(len(rows), rows.shape[1] // 2, dtype=rows.dtype)
-        run(kernels.gate, (rows, out))
+        run(kernels.swiglu, (rows, out))
         ctx.save_for_backward(both)
         return out.view(*both.shape[:-1], -1)
 
@@ -152,13 +151,8 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         rows, d_both = both.flatten(0, -2), torch.empty_like(both.flatten(0, -2))
-        run(kernels.ungate, (rows, d_out.flatten(0, -2).contiguous(), d_both))
+        run(kernels.swiglu_backward, (rows, d_out.flatten(0, -2).contiguous(), d_both))
         return d_both.view(both.shape)
-
-
-def rows_of(gradient: Tensor, like: Tensor) -> Tensor:
-    """(B, T, C) -> (N, C), whatever memory autograd laid it in."""
-    return gradient.reshape(like.shape).contiguous()
 
 
 # --- kernels over rows, by several threads --------------------------------------------------
@@ -169,19 +163,19 @@ def run(kernel: Callable[..., None], tensors: tuple[Tensor, ...], *more: float) 
     arrays = [as_array(tensor) for tensor in tensors]
     shares = torch.get_num_threads()
     edges = [len(arrays[0]) * share // shares for share in range(shares + 1)]
-    mine, *others = [[array[a:b] for array in arrays] for a, b in pairwise(edges)]
-    waiting = [threads(shares).submit(kernel, *share, *more) for share in others]
-    kernel(*mine, *more)
+    first, *others = [[array[a:b] for array in arrays] for a, b in pairwise(edges)]
+    waiting = [thread_pool(shares).submit(kernel, *share, *more) for share in others]
+    kernel(*first, *more)
     for share in waiting:
         share.result()
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory for a kernel; bfloat16 as its 16 bits, which numpy has no name for."""
+    """The tensor's memory for a kernel; bfloat16 as its 16 bits, because NumPy has no bfloat16."""
     tensor = tensor.detach()
     return (tensor.view(torch.int16) if tensor.dtype == BF16 else tensor).numpy()
 
 
 @lru_cache(maxsize=1)
-def threads(count: int) -> ThreadPoolExecutor:
+def thread_pool(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="rows")

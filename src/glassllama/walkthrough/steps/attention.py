@@ -284,9 +284,7 @@ def learned_positions(walk: Walkthrough) -> Step:
         title="Positions: one learned vector each",
         question="How do attention scores depend on the positions of tokens?",
         shapes=f"tokens {shape(rows)} + positions {shape(vectors)} → x {shape(rows)}",
-        sources=(
-            source(walk.implementation().hidden, "positions = offsets", "x = self.embeddings"),
-        ),
+        sources=(source(walk.implementation().hidden, "positions, mask =", "x = self.embeddings"),),
         text=(
             "This model has no RoPE: queries and keys are not rotated. Instead the row of "
             "pos_embeddings for each position is added to the embedding of its token before the "

@@ -1,57 +1,31 @@
-"""The parts of a step against other statements of the same: Muon, loss, means, fast layers."""
+"""Muon, AdamW, averaged weights and the loss, each against a plain statement of the same."""
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glassllama.base.config import LlamaConfig
-from glassllama.models.llama import Llama
-from glassllama.native.training import kernels
-from glassllama.native.training.blocks import accelerate
-from glassllama.nn.dropout import add_dropout
-from glassllama.train.adamw import STATE, AdamW
-from glassllama.train.ema import Average
-from glassllama.train.loss import summed_loss
-from glassllama.train.muon import Muon, orthogonalise
-from glassllama.train.optimizers import Optimisers
-from glassllama.train.settings import OptimiserSettings
-from tolerances import CONDITION, assert_logits, difference, logits_bar, unit
-
-
-def small_llama(vocab_size: int = 69, **changes: Any) -> Llama:
-    """All sizes different, weights large enough that every part matters."""
-    sizes = {
-        "dim": 40, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "ffn_dim": 56,
-        "vocab_size": vocab_size, "max_seq_len": 32, "norm_eps": 1e-5, "rope_theta": 10_000.0,
-        "tie_embeddings": True,
-    }  # fmt: skip
-    model = Llama(LlamaConfig(**{**sizes, **changes}))
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 0.3 * noise + (parameter.ndim == 1)
-    return model
-
+from glassllama.train.evaluate import summed_loss
+from glassllama.train.optimizers import EMA, STATE, AdamW, Muon, Optimizers, orthogonalize
+from glassllama.train.settings import OptimizerSettings
+from tolerances import CONDITION, assert_logits, difference, unit
+from train.recipes import small_llama
 
 # --- Muon -----------------------------------------------------------------------------------
 
 
 def test_orthogonalised_matrices_have_the_directions_of_the_svd() -> None:
     gradients = torch.randn(5, 24, 40, generator=torch.Generator().manual_seed(1))
-    u, s, vt = torch.linalg.svd(orthogonalise(gradients), full_matrices=False)
+    u, s, vt = torch.linalg.svd(orthogonalize(gradients), full_matrices=False)
     exact_u, _, exact_vt = torch.linalg.svd(gradients, full_matrices=False)
     assert 0.6 < float(s.min()) <= float(s.max()) < 1.3
     polar = (exact_u @ exact_vt) * (u @ vt)
     assert float(polar.sum(dim=(1, 2)).min()) > 0.97 * 24  # cosine to U·Vᵀ, which measures √24
-    assert torch.equal(orthogonalise(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+    assert torch.equal(orthogonalize(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
 
 
 def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
@@ -84,7 +58,7 @@ def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
 
 def test_adamw_is_pytorchs() -> None:
     """Weights, means and squares of some steps, with and without decay, by PyTorch's own plain
-    loop; a parameter without a gradient is left alone, and begins when it has one."""
+    loop; a parameter without a gradient is not changed, and starts when it has one."""
     torch.manual_seed(0)
     shapes, rate = [(7, 5), (11,), (3,)], 0.01
     ours, theirs = ([torch.nn.Parameter(torch.full(s, 0.5)) for s in shapes] for _ in range(2))
@@ -110,7 +84,7 @@ def test_adamw_is_pytorchs() -> None:
 
 def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:
     model = small_llama()
-    both = Optimisers(model, OptimiserSettings(kind="muon", lr=0.01, weight_decay=0.5))
+    both = Optimizers(model, OptimizerSettings(kind="muon", lr=0.01, weight_decay=0.5))
     assert both.muon is not None
     with_muon = {name for stack in both.muon.stacks.values() for name in stack}
     assert with_muon == {
@@ -129,7 +103,7 @@ def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:
 # --- loss -----------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """The largest tensor that any operation makes, in numbers."""
 
     numbers = 0
@@ -142,7 +116,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_loss_in_pieces_is_the_loss_and_never_holds_all_logits() -> None:
+def test_chunked_loss_equals_the_loss_and_never_has_all_logits() -> None:
     vocabulary, positions = 1031, 96
     model = small_llama(vocabulary)
     targets = torch.randint(vocabulary, (4, 24))
@@ -153,7 +127,7 @@ def test_loss_in_pieces_is_the_loss_and_never_holds_all_logits() -> None:
     expected, weights = hidden.grad, model.tok_embeddings.weight.grad
     for chunk in (7, 32, 95, 96, 500):
         hidden.grad, model.tok_embeddings.weight.grad = None, None
-        with Largest() as largest:
+        with LargestTensor() as largest:
             loss = summed_loss(model, hidden, targets, chunk)
             loss.backward()
         assert_logits(loss.detach(), whole.detach(), model.config, layers=1)
@@ -165,97 +139,17 @@ def test_loss_in_pieces_is_the_loss_and_never_holds_all_logits() -> None:
 # --- running mean ---------------------------------------------------------------------------
 
 
-def test_the_mean_is_of_all_weights_so_far_and_lends_itself() -> None:
+def test_ema_is_the_mean_of_weights_and_is_swapped_in_temporarily() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
-    average = Average(layer, decay=0.9)
+    ema = EMA(layer, decay=0.9)
     mean = layer.weight.detach().clone()
     for step in range(1, 200):
         layer.weight.data.fill_(float(step))
-        average.update(step)
+        ema.update(step)
         share = min(0.9, step / (step + 9))
         mean = share * mean + (1 - share) * step
     # A mean of decay 0.9 remembers the roundings of ten steps; three of each step, here and there.
-    assert difference(average.means["weight"], mean) <= 2 * 3 * 10 * unit()
-    with average.in_place():
-        assert torch.equal(layer.weight, average.means["weight"])
+    assert difference(ema.means["weight"], mean) <= 2 * 3 * 10 * unit()
+    with ema.in_place():
+        assert torch.equal(layer.weight, ema.means["weight"])
     assert torch.equal(layer.weight, torch.full((1, 2), 199.0))
-
-
-# --- the fast layer -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
-def test_fast_layers_compute_what_the_model_says(qk_norm: bool, packed: bool) -> None:
-    """Logits and every gradient: as far from float32 as rounding to bfloat16 explains, forwards
-    and backwards."""
-    model = small_llama(qk_norm=qk_norm)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
-    ids = torch.randint(69, (3, 17), generator=torch.Generator().manual_seed(5))
-    segments = (torch.arange(17) >= 7).long().expand(3, -1) if packed else None
-    exact = tensors_of_step(model, ids, segments)
-    quick = tensors_of_step(fast, ids, segments)
-    bar = logits_bar(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
-    for name, tensor in exact.items():
-        assert (quick[name] - tensor).norm() <= bar * tensor.norm(), name
-
-
-def tensors_of_step(
-    model: Llama, ids: torch.Tensor, segments: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    logits = model(ids, segments=segments)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach().float(), **gradients}
-
-
-def test_fast_layers_drop_out_in_training_only() -> None:
-    model = small_llama()
-    add_dropout(model, 0.5)
-    accelerate(model, dropout=0.5)
-    ids = torch.randint(69, (3, 17))
-    inner = small_llama()  # the hook on the embeddings is the model's own; drop it here
-    accelerate(inner, dropout=0.5)
-    for each in (model, inner):
-        torch.manual_seed(1)
-        first, again = each.train()(ids), each(ids)
-        torch.manual_seed(1)
-        assert torch.equal(each(ids), first)
-        assert not torch.equal(first, again)
-        assert torch.equal(each.eval()(ids), each(ids))
-
-
-def test_fast_layers_with_a_cache_are_the_model_itself() -> None:
-    model = small_llama()
-    fast = copy.deepcopy(model)
-    accelerate(fast)
-    ids = torch.randint(69, (1, 9))
-    with torch.inference_mode():
-        assert torch.equal(model(ids, model.new_cache(1, 16)), fast(ids, fast.new_cache(1, 16)))
-
-
-def test_kernels_are_the_derivatives_of_each_other() -> None:
-    """Each backward kernel against float64 autograd of the formula, one row at a time."""
-    chance = np.random.default_rng(1)
-    both = torch.tensor(chance.normal(size=(5, 12))).bfloat16().double().requires_grad_()
-    d_out = torch.tensor(chance.normal(size=(5, 6))).bfloat16().double()
-    gate, up = both.chunk(2, dim=1)
-    out = F.silu(gate) * up
-    out.backward(d_out)
-    narrow = [as_bits(t.detach()) for t in (both, d_out)]
-    found, d_both = np.empty((5, 6), np.int16), np.empty((5, 12), np.int16)
-    kernels.gate(narrow[0], found)
-    kernels.ungate(*narrow, d_both)
-    once = 1.01 * unit(torch.bfloat16)  # float32 inside, and rounded once
-    assert np.allclose(from_bits(found), out.detach(), rtol=once, atol=1e-6)
-    assert np.allclose(from_bits(d_both), both.grad, rtol=once, atol=1e-6)
-
-
-def as_bits(x: torch.Tensor) -> Any:
-    return x.to(torch.bfloat16).view(torch.int16).numpy()
-
-
-def from_bits(bits: Any) -> Any:
-    return torch.from_numpy(bits).view(torch.bfloat16).float().numpy()

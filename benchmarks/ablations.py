@@ -1,13 +1,13 @@
-"""From a bigram to a Llama, a step at a time: what each step gains and costs, measured.
+"""Ablations: what each part of a Llama gains and costs, from a bigram to a Llama in single changes.
 
-    python benchmarks/ladder.py                      (goes on where it was stopped)
-    python benchmarks/ladder.py --data bpe --seeds 5
-    python benchmarks/ladder.py --speed              (tokens per second, on an idle machine)
-    python benchmarks/ladder.py --render             (docs/ladder.md and docs/ladder.svg)
+    python benchmarks/ablations.py                      (resumes where it was stopped)
+    python benchmarks/ablations.py --data bpe --seeds 5
+    python benchmarks/ablations.py --speed              (tokens per second, on an idle machine)
+    python benchmarks/ablations.py --render             (docs/ablations.md and docs/ablations.svg)
 
-Every rung of benchmarks/rungs.py is trained with the package's own training step on the same
-batches, from a few seeds. Each run takes one thread, as many go at a time as there are processors,
-and each leaves a JSON line in benchmarks/results/.
+Every variant of benchmarks/ablation_models.py is trained with the package's own training step on
+the same batches, from a few seeds. Each run uses one thread, as many run at a time as there are
+processors, and each writes a JSON line into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from threading import Thread
 from typing import Any
 
 import torch
-from ladder_page import RESULTS, SEEDS, read_lines, render
-from rungs import GPT, Sizes, WithQKNorm, WithRMSNorm, WithRoPE, WithSwiGLU
+from ablation_models import GPT, Sizes, WithQKNorm, WithRMSNorm, WithRoPE, WithSwiGLU
+from ablations_page import RESULTS, SEEDS, read_lines, render
 
 from glassllama import __version__
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.train.batches import Batches
 from glassllama.train.data import Data, open_data
-from glassllama.train.loop import judged, one_step
-from glassllama.train.optimizers import Optimisers
+from glassllama.train.loop import evaluate_run, train_step
+from glassllama.train.optimizers import Optimizers
 from glassllama.train.run import Run
 from glassllama.train.settings import (
     DataSettings,
     ModelSettings,
-    OptimiserSettings,
+    OptimizerSettings,
     RunSettings,
     ScheduleSettings,
     Settings,
@@ -56,13 +56,13 @@ DATA = {
 WARMUP = 40  # steps
 CURVE = 10  # steps over which a point of the curve is a mean
 MANY = range(1, 11)  # seeds: as many as the page has quantiles for
-BFLOAT16_BYTES = 2  # what a cache keeps a number in
+BFLOAT16_BYTES = 2
 SPEED_STEPS, SPEED_ROUNDS = 5, 7
 
-ADAMW = OptimiserSettings(kind="adamw", lr=4e-3, weight_decay=0.1)
-MUON = OptimiserSettings(kind="muon", lr=4e-3, matrix_lr=0.02, weight_decay=0.1)
-# A table has no depth: it takes large steps, and a large weight in it is no fault.
-TABLE = OptimiserSettings(kind="adamw", lr=0.1)
+ADAMW = OptimizerSettings(kind="adamw", lr=4e-3, weight_decay=0.1)
+MUON = OptimizerSettings(kind="muon", lr=4e-3, matrix_lr=0.02, weight_decay=0.1)
+# A table has no depth: large steps and large weights do no harm.
+TABLE = OptimizerSettings(kind="adamw", lr=0.1)
 
 
 def bigram(sizes: Sizes) -> Bigram:
@@ -70,48 +70,48 @@ def bigram(sizes: Sizes) -> Bigram:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """`sizes`: what differs from a GPT's, so that about as many numbers are learnt."""
+class Variant:
+    """`sizes` differ from a GPT's so that all variants have about as many parameters."""
 
     name: str
     model: Callable[[Sizes], Any]
-    optimiser: OptimiserSettings = ADAMW
+    optimizer: OptimizerSettings = ADAMW
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 GATED = {"ffn_dim": 344}  # three matrices instead of two, and the table of positions is gone
 GROUPED = {"ffn_dim": 384, "n_kv_heads": 2}  # what keys and values lose goes to the features
-RUNGS = (
-    Rung("bigram", bigram, TABLE),
-    Rung("GPT", GPT),
-    Rung("+ RMSNorm", WithRMSNorm),
-    Rung("+ RoPE", WithRoPE),
-    Rung("+ SwiGLU", WithSwiGLU, ADAMW, GATED),
-    Rung("+ GQA", WithSwiGLU, ADAMW, GROUPED),
-    Rung("+ QK-norm", WithQKNorm, ADAMW, GROUPED),
-    Rung("+ Muon", WithQKNorm, MUON, GROUPED),
-    Rung("GPT with Muon", GPT, MUON),  # beside the ladder: is it the optimiser alone?
+VARIANTS = (
+    Variant("bigram", bigram, TABLE),
+    Variant("GPT", GPT),
+    Variant("+ RMSNorm", WithRMSNorm),
+    Variant("+ RoPE", WithRoPE),
+    Variant("+ SwiGLU", WithSwiGLU, ADAMW, GATED),
+    Variant("+ GQA", WithSwiGLU, ADAMW, GROUPED),
+    Variant("+ QK-norm", WithQKNorm, ADAMW, GROUPED),
+    Variant("+ Muon", WithQKNorm, MUON, GROUPED),
+    Variant("GPT with Muon", GPT, MUON),  # is it the optimizer alone?
 )
-BY_NAME = {rung.name: rung for rung in RUNGS}
+BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run; two tasks that are equal have the same loss."""
+    """One run; equal tasks have the same loss."""
 
-    rung: str
+    variant: str
     seed: int
     data: str
     steps: int
     folder: str  # for ids, of this process and its children
 
     def identity(self) -> dict[str, Any]:
-        """What a result must say of itself to be this task's."""
-        rung = BY_NAME[self.rung]
+        """The fields that identify the result of this task."""
+        variant = BY_NAME[self.variant]
         return {
-            "rung": self.rung, "seed": self.seed, "data": self.data, "steps": self.steps,
-            "batch": BATCH, "context": CONTEXT, "sizes": dict(rung.sizes),
-            "optimiser": asdict(rung.optimiser),
+            "variant": self.variant, "seed": self.seed, "data": self.data, "steps": self.steps,
+            "batch": BATCH, "context": CONTEXT, "sizes": dict(variant.sizes),
+            "optimizer": asdict(variant.optimizer),
         }  # fmt: skip
 
 
@@ -122,10 +122,10 @@ def data_of(name: str, folder: str) -> Data:
 
 def settings(task: Task) -> Settings:
     return Settings(
-        name=task.rung,
-        model=ModelSettings(kind="bigram" if task.rung == "bigram" else "llama"),
+        name=task.variant,
+        model=ModelSettings(kind="bigram" if task.variant == "bigram" else "llama"),
         data=DATA[task.data],
-        optimiser=BY_NAME[task.rung].optimiser,
+        optimizer=BY_NAME[task.variant].optimizer,
         schedule=ScheduleSettings(
             kind="cosine", steps=task.steps, warmup=min(WARMUP, task.steps // 2)
         ),
@@ -134,35 +134,35 @@ def settings(task: Task) -> Settings:
 
 
 def make_run(task: Task) -> Run:
-    """The rung, as the package's trainer takes it; nothing is ever saved."""
-    rung, data = BY_NAME[task.rung], data_of(task.data, task.folder)
-    sizes = Sizes(vocab_size=data.tokenizer.vocab_size, max_seq_len=CONTEXT, **rung.sizes)
-    model = rung.model(sizes)
+    """A run of the variant for the package's training step; it is never saved."""
+    variant, data = BY_NAME[task.variant], data_of(task.data, task.folder)
+    sizes = Sizes(vocab_size=data.tokenizer.vocab_size, max_seq_len=CONTEXT, **variant.sizes)
+    model = variant.model(sizes)
     model.initialize(torch.Generator().manual_seed(task.seed))
     return Run(
         settings=settings(task),
         folder=Path(task.folder),
         data=data,
         model=model.train(),
-        optimisers=Optimisers(model, rung.optimiser),
-        batches=Batches(data.learnt, CONTEXT, BATCH, task.seed),
+        optimizers=Optimizers(model, variant.optimizer),
+        batches=Batches(data.train, CONTEXT, BATCH, task.seed),
     )
 
 
 def kv_bytes(task: Task) -> int:
-    """What a cache would keep of every token, in bfloat16."""
-    if task.rung == "bigram":
+    """Bytes of a KV cache per token, in bfloat16."""
+    if task.variant == "bigram":
         return 0
-    s = Sizes(vocab_size=1, max_seq_len=1, **BY_NAME[task.rung].sizes)
+    s = Sizes(vocab_size=1, max_seq_len=1, **BY_NAME[task.variant].sizes)
     return 2 * s.n_layers * s.n_kv_heads * s.head_dim * BFLOAT16_BYTES
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Train one rung from one seed -> its line of results."""
+    """Train one variant from one seed -> its line of results."""
     run, started, worked = make_run(task), time.perf_counter(), time.process_time()
-    losses = [one_step(run).loss for _ in range(run.settings.schedule.steps)]
+    losses = [train_step(run).loss for _ in range(run.settings.schedule.steps)]
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-    score = judged(run)
+    score = evaluate_run(run)
     return task.identity() | {
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "kv_bytes": kv_bytes(task),
@@ -177,7 +177,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a result; the file is there whole or as before, whatever stops the writer."""
+    """Add a result, atomically."""
     lines = [*read_lines(path), line]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
@@ -185,22 +185,22 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def missing(tasks: list[Task], lines: list[dict[str, Any]], path: Path) -> list[Task]:
-    """The tasks without a result. Ends the program where a result is of another ladder."""
-    wanted = {(task.rung, task.seed): task for task in tasks}
+    """The tasks without a result. Ends the program if a result is of other settings."""
+    left = {(task.variant, task.seed): task for task in tasks}
     for line in lines:
-        task = wanted.get((line["rung"], line["seed"]))
+        task = left.get((line["variant"], line["seed"]))
         if task is None:
             continue
         for name, value in task.identity().items():
             if line[name] != value:
-                sys.exit(f"{path}: {task.rung}, seed {task.seed}: {name} was {line[name]}, is now "
-                         f"{value}; begin another ladder with --out FILE.jsonl")  # fmt: skip
-        del wanted[task.rung, task.seed]
-    return list(wanted.values())
+                sys.exit(f"{path}: {task.variant}, seed {task.seed}: {name} was {line[name]}, is "
+                         f"now {value}; write new results with --out FILE.jsonl")  # fmt: skip
+        del left[task.variant, task.seed]
+    return list(left.values())
 
 
 def begin_worker() -> None:
-    """One thread for a run; and none goes on when the program that asked for it is gone."""
+    """One thread for a run; the worker ends when the main program has ended."""
     torch.set_num_threads(1)
     Thread(target=end_with_parent, daemon=True).start()
 
@@ -212,42 +212,43 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def climb(tasks: list[Task], path: Path, at_once: int) -> None:
-    """Run what is missing, seed after seed, and keep every result as soon as it is there."""
-    left = missing(tasks, read_lines(path), path)
-    print(f"{path}: {len(tasks) - len(left)} of {len(tasks)} runs are there", file=sys.stderr)
+def run_missing(tasks: list[Task], path: Path, at_once: int) -> None:
+    """Run what is missing, seed after seed, and store every result at once."""
+    todo = missing(tasks, read_lines(path), path)
+    print(f"{path}: {len(tasks) - len(todo)} of {len(tasks)} runs are there", file=sys.stderr)
     with ProcessPoolExecutor(at_once, get_context("spawn"), initializer=begin_worker) as pool:
-        for done in as_completed([pool.submit(measure, task) for task in left]):
+        for done in as_completed([pool.submit(measure, task) for task in todo]):
             line = done.result()
             append(path, line)
-            print(f"{line['rung']:14} seed {line['seed']}  val loss {line['val_loss']:.4f}  "
+            print(f"{line['variant']:14} seed {line['seed']}  val loss {line['val_loss']:.4f}  "
                   f"{line['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
 def speeds(data: str, folder: str) -> Iterator[dict[str, Any]]:
-    """Tokens per second of each rung, by processor time of one thread, the best of some rounds.
+    """Tokens per second of each variant, by processor time of one thread, the best of some rounds.
 
-    The rungs take turns, so that what else the machine does disturbs all alike.
+    The variants take turns, so that other load on the machine disturbs all of them alike.
     """
     torch.set_num_threads(1)
-    runs = {rung.name: make_run(Task(rung.name, 1, data, STEPS, folder)) for rung in RUNGS}
+    names = [variant.name for variant in VARIANTS]
+    runs = {name: make_run(Task(name, 1, data, STEPS, folder)) for name in names}
     best = dict.fromkeys(runs, float("inf"))
-    for _ in range(1 + SPEED_ROUNDS):  # in the first round everything is slow, and it never wins
+    for _ in range(1 + SPEED_ROUNDS):  # the first round warms up
         for name, run in runs.items():
             started = time.process_time()
             for _ in range(SPEED_STEPS):
-                one_step(run)
+                train_step(run)
             best[name] = min(best[name], time.process_time() - started)
     for name, seconds in best.items():
         tok_s = SPEED_STEPS * BATCH * CONTEXT / seconds
-        yield {"rung": name, "data": data, "tok_s": round(tok_s), "load": os.getloadavg()[0]}
+        yield {"variant": name, "data": data, "tok_s": round(tok_s), "load": os.getloadavg()[0]}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=DATA, default="characters")
     parser.add_argument("--seeds", type=int, default=SEEDS, choices=MANY, metavar="N")
-    parser.add_argument("--rungs", nargs="+", choices=BY_NAME, default=list(BY_NAME))
+    parser.add_argument("--variants", nargs="+", choices=BY_NAME, default=list(BY_NAME))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, help="the file of results")
@@ -260,19 +261,19 @@ def main() -> None:
     given = arguments()
     if given.render:
         return render()
-    with tempfile.TemporaryDirectory(prefix="ladder-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ablations-") as folder:
         if given.speed:
-            path = given.out or RESULTS / f"ladder-{given.data}-speed.jsonl"
+            path = given.out or RESULTS / f"ablations-{given.data}-speed.jsonl"
             lines = list(speeds(given.data, folder))
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             return print(path.read_text(encoding="utf-8"), end="")
         seeds = range(1, given.seeds + 1)
         tasks = [
-            Task(rung, seed, given.data, given.steps, folder)
+            Task(variant, seed, given.data, given.steps, folder)
             for seed in seeds
-            for rung in given.rungs
+            for variant in given.variants
         ]
-        climb(tasks, given.out or RESULTS / f"ladder-{given.data}.jsonl", given.at_once)
+        run_missing(tasks, given.out or RESULTS / f"ablations-{given.data}.jsonl", given.at_once)
 
 
 if __name__ == "__main__":

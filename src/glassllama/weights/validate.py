@@ -1,25 +1,21 @@
-"""The checks of `glassllama validate`, each a generator of findings."""
+"""Checks of a model's files: structure, checksums, every number, tokenizer, chat template."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from glassllama.base.errors import GlassError
-from glassllama.hub import PACKAGE_MODELS
+from glassllama.base.interfaces import Progress, Tokenizer
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 
-if TYPE_CHECKING:
-    from glassllama.base.interfaces import Progress, Tokenizer
-    from glassllama.cli.console import Bars
-
-SLICE_NUMBERS = 1 << 22  # numbers looked at together: 16 MiB as float32
+SLICE_NUMBERS = 1 << 22  # numbers in memory at once: 16 MiB as float32
 CHUNK = 1 << 20  # bytes hashed at a time
 SAMPLES: tuple[str, ...] = (
     "Hello, world! It's 3.14 o'clock.",
@@ -27,15 +23,30 @@ SAMPLES: tuple[str, ...] = (
     "def f(x):\n\treturn x  # 10000000\n",
     "🙂👩‍👩‍👧 e\u0301",
 )
+Bars = Callable[[str, str], Progress | None]  # (title, unit) of a piece of work -> its progress
 
 
 class Finding(NamedTuple):
+    """The result of a check; `ok` is False for a problem."""
+
     ok: bool
     text: str
 
 
-def findings(path: Path, bars: Bars) -> Iterator[Finding]:
-    """Everything about the model at `path`; what cannot be opened is the one finding."""
+def no_bars(title: str, unit: str) -> Progress | None:
+    return None
+
+
+def validate(path: Path, *, sha256: str = "", bars: Bars = no_bars) -> list[Finding]:
+    """All findings about the model at `path`, good and bad; a file that cannot be opened is one.
+
+    `sha256`: the hash that its one file must have, if it is known; otherwise checksums inside the
+    files are compared, if there are any.
+    """
+    return list(findings(path, sha256, bars))
+
+
+def findings(path: Path, sha256: str, bars: Bars) -> Iterator[Finding]:
     try:
         checkpoint = open_checkpoint(path)
     except GlassError as error:
@@ -44,26 +55,24 @@ def findings(path: Path, bars: Bars) -> Iterator[Finding]:
     yield Finding(True, f"structure: {len(checkpoint.names)} tensors, all that belong to the model")
     for note in checkpoint.notes:
         yield Finding(True, f"note: {note}")
-    yield checksums(checkpoint, bars("comparing checksums", "bytes"))
-    yield from numbers(checkpoint, bars("looking at every number", "tensors"))
+    yield check_sums(checkpoint, sha256, bars("comparing checksums", "bytes"))
+    yield from check_numbers(checkpoint, bars("reading every number", "tensors"))
     try:
         tokenizer = checkpoint.tokenizer
     except GlassError as error:
         yield Finding(False, f"tokenizer: {error}")
     else:
-        yield from vocabulary(tokenizer, checkpoint.config.vocab_size)
-        yield chat(checkpoint, tokenizer)
+        yield from check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+        yield check_chat(checkpoint, tokenizer)
     checkpoint.close()
 
 
-def checksums(checkpoint: Checkpoint, progress: Progress | None) -> Finding:
-    """What the format or our own list of downloads says the bytes should be."""
+def check_sums(checkpoint: Checkpoint, sha256: str, progress: Progress | None) -> Finding:
     file: Any = checkpoint.file
-    known = [f for f in PACKAGE_MODELS.values() if f.location == checkpoint.path]
-    if known:
-        came = sha256(checkpoint.path, progress)
-        same = came == known[0].sha256
-        return Finding(same, f"sha256: {came}" + ("" if same else f", expected {known[0].sha256}"))
+    if sha256:
+        came = file_hash(checkpoint.path, progress)
+        expected = "" if came == sha256 else f", expected {sha256}"
+        return Finding(came == sha256, f"sha256: {came}{expected}")
     if not hasattr(file, "verify"):
         return Finding(True, f"checksums: none in {Path(checkpoint.path).suffix or 'these'} files")
     try:
@@ -73,7 +82,7 @@ def checksums(checkpoint: Checkpoint, progress: Progress | None) -> Finding:
     return Finding(True, "checksums: every tensor agrees with its CRC-32")
 
 
-def sha256(path: Path, progress: Progress | None) -> str:
+def file_hash(path: Path, progress: Progress | None) -> str:
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -84,20 +93,20 @@ def sha256(path: Path, progress: Progress | None) -> str:
     return digest.hexdigest()
 
 
-def numbers(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
-    """Every weight is finite, and no tensor is all zeros (what a hole in a file looks like)."""
+def check_numbers(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
+    """Every weight is finite, and no tensor is all zeros, as a hole in a file would be."""
     fine = True
     for done, name in enumerate(checkpoint.names, start=1):
-        if (trouble := trouble_of(checkpoint, name)) is not None:
+        if (problem := problem_of(checkpoint, name)) is not None:
             fine = False
-            yield Finding(False, f"{checkpoint.names[name]}: {trouble}")
+            yield Finding(False, f"{checkpoint.names[name]}: {problem}")
         if progress is not None:
             progress(done, len(checkpoint.names))
     if fine:
         yield Finding(True, "numbers: all finite, no tensor of zeros")
 
 
-def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
+def problem_of(checkpoint: Checkpoint, name: str) -> str | None:
     shape = checkpoint.info(name).shape
     step = max(1, SLICE_NUMBERS // (shape[1] if len(shape) > 1 else 1))
     nan, infinite, zeros = 0, 0, True
@@ -110,17 +119,18 @@ def trouble_of(checkpoint: Checkpoint, name: str) -> str | None:
     checkpoint.release_pages(name)
     if nan or infinite:
         return f"{nan} NaN and {infinite} infinite numbers"
-    untrained = name.endswith(".bias")  # a bias begins as zeros, and may stay so
+    untrained = name.endswith(".bias")  # a bias is initialized with zeros, and may stay so
     return "all zeros" if zeros and not untrained else None
 
 
-def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
     """The vocabulary fits the embeddings, answers can end, and text survives the round trip."""
     size = tokenizer.vocab_size
-    none, gaps = max(rows - size, 0), len(tokenizer.gaps)
-    more = f"; {none + gaps:,} have no token and are never chosen" if none + gaps else ""
-    said = f"vocabulary: {size - gaps:,} tokens for {rows:,} rows of embeddings{more}"
-    yield Finding(size <= rows, said)
+    gaps = len(tokenizer.gaps)
+    unused = max(rows - size, 0) + gaps
+    more = f"; {unused:,} have no token and are never chosen" if unused else ""
+    text = f"vocabulary: {size - gaps:,} tokens for {rows:,} rows of embeddings{more}"
+    yield Finding(size <= rows, text)
     outside = sorted(id for id in tokenizer.stop_ids if id >= rows)
     if outside or not tokenizer.stop_ids:
         yield Finding(False, f"stop ids: {outside or 'none, so answers never end by themselves'}")
@@ -135,7 +145,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
         yield Finding(True, f"tokenizer: {what} come back the same")
 
 
-def chat(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Finding:
+def check_chat(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Finding:
     """A conversation can be written; a base model has no way to, and need not."""
     try:
         if checkpoint.chat_template is None:

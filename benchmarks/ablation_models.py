@@ -1,8 +1,8 @@
-"""The rungs between a GPT and a Llama: each class changes one thing of the class before it.
+"""The variants between a GPT and a Llama: each class changes one thing of the class before it.
 
-The parts are those of nn/ and models/; no cache, because a rung is only trained. Tests prove that
-the first rung computes what models/gpt.py does and the last ones what models/llama.py does, on the
-same weights.
+They are built from the parts of nn/, without a KV cache, because they are only trained. Tests prove
+that the first variant computes what models/gpt.py does and the last ones what models/llama.py does,
+on the same weights.
 
 Shapes: B batch, T tokens, C model width, H query heads, K kv heads, D head width, F ffn width,
 V vocabulary.
@@ -34,7 +34,7 @@ from glassllama.nn.rope import RopeTable, rope_angles, rope_table, rotate_half
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the rungs are made of, in elements; a GPT has as many kv heads as heads."""
+    """Sizes of a variant; a GPT has as many kv heads as heads."""
 
     vocab_size: int
     max_seq_len: int
@@ -58,13 +58,13 @@ class Sizes:
 
 
 class ForwardContext(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What all blocks share in one forward pass."""
 
     rope: RopeTable
-    mask: Tensor | None  # (B, 1, T, T), True where seen; None: causal
+    mask: Tensor | None  # (B, 1, T, T), True where visible; None: causal
 
 
-# --- the parts that are exchanged -----------------------------------------------------------
+# --- the parts that are replaced -----------------------------------------------------------
 
 
 def layer_norm(dim: int, eps: float) -> nn.Module:
@@ -85,7 +85,7 @@ class GELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """A GPT's attention: where a token stands was already added to its embedding."""
+    """A GPT's attention: positions were already added to the embeddings."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -106,32 +106,32 @@ class Attention(nn.Module):
         return x
 
 
-class Turned(Attention):
-    """Queries and keys are turned by their position."""
+class RoPEAttention(Attention):
+    """With RoPE of queries and keys."""
 
     def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
         return rotate_half(x, rope)
 
 
-class TurnedAndNormed(Turned):
-    """And all have the same length, so that only their directions are compared."""
+class QKNormAttention(RoPEAttention):
+    """With QK-norm after RoPE: only the directions of queries and keys are compared."""
 
     def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
         return rms_norm(super().apply_rope(x, rope), self.sizes.norm_eps)
 
 
-# --- the rungs ------------------------------------------------------------------------------
+# --- the variants ---------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Two additions to the residual stream, of whatever parts the rung is made of."""
+    """Pre-norm transformer block, made of the variant's parts."""
 
-    def __init__(self, rung: GPT, sizes: Sizes) -> None:
+    def __init__(self, variant: GPT, sizes: Sizes) -> None:
         super().__init__()
-        self.attention_norm = rung.Norm(sizes.dim, sizes.norm_eps)
-        self.attention = rung.Attention(sizes)
-        self.ffn_norm = rung.Norm(sizes.dim, sizes.norm_eps)
-        self.feed_forward = rung.FeedForward(sizes.dim, sizes.ffn_dim)
+        self.attention_norm = variant.Norm(sizes.dim, sizes.norm_eps)
+        self.attention = variant.Attention(sizes)
+        self.ffn_norm = variant.Norm(sizes.dim, sizes.norm_eps)
+        self.feed_forward = variant.FeedForward(sizes.dim, sizes.ffn_dim)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         x = x + self.attention(self.attention_norm(x), context)  # (B, T, C)
@@ -173,20 +173,20 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V): the embeddings' table, used once more."""
+        """(…, C) -> (…, V), with tied embeddings."""
         return F.linear(h, self.tok_embeddings.weight).float()
 
 
 class WithRMSNorm(GPT):
-    """No mean is subtracted."""
+    """RMSNorm instead of LayerNorm: no mean is subtracted."""
 
     Norm = RMSNorm
 
 
 class WithRoPE(WithRMSNorm):
-    """No table of positions: queries and keys are turned instead."""
+    """RoPE instead of a table of positions."""
 
-    Attention = Turned
+    Attention = RoPEAttention
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
@@ -197,12 +197,12 @@ class WithRoPE(WithRMSNorm):
 
 
 class WithSwiGLU(WithRoPE):
-    """A gate decides how much of each feature passes. With fewer kv heads this is a Llama."""
+    """SwiGLU instead of GELU. With fewer kv heads this is a Llama."""
 
     FeedForward = SwiGLU
 
 
 class WithQKNorm(WithSwiGLU):
-    """Queries and keys of one length: the Llama of the preset."""
+    """QK-norm: the Llama of the preset llama-qknorm-tinyshakespeare-cpu."""
 
-    Attention = TurnedAndNormed
+    Attention = QKNormAttention

@@ -1,4 +1,4 @@
-"""benchmarks/ladder.py: its rungs are what they say, its page is what was measured."""
+"""benchmarks/ablations.py: its variants are the models they stand for, its page is up to date."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tolerances import assert_logits
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-rungs = importlib.import_module("rungs")
-ladder = importlib.import_module("ladder")
-ladder_page = importlib.import_module("ladder_page")
+models = importlib.import_module("ablation_models")
+ablations = importlib.import_module("ablations")
+ablations_page = importlib.import_module("ablations_page")
 
 SIZES = {"dim": 24, "n_layers": 3, "n_heads": 6, "vocab_size": 31}
 CONTEXT = 16
@@ -49,34 +49,35 @@ PAIRS = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_rung_is_the_model_it_stands_for(name: str, packed: bool) -> None:
+def test_a_variant_is_the_model_it_stands_for(name: str, packed: bool) -> None:
     make, kv_heads = PAIRS[name]
     model, random = make(), torch.Generator().manual_seed(5)
     with torch.no_grad():  # no weight is a one or a zero, so that none goes unused
         for weight in model.parameters():
             weight.copy_(torch.rand(weight.shape, generator=random) - 0.3)
-    sizes = rungs.Sizes(**SIZES, max_seq_len=CONTEXT, ffn_dim=40, n_kv_heads=kv_heads)
-    rung = ladder.BY_NAME[name].model(sizes)
-    rung.load_state_dict(model.state_dict())  # strict: the same names and shapes
+    sizes = models.Sizes(**SIZES, max_seq_len=CONTEXT, ffn_dim=40, n_kv_heads=kv_heads)
+    variant = ablations.BY_NAME[name].model(sizes)
+    variant.load_state_dict(model.state_dict())  # strict: the same names and shapes
     ids = torch.randint(SIZES["vocab_size"], (3, CONTEXT), generator=random)
     segments = torch.arange(CONTEXT)[None].ge(5).long().expand(3, -1) if packed else None
-    found, wanted = rung.logits(rung.hidden(ids, segments=segments)), model(ids, segments=segments)
-    assert wanted.std() > 0.1
-    assert_logits(found, wanted, model.config)
+    found = variant.logits(variant.hidden(ids, segments=segments))
+    expected = model(ids, segments=segments)
+    assert expected.std() > 0.1
+    assert_logits(found, expected, model.config)
 
 
-def test_every_rung_differs_from_the_one_before() -> None:
+def test_every_variant_differs_from_the_one_before() -> None:
     """Also those that no model of the package is equal to."""
-    staircase = dict.fromkeys(rung.model for rung in ladder.RUNGS[1:])
+    classes = dict.fromkeys(variant.model for variant in ablations.VARIANTS[1:])
     random, results = torch.Generator().manual_seed(5), []
     numbers = torch.rand(64, 64, generator=random) - 0.3
-    for model in staircase:
-        rung = model(rungs.Sizes(**SIZES, max_seq_len=CONTEXT, ffn_dim=40, n_kv_heads=6))
+    for model in classes:
+        variant = model(models.Sizes(**SIZES, max_seq_len=CONTEXT, ffn_dim=40, n_kv_heads=6))
         with torch.no_grad():  # the same numbers for all, whatever weights they have
-            for weight in rung.parameters():
+            for weight in variant.parameters():
                 source = numbers[0] if weight.ndim == 1 else numbers
                 weight.copy_(source[tuple(map(slice, weight.shape))])
-            results.append(rung.logits(rung.hidden(torch.arange(CONTEXT)[None])))
+            results.append(variant.logits(variant.hidden(torch.arange(CONTEXT)[None])))
     assert len(results) == 5
     for one, other in pairwise(results):
         assert (one - other).abs().max() > 1e-3
@@ -84,104 +85,117 @@ def test_every_rung_differs_from_the_one_before() -> None:
 
 def test_as_many_parameters_as_the_parts_allow() -> None:
     counts = {
-        rung.name: sum(
+        variant.name: sum(
             p.numel()
-            for p in rung.model(
-                rungs.Sizes(vocab_size=69, max_seq_len=64, **rung.sizes)
+            for p in variant.model(
+                models.Sizes(vocab_size=69, max_seq_len=64, **variant.sizes)
             ).parameters()
         )
-        for rung in ladder.RUNGS[1:]
+        for variant in ablations.VARIANTS[1:]
     }
     assert max(counts.values()) / min(counts.values()) < 1.011  # the table of positions is 1 %
 
 
-def test_a_run_is_made_once_and_again_the_same(tinyshakespeare: Path, tmp_path: Path) -> None:
+def test_only_missing_runs_are_made_and_runs_are_reproducible(
+    tinyshakespeare: Path, tmp_path: Path
+) -> None:
     """What is there stays, what is missing is made, from any process with the same result."""
     lines = [
-        ladder.measure(ladder.Task("bigram", seed, "characters", 3, str(tmp_path)))
+        ablations.measure(ablations.Task("bigram", seed, "characters", 3, str(tmp_path)))
         for seed in (1, 2)
     ]
-    path, given = tmp_path / "lines.jsonl", ["--rungs", "bigram", "--steps", "3", "--seeds", "2"]
+    path = tmp_path / "lines.jsonl"
+    given = ["--variants", "bigram", "--steps", "3", "--seeds", "2"]
     lines[0]["seconds"] = -1.0  # a mark: had it been made anew, this would be gone
     path.write_text(json.dumps(lines[0]) + "\n")
-    command = [sys.executable, str(ROOT / "benchmarks" / "ladder.py"), *given, "--out", str(path)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "ablations.py"),
+        *given,
+        "--out",
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 runs are there" in done.stderr
-    found = ladder_page.read_lines(path)
+    found = ablations_page.read_lines(path)
     assert found[0] == lines[0]
     for varying in ("seconds", "cpu_seconds"):
         found[1].pop(varying), lines[1].pop(varying)
     assert found[1] == lines[1]
 
 
-def test_results_of_another_ladder_are_not_mixed_in(tinyshakespeare: Path, tmp_path: Path) -> None:
-    other = ladder.Task("bigram", 1, "characters", 4, str(tmp_path)).identity()
-    task = ladder.Task("bigram", 1, "characters", 3, str(tmp_path))
-    with pytest.raises(SystemExit, match="steps was 4, is now 3; begin another"):
-        ladder.missing([task], [other], tmp_path)
+def test_results_of_other_settings_are_not_mixed_in(tinyshakespeare: Path, tmp_path: Path) -> None:
+    other = ablations.Task("bigram", 1, "characters", 4, str(tmp_path)).identity()
+    task = ablations.Task("bigram", 1, "characters", 3, str(tmp_path))
+    with pytest.raises(SystemExit, match="steps was 4, is now 3; write new results"):
+        ablations.missing([task], [other], tmp_path)
 
 
 # --- the page -------------------------------------------------------------------------------
 
 
-def test_every_rung_has_its_lesson_and_is_compared() -> None:
-    assert list(ladder_page.LESSONS) == [rung.name for rung in ladder.RUNGS]
-    assert {lesson.before for lesson in ladder_page.LESSONS.values()} - {""} < set(ladder.BY_NAME)
+def test_every_variant_is_described_and_compared() -> None:
+    assert list(ablations_page.PARTS) == [variant.name for variant in ablations.VARIANTS]
+    assert {part.before for part in ablations_page.PARTS.values()} - {""} < set(ablations.BY_NAME)
 
 
 def some_lines(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [
         {
-            "rung": rung, "seed": seed, "val_loss": loss, "bits_per_byte": loss, "kv_bytes": 8,
-            "parameters": 9, "steps": 20, "batch": 2, "context": 3, "curve": [3.0, loss],
-            "optimiser": {"lr": 0.1},
+            "variant": variant, "seed": seed, "val_loss": loss, "bits_per_byte": loss,
+            "kv_bytes": 8, "parameters": 9, "steps": 20, "batch": 2, "context": 3,
+            "curve": [3.0, loss], "optimizer": {"lr": 0.1},
         }
-        for rung, values in losses.items()
+        for variant, values in losses.items()
         for seed, loss in enumerate(values, 1)
     ]  # fmt: skip
 
 
-def test_a_change_is_judged_by_pairs_of_the_same_seed() -> None:
-    """Seeds differ by far more than rungs, and still the difference shows."""
+def test_a_change_is_evaluate_run_by_pairs_of_the_same_seed() -> None:
+    """Seeds differ by far more than variants, and still the difference shows."""
     pairs = {"GPT": [2.0, 3.0, 4.0], "+ RMSNorm": [1.9, 2.88, 3.89], "+ RoPE": [2.0, 2.6, 4.2]}
-    found = ladder_page.by_rung(some_lines(pairs))
-    gain = ladder_page.change(found, "+ RMSNorm")
+    found = ablations_page.by_variant(some_lines(pairs))
+    gain = ablations_page.change(found, "+ RMSNorm")
     assert gain.mean == pytest.approx(-0.11)
     assert gain.within == pytest.approx(4.303 * 0.01 / math.sqrt(3))
     assert str(gain) == "−0.110 ± 0.025"
     assert gain.verdict == "it helps here"
-    assert ladder_page.change(found, "+ RoPE").verdict == "no difference that 3 seeds can show"
-    assert ladder_page.change(found, "GPT") is None
+    assert ablations_page.change(found, "+ RoPE").verdict == "no difference that 3 seeds can show"
+    assert ablations_page.change(found, "GPT") is None
 
 
 def test_the_quantiles_are_students() -> None:
     """97.5 % lie below: the density, summed up numerically."""
-    for n, quantile in enumerate(ladder_page.STUDENT, 1):
+    for n, quantile in enumerate(ablations_page.STUDENT, 1):
         x = np.linspace(0, quantile, 200_001)
         factor = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
         density = factor * (1 + x**2 / n) ** (-(n + 1) / 2)
         assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
 
 
-def test_a_ladder_that_is_not_whole_says_so(tmp_path: Path) -> None:
-    whole = {name: [1.0, 1.1, 1.2] for name in ladder_page.LESSONS}
-    assert not ladder_page.unfinished(ladder_page.by_rung(some_lines(whole)))
+def test_incomplete_results_are_marked(tmp_path: Path) -> None:
+    whole = {name: [1.0, 1.1, 1.2] for name in ablations_page.PARTS}
+    assert not ablations_page.unfinished(ablations_page.by_variant(some_lines(whole)))
     whole["+ Muon"].pop()
-    part = ladder_page.unfinished(ladder_page.by_rung(some_lines(whole)))
+    part = ablations_page.unfinished(ablations_page.by_variant(some_lines(whole)))
     assert "26 of 27 runs are there" in part
-    path = tmp_path / "ladder-characters.jsonl"
+    path = tmp_path / "ablations-characters.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in some_lines(whole)))
-    assert part in ladder_page.page(tmp_path)
+    assert part in ablations_page.page(tmp_path)
 
 
 def test_the_page_is_not_stale() -> None:
-    assert ladder_page.PAGE.read_text() == ladder_page.page(), "run benchmarks/ladder.py --render"
+    assert ablations_page.PAGE.read_text() == ablations_page.page(), (
+        "run benchmarks/ablations.py --render"
+    )
 
 
 def test_the_picture_is_small_and_the_same_every_time(tmp_path: Path) -> None:
-    found = ladder_page.by_rung(some_lines({name: [1.0, 1.1] for name in ladder_page.LESSONS}))
+    found = ablations_page.by_variant(
+        some_lines({name: [1.0, 1.1] for name in ablations_page.PARTS})
+    )
     for name in ("one.svg", "two.svg"):
-        ladder_page.draw(found, tmp_path / name)
+        ablations_page.draw(found, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert ladder_page.PICTURE.stat().st_size < 100_000
+    assert ablations_page.PICTURE.stat().st_size < 100_000

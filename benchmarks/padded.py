@@ -1,11 +1,11 @@
 """The default model with zeros around it, so that K-quants fit: as fine to measure with as any.
 
-    python benchmarks/widened.py FOLDER [--type Q4_K_M]      (needs the bench extra)
+    python benchmarks/padded.py FOLDER [--type Q4_K_M]      (needs the bench extra)
 
 K-quants want rows of a multiple of 256, and SmolLM2 135M is 576 wide; no small model with such rows
 and a free licence comes in a package. So its matrices get rows and columns of zeros, 768 wide, 12
-heads, and its norms are scaled so that what they make is what it was. llama.cpp quantises the file.
-Writes FOLDER/widened-TYPE.gguf and prints its path.
+heads, and its norms are scaled so that what they make is what it was. llama.cpp quantizes the file.
+Writes FOLDER/padded-TYPE.gguf and prints its path.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write(path: Path, checkpoint: Checkpoint, *, words: bool = True) -> Path:
     return path
 
 
-def quantise(source: Path, target: Path, kind: str) -> Path:
+def quantize(source: Path, target: Path, kind: str) -> Path:
     """By llama.cpp, as its users' files are."""
     import llama_cpp  # only here: the rest runs, and is tested, without it
 
@@ -86,10 +86,10 @@ def main() -> None:
     parser.add_argument("--type", choices=TYPES, default="Q4_K_M")
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True, exist_ok=True)
-    whole = flags.folder / "widened-F32.gguf"
+    whole = flags.folder / "padded-F32.gguf"
     try:
         write(whole, open_checkpoint(hub.resolve("smollm2-135m")))
-        print(quantise(whole, flags.folder / f"widened-{flags.type}.gguf", flags.type))
+        print(quantize(whole, flags.folder / f"padded-{flags.type}.gguf", flags.type))
     finally:
         whole.unlink(missing_ok=True)
 

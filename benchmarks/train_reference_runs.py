@@ -1,0 +1,51 @@
+"""The expected loss of presets: runs of several seeds, into src/glassllama/train/reference_runs.
+
+python benchmarks/train_reference_runs.py PRESET … [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from glassllama.train import LoggedMetrics, NullListener, load_settings, train
+from glassllama.train.metrics import read_log
+from glassllama.train.reference_runs import REFERENCE_RUNS, make_reference
+
+BLOCKS = 20  # of steps, at whose ends a run is compared
+
+
+class ShowScores(NullListener):
+    def on_step(self, metrics: LoggedMetrics) -> None:
+        if metrics.val_loss is not None:
+            print(f"step {metrics.step}: {metrics.val_loss:.4f}", flush=True)
+
+
+def losses_of(name: str, seed: int) -> list[float]:
+    """The training loss of every step of one run."""
+    settings = load_settings(name, [f"run.seed={seed}", "run.sample_every=0"])
+    with tempfile.TemporaryDirectory() as place:
+        folder = train(settings, folder=f"{place}/run", checks=False, listener=ShowScores())
+        return [metrics.loss for metrics in read_log(folder)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("presets", nargs="+")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    for name in options.presets:
+        losses = [losses_of(name, seed) for seed in range(1, options.seeds + 1)]
+        total = len(losses[0])
+        steps = [total * block // BLOCKS for block in range(1, BLOCKS + 1)]
+        path = Path(str(REFERENCE_RUNS / f"{name}.json"))
+        reference = make_reference(steps, losses)
+        path.write_text(json.dumps(asdict(reference)) + "\n", encoding="utf-8")
+        print(f"{path}: {len(steps)} blocks of {options.seeds} seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Fused training blocks against the model, and their kernels against autograd."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glassllama.models.llama import Llama
+from glassllama.native.training import kernels
+from glassllama.native.training.blocks import fuse_blocks
+from glassllama.nn.dropout import add_dropout
+from tolerances import logits_bar, unit
+from train.recipes import small_llama
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_fused_blocks_compute_what_the_model_states(qk_norm: bool, packed: bool) -> None:
+    """Logits and every gradient: as far from float32 as rounding to bfloat16 explains, forwards
+    and backwards."""
+    model = small_llama(qk_norm=qk_norm)
+    fused = copy.deepcopy(model)
+    fuse_blocks(fused)
+    ids = torch.randint(69, (3, 17), generator=torch.Generator().manual_seed(5))
+    segments = (torch.arange(17) >= 7).long().expand(3, -1) if packed else None
+    exact = tensors_of_step(model, ids, segments)
+    quick = tensors_of_step(fused, ids, segments)
+    bar = logits_bar(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
+    for name, tensor in exact.items():
+        assert (quick[name] - tensor).norm() <= bar * tensor.norm(), name
+
+
+def tensors_of_step(
+    model: Llama, ids: torch.Tensor, segments: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = model(ids, segments=segments)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach().float(), **gradients}
+
+
+def test_fused_blocks_drop_out_in_training_only() -> None:
+    model = small_llama()
+    add_dropout(model, 0.5)
+    fuse_blocks(model, dropout=0.5)
+    ids = torch.randint(69, (3, 17))
+    inner = small_llama()  # the hook on the embeddings is the model's own; drop it here
+    fuse_blocks(inner, dropout=0.5)
+    for each in (model, inner):
+        torch.manual_seed(1)
+        first, again = each.train()(ids), each(ids)
+        torch.manual_seed(1)
+        assert torch.equal(each(ids), first)
+        assert not torch.equal(first, again)
+        assert torch.equal(each.eval()(ids), each(ids))
+
+
+def test_fused_blocks_with_a_cache_are_the_model_itself() -> None:
+    model = small_llama()
+    fused = copy.deepcopy(model)
+    fuse_blocks(fused)
+    ids = torch.randint(69, (1, 9))
+    with torch.inference_mode():
+        assert torch.equal(model(ids, model.new_cache(1, 16)), fused(ids, fused.new_cache(1, 16)))
+
+
+def test_backward_kernels_are_the_derivatives() -> None:
+    """Each backward kernel against float64 autograd of the formula, one row at a time."""
+    chance = np.random.default_rng(1)
+    both = torch.tensor(chance.normal(size=(5, 12))).bfloat16().double().requires_grad_()
+    d_out = torch.tensor(chance.normal(size=(5, 6))).bfloat16().double()
+    gate, up = both.chunk(2, dim=1)
+    out = F.silu(gate) * up
+    out.backward(d_out)
+    product = [as_bits(t.detach()) for t in (both, d_out)]
+    found, d_both = np.empty((5, 6), np.int16), np.empty((5, 12), np.int16)
+    kernels.swiglu(product[0], found)
+    kernels.swiglu_backward(*product, d_both)
+    once = 1.01 * unit(torch.bfloat16)  # float32 inside, and rounded once
+    assert np.allclose(from_bits(found), out.detach(), rtol=once, atol=1e-6)
+    assert np.allclose(from_bits(d_both), both.grad, rtol=once, atol=1e-6)
+
+
+def as_bits(x: torch.Tensor) -> Any:
+    return x.to(torch.bfloat16).view(torch.int16).numpy()
+
+
+def from_bits(bits: Any) -> Any:
+    return torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
