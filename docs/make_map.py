@@ -43,7 +43,7 @@ and there are no import cycles (tests/test_architecture.py). Compiled code is im
 """
 GROUPS = [
     ("Command line and server", ("__main__.py", "cli", "server")),
-    ("Python API", ("llm.py",)),
+    ("Python API", ("llm.py", "benchmark.py")),
     ("Training, walkthrough, diagnosis", ("train", "walkthrough", "doctor")),
     ("Weights and generation", ("weights", "generation", "vision")),
     ("Compiled code", ("native",)),

@@ -61,7 +61,12 @@ def test_an_unknown_option_is_wrong_usage() -> None:
 
 
 def test_wrong_values_are_wrong_usage() -> None:
-    wrong = [["--temperature", "hot"], ["--top-p", "2"], ["--backend", "gpu"], ["-n", "0"]]
+    wrong = [
+        ["--temperature", "hot"],
+        ["--top-p", "2"],
+        ["--backend", "gpu"],
+        ["--max-tokens", "0"],
+    ]
     for process in run_many([["generate", "x", *pair] for pair in wrong]):
         assert process.returncode == 2
         assert process.args[2] in process.stderr

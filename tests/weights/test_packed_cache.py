@@ -123,7 +123,7 @@ def test_where_the_system_keeps_no_times_the_contents_tell(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(model)
-    packed = pack.choose(checkpoint, exact=False, quantize=None)
+    packed = pack.choose_packing(checkpoint, exact=False, quantize=None)
     seen = []
     for place in (10, model.stat().st_size // 2, model.stat().st_size - 1):
         facts = model.stat()
@@ -141,14 +141,12 @@ def test_where_the_system_keeps_no_times_the_contents_tell(
 
 
 def test_other_kinds_or_other_code_are_other_entries(
-    model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack.pack(open_checkpoint(model))
     pack.pack(open_checkpoint(model), exact=True)
     assert packings.times == 2
-    source = tmp_path / "layout.py"
-    source.write_text("# another layout")
-    monkeypatch.setattr(packed_cache, "CODE", (type("module", (), {"__file__": str(source)}),))
+    monkeypatch.setattr(packed_cache, "layout_digest", lambda: b"of another layout")
     pack.pack(open_checkpoint(model))
     assert packings.times == 3
     assert len(packed_cache.entries()) == 2  # the exact one, and the newest of the others
@@ -225,7 +223,7 @@ from glassllama.weights import pack, packed_cache
 from glassllama.weights.checkpoint import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = 0, -10**15
 packed_cache.folder = lambda: Path(sys.argv[2])
-packed_cache.KeptPlace.keep = lambda self: os._exit(9)
+packed_cache.FileBuffer.keep = lambda self: os._exit(9)
 pack.pack(open_checkpoint(sys.argv[1]))
 """
 
@@ -244,7 +242,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_used(
 
 
 def test_several_processes_at_once_pack_once(model: Path) -> None:
-    script = KILLED.replace("packed_cache.KeptPlace.keep = lambda self: os._exit(9)", "").replace(
+    script = KILLED.replace("packed_cache.FileBuffer.keep = lambda self: os._exit(9)", "").replace(
         "pack.pack(open", "really = pack.pack_all\n"
         "pack.pack_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"

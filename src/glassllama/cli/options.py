@@ -338,14 +338,14 @@ def with_fields_as_options(verb: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         verb(**values)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, keyword, default=default, annotation=with_parser(kind))
-            for name, kind, default in parameters
-        ]
-    )
-    call.__annotations__ = {name: with_parser(kind) for name, kind, _ in parameters}
+    shown = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=with_parser(kind)
+        )
+        for name, kind, default in parameters
+    ]
+    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return call
 
 
