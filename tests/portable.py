@@ -17,12 +17,12 @@ from pathlib import Path
 from glassllama.native.engine.dispatch import TIERS, features
 
 TESTS = Path(__file__).parent
-ENGINE = ["engine/test_engine.py"]
-MARKED = ["-m", "portable", "engine/test_pages.py", "engine/test_code_on_disk.py"]
+ENGINE = ["native/engine/test_engine.py", "native/engine/test_layer_plan.py"]
+MARKED = ["-m", "portable", "native/engine/test_pages.py", "native/jit/test_code_cache.py"]
 NUMERICAL = [
     "test_tolerances.py", "nn", "models", "parity/test_llama.py", "parity/test_gpt2.py",
     "parity/test_saved_llama.py", "walkthrough/test_tracing.py", "weights/test_stream.py",
-    "train/test_parts.py", "generation/test_parity.py",
+    "train/test_optimizers.py", "native/training", "generation/test_parity.py",
     "-k", "not memory and not freed",  # what is no number
 ]  # fmt: skip
 

@@ -348,7 +348,7 @@ def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
     ("prompts", "fields", "message"),
     [
         ([], {}, "no prompts: expected at least one"),
-        ([[1], []], {}, "prompt 1: no ids; expected at least one"),
+        ([[1], []], {}, "prompt 1 is empty: expected at least one id"),
         ([[1] * 16], {"context": 16}, "prompt 0 has 16 ids and the context holds 16: no room"),
         ([[1] * 99], {"context": 16}, "prompt 0 has 99 ids and the context holds 16: no room"),
         ([[1] * 99], {"context": 16}, "shorten it to at most 15, or allow a context of up to 2000"),

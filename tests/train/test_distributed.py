@@ -221,8 +221,8 @@ def test_every_row_is_evaluated_once() -> None:
     sums = {}
 
     class OneOfThree(DistContext):
-        def total(self, numbers: torch.Tensor) -> torch.Tensor:
-            sums[self.rank] = numbers
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            sums[self.rank] = values
             return sum(sums.values())  # type: ignore[return-value]
 
     for rank in range(3):

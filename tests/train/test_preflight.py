@@ -126,11 +126,9 @@ def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any)
     def seeing_all(q: Any, k: Any, v: Any, mask: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    from glassllama.models import gpt
-
     run = new_run(tmp_path / "run", text, kind)
-    for place in (attention, gpt, blocks):
-        monkeypatch.setattr(place, "fused_attention", seeing_all)
+    for module in (attention, blocks):
+        monkeypatch.setattr(module, "fused_attention", seeing_all)
     fails(run, "future", "its causal mask is missing")
 
 
@@ -145,9 +143,7 @@ def test_no_mask_between_documents(
     run = new_run(tmp_path / "run", file, "llama")
     assert run.batches.at(0).segments is not None
     list(preflight(run))
-    from glassllama.models import llama
-
-    monkeypatch.setattr(llama, "same_segment", lambda segments: torch.tensor(True))
+    monkeypatch.setattr(attention, "same_segment", lambda segments: torch.tensor(True))
     fails(run, "documents", "mask of packed documents is missing")
 
 

@@ -83,7 +83,7 @@ def look_at(checkpoint: Checkpoint) -> None:
     for line in [*facts["notes"], facts["tokenizer"].get("error", "")]:
         check_line(line)
     if checkpoint.architecture.layer_plan is not None:
-        estimate_memory(checkpoint, tokens=8, memory=1 << 40).describe()
+        estimate_memory(checkpoint, tokens=8, memory=1 << 40).advice()
     load_model(checkpoint)
 
 
@@ -107,7 +107,7 @@ def use_folder_tokenizer(folder: Path) -> None:
 def use_state(folder: Path) -> None:
     """As a run is taken up again: its progress is used, its identity compared."""
     state = read_state(folder)
-    state.progress.note_score(1.0)
+    state.progress.record_score(1.0)
     assert state.progress.step + 1 > 0
     assert state.progress.seconds + 1.0 >= 1.0
     require_same_run(folder, state.identity, IDENTITY)

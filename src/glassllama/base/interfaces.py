@@ -216,7 +216,7 @@ FOREIGN_CACHE = "a cache of another executor: make one with this executor's new_
 def context_full(length: int, context: int) -> GenerationError:
     """The error for a sequence that would have `length` tokens."""
     return GenerationError(
-        f"context full: {length} tokens are needed, the model's context holds {context}; shorten "
+        f"context full: {length} tokens are more than the model's context of {context}; shorten "
         "the text, or give it in parts"
     )
 
@@ -243,7 +243,7 @@ def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int
             )
     if not ids:
         raise GenerationError(
-            f"{what}: no ids; expected at least one, such as the beginning-of-text id"
+            f"{what} is empty: expected at least one id, such as the beginning-of-text id"
         )
     return ids
 

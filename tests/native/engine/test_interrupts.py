@@ -196,7 +196,7 @@ def child(script: str, *arguments: object, seconds: float) -> str:
     """What a script in this folder printed; it must end well."""
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True, text=True, timeout=seconds,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-3000:])

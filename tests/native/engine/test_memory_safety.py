@@ -48,7 +48,7 @@ def executor(request: pytest.FixtureRequest) -> Any:
 
 def test_ids_beyond_the_context_are_refused(executor: Any) -> None:
     cache = Rows(executor)
-    full = r"context full: 2049 tokens.*holds 2048; shorten"
+    full = r"context full: 2049 tokens.*context of 2048; shorten"
     with pytest.raises(GenerationError, match=full):
         cache.next_logits([IDS[:2049]])
     with pytest.raises(GenerationError, match=full):
@@ -67,7 +67,7 @@ def test_batches_that_are_none(executor: Any) -> None:
     sequence, other = cache.sequences
     assert executor.forward([], cache.cache).shape == (0, SMALL.vocab_size)
     for batch, message in (
-        ([NewTokens(sequence, [])], "no ids"),
+        ([NewTokens(sequence, [])], "empty"),
         ([NewTokens(sequence, [1]), NewTokens(sequence, [2])], "twice in one batch"),
         ([NewTokens(other, [1]), NewTokens(99, [2])], "no sequence 99"),
     ):
