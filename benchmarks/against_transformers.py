@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM
 from glassllama import hub
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.pack import pack
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from rows import Rows
 
 Timed = tuple[float, float]  # prefill, decode: tokens per second

@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,6 +35,8 @@ from glassllama.native.engine.thread_pool import num_processors
 from glassllama.native.jit.intrinsics import call_kernel
 from glassllama.native.jit.memory import own_memory
 from glassllama.native.roofline import peaks, read_bandwidth
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from rows import Rows
 
 ROUNDS = 7

@@ -44,15 +44,23 @@ from glassllama.weights.pack import pack
 engine = pack(open_checkpoint(sys.argv[1]))
 prompt, count = int(sys.argv[2]), int(sys.argv[3])
 for line in sys.stdin:
-    cache = engine.new_cache(1, prompt + count)
+    if hasattr(engine, "forward"):
+        from glassllama.base.interfaces import NewTokens
+
+        cache = engine.new_cache()
+        sequence = cache.add()
+        feed = lambda ids: engine.forward([NewTokens(sequence, ids)], cache)
+    else:  # older commits
+        cache = engine.new_cache(1, prompt + count)
+        feed = lambda ids: engine.next_logits([ids], cache)
     ids = [(int(line) * 7919 + 31 * n) % engine.config.vocab_size for n in range(prompt)]
     begun = time.perf_counter()
-    logits = engine.next_logits([ids], cache)
+    logits = feed(ids)
     read = time.perf_counter()
     for _ in range(count):
-        logits = engine.next_logits([[int(logits[0].argmax())]], cache)
+        logits = feed([int(logits[0].argmax())])
     written = time.perf_counter()
-    del cache
+    del cache, feed
     print(prompt / (read - begun), count / (written - read), flush=True)
 """
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 from glassllama import load
 from glassllama.native.engine.workspace import KERNEL
 from glassllama.native.roofline import peaks, read_bandwidth
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from rows import Rows
 
 TOKENS, RUNS = 64, 5
