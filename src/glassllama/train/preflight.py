@@ -35,7 +35,7 @@ ROWS, TOKENS = 4, 32  # of the first batch
 SHIFTS = 8  # wrong targets are looked for up to here
 SAME = 1e-4  # largest difference of equal logits that were computed twice
 SLACK, SLACK_SHARE = 0.5, 0.12  # nats, and share of ln V, that a new model may be from ln V
-REPEATS = 60  # steps on one small batch
+REPEATS = 150  # steps on one small batch, at most; texts with many characters take 90
 # Learning rates of AdamW that are tried, and the share of the first loss that must be reached: for
 # random weights (a network with layers, a mere table), and for weights of another model.
 RATES, ENOUGH = (3e-3, 3e-1), 0.5
