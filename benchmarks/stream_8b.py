@@ -187,7 +187,7 @@ def walk(path: Path) -> dict[str, Any]:
     import torch
 
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.stream import StreamedLlama
+    from glassllama.weights.load import StreamedLlama
 
     imported = high_water()
     model = StreamedLlama(open_checkpoint(path))
@@ -234,9 +234,9 @@ def walkthrough(path: Path) -> dict[str, Any]:
 
 
 def estimate(path: Path, speed: float) -> dict[str, float]:
-    """The memory that weights/memory.py expects, and the time to read the file once."""
+    """The memory that weights/backend.py expects, and the time to read the file once."""
+    from glassllama.weights.backend import estimate_memory
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.memory import estimate_memory
 
     checkpoint = open_checkpoint(path)
     peak = estimate_memory(checkpoint, tokens=len(PROMPT)).peaks["streamed"]

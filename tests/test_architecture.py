@@ -40,13 +40,13 @@ IMPORTS_NATIVE = {
     # the command line times and explains compiled code
     "benchmark.py", "cli/console.py", "cli/errors.py",
     # not yet
-    "cli/tokenize.py", "weights/quantization.py",
+    "cli/tokenize.py", "weights/backend.py",
 }  # fmt: skip
 CYCLES: list[set[str]] = []  # exceptions
 
 USES_TORCH = {"nn", "models", "train", "walkthrough", "doctor"}
 USES_TORCH_FILES = {
-    "weights/load.py", "weights/save.py", "weights/stream.py", "weights/torch_executor.py",
+    "weights/load.py", "weights/save.py", "weights/torch_executor.py",
 }  # fmt: skip
 IMPORTED_LATE = {"torch", "numba"}  # by the parts that are imported for `--help`
 STARTS_FAST = {"__init__", "__main__", "cli", "llm", "hub"}

@@ -362,7 +362,7 @@ def benchmark(
     `threads` and `exact` are what `load` was given; memory bandwidth and peak arithmetic are
     measured for models on the CPU. Raises GenerationError if no cell fits.
     """
-    from glassllama.weights.describe import stored_formats
+    from glassllama.weights.inspection import stored_formats
 
     grid = grid or Grid()
     cells = grid.cells(llm.executor.config.max_seq_len)

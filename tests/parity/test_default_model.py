@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
@@ -111,7 +111,7 @@ def test_the_reference_model_writes_it_too(
     checkpoint: Checkpoint, texts: list[tuple[int, list[int]]], parity: Any
 ) -> None:
     """And the logits of both are within rounding of the same in float64, for every third text."""
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference, engine = TorchExecutor(model), pack(checkpoint, exact=True)
     double = widened(model)
     bar, tied, errors = logits_bar(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}

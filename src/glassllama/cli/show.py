@@ -17,7 +17,7 @@ def show(
 ) -> None:
     """Show a model: architecture, sizes, number formats, tokenizer, memory."""
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.describe import describe
+    from glassllama.weights.inspection import describe
 
     facts = describe(open_checkpoint(find(model, offline=offline, pth=pth)))
     if json:

@@ -18,7 +18,7 @@ def validate(
     Lists all problems, and exits with 1 if there are any.
     """
     from glassllama.hub import PACKAGE_MODELS
-    from glassllama.weights.validate import validate as validate_files
+    from glassllama.weights.inspection import validate as validate_files
 
     path = find(model, offline=offline, pth=pth)
     hashes = [file.sha256 for file in PACKAGE_MODELS.values() if file.location == path]
