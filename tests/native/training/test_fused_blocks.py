@@ -20,9 +20,8 @@ from train.recipes import small_llama
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_fused_blocks_compute_what_the_model_states(qk_norm: bool, packed: bool) -> None:
-    """Logits and every gradient: as far from float32 as rounding to bfloat16 explains, forwards
-    and backwards."""
+def test_fused_blocks_equal_the_model(qk_norm: bool, packed: bool) -> None:
+    """Logits and every gradient differ from float32 only by the rounding to bfloat16."""
     model = small_llama(qk_norm=qk_norm)
     fused = copy.deepcopy(model)
     fuse_blocks(fused)
@@ -45,7 +44,7 @@ def tensors_of_step(
     return {"logits": logits.detach().float(), **gradients}
 
 
-def test_fused_blocks_drop_out_in_training_only() -> None:
+def test_fused_blocks_apply_dropout_in_training_only() -> None:
     model = small_llama()
     add_dropout(model, 0.5)
     fuse_blocks(model, dropout=0.5)
@@ -61,7 +60,7 @@ def test_fused_blocks_drop_out_in_training_only() -> None:
         assert torch.equal(each.eval()(ids), each(ids))
 
 
-def test_fused_blocks_with_a_cache_are_the_model_itself() -> None:
+def test_fused_blocks_with_a_cache_run_the_model_itself() -> None:
     model = small_llama()
     fused = copy.deepcopy(model)
     fuse_blocks(fused)
@@ -82,7 +81,7 @@ def test_backward_kernels_are_the_derivatives() -> None:
     found, d_both = np.empty((5, 6), np.int16), np.empty((5, 12), np.int16)
     kernels.swiglu(product[0], found)
     kernels.swiglu_backward(*product, d_both)
-    once = 1.01 * unit(torch.bfloat16)  # float32 inside, and rounded once
+    once = 1.01 * unit(torch.bfloat16)  # computed in float32 and rounded once
     assert np.allclose(from_bits(found), out.detach(), rtol=once, atol=1e-6)
     assert np.allclose(from_bits(d_both), both.grad, rtol=once, atol=1e-6)
 
