@@ -166,7 +166,7 @@ def rope(walk: Walkthrough) -> Step:
         question="How do attention scores depend on the positions of tokens?",
         shapes=f"q {shape(q)}, angles {shape(angles)} → q_rope {shape(q_rope)}",
         sources=sources(
-            (rope_angles, "return"), (ROTATE[c.rope_layout], "a, b =", "turned =", "return")
+            (rope_angles, "return"), (ROTATE[c.rope_layout], "a, b =", "rotated =", "return")
         ),
         text=f"{one_pair(walk, angles)}{normed} Later pairs rotate more slowly (theta "
         f"{c.rope_theta:,.0f}{scaled}). The score of a query and a key depends on the difference "
