@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
+from glassllama.tokenizers.patterns import N_CODE_POINTS
 from glassllama.tokenizers.special_tokens import pattern_of
-from glassllama.tokenizers.unicode_tables import N_CODE_POINTS
 from glassllama.tokenizers.vocabulary import TokenizerBase
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")

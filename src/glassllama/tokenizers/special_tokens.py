@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from glassllama.tokenizers.unicode_tables import WHITESPACE_RANGES, word_points
+from glassllama.tokenizers.patterns import WHITESPACE_RANGES, word_points
 
-WHITESPACE_CLASS = "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in WHITESPACE_RANGES)
-WHITESPACE_RUN = re.compile(f"[{WHITESPACE_CLASS}]*")
+WHITESPACE = "".join(chr(c) for first, last in WHITESPACE_RANGES for c in range(first, last + 1))
+WHITESPACE_RUN = re.compile(f"[{WHITESPACE}]*")
 
 # Tokens that end an answer by their name. Files often declare one end (of the text) and use two (of
 # a turn as well). As in llama.cpp a token of such a name is special, whatever the file declares.
@@ -129,11 +129,9 @@ class _Finder:
             ):
                 continue
             if token.lstrip:
-                start = max(begin, _whitespace_start(text, begin, start))
+                start = begin + len(text[begin:start].rstrip(WHITESPACE))
             if token.rstrip:
-                after = WHITESPACE_RUN.match(text, stop)
-                assert after is not None
-                stop = after.end()
+                stop = next(WHITESPACE_RUN.finditer(text, stop)).end()
             if begin < start:
                 yield text[begin:start]
             if start < stop:  # else the token before took all of it as whitespace
@@ -141,12 +139,6 @@ class _Finder:
             begin = stop
         if begin < len(text):
             yield text[begin:] if begin else text
-
-
-def _whitespace_start(text: str, begin: int, end: int) -> int:
-    while end > begin and WHITESPACE_RUN.fullmatch(text, end - 1, end):
-        end -= 1
-    return end
 
 
 def is_word(character: str) -> bool:
