@@ -21,8 +21,7 @@ from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.tokenizers.special_tokens import stop_ids_by_name
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
 from glassllama.weights.tokenizer import chat_template_from_folder, tokenizer_from_folder

@@ -25,8 +25,7 @@ from glassllama.tokenizers.chat import Message, TemplateChat
 from glassllama.tokenizers.detokenizer import Detokenizer
 from glassllama.tokenizers.hf_json import pipeline_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.weights.tokenizer_gguf import sentencepiece_from_gguf
 from long_mode import LONG, SEEDS
 from processor_time import seconds

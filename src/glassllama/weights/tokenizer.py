@@ -20,8 +20,11 @@ from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_c
 from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import PieceType, SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
+from glassllama.tokenizers.sentencepiece import (
+    PieceType,
+    SentencePieceTokenizer,
+    read_sentencepiece,
+)
 from glassllama.tokenizers.special_tokens import stop_ids_by_name
 from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
 from glassllama.weights.tokenizer_files import (

@@ -26,8 +26,9 @@ from glassllama.tokenizers.sentencepiece import (
     Pieces,
     PieceType,
     SentencePieceTokenizer,
+    piece_types,
+    stop_ids_of,
 )
-from glassllama.tokenizers.sentencepiece_files import piece_types, stop_ids_of
 from glassllama.tokenizers.special_tokens import END_OF_GENERATION, AddedToken, is_special
 from glassllama.tokenizers.vocabulary import Vocabulary
 
