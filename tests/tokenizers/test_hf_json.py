@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE, to_bytes
-from glassllama.tokenizers.files import read_json
+from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE, to_bytes
 from glassllama.tokenizers.hf_json import tokenizer_from_json
+from glassllama.tokenizers.vocabulary import read_json
 from tokenizers import AddedToken, Tokenizer, processors
 
 SPECIALS = ["<|begin|>", "<|end|>"]

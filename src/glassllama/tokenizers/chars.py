@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.patterns import N_CODE_POINTS
-from glassllama.tokenizers.special_tokens import pattern_of
-from glassllama.tokenizers.vocabulary import TokenizerBase
+from glassllama.tokenizers.vocabulary import TokenizerBase, pattern_of
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
 REPLACEMENT = "\ufffd"

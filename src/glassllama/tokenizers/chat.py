@@ -16,8 +16,8 @@ from typing import Protocol, runtime_checkable
 
 from glassllama.base.errors import TokenizerError, named, quoted
 from glassllama.base.interfaces import Tokenizer
-from glassllama.tokenizers.special_tokens import pattern_of
 from glassllama.tokenizers.template_text import TemplateText, from_template, mask_other_text
+from glassllama.tokenizers.vocabulary import pattern_of
 
 ROLES = SYSTEM, USER, ASSISTANT, TOOL = ("system", "user", "assistant", "tool")
 # Conversations with which a template is rendered to find the added tokens that it writes. Together

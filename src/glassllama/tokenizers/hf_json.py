@@ -16,9 +16,12 @@ from typing import Any
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
 from glassllama.tokenizers.backend import PYTHON, BPEBackend
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.byte_level import BYTE_CHARACTERS, byte_level_vocabulary, to_bytes
-from glassllama.tokenizers.files import LARGEST_VOCABULARY, size_of_vocabulary
+from glassllama.tokenizers.bpe import (
+    BYTE_CHARACTERS,
+    BytePairTokenizer,
+    byte_level_vocabulary,
+    to_bytes,
+)
 from glassllama.tokenizers.pipeline import (
     CharacterBPE,
     Pipeline,
@@ -29,10 +32,12 @@ from glassllama.tokenizers.pipeline import (
 )
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.sentencepiece import BYTE_PIECE, SPACE_SYMBOL
-from glassllama.tokenizers.special_tokens import (
+from glassllama.tokenizers.vocabulary import (
+    LARGEST_VOCABULARY,
     AddedToken,
     AddedTokens,
     is_special,
+    size_of_vocabulary,
     stop_ids_by_name,
 )
 

@@ -29,12 +29,17 @@ from glassllama.base.errors import TokenizerError
 from glassllama.base.fields import Fields
 from glassllama.tokenizers import patterns
 from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
-from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
+from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER
 from glassllama.tokenizers.patterns import Match, Pattern, compiled
 from glassllama.tokenizers.pretokenizer import GPT2, OTHER_SPLITS, SPLITS
 from glassllama.tokenizers.sentencepiece import LONG, SHORT, SegmentEncoder
-from glassllama.tokenizers.special_tokens import WHITESPACE, AddedTokens
-from glassllama.tokenizers.vocabulary import NEVER, TokenizerBase, surrogate_error
+from glassllama.tokenizers.vocabulary import (
+    NEVER,
+    WHITESPACE,
+    AddedTokens,
+    TokenizerBase,
+    surrogate_error,
+)
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the merged token
 NO_MERGE = (NEVER, 0)

@@ -33,14 +33,17 @@ import numpy as np
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
 from glassllama.tokenizers.bpe import CACHED_WORDS, merge
-from glassllama.tokenizers.files import read_bounded
-from glassllama.tokenizers.special_tokens import (
+from glassllama.tokenizers.vocabulary import (
     END_OF_GENERATION,
+    NEVER,
+    PairRow,
+    TokenizerBase,
     is_special,
     pattern_of,
+    read_bounded,
     stop_ids_by_name,
+    surrogate_error,
 )
-from glassllama.tokenizers.vocabulary import NEVER, PairRow, TokenizerBase, surrogate_error
 
 SPACE_SYMBOL = "\u2581"  # ▁
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -17,7 +17,6 @@ from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.backend import BPEBackend
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
-from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.sentencepiece import (
@@ -25,8 +24,8 @@ from glassllama.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
     read_sentencepiece,
 )
-from glassllama.tokenizers.special_tokens import stop_ids_by_name
 from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
+from glassllama.tokenizers.vocabulary import read_json, stop_ids_by_name
 from glassllama.weights.tokenizer_files import (
     SideToken,
     TokenizerSettings,

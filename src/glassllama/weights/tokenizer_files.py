@@ -19,9 +19,8 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
-from glassllama.tokenizers.files import LARGEST_VOCABULARY, read_json
 from glassllama.tokenizers.sentencepiece import Pieces, PieceType
-from glassllama.tokenizers.special_tokens import is_special
+from glassllama.tokenizers.vocabulary import LARGEST_VOCABULARY, is_special, read_json
 
 LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")

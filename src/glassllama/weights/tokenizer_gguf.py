@@ -13,9 +13,9 @@ from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.byte_level import (
+from glassllama.tokenizers.bpe import (
     BYTE_CHARACTERS,
+    BytePairTokenizer,
     byte_level_vocabulary,
     is_byte_level,
     with_merges,
@@ -29,8 +29,7 @@ from glassllama.tokenizers.sentencepiece import (
     piece_types,
     stop_ids_of,
 )
-from glassllama.tokenizers.special_tokens import END_OF_GENERATION, AddedToken, is_special
-from glassllama.tokenizers.vocabulary import Vocabulary
+from glassllama.tokenizers.vocabulary import END_OF_GENERATION, AddedToken, Vocabulary, is_special
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
 PRE_TOKENIZERS = {
