@@ -83,7 +83,7 @@ class BytePairTokenizer(TokenizerBase):
     ) -> None:
         super().__init__(vocabulary.tokens, bos=bos, stop_ids=stop_ids)
         self.vocabulary = vocabulary
-        self.specials: Mapping[str, int] = MappingProxyType(vocabulary.added(is_special=True))
+        self.specials = MappingProxyType(vocabulary.added(is_special=True))
         self._backend = backend
         self._added = vocabulary.token_splitter()
         self._cache: dict[str, list[int]] = {}
@@ -94,11 +94,9 @@ class BytePairTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return self.vocabulary.added(is_special=False)
 
     def without_added(self, texts: Iterable[str]) -> BytePairTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         removed = {*texts}
         removed_ids = {self.added[text] for text in removed}
         ids = {token: id for token, id in self.vocabulary.ids.items() if id not in removed_ids}
@@ -142,7 +140,6 @@ class BytePairTokenizer(TokenizerBase):
         return np.concatenate(arrays)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
         decoder = self._corpus_decoder if len(ids) >= MANY_IDS else None
         data = None if decoder is None else decoder(ids)
         if data is None:  # no decoder, or an id that is not in the vocabulary

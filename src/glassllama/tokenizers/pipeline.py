@@ -177,11 +177,9 @@ class PipelineTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return {t.text: t.id for t in self.pipeline.added.tokens if not t.is_special}
 
     def without_added(self, texts: Iterable[str]) -> PipelineTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         removed, old = {*texts}, self.pipeline
         ids = {self.added[text] for text in removed}
         tokens = [token for token in old.added.tokens if token.text not in removed]

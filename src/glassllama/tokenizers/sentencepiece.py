@@ -185,7 +185,7 @@ class SentencePieceTokenizer(TokenizerBase):
         tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
         super().__init__(tokens, bos=bos, stop_ids=stop_ids)
         self.pieces = pieces
-        self.specials: Mapping[str, int] = MappingProxyType(pieces.of_type(PieceType.CONTROL))
+        self.specials = MappingProxyType(pieces.of_type(PieceType.CONTROL))
         self._backend = backend
         self._special_ids = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
         self._special_pattern = pattern_of(self._special_ids)
@@ -198,7 +198,6 @@ class SentencePieceTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return self._added
 
     def _set_added(self, added: dict[str, int]) -> None:
@@ -208,7 +207,6 @@ class SentencePieceTokenizer(TokenizerBase):
         self._added_pattern = pattern_of(added.keys() - first)
 
     def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         other, removed = copy.copy(self), {*texts}
         other._set_added({text: id for text, id in self._added.items() if text not in removed})
         return other

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -232,6 +233,7 @@ class TokenizerBase:
     """
 
     model_rows = 0
+    specials: Mapping[str, int]
 
     def __init__(
         self, tokens: Sequence[bytes | None], *, bos: int | None, stop_ids: Iterable[int]
@@ -251,9 +253,27 @@ class TokenizerBase:
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         raise NotImplementedError
 
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Added tokens that are not special: text → id."""
+        return {}
+
+    def without_added(self, texts: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, for which these added tokens are ordinary text."""
+        return self
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and special ids in order; no text becomes a special id."""
+        ids = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
+        return [*chain.from_iterable(ids)]
+
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,)."""
         return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; of a special token its text. No bytes for a row of the model only.
