@@ -19,8 +19,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 
-from glassllama.formats.blocks import SUPPORTED, block_layout, dequantize
-from glassllama.formats.mmap_file import ELEMENT_TYPES
+from glassllama.formats.blocks import ELEMENT_TYPES, SUPPORTED, TYPES, dequantize
 
 COLUMNS = 4096  # of the matrix that is unpacked
 FLOAT_BYTES = 4
@@ -37,7 +36,7 @@ def stored_matrix(dtype: str, rows: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     if dtype in ELEMENT_TYPES:
         return rng.normal(size=(rows, COLUMNS)).astype(ELEMENT_TYPES[dtype])
-    layout = block_layout(dtype)
+    layout = TYPES[dtype]
     return rng.integers(0, 256, (rows, COLUMNS // layout.elements * layout.bytes), dtype=np.uint8)
 
 

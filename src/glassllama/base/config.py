@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,10 +110,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even to be rotated, got {self.head_dim}")
-        if self.rope_layout not in ("interleaved", "half"):
-            raise ConfigError(
-                f"rope_layout must be interleaved or half, got {quoted(self.rope_layout)}"
-            )
+        require_choice(self, "rope_layout", get_args(RopeLayout))
         require_finite_angles(self)
 
     @property
@@ -126,23 +124,35 @@ def kv_bytes(config: LlamaConfig, number: int, scale: int = 0) -> int:
     return 2 * config.n_layers * config.n_kv_heads * (config.head_dim * number + scale)
 
 
-def require_sizes(config: object, *fields: str) -> None:
-    """Raise ConfigError unless each of these fields is a positive whole number of 31 bits."""
+def require_sizes(config: object, *fields: str, part: str = "") -> None:
+    """Raise ConfigError unless each of these fields is a positive whole number of 31 bits.
+
+    `part` precedes the name of the field in messages.
+    """
     for field in fields:
         value = getattr(config, field)
         if type(value) is not int or not 0 < value <= MAX_INTEGER:
             limit = f" up to {MAX_INTEGER}" if is_whole(value) and value > 0 else ""
             raise ConfigError(
-                f"{field} must be a positive whole number{limit}, got {quoted(value)}"
+                f"{part}{field} must be a positive whole number{limit}, got {quoted(value)}"
             )
 
 
-def require_positive(config: object, *fields: str) -> None:
+def require_positive(config: object, *fields: str, part: str = "") -> None:
     """Raise ConfigError unless each of these fields is a positive number, finite in float32."""
     for field in fields:
         value = getattr(config, field)
         if not (is_number(value) and value > 0):
-            raise ConfigError(f"{field} must be positive and finite, got {quoted(value)}")
+            raise ConfigError(f"{part}{field} must be positive and finite, got {quoted(value)}")
+
+
+def require_choice(config: object, field: str, choices: Collection[str], part: str = "") -> None:
+    """Raise ConfigError unless the field is one of `choices`, or a set of some of them."""
+    value = getattr(config, field)
+    chosen = value if isinstance(value, frozenset) else {value}
+    if unknown := sorted(chosen - set(choices), key=str):
+        names = ", ".join(choices)
+        raise ConfigError(f"{part}{field} must be one of {names}, got {quoted(unknown[0])}")
 
 
 def require_finite_angles(config: LlamaConfig) -> None:
