@@ -313,9 +313,9 @@ LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a file with a larger id is 
 MAX_GAPS = 2**17  # ids without a token; a file that claims more of them is damaged, too
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
     """The object of a JSON file. TokenizerError: not JSON, not an object, or too large."""
-    raw = read_bounded(path)
+    raw = read_bounded(path, most)
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as fault:
@@ -326,17 +326,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_bounded(path: Path) -> bytes:
-    """The bytes of a file. TokenizerError: not a regular file, or more than LARGEST_FILE bytes."""
+def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
+    """The bytes of a file. TokenizerError: not a regular file, or larger than `most` bytes."""
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise TokenizerError(f"{path}: is not a regular file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        raw = file.read(min(size, LARGEST_FILE) + 1)  # allocates no more than the file has
-    if len(raw) > LARGEST_FILE:
-        raise TokenizerError(
-            f"{path}: has more than {LARGEST_FILE:,} bytes, which no file of a tokenizer has"
-        )
+        raw = file.read(min(size, most) + 1)  # allocates no more than the file has
+    if len(raw) > most:
+        raise TokenizerError(f"{path}: has more than {most:,} bytes, which no such file has")
     return raw
 
 

@@ -42,7 +42,7 @@ class CompiledBackend(BPEBackend):
         self, texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
     ) -> list[Merge]:
         from glassllama.native.tokenizers.pair_counts import learn_from_counts
-        from glassllama.native.tokenizers.word_counts import WordCounts
+        from glassllama.native.tokenizers.word_table import WordCounts
 
         words = WordCounts(split)
         for text in texts:
