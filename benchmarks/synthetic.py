@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig
-from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
+from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE
 from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
 from glassllama.weights.architectures.llama import LLAMA
 

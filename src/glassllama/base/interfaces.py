@@ -32,12 +32,16 @@ class Tokenizer(Protocol):
     @property
     def specials(self) -> Mapping[str, int]: ...  # special tokens: text -> id
     @property
+    def added(self) -> Mapping[str, int]: ...  # added tokens that are not special: text -> id
+    @property
     def gaps(self) -> Sequence[int]: ...  # ids below vocab_size that have no token
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]: ...  # texts, special ids
     def encode_array(self, text: str) -> NDArray[np.uint32]: ...  # for corpora
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_bytes(self, id: int) -> bytes: ...  # special tokens: their text
+    def without_added(self, texts: Iterable[str]) -> Tokenizer: ...  # for which they are plain text
 
 
 @dataclass(frozen=True, kw_only=True)
