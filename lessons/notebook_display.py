@@ -1,9 +1,9 @@
-"""Steps of the walkthrough as a notebook shows them: as in a terminal, with pictures in color.
+"""Displays steps of the walkthrough in a notebook, with pictures in color.
 
     show(run_step(walk, 9))        # a step, a comparison with a mistake, or one picture
 
-HTML with its style in it, in translucent colors that fit light and dark pages. Where the notebook
-shows no HTML, it shows the text of the terminal.
+The HTML contains its own style; its colors are translucent, for light and dark pages. Without HTML,
+a notebook shows the same text as a terminal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ border-radius:6px}
 
 
 class Shown:
-    """HTML for a notebook, text everywhere else."""
+    """HTML for a notebook, text for everything else."""
 
     def __init__(self, text: str, html: str) -> None:
         self.text, self.html = text, f'{STYLE}<div class="gl">{html}</div>'
@@ -53,7 +53,7 @@ class Shown:
 
 @singledispatch
 def show(thing: object) -> Shown:
-    """A Step, a Comparison or a picture -> what a notebook displays."""
+    """A Step, a Comparison or a picture -> an object that a notebook displays."""
     raise TypeError(f"expected a step, a comparison or a picture, got {type(thing).__name__}")
 
 
@@ -168,7 +168,7 @@ def _(drawn: HeatMap) -> str:
 
 
 def cells_of(drawn: HeatMap, top: float, left: float) -> Iterator[str]:
-    """One square per number; opacity is the square root of its share, so that small ones show."""
+    """One square per number; opacity is the square root of the value, to show small ones."""
     for row, values in enumerate(drawn.values.tolist()):
         for column, value in enumerate(values[: row + 1] if drawn.triangle else values):
             strength = (abs(value) / top) ** 0.5 if top > 0 else 0.0

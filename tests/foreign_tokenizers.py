@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,22 @@ import tokenizers
 from glassllama.base.errors import TokenizerError
 
 
-class MetaTokenizer:
+class ForeignTokenizer:
+    added: Mapping[str, int] = types.MappingProxyType({})
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        return [
+            id for part in parts for id in ([part] if isinstance(part, int) else self.encode(part))
+        ]
+
+    def without_added(self, texts: Iterable[str]) -> ForeignTokenizer:
+        return self
+
+
+class MetaTokenizer(ForeignTokenizer):
     """Llama 3's tokenizer as Meta runs it (tiktoken underneath)."""
 
     def __init__(self, ranks: Path) -> None:
@@ -47,7 +62,7 @@ class MetaTokenizer:
         return self.meta.model.decode_single_token_bytes(id)
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(ForeignTokenizer):
     """A byte-level `tokenizers.Tokenizer`, its special tokens parsed from text only on request."""
 
     def __init__(self, inner: tokenizers.Tokenizer, bos: int | None = None) -> None:

@@ -67,7 +67,7 @@ def test_targets_beside_the_fork(record: ModuleType) -> None:
     lines = {line.name: line for line in record.LINES}
 
     def least(name: str, what: str) -> float | None:
-        found = record.beside_target(lines[f"ik-{name}"], what)
+        found = record.fork_target(lines[f"ik-{name}"], what)
         return None if found is None else found.ratio
 
     assert least("smollm2-135m", "decode") == 2.0

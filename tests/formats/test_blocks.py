@@ -8,7 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from glassllama.base.errors import FormatError
-from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, block_layout, dequantize
+from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, TYPES, dequantize
 
 # Where the half-precision numbers of a block begin.
 HALVES = {
@@ -28,7 +28,7 @@ def half(value: float) -> bytes:
 def random_blocks(dtype: str, count: int) -> np.ndarray:
     """Blocks of random bytes: every pattern of bits may come -> uint8 (count, bytes)."""
     rng = np.random.default_rng(sum(map(ord, dtype)))
-    return rng.integers(0, 256, (count, block_layout(dtype).bytes), dtype=np.uint8)
+    return rng.integers(0, 256, (count, TYPES[dtype].bytes), dtype=np.uint8)
 
 
 def theirs(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -44,7 +44,7 @@ def assert_same_bits(ours: np.ndarray, other: np.ndarray) -> None:
 def test_the_layouts_are_those_of_the_oracle() -> None:
     assert set(BLOCKS) == set(HALVES)
     for name in (*SUPPORTED, "I8", "I16", "I32", "I64"):
-        layout = block_layout(name)
+        layout = TYPES[name]
         sizes = foreign.GGML_QUANT_SIZES[foreign.GGMLQuantizationType[name]]
         assert (layout.elements, layout.bytes) == sizes
 
@@ -53,7 +53,7 @@ def test_the_layouts_are_those_of_the_oracle() -> None:
 @pytest.mark.identical("dequantized blocks, bit for bit", "gguf.quants")
 def test_random_blocks(dtype: str) -> None:
     """More than two chunks and not a multiple of one; NaN is among the scales."""
-    elements = block_layout(dtype).elements
+    elements = TYPES[dtype].elements
     raw = random_blocks(dtype, (2 * CHUNK + 3 * elements) // elements)
     ours = dequantize(raw, dtype, (raw.size // raw.shape[1] * elements,))
     assert np.isnan(ours).any()
@@ -67,7 +67,7 @@ def test_odd_scales(dtype: str, at: int) -> None:
     for other in HALVES[dtype]:
         raw[:, other : other + 2] = np.frombuffer(half(1.5), np.uint8)
     raw[:, at : at + 2] = ODD_HALVES[:, None].view(np.uint8)
-    ours = dequantize(raw, dtype, (len(raw), block_layout(dtype).elements))
+    ours = dequantize(raw, dtype, (len(raw), TYPES[dtype].elements))
     assert np.isnan(ours).any()
     assert np.isinf(ours).any()
     assert_same_bits(ours, theirs(raw, dtype))
@@ -157,9 +157,9 @@ BY_HAND |= {
 @pytest.mark.parametrize("dtype", BY_HAND)
 def test_answers_on_paper(dtype: str) -> None:
     content, expected = BY_HAND[dtype]
-    assert len(content) == block_layout(dtype).bytes
+    assert len(content) == TYPES[dtype].bytes
     raw = np.frombuffer(content, np.uint8)
-    assert dequantize(raw, dtype, (block_layout(dtype).elements,)).tolist() == list(expected)
+    assert dequantize(raw, dtype, (TYPES[dtype].elements,)).tolist() == list(expected)
 
 
 # ── plain types, shapes, and wrong calls ──────────────────────────────────────────────────────
@@ -186,7 +186,7 @@ def test_plain_types() -> None:
 def test_shape_and_out(dtype: str) -> None:
     """Read-only raw, three axes, and numbers put where the caller wants them."""
     shape = (2, 3, 512)
-    layout = block_layout(dtype)
+    layout = TYPES[dtype]
     if dtype in BLOCKS:
         raw = random_blocks(dtype, 6 * 512 // layout.elements).reshape(2, 3, -1)
     else:
@@ -225,5 +225,3 @@ def test_wrong_calls() -> None:
     for message, (given, dtype, shape, out) in wrong.items():
         with pytest.raises(FormatError, match=message):
             dequantize(given, dtype, shape, out=out)
-    with pytest.raises(FormatError, match="type Q9_9 is unknown; have F64"):
-        block_layout("Q9_9")

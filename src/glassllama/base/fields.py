@@ -1,8 +1,8 @@
-"""Typed access to values of foreign files: JSON, TOML, GGUF metadata, saved states.
+"""Typed access to values from untrusted files: JSON, TOML, GGUF metadata, saved states.
 
-Every reader of foreign values goes through `Fields`. A value of another type, sign, size or
-finiteness is an error that names the file, the key, what came and what was expected. Nothing is
-converted silently: a boolean is not a number, and text is not a number.
+All such values are read through `Fields`. A value of the wrong type, sign or size, or a number that
+is not finite, is an error with the file, the key, the value found and what was expected. No value
+is converted silently: booleans and text are not accepted as numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ V = TypeVar("V")
 
 
 class Fields:
-    """The values of one foreign object. `place` is the file and object in error messages.
+    """The values of one object in a file. `place` is the file and object in error messages.
 
     Every method takes a key and a default. A missing key or a null value returns the default
     unchanged; without a default it is an error. Errors have the class `error`.
@@ -114,7 +114,7 @@ class Fields:
 
 
 def relative_path(name: object) -> str | None:
-    """A file name of foreign data as a normalized relative path; None if it leads outside."""
+    """A file name from a file as a normalized relative path; None if it is outside the folder."""
     if not isinstance(name, str) or not name.isprintable() or set(name) & set("\\:"):
         return None
     path = PurePosixPath(name)
@@ -124,12 +124,12 @@ def relative_path(name: object) -> str | None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a foreign value is a whole number; booleans are not."""
+    """Whether a value is a whole number; booleans are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a foreign value is a number that is finite in float32; booleans are not."""
+    """Whether a value is a number that is finite in float32; booleans are not."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
     return bool(-MAX_NUMBER <= value <= MAX_NUMBER)  # False for NaN, too

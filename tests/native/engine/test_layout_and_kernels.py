@@ -13,7 +13,7 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
-from glassllama.formats.quantize import quantize_q4_0, quantize_q8_0
+from glassllama.formats.blocks import quantize
 from glassllama.native.engine.dispatch import TIERS, features, kernel_address
 from glassllama.native.engine.elementwise import (
     exponential,
@@ -342,7 +342,7 @@ def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
 def test_rounding_at_load_equals_the_gguf_package_and_the_plain_one(kind: str, rows: int) -> None:
     numbers = awkward_numbers(rows, 96)
     theirs = gguf.quants.quantize(numbers, getattr(gguf.GGMLQuantizationType, kind))
-    assert (theirs == {"Q8_0": quantize_q8_0, "Q4_0": quantize_q4_0}[kind](numbers)).all()
+    assert (theirs == quantize(numbers, kind)).all()
     wanted, ours = packed(kind, theirs, 96), packed(kind, theirs[:0], 96, rows)
     pack_matrix(ours, 0, numbers[:16])
     if rows > 16:

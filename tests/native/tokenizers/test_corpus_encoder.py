@@ -173,7 +173,7 @@ def test_pairs_after_a_full_line(default_model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pair_table, "MAX_LOAD", 1.0)
     crowded = tokenizer_from_gguf(open_gguf(default_model).metadata)
     assert isinstance(crowded, BytePairTokenizer)
-    full = pair_table.pair_table(crowded.vocabulary).slots[:, -1] != 0
+    full = pair_table.of_vocabulary(crowded.vocabulary).slots[:, -1] != 0
     assert full.mean() > 0.05
     for seed in range(30):
         text = mixed_text(seed)

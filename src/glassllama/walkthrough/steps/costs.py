@@ -12,8 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glassllama.base.machine import usable_cores
-from glassllama.formats.blocks import BLOCK, BLOCKS, dequantize, unpack_q4_0, unpack_q8_0
-from glassllama.formats.quantize import QUANTIZE, pack_q4_0, pack_q8_0
+from glassllama.formats.blocks import (
+    BLOCK,
+    BLOCKS,
+    dequantize,
+    pack_q4_0,
+    pack_q8_0,
+    quantize,
+    unpack_q4_0,
+    unpack_q8_0,
+)
 from glassllama.nn.hooks import HookFn, add_hooks, hook_names
 from glassllama.walkthrough.analysis import kl_divergence, predictions
 from glassllama.walkthrough.manual_block import Transformer
@@ -123,7 +131,7 @@ def round_trip(matrix: Tensor, weight_type: WeightType) -> Tensor:
     columns, result = matrix.shape[1], torch.empty_like(matrix)
     for out, rows in zip(torch.split(result, ROWS), torch.split(matrix, ROWS), strict=True):
         padded = F.pad(rows.float(), (0, -columns % BLOCK)).numpy()
-        unpacked = dequantize(QUANTIZE[weight_type](padded), weight_type, padded.shape)
+        unpacked = dequantize(quantize(padded, weight_type), weight_type, padded.shape)
         out.copy_(torch.from_numpy(unpacked)[:, :columns])
     return result
 

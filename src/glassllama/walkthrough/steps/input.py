@@ -16,8 +16,7 @@ from glassllama.formats.blocks import dequantize
 from glassllama.tokenizers.bpe import BytePairTokenizer, merge
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.special_tokens import find_tokens, pattern_of
-from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary
+from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary, find_tokens, pattern_of
 from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
 from glassllama.walkthrough.step import Check, Numbers, Source, Step, same, source
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape
