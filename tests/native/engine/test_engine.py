@@ -172,7 +172,7 @@ def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyP
 
 
 def test_nan_in_the_weights_comes_out(tmp_path: Path) -> None:
-    """Fault G1: whoever samples must see it; a NaN must not turn into a number on the way."""
+    """A NaN in the weights must reach the logits and not become a number."""
     model = hf_model(**WIDE)
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
     path = write_gguf(model, tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)

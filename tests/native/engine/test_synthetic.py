@@ -112,7 +112,7 @@ def test_blocks_mean_what_the_gguf_package_says(synthetic: ModuleType) -> None:
 def test_nan_weights_end_generation_with_an_error(
     kind: str, tier: str, tmp_path: Path, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault G1, in every format: a block whose scale is NaN is noticed."""
+    """In every format: a block whose scale is NaN is noticed."""
     if tier == "plain":
         monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL)
