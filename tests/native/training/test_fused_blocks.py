@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glassllama.base.layer_plan import llama_plan
 from glassllama.models.llama import Llama
 from glassllama.native.training import kernels
-from glassllama.native.training.blocks import fuse_blocks
+from glassllama.native.training.blocks import can_fuse, fuse_blocks
 from glassllama.nn.dropout import add_dropout
 from tolerances import logits_bar, unit
 from train.recipes import small_llama
@@ -32,6 +34,31 @@ def test_fused_blocks_equal_the_model(qk_norm: bool, packed: bool) -> None:
     bar = logits_bar(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
     for name, tensor in exact.items():
         assert (quick[name] - tensor).norm() <= bar * tensor.norm(), name
+
+
+def test_blocks_with_other_operations_are_not_fused() -> None:
+    plan = llama_plan(small_llama(qk_norm=True).config)
+    block = plan.blocks[1]
+    attention, ffn = block.attention, block.feed_forward
+    assert attention.rope is not None
+    changes = [
+        replace(attention, scale=attention.scale / 2),
+        replace(attention, window=5),
+        replace(attention, softcap=30.0),
+        replace(attention, qk_norm="per_head"),
+        replace(attention, biases=frozenset("q")),
+        replace(attention, rope=None),
+        replace(attention, rope=replace(attention.rope, layout="interleaved")),
+        replace(attention, rope=replace(attention.rope, frequencies=(0.5,))),
+    ]
+    others = [replace(block, attention=changed) for changed in changes]
+    others += [replace(block, feed_forward=replace(ffn, activation="gelu_tanh"))]
+    others += [replace(block, residual_multiplier=0.5)]
+    others += [replace(block, norms=frozenset({"post_attention", "post_ffn"}))]
+    assert can_fuse(plan)
+    assert can_fuse(replace(plan, blocks=(block,)))
+    for other in others:
+        assert not can_fuse(replace(plan, blocks=(block, other))), other
 
 
 def tensors_of_step(
