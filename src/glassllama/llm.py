@@ -42,8 +42,7 @@ from glassllama.generation import (
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
-from glassllama.tokenizers.special_tokens import find_tokens
-from glassllama.tokenizers.vocabulary import prompt_ids
+from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
 from glassllama.weights.backend import (
     Backend,
     Dtype,

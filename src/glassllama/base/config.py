@@ -76,10 +76,10 @@ RopeScaling = Llama3Scaling | LinearScaling | GivenDivisors
 class LlamaConfig:
     """The configuration of a Llama; sizes in elements.
 
-    `rope_layout` says which coordinates of a head turn together: "interleaved" (0,1), (2,3), … in
-    Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. It is data: the q and
-    k rows of a file are never permuted. `qk_norm` is the weightless RMS norm of q and k after RoPE
-    that Llama 4-style models add.
+    `rope_layout` says which coordinates of a head RoPE rotates as a pair: "interleaved" (0,1),
+    (2,3), … in Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. The q and
+    k rows of a file are never permuted to another layout. `qk_norm`: RMSNorm without weights of q
+    and k after RoPE, as in Llama 4.
     """
 
     dim: int
@@ -97,7 +97,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     qk_norm: bool = False
     architecture: ClassVar[str] = "llama"  # its name in weights/architectures
-    unbounded: ClassVar[bool] = False  # True: what comes next depends on the last id only
+    unbounded: ClassVar[bool] = False  # True: the next id depends on the last id only
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
@@ -120,7 +120,7 @@ class LlamaConfig:
 
 
 def kv_bytes(config: LlamaConfig, number: int, scale: int = 0) -> int:
-    """Memory of one token's keys and values in all layers: so many bytes a number, and a head."""
+    """Bytes of one token's keys and values in all layers: `number` per number, `scale` per head."""
     return 2 * config.n_layers * config.n_kv_heads * (config.head_dim * number + scale)
 
 
@@ -158,8 +158,8 @@ def require_choice(config: object, field: str, choices: Collection[str], part: s
 def require_finite_angles(config: LlamaConfig) -> None:
     """Raise ConfigError where an angle at the end of the context would not be finite in float32.
 
-    Nothing is allocated by head_dim, which no file has confirmed yet: where a rule gives the
-    divisors, the fastest and the slowest rotation bound all others.
+    `head_dim` has not yet been compared with the tensors of the file, so no array of that size is
+    allocated: with a scaling rule, only the fastest and the slowest rotation are computed.
     """
     count, scaling = config.head_dim // 2, config.rope_scaling
     if isinstance(scaling, GivenDivisors):

@@ -1,15 +1,15 @@
 """Layer plan: what every block of a model computes, as data.
 
 The engine, the memory planner and the walkthrough read a plan instead of a configuration, so they
-know operations and no names of architectures. The default of each field is what Llama does;
-another architecture sets a few fields differently. A block computes, with N the norms that
-`BlockPlan.norms` lists (others are left out), m the residual multiplier, F the feed-forward part:
+depend on operations and not on names of architectures. The default of each field is that of Llama;
+other architectures set a few fields. A block computes the following, where N are the norms listed
+in `BlockPlan.norms` (others are omitted), m the residual multiplier, F the feed-forward network:
 
     x = x + m · N_post_attention(attention(N_pre_attention(x)))
     x = x + m · N_post_ffn(F(N_pre_ffn(x)))
 
-All norms are RMSNorm with a weight per channel. Weights that a format stores as w for 1 + w, fused
-or transposed matrices are no concern of a plan: they are converted when a checkpoint is read.
+All norms are RMSNorm with a weight per channel. A plan does not describe formats: weights stored as
+w for 1 + w, and fused or transposed matrices, are converted when a checkpoint is read.
 
 Letters: C model width, H query heads, K KV heads, D head width, F feed-forward width, V vocabulary.
 """
@@ -169,7 +169,7 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """All that the engine needs to know besides the packed weights.
+    """Everything that the engine needs besides the packed weights.
 
     x = embedding_multiplier · embeddings; after the blocks and the last norm,
     logits = softcap(logit_multiplier · output(norm(x))), softcap as in `AttentionPlan`.
@@ -225,14 +225,18 @@ class ModelPlan:
         return [*layers, "norm.weight"]
 
 
+def usual_scale(head_dim: int) -> float:
+    """1/√D, computed in float32."""
+    return float(np.float32(1) / np.sqrt(np.float32(head_dim)))
+
+
 def llama_plan(config: LlamaConfig) -> ModelPlan:
-    """The plan of a Llama: all blocks are alike."""
-    # In float32, as compiled code computed it before there were plans.
-    scale = float(np.float32(1) / np.sqrt(np.float32(config.head_dim)))
+    """The plan of a Llama, whose blocks are all the same."""
     frequencies = tuple(rope_frequencies(config).tolist())
     attention = AttentionPlan(
         n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
-        scale=scale, rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
+        scale=usual_scale(config.head_dim),
+        rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
         qk_norm="unweighted" if config.qk_norm else "none", qk_norm_after_rope=True,
     )  # fmt: skip
     block = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=config.ffn_dim))
