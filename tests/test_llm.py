@@ -121,7 +121,7 @@ def test_logprobs_are_computed_before_sampling_settings(exact: LLM) -> None:
     assert exact.generate("Hi", max_tokens=1).logprobs is None
 
 
-def test_finish_reasons_of_limits(llm: LLM) -> None:
+def test_limits_and_their_errors(llm: LLM) -> None:
     assert len(llm.generate("Hello", max_tokens=5, ignore_eos=True).ids) == 5
     short = llm.generate("Hello there, how", context=10, ignore_eos=True)
     assert len(short.prompt_ids) + len(short.ids) == 10
