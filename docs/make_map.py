@@ -41,8 +41,8 @@ computes the same, and a test compares the two.
 
 A file imports only from its own package and from headings below it on this page. Packages under one
 heading do not import each other, and there are no import cycles (tests/test_architecture.py).
-Compiled code is imported only by `native/` itself and by the few files that connect it. The terms are explained in
-[the glossary](glossary.md).
+Compiled code is imported only by `native/` itself and by the few files that connect it. The terms
+are explained in [the glossary](glossary.md).
 """
 GROUPS = [
     ("Command line", ("__main__.py", "cli", "server")),
