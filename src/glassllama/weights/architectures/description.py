@@ -157,14 +157,11 @@ def apply(rule: TensorRule, config: Any, file_format: FileFormat, layer: int) ->
     rows = [size(part, config) for part in stored.parts]
     stored_shape = (sum(rows), *shape[1:]) if rows else shape
     return MappedTensor(
-        ours=rule.ours.format(layer),
-        theirs=stored.name.format(layer),
-        shape=shape,
+        ours=rule.ours.format(layer), theirs=stored.name.format(layer), shape=shape,
         stored_shape=stored_shape[::-1] if stored.transposed else stored_shape,
-        transposed=stored.transposed,
-        first_row=sum(rows[: stored.part]),
+        transposed=stored.transposed, first_row=sum(rows[: stored.part]),
         is_zero=bool(rule.zero_unless) and not getattr(config, rule.zero_unless),
-    )
+    )  # fmt: skip
 
 
 def size(product: str, config: Any) -> int:
