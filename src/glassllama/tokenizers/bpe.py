@@ -24,18 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.backend import (
-    NOT_PRINTABLE,
-    PRINTABLE,
-    PYTHON,
-    BPEBackend,
-    CorpusDecoder,
-    Merger,
-)
+from glassllama.tokenizers.backend import PYTHON, BPEBackend, CorpusDecoder, Merger
 from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.vocabulary import (
     BYTES,
     NEVER,
+    NOT_PRINTABLE,
+    PRINTABLE,
     AddedToken,
     TokenizerBase,
     Vocabulary,

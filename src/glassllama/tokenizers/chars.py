@@ -52,7 +52,7 @@ class CharTokenizer(TokenizerBase):
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         """The ids of a text; with `specials`, special tokens written in it become their ids."""
         ids = [self.bos] if bos and self.bos is not None else []
-        if not specials or self._pattern is None:
+        if not specials:
             return ids + [self._ids.get(char, self.unknown) for char in text]
         for n, part in enumerate(self._pattern.split(text)):
             ids += [self.specials[part]] if n % 2 else self.encode(part)

@@ -183,7 +183,8 @@ class SentencePieceTokenizer(TokenizerBase):
         backend: BPEBackend = PYTHON,
     ) -> None:
         tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
-        super().__init__(tokens, bos=bos, stop_ids=stop_ids)
+        ids = {text: id for id, text in enumerate(pieces.texts) if text in END_OF_GENERATION}
+        super().__init__(tokens, bos=bos, stop_ids={*stop_ids, *stop_ids_by_name(ids)})
         self.pieces = pieces
         self.specials = MappingProxyType(pieces.of_type(PieceType.CONTROL))
         self._backend = backend
@@ -213,11 +214,8 @@ class SentencePieceTokenizer(TokenizerBase):
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        parts: list[str | int] = [text]
-        if specials and self._special_pattern is not None:
-            found = self._special_pattern.split(text)  # text, token, text, …, text
-            parts = list(found)
-            parts[1::2] = [self._special_ids[token] for token in found[1::2]]
+        found = self._special_pattern.split(text) if specials else [text]  # text, token, text, …
+        parts = [self._special_ids[part] if n % 2 else part for n, part in enumerate(found)]
         ids = self.encode_parts([part for part in parts if part != ""])
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
@@ -228,8 +226,7 @@ class SentencePieceTokenizer(TokenizerBase):
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            found = [part] if self._first_pattern is None else self._first_pattern.split(part)
-            for n, text in enumerate(found):
+            for n, text in enumerate(self._first_pattern.split(part)):
                 is_first = not ids and n == 0
                 ids += [self._added[text]] if n % 2 else self._encode_text(text, is_first)
         return ids
@@ -261,8 +258,7 @@ class SentencePieceTokenizer(TokenizerBase):
         return text.rstrip(SPACE_SYMBOL) if self.pieces.trim else text
 
     def _id_lists(self, text: str) -> Iterator[list[int]]:
-        found = [text] if self._added_pattern is None else self._added_pattern.split(text)
-        for n, part in enumerate(found):
+        for n, part in enumerate(self._added_pattern.split(text)):
             if n % 2:
                 yield [self._added[part]]
             else:
@@ -387,7 +383,7 @@ def read_sentencepiece(path: Path, backend: BPEBackend = PYTHON) -> SentencePiec
     try:
         pieces, settings = _model(memoryview(read_bounded(path)))
         bos, eos = (id if id >= 0 else None for id in (settings["bos_id"], settings["eos_id"]))
-        stop_ids = stop_ids_of(pieces.texts) | (set() if eos is None else {eos})
+        stop_ids = () if eos is None else (eos,)
         return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=backend)
     except OSError as fault:
         raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
@@ -418,11 +414,6 @@ def piece_types(texts: Sequence[str], numbers: Sequence[int]) -> tuple[PieceType
         elif type == PieceType.USER_DEFINED and is_special(text):
             types[id] = PieceType.CONTROL
     return tuple(types)
-
-
-def stop_ids_of(texts: Sequence[str]) -> set[int]:
-    """The ids of the pieces that end an answer by their name."""
-    return stop_ids_by_name({t: id for id, t in enumerate(texts) if t in END_OF_GENERATION})
 
 
 def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
@@ -482,8 +473,7 @@ def _value(fields: Mapping[int, int | memoryview], number: int, default: Any) ->
     if value is None:
         return default
     if isinstance(value, int) != isinstance(default, int):
-        wanted = "a number" if isinstance(default, int) else "bytes"
-        raise ValueError(f"field {number} must be {wanted}")
+        raise ValueError(f"field {number} must be of type {type(default).__name__}")
     if isinstance(value, memoryview):
         return str(value, "utf-8") if isinstance(default, str) else value.tobytes()
     value -= (value >> 63) << 64

@@ -65,16 +65,15 @@ def stop_ids_by_name(ids: Mapping[str, int]) -> set[int]:
     return {*stops.values()}
 
 
-def pattern_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the texts, the longest where several start; None for no texts."""
+def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest where several start."""
     longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     """Those of the tokens that occur in a text, in order of occurrence, each once."""
-    pattern = pattern_of(tokens)
-    return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+    return [*dict.fromkeys(pattern_of(tokens).findall(text))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +130,8 @@ class _Finder:
 
     def split(self, text: str, specials: bool) -> Iterator[str | int]:
         begin = 0
-        skip = self._pattern is None or (self._only_special and not specials)
-        for found in () if skip or self._pattern is None else self._pattern.finditer(text):
+        skip = self._only_special and not specials
+        for found in () if skip else self._pattern.finditer(text):
             token = self._tokens[found[0]]
             start, stop = found.span()
             if token.is_special and not specials:
@@ -159,6 +158,10 @@ def is_word(character: str) -> bool:
     return character != "" and bool(word_points()[ord(character)])
 
 
+# The 256 bytes in GPT-2's order: the printable ones first. Their ids in learned vocabularies.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
+NOT_PRINTABLE = tuple(byte for byte in range(256) if byte not in PRINTABLE)
+BYTE_TOKENS = tuple(bytes([value]) for value in (*PRINTABLE, *NOT_PRINTABLE))
 BYTES = tuple(bytes([value]) for value in range(256))
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
 

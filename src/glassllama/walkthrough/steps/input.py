@@ -66,8 +66,8 @@ def how_split(walk: Walkthrough) -> str:
 
 def pretokens(walk: Walkthrough) -> list[str]:
     """The pre-tokens of the prompt; special tokens that are encoded as such are parts as well."""
-    pattern = pattern_of(walk.tokenizer.specials) if walk.specials and walk.tokenizer else None
-    parts = pattern.split(walk.prompt or "") if pattern else [walk.prompt or ""]
+    specials = walk.tokenizer.specials if walk.specials and walk.tokenizer else ()
+    parts = pattern_of(specials).split(walk.prompt or "")
     split = [[p] if n % 2 else split_text(walk.tokenizer, p) for n, p in enumerate(parts)]
     return [pretoken for group in split for pretoken in group]
 
