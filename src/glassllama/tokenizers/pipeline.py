@@ -39,7 +39,6 @@ from glassllama.tokenizers.vocabulary import (
     WHITESPACE,
     AddedTokens,
     TokenizerBase,
-    surrogate_error,
 )
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the merged token
@@ -184,36 +183,15 @@ class PipelineTokenizer(TokenizerBase):
         other._bpe_without_specials = self._bpe_without_specials.without(ids)
         return other
 
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        ids = [self.bos] if bos and self.bos is not None else []
-        for some in self._id_lists(text, specials, at_start=True):
-            ids += some
-        return ids
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order, with a space where the model puts one."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for some in self._id_lists(part, False, at_start=not ids):
-                ids += some
-        return ids
-
     def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
         bpe = self._bpe if specials else self._bpe_without_specials
-        try:
-            for part in self._added.split(text, specials=specials):
-                if isinstance(part, int):
-                    yield [part]
-                else:
-                    for word, _ in self._pre_tokenizer([(part, at_start)]):
-                        yield from bpe.id_lists(word)
-                at_start = False
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
+        for part in self._added.split(text, specials=specials):
+            if isinstance(part, int):
+                yield [part]
+            else:
+                for word, _ in self._pre_tokenizer([(part, at_start)]):
+                    yield from bpe.id_lists(word)
+            at_start = False
 
     def decode(self, ids: Sequence[int]) -> str:
         data = b"".join([self.token_bytes(id) for id in ids if id not in self._hidden])

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +42,6 @@ from glassllama.tokenizers.vocabulary import (
     pattern_of,
     read_bounded,
     stop_ids_by_name,
-    surrogate_error,
 )
 
 SPACE_SYMBOL = "\u2581"  # ▁
@@ -212,32 +211,24 @@ class SentencePieceTokenizer(TokenizerBase):
         other._set_added({text: id for text, id in self._added.items() if text not in removed})
         return other
 
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        found = self._special_pattern.split(text) if specials else [text]  # text, token, text, …
-        parts = [self._special_ids[part] if n % 2 else part for n, part in enumerate(found)]
-        ids = self.encode_parts([part for part in parts if part != ""])
-        return [self.bos, *ids] if bos and self.bos is not None else ids
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order, with a space where the model puts one."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        parts = self._special_pattern.split(text) if specials else [text]  # text, token, text, …
+        for n, part in enumerate(parts):
+            if n % 2:
+                yield [self._special_ids[part]]
                 continue
-            for n, text in enumerate(self._first_pattern.split(part)):
-                is_first = not ids and n == 0
-                ids += [self._added[text]] if n % 2 else self._encode_text(text, is_first)
-        return ids
+            for m, inner in enumerate(self._first_pattern.split(part)):
+                is_first = at_start and n == m == 0
+                yield [self._added[inner]] if m % 2 else self._encode_text(inner, is_first)
 
     def _encode_text(self, text: str, is_first: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
-        text = self._with_spaces(text, is_first)
-        ids = [id for some in self._id_lists(text) for id in some]
+        text.encode()  # UnicodeEncodeError: a lone surrogate
+        ids: list[int] = []
+        for n, part in enumerate(self._added_pattern.split(self._with_spaces(text, is_first))):
+            if n % 2:
+                ids.append(self._added[part])
+            else:
+                ids += chain.from_iterable(self._segments.id_lists(part))
         if self._byte_ids is not None:
             return ids
         # Several characters without a piece are one unknown.
@@ -256,13 +247,6 @@ class SentencePieceTokenizer(TokenizerBase):
         if adds_prefix and (pieces.prefix_doubled or text[0] != SPACE_SYMBOL):
             text = SPACE_SYMBOL + text
         return text.rstrip(SPACE_SYMBOL) if self.pieces.trim else text
-
-    def _id_lists(self, text: str) -> Iterator[list[int]]:
-        for n, part in enumerate(self._added_pattern.split(text)):
-            if n % 2:
-                yield [self._added[part]]
-            else:
-                yield from self._segments.id_lists(part)
 
     def _encode_segment(self, segment: str) -> list[int]:
         parts = merge([*segment], self._rank) if len(segment) <= LONG else self._merge_long(segment)

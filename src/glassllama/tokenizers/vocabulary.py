@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -254,6 +253,31 @@ class TokenizerBase:
         return len(self._tokens)
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, special tokens written in it become their ids."""
+        ids = [self.bos] if bos and self.bos is not None else []
+        self._extend(ids, text, specials, at_start=True)
+        return ids
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and special ids in order; no text becomes a special id."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                self._extend(ids, part, specials=False, at_start=not ids)
+        return ids
+
+    def _extend(self, ids: list[int], text: str, specials: bool, at_start: bool) -> None:
+        """Append the ids of a text. TokenizerError: it contains a lone surrogate."""
+        try:
+            for some in self._id_lists(text, specials, at_start):
+                ids += some
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        """The ids of a text, some at a time. `at_start`: no token comes before it."""
         raise NotImplementedError
 
     @property
@@ -264,11 +288,6 @@ class TokenizerBase:
     def without_added(self, texts: Iterable[str]) -> Tokenizer:
         """The same tokenizer, for which these added tokens are ordinary text."""
         return self
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order; no text becomes a special id."""
-        ids = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
-        return [*chain.from_iterable(ids)]
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,)."""

@@ -106,7 +106,7 @@ def token_ids(walk: Walkthrough) -> Step:
     ]  # fmt: skip
     history, checks = encode_manually(walk)
     if isinstance(walk.tokenizer, CharTokenizer):
-        code = source(CharTokenizer.encode, "return ids + [")
+        code = source(CharTokenizer._id_lists, "yield [self._ids")
         text = (
             f"The {len(walk.tokenizer.characters)} characters of the training text have one id "
             "each, in the order of their code points. Any other character becomes "
