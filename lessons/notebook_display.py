@@ -16,8 +16,17 @@ import numpy as np
 from rich.cells import cell_len
 
 from glassllama.walkthrough.mistakes import Comparison
-from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table
-from glassllama.walkthrough.step import Check, Numbers, Source, Step
+from glassllama.walkthrough.step import (
+    Bars,
+    Check,
+    Drawing,
+    HeatMap,
+    Numbers,
+    Picture,
+    Source,
+    Step,
+    Table,
+)
 from glassllama.walkthrough.text import MAX_NUMBERS, Layout, render
 
 ABOVE, BELOW = "#2f6fde", "#d9622b"  # of zero
@@ -58,7 +67,7 @@ def show(thing: object) -> Shown:
 
 
 @show.register
-def _(drawn: Bars | Drawing | HeatMap | Table) -> Shown:
+def _(drawn: Picture) -> Shown:
     return Shown("\n".join(drawn.lines(Layout().width)), picture(drawn))
 
 
@@ -68,7 +77,7 @@ def _(step: Step) -> Shown:
         f'<p class="ask">{escape(step.question)}</p>',
         f'<p class="mono">{escape(step.shapes)}</p>',
         *(code(found) for found in step.sources),
-        *(f"<p>{escape(paragraph)}</p>" for paragraph in step.text),
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in step.text.split("\n")),
         numbers(step.numbers),
         *(picture(drawn) for drawn in step.pictures),
         checks(step.checks),
@@ -104,7 +113,7 @@ def code(found: Source) -> str:
 def numbers(shown: Sequence[Numbers]) -> str:
     rows = [
         (each.name, *(f"{v:.4f}" for v in each.first(MAX_NUMBERS)),
-         "…" if np.prod(each.shape) > MAX_NUMBERS else "") for each in shown
+         "…" if each.values.numel() > MAX_NUMBERS else "") for each in shown
     ]  # fmt: skip
     widest = max((len(row) for row in rows), default=0)
     padded = [(*row, *[""] * (widest - len(row))) for row in rows]
@@ -139,12 +148,10 @@ def _(drawn: Table) -> str:
 
 @picture.register
 def _(drawn: Bars) -> str:
-    top = max(drawn.values, default=0.0) if drawn.top is None else drawn.top
     rows = "".join(
         f'<tr><td>{escape(label)}</td><td class="bar"><div style="width:'
-        f'{100 * min(max(value / top, 0.0), 1.0) if top > 0 else 0:.1f}%"></div></td>'
-        f"<td>{escape(note)}</td></tr>"
-        for label, value, note in zip(drawn.labels, drawn.values, drawn.notes, strict=True)
+        f'{100 * drawn.share(value):.1f}%"></div></td><td>{escape(note)}</td></tr>'
+        for label, value, note in drawn.rows
     )
     return f'<p>{escape(drawn.title)}</p><div class="wide"><table>{rows}</table></div>'
 

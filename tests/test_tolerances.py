@@ -1,4 +1,4 @@
-"""The bars of tolerances.py: right computations stay within them, small faults do not."""
+"""The tolerances of tolerances.py: correct computations are within them, small faults are not."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def filled(model: Any, seed: int) -> Any:
 
 @pytest.mark.parametrize("make", [llama, gpt, lambda seed: llama(seed, n_layers=12)])
 @pytest.mark.parametrize("seed", range(3))
-def test_float32_stays_well_within_the_bar(make: Callable[[int], Any], seed: int) -> None:
+def test_float32_is_well_within_the_tolerance(make: Callable[[int], Any], seed: int) -> None:
     model = make(seed)
     used = difference(model(IDS), widened(model)(IDS)) / logits_bar(model.config)
     assert 0.01 < used < 0.6
 
 
-def test_bfloat16_stays_within_its_own() -> None:
+def test_bfloat16_is_within_its_tolerance() -> None:
     model = llama()
     exact, rounded = model(IDS), llama().bfloat16()(IDS)
     assert 0.02 < difference(rounded, exact) / logits_bar(model.config, torch.bfloat16) < 1
@@ -85,7 +85,7 @@ def norms(model: Llama) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_small_faults_exceed_the_bar(fault: str) -> None:
+def test_small_faults_exceed_the_tolerance(fault: str) -> None:
     right, wrong = llama(), llama()
     FAULTS[fault](wrong)
     assert difference(wrong(IDS), right(IDS)) > 3 * logits_bar(right.config)
@@ -115,7 +115,7 @@ def test_near_ties_are_counted_and_others_fail() -> None:
         ties(row[None], [2], bar=1e-8)
 
 
-def test_greedy_texts_may_part_at_a_near_tie_only() -> None:
+def test_greedy_texts_may_differ_at_a_near_tie_only() -> None:
     asked = []
 
     def all_logits(ids: list[int]) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_greedy_texts_may_part_at_a_near_tie_only() -> None:
 
 
 def test_eight_bits() -> None:
-    """Rounding a product's inputs block by block errs as is said; twice as coarsely does not."""
+    """Rounding inputs block by block has the stated error; rounding twice as coarsely has not."""
     chance = np.random.default_rng(1)
     x, w = chance.standard_normal((200, 512)), chance.standard_normal((512, 300))
     rounded = {}
@@ -150,7 +150,7 @@ def test_eight_bits() -> None:
     assert spread_apart(model(IDS), right) > 1.5 * error
 
 
-def test_losses() -> None:
+def test_tolerances_of_losses() -> None:
     config = llama().config
     assert loss_bar(config, steps=1) == logits_bar(config)
     assert loss_bar(config, steps=16, tokens=4) == pytest.approx(2 * logits_bar(config))

@@ -1,4 +1,5 @@
-"""The GPT against transformers' GPT-2, both ways: their folders here, our folders there."""
+"""The GPT against transformers' GPT-2, in both directions: reading its folders, and it reading
+ours."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 
 
 def theirs(**shape: Any) -> GPT2LMHeadModel:
-    """A random GPT-2 of transformers: weights large enough that every part matters."""
+    """A random GPT-2 of transformers, with weights large enough that every part matters."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     for parameter in model.parameters():
@@ -49,7 +50,7 @@ def theirs(**shape: Any) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
+def test_a_folder_of_transformers(variant: str, tmp_path: Path, parity: Any) -> None:
     model = theirs(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -62,7 +63,7 @@ def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
 
 
 @torch.no_grad()
-def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
+def test_with_a_cache_in_chunks(tmp_path: Path, parity: Any) -> None:
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
@@ -80,7 +81,8 @@ def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("tied_again", [False, True])
 def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None:
-    """OpenAI's own: names without a prefix, masks beside the weights, a tied output once more."""
+    """OpenAI's original files: names without a prefix, stored masks, a second copy of the tied
+    output."""
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -98,7 +100,7 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
 
 
 @torch.no_grad()
-def test_a_bfloat16_file_stays_so(tmp_path: Path) -> None:
+def test_a_bfloat16_file_stays_bfloat16(tmp_path: Path) -> None:
     model = theirs(**SIZES).bfloat16()
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
@@ -120,7 +122,7 @@ TOKENIZER = CharTokenizer(chr(33 + n) for n in range(127))
     ids=str,
 )
 @pytest.mark.filterwarnings("error")
-def test_our_folder_there_and_here_again(
+def test_transformers_reads_our_folder_and_we_read_it_back(
     change: dict[str, Any], tmp_path: Path, parity: Any
 ) -> None:
     model = GPT(GPTConfig(**{**CONFIG, **change}))
@@ -156,7 +158,9 @@ def test_our_folder_there_and_here_again(
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_unsupported_configurations_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     from glassllama.base.errors import GlassError
 
     theirs(**SIZES).save_pretrained(tmp_path)

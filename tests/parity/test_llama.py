@@ -1,4 +1,4 @@
-"""The reference model against transformers and against Meta's own code, from all three formats."""
+"""The reference model against transformers and Meta's own code, in all three formats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WRITERS = {
     "pth": lambda model, folder: write_meta(model, folder),
     "gguf": lambda model, folder: write_gguf(model, folder / "tiny.gguf"),
 }
-NOT_IN_PARAMS_JSON = {"scaled-32", "linear", "wide heads"}  # it has no words for these
+NOT_IN_PARAMS_JSON = {"scaled-32", "linear", "wide heads"}  # the format cannot express these
 CASES = [
     (form, variant)
     for form in WRITERS
@@ -53,7 +53,7 @@ def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, pari
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
+def test_float16_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
     write_hf(hf_model(**META_SHAPE).to(getattr(torch, dtype)), tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)
@@ -71,13 +71,16 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     exact = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
     bar = logits_bar(ours.config, torch.bfloat16)
-    for each in (ours(IDS), theirs(IDS).logits):  # both round at every step, at different places
+    for each in (
+        ours(IDS),
+        theirs(IDS).logits,
+    ):  # both round at every step, but at different places
         assert difference(each, exact) <= bar
 
 
 @pytest.fixture(scope="module")
 def meta_reference() -> Iterator[type]:
-    """Meta's Transformer, one process, gloo: it insists on being parallel."""
+    """Meta's Transformer in one process with gloo, which it requires."""
     fairscale = pytest.importorskip("fairscale.nn.model_parallel.initialize")
     from llama_models.llama3.model import Transformer
 

@@ -221,7 +221,7 @@ def comparisons(walk: Walkthrough, mistakes: list[str]) -> list[Comparison]:
 def print_object(
     walk: Walkthrough, mistakes: list[str], step: int | None, full: list[int] | None
 ) -> None:
-    from glassllama.walkthrough.to_json import to_json
+    from glassllama.walkthrough.export import to_json
 
     done = comparisons(walk, mistakes)
     with progress_bars() as bar:
@@ -244,17 +244,12 @@ def show_page(
     open_page: bool,
 ) -> None:
     """Write the page to `html`, or to a temporary file that is not deleted, and print its path."""
-    from glassllama.walkthrough.html_page import html_page
+    from glassllama.walkthrough.export import html_page, to_json
 
     done = comparisons(walk, mistakes)
     with progress_bars() as bar:
-        page = html_page(
-            walk,
-            layers=full,
-            mistakes=done,
-            start=step or 0,
-            progress=bar("computing", "steps"),
-        )
+        walked = to_json(walk, layers=full, mistakes=done, progress=bar("computing", "steps"))
+    page = html_page(walk, walked, start=step or 0)
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
     write_file(path, page)
     write(f"{path}\n")

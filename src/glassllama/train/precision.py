@@ -2,8 +2,8 @@
 
 Weights, optimizer state and everything that is summed stay float32; `precision` is that of matrix
 products. "auto" is bfloat16 if the device has instructions for it, else float32. On a CPU a Llama's
-blocks are computed by native/training/blocks.py, all other models by PyTorch, with autocast for
-bfloat16. This is the only file of train/ that imports native/.
+blocks are computed by native/training/blocks.py if it supports their layer plan, all other models
+by PyTorch, with autocast for bfloat16. This is the only file of train/ that imports native/.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from glassllama.base.errors import TrainingError
+from glassllama.base.layer_plan import llama_plan
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.native.jit import code_cache
-from glassllama.native.training.blocks import FusedBlock, fuse_blocks
+from glassllama.native.training.blocks import FusedBlock, can_fuse, fuse_blocks
 from glassllama.train.model_factory import as_module
 from glassllama.train.settings import RunSettings
 
@@ -71,7 +72,7 @@ def set_precision(model: LanguageModel, run: RunSettings, dropout: float) -> Non
             )
         for layer in layers.children():
             layer.compile(dynamic=False)
-    elif on_cpu and isinstance(model, Llama):
+    elif on_cpu and isinstance(model, Llama) and can_fuse(llama_plan(model.config)):
         fuse_blocks(model, dropout, dtype_of(run))
 
 
