@@ -12,7 +12,7 @@ import glassllama
 from glassllama import LLM, load
 from glassllama.base.errors import ConfigError, GenerationError, GlassError
 from glassllama.weights.backend import choose_backend
-from tolerances import assert_logits, assert_same_greedy, logits_bar, unit
+from tolerances import assert_logits, assert_same_greedy, logits_tolerance, unit
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 
@@ -83,14 +83,14 @@ def test_both_backends_give_the_same_text(default_model: Path, exact: LLM) -> No
     torch = load(default_model, backend="torch", exact=True)
     ids = exact.encode_chat(QUESTION)
     theirs, ours = (llm.generate(ids, max_tokens=16).ids for llm in (torch, exact))
-    assert_same_greedy(ours, theirs, ids, torch.logits, logits_bar(exact.checkpoint.config))
+    assert_same_greedy(ours, theirs, ids, torch.logits, logits_tolerance(exact.checkpoint.config))
     assert_logits(exact.logits(ids), torch.logits(ids), exact.checkpoint.config)
 
 
 def test_streamed_layers_give_the_same_text(default_model: Path, exact: LLM) -> None:
     streamed = load(default_model, stream_layers=True, exact=True)
     theirs, ours = (llm.generate("The sea", max_tokens=3).ids for llm in (streamed, exact))
-    prompt, bar = exact.tokenizer.encode("The sea"), logits_bar(exact.checkpoint.config)
+    prompt, bar = exact.tokenizer.encode("The sea"), logits_tolerance(exact.checkpoint.config)
     assert_same_greedy(ours, theirs, prompt, streamed.logits, bar)
 
 

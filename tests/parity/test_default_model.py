@@ -20,7 +20,7 @@ from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
 from rows import Rows
-from tolerances import difference, logits_bar, ties, widened
+from tolerances import count_near_ties, difference, float64_logits, logits_tolerance
 
 PROMPTS = [
     "The capital of France is",
@@ -59,7 +59,7 @@ def near_ties(logits: np.ndarray, start: int, ids: list[int], never: int, bar: f
     """
     before = logits[start - 1 : -1].copy()
     before[:, never] = -np.inf
-    return ties(before, ids[start:], bar)
+    return count_near_ties(before, ids[start:], bar)
 
 
 def greedy(executor: Executor, prompts: list[list[int]], count: int, never: int) -> list[list[int]]:
@@ -100,7 +100,7 @@ def test_greedy_text_equals_that_of_transformers(
     where = {"pretrained_model_name_or_path": default_model.parent, "gguf_file": default_model.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    bar, tied = logits_bar(checkpoint.config), 0
+    bar, tied = logits_tolerance(checkpoint.config), 0
     for prompt, (start, ids) in zip(PROMPTS, texts, strict=True):
         assert ids[:start] == tokenizer(prompt, add_special_tokens=False).input_ids
         with torch.no_grad():
@@ -116,8 +116,8 @@ def test_the_reference_model_gives_the_same_text(
     """The logits of both are within rounding of float64, for every third text."""
     model = load_model(checkpoint, dtype=torch.float32)
     reference, engine = TorchExecutor(model), pack(checkpoint, exact=True)
-    double = widened(model)
-    bar, tied, errors = logits_bar(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}
+    double = float64_logits(model)
+    bar, tied, errors = logits_tolerance(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}
     for n, (start, ids) in enumerate(texts):
         logits = {"reference": Rows(reference).all_logits(ids)}
         tied += near_ties(logits["reference"], start, ids, end_of(checkpoint), bar)

@@ -20,7 +20,7 @@ from glassllama.weights.load import load_model
 from glassllama.weights.save import save_model
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
-from tolerances import difference, logits_bar
+from tolerances import difference, logits_tolerance
 
 ORACLE = "transformers GPT2LMHeadModel"
 SIZES: dict[str, Any] = {
@@ -55,7 +55,7 @@ def test_a_folder_of_transformers(variant: str, tmp_path: Path, parity: Any) -> 
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     ours = load_model(checkpoint)
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity("logits, GPT-2, safetensors", ORACLE, bar, apart)
     assert apart <= bar
     assert ours.config.ffn_dim == (VARIANTS[variant]["n_inner"] or 120)  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def test_with_a_cache_in_chunks(tmp_path: Path, parity: Any) -> None:
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
-    executor, bar = TorchExecutor(ours), logits_bar(ours.config)
+    executor, bar = TorchExecutor(ours), logits_tolerance(ours.config)
     cache = Rows(executor, 2)
     rows = IDS.tolist()
     apart = 0.0
@@ -94,7 +94,7 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
         old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, path)
     ours = load_model(open_checkpoint(tmp_path))
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity("logits, GPT-2, names of the first release", ORACLE, bar, apart)
     assert apart <= bar
 
@@ -106,7 +106,7 @@ def test_a_bfloat16_file_stays_bfloat16(tmp_path: Path) -> None:
     ours = load_model(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     wide = load_model(open_checkpoint(tmp_path), dtype=torch.float32)
-    assert difference(wide(IDS), model.float()(IDS).logits) <= logits_bar(wide.config)
+    assert difference(wide(IDS), model.float()(IDS).logits) <= logits_tolerance(wide.config)
 
 
 CONFIG: dict[str, Any] = {
@@ -132,7 +132,7 @@ def test_transformers_reads_our_folder_and_we_read_it_back(
     save_model(tmp_path, model, TOKENIZER)
     other, loading = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), "nothing missing, nothing left over"
-    apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_bar(model.config)
+    apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_tolerance(model.config)
     parity("logits, our GPT folder", ORACLE, bar, apart)
     assert apart <= bar
     again = load_model(open_checkpoint(tmp_path))

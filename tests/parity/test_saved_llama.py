@@ -16,7 +16,7 @@ from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
-from tolerances import assert_logits, assert_same_greedy, difference, logits_bar
+from tolerances import assert_logits, assert_same_greedy, difference, logits_tolerance
 
 CHARACTERS = "".join(chr(33 + n) for n in range(60)) + " \n日é🙂"
 TOKENIZER = CharTokenizer(CHARACTERS)
@@ -55,7 +55,7 @@ def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> Non
     theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), "nothing missing, nothing left over"
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
-    apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_bar(model.config)
+    apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_tolerance(model.config)
     parity("logits, our Llama folder", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (V - 4, V - 3)
@@ -83,7 +83,7 @@ def test_both_backends_load_it(variant: str, tmp_path: Path, parity: Any) -> Non
     engine = load(tmp_path, exact=True)
     assert engine.backend == "engine"
     assert engine.checkpoint.config == model.config
-    apart, bar = difference(engine.logits(ids), expected), logits_bar(model.config)
+    apart, bar = difference(engine.logits(ids), expected), logits_tolerance(model.config)
     parity("logits, our Llama folder, engine exact", "models/llama.py", bar, apart)
     assert apart <= bar
     ours, theirs = (llm.generate("日é", max_tokens=20).ids for llm in (engine, torch_llm))

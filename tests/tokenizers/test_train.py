@@ -19,9 +19,10 @@ from glassllama.base.errors import TokenizerError
 from glassllama.native.tokenizers import COMPILED, pair_counts, word_table
 from glassllama.native.tokenizers.word_table import WordCounts
 from glassllama.tokenizers import train
-from glassllama.tokenizers.backend import BYTE_TOKENS, PYTHON, BPEBackend
+from glassllama.tokenizers.backend import PYTHON, BPEBackend
 from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.train import TrainedBPE, characters, train_bpe
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS
 from tokenizers import models, pre_tokenizers, trainers
 
 SOURCES = Path(train.__file__).parent

@@ -174,7 +174,7 @@ def test_packed_windows_give_each_documents_own_loss() -> None:
 
 @pytest.mark.parametrize("length", [17, 18, 32, 33, 49, 100])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_every_window_contains_every_target_once(length: int, batch: int) -> None:
+def test_evaluation_windows_contain_every_target_once(length: int, batch: int) -> None:
     rows = list(every_window(tokens(length), 16, batch))
     targets = np.concatenate([row.targets.ravel() for row in rows])
     assert sorted(targets[targets != IGNORED]) == list(range(1, length))

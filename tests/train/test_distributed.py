@@ -30,7 +30,7 @@ from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.checkpoint import maybe_resume
 from glassllama.train.distributed import DistContext
 from glassllama.train.evaluate import of_all_ranks, rows_of_rank
-from tolerances import CONDITION, difference, loss_bar, muon_bar
+from tolerances import CONDITION, difference, loss_tolerance, muon_tolerance
 from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of
 from train.recipes import SHORT, TINY, make_steps, new_run
@@ -111,10 +111,10 @@ def rounding(way: str, steps: int) -> float:
     (Measured: float32 2e-7, Muon 2e-4, bfloat16 3e-3.)"""
     config = SimpleNamespace(dim=24, ffn_dim=40, n_layers=2)  # of recipes.TINY
     if way == "bfloat16":
-        return loss_bar(config, steps=steps, tokens=TOKENS, dtype=torch.bfloat16)
+        return loss_tolerance(config, steps=steps, tokens=TOKENS, dtype=torch.bfloat16)
     if way == "muon" and steps > 1:
-        return muon_bar(config, steps=steps)
-    return loss_bar(config, steps=steps)
+        return muon_tolerance(config, steps=steps)
+    return loss_tolerance(config, steps=steps)
 
 
 def furthest(ours: list[float], theirs: list[float]) -> float:

@@ -153,7 +153,7 @@ def test_initial_weights_too_large(run: Run) -> None:
     fails(run, "beginning", "the initial weights are too large")
 
 
-def test_a_model_that_sees_its_targets(run: Run, monkeypatch: Any) -> None:
+def test_an_initial_loss_that_is_too_low(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(preflight_module, "mean_loss", lambda *_: torch.tensor(0.5))
     fails(run, "beginning", "knows the answers already")
 

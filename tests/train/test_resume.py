@@ -16,7 +16,7 @@ from glassllama.train.checkpoint import complete_steps
 from glassllama.train.metrics import MetricsLog, read_log
 from glassllama.train.settings import load_settings
 from glassllama.train.setup import lock_run_dir, require_free
-from tolerances import assert_logits, logits_bar, loss_bar, muon_bar
+from tolerances import assert_logits, logits_tolerance, loss_tolerance, muon_tolerance
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
 STEPS = 12
@@ -86,11 +86,11 @@ def test_microbatches_give_the_gradients_of_the_batch(tmp_path: Path, text: Path
     one = new_run(tmp_path / "whole", text, "llama", "run.precision=float32")
     other = new_run(tmp_path / "parts", text, "llama", "run.precision=float32", "run.accumulate=3")
     whole, parts, config = make_steps(one), make_steps(other), one.model.config
-    assert parts[0].loss == pytest.approx(whole[0].loss, rel=loss_bar(config, steps=1))
+    assert parts[0].loss == pytest.approx(whole[0].loss, rel=loss_tolerance(config, steps=1))
     assert parts[0].grad_norm == pytest.approx(
-        whole[0].grad_norm, rel=logits_bar(config, layers=2 * config.n_layers)
+        whole[0].grad_norm, rel=logits_tolerance(config, layers=2 * config.n_layers)
     )
-    later = muon_bar(config, steps=len(whole))
+    later = muon_tolerance(config, steps=len(whole))
     assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], rel=later)
 
 

