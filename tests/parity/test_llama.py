@@ -45,13 +45,8 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 @pytest.mark.parametrize(("form", "variant"), CASES)
 def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, parity: Any) -> None:
     model = hf_model(**VARIANTS[variant])
-<<<<<<< HEAD
     ours = load_model(open_checkpoint(WRITERS[form](model, tmp_path / "model")))
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
-=======
-    ours = load_llama(open_checkpoint(WRITERS[form](model, tmp_path / "model")))
     apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
->>>>>>> L
     parity(f"logits, {form}", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
 
@@ -61,13 +56,8 @@ def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, pari
 def test_float16_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
     write_hf(hf_model(**META_SHAPE).to(getattr(torch, dtype)), tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-<<<<<<< HEAD
     ours = load_model(open_checkpoint(tmp_path), dtype=torch.float32)
-    apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_bar(ours.config)
-=======
-    ours = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)
     apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_tolerance(ours.config)
->>>>>>> L
     parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
 
@@ -79,13 +69,8 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours = load_model(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-<<<<<<< HEAD
     exact = load_model(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
-    bar = logits_bar(ours.config, torch.bfloat16)
-=======
-    exact = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
     bar = logits_tolerance(ours.config, torch.bfloat16)
->>>>>>> L
     for each in (
         ours(IDS),
         theirs(IDS).logits,

@@ -103,13 +103,8 @@ def test_generation(checkpoint: Checkpoint) -> None:
     )
 
 
-<<<<<<< HEAD
-def test_hooks_see_every_intermediate(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
-=======
 def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
->>>>>>> L
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     assert hook_names(streamed) == hook_names(loaded)
 
     def seen_in(model: Llama) -> dict[str, torch.Tensor]:
@@ -124,13 +119,8 @@ def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-<<<<<<< HEAD
-def test_a_layer_can_be_looked_at(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
-=======
 def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
->>>>>>> L
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     with streamed.layers[1].filled() as layer:
         assert torch.equal(layer.attention.wq.weight, loaded.layers[1].attention.wq.weight)
         logits = streamed(IDS)  # a pass in between keeps it loaded
@@ -174,13 +164,8 @@ MEASURE = """
 import sys, torch
 from glassllama.weights import load
 from glassllama.weights.checkpoint import open_checkpoint
-<<<<<<< HEAD
 load.BLOCK_NUMBERS = int(sys.argv[2])
-def high_water():  # of this process alone: getrusage starts with the parent's
-=======
-stream.BLOCK_NUMBERS = int(sys.argv[2])
 def high_water():  # of this process only: getrusage includes the parent's peak
->>>>>>> L
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=torch.bfloat16))
