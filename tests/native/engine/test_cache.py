@@ -160,8 +160,8 @@ def test_random_sequences_of_operations(engine: Engine) -> None:
 
 
 def test_all_logits_and_perplexity_do_not_use_the_prefix_cache(engine: Engine) -> None:
-    held = Rows(engine)
-    whole = held.all_logits(IDS[:150])
+    first_row = Rows(engine)
+    whole = first_row.all_logits(IDS[:150])
     cache = Rows(engine)
     assert (cache.all_logits(IDS[:150]) == whole).all()
     assert cache.reused == 0

@@ -63,7 +63,7 @@ def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: E
     for call in history(engine, cache):
         before = [*cache.lengths]
         wanted.append((call(), before, [*cache.lengths]))
-    neighbour = other.next_logits([[9]])
+    other_logits = other.next_logits([[9]])
     other.truncate(0, 120)
     del cache
     for at in moments(1):
@@ -79,7 +79,7 @@ def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: E
                 fed = [n for n in range(3) if after[n] != before[n]]
                 assert (came[fed] == logits[fed]).all(), at
             assert cache.lengths == after
-        assert (other.next_logits([[9]]) == neighbour).all()
+        assert (other.next_logits([[9]]) == other_logits).all()
         other.truncate(0, 120)
         if not interruption.came:
             assert at > 1000

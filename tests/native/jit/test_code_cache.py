@@ -143,7 +143,7 @@ def test_checksums_of_a_kernel_that_is_compiled_alone(tmp_path: Path) -> None:
     assert [compiles() for _ in range(2)] == [["True"], ["False"]]
 
 
-KEPT = """
+CACHE_SCRIPT = """
 from glassllama.native.jit.code_cache import notes, save_checksums
 from glassllama.native.jit.compile import code_folder, entry, raw_entry
 one = entry(lambda x: x + 1)(2)
@@ -166,7 +166,7 @@ class Trap:
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) -> None:
     script, home, canary = tmp_path / "kept.py", tmp_path / "home", tmp_path / "canary"
-    script.write_text(KEPT)
+    script.write_text(CACHE_SCRIPT)
 
     def run() -> list[str]:
         done = subprocess.run(
