@@ -84,7 +84,7 @@ def tinyshakespeare() -> Path:
     path = hub.DATASETS["tinyshakespeare"].location
     if not hub.has_dataset("tinyshakespeare"):
         if not local_copy.is_file():
-            pytest.skip("Tiny Shakespeare is not here: run glassllama download tinyshakespeare")
+            pytest.skip("Tiny Shakespeare is missing: run glassllama download tinyshakespeare")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(local_copy, path)
         assert hub.has_dataset("tinyshakespeare")

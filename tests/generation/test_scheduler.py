@@ -85,7 +85,7 @@ class Trigrams:
 
     def forward(self, batch: Sequence[NewTokens], cache: Any) -> np.ndarray:
         self.fed.append([len(tokens.ids) for tokens in batch])
-        assert batch, "a call that feeds nothing"
+        assert batch, "a call without new ids"
         self.answer[:] = np.nan
         row = 0
         for tokens in batch:
@@ -129,7 +129,7 @@ def test_steps_are_delivered_while_they_are_computed() -> None:
     executor = Trigrams()
     steps = generate(executor, [[1, 2, 3], [4]], settings())
     assert [next(steps).row for _ in range(2)] == [0, 1]
-    assert executor.fed == [[3, 1]], "nothing is computed ahead of what is asked for"
+    assert executor.fed == [[3, 1]], "nothing is computed before it is requested"
     assert [next(steps).row for _ in range(4)] == [0, 1, 0, 1]
     assert executor.fed == [[3, 1], [1, 1], [1, 1]]
 

@@ -425,7 +425,7 @@ def test_texts_are_never_interpreted_as_markup(
     assert browser.requests() == {path.as_uri()}
 
 
-@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are kept"])
+@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are recorded"])
 def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)

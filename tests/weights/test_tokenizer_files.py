@@ -207,7 +207,9 @@ def test_a_token_of_the_vocabulary_named_as_special_becomes_a_control_token(
     assert tokenizer.specials == {"</s>": 2}
     assert tokenizer.encode("the</s>", specials=True)[-1] == 2
     assert 2 not in tokenizer.encode("the</s>")
-    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", "a letter stays a letter"
+    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", (
+        "a single letter does not become special"
+    )
 
 
 @pytest.mark.parametrize(

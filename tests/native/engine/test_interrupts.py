@@ -187,7 +187,7 @@ def test_a_sleeping_thread_is_woken_and_works_again(engine: Engine) -> None:
             if block[word]:
                 break
             threading.Event().wait(0.02)
-        assert block[word] == 1, "it does not sleep"
+        assert block[word] == 1, "the thread does not sleep"
     for _ in range(3):
         assert (Rows(engine).next_logits([IDS]) == wanted).all()
 
@@ -204,7 +204,7 @@ def child(script: str, *arguments: object, seconds: float) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such signals")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_interrupted_by_signals_at_random(threads: int) -> None:
     rounds = 2000 if LONG else 50
