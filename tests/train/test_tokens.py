@@ -61,7 +61,7 @@ def test_equal_vocabularies_have_equal_hashes() -> None:
     assert tokenizer_info(CharTokenizer("abd")).sha256 != one.sha256
 
 
-def spoil(path: Path, name: str) -> None:
+def damage_file(path: Path, name: str) -> None:
     """One kind of damage to tokens.bin or its sidecar."""
     sidecar = path.with_suffix(".json")
     about = json.loads(sidecar.read_text())
@@ -112,7 +112,7 @@ DAMAGE = {
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tokens.bin"
     written(path)
-    spoil(path, damage)
+    damage_file(path, damage)
     with pytest.raises(FormatError, match=DAMAGE[damage]) as error:
         open_tokens(path)
     assert "tokenize again" in str(error.value)

@@ -27,7 +27,7 @@ AN_HOUR = 3600
 
 
 @pytest.fixture(autouse=True)
-def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache models of every size, in a folder for this test."""
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "packed")

@@ -291,13 +291,13 @@ def test_any_side_file_is_read_or_refused_with_one_line(
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     for read in (tokenizer_from_folder, chat_template_from_folder, template_tokens_from_folder):
-        said = ""
+        message = ""
         try:
             read(folder)
         except TokenizerError as refused:
-            said = str(refused)
-        assert "\n" not in said
-        assert len(said) < 1000
+            message = str(refused)
+        assert "\n" not in message
+        assert len(message) < 1000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja"])
