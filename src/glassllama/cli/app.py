@@ -59,11 +59,12 @@ class Verbs(TyperGroup):
     """The application: errors in usage are one line; all others are left to `exit_code_of`."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        import_help_pages()
         if COMPLETION in os.environ:
             return super().main(*args, **options)
         try:
             words = list(args[0]) if args else sys.argv[1:]
+            if not words or {"-h", "--help"} & set(words):
+                import_help_pages()
             with self.make_context("glassllama", words) as context, compile_notice():
                 self.invoke(context)
         except UsageError as error:
@@ -84,14 +85,14 @@ def import_help_pages() -> None:
     They are Markdown, tracebacks and the printing of attrs classes: a third of the time that
     `--help` takes.
     """
-    unused = {name: sys.modules.get(name) for name in ("attr", "rich.markdown", "rich.traceback")}
-    if "typer.rich_utils" in sys.modules or any(unused.values()):
+    unused = {"attr", "rich.markdown", "rich.traceback"}
+    if {*unused, "typer.rich_utils"} & set(sys.modules):
         return
     part: Any = ModuleType("unused")
     part.Markdown = part.Traceback = object
-    sys.modules |= {name: part for name in unused}
+    sys.modules |= dict.fromkeys(unused, part)
     try:
-        import typer.rich_utils
+        import typer.rich_utils  # noqa: F401
     finally:
         for name in unused:
             del sys.modules[name]

@@ -80,10 +80,7 @@ def walkthrough(
     the steps; in a page, after them.
     """
     to_page = html is not None or open_page
-    forms = {"--text": text, "--json": json, "--html or --open": to_page}
-    first, *others = [form for form, given in forms.items() if given] or [""]
-    if others:
-        raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
+    require_one_form({"--text": text, "--json": json, "--html or --open": to_page})
     if layers is not None and not (to_page or json):
         raise typer.BadParameter("only with --html, --open or --json", param_hint="--layers")
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
@@ -105,6 +102,12 @@ def walkthrough(
             print_text(comparison)
     else:
         print_steps(walk, step)
+
+
+def require_one_form(forms: dict[str, bool]) -> None:
+    first, *others = [form for form, given in forms.items() if given] or [""]
+    if others:
+        raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
 
 
 def start(
