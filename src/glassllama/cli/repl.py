@@ -142,9 +142,9 @@ class ChatSession:
         """
         roles = ("user", "assistant", "user")
         contents = [f"{role}{MARK}" for role in roles]
-        talk = replace(self.conversation, history=[*map(Message, roles, contents)])
+        sample = replace(self.conversation, history=[*map(Message, roles, contents)])
         try:
-            ids = self.llm.encode_chat(talk.messages)
+            ids = self.llm.encode_chat(sample.messages)
         except TokenizerError:
             return ""  # the template does not accept this conversation
         text = self.llm.tokenizer.decode(ids)
