@@ -35,7 +35,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # Plain packages do not import native. These files put the two together:
 IMPORTS_NATIVE = {
-    "weights/pack.py", "weights/packed_cache.py", "train/precision.py",
+    "weights/pack.py", "weights/packed_cache.py", "train/model.py",
     "weights/tokenizer.py", "weights/tokenizer_gguf.py",
     # the command line times and explains compiled code
     "benchmark.py", "cli/console.py", "cli/errors.py",
