@@ -1,8 +1,8 @@
 """The variants between a GPT and a Llama: each class changes one thing of the class before it.
 
 They are built from the parts of nn/, without a KV cache, because they are only trained. Tests prove
-that the first variant computes what models/gpt.py does and the last ones what models/llama.py does,
-on the same weights.
+that, with the same weights, the first variant computes the same as models/gpt.py and the last ones
+the same as models/llama.py.
 
 Shapes: B batch, T tokens, C model width, H query heads, K kv heads, D head width, F ffn width,
 V vocabulary.
@@ -34,7 +34,7 @@ from glassllama.nn.rope import RopeTable, rope_angles, rope_table, rotate_half
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of a variant; a GPT has as many kv heads as heads."""
+    """Sizes of a variant. A GPT has as many kv heads as query heads."""
 
     vocab_size: int
     max_seq_len: int
@@ -114,7 +114,7 @@ class RoPEAttention(Attention):
 
 
 class QKNormAttention(RoPEAttention):
-    """With QK-norm after RoPE: only the directions of queries and keys are compared."""
+    """With QK-norm after RoPE: scores depend only on the directions of queries and keys."""
 
     def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
         return rms_norm(super().apply_rope(x, rope), self.sizes.norm_eps)
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Learned positions, LayerNorm, GELU, a key and a value for every query: models/gpt.py."""
+    """Learned positions, LayerNorm, GELU, one key/value head per query head: models/gpt.py."""
 
     Norm: Callable[[int, float], nn.Module] = staticmethod(layer_norm)
     Attention: type[Attention] = Attention

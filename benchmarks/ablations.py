@@ -1,13 +1,13 @@
 """Ablations: what each part of a Llama gains and costs, from a bigram to a Llama in single changes.
 
-    python benchmarks/ablations.py                      (resumes where it was stopped)
+    python benchmarks/ablations.py                      (continues an interrupted run)
     python benchmarks/ablations.py --data bpe --seeds 5
     python benchmarks/ablations.py --speed              (tokens per second, on an idle machine)
     python benchmarks/ablations.py --render             (docs/ablations.md and docs/ablations.svg)
 
 Every variant of benchmarks/ablation_models.py is trained with the package's own training step on
-the same batches, from a few seeds. Each run uses one thread, as many run at a time as there are
-processors, and each writes a JSON line into benchmarks/results/.
+the same batches, from a few seeds. Each run uses one thread, as many run at the same time as there
+are processors, and the result of each is one JSON line in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from glassllama.train.settings import (
 )
 from glassllama.train.tokens import Batches
 
-CONTEXT, BATCH, STEPS = 64, 32, 490  # of Tiny Shakespeare: one pass
+CONTEXT, BATCH, STEPS = 64, 32, 490  # one epoch of Tiny Shakespeare
 DATA = {
     "characters": DataSettings(corpus="tinyshakespeare", context=CONTEXT, batch=BATCH),
     "bpe": DataSettings(corpus="shakespeare", tokenizer="bpe:1024", context=CONTEXT, batch=BATCH),
 }
 WARMUP = 40  # steps
-CURVE = 10  # steps over which a point of the curve is a mean
-MANY = range(1, 11)  # seeds: as many as the page has quantiles for
+CURVE = 10  # each point of a curve is the mean of so many steps
+SEED_COUNTS = range(1, 11)  # limited by the quantiles in ablations_page.py
 BFLOAT16_BYTES = 2
 SPEED_STEPS, SPEED_ROUNDS = 5, 7
 
 ADAMW = OptimizerSettings(kind="adamw", lr=4e-3, weight_decay=0.1)
 MUON = OptimizerSettings(kind="muon", lr=4e-3, matrix_lr=0.02, weight_decay=0.1)
-# A table has no depth: large steps and large weights do no harm.
+# The bigram has no layers, so a high learning rate without weight decay is stable.
 TABLE = OptimizerSettings(kind="adamw", lr=0.1)
 
 
@@ -71,7 +71,7 @@ def bigram(sizes: Sizes) -> Bigram:
 
 @dataclass(frozen=True)
 class Variant:
-    """`sizes` differ from a GPT's so that all variants have about as many parameters."""
+    """`sizes` differ from a GPT's so that all variants have about the same number of parameters."""
 
     name: str
     model: Callable[[Sizes], Any]
@@ -79,8 +79,8 @@ class Variant:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-GATED = {"ffn_dim": 344}  # three matrices instead of two, and the table of positions is gone
-GROUPED = {"ffn_dim": 384, "n_kv_heads": 2}  # what keys and values lose goes to the features
+GATED = {"ffn_dim": 344}  # three matrices instead of two, and no table of positions
+GROUPED = {"ffn_dim": 384, "n_kv_heads": 2}  # fewer kv heads, so a wider feed-forward network
 VARIANTS = (
     Variant("bigram", bigram, TABLE),
     Variant("GPT", GPT),
@@ -90,7 +90,7 @@ VARIANTS = (
     Variant("+ GQA", WithSwiGLU, ADAMW, GROUPED),
     Variant("+ QK-norm", WithQKNorm, ADAMW, GROUPED),
     Variant("+ Muon", WithQKNorm, MUON, GROUPED),
-    Variant("GPT with Muon", GPT, MUON),  # is it the optimizer alone?
+    Variant("GPT with Muon", GPT, MUON),  # shows how much the optimizer alone gains
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -103,7 +103,7 @@ class Task:
     seed: int
     data: str
     steps: int
-    folder: str  # for ids, of this process and its children
+    folder: str  # for the token ids, used by this process and its children
 
     def identity(self) -> dict[str, Any]:
         """The fields that identify the result of this task."""
@@ -158,7 +158,7 @@ def kv_bytes(task: Task) -> int:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Train one variant from one seed -> its line of results."""
+    """Train one variant with one seed -> its line of results."""
     run, started, worked = make_run(task), time.perf_counter(), time.process_time()
     losses = [train_step(run).loss for _ in range(run.settings.schedule.steps)]
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
@@ -185,7 +185,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def missing(tasks: list[Task], lines: list[dict[str, Any]], path: Path) -> list[Task]:
-    """The tasks without a result. Ends the program if a result is of other settings."""
+    """The tasks without a result. Ends the program if a result was made with other settings."""
     left = {(task.variant, task.seed): task for task in tasks}
     for line in lines:
         task = left.get((line["variant"], line["seed"]))
@@ -200,7 +200,7 @@ def missing(tasks: list[Task], lines: list[dict[str, Any]], path: Path) -> list[
 
 
 def begin_worker() -> None:
-    """One thread for a run; the worker ends when the main program has ended."""
+    """Use one thread per run, and end the worker when the main program has ended."""
     torch.set_num_threads(1)
     Thread(target=end_with_parent, daemon=True).start()
 
@@ -213,9 +213,9 @@ def end_with_parent() -> None:
 
 
 def run_missing(tasks: list[Task], path: Path, at_once: int) -> None:
-    """Run what is missing, seed after seed, and store every result at once."""
+    """Run the missing tasks, seed by seed, and store every result immediately."""
     todo = missing(tasks, read_lines(path), path)
-    print(f"{path}: {len(tasks) - len(todo)} of {len(tasks)} runs are there", file=sys.stderr)
+    print(f"{path}: {len(tasks) - len(todo)} of {len(tasks)} runs are done", file=sys.stderr)
     with ProcessPoolExecutor(at_once, get_context("spawn"), initializer=begin_worker) as pool:
         for done in as_completed([pool.submit(measure, task) for task in todo]):
             line = done.result()
@@ -225,9 +225,9 @@ def run_missing(tasks: list[Task], path: Path, at_once: int) -> None:
 
 
 def speeds(data: str, folder: str) -> Iterator[dict[str, Any]]:
-    """Tokens per second of each variant, by processor time of one thread, the best of some rounds.
+    """Tokens per second of each variant, by CPU time of one thread, the best of some rounds.
 
-    The variants take turns, so that other load on the machine disturbs all of them alike.
+    The variants alternate, so that other load on the machine affects all of them equally.
     """
     torch.set_num_threads(1)
     names = [variant.name for variant in VARIANTS]
@@ -247,11 +247,11 @@ def speeds(data: str, folder: str) -> Iterator[dict[str, Any]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=DATA, default="characters")
-    parser.add_argument("--seeds", type=int, default=SEEDS, choices=MANY, metavar="N")
+    parser.add_argument("--seeds", type=int, default=SEEDS, choices=SEED_COUNTS, metavar="N")
     parser.add_argument("--variants", nargs="+", choices=BY_NAME, default=list(BY_NAME))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--speed", action="store_true", help="measure tokens per second instead")
     parser.add_argument("--render", action="store_true", help="write the page instead")
     return parser.parse_args()

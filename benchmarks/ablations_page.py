@@ -13,16 +13,16 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "ablations.md", ROOT / "docs" / "ablations.svg"
-SEEDS = 3  # with fewer, the results count as incomplete
-FIRST = "GPT"  # what speeds are compared with
+SEEDS = 3  # with fewer seeds the page is marked as incomplete
+FIRST = "GPT"  # speeds are relative to this variant
 
-# Student's t: 95 % of means of n differences are within t · deviation / √n; by n - 1.
+# Student's t for 95 % by degrees of freedom: the mean of n differences ± t · deviation / √n.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a variant changes. `before`: the variant it is compared with."""
+    """What a variant changes. `before` is the variant it is compared with."""
 
     question: str
     change: str
@@ -32,7 +32,7 @@ class Part:
 
 PARTS = {
     "bigram": Part(
-        "How far does one character alone get?",
+        "How well does one character alone predict the next?",
         "A table: row *i* has the logits of the character after character *i*. There are no layers "
         "([`models/bigram.py`](../src/glassllama/models/bigram.py)).",
         "A lower bound for everything with layers, and what a broken model falls back to: a loss "
@@ -42,7 +42,7 @@ PARTS = {
         "What does context bring?",
         "Four layers of attention and feed-forward; positions are a learned table, added to the "
         "embeddings ([`models/gpt.py`](../src/glassllama/models/gpt.py), GPT-2 without biases).",
-        "Every character now attends to up to 63 before it, and depth combines them.",
+        "Every character attends to up to 63 characters before it, and the layers combine them.",
         "bigram",
     ),
     "+ RMSNorm": Part(
@@ -65,8 +65,8 @@ PARTS = {
         "Does a gate in the feed-forward part help?",
         "`down(gelu(up(x)))` → `down(silu(gate(x)) · up(x))` (Shazeer, 2020). Three matrices "
         "instead of two, so the width is two thirds: 344 instead of 512.",
-        "A product of two linear maps can express “this feature, if that one”. The paper has no "
-        "explanation either: it attributes the success “to divine benevolence”.",
+        "A product of two linear maps can express “this feature, if that one is present”. The "
+        "paper has no explanation either: it attributes the success “to divine benevolence”.",
         "+ RoPE",
     ),
     "+ GQA": Part(
@@ -86,7 +86,7 @@ PARTS = {
         "+ GQA",
     ),
     "+ Muon": Part(
-        "Same model: a better step?",
+        "Does another optimizer train the same model better?",
         "AdamW → Muon for the matrices inside the layers "
         "([`train/optimizers.py`](../src/glassllama/train/optimizers.py), Jordan et al., 2024); "
         "embeddings and norms stay with AdamW. The update is orthogonalized, so that weak "
@@ -95,7 +95,7 @@ PARTS = {
         "+ QK-norm",
     ),
     "GPT with Muon": Part(
-        "Was it the optimizer alone?",
+        "Is the gain due to the optimizer alone?",
         "The GPT of the second row, trained by Muon.",
         "Compare the four combinations: GPT and Llama, AdamW and Muon.",
         "GPT",
@@ -121,9 +121,9 @@ alone, so that no later variant is favored; warmup, then half a cosine to zero; 
 ± standard deviation over seeds. **Against the variant before** is the mean of the differences
 between runs of the same seed, with a 95 % interval (Student's t): if it contains 0, so few seeds
 cannot distinguish the two. **KV** is the size of a KV cache in bfloat16. **Speed** of training is
-relative to the GPT, by processor time of one thread, the best of several short turns in plain
-PyTorch. There LayerNorm is one fused operation, while RMSNorm and RoPE are several: less arithmetic
-is not less time yet. Fused versions are in
+relative to the GPT, by CPU time of one thread, the best of several short runs in plain PyTorch.
+There LayerNorm is one fused operation, while RMSNorm and RoPE are several, so that less arithmetic
+may take more time. Fused versions are in
 [`native/training/blocks.py`](../src/glassllama/native/training/blocks.py).
 """
 VAL_CHARACTERS = 111_540  # of Tiny Shakespeare's validation split
@@ -164,7 +164,7 @@ Results = dict[str, dict[int, Line]]  # variant -> seed -> result
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The results in a file, none where there is no file."""
+    """The results in a file; none if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -181,7 +181,7 @@ def by_variant(lines: list[Line]) -> Results:
 
 @dataclass(frozen=True)
 class Change:
-    """How a loss differs from that of the variant before, over the seeds that both have."""
+    """Difference of a loss from that of the variant before, over the seeds that both have."""
 
     mean: float
     within: float  # half of the 95 % interval; infinite for one seed
@@ -208,7 +208,7 @@ def signed(number: float) -> str:
 
 
 def change(measured: Results, name: str) -> Change | None:
-    """None if there is nothing to compare with."""
+    """None if no run can be compared."""
     runs, before = measured[name], measured.get(PARTS[name].before, {})
     both = sorted(runs.keys() & before.keys())
     differences = [runs[seed]["val_loss"] - before[seed]["val_loss"] for seed in both]
@@ -227,7 +227,7 @@ def spread(runs: Mapping[int, Line], key: str = "val_loss") -> str:
 
 
 def any_run(runs: Mapping[int, Line]) -> Line:
-    """A run, for what does not depend on the seed."""
+    """Any run, for values that do not depend on the seed."""
     return runs[min(runs)]
 
 
@@ -259,20 +259,20 @@ def part_sections(measured: Results, speeds: Mapping[str, float]) -> Iterator[st
 
 
 def found(measured: Results, name: str, runs: dict[int, Line], speeds: Mapping[str, float]) -> str:
-    """The gain and the cost, in a sentence or two."""
+    """Gain and cost of a variant in one or two sentences."""
     difference, part = change(measured, name), PARTS[name]
     if difference is None:
         return f"a loss of {spread(runs)}."
-    said = f"loss {spread(runs)}, {difference} against {part.before}: {difference.verdict}."
+    text = f"loss {spread(runs)}, {difference} against {part.before}: {difference.verdict}."
     run, before = any_run(runs), any_run(measured[part.before])
     more = run["parameters"] - before["parameters"]
     if part.before != "bigram":
-        said += " Parameters: " + (f"{more:+,}" if more else "as many").replace("-", "−") + "."
+        text += " Parameters: " + (f"{more:+,}" if more else "as many").replace("-", "−") + "."
         if run["kv_bytes"] != before["kv_bytes"]:
-            said += f" Cache: {run['kv_bytes'] / before['kv_bytes']:g} × that of before."
+            text += f" Cache: {run['kv_bytes'] / before['kv_bytes']:g} × that of before."
         if name in speeds:
-            said += f" Training at {speeds[name] / speeds[part.before]:.2f} × the speed."
-    return said
+            text += f" Training at {speeds[name] / speeds[part.before]:.2f} × the speed."
+    return text
 
 
 def unfinished(measured: Results) -> str:
@@ -281,8 +281,8 @@ def unfinished(measured: Results) -> str:
     there, expected = sum(len(runs) for runs in measured.values()), seeds * len(PARTS)
     if there == expected:
         return ""
-    runs = f"{there} of {expected} runs are there"
-    return f"**Not finished: {runs}.** `make ablations` makes the rest.\n\n"
+    runs = f"{there} of {expected} runs are done"
+    return f"**Not finished: {runs}.** `make ablations` measures the rest.\n\n"
 
 
 def section(results: Path, data: str) -> tuple[Results, Mapping[str, float], str]:
@@ -295,7 +295,7 @@ def section(results: Path, data: str) -> tuple[Results, Mapping[str, float], str
     rows = unfinished(measured) + table(measured, speeds, bits=data == "bpe")
     if speed_lines:
         load = speed_lines[0]["load"]
-        rows += f"\nSpeeds were measured at a load average of {load:.1f}: ratios, not records.\n"
+        rows += f"\nSpeeds were measured at a load average of {load:.1f}; compare ratios only.\n"
     return measured, speeds, rows
 
 
@@ -319,7 +319,7 @@ def page(results: Path = RESULTS) -> str:
 
 
 def draw(measured: Results, path: Path) -> None:
-    """Curves at the left, final losses at the right; the same file for the same results."""
+    """Curves on the left, final losses on the right. The same results give the same file."""
     import matplotlib as mpl
     import matplotlib.figure as drawing
 
@@ -328,9 +328,9 @@ def draw(measured: Results, path: Path) -> None:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ladder", "font.size": 9}):
         figure = drawing.Figure(figsize=(10, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        for place, name in enumerate(names):
-            color = shades(0.95 * place / max(1, len(names) - 1))
-            draw_variant(left, right, measured[name], name, color, -place)
+        for row, name in enumerate(names):
+            color = shades(0.95 * row / max(1, len(names) - 1))
+            draw_variant(left, right, measured[name], name, color, -row)
         left.set(xlabel="step", ylabel="training loss, nats per character")
         right.set(xlabel="validation loss", yticks=[-n for n in range(len(names))])
         right.set_yticklabels(names)

@@ -1,9 +1,9 @@
-"""Decode and prefill of the default model, next to transformers on the same file in one run.
+"""Decode and prefill of the default model, compared with transformers on the same file.
 
     python benchmarks/against_transformers.py [--rounds 3] [--new 48] [--prompt 128]
 
-Each round times every contender once, in turn; medians are printed, and one line of JSON. The bound
-is the bytes that must be read per token, divided by the memory bandwidth measured in the same run.
+Each round measures every program once; medians are printed, and one line of JSON. The bound for
+decoding is the memory bandwidth, measured in the same run, divided by the bytes read per token.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ours(path: Path) -> Callable[[list[int], int], Timed]:
 
 
 def bandwidth() -> float:
-    """Bytes per second that one pass of numpy reads from memory, the best of five."""
+    """Bytes per second at which NumPy reads memory on one thread, the best of five."""
     data = np.ones(1 << 27, dtype=np.float32)  # 512 MB: larger than any cache
     times = []
     for _ in range(5):
@@ -79,15 +79,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     options = parser.parse_args()
     path = hub.resolve("smollm2-135m")
-    contenders = {
+    runners = {
         "glassllama engine": ours(path),
         "transformers bfloat16": theirs(path, torch.bfloat16),
         "transformers float32": theirs(path, torch.float32),
     }
     prompt = [int(i) for i in np.random.default_rng(0).integers(100, 49_000, options.prompt)]
-    times: dict[str, list[Timed]] = {name: [] for name in contenders}
+    times: dict[str, list[Timed]] = {name: [] for name in runners}
     for _ in range(options.rounds):
-        for name, run in contenders.items():
+        for name, run in runners.items():
             times[name].append(run(prompt, options.new))
     rows = {
         name: {

@@ -1,10 +1,10 @@
-"""How fast stored weights become float32, on one core, and how fast the `gguf` package does it.
+"""Speed of converting stored weights to float32 on one core, compared with the `gguf` package.
 
     python benchmarks/blocks.py [--megabytes 256] [--repeats 5]
 
-Prints a table, then one line of JSON. GB/s counts float32 bytes written per second of the thread's
-processor time, so that waiting for a busy core does not count; the median of the repeats, with
-ours and theirs taking turns.
+Prints a table, then one line of JSON. GB/s are float32 bytes written per second of the thread's CPU
+time, so that waiting for a busy core does not count; medians of the repeats, alternating between
+the two packages.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 
-from glassllama.formats.blocks import SUPPORTED, block_layout, dequantize
-from glassllama.formats.mmap_file import ELEMENT_TYPES
+from glassllama.formats.blocks import ELEMENT_TYPES, SUPPORTED, TYPES, dequantize
 
-COLUMNS = 4096  # of the matrix that is unpacked
+COLUMNS = 4096  # of the matrix that is converted
 FLOAT_BYTES = 4
 
 
@@ -33,16 +32,16 @@ def core_seconds(work: Callable[[], object]) -> float:
 
 
 def stored_matrix(dtype: str, rows: int) -> np.ndarray:
-    """Ordinary weights for plain types; for blocks any bytes, as speed does not depend on them."""
+    """Normal numbers for plain types; random bytes for blocks: speed does not depend on values."""
     rng = np.random.default_rng(0)
     if dtype in ELEMENT_TYPES:
         return rng.normal(size=(rows, COLUMNS)).astype(ELEMENT_TYPES[dtype])
-    layout = block_layout(dtype)
+    layout = TYPES[dtype]
     return rng.integers(0, 256, (rows, COLUMNS // layout.elements * layout.bytes), dtype=np.uint8)
 
 
 def measure(dtype: str, rows: int, repeats: int) -> dict[str, float]:
-    """GB/s of ours and theirs; ours into a given array, as streaming does, and into a new one."""
+    """GB/s of glassllama (into a given array, as in streaming, and a new one) and of gguf."""
     raw, shape = stored_matrix(dtype, rows), (rows, COLUMNS)
     out = np.zeros(shape, np.float32)
     kind = getattr(gguf.GGMLQuantizationType, dtype)
@@ -52,7 +51,7 @@ def measure(dtype: str, rows: int, repeats: int) -> dict[str, float]:
         "gguf": lambda: gguf.quants.dequantize(raw.view(np.uint8), kind),
     }
     if dtype in ("F64", "F32"):
-        del work["gguf"]  # the one it does not convert, the other it does not copy
+        del work["gguf"]  # gguf does not convert F64, and does not copy F32
     times: dict[str, list[float]] = {name: [] for name in work}
     with np.errstate(all="ignore"):
         for _ in range(repeats):

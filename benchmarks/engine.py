@@ -1,11 +1,10 @@
-"""How fast the engine's parts are here: kernels by tier and format, then a model's steps.
+"""Speed of the engine on this machine: kernels by tier and weight type, then steps of a model.
 
     python benchmarks/engine.py [MODEL.gguf]      (without a model: kernels only)
 
-Kernels run on one thread: a matrix far larger than the caches for one token, which shows how much
-of the memory's bandwidth is used, and a small one for many tokens, which shows the arithmetic.
-Prints a table; machine, threads and what one thread can do at best (native/roofline.py) come
-first.
+Kernels run on one thread: one token with a matrix far larger than the caches (bound by memory
+bandwidth), and many tokens with a small matrix (bound by arithmetic). Prints the machine, the
+number of threads and the roofline of one thread (native/roofline.py), then a table.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from rows import Rows
 
 ROUNDS = 7
-STRETCH = 1 << 29  # bytes, larger than most caches
+BANDWIDTH_BYTES = 1 << 29  # larger than most caches
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Median time of a piece of work, once warm."""
+    """Median time of a call, after one warm-up call."""
     work()
     times = []
     for _ in range(ROUNDS):
@@ -60,7 +59,7 @@ def call(address, arguments):
 
 
 def random_matrix(weight_type: WeightType, rows: int, columns: int) -> Matrix:
-    """Any codes, small scales: speed does not depend on the numbers, unless they are not finite."""
+    """Random codes, small scales: speed does not depend on the values while they are finite."""
     rng = np.random.default_rng(0)
     matrix = allocate_matrices({"": (weight_type, rows, columns)})[""]
     if weight_type.is_float:
@@ -74,7 +73,7 @@ def random_matrix(weight_type: WeightType, rows: int, columns: int) -> Matrix:
 
 
 def aligned(kind: Any, *shape: int) -> Any:
-    """A table that begins at a cache line, as the engine's do."""
+    """An array aligned to a cache line, like the engine's buffers."""
     return own_memory(math.prod(shape) * np.dtype(kind).itemsize).view(kind).reshape(shape)
 
 
@@ -98,12 +97,12 @@ def kernel_seconds(tier: str, matrix: Matrix, tokens: int) -> float:
 
 
 def kernels() -> None:
-    able = [tier for tier, needed in TIERS.items() if needed <= features()]
-    print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in able))
+    tiers = [tier for tier, needed in TIERS.items() if needed <= features()]
+    print(f"{'one thread':8}" + "".join(f"{tier:>24}" for tier in tiers))
     for kind in WeightType:
         large, small = random_matrix(kind, 49152, 2048), random_matrix(kind, 3072, 768)
         cells = []
-        for tier in able:
+        for tier in tiers:
             stream = large.nbytes / kernel_seconds(tier, large, 1) / 1e9
             rate = 2 * 3072 * 768 * 96 / kernel_seconds(tier, small, 96) / 1e9
             cells.append(f"{stream:8.1f} GB/s {rate:5.0f} GOP/s")
@@ -127,11 +126,11 @@ def steps(path: str) -> None:
         cache = Rows(engine, batch)
         cache.next_logits([ids[:8]] * batch)
 
-        def some() -> None:
+        def decode_32() -> None:
             for id in ids[:32]:
                 cache.next_logits([[id]] * batch)
 
-        return some
+        return decode_32
 
     rate = 32 / seconds(decode(1))
     print(f"decode {rate:.0f} tok/s ({rate * engine.weights.nbytes / 1e9:.1f} GB/s of weights)")
@@ -143,7 +142,7 @@ def main() -> None:
     best = ", ".join(f"{name} {rate / 1e9:.0f} GOP/s" for name, rate in peaks(1).items())
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {num_processors()} processors; one thread "
-          f"reads {read_bandwidth(STRETCH, 1) / 1e9:.1f} GB/s; {best}")  # fmt: skip
+          f"reads {read_bandwidth(BANDWIDTH_BYTES, 1) / 1e9:.1f} GB/s; {best}")  # fmt: skip
     kernels()
     if len(sys.argv) > 1:
         steps(sys.argv[1])

@@ -1,13 +1,14 @@
-"""How far quantised arithmetic moves the answer: ours and llama.cpp's beside exact mode.
+"""Accuracy of quantized arithmetic: glassllama and llama.cpp compared with exact mode.
 
     python benchmarks/fidelity.py [MODEL.gguf] [--new 80] [--out FILE]      (needs the bench extra)
 
-The exact mode answers eight questions greedily; all read the same ids, and at every id of the
-answer the divergence (KL) of their distribution from the exact one is taken. (Not in the prompts:
-most of them is one template, whose few positions would count eight times.) Then all read the
-LICENSE file in windows of 512 ids, the first of which is not scored: divergence, and perplexity.
-Differences between ours and llama.cpp's come with their standard error, over questions or over the
-text's tokens: what is not well beyond it is luck of rounding. Prints a table and one line of JSON.
+Exact mode answers eight questions greedily. glassllama and llama.cpp then process the same ids, and
+the KL divergence of their distribution from the exact one is computed at every id of the answer
+(not of the prompt: most of a prompt is the same chat template in all eight). Then all three process
+the LICENSE file in windows of 512 ids, the first of which is not scored: KL divergence and
+perplexity. Differences between glassllama and llama.cpp are printed with their standard error, over
+questions or tokens; differences of about one standard error are not significant. Prints a table and
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ QUESTIONS = (
 )
 TEXT = Path(__file__).parent.parent / "LICENSE"
 BOTH = ("ours", "llama.cpp")
-WINDOW = 512  # ids that are read together
+WINDOW = 512  # ids in one forward pass
 Floats = NDArray[np.float64]
 
 
-class Readers:
-    """The exact mode, ours, and llama.cpp: each reads ids -> (T, V) logits."""
+class Models:
+    """Exact mode, default mode and llama.cpp: each maps ids -> (T, V) logits."""
 
     def __init__(self, model: str) -> None:
         self.exact, self.ours = load(model, exact=True), load(model)
@@ -53,7 +54,7 @@ class Readers:
         )
 
     def log_probs(self, ids: list[int]) -> dict[str, Floats]:
-        """Natural logarithms of probabilities, (T, V), of each reader."""
+        """Natural logarithms of probabilities, (T, V), of each model."""
         self.peer.n_tokens = 0
         self.peer.eval(ids)
         return {
@@ -82,26 +83,27 @@ def with_error(differences: Sequence[float] | Floats) -> tuple[float, float]:
     return float(np.mean(differences)), float(np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
-def answers(readers: Readers, new: int) -> Iterator[dict[str, Any]]:
-    """For every question: how many ids the answer has, and both mean divergences."""
+def answers(models: Models, new: int) -> Iterator[dict[str, Any]]:
+    """For every question: the number of ids in the answer, and both mean divergences."""
     for question in QUESTIONS:
-        answer = readers.exact.chat(question, max_tokens=new)
+        answer = models.exact.chat(question, max_tokens=new)
         ids = [*answer.prompt_ids, *answer.ids]
-        chosen = slice(len(answer.prompt_ids) - 1, len(ids) - 1)  # where the answer's ids came from
-        read = {name: probs[chosen] for name, probs in readers.log_probs(ids).items()}
-        row = {name: float(divergence(read["exact"], read[name]).mean()) for name in BOTH}
+        # positions whose logits predict the ids of the answer
+        chosen = slice(len(answer.prompt_ids) - 1, len(ids) - 1)
+        found = {name: probs[chosen] for name, probs in models.log_probs(ids).items()}
+        row = {name: float(divergence(found["exact"], found[name]).mean()) for name in BOTH}
         count = len(answer.ids)
         print(f"{count:4} ids   ours {row['ours']:.5f}   llama.cpp {row['llama.cpp']:.5f}")
         yield {"ids": count, **row}
 
 
-def costs(readers: Readers, ids: list[int]) -> dict[str, Floats]:
-    """Nats that every scored id of a text cost each reader; `KL NAME`: divergences there."""
+def costs(models: Models, ids: list[int]) -> dict[str, Floats]:
+    """Negative log-likelihood of every scored id by model; `KL NAME` are the divergences there."""
     found: dict[str, list[Floats]] = {}
     for start in range(0, len(ids) - 1, WINDOW):
         window = ids[start : start + WINDOW]
         following, at = window[1:], np.arange(len(window) - 1)
-        read = readers.log_probs(window)
+        read = models.log_probs(window)
         for name, probs in read.items():
             found.setdefault(name, []).append(-probs[at, following])
             found.setdefault(f"KL {name}", []).append(divergence(read["exact"], probs)[at])
@@ -118,11 +120,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=80, help="tokens of each answer")
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    around, readers = machine_info(), Readers(flags.model)
-    found = compare(readers, flags.new)
+    machine, models = machine_info(), Models(flags.model)
+    found = compare(models, flags.new)
     line = {
         "model": Path(flags.model).name,
-        "machine": around,
+        "machine": machine,
         "versions": versions() | {"llama.cpp": llama_cpp.__version__},
         **found,
     }
@@ -132,20 +134,20 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def compare(readers: Readers, new: int) -> dict[str, Any]:
-    """Everything that is measured, printed on the way. `more` and `error`: ours less theirs."""
-    rows = list(answers(readers, new))
+def compare(models: Models, new: int) -> dict[str, Any]:
+    """All measurements, also printed. `more`: ours minus llama.cpp's; `error`: standard error."""
+    rows = list(answers(models, new))
     means = {name: float(np.mean([row[name] for row in rows])) for name in BOTH}
     answered = {**means, **differing([row["ours"] - row["llama.cpp"] for row in rows])}
-    print(said("answers, mean KL", answered))
-    nats = costs(readers, text_ids(readers.exact))
+    print(summary("answers, mean KL", answered))
+    nats = costs(models, text_ids(models.exact))
     divergences = {name: float(nats[f"KL {name}"].mean()) for name in BOTH}
     read = {**divergences, **differing(nats["KL ours"] - nats["KL llama.cpp"])}
-    print(said(f"{TEXT.name}, mean KL", read))
+    print(summary(f"{TEXT.name}, mean KL", read))
     perplexity = {name: math.exp(nats[name].mean()) for name in ("exact", *BOTH)}
     print(f"{TEXT.name}, perplexity: " + ", ".join(f"{n} {p:.4f}" for n, p in perplexity.items()))
     cost = differing(nats["ours"] - nats["llama.cpp"])
-    print(f"ours to theirs {cost['more']:+.2%} ± {cost['error']:.2%}")
+    print(f"ours minus llama.cpp's {cost['more']:+.2%} ± {cost['error']:.2%}")
     return {
         "answers": rows,
         "answers_kl": answered,
@@ -160,7 +162,7 @@ def differing(differences: Sequence[float] | Floats) -> dict[str, float]:
     return {"more": more, "error": error}
 
 
-def said(what: str, kl: dict[str, float]) -> str:
+def summary(what: str, kl: dict[str, float]) -> str:
     return (
         f"{what}: ours {kl['ours']:.5f}, llama.cpp {kl['llama.cpp']:.5f}, "
         f"difference {kl['more']:+.5f} ± {kl['error']:.5f}"

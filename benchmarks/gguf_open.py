@@ -1,9 +1,10 @@
-"""How long it takes to open a GGUF file with a vocabulary of Llama 3's size.
+"""Time to open a GGUF file with a vocabulary as large as Llama 3's.
 
     python benchmarks/gguf_open.py [--repeats 7]
 
-The file (128,256 words with scores and types, 280,147 merges) is made by the `gguf` package and is
-opened by both. Prints a table, then one line of JSON; median seconds, files in the page cache.
+The file (128,256 words with scores and types, 280,147 merges) is written by the `gguf` package and
+opened by both packages. Prints a table, then one line of JSON: median seconds, with the file in the
+page cache.
 """
 
 from __future__ import annotations

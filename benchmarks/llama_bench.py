@@ -1,11 +1,12 @@
-"""Beside a fork of llama.cpp: its own `llama-bench` and we, in turns, on the same files.
+"""Compare glassllama with a fork of llama.cpp by its own `llama-bench`, on the same file.
 
     python benchmarks/llama_bench.py PROGRAM MODEL [--flags="-rtr 1"]… [--runs 3] [--out FILE]
 
-PROGRAM is a `llama-bench` that you have built. Each of its runs is a process of its own, which
-reads a prompt of 512 tokens and makes 64, after a first try; then we do the same on as many
-threads. It runs once as it is and once with every set of flags that is given; a ratio is to the
-best of these. MODEL is a short name or a GGUF file. Prints a table and one line of JSON: medians.
+PROGRAM is a `llama-bench` that you have built. Each of its runs is a new process, which warms up,
+processes a prompt of 512 tokens and generates 64; then glassllama does the same with the same
+number of threads. llama-bench runs once without flags and once with every given set of flags; a
+ratio compares with the best of these. MODEL is a short name or a GGUF file. Prints a table and one
+line of JSON: medians.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Speeds = tuple[float, ...]  # tokens per second of each cell
 
 
 def theirs(program: str, path: Path, flags: str) -> Speeds:
-    """One process of theirs."""
+    """Run `llama-bench` once."""
     command = [
         program, "-m", str(path), "-t", str(usable_cores()), "-p", str(PROMPT), "-n", str(NEW),
         "-r", "1", "-o", "json", *shlex.split(flags),
@@ -60,8 +61,8 @@ def ours(runner: LLMRunner, vocab_size: int, run: int) -> Speeds:
 
 
 def compare(name: str, program: str, model: str, flags: list[str], runs: int) -> dict[str, Any]:
-    """Medians over the runs, in each of which everybody has a turn."""
-    around, llm = machine_info(), load(model)
+    """Medians over the runs; each run measures glassllama and all variants of the other program."""
+    machine, llm = machine_info(), load(model)
     runner, roofline, threads = LLMRunner(llm), Roofline.of(llm), usable_cores()
     before = read_bandwidth(roofline.bytes, threads)
     found: dict[str, list[Speeds]] = {name: [] for name in ("glassllama", *flags)}
@@ -76,7 +77,7 @@ def compare(name: str, program: str, model: str, flags: list[str], runs: int) ->
     return {
         "model": Path(model).name,
         "peer": name,
-        "machine": around,
+        "machine": machine,
         "versions": versions(),
         "runs": runs,
         "bandwidth": max(before, read_bandwidth(roofline.bytes, threads)),
@@ -99,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("program")
     parser.add_argument("model")
-    parser.add_argument("--name", default="llama-bench", help="what it is, with its version")
-    parser.add_argument("--flags", action="append", default=[], help="of theirs, for another run")
+    parser.add_argument("--name", default="llama-bench", help="its name and version")
+    parser.add_argument("--flags", action="append", default=[], help="for another run")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

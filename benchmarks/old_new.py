@@ -1,14 +1,14 @@
-"""Two checkouts of this project, measured in turns: is the new one as fast as the old one?
+"""Compare the speed of two checkouts of this project, measured alternately.
 
     python benchmarks/old_new.py OLD NEW MODEL… [--pairs 40] [--prompt 128] [--new-tokens 32]
 
-OLD and NEW are folders of checkouts (`git worktree add --detach FOLDER COMMIT`). Each is a process
-that has loaded the model and waits; they read a prompt and make tokens in turns, old and new one
-after the other, and in the other order in every second pair. What a machine does beside that lasts
-for seconds, so it meets both of a pair. For each figure it prints the median of the ratios new /
-old of the pairs, and the lower limit of that median at 95 % confidence: the largest order statistic
-k with P(Binomial(pairs, 1/2) < k) ≤ 5 %. The limit is that of the sign test, so it assumes nothing
-about how the ratios are distributed. The machine must be idle.
+OLD and NEW are folders of checkouts (`git worktree add --detach FOLDER COMMIT`). Each runs in a
+process that has loaded the model. They process a prompt and generate tokens one after the other,
+and in reverse order in every second pair. Other load on a machine lasts for seconds, so it affects
+both measurements of a pair. Prints, for prefill and decode, the median of the ratios new / old of
+the pairs, and the lower limit of that median at 95 % confidence: the largest order statistic k with
+P(Binomial(pairs, 1/2) < k) ≤ 5 %. This is the limit of the sign test, which assumes nothing about
+the distribution of the ratios. The machine must be idle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def lower_limit(values: list[float], confidence: float = 0.95) -> float:
         below += math.comb(n, k) / 2**n
         k += 1
     if k == 0:
-        raise SystemExit(f"{n} pairs are too few for a limit at {confidence:.0%}: at least 5")
+        raise SystemExit(f"{n} pairs are too few for a limit at {confidence:.0%}; use at least 5")
     return sorted(values)[k - 1]
 
 
@@ -66,7 +66,7 @@ for line in sys.stdin:
 
 
 class Checkout:
-    """A process of that checkout, with the model in memory."""
+    """A process that runs the code of a checkout, with the model in memory."""
 
     def __init__(self, folder: Path, model: str, prompt: int, count: int) -> None:
         words = [sys.executable, "-c", WORKER, model, str(prompt), str(count)]
@@ -76,7 +76,7 @@ class Checkout:
         )
 
     def measure(self, seed: int) -> tuple[float, float]:
-        """Tokens per second of reading a prompt, and of writing."""
+        """Tokens per second of prefill and of decode."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{seed}\n")
@@ -89,10 +89,10 @@ class Checkout:
 
 
 def compare(folders: tuple[Path, Path], model: str, flags: argparse.Namespace) -> None:
-    """Print a line for each figure of one model."""
+    """Print one line for prefill and one for decode of a model."""
     both = [Checkout(folder, model, flags.prompt, flags.tokens) for folder in folders]
     for each in both:
-        each.measure(0)  # compiled, packed, in memory
+        each.measure(0)  # compiles, packs, loads
     pairs: list[list[tuple[float, float]]] = []
     for pair in range(1, flags.pairs + 1):
         order = (0, 1) if pair % 2 else (1, 0)

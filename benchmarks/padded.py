@@ -1,11 +1,11 @@
-"""The default model with zeros around it, so that K-quants fit: as fine to measure with as any.
+"""The default model, padded with zeros so that it can be quantized to K-quants.
 
     python benchmarks/padded.py FOLDER [--type Q4_K_M]      (needs the bench extra)
 
-K-quants want rows of a multiple of 256, and SmolLM2 135M is 576 wide; no small model with such rows
-and a free licence comes in a package. So its matrices get rows and columns of zeros, 768 wide, 12
-heads, and its norms are scaled so that what they make is what it was. llama.cpp quantizes the file.
-Writes FOLDER/padded-TYPE.gguf and prints its path.
+K-quants need a row length that is a multiple of 256. SmolLM2 135M has a width of 576, and there is
+no package that contains a small model with such rows and a free license. So rows and columns of
+zeros are added (width 768, 12 heads), and the weights of the norms are scaled so that the logits
+stay the same. llama.cpp quantizes the file. Writes FOLDER/padded-TYPE.gguf and prints its path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES = ("Q4_K_M", "Q6_K")
 
 
 def wider(config: LlamaConfig) -> LlamaConfig:
-    """The next shape all of whose rows are a multiple of 256 numbers."""
+    """The smallest larger shape whose row lengths are all multiples of 256."""
     group = config.group_size * config.head_dim
     step = SUPERBLOCK // math.gcd(SUPERBLOCK, group)  # kv heads whose queries fill superblocks
     kv_heads = -(-config.n_kv_heads // step) * step
@@ -41,10 +41,10 @@ def wider(config: LlamaConfig) -> LlamaConfig:
 
 
 def write(path: Path, checkpoint: Checkpoint, *, words: bool = True) -> Path:
-    """The checkpoint in float32 with zeros around its matrices: the same logits.
+    """Write the checkpoint in float32, padded with zeros; the logits stay the same.
 
-    A mean over more numbers, the others 0, is smaller: by the ratio of the widths. So is eps, and
-    the norm's weights make up for the rest.
+    The zeros make the mean square of a vector smaller by the ratio of the widths. So eps is scaled
+    by that ratio, and the weights of the norms by its square root.
     """
     config = wider(checkpoint.config)
     shrunk = np.float32(math.sqrt(checkpoint.config.dim / config.dim))
@@ -69,8 +69,8 @@ def write(path: Path, checkpoint: Checkpoint, *, words: bool = True) -> Path:
 
 
 def quantize(source: Path, target: Path, kind: str) -> Path:
-    """By llama.cpp, as its users' files are."""
-    import llama_cpp  # only here: the rest runs, and is tested, without it
+    """Quantize a file by llama.cpp."""
+    import llama_cpp  # imported here because the rest runs, and is tested, without it
 
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")

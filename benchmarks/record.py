@@ -7,7 +7,7 @@
 Each measurement is one file in benchmarks/results/record/. A measurement that has a file is
 skipped, so an interrupted run continues. Models with random weights are written into FOLDER one at
 a time (benchmarks/synthetic.py, padded.py) and deleted afterwards, unless they existed before. All
-measurements take 25 minutes on two idle cores, those beside ik_llama.cpp (--llama-bench) 16 more;
+measurements take 25 minutes on two idle cores, those against ik_llama.cpp (--llama-bench) 16 more;
 they need 10 GB of disk, 16 GB of memory and the bench extra.
 """
 
@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from record_page import (
-    BESIDE_IK,
     DEFAULT,
     HERE,
+    IK_COMMAND,
     LINES,
     PADDED,
     PAGE,
@@ -43,11 +43,11 @@ from record_page import (
 from glassllama.weights import packed_cache
 
 
-def measure(line: Line, models: Path, program_of_fork: str) -> None:
+def measure(line: Line, models: Path, fork_program: str) -> None:
     """Run the command of a line in its own process and store its results."""
     with model_file(line.model, models) as model:
         words = shlex.split(line.command.replace("MODEL", shlex.quote(model)))
-        words = [program_of_fork if word == PROGRAM else word for word in words]
+        words = [fork_program if word == PROGRAM else word for word in words]
         program = [sys.executable, "-m"] if words[0] == "glassllama" else [sys.executable]
         rest = words if words[0] == "glassllama" else words[1:]
         with tempfile.TemporaryDirectory() as folder:
@@ -87,10 +87,10 @@ def model_file(model: str, models: Path) -> Iterator[str]:
 
 
 def code() -> str:
-    """The commit that is measured, or "unknown"."""
+    """The commit of the measured code, or "unknown"."""
     words = ["git", "rev-parse", "--short", "HEAD"]
-    asked = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    result = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
 
 
 def warm_up() -> None:
@@ -99,17 +99,17 @@ def warm_up() -> None:
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure_missing(models: Path, again: set[str], program_of_fork: str) -> None:
+def measure_missing(models: Path, again: set[str], fork_program: str) -> None:
     warm_up()
     for line in LINES:
         if line.result.exists() and line.name not in again:
             continue
-        if line.command == BESIDE_IK and not program_of_fork:
+        if line.command == IK_COMMAND and not fork_program:
             continue
         started = time.perf_counter()
         print(f"\n=== {line.name}: {line.command.replace('MODEL', line.model)}", flush=True)
         print(f"load average before: {os.getloadavg()[0]:.2f}", flush=True)
-        measure(line, models, program_of_fork)
+        measure(line, models, fork_program)
         print(f"=== {line.name}: {time.perf_counter() - started:.0f} s", flush=True)
         write_pages()
 
@@ -123,12 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--again", action="append", default=[], metavar="LINE")
-    parser.add_argument("--llama-bench", default="", help="of ik_llama.cpp, to measure beside it")
-    parser.add_argument("--models", type=Path, help="where files of random weights are, or may be")
+    parser.add_argument("--llama-bench", default="", help="path of ik_llama.cpp's program")
+    parser.add_argument("--models", type=Path, help="folder for files of random weights")
     flags = parser.parse_args()
     unknown = set(flags.again) - {line.name for line in LINES}
     if unknown:
-        sys.exit(f"{', '.join(unknown)}: the lines are {', '.join(line.name for line in LINES)}")
+        sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(line.name for line in LINES)}")
     if flags.measure:
         with tempfile.TemporaryDirectory() as folder:
             models = flags.models or Path(folder)

@@ -1,4 +1,4 @@
-"""The measurements of the speed record, their targets, and the pages made of them (see record.py).
+"""The measurements of the speed record, their targets, and the pages with the results (record.py).
 
 `page` is benchmarks/RECORD.md; `speed_block` is the table of the README.
 """
@@ -19,9 +19,9 @@ DEFAULT, PADDED = "smollm2-135m", "padded"
 BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
 MORE = "--prompt 512 --batch 1,8"
 LONG = "--prompt 512 --context 4096 --runs 2 --new 32 --vs llama.cpp"
-# ik_llama.cpp is in no package: its `llama-bench` must have been built (record.py --llama-bench).
+# No package contains ik_llama.cpp: build its `llama-bench` first (record.py --llama-bench).
 PROGRAM = "llama-bench"
-BESIDE_IK = (
+IK_COMMAND = (
     f"python benchmarks/llama_bench.py {PROGRAM} MODEL --flags='-rtr 1' "
     "--name 'ik_llama.cpp 8337e4c'"
 )
@@ -42,13 +42,13 @@ class Line:
         return RESULTS / f"{self.name}.json"
 
 
-def titled(model: str) -> str:
+def title_of(model: str) -> str:
     shape, _, kind = model.partition("-")
     return "The default model, Q4_1" if model == DEFAULT else f"{shape.upper()} shape, {kind}"
 
 
 def bench(model: str, options: str, *, more: str = "") -> Line:
-    title = titled(model)
+    title = title_of(model)
     name, title = (f"{model}-{more}", f"{title}, {more}") if more else (model, title)
     return Line(name, model, f"glassllama bench MODEL {options}", title)
 
@@ -61,7 +61,7 @@ LINES = (
     bench("1b-BF16", f"{MORE} --new 32 --vs llama.cpp"),
     bench("1b-Q4_0", LONG, more="long"),
     *(bench(f"8b-{kind}", LARGE) for kind in ("Q4_0", "Q4_K_M")),
-    Line("neighbour", DEFAULT, "python benchmarks/neighbour.py MODEL", "Beside a busy process"),
+    Line("busy-core", DEFAULT, "python benchmarks/busy_core.py MODEL", "With another busy process"),
     *(
         Line(name, model, "python benchmarks/fidelity.py MODEL", title)
         for name, model, title in (
@@ -70,7 +70,7 @@ LINES = (
         )
     ),
     *(
-        Line(f"ik-{model}", model, BESIDE_IK, titled(model))
+        Line(f"ik-{model}", model, IK_COMMAND, title_of(model))
         for model in (
             DEFAULT,
             *(f"135m-{kind}" for kind in ("Q4_0", "Q8_0", "BF16")),
@@ -83,7 +83,7 @@ LINES = (
 
 @dataclass(frozen=True)
 class Target:
-    """Least ratio to the fastest peer, least share of the bound; `either`: one suffices."""
+    """Minimum ratio to the fastest peer and minimum share of the bound; `either`: one suffices."""
 
     ratio: float
     share: float | None = None
@@ -140,21 +140,21 @@ Written by `python benchmarks/record.py` from the results in `benchmarks/results
 `python benchmarks/record.py --measure` measures those that are missing.
 
 All speeds are medians in tokens per second. Prompts are random tokens; speculation is off.
-llama.cpp reads the same file with the same number of threads in the same process, and the two are
-measured in turns. *as stored* is llama.cpp without repacking weights for the processor. A ratio
+llama.cpp loads the same file with the same number of threads in the same process, and the two are
+measured alternately. *as stored* is llama.cpp without repacking weights for the processor. A ratio
 compares with the faster of the two.
 
 The bound of a decode step is the speed at which these threads read memory, measured in the same run
-with a compiled loop. The bound of a prefill is the processor's best dot product for such numbers
-(the first that is named) on data in the nearest cache. Files named after a shape contain random
-weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
+with a compiled loop. The bound of a prefill is the processor's fastest dot product for this number
+format (the first that is named) on data in the first-level cache. Files named after a shape contain
+random weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
 
 The target of a decode step is met by its ratio **or** by its share of the bound, because memory
 speed varies on a machine that is shared. ik_llama.cpp, the fastest fork known, has its own table.
 """
 PADDED_MODEL = (
-    "The default model, padded with zeros because K-quants need rows of a multiple of 256 "
-    "(`python benchmarks/padded.py`), quantized by llama.cpp. "
+    "The default model, padded with zeros because K-quants need row lengths that are multiples of "
+    "256 (`python benchmarks/padded.py`), quantized by llama.cpp. "
 )
 MISSING = "\nNot measured yet: {}.\n"
 
@@ -174,13 +174,13 @@ def page() -> str:
     parts = [HEAD, MISSING.format(", ".join(missing)) if missing else ""]
     parts += [machine_part(lines, results)] if lines else []
     benches = [line for line in lines if "rows" in results[line.name]["result"]]
-    beside = [line for line in benches if line.command == BESIDE_IK]
-    benches = [line for line in benches if line.name != "neighbour" and line not in beside]
+    forks = [line for line in benches if line.command == IK_COMMAND]
+    benches = [line for line in benches if line.name != "busy-core" and line not in forks]
     parts += [bench_part(line, results[line.name]["result"]) for line in benches]
-    if "neighbour" in results:
-        parts.append(neighbour_part(results["neighbour"]["result"]))
-    if beside:
-        parts.append(beside_part({line: results[line.name]["result"] for line in beside}))
+    if "busy-core" in results:
+        parts.append(busy_core_part(results["busy-core"]["result"]))
+    if forks:
+        parts.append(fork_part({line: results[line.name]["result"] for line in forks}))
     measured = [line for line in lines if line.name.startswith("fidelity")]
     parts += [fidelity_part(line, results[line.name]["result"]) for line in measured]
     return "".join(parts)
@@ -193,7 +193,7 @@ BLOCK = re.compile(r"(<!-- speed: .*? -->\n).*?(<!-- end of speed -->)", re.DOTA
 
 
 def speed_block() -> str:
-    """The table of the README: reading a prompt of 512 tokens, and generating an answer."""
+    """The table of the README: prefill of 512 tokens, and decode of an answer."""
     results = read_results()
     rows, dates, machines, peers = [], set(), set(), set()
     for name in IN_README:
@@ -234,7 +234,7 @@ def single_row(result: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def readme() -> str:
-    """The README with its table made anew."""
+    """The README with an up-to-date table."""
     text = README.read_text(encoding="utf-8")
     return BLOCK.sub(lambda match: match[1] + speed_block() + match[2], text)
 
@@ -278,7 +278,7 @@ def bench_part(line: Line, r: dict[str, Any]) -> str:
     tail = (
         f"\n{r['bytes_per_token'] / 1e6:,.1f} MB read per token, memory {r['bandwidth'] / 1e9:.1f} "
         f"GB/s: bound {r['bound_tok_s']:,.0f} tok/s. Tier {r['tier']}, {r['threads']} threads, "
-        f"medians of {r['runs']}. GOP/s at best: {peaks}.\n"
+        f"medians of {r['runs']}. Peak GOP/s: {peaks}.\n"
     )
     first = f"Load {r['load_s']:.2f} s, first token {r['first_token_s']:.2f} s"
     for peer in r["peers"]:
@@ -297,7 +297,7 @@ def first_token_verdict(r: dict[str, Any]) -> str:
     theirs = min(peer["load_s"] + peer["first_token_s"] for peer in r["peers"])
     met = ours <= FIRST_TOKEN_S and ours <= theirs
     return (
-        f". Target: at most {FIRST_TOKEN_S} s in all, and llama.cpp's {theirs:.2f} s or less: "
+        f". Target: at most {FIRST_TOKEN_S} s in total, and at most llama.cpp's {theirs:.2f} s: "
         f"{ours:.2f} s, {'met' if met else '**not met**'}.\n"
     )
 
@@ -322,39 +322,39 @@ def bench_cells(line: Line, r: dict[str, Any], row: dict[str, Any]) -> list[str]
     ]  # fmt: skip
 
 
-def beside_part(results: dict[Line, dict[str, Any]]) -> str:
-    """All files beside the fork: one table."""
+def fork_part(results: dict[Line, dict[str, Any]]) -> str:
+    """One table that compares all files with the fork of llama.cpp."""
     peers = sorted({result["peer"] for result in results.values()})
-    ways = list(next(iter(results.values()))["rows"][0]["peers"])
+    modes = list(next(iter(results.values()))["rows"][0]["peers"])
     rows = []
     for line, result in results.items():
         for row in result["rows"]:
-            aim, share = beside_target(line, row["what"]), None
+            aim, share = fork_target(line, row["what"]), None
             if row["bytes_s"] is not None:
                 share = row["bytes_s"] / result["bandwidth"]
             verdict = ["", ""] if aim is None else [aim.text(), aim.verdict(row["ratio"], share)]
             rows.append([
                 line.title, f"{row['what']} {row['tokens']}", f"{row['tok_s']:,.1f}",
                 "" if share is None else f"{share:.0%}",
-                *(f"{row['peers'][way]:,.1f}" for way in ways), f"{row['ratio']:.2f}", *verdict,
+                *(f"{row['peers'][mode]:,.1f}" for mode in modes), f"{row['ratio']:.2f}", *verdict,
             ])  # fmt: skip
     titles = [
         "",
         "",
         "tok/s>",
         "of the bound>",
-        *(f"`{f'llama-bench {way}'.strip()}`>" for way in ways),
+        *(f"`{f'llama-bench {mode}'.strip()}`>" for mode in modes),
     ]
     return (
-        f"\n## Beside {', '.join(peers)}\n\nThe fastest fork of llama.cpp that is known, built for "
-        "this processor. Its own `llama-bench` and glassllama run in turns on the same files with "
-        "the same number of threads. A ratio compares with the faster of its two modes.\n\n"
-        + table([*titles, "ratio>", "target", ""], rows)
+        f"\n## Comparison with {', '.join(peers)}\n\nThe fastest fork of llama.cpp that is known, "
+        "built for this processor. Its own `llama-bench` and glassllama run alternately on the "
+        "same files with the same number of threads. A ratio compares with the faster of its two "
+        "modes.\n\n" + table([*titles, "ratio>", "target", ""], rows)
     )
 
 
-def beside_target(line: Line, what: str) -> Target | None:
-    """The target of a row beside ik_llama.cpp, or None."""
+def fork_target(line: Line, what: str) -> Target | None:
+    """The target of a row against ik_llama.cpp, or None."""
     shape, _, kind = line.model.partition("-")
     small = line.model == DEFAULT or shape == "135m"
     if what == "prefill":
@@ -364,18 +364,18 @@ def beside_target(line: Line, what: str) -> Target | None:
     return Target(1.4, 0.90, either=True) if kind in ("Q4_0", "Q4_K_M") else None
 
 
-def neighbour_part(r: dict[str, Any]) -> str:
+def busy_core_part(r: dict[str, Any]) -> str:
     rows = [
-        [row["name"], f"{row['alone']:,.1f}", f"{row['beside']:,.1f}", f"{row['lost']:.0%}"]
+        [row["name"], f"{row['alone']:,.1f}", f"{row['with_load']:,.1f}", f"{row['lost']:.0%}"]
         for row in r["rows"]
     ]
     ours, *theirs = (row["lost"] for row in r["rows"])
     met = "met" if ours <= min(theirs) else "**not met**"
     return (
-        "\n## Beside a busy process\n\nDecode of the default model while another process keeps one "
-        "of the two cores busy.\n\n"
-        + table(["", "alone, tok/s>", "beside it, tok/s>", "lost>"], rows)
-        + f"\nTarget: a share lost no larger than llama.cpp's: {met}.\n"
+        "\n## With another busy process\n\nDecode of the default model while another process keeps "
+        "one of the two cores busy.\n\n"
+        + table(["", "alone, tok/s>", "with it, tok/s>", "lost>"], rows)
+        + f"\nTarget: lose no larger share than llama.cpp: {met}.\n"
     )
 
 
@@ -397,8 +397,9 @@ def fidelity_part(line: Line, r: dict[str, Any]) -> str:
         + table(["", "over>", "glassllama>", "llama.cpp>", "difference>", ""], rows)
         + f"\nPerplexity of the LICENSE file, {r['tokens']:,} tokens in windows of 512: exact "
         f"{perplexity['exact']:.4f}, glassllama {perplexity['ours']:.4f}, llama.cpp "
-        f"{perplexity['llama.cpp']:.4f}. Ours to theirs {perplexity['more']:+.2%}, standard error "
-        f"{perplexity['error']:.2%}. Target: within 0.1% of llama.cpp's, or better: {near}.\n"
+        f"{perplexity['llama.cpp']:.4f}. glassllama relative to llama.cpp: "
+        f"{perplexity['more']:+.2%}, standard error {perplexity['error']:.2%}. "
+        f"Target: within 0.1% of llama.cpp's, or better: {near}.\n"
     )
 
 

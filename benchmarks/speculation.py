@@ -1,11 +1,11 @@
-"""What guessing ids by looking them up in the text gains, and that it changes no id.
+"""Speed of speculation by prompt lookup, and a check that it changes no answer.
 
     python benchmarks/speculation.py [MODEL] [--rounds 5] [--max-tokens 160] [--out FILE.jsonl]
 
-Each prompt is answered with guesses and without, in turns, greedily and at temperature 0.6. The
-table has the best tokens per second of each over the rounds (other programs only ever slow a run
-down), what share of the guessed ids were right, and how many ids a step made. One JSON line at the
-end, appended to --out. Exit 1 if any answer differs.
+Each prompt is answered with and without speculation, alternately, greedily and at temperature 0.6.
+The table has the best tokens per second over the rounds (other programs can only slow a run down),
+the share of guessed ids that were accepted, and the ids per step. Prints one line of JSON at the
+end and appends it to --out. Exit code 1 if any answer differs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PROMPTS = {
         f"Repeat this text word for word:\n\n{STORY}",
         f"Correct the spelling of this text, and change nothing else:\n\n{STORY}",
     ],
-    "summing up": [
+    "summarizing": [
         f"Summarize this text in three sentences:\n\n{STORY}",
         f"Who was Jonas Pell? Answer from this text, and quote it:\n\n{STORY}",
     ],
@@ -67,7 +67,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 class DifferentAnswerError(Exception):
-    """Guessing has changed an answer."""
+    """Speculation has changed an answer."""
 
 
 def answer(llm: LLM, prompt: str, limit: int, speculation: bool, options: dict[str, Any]) -> Any:
@@ -75,16 +75,16 @@ def answer(llm: LLM, prompt: str, limit: int, speculation: bool, options: dict[s
 
 
 def compare(llm: LLM, prompt: str, limit: int, rounds: int, options: dict[str, Any]) -> Any:
-    """Seconds per token without and with guesses, and the counts of the latter."""
-    plain, guessing = [], []
+    """Seconds per token without and with speculation, and the counts of the latter."""
+    plain, speculative = [], []
     for _ in range(rounds):
         one = answer(llm, prompt, limit, False, options)
         other = answer(llm, prompt, limit, True, options)
         if one.ids != other.ids:
             raise DifferentAnswerError(prompt)
         plain.append(one.timings.decode_s)
-        guessing.append(other.timings.decode_s)
-    return min(plain), min(guessing), other.timings
+        speculative.append(other.timings.decode_s)
+    return min(plain), min(speculative), other.timings
 
 
 def row(llm: LLM, kind: str, sampling: str, limit: int, rounds: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def row(llm: LLM, kind: str, sampling: str, limit: int, rounds: int) -> dict[str
         "sampling": sampling,
         "tokens": tokens,
         "tok_s": tokens / sum(plain for plain, *_ in results),
-        "tok_s_speculation": tokens / sum(guessing for _, guessing, _ in results),
+        "tok_s_speculation": tokens / sum(speculative for _, speculative, _ in results),
         "drafted": drafted,
         "accepted": accepted,
         "tokens_per_step": tokens / (tokens - accepted),
@@ -122,26 +122,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     llm = load(given.model)
-    answer(llm, PROMPTS["quoting"][0], 32, True, {})  # compiled and warm
-    print("prompts     sampling            tok/s guessing  ratio  guessed   right ids/step")
+    answer(llm, PROMPTS["quoting"][0], 32, True, {})  # compiles and warms up
+    print("prompts     sampling            tok/s    specul.  ratio  guessed accepted ids/step")
     rows = []
     for kind in PROMPTS:
         for sampling in SAMPLING:
             rows.append(row(llm, kind, sampling, given.max_tokens, given.rounds))
             print(line(rows[-1]), flush=True)
-    told = {
+    result = {
         "benchmark": "speculation", "version": __version__, "model": llm.name,
         "machine": platform.processor() or platform.machine(), "rounds": given.rounds,
         "rows": rows,
     }  # fmt: skip
-    print(json.dumps(told))
+    print(json.dumps(result))
     if given.out is not None:
         with given.out.open("a") as file:
-            file.write(json.dumps(told) + "\n")
+            file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
     try:
         main()
     except DifferentAnswerError as difference:
-        sys.exit(f"guessing has changed the answer to: {difference}")
+        sys.exit(f"speculation changed the answer to this prompt: {difference}")

@@ -1,10 +1,11 @@
-"""Where the time of a step goes: matrices, what is between them, and Python.
+"""Profile of a step: matrix products, everything between them, and Python.
 
     python benchmarks/step_profile.py [MODEL]       (default: smollm2-135m)
 
-The same steps are taken twice: as they are, and with every matrix kernel replaced by one that does
-nothing. What is left then are norms, attention, quantisation, and the threads' meetings. Medians,
-all threads; beside the matrices stands their bound, bytes by bandwidth or operations by peak.
+Each step runs twice: unchanged, and with every matrix kernel replaced by one that does nothing. The
+second time measures norms, attention, quantization and thread synchronization. Medians, all
+threads. The last column is the bound of the matrix products: bytes / bandwidth for decode,
+operations / peak for prefill.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from rows import Rows
 
 TOKENS, RUNS = 64, 5
-KERNEL_FORM = numba.void(*[numba.int64] * 12)  # see native/engine/gemm_plain.py
+KERNEL_SIGNATURE = numba.void(*[numba.int64] * 12)  # see native/engine/gemm_plain.py
 
 
-@numba.cfunc(KERNEL_FORM)
-def nothing(a, b, c, d, e, f, g, h, i, j, k, m):
+@numba.cfunc(KERNEL_SIGNATURE)
+def empty_kernel(a, b, c, d, e, f, g, h, i, j, k, m):
     pass
 
 
-class Watched:
+class TimedEngine:
     """An engine whose native calls are timed."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.native = engine, 0.0
         self._run, engine._run = engine._run, self._timed
 
-    def _timed(self, *orders: int) -> None:
+    def _timed(self, *step_args: int) -> None:
         started = time.perf_counter()
-        self._run(*orders)
+        self._run(*step_args)
         self.native += time.perf_counter() - started
 
     def seconds(self, work: Callable[[Any], None], runs: int) -> tuple[float, float]:
-        """Medians of the whole and of the native calls in it; nothing is found in the cache."""
+        """Median seconds in total and within native calls, without reuse from the prefix cache."""
         whole, native = [], []
         for _ in range(runs):
             self.native, started = 0.0, time.perf_counter()
@@ -58,14 +59,14 @@ class Watched:
         return median(whole), median(native)
 
 
-def fresh(engine: Any, count: int) -> list[int]:
+def random_ids(engine: Any, count: int) -> list[int]:
     return np.random.default_rng().integers(0, engine.config.vocab_size, count).tolist()
 
 
 def decoding(after: int) -> Callable[[Any], Callable[[Any], None]]:
     def prepare(engine: Any) -> Callable[[Any], None]:
         cache = Rows(engine)
-        cache.next_logits([fresh(engine, after)])
+        cache.next_logits([random_ids(engine, after)])
 
         def one(engine: Any) -> None:
             cache.next_logits([[7]])
@@ -78,7 +79,7 @@ def decoding(after: int) -> Callable[[Any], Callable[[Any], None]]:
 
 def reading(count: int) -> Callable[[Any], Callable[[Any], None]]:
     def prepare(engine: Any) -> Callable[[Any], None]:
-        return lambda engine: Rows(engine).next_logits([fresh(engine, count)])
+        return lambda engine: Rows(engine).next_logits([random_ids(engine, count)])
 
     return prepare
 
@@ -87,7 +88,7 @@ def main() -> None:
     engine: Any = load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m").executor
     weights = engine.weights.matrices
     size, numbers = sum(m.nbytes for m in weights), sum(m.rows * m.columns for m in weights)
-    layers = sum(m.rows * m.columns for m in weights[:-1])  # logits are wanted of the last token
+    layers = sum(m.rows * m.columns for m in weights[:-1])  # logits only of the last token
     bandwidth, best = read_bandwidth(min(size, 1 << 30), engine.threads), peaks(engine.threads)
     integers = not any(m.weight_type.is_float for m in weights)
     peak = {name: rate for name, rate in best.items() if name.startswith("int8") == integers}
@@ -99,18 +100,18 @@ def main() -> None:
             reading(512), RUNS, 2 * (512 * layers + numbers - layers) / peak[fastest],
         ),
     }  # fmt: skip
-    watched, table = Watched(engine), engine._workspace.tables["matrices"]
+    timed, table = TimedEngine(engine), engine._workspace.tables["matrices"]
     print(f"{engine.threads} threads, {size / 1e6:.0f} MB of matrices, memory read at "
           f"{bandwidth / 1e9:.1f} GB/s, {fastest} {peak[fastest] / 1e9:.0f} GOP/s")  # fmt: skip
-    print(f"{'milliseconds':22}{'whole':>9}{'Python':>9}{'between':>9}{'matrices':>10}{'bound':>9}")
+    print(f"{'milliseconds':22}{'total':>9}{'Python':>9}{'between':>9}{'matrices':>10}{'bound':>9}")
     for name, (prepare, runs, bound) in works.items():
         work = prepare(engine)
         work(engine)
-        whole, native = watched.seconds(work, runs)
-        kept = table[:-1, KERNEL].copy()
-        table[:-1, KERNEL] = nothing.address
-        _, between = watched.seconds(work, runs)
-        table[:-1, KERNEL] = kept
+        whole, native = timed.seconds(work, runs)
+        kernels = table[:-1, KERNEL].copy()
+        table[:-1, KERNEL] = empty_kernel.address
+        _, between = timed.seconds(work, runs)
+        table[:-1, KERNEL] = kernels
         parts = (whole, whole - native, between, native - between, bound)
         print(
             f"{name:22}"

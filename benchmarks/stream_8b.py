@@ -1,18 +1,20 @@
-"""An 8B model on a small machine: 16 GB of weights, one prompt, one layer in memory at a time.
+"""Run an 8B model with 16 GB of weights and one layer in memory at a time.
 
     python benchmarks/stream_8b.py [--format safetensors|pth|gguf] [--layers 32] [--folder /tmp]
 
 Writes a checkpoint of Llama 3 8B's shape in bfloat16 to a temporary folder, runs a prompt of 17
-tokens through it in a fresh process, and prints the peak of memory (mapped pages included), the
-seconds, and as their bound the bytes read over the speed at which this file can be read. Cold is
-after asking the system to forget the file, warm is the run after that. Without --format all three
-formats, one after the other. Needs 16.1 GB of disk. One JSON line a format; exit 1 over 1.5 GB.
+tokens through it in a new process, and prints the peak memory (including mapped pages), the
+seconds, and their bound: bytes read / speed at which this file can be read. "cold": the system was
+asked to drop the file from its page cache; "warm": the next run. Without --format all three formats
+run, one after the other. Needs 16.1 GB of disk. Prints one line of JSON per format; exit code 1 if
+the peak is over 1.5 GB.
 
-The file is really written, no hole: foreign writers (torch.save, the gguf package; safetensors by
-its specification) say where each tensor lies, then every tensor is filled from one block of normal
-numbers, each from another place in it, so that no two layers are alike. Norms are ones. So the
-activations are ordinary numbers, and the predicted token means nothing; it differs between formats
-because q and k rows, the same here, are read as halves from one and as pairs from the others.
+The file contains real data, no holes. torch.save, the gguf package, or code that follows the
+specification of safetensors writes the header with the offset of each tensor. Every tensor is then
+filled from one block of normal numbers, from a different position, so that no two layers are equal.
+Norm weights are ones, so the activations are of normal size. The predicted token has no meaning. It
+differs between formats: the stored rows of q and k are the same, but safetensors uses the RoPE
+layout "half" and the others "interleaved".
 """
 
 from __future__ import annotations
@@ -40,37 +42,37 @@ LLAMA_3_8B = {
 PROMPT = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374,
           220]  # fmt: skip
 TEXT = "the answer to the ultimate question of life, the universe, and everything is "
-NUMBERS = (1 << 24) + 4099  # no multiple of any row, so that rows differ
-SPREAD = 0.02  # standard deviation, as models of this size are begun with
-BAR = 1.5e9  # bytes of peak memory
+NUMBERS = (1 << 24) + 4099  # not a multiple of any row length, so that rows differ
+SPREAD = 0.02  # standard deviation, usual for the initialization of such models
+MAX_PEAK = 1.5e9  # bytes of memory
 ONE = b"\x80\x3f"  # 1.0 as bfloat16
-STRIDE = 2 * 1_000_003  # bytes from where one tensor begins in the block to where the next does
+STRIDE = 2 * 1_000_003  # bytes between the positions in the block of two tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(layers: int) -> Shapes:
-    """Our tensor names and shapes; the writers below translate the names."""
+    """glassllama's tensor names and shapes; the writers below translate the names."""
     from glassllama.weights.architectures.llama import LLAMA
 
     values = {**LLAMA_3_8B, "num_hidden_layers": layers}
     return LLAMA.shapes(LLAMA.config_from_hf(values).config)
 
 
-def named(shapes: Shapes, family: Any, layers: int) -> Shapes:
+def rename(shapes: Shapes, names: Any, layers: int) -> Shapes:
     from glassllama.weights.architectures.llama import LLAMA
 
     config = LLAMA.config_from_hf({**LLAMA_3_8B, "num_hidden_layers": layers}).config
-    table = {tensor.ours: tensor.theirs for tensor in LLAMA.tensors(config, family)}
+    table = {tensor.ours: tensor.theirs for tensor in LLAMA.tensors(config, names)}
     return {table[ours]: shape for ours, shape in shapes.items()}
 
 
 def empty_safetensors(folder: Path, layers: int) -> Path:
-    """config.json and a header, then nothing: 8 bytes of length, JSON, the data."""
+    """config.json, and a file with a header and no data yet: 8 bytes of length, JSON, the data."""
     config = {**LLAMA_3_8B, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, shape in named(shapes_of(layers), "hf", layers).items():
+    for name, shape in rename(shapes_of(layers), "hf", layers).items():
         start, end = end, end + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -81,15 +83,15 @@ def empty_safetensors(folder: Path, layers: int) -> Path:
 
 
 def empty_pth(folder: Path, layers: int) -> Path:
-    """params.json and what torch.save writes when told to leave out the data."""
+    """params.json, and a file written by torch.save without the data."""
     import torch
 
     params = {"dim": 4096, "n_layers": layers, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5,
               "vocab_size": 128_256, "multiple_of": 1024, "ffn_dim_multiplier": 1.3,
               "rope_theta": 500_000.0}  # fmt: skip
     (folder / "params.json").write_text(json.dumps(params))
-    shapes = named(shapes_of(layers), "meta", layers)
-    # Memory that nobody touches is no memory yet: these 16 GB are a promise only.
+    shapes = rename(shapes_of(layers), "meta", layers)
+    # These 16 GB are never written to, so the system allocates no physical memory for them.
     state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     with torch.serialization.skip_data():
         torch.save(state, folder / "consolidated.00.pth")
@@ -112,7 +114,7 @@ def empty_gguf(folder: Path, layers: int) -> Path:
     writer.add_rope_freq_base(500_000.0)
     writer.add_vocab_size(128_256)
     end = 0
-    for name, shape in named(shapes_of(layers), "gguf", layers).items():
+    for name, shape in rename(shapes_of(layers), "gguf", layers).items():
         nbytes = 2 * int(np.prod(shape))
         writer.add_tensor_info(name, shape, np.dtype(np.float16), nbytes, raw_dtype=bfloat16)
         end += -(-nbytes // 32) * 32
@@ -132,7 +134,7 @@ EMPTY: dict[str, Callable[[Path, int], Path]] = {
 
 
 def fill(path: Path) -> tuple[int, int]:
-    """Give every tensor its numbers, on the disk -> bytes of all, and bytes that a pass reads."""
+    """Write the numbers of every tensor -> bytes of all tensors, and bytes that a pass reads."""
     import ml_dtypes
 
     from glassllama.weights.checkpoint import open_checkpoint
@@ -154,21 +156,22 @@ def fill(path: Path) -> tuple[int, int]:
                 start, left = 0, left - wrote
             os.fsync(file.fileno())
     total = sum(info.nbytes for info in infos.values())
-    return total, total - infos["tok_embeddings.weight"].nbytes  # of these a row a token
+    # A pass reads only one row per token of the embeddings.
+    return total, total - infos["tok_embeddings.weight"].nbytes
 
 
-def forget(path: Path) -> None:
-    """Ask the system to drop the file from its cache, so that the disk is measured."""
+def drop_page_cache(path: Path) -> None:
+    """Ask the system to drop the file from its page cache, so that the disk is measured."""
     for file in [path] if path.is_file() else path.iterdir():
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bandwidth(path: Path) -> float:
-    """Bytes per second of reading the largest file from front to end, its cache forgotten."""
+    """Bytes per second of reading the largest file once, without the page cache."""
     largest = max([path] if path.is_file() else path.iterdir(), key=lambda p: p.stat().st_size)
     buffer = bytearray(1 << 23)
-    forget(path)
+    drop_page_cache(path)
     with largest.open("rb", buffering=0) as file:
         started, total = time.perf_counter(), 0
         while count := file.readinto(buffer):
@@ -176,20 +179,20 @@ def bandwidth(path: Path) -> float:
     return total / (time.perf_counter() - started)
 
 
-def high_water() -> int:
-    """Most bytes this process has had, mapped pages included (Linux)."""
+def peak_memory() -> int:
+    """Peak resident bytes of this process, including mapped pages (Linux)."""
     status = Path("/proc/self/status").read_text()
     return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
 
 
-def walk(path: Path) -> dict[str, Any]:
-    """One prompt through one checkpoint, in this process."""
+def forward(path: Path) -> dict[str, Any]:
+    """One forward pass of the prompt through a checkpoint, in this process."""
     import torch
 
     from glassllama.weights.checkpoint import open_checkpoint
     from glassllama.weights.stream import StreamedLlama
 
-    imported = high_water()
+    imported = peak_memory()
     model = StreamedLlama(open_checkpoint(path))
     started = time.perf_counter()
     with torch.inference_mode():
@@ -199,7 +202,7 @@ def walk(path: Path) -> dict[str, Any]:
     assert logits.isfinite().all()
     return {
         "seconds": round(seconds, 2),
-        "peak_gb": round(high_water() / 1e9, 3),
+        "peak_gb": round(peak_memory() / 1e9, 3),
         "imports_gb": round(imported / 1e9, 3),
         "hidden_rms": round(h.float().square().mean().sqrt().item(), 4),
         "next": logits[0, -1].argmax().item(),
@@ -207,16 +210,16 @@ def walk(path: Path) -> dict[str, Any]:
 
 
 def walkthrough(path: Path) -> dict[str, Any]:
-    """All 18 steps, as a user takes them: the same prompt as text, with Meta's own vocabulary."""
+    """Run the `walkthrough` command, 18 steps: the same prompt as text, with Meta's vocabulary."""
     from importlib.util import find_spec
 
     wheel = find_spec("llama_models")
     if wheel is None or wheel.submodule_search_locations is None:
-        sys.exit("--walkthrough takes the vocabulary from the package llama-models: install it")
+        sys.exit("--walkthrough needs the vocabulary in llama-models: pip install llama-models")
     shutil.copy(Path(wheel.submodule_search_locations[0]) / "llama3" / "tokenizer.model", path)
     command = [sys.executable, "-m", "glassllama", "walkthrough", TEXT, "-m", str(path),
                "--stream-layers", "--layer", "2", "--head", "5"]  # fmt: skip
-    forget(path)
+    drop_page_cache(path)
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as shown:
         running = subprocess.Popen(command, stdout=shown)
@@ -228,13 +231,13 @@ def walkthrough(path: Path) -> dict[str, Any]:
     assert (status, steps) == (0, 18), f"status {status} after {steps} steps"
     return {
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 3),  # resident, mapped pages included
+        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 3),  # resident, including mapped pages
         "checks": checks,
     }
 
 
 def estimate(path: Path, speed: float) -> dict[str, float]:
-    """The memory that weights/memory.py expects, and the time to read the file once."""
+    """The memory estimated by weights/memory.py, and the time to read the file once."""
     from glassllama.weights.checkpoint import open_checkpoint
     from glassllama.weights.memory import estimate_memory
 
@@ -244,25 +247,25 @@ def estimate(path: Path, speed: float) -> dict[str, float]:
     return {"peak_gb": round(peak / 1e9, 3), "seconds": round(nbytes / speed, 2)}
 
 
-def measure(form: str, layers: int, folder: Path, walked: bool) -> dict[str, Any]:
+def measure(form: str, layers: int, folder: Path, with_walkthrough: bool) -> dict[str, Any]:
     path = EMPTY[form](folder, layers)
     started = time.perf_counter()
     total, nbytes = fill(path)
     written = time.perf_counter() - started
     speed = bandwidth(path)
-    forget(path)
+    drop_page_cache(path)
     planned = estimate(path, speed)
     results = {}
     for state in ("cold", "warm"):
         if state == "cold":
-            forget(path)
+            drop_page_cache(path)
         done = subprocess.run(
-            [sys.executable, __file__, "--walk", str(path)], capture_output=True, text=True
+            [sys.executable, __file__, "--forward", str(path)], capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(done.stderr)
         results[state] = json.loads(done.stdout)
-    if walked:
+    if with_walkthrough:
         results["walkthrough"] = walkthrough(path)
     return {
         "format": form,
@@ -281,17 +284,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--format", choices=tuple(EMPTY))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="where the 16 GB may lie for a while")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary files of 16 GB")
     parser.add_argument(
-        "--walkthrough", action="store_true", help="take the 18 steps, too (with --format pth)"
+        "--walkthrough", action="store_true", help="also run the walkthrough (with --format pth)"
     )
-    parser.add_argument("--walk", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--forward", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.walk:
-        print(json.dumps(walk(arguments.walk)))
+    if arguments.forward:
+        print(json.dumps(forward(arguments.forward)))
         return 0
     if arguments.walkthrough and arguments.format != "pth":
-        parser.error("--walkthrough needs a vocabulary beside the weights: --format pth")
+        parser.error("--walkthrough needs --format pth, the only format with a vocabulary")
     peaks = []
     for form in [arguments.format] if arguments.format else EMPTY:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -302,12 +305,12 @@ def main() -> int:
             print(f"{form:12} {state}  peak {run['peak_gb']:.2f} GB   {run['seconds']:6.1f} s   "
                   f"bound {result['bound_s']:6.1f} s ({result['gb_read']} GB at "
                   f"{result['disk_gb_s']} GB/s)")  # fmt: skip
-        if walked := result.get("walkthrough"):
-            peaks.append(walked["peak_gb"] * 1e9)
-            print(f"{form:12} walk  peak {walked['peak_gb']:.2f} GB   {walked['seconds']:6.1f} s   "
-                  f"{walked['checks']} checks passed")  # fmt: skip
+        if steps := result.get("walkthrough"):
+            peaks.append(steps["peak_gb"] * 1e9)
+            print(f"{form:12} steps peak {steps['peak_gb']:.2f} GB   {steps['seconds']:6.1f} s   "
+                  f"{steps['checks']} checks passed")  # fmt: skip
         print(json.dumps(result))
-    return 0 if max(peaks) <= BAR else 1
+    return 0 if max(peaks) <= MAX_PEAK else 1
 
 
 if __name__ == "__main__":

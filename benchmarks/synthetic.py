@@ -1,17 +1,18 @@
-"""GGUF models of Llama 3's shapes with random weights, to measure what no licence lets us carry.
+"""GGUF models with random weights in the shapes of models whose license forbids redistribution.
 
     python benchmarks/synthetic.py FOLDER [--shape 135m|1b|8b] [--type Q4_K_M] [--layers N]
 
 Writes FOLDER/SHAPE-TYPE.gguf tensor by tensor with the `gguf` package and prints its path. The
-vocabulary is Meta's for Llama 3 where the `llama-models` wheel is installed, else SmolLM2's out of
-the default model, and then the model has as many rows of embeddings as that.
+vocabulary is Llama 3's if the `llama-models` wheel is installed, otherwise that of SmolLM2 (the
+default model), with fewer rows of embeddings.
 
-Numbers are normal, as wide as a trained model's: outputs of a matrix are about as large as its
-inputs, and what the layers add to the residual stream does not grow with their number. So logits
-are finite and of ordinary size, and mean nothing. Types that `gguf` can quantise are quantised by
-it, from one stretch of normal numbers; it cannot write K types, so their blocks are put together
-here: random codes, scales and minima whose numbers have the same width and no mean. Every tensor
-is cut from one such stretch at a place of its own and its scales are multiplied by its width.
+Numbers are normally distributed with the standard deviation of a trained model: outputs of a matrix
+are about as large as its inputs, and the sum of what the layers add to the residual stream does not
+depend on the number of layers. So logits are finite and of normal size, but have no meaning. The
+`gguf` package quantizes one pool of normal numbers to the types that it can write. It cannot write
+K types, so their blocks are made here: random codes, scales and minima that give the same standard
+deviation and a mean of zero. Every tensor is cut from a pool at its own offset, and its scales are
+multiplied by its standard deviation.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig
-from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE
+from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE
 from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
 from glassllama.weights.architectures.llama import LLAMA
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
-POOL = (1 << 24) + (1 << 12) * 37  # numbers in the stretch; no multiple of a tensor's size
-LOGIT_WIDTH = 2.0  # standard deviation of the logits, by way of the last norm
+POOL = (1 << 24) + (1 << 12) * 37  # numbers in the pool; not a multiple of a tensor's size
+LOGIT_WIDTH = 2.0  # standard deviation of the logits, set by the last norm
 SUPERBLOCK = 256
 Raw = NDArray[Any]
 
 
 def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
-    """SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B, with another vocabulary or number of layers if
-    asked for."""
+    """The shape of SmolLM2 135M, Llama 3.2 1B or Llama 3.1 8B, with this vocabulary size and
+    optionally another number of layers."""
     sizes: dict[str, dict[str, Any]] = {
         "135m": {"dim": 576, "n_layers": 30, "head_dim": 64, "ffn_dim": 1536, "n_heads": 9,
                  "n_kv_heads": 3, "tie_embeddings": True, "rope_theta": 100_000.0,
@@ -64,7 +65,7 @@ def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Words:
-    """What a GGUF file says of its vocabulary."""
+    """The vocabulary in the metadata of a GGUF file."""
 
     pre: str
     tokens: list[str]
@@ -75,7 +76,7 @@ class Words:
 
 
 def llama3_words(ranks: Path) -> Words:
-    """Meta's vocabulary as GGUF writes it: tokens in GPT-2's characters, and its merges."""
+    """Meta's vocabulary as stored in GGUF: tokens in GPT-2's byte characters, and the merges."""
     tokens = read_ranks(ranks)
     controls = special_token_names()
     kinds = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(controls)
@@ -95,8 +96,8 @@ def written(token: bytes) -> str:
 
 
 def merges_of(tokens: list[bytes]) -> Iterator[str]:
-    """The pair that each token is made of: what is left of its bytes when only merges before its
-    own are done. Tokens that no merge reaches have none."""
+    """The pair that each token is merged from: its bytes after all merges of a lower rank.
+    A token that no merge produces has none."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for rank, token in enumerate(tokens):
         parts = [bytes([byte]) for byte in token]
@@ -116,17 +117,17 @@ def smollm_words() -> Words:
     from glassllama import hub
     from glassllama.formats.gguf import open_gguf
 
-    said = {
+    metadata = {
         key.removeprefix("tokenizer.ggml."): value
         for key, value in open_gguf(hub.resolve("smollm2-135m")).metadata.items()
     }
     return Words(
-        pre=said["pre"],
-        tokens=[*map(str, said["tokens"])],
-        kinds=[*map(int, said["token_type"])],
-        merges=[*map(str, said["merges"])],
-        bos=int(said["bos_token_id"]),
-        eos=int(said["eos_token_id"]),
+        pre=metadata["pre"],
+        tokens=[*map(str, metadata["tokens"])],
+        kinds=[*map(int, metadata["token_type"])],
+        merges=[*map(str, metadata["merges"])],
+        bos=int(metadata["bos_token_id"]),
+        eos=int(metadata["eos_token_id"]),
     )
 
 
@@ -142,22 +143,22 @@ def best_words() -> Words:
 
 
 class Pool:
-    """One stretch of normal numbers of width 1 in a type, and how to make it wider."""
+    """Normal numbers of standard deviation 1 in one type, from which tensors are cut."""
 
     def __init__(self, kind: str, seed: int = 0, numbers: int = POOL) -> None:
-        chance = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         self.kind = getattr(gguf.GGMLQuantizationType, kind)
         self.block, self.size = gguf.GGML_QUANT_SIZES[self.kind]
         count = numbers // SUPERBLOCK * SUPERBLOCK
         if kind in K_BLOCKS:
-            self.scales, blocks = K_BLOCKS[kind](chance, count // SUPERBLOCK)
+            self.scales, blocks = K_BLOCKS[kind](rng, count // SUPERBLOCK)
         else:
-            normal = chance.standard_normal(count, np.float32)
+            normal = rng.standard_normal(count, np.float32)
             self.scales, blocks = SCALES.get(kind, slice(0)), plain_blocks(normal, kind, self.kind)
         self.blocks = blocks.reshape(-1, self.size)
 
     def cut(self, number: int, shape: tuple[int, ...], width: float) -> Raw:
-        """The bytes of tensor `number`: a stretch of its own, made `width` wide."""
+        """The bytes of tensor `number`: part of the pool, scaled to standard deviation `width`."""
         count = math.prod(shape) // self.block
         start = number * 1_000_003 % len(self.blocks)
         rolled = np.roll(self.blocks, -start, axis=0)
@@ -171,7 +172,7 @@ class Pool:
         return blocks
 
 
-# Where the halves are that a block is multiplied by.
+# The bytes of a block that contain its float16 scales.
 SCALES = {"Q4_0": slice(0, 2), "Q4_1": slice(0, 4), "Q5_0": slice(0, 2), "Q8_0": slice(0, 2)}
 
 
@@ -181,18 +182,18 @@ def plain_blocks(normal: NDArray[np.float32], kind: str, theirs: Any) -> Raw:
     return gguf.quants.quantize(normal.reshape(-1, SUPERBLOCK), theirs).view(np.uint8)
 
 
-def codes(chance: np.random.Generator, blocks: int, bits: int) -> tuple[Raw, float]:
-    """Codes of a normal number each, and their width: (blocks, 256) uint8 around the middle."""
-    width = 2**bits / 5  # so that about one in eighty is beyond the last code
+def codes(rng: np.random.Generator, blocks: int, bits: int) -> tuple[Raw, float]:
+    """Normally distributed codes, (blocks, 256) uint8, and their standard deviation."""
+    width = 2**bits / 5  # so that about one in eighty is clipped
     middle = (2**bits - 1) / 2
-    normal = middle + width * chance.standard_normal((blocks, SUPERBLOCK), np.float32)
+    normal = middle + width * rng.standard_normal((blocks, SUPERBLOCK), np.float32)
     return np.clip(np.rint(normal), 0, 2**bits - 1).astype(np.uint8), width
 
 
-def q4_k(chance: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
-    """d·scale·q − dmin·minimum with minimum = scale and dmin = 7.5 d: no mean. Source: ggml."""
-    q, width = codes(chance, blocks, 4)
-    scales = chance.integers(32, 64, (blocks, 8), np.uint8)
+def q4_k(rng: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
+    """d·scale·q − dmin·minimum with minimum = scale and dmin = 7.5 d: mean 0. Source: ggml."""
+    q, width = codes(rng, blocks, 4)
+    scales = rng.integers(32, 64, (blocks, 8), np.uint8)
     d = np.float32(1 / (47.5 * width))  # 47.5: the mean of the scales
     halves = np.tile(np.array([d, 7.5 * d], np.float16).view(np.uint8), (blocks, 1))
     first, last = scales[:, :4], scales[:, 4:]
@@ -203,10 +204,10 @@ def q4_k(chance: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
     return slice(0, 4), np.concatenate([halves, six_bits, nibbles], 1)
 
 
-def q6_k(chance: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
+def q6_k(rng: np.random.Generator, blocks: int) -> tuple[slice, Raw]:
     """d·scale·(q − 32), sixteen signed scales. Source: ggml."""
-    q, width = codes(chance, blocks, 6)
-    scales = chance.integers(64, 128, (blocks, 16), np.uint8)
+    q, width = codes(rng, blocks, 6)
+    scales = rng.integers(64, 128, (blocks, 16), np.uint8)
     scales[:, ::2] = -scales[:, ::2].view(np.int8).view(np.uint8)  # some are negative in real files
     halves = np.tile(np.array([1 / (95.5 * width)], np.float16).view(np.uint8), (blocks, 1))
     lanes = q.reshape(blocks, 2, 4, 32)
@@ -222,10 +223,10 @@ K_BLOCKS = {"Q4_K": q4_k, "Q6_K": q6_k}
 # --- the file -------------------------------------------------------------------------------------
 
 
-def type_of(name: str, wanted: str, config: LlamaConfig) -> str:
-    """How llama.cpp's Q4_K_M stores a tensor: the output, and half of some others, in Q6_K."""
-    if wanted != "Q4_K_M":
-        return wanted
+def type_of(name: str, kind: str, config: LlamaConfig) -> str:
+    """The type of a tensor in llama.cpp's Q4_K_M: Q6_K for the output and half of some others."""
+    if kind != "Q4_K_M":
+        return kind
     if name == ("tok_embeddings.weight" if config.tie_embeddings else "output.weight"):
         return "Q6_K"
     if name.endswith(("attention.wv.weight", "feed_forward.down.weight")):
@@ -237,7 +238,8 @@ def type_of(name: str, wanted: str, config: LlamaConfig) -> str:
 
 
 def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
-    """Standard deviation: outputs as large as inputs; layers add 1/√(2·layers) each."""
+    """Standard deviation: outputs as large as inputs; each addition to the residual stream is
+    scaled by 1/√(2·layers)."""
     adds = name.endswith(("attention.wo.weight", "feed_forward.down.weight"))
     return 1 / math.sqrt(shape[1] * (2 * config.n_layers if adds else 1))
 
@@ -245,7 +247,7 @@ def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
 def write(
     path: Path, config: LlamaConfig, kind: str, words: Words | None = None, pool: int = POOL
 ) -> Path:
-    """A model of that shape and type; without `words` a file that knows ids only."""
+    """Write a model of that shape and type; without `words` the file has no vocabulary."""
     writer = gguf.GGUFWriter(str(path), "llama")
     describe(writer, config)
     if words is not None:
@@ -263,7 +265,7 @@ def write(
             continue
         pool = pools[kinds[name]]
         nbytes = math.prod(size) // pool.block * pool.size
-        half = np.dtype(np.float16)  # only uint8 would be read as a shape in bytes
+        half = np.dtype(np.float16)  # gguf would take the shape of a uint8 tensor as bytes
         writer.add_tensor_info(theirs[name], size, half, nbytes, raw_dtype=pool.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -308,7 +310,7 @@ def add_words(writer: gguf.GGUFWriter, words: Words) -> None:
 
 
 def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
-    """`rope_freqs.weight`: by what each frequency is divided."""
+    """`rope_freqs.weight`: the divisor of each frequency."""
     if config.rope_scaling is None:
         return None
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim

@@ -1,10 +1,10 @@
-"""One random 1B-shaped Llama in three formats: identical greedy ids, and what loading costs.
+"""The same random 1B Llama in three formats: the greedy ids must be equal; time and memory to load.
 
     python benchmarks/three_formats.py [--layers 16] [--backend engine|torch]
 
-Foreign writers (transformers, torch.save, gguf) write the same bfloat16 weights in three formats;
-each is loaded in a process of its own, exactly (float32), and continued greedily. Prints a table
-and one line of JSON; exit 1 if the ids differ. Needs 8 GB of disk and 8 GB of memory.
+transformers, torch.save and gguf write the same bfloat16 weights in three formats. Each is loaded
+in a new process in float32 and continues a prompt greedily. Prints a table and one line of JSON;
+exit code 1 if the ids differ. Needs 8 GB of disk and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def write_all(folder: Path, layers: int) -> dict[str, Path]:
 
 
 def peak_memory() -> int:
-    """High water of this process in bytes (Linux)."""
+    """Peak resident bytes of this process (Linux)."""
     status = Path("/proc/self/status").read_text()
     return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
 
 
 def continue_one(path: Path, backend: str) -> dict[str, Any]:
-    """Load one checkpoint exactly, continue PROMPT greedily."""
+    """Load one checkpoint in float32 and continue PROMPT greedily."""
     from glassllama.generation import GenerationSettings, generate
     from glassllama.weights.checkpoint import open_checkpoint
 

@@ -1,11 +1,11 @@
-"""How fast text becomes ids, ids become text, and a vocabulary is learned: ours beside others.
+"""Speed of encoding, decoding and training a vocabulary, compared with tiktoken and tokenizers.
 
     python benchmarks/tokenizing.py TEXT... [--ranks tokenizer.model] [--merges 8192] [--repeats 5]
 
 TEXT are files or folders of plain text. Encoding and decoding use Llama 3's vocabulary on one
-thread; `first` is a new encoder that has seen no word yet, `again` one that has seen the text.
-Prints a table and one line of JSON: medians of the repeats, in turns, in wall-clock time and in
-the processor's (which does not count waiting for a busy core).
+thread; `first` uses a new encoder with an empty word cache, `again` one that has encoded the text
+before. Prints a table and one line of JSON: medians of the repeats (alternating between programs),
+as elapsed time and as CPU time ("core", which does not include waiting for a busy core).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Work = dict[str, Callable[[], Any]]
 
 
 def llama3_ranks() -> Path:
-    """The file in the llama-models wheel, found without importing it."""
+    """The tokenizer.model of the llama-models wheel, found without importing it."""
     spec = importlib.util.find_spec("llama_models")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("--ranks: name Meta's tokenizer.model, or pip install llama-models")
+        raise SystemExit("Use --ranks with Meta's tokenizer.model, or pip install llama-models")
     return Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
 
 
@@ -54,7 +54,7 @@ def read(paths: list[Path]) -> str:
 
 
 def medians(work: Work, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each piece of work: wall time and processor time."""
+    """Median seconds of each function: elapsed time and CPU time."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, call in work.items():
@@ -73,24 +73,24 @@ KINDS = ("wall", "core")
 def hf_of(ours: BytePairTokenizer) -> tokenizers.Tokenizer:
     """Llama 3's vocabulary in Hugging Face's library."""
     tokens = tuple(token for token in ours.vocabulary.tokens if token in ours.vocabulary.ids)
-    as_learned = TrainedBPE(tokens, (), tuple(ours.specials), "llama3")
-    return tokenizers.Tokenizer.from_str(json.dumps(hf_document(as_learned)))
+    trained = TrainedBPE(tokens, (), tuple(ours.specials), "llama3")
+    return tokenizers.Tokenizer.from_str(json.dumps(hf_document(trained)))
 
 
-def translating(ours: BytePairTokenizer, text: str, repeats: int) -> Work:
+def coding_work(ours: BytePairTokenizer, text: str, repeats: int) -> Work:
     tik = tiktoken.Encoding(
         "llama3", pat_str=LLAMA3, mergeable_ranks=dict(ours.vocabulary.ids), special_tokens={}
     )
     hf = hf_of(ours)
-    pieces = list(text_chunks(text))  # as Meta's tokenizer cuts
+    pieces = list(text_chunks(text))  # in chunks, as Meta's tokenizer does
     ids = ours.encode_array(text)
     numbers = ids.tolist()
-    new_ones = [CorpusEncoder(ours.vocabulary) for _ in range(repeats)]  # with empty caches
+    new_encoders = [CorpusEncoder(ours.vocabulary) for _ in range(repeats)]  # with empty caches
     assert [id for piece in pieces for id in tik.encode_ordinary(piece)] == numbers
     assert tik.decode(numbers) == ours.decode(numbers) == text
 
     def first() -> None:
-        encoder = new_ones.pop()
+        encoder = new_encoders.pop()
         for piece in pieces:
             encoder(piece)
 
@@ -106,8 +106,8 @@ def translating(ours: BytePairTokenizer, text: str, repeats: int) -> Work:
     }
 
 
-def learning(text: str, merges: int) -> Work:
-    """Learning the same merges from the same words."""
+def training_work(text: str, merges: int) -> Work:
+    """Train the same merges on the same lines with both packages."""
     lines = text.splitlines(keepends=True)
     size = 256 + merges
 
@@ -144,7 +144,7 @@ def main() -> None:
     ours = read_meta_tokenizer(flags.ranks or llama3_ranks(), COMPILED)
     train_bpe(["compile before measuring"], 256, backend=COMPILED)
     seconds = medians(
-        translating(ours, text, flags.repeats) | learning(text, flags.merges), flags.repeats
+        coding_work(ours, text, flags.repeats) | training_work(text, flags.merges), flags.repeats
     )
     print(f"{megabytes:.2f} MB\n{'':20} {'wall s':>8} {'core s':>8} {'MB/s':>8} {'MB/s core':>10}")
     for name, taken in seconds.items():

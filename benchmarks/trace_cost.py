@@ -1,9 +1,9 @@
-"""Cost of tracing: a forward pass with all hooks recorded, with one of each layer, with none.
+"""Cost of recording: a forward pass with all hooks, with attention weights only, with none.
 
     python benchmarks/trace_cost.py [MODEL] [--rounds 7]          (needs the torch extra)
 
-One thread, processor time, alternating runs, medians. Memory is allocated as in `glassllama
-walkthrough`, and releasing it counts. Prints a table and one line of JSON.
+One thread, CPU time, alternating runs, medians. Memory is allocated as in `glassllama walkthrough`;
+the time to release it is included. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Training steps of a 30 M Llama at context 256 on a CPU: ours, and transformers', in turns.
+"""Speed of training steps of a 30 M Llama at context 256 on a CPU, compared with transformers.
 
     python benchmarks/train_against_transformers.py [--rounds 5] [--batch 8]
 
-The same sizes, batch and AdamW. transformers' step is the plain one (float32), and beside it the
-same under PyTorch's bfloat16 autocast. Medians are printed, and one line of JSON.
+Both use the same sizes, batch and AdamW. transformers runs in float32, and in bfloat16 with
+PyTorch's autocast. Steps alternate. Prints medians and one line of JSON.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        contenders = {
-            "glassllama, bfloat16 products": ours(options.batch, "bfloat16", Path(place) / "a"),
-            "glassllama, float32": ours(options.batch, "float32", Path(place) / "b"),
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {
+            "glassllama, bfloat16 products": ours(options.batch, "bfloat16", Path(folder) / "a"),
+            "glassllama, float32": ours(options.batch, "float32", Path(folder) / "b"),
             "transformers, float32": theirs(options.batch, autocast=False),
             "transformers, autocast": theirs(options.batch, autocast=True),
         }
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    rates: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(options.rounds + 1):  # the first warms up
-        for name, (step, _) in contenders.items():
+        for name, (step, _) in runners.items():
             started = time.perf_counter()
             step()
             if number:
@@ -93,7 +93,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     base = medians["transformers, float32"]
     print("| training step | parameters | tok/s | of transformers |\n|---|--:|--:|--:|")
-    for name, (_, count) in contenders.items():
+    for name, (_, count) in runners.items():
         print(f"| {name} | {count:,} | {medians[name]:,.0f} | {medians[name] / base:.2f} |")
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}

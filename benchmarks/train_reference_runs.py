@@ -1,4 +1,4 @@
-"""The expected loss of presets: runs of several seeds, into src/glassllama/train/reference_runs.
+"""Writes the reference runs of presets (several seeds) to src/glassllama/train/reference_runs.
 
 python benchmarks/train_reference_runs.py PRESET … [--seeds 3]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from glassllama.train import LoggedMetrics, NullListener, load_settings, train
 from glassllama.train.metrics import REFERENCE_RUNS, ReferenceRuns, read_log
 
-BLOCKS = 20  # of steps, at whose ends a run is compared
+BLOCKS = 20  # blocks of steps; a run is compared at the end of each
 DEVIATIONS, MARGIN = 4.0, 0.03  # standard deviations over seeds, and nats, to either side
 
 
@@ -28,8 +28,8 @@ class ShowScores(NullListener):
 def losses_of(name: str, seed: int) -> list[float]:
     """The training loss of every step of one run."""
     settings = load_settings(name, [f"run.seed={seed}", "run.sample_every=0"])
-    with tempfile.TemporaryDirectory() as place:
-        folder = train(settings, folder=f"{place}/run", checks=False, listener=ShowScores())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = train(settings, folder=f"{temporary}/run", checks=False, listener=ShowScores())
         return [metrics.loss for metrics in read_log(folder)]
 
 

@@ -1,12 +1,12 @@
-"""Tiny Shakespeare on a CPU: nanoGPT's own recipe for CPUs, and presets, in turns in one run.
+"""Training on Tiny Shakespeare on a CPU: presets, compared with nanoGPT's recipe for CPUs.
 
     python benchmarks/train_tinyshakespeare.py --nanogpt FOLDER [--presets A B] [--rounds 1]
                                                [--set a.b=c …]
 
-FOLDER is a checkout of nanoGPT; its README's command is run as it stands. What counts is the time
-of training steps, evaluations left out, by each program's own clock. Both losses are over the whole
-validation split: nanoGPT's of its last checkpoint, in windows of its own context. A table is
-printed, and one line of JSON.
+FOLDER is a checkout of nanoGPT; the command of its README is run unchanged. Each program measures
+the time of its training steps, without evaluations. Both losses are over the whole validation
+split; nanoGPT's is that of its last checkpoint, in windows of its own context. Prints a table and
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from glassllama.train.settings import DataSettings
 from glassllama.train.tokens import every_window
 
 PRESET = "llama-tinyshakespeare-cpu"
-TARGET = 1.8857  # nanoGPT's loss as it was first measured: the issue's number
+TARGET = 1.8857  # nanoGPT's loss when this target was set
 CONTEXT, STEPS = 64, 2000
 README_COMMAND = (
     "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def nanogpt(checkout: Path, folder: Path) -> Run:
-    """Its README's command, in a folder with links to its files and the data it expects."""
+    """Run the command of nanoGPT's README in a folder with links to its files and with data."""
     folder.mkdir()
     for file in checkout.iterdir():
         if file.name != "data":
@@ -80,14 +80,15 @@ def nanogpt(checkout: Path, folder: Path) -> Run:
     )  # fmt: skip
     times = {int(i): float(t) for i, t in re.findall(r"iter (\d+):.*time ([\d.]+)ms", ran.stdout)}
     evaluations = {int(step) for step in re.findall(r"^step (\d+):", ran.stdout, re.MULTILINE)}
-    plain = [t / 1e3 for step, t in times.items() if step not in evaluations]  # theirs includes it
+    # nanoGPT's time of a step includes its evaluation, if there is one.
+    plain = [t / 1e3 for step, t in times.items() if step not in evaluations]
     seconds = sum(plain) + len(evaluations) * statistics.median(plain)
     loss = nanogpt_loss(checkout, folder)
     return Run(seconds, len(times), [(seconds, loss)])
 
 
 def nanogpt_loss(checkout: Path, folder: Path) -> float:
-    """Its last checkpoint over the whole validation split, in windows of its context."""
+    """Loss of nanoGPT's last checkpoint over the whole validation split."""
     sys.path.insert(0, str(checkout))
     model_file: Any = importlib.import_module("model")
     sys.path.remove(str(checkout))
@@ -128,21 +129,21 @@ def main() -> None:
     options = parser.parse_args()
     rounds = []
     for number in range(options.rounds):
-        with tempfile.TemporaryDirectory() as place:
-            theirs, mine = nanogpt(options.nanogpt, Path(place) / "nanogpt"), {}
+        with tempfile.TemporaryDirectory() as folder:
+            theirs, mine = nanogpt(options.nanogpt, Path(folder) / "nanogpt"), {}
             for preset in options.presets:
-                run = ours(preset, Path(place) / preset, options.changes)
+                run = ours(preset, Path(folder) / preset, options.changes)
                 mine[preset] = compare(theirs, run)
         rounds.append(mine)
         print(f"round {number + 1}: {json.dumps(mine)}", file=sys.stderr, flush=True)
-    result = {preset: middle([each[preset] for each in rounds]) for preset in options.presets}
+    result = {preset: medians([each[preset] for each in rounds]) for preset in options.presets}
     show(result)
     about = {"rounds": len(rounds), "threads": torch.get_num_threads(),
              "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
     print(json.dumps(about | result))
 
 
-def middle(rounds: list[dict[str, float]]) -> dict[str, float]:
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
 
 
@@ -162,9 +163,9 @@ def compare(theirs: Run, mine: Run) -> dict[str, float]:
 
 
 def show(result: dict[str, dict[str, float]]) -> None:
-    print("| | seconds of steps | ms a step | validation loss |\n|---|--:|--:|--:|")
+    print("| | seconds of steps | ms per step | validation loss |\n|---|--:|--:|--:|")
     theirs = next(iter(result.values()))
-    print(f"| nanoGPT, CPU recipe, whole | {theirs['nanogpt_s']:.1f} "
+    print(f"| nanoGPT, CPU recipe, all steps | {theirs['nanogpt_s']:.1f} "
           f"| {theirs['nanogpt_ms_per_step']:.1f} | {theirs['nanogpt_loss']:.4f} |")  # fmt: skip
     for preset, r in result.items():
         for what, seconds, loss in (
@@ -177,7 +178,7 @@ def show(result: dict[str, dict[str, float]]) -> None:
             print(f"| {preset}, {what} | {seconds:.1f} | {each} | {loss} |")
     for preset, r in result.items():
         print(f"\n{preset}: {TARGET} after {r['share_of_nanogpt_time']:.3f} of nanoGPT's time "
-              f"(bar: {1 / 6:.3f})")  # fmt: skip
+              f"(target: {1 / 6:.3f})")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig, RopeScaling
-from glassllama.formats.blocks import BLOCKS, block_layout
+from glassllama.formats.blocks import BLOCKS, TYPES
 from glassllama.weights.architectures.llama import LLAMA
 
 
@@ -180,6 +180,6 @@ def weight_bytes(config: LlamaConfig, dtype: str) -> int:
     total = 0
     for shape in LLAMA.shapes(config).values():
         stored = "F32" if len(shape) == 1 and dtype in BLOCKS else dtype
-        layout = block_layout(stored)
+        layout = TYPES[stored]
         total += math.prod(shape) // layout.elements * layout.bytes
     return total

@@ -1,4 +1,4 @@
-"""Learning byte-level BPE: the whole algorithm, as simple as possible.
+"""Training byte-level BPE: the whole algorithm, as simple as possible.
 
     count the pretokens → count the pairs in them → join the most frequent pair → count again → …
 
@@ -42,7 +42,7 @@ def learn_merges(texts: Iterable[str], split: Split = SPLITS["llama3"]) -> Itera
     words = count_words(texts, split)
     ids = {token: id for id, token in enumerate(BYTE_TOKENS)}
     while pairs := count_pairs(words):
-        # The most frequent; of equals the one whose left token was made first, then the right.
+        # The most frequent pair; among equals the one with the lowest left id, then right id.
         pair = min(pairs, key=lambda p: (-pairs[p], ids[p[0]], ids[p[1]]))
         yield Step(pair, pairs[pair], examples(words, pair))
         ids.setdefault(pair[0] + pair[1], len(ids))
@@ -89,5 +89,5 @@ def join(word: Word, pair: Pair) -> Word:
 
 def examples(words: Counter[Word], pair: Pair) -> tuple[bytes, ...]:
     """The most frequent pretokens that contain the pair."""
-    holding = (word for word, _ in words.most_common() if pair in pairwise(word))
-    return tuple(b"".join(word) for word, _ in zip(holding, range(N_EXAMPLES), strict=False))
+    containing = (word for word, _ in words.most_common() if pair in pairwise(word))
+    return tuple(b"".join(word) for word, _ in zip(containing, range(N_EXAMPLES), strict=False))

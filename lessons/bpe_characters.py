@@ -1,4 +1,4 @@
-"""The first form of byte-pair encoding: characters of words, and a marker for the end of a word.
+"""The original form of byte-pair encoding: characters of words, and an end-of-word marker.
 
     low low lower newest  →  l o w </w>  l o w </w>  l o w e r </w>  n e w e s t </w>
     join l o  →  join lo w  →  join low </w>  →  …
@@ -25,7 +25,7 @@ def letters(word: str) -> Word:
 
 
 def learn_merges(texts: Iterable[str], count: int) -> list[Pair]:
-    """The first `count` merges, or as many as there are; of equals the first by alphabet."""
+    """The first `count` merges, or all if there are fewer; ties are broken alphabetically."""
     words = Counter(letters(word) for text in texts for word in text.split())
     merges: list[Pair] = []
     while len(merges) < count and (pairs := count_pairs(words)):

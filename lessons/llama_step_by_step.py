@@ -34,10 +34,10 @@ from glassllama.nn.attention import attention_weights
 from glassllama.nn.rope import ROTATE, rope_angles, rope_table
 from glassllama.walkthrough import Intervention, ablate_head, patch, predictions, trace
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
-from glassllama.walkthrough.pictures import Bars, HeatMap, Table
+from glassllama.walkthrough.step import Bars, HeatMap, Table
 from glassllama.walkthrough.steps import run_step
 from glassllama.walkthrough.steps.costs import quantization_error, seconds_by_part
-from glassllama.walkthrough.walkthrough import open_walkthrough, start_walkthrough
+from glassllama.walkthrough.walkthrough import open_walkthrough
 
 # %% [markdown]
 # **The only line you need to change** is `MODEL`: a name that `glassllama list` knows, or a path:
@@ -59,17 +59,17 @@ last_layer = config.n_layers - 1
 
 def other_prompt(text):
     """The same model, another text."""
-    return start_walkthrough(
-        walk.checkpoint, model, text, name=MODEL, layer=walk.layer, head=walk.head
+    return open_walkthrough(
+        walk.checkpoint, text, model=model, name=MODEL, layer=walk.layer, head=walk.head
     )
 
 
 def next_token_bars(logits, count=5):
     """The most probable next tokens for a row of logits (V,)."""
     best = predictions(logits, count)
-    probs = best.probs.tolist()
-    pieces = [walk.piece(id) for id in best.ids.tolist()]
-    return show(Bars("next token", pieces, probs, [f"{p:.1%}" for p in probs], top=1.0))
+    pairs = zip(best.ids.tolist(), best.probs.tolist(), strict=True)
+    rows = [(walk.piece(id), p, f"{p:.1%}") for id, p in pairs]
+    return show(Bars("next token", rows, top=1.0))
 
 
 print(f"{len(walk.ids)} tokens, {config.n_layers} layers, layer {walk.layer} and head {walk.head}")
@@ -287,9 +287,8 @@ after = []
 for head in range(config.n_heads):
     ablated = trace(model, walk.ids, hooks=[], interventions=[ablate_head(walk.layer, head)])
     after.append(float(ablated.logits[0, -1].float().softmax(-1)[answer]))
-labels = [f"without head {head}" for head in range(config.n_heads)]
-notes = [f"{p:.1%} ({p - before:+.1%})" for p in after]
-show(Bars(f"probability of {walk.piece(answer)}, {before:.1%} with all", labels, after, notes))
+rows = [(f"without head {n}", p, f"{p:.1%} ({p - before:+.1%})") for n, p in enumerate(after)]
+show(Bars(f"probability of {walk.piece(answer)}, {before:.1%} with all", rows))
 
 # %% [markdown]
 # ## 11 · SwiGLU feed-forward network

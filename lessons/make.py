@@ -2,7 +2,7 @@
 
 python lessons/make.py [FOLDER] [--model PATH]          (FOLDER: build/notebooks)
 
-Every cell runs in a new kernel. If a cell ends in an error, a failed check for instance, the exit
+Each notebook runs in a new kernel. If a cell raises an error, for example a failed check, the exit
 code is 1. `--model` replaces the value of MODEL in the notebook.
 """
 

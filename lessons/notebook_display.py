@@ -1,9 +1,9 @@
-"""Steps of the walkthrough as a notebook shows them: as in a terminal, with pictures in color.
+"""Displays steps of the walkthrough in a notebook, with pictures in color.
 
     show(run_step(walk, 9))        # a step, a comparison with a mistake, or one picture
 
-HTML with its style in it, in translucent colors that fit light and dark pages. Where the notebook
-shows no HTML, it shows the text of the terminal.
+The HTML contains its own style; its colors are translucent, for light and dark pages. Without HTML,
+a notebook shows the same text as a terminal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ import numpy as np
 from rich.cells import cell_len
 
 from glassllama.walkthrough.mistakes import Comparison
-from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table
-from glassllama.walkthrough.step import Check, Numbers, Source, Step
+from glassllama.walkthrough.step import (
+    Bars,
+    Check,
+    Drawing,
+    HeatMap,
+    Numbers,
+    Picture,
+    Source,
+    Step,
+    Table,
+)
 from glassllama.walkthrough.text import MAX_NUMBERS, Layout, render
 
 ABOVE, BELOW = "#2f6fde", "#d9622b"  # of zero
@@ -39,7 +48,7 @@ border-radius:6px}
 
 
 class Shown:
-    """HTML for a notebook, text everywhere else."""
+    """HTML for a notebook, text for everything else."""
 
     def __init__(self, text: str, html: str) -> None:
         self.text, self.html = text, f'{STYLE}<div class="gl">{html}</div>'
@@ -53,12 +62,12 @@ class Shown:
 
 @singledispatch
 def show(thing: object) -> Shown:
-    """A Step, a Comparison or a picture -> what a notebook displays."""
+    """A Step, a Comparison or a picture -> an object that a notebook displays."""
     raise TypeError(f"expected a step, a comparison or a picture, got {type(thing).__name__}")
 
 
 @show.register
-def _(drawn: Bars | Drawing | HeatMap | Table) -> Shown:
+def _(drawn: Picture) -> Shown:
     return Shown("\n".join(drawn.lines(Layout().width)), picture(drawn))
 
 
@@ -68,7 +77,7 @@ def _(step: Step) -> Shown:
         f'<p class="ask">{escape(step.question)}</p>',
         f'<p class="mono">{escape(step.shapes)}</p>',
         *(code(found) for found in step.sources),
-        *(f"<p>{escape(paragraph)}</p>" for paragraph in step.text),
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in step.text.split("\n")),
         numbers(step.numbers),
         *(picture(drawn) for drawn in step.pictures),
         checks(step.checks),
@@ -104,7 +113,7 @@ def code(found: Source) -> str:
 def numbers(shown: Sequence[Numbers]) -> str:
     rows = [
         (each.name, *(f"{v:.4f}" for v in each.first(MAX_NUMBERS)),
-         "…" if np.prod(each.shape) > MAX_NUMBERS else "") for each in shown
+         "…" if each.values.numel() > MAX_NUMBERS else "") for each in shown
     ]  # fmt: skip
     widest = max((len(row) for row in rows), default=0)
     padded = [(*row, *[""] * (widest - len(row))) for row in rows]
@@ -139,12 +148,10 @@ def _(drawn: Table) -> str:
 
 @picture.register
 def _(drawn: Bars) -> str:
-    top = max(drawn.values, default=0.0) if drawn.top is None else drawn.top
     rows = "".join(
         f'<tr><td>{escape(label)}</td><td class="bar"><div style="width:'
-        f'{100 * min(max(value / top, 0.0), 1.0) if top > 0 else 0:.1f}%"></div></td>'
-        f"<td>{escape(note)}</td></tr>"
-        for label, value, note in zip(drawn.labels, drawn.values, drawn.notes, strict=True)
+        f'{100 * drawn.share(value):.1f}%"></div></td><td>{escape(note)}</td></tr>'
+        for label, value, note in drawn.rows
     )
     return f'<p>{escape(drawn.title)}</p><div class="wide"><table>{rows}</table></div>'
 
@@ -168,7 +175,7 @@ def _(drawn: HeatMap) -> str:
 
 
 def cells_of(drawn: HeatMap, top: float, left: float) -> Iterator[str]:
-    """One square per number; opacity is the square root of its share, so that small ones show."""
+    """One square per number; opacity is the square root of the value, to show small ones."""
     for row, values in enumerate(drawn.values.tolist()):
         for column, value in enumerate(values[: row + 1] if drawn.triangle else values):
             strength = (abs(value) / top) ** 0.5 if top > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Foreign tokenizers behind our interface: Meta's own and Hugging Face's, as the wheels hold them.
+"""The tokenizers of Meta and Hugging Face, behind our interface.
 
-Chat formats and the streaming decoder are tested on these, so that a mistake of our tokenizers
-cannot hide one of theirs.
+Chat formats and the detokenizer are tested with these, so that an error in our tokenizers cannot
+hide an error in them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,23 @@ import tokenizers
 from glassllama.base.errors import TokenizerError
 
 
-class MetaTokenizer:
-    """Llama 3's tokenizer as Meta runs it (tiktoken underneath)."""
+class ForeignTokenizer:
+    added: Mapping[str, int] = types.MappingProxyType({})
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        return [
+            id for part in parts for id in ([part] if isinstance(part, int) else self.encode(part))
+        ]
+
+    def without_added(self, texts: Iterable[str]) -> ForeignTokenizer:
+        return self
+
+
+class MetaTokenizer(ForeignTokenizer):
+    """Llama 3's tokenizer in Meta's implementation, which uses tiktoken."""
 
     def __init__(self, ranks: Path) -> None:
         self.meta = meta_modules()["tokenizer"].Tokenizer(ranks)
@@ -47,8 +62,8 @@ class MetaTokenizer:
         return self.meta.model.decode_single_token_bytes(id)
 
 
-class HuggingFaceTokenizer:
-    """A byte-level `tokenizers.Tokenizer`, its special tokens parsed from text only on request."""
+class HuggingFaceTokenizer(ForeignTokenizer):
+    """A byte-level `tokenizers.Tokenizer` that parses special tokens only on request."""
 
     def __init__(self, inner: tokenizers.Tokenizer, bos: int | None = None) -> None:
         self.inner = tokenizers.Tokenizer.from_str(inner.to_str())
@@ -76,7 +91,7 @@ class HuggingFaceTokenizer:
 def meta_modules() -> dict[str, Any]:
     """Meta's reference modules: `tokenizer`, `chat_format`, `datatypes`.
 
-    chat_format imports an imaging library for pictures; an empty one stands in while it does.
+    chat_format imports a library for images; an empty module replaces it during the import.
     """
     library, image = types.ModuleType("PIL"), types.ModuleType("PIL.Image")
     library.Image, image.Image = image, object

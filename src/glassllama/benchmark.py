@@ -172,7 +172,7 @@ class LlamaCppRunner:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("the comparison with llama.cpp", "bench") from None
-        from glassllama.formats.first_bytes import format_of
+        from glassllama.formats.tensor_file import format_of
 
         if format_of(path) != "gguf":
             raise GlassError(f"{path}: llama.cpp reads GGUF files only; leave out --vs")

@@ -42,8 +42,7 @@ from glassllama.generation import (
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
-from glassllama.tokenizers.special_tokens import find_tokens
-from glassllama.tokenizers.vocabulary import prompt_ids
+from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
 from glassllama.weights.backend import (
     Backend,
     Dtype,
@@ -159,25 +158,52 @@ class Answer:
         )
 
 
-class TextStream(Iterator[str]):
-    """Text as it is made; when it has ended, or was closed, `completion` holds the whole."""
+class BatchStream(Iterator[tuple[int, str]]):
+    """New text as it is generated, with the row of its prompt; `completions` holds all so far."""
 
-    def __init__(self, generation: Generation, answer: Answer, with_logprobs: bool) -> None:
-        self._generation, self._answer = generation, answer
+    def __init__(
+        self, generation: Generation, answers: Sequence[Answer], with_logprobs: bool
+    ) -> None:
+        self._generation, self._answers = generation, answers
         self._with_logprobs = with_logprobs
 
-    def __next__(self) -> str:
-        if self._answer.stops.matched is not None:
-            self.close()
-        return self._answer.add(next(self._generation))
+    def __next__(self) -> tuple[int, str]:
+        for row, answer in enumerate(self._answers):
+            if answer.stops.matched is not None:
+                self.cancel(row)
+        event = next(self._generation)
+        return event.row, self._answers[event.row].add(event)
+
+    def cancel(self, row: int) -> None:
+        """End one row: what was generated so far is its answer."""
+        self._generation.cancel(row)
 
     def close(self) -> None:
-        """Stop here: what was made so far is the answer."""
+        """End all rows."""
         self._generation.close()
 
     @property
+    def completions(self) -> list[Completion]:
+        timings = self._generation.timings
+        return [answer.completion(timings, self._with_logprobs) for answer in self._answers]
+
+
+class TextStream(Iterator[str]):
+    """New text as it is generated; `completion` holds all so far."""
+
+    def __init__(self, batch: BatchStream) -> None:
+        self._batch = batch
+
+    def __next__(self) -> str:
+        return next(self._batch)[1]
+
+    def close(self) -> None:
+        """End here: what was generated so far is the answer."""
+        self._batch.close()
+
+    @property
     def completion(self) -> Completion:
-        return self._answer.completion(self._generation.timings, self._with_logprobs)
+        return self._batch.completions[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,15 +340,21 @@ class LLM:
         self, prompts: Sequence[Prompt], **options: Unpack[Options]
     ) -> list[Completion]:
         """Continue several prompts side by side: each as it would be continued alone."""
+        stream = self.stream_batch(prompts, **options)
+        for _ in stream:
+            pass
+        return stream.completions
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[Options],
+    ) -> BatchStream:
+        """The same, piece by piece: yields (row of the prompt, new text)."""
         prompts = listed("prompts", prompts, "a list of texts or of ids")
-        generation, answers = self._begin(prompts, options, None, continues=True)
-        for event in generation:
-            answer = answers[event.row]
-            answer.add(event)
-            if answer.stops.matched is not None:
-                generation.cancel(event.row)
-        with_logprobs = options.get("logprobs") is not None
-        return [answer.completion(generation.timings, with_logprobs) for answer in answers]
+        return self._begin(prompts, options, progress, continues=True)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(T,) ids -> (T, V): how well every token would follow each of them."""
@@ -368,8 +400,7 @@ class LLM:
     def _stream(
         self, prompt: Prompt, options: Options, progress: Progress | None, *, continues: bool
     ) -> TextStream:
-        generation, [answer] = self._begin([prompt], options, progress, continues=continues)
-        return TextStream(generation, answer, options.get("logprobs") is not None)
+        return TextStream(self._begin([prompt], options, progress, continues=continues))
 
     def _begin(
         self,
@@ -378,7 +409,7 @@ class LLM:
         progress: Progress | None,
         *,
         continues: bool,
-    ) -> tuple[Generation, list[Answer]]:
+    ) -> BatchStream:
         """Check everything, start nothing. `continues`: the answer is the prompt's next words."""
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
@@ -410,7 +441,8 @@ class LLM:
         ]
         for request in requests:
             request.keep = not continues  # a conversation goes on
-        return Generation(self.scheduler, requests, progress), answers
+        generation = Generation(self.scheduler, requests, progress)
+        return BatchStream(generation, answers, options.get("logprobs") is not None)
 
 
 def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:

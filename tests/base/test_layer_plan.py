@@ -1,4 +1,4 @@
-"""The layer plan: sizes that follow from it, contradictions that it refuses."""
+"""The layer plan: sizes that follow from it, and contradictory plans that are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_llama_plan_has_the_arithmetic_of_the_configuration(qk_norm: bool) -> No
 
 
 def test_blocks_may_differ_in_window_rope_and_norms() -> None:
-    """Five local blocks to one global, norms on both sides; and a block without RoPE."""
+    """Five local blocks per global block, norms on both sides, and a block without RoPE."""
     local = replace(BLOCK, attention=replace(ATTENTION, window=4), norms=frozenset({"post_ffn"}))
     global_rope = RopePlan(frequencies=(1.0,), layout="interleaved", attention_factor=1.2)
     full = replace(BLOCK, attention=replace(ATTENTION, rope=global_rope))
@@ -80,10 +80,10 @@ WRONG: list[tuple[Any, str, dict[str, Any]]] = [
     (ATTENTION, "softcap must be positive and finite, got nan", {"softcap": float("nan")}),
     (ATTENTION, "scale must be positive", {"scale": -1.0}),
     (ATTENTION, "qk_norm must be one of none, per_head", {"qk_norm": "both"}),
-    (ATTENTION, "biases must be among q, k, v, o, got ['x']", {"biases": frozenset("qx")}),
+    (ATTENTION, "biases must be one of q, k, v, o, got 'x'", {"biases": frozenset("qx")}),
     (FeedForwardPlan(ffn_dim=4), "ffn_dim must be a positive", {"ffn_dim": 1.5}),
     (FeedForwardPlan(ffn_dim=4), "activation must be one of silu", {"activation": "relu"}),
-    (BLOCK, "norms must be among pre_attention", {"norms": frozenset({"before"})}),
+    (BLOCK, "norms must be one of pre_attention", {"norms": frozenset({"before"})}),
     (BLOCK, "residual_multiplier must be positive", {"residual_multiplier": float("inf")}),
     (MODEL, "vocab_size must be a positive", {"vocab_size": 0}),
     (MODEL, "embedding_multiplier must be positive", {"embedding_multiplier": "4"}),

@@ -1,4 +1,4 @@
-"""The command line inside this process, with the default model loaded once."""
+"""Runs the command line in this process, with the default model loaded once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glassllama.llm import LLM, load
 
 @dataclass(frozen=True)
 class Ran:
-    """What a verb printed, and the code it ended with."""
+    """The output and the exit code of a command."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ Verb = Callable[..., Ran]
 def in_an_empty_folder(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in the user's folder, `runs/` for one, is not the tests' to see or to change."""
+    """Run each test in an empty folder: files of the user, such as `runs/`, have no effect."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
@@ -43,7 +43,7 @@ def llm(default_model: Path) -> LLM:
 
 @pytest.fixture
 def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verb:
-    """Run a verb here, as the parser would be run; `stdin` is a pipe with that text."""
+    """Run a command in this process; `stdin` is a pipe with that text."""
 
     def run(*arguments: object, stdin: str = "") -> Ran:
         pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
@@ -58,7 +58,7 @@ def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def loaded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """Spare the verbs of a test the loading: the default model is there already."""
+    """Use the loaded default model instead of loading it in every command."""
 
     def ready(name: str, **_: Any) -> LLM:
         assert name == "smollm2-135m"

@@ -1,4 +1,4 @@
-"""Files that verbs write and read: whole or not at all, named where they fail, and no pipes."""
+"""Files that commands write and read: written completely or not at all, named in errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_models import hf_model, write_hf
 ROOM = 4096  # bytes
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     with files_of_at_most(ROOM), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
         write_file(page, "x" * 2 * ROOM)
@@ -31,7 +31,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert page.read_text() == "old"
 
 
-def test_links_stay_links_and_devices_devices(tmp_path: Path) -> None:
+def test_writing_to_links_and_devices_does_not_replace_them(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("real")
     write_file(link, "é")
@@ -43,11 +43,11 @@ def test_links_stay_links_and_devices_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_tokenizer_that_does_not_fit_leaves_nothing(
+def test_a_tokenizer_that_does_not_fit_on_the_disk_leaves_no_file(
     there: bool, verb: Verb, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     first = tmp_path_factory.mktemp("first") / "fits"
-    verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", first)  # compiled now
+    verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", first)  # compiles first
     out = tmp_path / "mine"
     if there:
         out.mkdir()
@@ -60,20 +60,20 @@ def test_a_tokenizer_that_does_not_fit_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_pipe_in_a_model_is_an_error_and_not_a_wait(name: str, tmp_path: Path) -> None:
+def test_a_pipe_in_a_model_folder_is_an_error(name: str, tmp_path: Path) -> None:
     folder = write_hf(hf_model(), tmp_path / "model")
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert is_clean_error(run("show", str(folder)), name, "is not a regular file")
 
 
-def test_a_pipe_is_no_conversation(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_a_conversation(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "talk.json")
     with pytest.raises(GlassError, match=r"talk\.json: is not a regular file"):
         Conversation.load(tmp_path / "talk.json")
 
 
-def test_compiling_is_said_where_it_lasts(
+def test_a_notice_is_printed_if_compiling_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compilations = deferred_signals.Compilations()
@@ -81,7 +81,7 @@ def test_compiling_is_said_where_it_lasts(
     heard: list[str] = []
 
     class Looks:
-        """An event that is over after three looks; before the second, a compilation begins."""
+        """An event that is set after three checks; before the second check a compilation starts."""
 
         def __init__(self) -> None:
             self.count = 0

@@ -1,4 +1,4 @@
-"""`tokenize` of long texts: printed in parts, the same as whole."""
+"""`tokenize` of long texts: printed in parts, with the same result as in one piece."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenizer(default_model: Path) -> Any:
     return tokenizer_from_gguf(open_gguf(default_model).metadata)
 
 
-def test_json_in_parts_is_json(
+def test_json_printed_in_parts_is_valid(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tokens, "PART", 3)
@@ -43,7 +43,7 @@ def test_a_long_table_has_a_line_for_every_token(
     assert lines[-1].endswith(tokenizer.token_bytes(ids[-1]).hex(" "))
 
 
-def test_why_compiled_code_is_not_kept_is_said(
+def test_a_notice_says_why_compiled_code_is_not_cached(
     default_model: Path, monkeypatch: pytest.MonkeyPatch, verb: Any
 ) -> None:
     monkeypatch.setattr(code_cache, "notes", ["compiling in memory"])

@@ -1,4 +1,4 @@
-"""Fault L6: whatever is done to a GGUF file, only FormatError comes out, and soon.
+"""Damaged GGUF files raise only FormatError, and within a second.
 
 GLASSLLAMA_FUZZ=100000 tries that many damaged files (nightly; minutes), new ones on every run.
 """
@@ -23,7 +23,7 @@ from glassllama.formats.blocks import SUPPORTED, dequantize
 from glassllama.formats.gguf import open_gguf
 
 EXAMPLES = int(os.environ.get("GLASSLLAMA_FUZZ", "300"))
-LIMIT = timedelta(seconds=1)  # FAULTS.md, L6
+LIMIT = timedelta(seconds=1)  # for one file
 LONGEST_MESSAGE = 500
 NIGHTLY = "GLASSLLAMA_FUZZ" in os.environ
 
@@ -33,7 +33,7 @@ Damage = Callable[[bytes], bytes]
 
 
 def real_file(path: Path) -> bytes:
-    """Something of everything, by the foreign writer."""
+    """A file with metadata and tensors of every kind, written by the gguf package."""
     writer = foreign.GGUFWriter(path, "llama")
     writer.add_custom_alignment(64)
     writer.add_bool("yes", True)
@@ -51,7 +51,8 @@ def real_file(path: Path) -> bytes:
 
 
 def handmade_file() -> bytes:
-    """Short, so that most damage hits a length or a type; split.count finds the other parts."""
+    """A short file, so that most damage hits a length or a type; split.count refers to other
+    parts."""
     words = hand.array(hand.STRING, 2, hand.text("a") + hand.text("b"))
     bools = hand.array(hand.BOOL, 2, b"\0\1")
     pairs = [
@@ -121,7 +122,7 @@ def originals(folder: Path) -> list[bytes]:
 
 
 def complaint(path: Path) -> str:
-    """Open a file and look at everything in it -> what is wrong with it, or nothing."""
+    """Open a file and read everything in it -> a description of what is wrong, or nothing."""
     try:
         use_all(path)
     except FormatError as error:
@@ -145,7 +146,7 @@ def use_all(path: Path) -> None:
     file.close()
 
 
-def test_the_originals_are_whole(folder: Path, originals: list[bytes]) -> None:
+def test_the_original_files_are_valid(folder: Path, originals: list[bytes]) -> None:
     for content in originals:
         (folder / "whole.gguf").write_bytes(content)
         assert complaint(folder / "whole.gguf") == ""

@@ -1,4 +1,4 @@
-"""Whole answers against transformers' generate, on tiny random Llamas."""
+"""Complete answers against transformers' generate, on tiny random Llamas."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_stop_ids_end_where_transformers_ends(oracle: LlamaForCausalLM, executor
 
 @torch.no_grad()
 @pytest.mark.identical("what the samplers keep", "transformers logits processors")
-def test_what_is_drawn_from_is_what_transformers_draws_from(
+def test_sampling_uses_the_distribution_of_transformers(
     oracle: LlamaForCausalLM, executor: Executor
 ) -> None:
-    """Along a sampled answer, every id is allowed by transformers' processors, step by step."""
+    """At each step of a sampled answer, transformers' processors allow the id."""
     sampler = make_sampler(temperature=0.8, top_k=20, top_p=0.8, repetition_penalty=1.2, seed=3)
     processors = LogitsProcessorList(
         [

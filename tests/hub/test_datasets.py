@@ -20,7 +20,7 @@ from glassllama.hub.datasets import DATASETS, read_plays, tidy
 if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn
 
-NAME = "tiny.txt.safetensors"  # the stand-in stalls files that end like weights
+NAME = "tiny.txt.safetensors"  # the stand-in pauses files with the suffix of weights
 
 
 def left_in(home: Path) -> list[str]:

@@ -24,9 +24,8 @@ from glassllama.tokenizers import bpe
 from glassllama.tokenizers.backend import PYTHON
 from glassllama.tokenizers.bpe import BytePairTokenizer, merge
 from glassllama.tokenizers.pretokenizer import SPLITS
-from glassllama.tokenizers.special_tokens import AddedToken
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
-from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary
+from glassllama.tokenizers.vocabulary import BYTES, NEVER, AddedToken, Vocabulary
 from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from processor_time import seconds
 

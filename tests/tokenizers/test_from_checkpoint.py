@@ -20,11 +20,9 @@ from byte_level_families import FAMILIES, GGUF_NAMES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
-from glassllama.tokenizers.special_tokens import stop_ids_by_name
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.tokenizers.tiktoken_file import read_meta_tokenizer
+from glassllama.tokenizers.vocabulary import read_json, stop_ids_by_name
 from glassllama.weights.tokenizer import chat_template_from_folder, tokenizer_from_folder
 from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from tokenizers import AddedToken, Tokenizer, processors

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, trained
 from glassllama.base.errors import TokenizerError
-from glassllama.tokenizers.byte_level import CHARACTER_TO_BYTE, to_bytes
-from glassllama.tokenizers.files import read_json
-from glassllama.tokenizers.hf_json import tokenizer_from_json, vocabulary_from_json
+from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE, to_bytes
+from glassllama.tokenizers.hf_json import tokenizer_from_json
+from glassllama.tokenizers.vocabulary import read_json
 from tokenizers import AddedToken, Tokenizer, processors
 
 SPECIALS = ["<|begin|>", "<|end|>"]
@@ -120,8 +120,7 @@ def test_the_first_line_of_merges_txt_is_no_merge(foreign: Tokenizer) -> None:
     document["model"]["merges"] = ["#version: 0.2", *merges]
     theirs = Tokenizer.from_str(json.dumps(document))
     assert ours(theirs).encode("some text") == theirs.encode("some text").ids
-    vocabulary = vocabulary_from_json(document)
-    assert vocabulary.merges == vocabulary_from_json(json.loads(foreign.to_str())).merges
+    assert read(document).vocabulary.merges == ours(foreign).vocabulary.merges
 
 
 def test_byte_alphabet() -> None:

@@ -25,9 +25,8 @@ from glassllama.tokenizers.chat import Message, TemplateChat
 from glassllama.tokenizers.detokenizer import Detokenizer
 from glassllama.tokenizers.hf_json import pipeline_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
-from glassllama.weights.tokenizer_gguf import sentencepiece_from_gguf
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
+from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from long_mode import LONG, SEEDS
 from processor_time import seconds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -373,7 +372,7 @@ def test_gguf_gives_the_ids_of_sentencepiece(
     trained: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained[name]))
-    ours = sentencepiece_from_gguf(written_gguf(theirs, tmp_path / "m.gguf", name == "llama"))
+    ours = tokenizer_from_gguf(written_gguf(theirs, tmp_path / "m.gguf", name == "llama"))
     assert (ours.bos, ours.stop_ids) == (1, {2} | {ours.specials.get("<end_of_turn>", 2)})
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
     for text in [*ODD, PROSE[:100_000], *(mixed(seed, pieces) for seed in range(SEEDS))]:
@@ -417,8 +416,8 @@ def with_piece(metadata: dict[str, Any], text: str, kind: int) -> dict[str, Any]
 
 def test_gguf_user_defined_pieces_are_found_first(metadata: dict[str, Any]) -> None:
     """As in llama.cpp: a space before each part of the text, none before the piece."""
-    ours = sentencepiece_from_gguf(with_piece(metadata, "<sep>", 4))
-    plain = sentencepiece_from_gguf(metadata)
+    ours = tokenizer_from_gguf(with_piece(metadata, "<sep>", 4))
+    plain = tokenizer_from_gguf(metadata)
     id = plain.vocab_size
     for before, behind in (("of", "the"), ("of ", " the"), ("", ""), ("of", "")):
         expected = [*plain.encode(before), id, *plain.encode(behind)]
@@ -427,23 +426,24 @@ def test_gguf_user_defined_pieces_are_found_first(metadata: dict[str, Any]) -> N
 
 
 def test_gguf_unknown_written_in_a_text_is_read_with_specials(metadata: dict[str, Any]) -> None:
-    ours = sentencepiece_from_gguf(metadata)
+    ours = tokenizer_from_gguf(metadata)
     assert ours.encode("of<unk>the", specials=True) == [*ours.encode("of"), 0, *ours.encode("the")]
     assert 0 not in ours.encode("of<unk>the")
 
 
 def test_gguf_without_scores_or_types_loads(metadata: dict[str, Any]) -> None:
     """Scores are equal then, so the leftmost pair goes first; pieces are normal, bytes by name."""
-    whole = sentencepiece_from_gguf(metadata)
+    whole = tokenizer_from_gguf(metadata)
     untyped = {k: v for k, v in metadata.items() if k != "tokenizer.ggml.token_type"}
-    ours = sentencepiece_from_gguf(untyped)
+    ours = tokenizer_from_gguf(untyped)
     for text in ("of the 🦙", PROSE[:2000], "<s>", "</s>"):
         assert ours.encode(text) == whole.encode(text)
     assert {*whole.specials} == {*ours.specials} == {"<s>", "</s>"}
-    ours = sentencepiece_from_gguf({k: v for k, v in metadata.items() if "scores" not in k})
+    ours = tokenizer_from_gguf({k: v for k, v in metadata.items() if "scores" not in k})
     assert ours.decode(ours.encode("of the 🦙")) == "of the 🦙"
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "a", "b", "ab", "ba"]
-    small = sentencepiece_from_gguf({"tokenizer.ggml.tokens": pieces,
+    small = tokenizer_from_gguf({"tokenizer.ggml.model": "llama",
+                                 "tokenizer.ggml.tokens": pieces,
                                      "tokenizer.ggml.add_space_prefix": False})  # fmt: skip
     assert small.encode("aba") == [261, 259]
     assert small.encode("é") == [3 + 0xC3, 3 + 0xA9]
@@ -451,12 +451,12 @@ def test_gguf_without_scores_or_types_loads(metadata: dict[str, Any]) -> None:
 
 def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
     """An empty piece is never used; of equal ones the last is used, as in llama.cpp."""
-    plain = sentencepiece_from_gguf(metadata)
+    plain = tokenizer_from_gguf(metadata)
     for kind in (1, 3, 4, 5):
-        ours = sentencepiece_from_gguf(with_piece(metadata, "", kind))
+        ours = tokenizer_from_gguf(with_piece(metadata, "", kind))
         assert ours.encode("of the", specials=True) == plain.encode("of the")
         assert ours.decode([plain.vocab_size]) == ""
-    ours = sentencepiece_from_gguf(with_piece(metadata, "e", 1))
+    ours = tokenizer_from_gguf(with_piece(metadata, "e", 1))
     assert ours.encode("▁e")[-1:] == [plain.vocab_size]
 
 
@@ -559,11 +559,11 @@ def test_other_model_types_are_refused(
 
 def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, Any]) -> None:
     """As in llama.cpp, with a note; an empty precompiled_charsmap is ignored."""
-    usual = sentencepiece_from_gguf(metadata)
+    usual = tokenizer_from_gguf(metadata)
     beyond = {"bos_token_id": 9000, "eos_token_id": 9001, "eot_token_id": 9002}
     changed = {f"tokenizer.ggml.{key}": id for key, id in beyond.items()}
     changed["tokenizer.ggml.precompiled_charsmap"] = np.uint8([])
-    tokenizer = sentencepiece_from_gguf(metadata | changed)
+    tokenizer = tokenizer_from_gguf(metadata | changed)
     assert (tokenizer.bos, tokenizer.stop_ids) == (usual.bos, usual.stop_ids)
     assert [note.split(" is ")[0] for note in tokenizer.notes] == [
         f"tokenizer.ggml: {key}" for key in beyond
@@ -596,7 +596,7 @@ def test_wrong_gguf_metadata_is_named(
     metadata = written_gguf(theirs, tmp_path / "m.gguf", True)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in change.items()}
     with pytest.raises(TokenizerError, match=re.escape(complaint)):
-        sentencepiece_from_gguf(metadata)
+        tokenizer_from_gguf(metadata)
 
 
 @pytest.mark.parametrize(

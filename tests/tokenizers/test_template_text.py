@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassllama.tokenizers.template_text import (
+from glassllama.tokenizers.chat_template import (
     TemplateText,
     from_template,
     joined,
-    mask_other_text,
     origin_of,
-    replace_characters,
     tracked,
 )
 
@@ -127,7 +125,7 @@ def test_concatenation_and_slices(
     assert [*chain(*map(pairs_of, first))] == one
     assert [*chain(*map(pairs_of, reversed(first)))] == one[::-1]
     assert pairs_of(str(first)) == one
-    assert mask_other_text(first, "?") == "".join(c if own else "?" for c, own in one)
+    assert first.masked("?") == "".join(c if own else "?" for c, own in one)
 
 
 @pytest.mark.parametrize("name", ["upper", "lower", "title", "capitalize", "swapcase"])
@@ -149,6 +147,3 @@ def test_undefined_operations_lose_the_origin() -> None:
     assert not any(origin_of("ordinary"))
     assert not any(tracked("ordinary").origin)
     assert origin_of(joined(["<", text])) == b"\0" + b"\1" * 10
-    assert pairs_of(replace_characters(text_of([("<", 1), ("<", 0)]), {"<": "&lt;"})) == [
-        *[(c, 1) for c in "&lt;"], *[(c, 0) for c in "&lt;"],
-    ]  # fmt: skip

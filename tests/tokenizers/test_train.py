@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from byte_level_families import FAMILIES, mixed_text, with_pipeline
 from glassllama.base.errors import TokenizerError
-from glassllama.native.tokenizers import COMPILED, pair_counts, word_counts
-from glassllama.native.tokenizers.word_counts import WordCounts
+from glassllama.native.tokenizers import COMPILED, pair_counts, word_table
+from glassllama.native.tokenizers.word_table import WordCounts
 from glassllama.tokenizers import train
 from glassllama.tokenizers.backend import BYTE_TOKENS, PYTHON, BPEBackend
 from glassllama.tokenizers.pretokenizer import SPLITS
@@ -119,9 +119,9 @@ def test_order_of_words_and_texts_does_not_matter(monkeypatch: pytest.MonkeyPatc
     shuffled = lines.copy()
     random.Random(5).shuffle(shuffled)
     assert train_bpe(shuffled, 700, backend=COMPILED) == result
-    monkeypatch.setattr(word_counts, "INITIAL_SLOTS", 4)
-    monkeypatch.setattr(word_counts, "INITIAL_LONG_BYTES", 8)
-    monkeypatch.setattr(word_counts, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(word_table, "INITIAL_SLOTS", 4)
+    monkeypatch.setattr(word_table, "INITIAL_LONG_BYTES", 8)
+    monkeypatch.setattr(word_table, "BATCH_BYTES", 1000)
     monkeypatch.setattr(pair_counts, "INITIAL_CAPACITY", 4)
     monkeypatch.setattr(pair_counts, "CHUNK", 50)
     assert train_bpe(shuffled, 700, backend=COMPILED) == result

@@ -8,16 +8,16 @@ import tiktoken
 
 from glassllama.base.errors import TokenizerError
 from glassllama.native.tokenizers.pretokenizer import LETTER, NUMBER, character_classes
-from glassllama.tokenizers.patterns import compiled
-from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS, Split, blocks
-from glassllama.tokenizers.unicode_tables import (
+from glassllama.tokenizers.patterns import (
     N_CODE_POINTS,
     categories,
+    compiled,
     property_points,
     punctuation_points,
     unicode_data,
     word_points,
 )
+from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS, Split, blocks
 from long_mode import LONG
 from tokenizers import Regex, pre_tokenizers
 

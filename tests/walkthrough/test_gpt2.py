@@ -14,7 +14,7 @@ from cli.conftest import Verb
 from glassllama.base.errors import GlassError
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
-from glassllama.walkthrough.html_page import html_page
+from glassllama.walkthrough.export import html_page, to_json
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.step import StepMismatchError
 from glassllama.walkthrough.steps import run_step, step_of_hook
@@ -112,7 +112,7 @@ def test_mistakes(gpt2: Walkthrough) -> None:
 
 
 def test_the_page_has_every_tensor(gpt2: Walkthrough) -> None:
-    page = html_page(gpt2, layers=[0, 1])
+    page = html_page(gpt2, to_json(gpt2, layers=[0, 1]))
     start = page.index('id="document">') + len('id="document">')
     document = json.loads(page[start : page.index("</script>", start)])
     assert document["walk"]["angles"] is None

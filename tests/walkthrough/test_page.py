@@ -20,7 +20,7 @@ import torch
 
 from cli.conftest import Verb
 from cli.programs import files_of_at_most
-from glassllama.walkthrough.html_page import html_page, render_page
+from glassllama.walkthrough.export import html_page, render_page, to_json
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.steps import STEPS
 from glassllama.walkthrough.tracing import Trace, trace
@@ -45,7 +45,7 @@ def walk(default_model: Path) -> Iterator[Walkthrough]:
 @pytest.fixture(scope="module")
 def file(walk: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(html_page(walk), encoding="utf-8")
+    path.write_text(html_page(walk, to_json(walk)), encoding="utf-8")
     return path
 
 
@@ -58,7 +58,8 @@ def hostile_page(with_text: Path, folder: Path) -> Path:
     walk = open_walkthrough(with_text, HOSTILE, name=HOSTILE, layer=1)
     done = [compare_with_mistake(walk, MISTAKES["scale"])]
     path = folder / "hostile.html"
-    path.write_text(html_page(walk, layers=[0, 1], mistakes=done), encoding="utf-8")
+    page = html_page(walk, to_json(walk, layers=[0, 1], mistakes=done))
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -424,7 +425,7 @@ def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Pat
 def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)
-    path.write_text(html_page(walk), encoding="utf-8")
+    path.write_text(html_page(walk, to_json(walk)), encoding="utf-8")
     browser.complaints()
     browser.open(path)
     for number in range(len(STEPS)):

@@ -29,14 +29,13 @@ from glassllama.walkthrough.step import (
     same,
     source,
 )
-from glassllama.walkthrough.steps import generation, run_step, step_of_hook
+from glassllama.walkthrough.steps import output, run_step, step_of_hook
 from glassllama.walkthrough.steps.costs import round_trip
 from glassllama.walkthrough.text import Layout, render
 from glassllama.walkthrough.walkthrough import (
     DamagedWeightsError,
     Walkthrough,
     open_walkthrough,
-    start_walkthrough,
 )
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
@@ -100,8 +99,8 @@ def test_a_model_trained_here(text: str, tmp_path: Path) -> None:
     steps = run_all_steps(walk)
     assert walk.config.qk_norm
     assert walk.ids[0] == tokenizer.bos
-    assert "Every character is a token" in steps[0].text[0]
-    assert f"becomes {tokenizer.unknown}" in steps[1].text[0]
+    assert "Every character is a token" in steps[0].text
+    assert f"becomes {tokenizer.unknown}" in steps[1].text
     assert [check.what for check in steps[1].checks] == ["ids, looked up manually"]
     lengths = walk.manual["attention.q_rope"][0].square().mean(-1)
     assert ((lengths - 1).abs() < 1e-3).all()  # but for eps, beside squares of ordinary size
@@ -175,8 +174,8 @@ def test_the_default_model(default_model: Path) -> None:
     assert walk.tokenizer is not None
     assert walk.tokenizer.decode(walk.ids) == PROMPT
     assert walk.piece(steps[13].data["top"][0]["id"]) == "1"  # a digit: 42 has two for this model
-    assert "135 million parameters" in steps[13].text[-1]
-    assert "For Llama-3-8B the most probable token is 42" in steps[13].text[-1]
+    assert "135 million parameters" in steps[13].text
+    assert "For Llama-3-8B the most probable token is 42" in steps[13].text
     assert steps[15].data["continuation"][0]["id"] == int(logits[-1].argmax())
     done = compare_with_mistake(walk, MISTAKES["no-mask"])
     assert max(done.divergence) > 1
@@ -257,8 +256,8 @@ def test_the_wrong_rotation_is_noticed(
 def test_a_wrong_nucleus_is_noticed(
     tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = generation.nucleus_ids
-    monkeypatch.setattr(generation, "nucleus_ids", lambda probs, p: right(probs, p)[:-1])
+    right = output.nucleus_ids
+    monkeypatch.setattr(output, "nucleus_ids", lambda probs, p: right(probs, p)[:-1])
     with pytest.raises(StepMismatchError, match="step 14, sampling"):
         run_step(tiny_walk, 14)
 
@@ -437,22 +436,22 @@ def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
     """bfloat16 leaves few different logits: thousands of tokens may be equally likely."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
     for kept in (logits.bfloat16().float(), logits, torch.zeros(size)):
-        scaled, theirs = generation.softmax(kept, 0.6), generation.sampler_probs(kept)
-        nucleus = generation.nucleus_ids(scaled, 0.9)
-        ours = generation.nucleus_probs(scaled, nucleus, theirs)
+        scaled, theirs = output.softmax(kept, 0.6), output.sampler_probs(kept)
+        nucleus = output.nucleus_ids(scaled, 0.9)
+        ours = output.nucleus_probs(scaled, nucleus, theirs)
         both = (torch.from_numpy(probs).float() for probs in (ours, theirs))
-        assert not compare("probs", *both, terms=size, depth=generation.DEPTH).warns
+        assert not compare("probs", *both, terms=size, depth=output.DEPTH).warns
         assert abs(len(nucleus) - np.count_nonzero(theirs)) <= size // 10_000
         below = np.setdiff1d(np.arange(size), nucleus)
         assert scaled[below].max(initial=0.0) < scaled[nucleus].min()
 
 
 def test_several_walkthroughs_of_one_model(tiny_walk: Walkthrough) -> None:
-    other = start_walkthrough(tiny_walk.checkpoint, tiny_walk.model, IDS[:3], head=1)
+    other = open_walkthrough(tiny_walk.checkpoint, IDS[:3], model=tiny_walk.model, head=1)
     run_step(tiny_walk, 15)
     run_step(other, 15)
     assert torch.equal(run_step(replace(other, head=2), 4).numbers[0].values,
                        run_step(other, 4).numbers[0].values)  # fmt: skip
     again = open_checkpoint(tiny_walk.checkpoint.path)
-    assert start_walkthrough(again, tiny_walk.model, IDS).layer == 0
+    assert open_walkthrough(again, IDS, model=tiny_walk.model).layer == 0
     again.close()

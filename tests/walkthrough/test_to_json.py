@@ -15,8 +15,8 @@ import pytest
 import torch
 from rich.cells import cell_len
 
+from glassllama.walkthrough.export import CANDIDATES, SCHEMA, plain, to_json
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
-from glassllama.walkthrough.to_json import CANDIDATES, SCHEMA, plain, to_json
 from glassllama.walkthrough.tracing import trace
 from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 

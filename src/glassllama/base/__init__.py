@@ -1,1 +1,1 @@
-"""What every floor may import: configuration, errors, interfaces. Standard library and numpy."""
+"""Configuration, errors and interfaces that all packages share. Standard library and NumPy only."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,10 +76,10 @@ RopeScaling = Llama3Scaling | LinearScaling | GivenDivisors
 class LlamaConfig:
     """The configuration of a Llama; sizes in elements.
 
-    `rope_layout` says which coordinates of a head turn together: "interleaved" (0,1), (2,3), … in
-    Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. It is data: the q and
-    k rows of a file are never permuted. `qk_norm` is the weightless RMS norm of q and k after RoPE
-    that Llama 4-style models add.
+    `rope_layout` says which coordinates of a head RoPE rotates as a pair: "interleaved" (0,1),
+    (2,3), … in Meta and GGUF files, "half" (0, D/2), (1, D/2+1), … in Hugging Face files. The q and
+    k rows of a file are never permuted to another layout. `qk_norm`: RMSNorm without weights of q
+    and k after RoPE, as in Llama 4.
     """
 
     dim: int
@@ -96,7 +97,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     qk_norm: bool = False
     architecture: ClassVar[str] = "llama"  # its name in weights/architectures
-    unbounded: ClassVar[bool] = False  # True: what comes next depends on the last id only
+    unbounded: ClassVar[bool] = False  # True: the next id depends on the last id only
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
@@ -109,10 +110,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even to be rotated, got {self.head_dim}")
-        if self.rope_layout not in ("interleaved", "half"):
-            raise ConfigError(
-                f"rope_layout must be interleaved or half, got {quoted(self.rope_layout)}"
-            )
+        require_choice(self, "rope_layout", get_args(RopeLayout))
         require_finite_angles(self)
 
     @property
@@ -122,34 +120,46 @@ class LlamaConfig:
 
 
 def kv_bytes(config: LlamaConfig, number: int, scale: int = 0) -> int:
-    """Memory of one token's keys and values in all layers: so many bytes a number, and a head."""
+    """Bytes of one token's keys and values in all layers: `number` per number, `scale` per head."""
     return 2 * config.n_layers * config.n_kv_heads * (config.head_dim * number + scale)
 
 
-def require_sizes(config: object, *fields: str) -> None:
-    """Raise ConfigError unless each of these fields is a positive whole number of 31 bits."""
+def require_sizes(config: object, *fields: str, part: str = "") -> None:
+    """Raise ConfigError unless each of these fields is a positive whole number of 31 bits.
+
+    `part` precedes the name of the field in messages.
+    """
     for field in fields:
         value = getattr(config, field)
         if type(value) is not int or not 0 < value <= MAX_INTEGER:
             limit = f" up to {MAX_INTEGER}" if is_whole(value) and value > 0 else ""
             raise ConfigError(
-                f"{field} must be a positive whole number{limit}, got {quoted(value)}"
+                f"{part}{field} must be a positive whole number{limit}, got {quoted(value)}"
             )
 
 
-def require_positive(config: object, *fields: str) -> None:
+def require_positive(config: object, *fields: str, part: str = "") -> None:
     """Raise ConfigError unless each of these fields is a positive number, finite in float32."""
     for field in fields:
         value = getattr(config, field)
         if not (is_number(value) and value > 0):
-            raise ConfigError(f"{field} must be positive and finite, got {quoted(value)}")
+            raise ConfigError(f"{part}{field} must be positive and finite, got {quoted(value)}")
+
+
+def require_choice(config: object, field: str, choices: Collection[str], part: str = "") -> None:
+    """Raise ConfigError unless the field is one of `choices`, or a set of some of them."""
+    value = getattr(config, field)
+    chosen = value if isinstance(value, frozenset) else {value}
+    if unknown := sorted(chosen - set(choices), key=str):
+        names = ", ".join(choices)
+        raise ConfigError(f"{part}{field} must be one of {names}, got {quoted(unknown[0])}")
 
 
 def require_finite_angles(config: LlamaConfig) -> None:
     """Raise ConfigError where an angle at the end of the context would not be finite in float32.
 
-    Nothing is allocated by head_dim, which no file has confirmed yet: where a rule gives the
-    divisors, the fastest and the slowest rotation bound all others.
+    `head_dim` has not yet been compared with the tensors of the file, so no array of that size is
+    allocated: with a scaling rule, only the fastest and the slowest rotation are computed.
     """
     count, scaling = config.head_dim // 2, config.rope_scaling
     if isinstance(scaling, GivenDivisors):

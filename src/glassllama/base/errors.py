@@ -1,19 +1,19 @@
-"""Errors that speak to the person who made them.
+"""Errors that a user can do something about, and helpers for their messages.
 
-Every fault that a user can do something about is a `GlassError`: its message is one line that names
-the file or field, what came, what was expected, and what to do. The command line prints that line
-and exits with 1; anything else that escapes is a bug of ours.
+Each is a `GlassError`: its message is one line with the file or field, the value found, the value
+expected, and what to do. The command line prints that line and exits with code 1. Any other
+exception that leaves the package is a bug.
 """
 
 import reprlib
 from collections.abc import Collection
 
 QUOTED_CHARACTERS = 80
-MOST_NAMES = 12  # foreign names that one message spells out; the rest are counted
+MOST_NAMES = 12  # names from files in one message; the others are only counted
 
 
 class GlassError(Exception):
-    """A fault with a one-line explanation; the command line exits with 1."""
+    """An error with a message of one line; the command line exits with code 1."""
 
 
 class FormatError(GlassError):
@@ -33,11 +33,11 @@ class TokenizerError(GlassError):
 
 
 class GenerationError(GlassError):
-    """Generation cannot start or go on: bad settings, context full, NaN in the logits."""
+    """Generation cannot start or continue: bad settings, context full, NaN in the logits."""
 
 
 class MemoryShortError(GlassError):
-    """Too big for this machine: says what is needed, what there is, and another way."""
+    """Not enough memory: the message has the required and the free memory, and an alternative."""
 
 
 class DownloadError(GlassError):

@@ -21,28 +21,32 @@ from glassllama.base.errors import GenerationError, quoted
 
 
 class Tokenizer(Protocol):
-    """Text ↔ ids. Special tokens are only ever read from text when `specials=True`."""
+    """Text ↔ ids. Special tokens are recognized in a text only if `specials=True`."""
 
     @property
     def vocab_size(self) -> int: ...
     @property
-    def bos(self) -> int | None: ...  # None where the model wants none
+    def bos(self) -> int | None: ...  # None if the model uses none
     @property
     def stop_ids(self) -> frozenset[int]: ...
     @property
     def specials(self) -> Mapping[str, int]: ...  # special tokens: text -> id
     @property
+    def added(self) -> Mapping[str, int]: ...  # added tokens that are not special: text -> id
+    @property
     def gaps(self) -> Sequence[int]: ...  # ids below vocab_size that have no token
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]: ...  # texts, special ids
     def encode_array(self, text: str) -> NDArray[np.uint32]: ...  # for corpora
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_bytes(self, id: int) -> bytes: ...  # special tokens: their text
+    def without_added(self, texts: Iterable[str]) -> Tokenizer: ...  # for which they are plain text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies. `shape` is in numpy's order (last index runs fastest).
+    """Position of one tensor in its file. `shape` is in NumPy's order (row-major).
 
     `dtype` is F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL, or a GGUF block type such as Q4_1.
     """
@@ -50,7 +54,7 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    path: str  # the file that holds it: a shard of many, perhaps
+    path: str  # the file that contains it, which may be one of several shards
     offset: int  # bytes from the start of that file
     nbytes: int
 
@@ -67,8 +71,8 @@ class TensorFile(Protocol):
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
 
-        Block types come as uint8 (rows, bytes of a row); formats.blocks.dequantize makes float32.
-        Touches these rows' bytes only.
+        Block types are returned as uint8 (rows, bytes per row); formats.blocks.dequantize converts
+        them to float32. Only the bytes of these rows are read.
         """
         ...
 
@@ -80,7 +84,7 @@ class TensorFile(Protocol):
 
 
 class Progress(Protocol):
-    """Told how far a long piece of work has come, in units of its own choosing."""
+    """Callback that is called during long operations with the units done and their total."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
@@ -91,20 +95,21 @@ CACHE_SCALE = 4  # bytes of the scale of every head's key, and of its value
 
 
 class ModelConfig(Protocol):
-    """What generation needs to know of any model."""
+    """The configuration values that generation needs, for every architecture."""
 
     @property
     def vocab_size(self) -> int: ...
     @property
     def max_seq_len(self) -> int: ...
     @property
-    def unbounded(self) -> bool: ...  # True: the context has no end
+    def unbounded(self) -> bool: ...  # True: the context is unlimited
 
 
 class KVCache(Protocol):
-    """Keys and values of any number of sequences, which are added and removed while it lives.
+    """Keys and values of any number of sequences, which can be added and removed at any time.
 
-    It belongs to the executor that made it. A sequence is named by the number that `add` returned.
+    It belongs to the executor that created it. A sequence is identified by the number that `add`
+    returned.
     All methods raise GenerationError for a sequence that is not in the cache.
     """
 
@@ -124,7 +129,7 @@ class KVCache(Protocol):
     def length(self, sequence: int) -> int: ...
 
     def reused(self, sequence: int) -> int:
-        """How many of its tokens were already known from another sequence, and not computed."""
+        """The number of its tokens that were reused from another sequence and not computed."""
         ...
 
 
@@ -133,7 +138,7 @@ Output = Literal["last", "all", "none"]
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """The new ids of one sequence, and of which of them the logits are wanted."""
+    """The new ids of one sequence, and for which of them logits are returned."""
 
     sequence: int
     ids: Sequence[int]
@@ -159,28 +164,28 @@ class NativeSampler(Protocol):
         counts: NDArray[np.int32],
         uniform: float,
     ) -> int:
-        """The id, or -1 where no id can be chosen.
+        """The id, or -1 if no id can be chosen.
 
-        All arrays are (V,): whether prompt or answer hold an id, and how often the answer does;
-        `uniform` is in [0, 1).
+        All arrays are (V,). `seen`: whether the prompt or the answer contains an id; `counts`: how
+        often the answer contains it; `uniform` is a random number in [0, 1).
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an executor can do besides `forward`, and how it is best used."""
+    """What an executor supports besides `forward`, and the chunk size it works best with."""
 
-    prefill_chunk: int  # new tokens of one forward pass that keep it busy and yet interruptible
-    # The logits of a sequence are the same to the bit, however its ids are cut into passes and
-    # whatever else is in the batch. Without it generation runs one sequence at a time.
+    prefill_chunk: int  # new tokens per pass: large enough to be fast, small enough for Ctrl-C
+    # The logits of a sequence are bit-identical for every division of its ids into passes and for
+    # every other content of the batch. If False, generation runs one sequence at a time.
     batch_invariant: bool = False
-    shares_prefixes: bool = False  # what one sequence has computed serves others that begin alike
+    shares_prefixes: bool = False  # sequences with the same beginning share its keys and values
     native_sampler: Callable[..., NativeSampler] | None = None  # see native/engine/sampling.py
 
 
 class Executor(Protocol):
-    """What generation drives: the engine, or a PyTorch model (weights/load.py)."""
+    """Runs a model: the engine, or a PyTorch model (weights/load.py). Generation calls it."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -189,7 +194,7 @@ class Executor(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know: one line each."""
+        """Notices for the user, one line each."""
         ...
 
     def new_cache(self) -> KVCache: ...
@@ -197,15 +202,14 @@ class Executor(Protocol):
     def forward(self, batch: TokenBatch, cache: KVCache) -> NDArray[np.float32]:
         """Append new tokens to sequences -> (rows, V) float32 logits, in the order of the batch.
 
-        Each sequence contributes the rows that its `output` asks for. Raises GenerationError, and
-        leaves the cache as it was, where ids are not of the vocabulary, a sequence would exceed the
-        context, or the cache is another executor's. After any other exception, KeyboardInterrupt
-        too, the cache is as it was as well.
+        The rows of a sequence are those that its `output` selects. Raises GenerationError if an id
+        is outside the vocabulary, a sequence would exceed the context, or the cache belongs to
+        another executor. After any exception, including KeyboardInterrupt, the cache is unchanged.
         """
         ...
 
     def close(self) -> None:
-        """Free what does not go with the object: threads. Further use raises GenerationError."""
+        """End the threads, which nothing else ends. Later calls raise GenerationError."""
         ...
 
 
@@ -222,9 +226,10 @@ def context_full(length: int, context: int) -> GenerationError:
 
 
 def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int]:
-    """Ids as Python's whole numbers.
+    """Ids as Python integers.
 
-    Raises GenerationError that names `what`: none, not a number, or outside the vocabulary.
+    Raises GenerationError, which names `what`, if there are none, or if one is not an integer or is
+    outside the vocabulary.
     """
     ids: list[int] = []
     for position, id in enumerate(given):
@@ -249,12 +254,12 @@ def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int
 
 
 def require_distinct(batch: TokenBatch) -> None:
-    """Raise GenerationError where a sequence occurs twice."""
+    """Raise GenerationError if a sequence occurs twice."""
     if len({tokens.sequence for tokens in batch}) < len(batch):
         raise GenerationError("a sequence occurs twice in one batch: expected once")
 
 
 def logits_of_text(executor: Executor, ids: Sequence[int]) -> NDArray[np.float32]:
-    """(T,) ids -> (T, V) logits after each of them, in a cache of its own."""
+    """(T,) ids -> (T, V) logits after each of them, computed with a new cache."""
     cache = executor.new_cache()
     return executor.forward([NewTokens(cache.add(), ids, "all")], cache)

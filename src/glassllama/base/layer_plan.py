@@ -1,30 +1,36 @@
 """Layer plan: what every block of a model computes, as data.
 
 The engine, the memory planner and the walkthrough read a plan instead of a configuration, so they
-know operations and no names of architectures. The default of each field is what Llama does;
-another architecture sets a few fields differently. A block computes, with N the norms that
-`BlockPlan.norms` lists (others are left out), m the residual multiplier, F the feed-forward part:
+depend on operations and not on names of architectures. The default of each field is that of Llama;
+other architectures set a few fields. A block computes the following, where N are the norms listed
+in `BlockPlan.norms` (others are omitted), m the residual multiplier, F the feed-forward network:
 
     x = x + m · N_post_attention(attention(N_pre_attention(x)))
     x = x + m · N_post_ffn(F(N_pre_ffn(x)))
 
-All norms are RMSNorm with a weight per channel. Weights that a format stores as w for 1 + w, fused
-or transposed matrices are no concern of a plan: they are converted when a checkpoint is read.
+All norms are RMSNorm with a weight per channel. A plan does not describe formats: weights stored as
+w for 1 + w, and fused or transposed matrices, are converted when a checkpoint is read.
 
 Letters: C model width, H query heads, K KV heads, D head width, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from glassllama.base.config import LlamaConfig, RopeLayout, rope_frequencies
-from glassllama.base.errors import ConfigError, quoted
-from glassllama.base.fields import is_number, is_whole
+from glassllama.base.config import (
+    LlamaConfig,
+    RopeLayout,
+    require_choice,
+    require_positive,
+    require_sizes,
+    rope_frequencies,
+)
+from glassllama.base.errors import ConfigError
+from glassllama.base.fields import is_number
 
 Norm = Literal["pre_attention", "post_attention", "pre_ffn", "post_ffn"]
 # Norm of queries and keys. "per_head": RMSNorm of each head with a weight of D numbers;
@@ -59,8 +65,8 @@ class RopePlan:
     def __post_init__(self) -> None:
         if not self.frequencies or not all(is_number(f) and f >= 0 for f in self.frequencies):
             raise ConfigError("rope: frequencies must be a non-empty list of finite numbers >= 0")
-        _require_choice("rope: layout", self.layout, get_args(RopeLayout))
-        _require_positive("rope: attention_factor", self.attention_factor)
+        require_choice(self, "layout", get_args(RopeLayout), "rope: ")
+        require_positive(self, "attention_factor", part="rope: ")
 
     @property
     def rotary_dim(self) -> int:
@@ -87,8 +93,8 @@ class AttentionPlan:
     biases: frozenset[Projection] = frozenset()  # the projections that add a bias
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "n_kv_heads", "head_dim"):
-            _require_size(f"attention: {name}", getattr(self, name))
+        part = "attention: "
+        require_sizes(self, "n_heads", "n_kv_heads", "head_dim", part=part)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"attention: n_heads must be a multiple of n_kv_heads, got {self.n_heads} and "
@@ -98,13 +104,13 @@ class AttentionPlan:
             raise ConfigError(
                 f"attention: {self.rope.rotary_dim} rotary dimensions in heads of {self.head_dim}"
             )
-        _require_positive("attention: scale", self.scale)
+        require_positive(self, "scale", part=part)
         if self.window is not None:
-            _require_size("attention: window", self.window)
+            require_sizes(self, "window", part=part)
         if self.softcap is not None:
-            _require_positive("attention: softcap", self.softcap)
-        _require_choice("attention: qk_norm", self.qk_norm, get_args(QKNorm))
-        _require_subset("attention: biases", self.biases, get_args(Projection))
+            require_positive(self, "softcap", part=part)
+        require_choice(self, "qk_norm", get_args(QKNorm), part)
+        require_choice(self, "biases", get_args(Projection), part)
 
     @property
     def group_size(self) -> int:
@@ -125,8 +131,8 @@ class FeedForwardPlan:
     bias: bool = False  # of gate, up and down
 
     def __post_init__(self) -> None:
-        _require_size("feed_forward: ffn_dim", self.ffn_dim)
-        _require_choice("feed_forward: activation", self.activation, get_args(Activation))
+        require_sizes(self, "ffn_dim", part="feed_forward: ")
+        require_choice(self, "activation", get_args(Activation), "feed_forward: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +145,8 @@ class BlockPlan:
     residual_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_subset("norms", self.norms, get_args(Norm))
-        _require_positive("residual_multiplier", self.residual_multiplier)
+        require_choice(self, "norms", get_args(Norm))
+        require_positive(self, "residual_multiplier")
 
     def matrices(self, dim: int) -> dict[str, tuple[int, int]]:
         """Names of the block's matrices, in the order of use -> (rows, columns)."""
@@ -163,7 +169,7 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """All that the engine needs to know besides the packed weights.
+    """Everything that the engine needs besides the packed weights.
 
     x = embedding_multiplier · embeddings; after the blocks and the last norm,
     logits = softcap(logit_multiplier · output(norm(x))), softcap as in `AttentionPlan`.
@@ -180,12 +186,10 @@ class ModelPlan:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dim", "vocab_size", "max_seq_len"):
-            _require_size(name, getattr(self, name))
-        for name in ("norm_eps", "embedding_multiplier", "logit_multiplier"):
-            _require_positive(name, getattr(self, name))
+        require_sizes(self, "dim", "vocab_size", "max_seq_len")
+        require_positive(self, "norm_eps", "embedding_multiplier", "logit_multiplier")
         if self.logit_softcap is not None:
-            _require_positive("logit_softcap", self.logit_softcap)
+            require_positive(self, "logit_softcap")
         if not self.blocks:
             raise ConfigError("blocks: a model has at least one")
 
@@ -221,48 +225,23 @@ class ModelPlan:
         return [*layers, "norm.weight"]
 
 
+def usual_scale(head_dim: int) -> float:
+    """1/√D, computed in float32."""
+    return float(np.float32(1) / np.sqrt(np.float32(head_dim)))
+
+
 def llama_plan(config: LlamaConfig) -> ModelPlan:
-    """The plan of a Llama: all blocks are alike."""
-    # In float32, as compiled code computed it before there were plans.
-    scale = float(np.float32(1) / np.sqrt(np.float32(config.head_dim)))
+    """The plan of a Llama, whose blocks are all the same."""
+    frequencies = tuple(rope_frequencies(config).tolist())
     attention = AttentionPlan(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        scale=scale,
-        rope=RopePlan(
-            frequencies=tuple(rope_frequencies(config).tolist()),
-            layout=config.rope_layout,
-        ),
-        qk_norm="unweighted" if config.qk_norm else "none",
-        qk_norm_after_rope=True,
-    )
+        n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
+        scale=usual_scale(config.head_dim),
+        rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
+        qk_norm="unweighted" if config.qk_norm else "none", qk_norm_after_rope=True,
+    )  # fmt: skip
     block = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=config.ffn_dim))
     return ModelPlan(
-        dim=config.dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        norm_eps=config.norm_eps,
-        blocks=(block,) * config.n_layers,
+        dim=config.dim, vocab_size=config.vocab_size, max_seq_len=config.max_seq_len,
+        norm_eps=config.norm_eps, blocks=(block,) * config.n_layers,
         tie_embeddings=config.tie_embeddings,
-    )
-
-
-def _require_size(name: str, value: object) -> None:
-    if not is_whole(value) or not int(value) > 0:  # type: ignore[call-overload]
-        raise ConfigError(f"{name} must be a positive whole number, got {quoted(value)}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not (is_number(value) and value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be positive and finite, got {quoted(value)}")
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")
-
-
-def _require_subset(name: str, values: frozenset[str], choices: tuple[str, ...]) -> None:
-    if unknown := sorted(values - set(choices)):
-        raise ConfigError(f"{name} must be among {', '.join(choices)}, got {quoted(unknown)}")
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """A lock for objects that run one call at a time: other threads wait, reentrant calls are refused.
 
-A signal handler or a finalizer can call an object in the middle of a call of the same thread.
-Waiting would be a deadlock there, so such a call is an error.
+A signal handler or a finalizer may call an object while the same thread is already in a call of it.
+Waiting would be a deadlock, so such a call is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NonReentrantLock:
         _all_locks.append(weakref.ref(self))
 
     def reset_after_fork(self) -> None:
-        """In the child of a fork: the thread that had the lock may not exist here."""
+        """Called in the child of a fork, where the thread that holds the lock does not exist."""
         if self.rlock.acquire(blocking=False):
             self.rlock.release()
         else:
@@ -56,11 +56,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def synchronized(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """A method of an object with a `lock`: one call at a time.
+    """Decorator for methods of an object with a `lock`: one call at a time.
 
-    Raises GenerationError when the same thread is already in such a call. An exception may arrive
-    at any moment (Ctrl-C): before `busy` is set nothing has begun, and nothing is called between
-    that and `try`.
+    Raises GenerationError if the same thread is already in such a call. Ctrl-C may raise an
+    exception between any two instructions: before `busy` is set nothing has started, and between
+    that and `try` nothing is called.
     """
 
     @wraps(method)

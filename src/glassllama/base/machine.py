@@ -19,14 +19,14 @@ CGROUP_LIMITS = (
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated now without swapping; None if the system does not say."""
+    """Bytes that can be allocated now without swapping; None if unknown."""
     free = _system_memory()
     if (left := address_space_left()) is not None:
         free = left if free is None else min(free, left)
     for limit, used in CGROUP_LIMITS:
         try:
             free_here = int(limit.read_text()) - int(used.read_text())
-        except (OSError, ValueError):  # no such file, or the word "max"
+        except (OSError, ValueError):  # no such file, or it contains "max" (no limit)
             continue
         free = free_here if free is None else min(free, free_here)
     return free

@@ -16,7 +16,7 @@ from pathlib import Path
 from glassllama.base.errors import UntrustedError
 
 ROOT = 0
-FOLDER_MODE = 0o755  # of new folders, whatever the umask allows
+FOLDER_MODE = 0o755  # of new folders; the umask can only remove permissions
 IS_POSIX = os.name == "posix"  # on Windows, folders of a profile are private by default
 NOT_OURS = "it is not used; make it yours (chown) or set GLASSLLAMA_HOME to a folder of your own"
 HELP = "it is not used; take write permission from others (chmod go-w) or set GLASSLLAMA_HOME"
@@ -31,7 +31,7 @@ def require_trusted(folder: Path) -> None:
     if not IS_POSIX:
         return
     try:
-        itself = os.stat(folder)  # a loop of links is an OSError
+        itself = os.stat(folder)  # a cycle of links raises OSError
     except FileNotFoundError:
         itself = None
     for part in path_components(folder):
@@ -62,7 +62,7 @@ def is_trusted(status: os.stat_result) -> bool:
 
 
 def writable_by_others(status: os.stat_result) -> bool:
-    """Whether the permissions let other users write; a link has no permissions of its own."""
+    """Whether other users have write permission; the permissions of a link have no effect."""
     if not IS_POSIX or stat.S_ISLNK(status.st_mode):
         return False
     by_group = status.st_mode & stat.S_IWGRP and status.st_gid != private_group()

@@ -253,7 +253,7 @@ def require_json(json: bool, logprobs: int | None) -> None:
 
 def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
     """A note if the text contains control tokens that are read as text."""
-    from glassllama.tokenizers.special_tokens import find_tokens
+    from glassllama.tokenizers.vocabulary import find_tokens
 
     found = [] if specials else find_tokens(text, tokenizer.specials)
     if found:

@@ -94,9 +94,12 @@ def walkthrough(
         note_specials(walk.tokenizer, walk.prompt or "", specials)
     full = full_layers(layers, walk)
     if to_page:
-        show_page(walk, mistakes, step, full, html, open_page)
+        from glassllama.walkthrough.export import html_page
+
+        walked = to_object(walk, mistakes, None, full)
+        show_page(html_page(walk, walked, start=step or 0), html, open_page)
     elif json:
-        print_object(walk, mistakes, step, full)
+        print_json(to_object(walk, mistakes, step, full))
     elif mistakes:
         for comparison in comparisons(walk, mistakes):
             print_text(comparison)
@@ -180,33 +183,20 @@ def comparisons(walk: Walkthrough, mistakes: list[str]) -> list[Comparison]:
     return done
 
 
-def print_object(
+def to_object(
     walk: Walkthrough, mistakes: list[str], step: int | None, full: list[int] | None
-) -> None:
-    from glassllama.walkthrough.to_json import to_json
+) -> dict[str, Any]:
+    """The walkthrough as JSON has it: all steps or one, and the comparisons after them."""
+    from glassllama.walkthrough.export import to_json
 
     done, steps = comparisons(walk, mistakes), None if step is None else [step]
     with progress_bars() as bar:
         progress = bar("computing", "steps")
-        walked = to_json(walk, layers=full, steps=steps, mistakes=done, progress=progress)
-    print_json(walked)
+        return to_json(walk, layers=full, steps=steps, mistakes=done, progress=progress)
 
 
-def show_page(
-    walk: Walkthrough,
-    mistakes: list[str],
-    step: int | None,
-    full: list[int] | None,
-    html: Path | None,
-    open_page: bool,
-) -> None:
+def show_page(page: str, html: Path | None, open_page: bool) -> None:
     """Write the page to `html`, or to a temporary file that is not deleted, and print its path."""
-    from glassllama.walkthrough.html_page import html_page
-
-    done = comparisons(walk, mistakes)
-    with progress_bars() as bar:
-        progress = bar("computing", "steps")
-        page = html_page(walk, layers=full, mistakes=done, start=step or 0, progress=progress)
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
     write_file(path, page)
     write(f"{path}\n")

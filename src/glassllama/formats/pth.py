@@ -1,16 +1,20 @@
 """Meta's .pth: what torch.save writes, read without torch and without running anything.
 
-A zip of stored entries (formats/stored_zip.py): NAME/data.pkl is a pickle of the state dict
+A zip of uncompressed entries: NAME/data.pkl is a pickle of the state dict
 (formats/restricted_unpickler.py), in which each tensor says: storage K, from element `offset`, this
 shape, these strides. NAME/data/K holds the bytes of storage K. NAME/byteorder says how.
 
-Source: the serialization notes of PyTorch's documentation, and files of torch 1.6 … 2.13.
+Source: the serialization notes of PyTorch's documentation, and files of torch 1.6 … 2.13; PKWARE
+APPNOTE.TXT 6.3.10, section 4.3, for the zip.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,15 +25,9 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.interfaces import Progress, TensorInfo
-from glassllama.formats.mmap_file import ELEMENT_TYPES, MappedFile, as_plain_array, checked_shape
-from glassllama.formats.restricted_unpickler import (
-    HINTS,
-    NAMES,
-    PickleMachine,
-    StoredTensor,
-    storage,
-)
-from glassllama.formats.stored_zip import Entry, read_directory
+from glassllama.formats.blocks import ELEMENT_TYPES
+from glassllama.formats.restricted_unpickler import StoredTensor, read_pickle
+from glassllama.formats.tensor_file import MappedFile, MappedTensors, checked_shape
 
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # how files of torch < 1.6 begin
 LARGEST_SMALL_ENTRY = 64 * 2**20  # a pickle takes 120 bytes a tensor: half a million of them
@@ -38,66 +36,65 @@ DEEPEST, LONGEST_NAME, MOST_NAMES = 32, 1024, 250_000  # of nested state dicts
 MOST_LISTED = 5  # damaged entries in one message, and tensors of each
 PIECE = 8 * 2**20  # bytes between two reports of progress
 
+END = struct.Struct("<4s4H2IH")  # signature, disk ×2, entries ×2, directory size, offset, comment
+# Of the 64-bit records: entries ×2, directory size, offset; signature, disk, offset, disks.
+TAIL_64 = struct.Struct("<4Q4sIQI")
+END_64_BYTES, LOCATOR_BYTES = 56, 20
+LOCAL = struct.Struct("<4s5H3I2H")
+LARGEST_DIRECTORY = 16 * 2**20  # bytes: 150,000 entries, far above real checkpoints
+UTF_8, ENCRYPTED = 1 << 11, 1  # bits of the flags
+FULL_16, FULL_32 = 2**16 - 1, 2**32 - 1  # the number is in the 64-bit record
 
-@dataclass(frozen=True)
-class TensorView:
-    """A tensor in the mapped file: `strides` and `span` (first to last byte) in bytes."""
 
-    info: TensorInfo
-    strides: tuple[int, ...]
-    span: int
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One file inside the zip; `offset` and `nbytes` give its data in the outer file."""
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int
 
 
-class PthFile:
-    """A `TensorFile` over one file of torch.save. Made by `open_pth`."""
+class PthFile(MappedTensors):
+    """A `TensorFile` over one file of torch.save. Made by `open_pth`.
+
+    `metadata` has the numbers, text and None that the file holds beside its tensors, by dotted
+    name. The elements of a tensor that was saved strided lie further apart than its `nbytes` say.
+    """
 
     def __init__(
         self,
         file: MappedFile,
         entries: Mapping[str, Entry],
-        views: Mapping[str, TensorView],
+        views: Mapping[str, tuple[TensorInfo, tuple[int, ...], int]],
         metadata: Mapping[str, Any],
         *,
         big_endian: bool,
     ) -> None:
+        super().__init__([file], {name: view[0] for name, view in views.items()}, metadata)
         self._file, self._entries, self._views = file, entries, views
-        self._metadata = metadata
         self._big_endian = big_endian
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Numbers, text and None that the file holds beside its tensors, by dotted name."""
-        return self._metadata
 
     @property
     def has_checksums(self) -> bool:
         """False where torch was told to leave them out (`set_crc32_options(False)`)."""
         return _have_checksums(self._entries)
 
-    def names(self) -> list[str]:
-        return list(self._views)
-
-    def info(self, name: str) -> TensorInfo:
-        """Where it begins and its own bytes, which lie further apart if it was saved strided."""
-        return self._view_of(name).info
-
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
+        """As MappedTensors; big-endian elements are copied in this machine's order."""
+        plain = super().read(name, rows)
+        if self._big_endian:  # any type's bytes swap like whole numbers
+            plain = plain.view(f"u{plain.dtype.itemsize}").byteswap().view(plain.dtype)
+            plain.setflags(write=False)
+        return plain
 
-        A view of the mapped file; a copy where it was saved transposed or big-endian.
-        """
-        view = self._view_of(name)
-        dtype = ELEMENT_TYPES[view.info.dtype]
-        array = self._file.array(view.info.shape, dtype, view.info.offset, view.strides)
-        plain = as_plain_array(array, rows)
-        return _swapped(plain) if self._big_endian else plain
+    def _view(self, info: TensorInfo) -> NDArray[Any]:
+        strides = self._views[info.name][1]
+        return self._file.array(info.shape, ELEMENT_TYPES[info.dtype], info.offset, strides)
 
     def release_pages(self, name: str) -> None:
-        view = self._view_of(name)
-        self._file.release_pages(view.info.offset, view.span)
-
-    def close(self) -> None:
-        self._file.close()
+        self._file.release_pages(self.info(name).offset, self._views[name][2])
 
     def verify(self, progress: Progress | None = None) -> None:
         """Compare every entry with its CRC-32; FormatError names the damaged tensors.
@@ -105,7 +102,7 @@ class PthFile:
         `progress` counts bytes. FormatError also where the file was saved without checksums.
         """
         if not self.has_checksums:
-            raise FormatError(f"{self._file.path}: saved without checksums, cannot be verified")
+            raise FormatError(f"{self._path}: saved without checksums, cannot be verified")
         damaged = list[Entry]()
         total, done = sum(entry.nbytes for entry in self._entries.values()), 0
         for entry in self._entries.values():
@@ -122,18 +119,13 @@ class PthFile:
         if damaged:
             named = "; ".join(map(self._described, damaged[:MOST_LISTED]))
             raise FormatError(
-                f"{self._file.path}: {len(damaged)} of {len(self._entries)} zip entries do not "
+                f"{self._path}: {len(damaged)} of {len(self._entries)} zip entries do not "
                 f"match their CRC-32: {named}; download or copy the file again"
             )
 
-    def _view_of(self, name: str) -> TensorView:
-        if name not in self._views:
-            raise FormatError(f"{self._file.path}: no tensor named {quoted(name)}")
-        return self._views[name]
-
     def _described(self, entry: Entry) -> str:
         within = range(entry.offset, entry.offset + entry.nbytes)
-        tensors = [n for n, view in self._views.items() if view.info.offset in within]
+        tensors = [n for n, info in self._tensors.items() if info.offset in within]
         return f"{quoted(entry.name)} (tensors {', '.join(map(quoted, tensors[:MOST_LISTED]))})"
 
 
@@ -150,48 +142,118 @@ def open_pth(path: Path) -> PthFile:
             f"{path}: the legacy form of torch < 1.6; load it with torch and save it again: "
             "torch.save(torch.load(old, weights_only=True), new)"
         )
-    entries = read_directory(file)
-    folder = _folder(entries, file.path)
-    big_endian = _is_big_endian(file, entries, folder)
-    root = _unpickled(file, entries, folder)
-    views, metadata = dict[str, TensorView](), dict[str, Any]()
+    entries = read_entries(file)
+    folders = {name.partition("/")[0] for name in entries}  # one, named after the saved file
+    folder = min(folders, default="")
+    if len(folders) != 1 or f"{folder}/data.pkl" not in entries:
+        raise FormatError(f"{path}: a zip file, but without FOLDER/data.pkl: not from torch.save")
+    order = b"little"  # files of torch < 2.1 do not say; usual machines are little-endian
+    if (entry := entries.get(f"{folder}/byteorder")) is not None:
+        order = _checked_bytes(file, entry, entries)
+    if order not in (b"little", b"big"):
+        raise FormatError(f"{path}: byteorder {quoted(order)}, expected little or big")
+    code = _checked_bytes(file, entries[f"{folder}/data.pkl"], entries)
+    root = read_pickle(code, f"{path}: data.pkl")
+    if not isinstance(root, dict):
+        raise FormatError(f"{path}: holds a {type(root).__name__}, expected a state dict")
+    views, metadata = dict[str, Any](), dict[str, Any]()
     for name, value in _state_and_settings(root, file.path):
-        if name in (views if isinstance(value, StoredTensor) else metadata):
+        found: dict[str, Any] = views if isinstance(value, StoredTensor) else metadata
+        if name in found:
             raise FormatError(f"{path}: {quoted(name)} appears twice")
         if isinstance(value, StoredTensor):
-            views[name] = _view_of(name, value, entries, folder=folder, path=file.path)
-        elif value is None or isinstance(value, str | int | float):
-            metadata[name] = value
-    return PthFile(file, entries, views, metadata, big_endian=big_endian)
+            value = _view_of(name, value, entries.get(f"{folder}/data/{value.storage.key}"), path)
+        if value is None or isinstance(value, str | int | float) or found is views:
+            found[name] = value
+    return PthFile(file, entries, views, metadata, big_endian=order == b"big")
 
 
-def _folder(entries: Mapping[str, Entry], path: Path) -> str:
-    """The one folder that everything in the zip lies in: named after the file that was saved."""
-    folders = {name.partition("/")[0] for name in entries}
-    if len(folders) != 1 or f"{min(folders)}/data.pkl" not in entries:
-        raise FormatError(f"{path}: a zip file, but without FOLDER/data.pkl: not from torch.save")
-    return folders.pop()
+# --- the zip --------------------------------------------------------------------------------
 
 
-def _is_big_endian(file: MappedFile, entries: Mapping[str, Entry], folder: str) -> bool:
-    """Files of torch < 2.1 have no such entry: they were little-endian on every usual machine."""
-    if (entry := entries.get(f"{folder}/byteorder")) is None:
-        return False
-    order = _checked_bytes(file, entry, entries)
-    if order not in (b"little", b"big"):
-        raise FormatError(f"{file.path}: byteorder {quoted(order)}, expected little or big")
-    return order == b"big"
+class BoundedFile(io.FileIO):
+    """A file for `zipfile`, which reads the directory at once, whatever its claimed size."""
+
+    def read(self, nbytes: int | None = -1, /) -> bytes:
+        if (nbytes or 0) > LARGEST_DIRECTORY:
+            raise ValueError(f"directory of {nbytes} bytes, expected at most {LARGEST_DIRECTORY}")
+        return super().read(nbytes) or b""
 
 
-def _unpickled(file: MappedFile, entries: Mapping[str, Entry], folder: str) -> dict[Any, object]:
-    code = _checked_bytes(file, entries[f"{folder}/data.pkl"], entries)
-    machine = PickleMachine(
-        code, f"{file.path}: data.pkl", names=NAMES, hints=HINTS, persistent=storage
-    )
-    root = machine.run()
-    if not isinstance(root, dict):
-        raise FormatError(f"{file.path}: holds a {type(root).__name__}, expected a state dict")
-    return root
+def read_entries(file: MappedFile) -> dict[str, Entry]:
+    """Every entry by name. torch writes them uncompressed, so that they can be mapped.
+
+    Raises FormatError for anything that torch does not write and `zipfile` accepts: compression,
+    encryption, comments, several disks, overlapping entries, end records that contradict.
+    """
+    end = max(file.size - END.size, 0)
+    raw = file.bytes_at(end, END.size)
+    if len(raw) < END.size or not raw.startswith(b"PK\5\6"):
+        raise FormatError(
+            f"{file.path}: no zip end record in the last {END.size} bytes: not a file of "
+            "torch.save, or a truncated one; download or copy it again"
+        )
+    _, *disks, on_disk, count, nbytes, offset, comment = END.unpack(raw)
+    end_64 = end - LOCATOR_BYTES - END_64_BYTES
+    try:
+        with BoundedFile(file.path) as stream, zipfile.ZipFile(stream) as archive:
+            infos, directory = archive.infolist(), archive.start_dir
+    except Exception as error:  # BadZipFile, ValueError, struct.error and others
+        raise FormatError(
+            f"{file.path}: zip directory cannot be read ({error}): not a file of torch.save, or a "
+            "damaged one; download or copy it again"
+        ) from error
+    # The 64-bit end record ends with counts, size and offset; the locator says where it begins.
+    with_64, tail = file.bytes_at(max(end - LOCATOR_BYTES, 0), 4) == b"PK\6\7", b""
+    if with_64:
+        numbers = (len(infos), len(infos), max(end_64 - directory, 0), directory)
+        tail = TAIL_64.pack(*numbers, b"PK\6\7", 0, end_64, 1)
+    if (
+        any(disks) or comment or on_disk != count
+        or count not in (len(infos), FULL_16)
+        or nbytes not in ((end_64 if with_64 else end) - directory, FULL_32)
+        or offset not in (directory, FULL_32)
+        or (with_64 and file.bytes_at(end - TAIL_64.size, TAIL_64.size) != tail)
+    ):  # fmt: skip
+        raise FormatError(
+            f"{file.path}: zip end records contradict each other or the directory, or the zip has "
+            "several disks or a comment"
+        )
+    infos.sort(key=lambda info: info.header_offset)
+    limits, entries = [*(info.header_offset for info in infos[1:]), directory], dict[str, Entry]()
+    for info, limit in zip(infos, limits, strict=False):
+        entry = _checked_entry(info, file)
+        if entry.offset + entry.nbytes > limit:
+            raise FormatError(
+                f"{file.path}: zip entry {quoted(entry.name)} reaches to byte "
+                f"{entry.offset + entry.nbytes}, expected at most {limit}"
+            )
+        if entry.name in entries:
+            raise FormatError(f"{file.path}: zip entry {quoted(entry.name)} appears twice")
+        entries[entry.name] = entry
+    return entries
+
+
+def _checked_entry(info: zipfile.ZipInfo, file: MappedFile) -> Entry:
+    """The entry; its local header, which must have the same name, gives the offset of its data."""
+    where, start = f"{file.path}: zip entry {quoted(info.filename)}", max(info.header_offset, 0)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ENCRYPTED:
+        raise FormatError(
+            f"{where}: compressed or encrypted (method {info.compress_type}), expected stored "
+            "bytes; unpack it and save it with torch.save again"
+        )
+    if info.file_size != info.compress_size or info.comment:
+        raise FormatError(
+            f"{where}: stored in {info.compress_size} bytes, expected {info.file_size}, without a "
+            "comment"
+        )
+    raw = file.bytes_at(start, LOCAL.size).ljust(LOCAL.size)
+    signature, *_, name_bytes, extra_bytes = LOCAL.unpack(raw)
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & UTF_8 else "cp437")
+    if signature != b"PK\3\4" or file.bytes_at(start + LOCAL.size, name_bytes) != name:
+        raise FormatError(f"{where}: no local header of this name at byte {info.header_offset}")
+    offset = start + LOCAL.size + name_bytes + extra_bytes
+    return Entry(name=info.filename, offset=offset, nbytes=info.file_size, crc32=info.CRC)
 
 
 def _checked_bytes(file: MappedFile, entry: Entry, entries: Mapping[str, Entry]) -> bytes:
@@ -214,6 +276,9 @@ def _have_checksums(entries: Mapping[str, Entry]) -> bool:
     return any(entry.crc32 for entry in entries.values())
 
 
+# --- the state dict -------------------------------------------------------------------------
+
+
 def _state_and_settings(root: dict[Any, object], path: Path) -> Iterator[tuple[str, object]]:
     """Name and value of everything in the state dict, then of what lies beside it."""
     visits = itertools.count()
@@ -224,7 +289,7 @@ def _state_and_settings(root: dict[Any, object], path: Path) -> Iterator[tuple[s
     yield from _leaves(root[wrappers[0]], "", path, visits=visits)
     beside = {key: value for key, value in root.items() if key != wrappers[0]}
     for name, value in _leaves(beside, "", path, visits=visits):
-        if not isinstance(value, StoredTensor):  # an optimiser's: no weights of the model
+        if not isinstance(value, StoredTensor):  # an optimizer's: no weights of the model
             yield name, value
 
 
@@ -249,11 +314,10 @@ def _leaves(
 
 
 def _view_of(
-    name: str, tensor: StoredTensor, entries: Mapping[str, Entry], *, folder: str, path: Path
-) -> TensorView:
-    """Check a tensor against its storage: inside it, and no element used twice."""
+    name: str, tensor: StoredTensor, entry: Entry | None, path: Path
+) -> tuple[TensorInfo, tuple[int, ...], int]:
+    """-> info, strides, bytes from the first to the last; FormatError unless inside its storage."""
     where = f"{path}: tensor {quoted(name)}"
-    entry = entries.get(f"{folder}/data/{tensor.storage.key}")
     dtype, count = tensor.storage.dtype, tensor.storage.count
     itemsize = ELEMENT_TYPES[dtype].itemsize
     if entry is None or entry.nbytes != count * itemsize:
@@ -270,14 +334,10 @@ def _view_of(
             f"{where}: reaches from element {tensor.offset} over {span}, its storage has {count}"
         )
     info = TensorInfo(
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        path=str(path),
-        offset=entry.offset + tensor.offset * itemsize,
-        nbytes=math.prod(shape) * itemsize,
-    )
-    return TensorView(info, tuple(by * itemsize for by in strides), span * itemsize)
+        name=name, shape=shape, dtype=dtype, path=str(path),
+        offset=entry.offset + tensor.offset * itemsize, nbytes=math.prod(shape) * itemsize,
+    )  # fmt: skip
+    return info, tuple(by * itemsize for by in strides), span * itemsize
 
 
 def _checked_strides(
@@ -300,10 +360,3 @@ def _checked_strides(
             )
         reached += max(size - 1, 0) * by
     return steps
-
-
-def _swapped(big: NDArray[Any]) -> NDArray[Any]:
-    """Big-endian elements in this machine's order; any type's bytes swap like whole numbers."""
-    swapped = big.view(f"u{big.dtype.itemsize}").byteswap().view(big.dtype)
-    swapped.setflags(write=False)
-    return swapped

@@ -4,8 +4,8 @@
     8      N bytes   {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}
     8 + N  the rest  the tensors one after another, no gaps; offsets count from here
 
-Source: the format's description in the safetensors project (README, "Format"). Everything that the
-header says is checked before any tensor is read.
+Source: the format's description in the safetensors project (README, "Format"). The format has no
+checksums; everything that the header says is checked before any tensor is read.
 """
 
 from __future__ import annotations
@@ -13,101 +13,41 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from glassllama.base.errors import FormatError, quoted
 from glassllama.base.fields import relative_path
 from glassllama.base.interfaces import TensorInfo
-from glassllama.formats.first_bytes import format_of
-from glassllama.formats.mmap_file import ELEMENT_TYPES, MappedFile, as_plain_array, checked_shape
+from glassllama.formats.blocks import ELEMENT_TYPES
+from glassllama.formats.tensor_file import MappedFile, MappedTensors, checked_shape, format_of
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # the format's own limit
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-class SafetensorsFile:
-    """A `TensorFile` over one file or all shards of an index. Made by `open_safetensors`.
-
-    The format has no checksums; everything that can be checked is checked when it is opened.
-    """
-
-    def __init__(
-        self,
-        files: Iterable[MappedFile],
-        tensors: Mapping[str, TensorInfo],
-        metadata: Mapping[str, Any],
-    ) -> None:
-        self._files = {str(file.path): file for file in files}
-        self._tensors = tensors
-        self._metadata = metadata
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The `__metadata__` map: text to text; of shards, the union (later shards win)."""
-        return self._metadata
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        if name not in self._tensors:
-            raise FormatError(f"{' '.join(self._files)}: no tensor named {quoted(name)}")
-        return self._tensors[name]
-
-    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """The elements as stored, of `shape` (or its `rows` along the first axis), read-only.
-
-        A view of the mapped file; a copy only if the elements are not aligned.
-        """
-        tensor = self.info(name)
-        file, dtype = self._files[tensor.path], ELEMENT_TYPES[tensor.dtype]
-        view = file.array(tensor.shape, dtype, tensor.offset)
-        return as_plain_array(view, rows)
-
-    def release_pages(self, name: str) -> None:
-        tensor = self.info(name)
-        self._files[tensor.path].release_pages(tensor.offset, tensor.nbytes)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path) -> MappedTensors:
     """Open one .safetensors file, or every shard that a .safetensors.index.json names.
 
+    The metadata is the `__metadata__` map, text to text; of shards, the union (later shards win).
     Raises FormatError, naming the file and the field, before any tensor is read.
     """
     path = Path(path)
-    if path.suffix.lower() == ".json" and not _is_safetensors(path):
+    try:
+        sharded = path.suffix.lower() == ".json" and format_of(path) != "safetensors"
+    except OSError:  # opening it says why it cannot be read
+        sharded = True
+    if sharded:
         return _open_sharded(path)
     file = MappedFile(path)
     metadata, tensors = read_header(file)
-    return SafetensorsFile([file], tensors, metadata)
+    return MappedTensors([file], tensors, metadata)
 
 
 def read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """-> (`__metadata__`, tensors by name in the header's order), all of it checked."""
-    nbytes = _header_length(file)
-    raw = file.bytes_at(LENGTH_BYTES, nbytes)
-    if not raw.startswith(b"{"):
-        raise FormatError(f"{file.path}: header must begin with '{{', got {quoted(raw[:1])}")
-    header = parse_object(raw, f"{file.path}: header")
-    metadata = _checked_metadata(header.pop("__metadata__", {}), file.path)
-    data_start = LENGTH_BYTES + nbytes
-    tensors = {
-        name: _checked_tensor(name, entry, file.path, data_start) for name, entry in header.items()
-    }
-    _check_no_gaps(tensors.values(), data_start, file)
-    return metadata, tensors
-
-
-def _header_length(file: MappedFile) -> int:
     if file.size < LENGTH_BYTES:
         raise FormatError(
             f"{file.path}: {file.size} bytes; a safetensors file begins with {LENGTH_BYTES} bytes "
@@ -120,16 +60,22 @@ def _header_length(file: MappedFile) -> int:
             f"{file.path}: header length {nbytes}, expected 2 … {room}; "
             "not a safetensors file, or a truncated one"
         )
-    return nbytes
-
-
-def _checked_metadata(metadata: object, path: Path) -> dict[str, str]:
+    raw = file.bytes_at(LENGTH_BYTES, nbytes)
+    if not raw.startswith(b"{"):
+        raise FormatError(f"{file.path}: header must begin with '{{', got {quoted(raw[:1])}")
+    header = parse_object(raw, f"{file.path}: header")
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must map text to text, got {quoted(metadata)}")
-    return metadata
+        raise FormatError(
+            f"{file.path}: __metadata__ must map text to text, got {quoted(metadata)}"
+        )
+    start = LENGTH_BYTES + nbytes
+    tensors = {name: _tensor(name, entry, file.path, start) for name, entry in header.items()}
+    _check_no_gaps(tensors.values(), start, file)
+    return metadata, tensors
 
 
-def _checked_tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or set(entry) != ENTRY_FIELDS:
         raise FormatError(f"{where}: expected {sorted(ENTRY_FIELDS)}, got {quoted(entry)}")
@@ -142,16 +88,15 @@ def _checked_tensor(name: str, entry: object, path: Path, data_start: int) -> Te
     shape = checked_shape(entry["shape"], itemsize, where)
     if not isinstance(offsets, list) or [type(o) for o in offsets] != [int, int]:
         raise FormatError(f"{where}: data_offsets must be [begin, end], got {quoted(offsets)}")
-    begin, end = offsets
-    nbytes = math.prod(shape) * itemsize
+    (begin, end), nbytes = offsets, math.prod(shape) * itemsize
     if begin < 0 or end - begin != nbytes:
         raise FormatError(
             f"{where}: data_offsets {quoted(offsets)}, but {dtype} {list(shape)} is {nbytes} bytes"
         )
-    offset = data_start + begin
     return TensorInfo(
-        name=name, shape=shape, dtype=dtype, path=str(path), offset=offset, nbytes=nbytes
-    )
+        name=name, shape=shape, dtype=dtype, path=str(path), offset=data_start + begin,
+        nbytes=nbytes,
+    )  # fmt: skip
 
 
 def _check_no_gaps(tensors: Iterable[TensorInfo], data_start: int, file: MappedFile) -> None:
@@ -172,27 +117,27 @@ def _check_no_gaps(tensors: Iterable[TensorInfo], data_start: int, file: MappedF
         )
 
 
-def _open_sharded(index: Path) -> SafetensorsFile:
+def _open_sharded(index: Path) -> MappedTensors:
     """Open all shards; each tensor must be in the shard that the index names, and in no other."""
     weight_map = read_weight_map(index)
-    files, tensors, metadata = [], dict[str, TensorInfo](), dict[str, str]()
+    files, tensors = list[MappedFile](), dict[str, TensorInfo]()
+    metadata, found = dict[str, str](), dict[str, str]()  # tensor -> shard
     for shard in sorted(set(weight_map.values())):
         file = MappedFile(index.parent / shard)
         its_metadata, its_tensors = read_header(file)
-        if twice := tensors.keys() & its_tensors.keys():
-            name = min(twice)
-            other = Path(tensors[name].path).relative_to(index.parent)
-            raise FormatError(f"{index}: tensor {quoted(name)} is in {other} and in {shard}")
+        for name in its_tensors.keys() & found.keys():
+            raise FormatError(f"{index}: tensor {quoted(name)} is in {found[name]} and in {shard}")
         files.append(file)
+        found |= dict.fromkeys(its_tensors, shard)
         tensors |= its_tensors
         metadata |= its_metadata
     for name, shard in weight_map.items():
-        if name not in tensors:
-            raise FormatError(f"{index}: tensor {quoted(name)} is not in {shard}, nor elsewhere")
-        found = Path(tensors[name].path).relative_to(index.parent).as_posix()
-        if found != shard:
-            raise FormatError(f"{index}: tensor {quoted(name)} is in {found}, expected {shard}")
-    return SafetensorsFile(files, tensors, metadata)
+        if found.get(name) != shard:
+            fault = f"is not in {shard}, nor elsewhere"
+            if name in found:
+                fault = f"is in {found[name]}, expected {shard}"
+            raise FormatError(f"{index}: tensor {quoted(name)} {fault}")
+    return MappedTensors(files, tensors, metadata)
 
 
 def shard_names(index: Path) -> list[str]:
@@ -205,27 +150,17 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if file.size > LONGEST_HEADER:
         raise FormatError(f"{index}: {file.size} bytes, expected at most {LONGEST_HEADER}")
     weight_map = parse_object(file.bytes_at(0, file.size), str(index)).get("weight_map")
-    file.close()
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected a weight_map, tensor names to file names")
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for tensor, shard in weight_map.items():
-        place = relative_path(shard)
-        if place is None:
+        if (path := relative_path(shard)) is None:
             raise FormatError(
                 f"{index}: shard {quoted(shard)} of tensor {quoted(tensor)} must be the name of a "
                 "file beside or below the index"
             )
-        places[tensor] = place
-    return places
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whatever it is called. A file that cannot be read is none: opening it says why."""
-    try:
-        return format_of(path) == "safetensors"
-    except OSError:
-        return False
+        paths[tensor] = path
+    return paths
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassllama.base.config import require_positive, require_sizes
-from glassllama.base.errors import ConfigError, GenerationError, quoted
+from glassllama.base.config import require_choice, require_positive, require_sizes
+from glassllama.base.errors import ConfigError, GenerationError
 from glassllama.models.language_model import LanguageModel
 from glassllama.nn.attention import attend, join_heads, positions_and_mask, split_heads
 from glassllama.nn.hooks import HookPoint
@@ -62,10 +62,7 @@ class GPTConfig:
             raise ConfigError(
                 f"dim must be a multiple of n_heads, got {self.dim} and {self.n_heads}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {quoted(self.activation)}"
-            )
+        require_choice(self, "activation", ACTIVATIONS)
         require_positive(self, "norm_eps")
 
     @property

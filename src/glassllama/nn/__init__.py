@@ -1,1 +1,1 @@
-"""The parts of a Llama, one idea a file: norm, rope, attention, feed_forward, cache, watch."""
+"""Modules of the PyTorch models: norm, RoPE, attention, feed-forward, KV cache, hooks."""

@@ -1,8 +1,8 @@
 """Grouped-query attention with RoPE and a KV cache.
 
 Source: Attention Is All You Need (Vaswani et al., 2017), section 3.2; grouped queries: GQA (Ainslie
-et al., 2023). Written twice, as the formula and as PyTorch's fused kernel; a test compares them.
-The model runs the formula if its scores or weights have a hook.
+et al., 2023). There are two implementations, the explicit formula and PyTorch's fused kernel; a
+test compares them. The model uses the formula if its scores or weights have a hook.
 
 Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, K KV heads, D head
 width.
@@ -27,26 +27,26 @@ from glassllama.nn.rope import ROTATE, RopeTable
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all blocks share in one forward pass."""
+    """Values that all blocks share in one forward pass."""
 
     rope: RopeTable
-    mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal from the first token on
+    mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal, without past tokens
     cache: KVCache | None
     new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
 
 
 def causal_mask(positions: Tensor, visible: int) -> Tensor:
-    """(B, T) positions, S -> (B, 1, T, S), True where s ≤ position: no token sees a later one."""
+    """(B, T) positions, S -> (B, 1, T, S), True where s ≤ position: later tokens are hidden."""
     return torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
 
 
 def same_segment(segments: Tensor) -> Tensor:
-    """Packed documents do not see each other: (B, T) document numbers -> (B, 1, T, T)."""
+    """True where two tokens are in the same packed document: (B, T) numbers -> (B, 1, T, T)."""
     return (segments[:, :, None] == segments[:, None, :]).unsqueeze(1)
 
 
 def positions_in_segments(segments: Tensor) -> Tensor:
-    """Each packed document begins at position 0: (B, T) document numbers -> (B, T) positions."""
+    """Positions that restart at 0 in each packed document: (B, T) document numbers -> (B, T)."""
     where = torch.arange(segments.shape[1], device=segments.device)  # (T,)
     begins = segments != segments.roll(1, dims=1)  # (B, T); the first column wraps around
     begins[:, 0] = True
@@ -88,7 +88,7 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
 
 def attention_weights(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the visible positions: each row of (B, H, T, S) sums to one."""
-    # Adding -∞ to all heads at once takes a fifth of the time of filling it in.
+    # One addition of -∞ for all heads takes a fifth of the time of masked_fill on the scores.
     hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
     return (scores + hidden).softmax(-1)  # (B, H, T, S)
 
@@ -146,8 +146,8 @@ class Attention(nn.Module):
 
     def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
         """Apply RoPE, then the weightless QK-norm if configured. (B, H, T, D) -> same."""
-        turned = self.rotate(x, rope)
-        return rms_norm(turned, self.config.norm_eps) if self.config.qk_norm else turned
+        rotated = self.rotate(x, rope)
+        return rms_norm(rotated, self.config.norm_eps) if self.config.qk_norm else rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(q, k, v, mask, self.scores, self.weights)  # (B, H, T, D)

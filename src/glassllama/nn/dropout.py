@@ -1,4 +1,4 @@
-"""Dropout: during training a share of the activations is set to zero.
+"""Dropout: during training a random share of the activations is set to zero.
 
 Source: Srivastava et al., 2014. As in GPT-2 it is applied to the embeddings and to the outputs of
 all attention and feed-forward modules. It is added to a model by hooks and acts in training mode
@@ -29,7 +29,7 @@ def add_dropout(model: nn.Module, probability: float) -> None:
         return
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(f"dropout: a {type(model).__name__} has no layers to drop from")
+        raise ConfigError(f"dropout: a {type(model).__name__} has no layers")
 
     def drop_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = inputs

@@ -30,7 +30,7 @@ class HookPoint(nn.Module):
 
     @property
     def is_hooked(self) -> bool:
-        """Whether it has a hook. Then the formula is computed, so that the intermediate exists."""
+        """Whether it has a hook. If so, the model computes this tensor without a fused kernel."""
         return bool(self._forward_hooks)
 
 
@@ -43,9 +43,9 @@ def hook_names(model: nn.Module) -> list[str]:
 def add_hooks(model: nn.Module, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
     """Inside the `with`, call each function on the outputs of all modules that match its pattern.
 
-    A pattern is a name, or has wildcards: `layers.*.attention.q`. Where several functions match one
-    module they are called in their order, each with the result of the one before. Raises GlassError
-    if a pattern matches nothing, because a misspelt name would otherwise have no effect.
+    A pattern is a name, or has wildcards: `layers.*.attention.q`. If several functions match one
+    module, they are called in order, each with the result of the previous one. Raises GlassError if
+    a pattern matches nothing; a misspelled name would otherwise have no effect.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     handles: list[RemovableHandle] = []
@@ -69,7 +69,7 @@ def matching_names(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
 
 
 def forward_hook(name: str, function: HookFn) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-    """`function` with the arguments of a PyTorch forward hook. Outputs other than tensors pass."""
+    """`function` as a PyTorch forward hook. Outputs that are not tensors are left unchanged."""
 
     def hook(_module: nn.Module, _inputs: Any, out: Any) -> Tensor | None:
         return function(name, out) if isinstance(out, Tensor) else None

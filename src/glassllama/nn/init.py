@@ -1,4 +1,4 @@
-"""Initial weights: small random numbers, the same for the same seed.
+"""Initial weights: small random numbers that depend only on the seed.
 
 Source: GPT-2 (Radford et al., 2019), section 2.3. Matrices are normal with standard deviation 0.02;
 those that write into the residual stream, two per layer, are divided by √(2 · layers), so that
@@ -17,21 +17,21 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 DEVIATION = 0.02
-DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what modules call
+RANDOM_INITS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # by PyTorch's modules
 RESIDUAL = ("wo.weight", "down.weight")  # write into the residual stream
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules made inside have weights without data, on the meta device: nothing is allocated."""
-    with torch.device("meta"), NoDraws():
+    """Modules created in this context are on the meta device: shapes without data or memory."""
+    with torch.device("meta"), NoRandomInit():
         yield
 
 
-class NoDraws(TorchFunctionMode):
-    """Skip random initialization: on the meta device PyTorch would import its compiler for it.
+class NoRandomInit(TorchFunctionMode):
+    """Skips random initialization, which has no effect on the meta device.
 
-    That takes two seconds.
+    For `normal_` on that device PyTorch would import its compiler, which takes two seconds.
     """
 
     def __torch_function__(
@@ -42,16 +42,17 @@ class NoDraws(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if func in DRAWS:
+        if func in RANDOM_INITS:
             return named["tensor"] if "tensor" in named else args[0]
         return func(*args, **named)
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator, n_layers: int) -> None:
-    """Fill all weights in the order of the model's parameters, drawn on the generator's device.
+    """Fill all weights in the order of the model's parameters.
 
-    So a model on a GPU gets the same numbers as on the CPU, if the generator is the CPU's.
+    The numbers are drawn on the generator's device, so with a CPU generator a model on a GPU gets
+    the same numbers as on the CPU.
     """
     for name, weight in model.named_parameters():
         if weight.ndim == 1:

@@ -39,9 +39,9 @@ class KVCache:
         self.max_len = max_len
 
     def reserve(self, new: Sequence[int]) -> int:
-        """Grow if necessary -> how many tokens the longest row will have after `new` more: S.
+        """Grow if necessary -> the number of tokens of the longest row after `new` more: S.
 
-        Raises GenerationError if a row would hold more than `max_len`.
+        Raises GenerationError if a row would have more than `max_len` tokens.
         """
         needed = max(length + n for length, n in zip(self.lengths, new, strict=True))
         if needed > self.max_len:
@@ -52,7 +52,8 @@ class KVCache:
         capacity = self.keys.shape[3]
         if needed > capacity:
             more = (0, 0, 0, min(max(needed, 2 * capacity), self.max_len) - capacity)
-            # In one statement, because of KeyboardInterrupt: (layers, B, K, capacity + more, D).
+            # One statement, so that Ctrl-C cannot leave keys and values of different sizes:
+            # (layers, B, K, capacity + more, D).
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         return needed
 
@@ -70,18 +71,18 @@ class KVCache:
         return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]  # (B, K, S, D)
 
     def advance(self, new: Sequence[int]) -> None:
-        """Add the tokens that all layers have written to the lengths."""
+        """Add the number of new tokens to the lengths, after all layers have written them."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all tokens of a row after the first `length`."""
+        """Keep the first `length` tokens of a row and remove the others."""
         if not 0 <= length <= self.lengths[row]:
             raise GenerationError(f"row {row} has {self.lengths[row]} tokens, not {length}")
         self.lengths[row] = length
 
     def copy(self) -> KVCache:
         """An independent cache with the same tokens."""
-        twin = copy(self)
-        twin.keys, twin.values = self.keys.clone(), self.values.clone()
-        twin.lengths = [*self.lengths]
-        return twin
+        other = copy(self)
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other.lengths = [*self.lengths]
+        return other

@@ -1,9 +1,9 @@
 """RoPE: each pair of coordinates of a head is rotated by an angle proportional to the position.
 
 Source: RoFormer (Su et al., 2021), section 3.2. Which coordinates form a pair is a convention of
-the checkpoint: "interleaved" rotates neighbours (0,1), (2,3), …; "half" rotates (0, D/2),
-(1, D/2+1), …. The rotation is written twice: as multiplication of complex numbers, as in textbooks,
-and in real arithmetic, which models run; a test compares them.
+the checkpoint: "interleaved" rotates neighbors (0,1), (2,3), …; "half" rotates (0, D/2),
+(1, D/2+1), …. There are two implementations: multiplication of complex numbers, as in textbooks,
+and real arithmetic, which the models use; a test compares them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from glassllama.base.config import RopeLayout
 
 
 class RopeTable(NamedTuple):
-    """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32: the 1 is for the heads."""
+    """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32; broadcast over heads."""
 
     cos: Tensor
     sin: Tensor
@@ -35,17 +35,17 @@ def rope_table(angles: Tensor) -> RopeTable:
 
 
 def rotate_interleaved(x: Tensor, rope: RopeTable) -> Tensor:
-    """Rotate neighbours (0,1), (2,3), …: Meta's and GGUF's layout. (B, H, T, D) -> same."""
+    """Rotate neighbors (0,1), (2,3), …: Meta's and GGUF's layout. (B, H, T, D) -> same."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # two (B, H, T, D/2)
-    turned = torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
-    return turned.flatten(-2).type_as(x)  # (B, H, T, D)
+    rotated = torch.stack((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)  # (B, H, T, D)
 
 
 def rotate_half(x: Tensor, rope: RopeTable) -> Tensor:
     """Rotate (0, D/2), (1, D/2+1), …: Hugging Face's layout. (B, H, T, D) -> same."""
     a, b = x.float().chunk(2, dim=-1)  # two (B, H, T, D/2)
-    turned = torch.cat((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
-    return turned.type_as(x)  # (B, H, T, D)
+    rotated = torch.cat((a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos), dim=-1)
+    return rotated.type_as(x)  # (B, H, T, D)
 
 
 ROTATE = {"interleaved": rotate_interleaved, "half": rotate_half}

@@ -1,4 +1,4 @@
-"""The loops of BPE that can be compiled: an interface, and plain Python that computes the same.
+"""The loops of BPE that can be compiled, in plain Python.
 
 `PYTHON` is the default of all tokenizers. native/tokenizers has the compiled backend; the functions
 of weights/tokenizer.py that read tokenizers pass it to them, and callers of `train_bpe` may.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ MIN_COUNT = 2  # a pair that occurs once is not merged
 NUM_EXAMPLES = 3  # pretokens that are recorded with a merge
 
 Ints = NDArray[np.int32]
+CorpusDecoder = Callable[[Sequence[int]], bytes | None]
 Merger = Callable[[Ints], Ints]  # ids of bytes or characters (n,) → ids after all merges (T,)
 Pair = tuple[int, int]
 
@@ -44,25 +44,24 @@ class Merge:
     examples: tuple[bytes, ...]  # pretokens that contain the pair, the most frequent first
 
 
-class BPEBackend(Protocol):
-    """What BPE tokenizers compute in bulk."""
+class BPEBackend:
+    """What BPE tokenizers compute in bulk, in plain Python; a subclass may compile it."""
 
     def corpus_encoder(self, vocabulary: Vocabulary) -> Callable[[str], NDArray[np.uint32]] | None:
         """Text without special tokens → ids; None: not faster than `BytePairTokenizer.encode`.
 
         UnicodeEncodeError: the text contains a lone surrogate.
         """
-        ...
+        return None
 
-    def corpus_decoder(
-        self, vocabulary: Vocabulary
-    ) -> Callable[[Sequence[int]], bytes | None] | None:
+    def corpus_decoder(self, vocabulary: Vocabulary) -> CorpusDecoder | None:
         """Many ids → bytes, or None if an id is not in the vocabulary."""
-        ...
+        return None
 
     def merger(self, pair_rows: Iterable[PairRow]) -> Merger:
         """Merges long pretokens by these pairs in n log n: the rule of `bpe.merge`."""
-        ...
+        pairs = {(left, right): (rank, joined) for left, right, rank, joined in pair_rows}
+        return partial(merge_with_heap, pairs=pairs)
 
     def learn_merges(
         self, texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
@@ -72,29 +71,10 @@ class BPEBackend(Protocol):
         Of equally frequent pairs the one with the smaller left id goes first, then the smaller
         right id. Ends earlier if no pair occurs MIN_COUNT times. TokenizerError: lone surrogates.
         """
-        ...
-
-
-class PythonBackend:
-    """The plain `BPEBackend`."""
-
-    def corpus_encoder(self, vocabulary: Vocabulary) -> None:
-        return None
-
-    def corpus_decoder(self, vocabulary: Vocabulary) -> None:
-        return None
-
-    def merger(self, pair_rows: Iterable[PairRow]) -> Merger:
-        pairs = {(left, right): (rank, joined) for left, right, rank, joined in pair_rows}
-        return partial(merge_with_heap, pairs=pairs)
-
-    def learn_merges(
-        self, texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
-    ) -> list[Merge]:
         return learn_merges(texts, split, num_tokens, progress)
 
 
-PYTHON = PythonBackend()
+PYTHON = BPEBackend()
 
 
 def merge_with_heap(symbols: Ints, pairs: dict[Pair, tuple[int, int]]) -> Ints:
@@ -134,7 +114,7 @@ def merge_with_heap(symbols: Ints, pairs: dict[Pair, tuple[int, int]]) -> Ints:
 
 
 def learn_merges(
-    texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None = None
+    texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
 ) -> list[Merge]:
     """See `BPEBackend.learn_merges`. A merge updates only the pretokens with the pair."""
     counts = count_pretokens(texts, split)

@@ -4,26 +4,42 @@
 
 The order of merges was learned: every pair has a rank, the lowest is merged first. Source: Sennrich
 et al. (2016); on bytes as in GPT-2 (Radford et al., 2019).
+
+Files (tokenizer.json, GGUF) write bytes as GPT-2 does: every byte is one visible character.
+Printable Latin-1 is itself, the others are U+0100 and following, so that a space is written Ġ and a
+newline Ċ. The token " low" is written "Ġlow".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import chain, count, pairwise
+from functools import cache, cached_property
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import AnyStr
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
+from glassllama.base.errors import TokenizerError, quoted
+from glassllama.tokenizers.backend import (
+    NOT_PRINTABLE,
+    PRINTABLE,
+    PYTHON,
+    BPEBackend,
+    CorpusDecoder,
+    Merger,
+)
+from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.vocabulary import (
     BYTES,
     NEVER,
+    AddedToken,
     TokenizerBase,
     Vocabulary,
+    size_of_vocabulary,
     surrogate_error,
 )
 
@@ -67,7 +83,7 @@ class BytePairTokenizer(TokenizerBase):
     ) -> None:
         super().__init__(vocabulary.tokens, bos=bos, stop_ids=stop_ids)
         self.vocabulary = vocabulary
-        self.specials: Mapping[str, int] = MappingProxyType(vocabulary.added(is_special=True))
+        self.specials = MappingProxyType(vocabulary.added(is_special=True))
         self._backend = backend
         self._added = vocabulary.token_splitter()
         self._cache: dict[str, list[int]] = {}
@@ -78,11 +94,9 @@ class BytePairTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return self.vocabulary.added(is_special=False)
 
     def without_added(self, texts: Iterable[str]) -> BytePairTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         removed = {*texts}
         removed_ids = {self.added[text] for text in removed}
         ids = {token: id for token, id in self.vocabulary.ids.items() if id not in removed_ids}
@@ -126,7 +140,6 @@ class BytePairTokenizer(TokenizerBase):
         return np.concatenate(arrays)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
         decoder = self._corpus_decoder if len(ids) >= MANY_IDS else None
         data = None if decoder is None else decoder(ids)
         if data is None:  # no decoder, or an id that is not in the vocabulary
@@ -159,51 +172,158 @@ class BytePairTokenizer(TokenizerBase):
         if len(word) > LONG_WORD:
             return self._encode_long_word(word)
         parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
-        return self._ids_of_parts(merge(parts, vocabulary.rank))
+        merged = merge(parts, vocabulary.rank)
+        if not vocabulary.parts:
+            return [vocabulary.ids[part] for part in merged]
+        return [*chain.from_iterable(map(vocabulary.ids_of_part, merged))]
 
     def _encode_long_word(self, word: bytes) -> list[int]:
         """The same ids as by `merge`, in a time that hardly exceeds the length of the word."""
         ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
         symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
         merged: list[int] = self._merger(symbols[symbols >= 0]).tolist()
-        if not self.vocabulary.num_unknown_merges:
+        parts = {id: part for part, id in self.vocabulary.parts.items()}
+        if not parts:
             return merged
-        parts = {id: part for part, id in self._with_ids_for_all_parts.ids.items()}
-        return self._ids_of_parts(parts[id] for id in merged)
-
-    def _ids_of_parts(self, parts: Iterable[bytes]) -> list[int]:
-        """The ids of merged parts; a part that is not a token becomes its bytes."""
-        ids = self.vocabulary.ids
-        if not self.vocabulary.num_unknown_merges:
-            return [ids[part] for part in parts]
-        tokens = (
-            [part] if part in ids else filter(ids.__contains__, map(BYTES.__getitem__, part))
-            for part in parts
-        )
-        return [ids[token] for token in chain.from_iterable(tokens)]
-
-    @cached_property
-    def _with_ids_for_all_parts(self) -> Vocabulary:
-        """The vocabulary with ids, beyond all others, also for merged parts that are no tokens."""
-        vocabulary = self.vocabulary
-        if not vocabulary.num_unknown_merges:
-            return vocabulary
-        ids = dict(vocabulary.ids)
-        new_ids = count(len(vocabulary.tokens))
-        for left, right in vocabulary.merges or ():
-            for part in (left, right, left + right):
-                if part not in ids:
-                    ids[part] = next(new_ids)
-        return replace(vocabulary, ids=ids)
+        split = (self.vocabulary.ids_of_part(parts[id]) if id in parts else [id] for id in merged)
+        return [*chain.from_iterable(split)]
 
     @cached_property
     def _corpus_encoder(self) -> Callable[[str], NDArray[np.uint32]] | None:
         return self._backend.corpus_encoder(self.vocabulary)
 
     @cached_property
-    def _corpus_decoder(self) -> Callable[[Sequence[int]], bytes | None] | None:
+    def _corpus_decoder(self) -> CorpusDecoder | None:
         return self._backend.corpus_decoder(self.vocabulary)
 
     @cached_property
     def _merger(self) -> Merger:
-        return self._backend.merger(self._with_ids_for_all_parts.pair_rows())
+        return self._backend.merger(self.vocabulary.pair_rows())
+
+
+def tokenizer_of_ranks(
+    tokens: Sequence[bytes],
+    specials: Sequence[str],
+    *,
+    bos: str,
+    stops: Iterable[str],
+    split: Split,
+    backend: BPEBackend,
+    text_chunks: Callable[[str], Iterable[str]] | None = None,
+) -> BytePairTokenizer:
+    """As Llama 3's: any two tokens that make a third merge, the lowest id first.
+
+    Special tokens have the last ids. `bos` and `stops` are used if they are among them.
+    """
+    ids = {name: len(tokens) + at for at, name in enumerate(specials)}
+    vocabulary = Vocabulary(
+        tokens=(*tokens, *(name.encode() for name in specials)),
+        ids={token: id for id, token in enumerate(tokens)},
+        merges=None,
+        split=split,
+        ignore_merges=True,
+        added_tokens=tuple(AddedToken(id=id, text=n, is_special=True) for n, id in ids.items()),
+        text_chunks=text_chunks,
+    )
+    stop_ids = [ids[name] for name in stops if name in ids]
+    return BytePairTokenizer(vocabulary, bos=ids.get(bos), stop_ids=stop_ids, backend=backend)
+
+
+# Bytes as text
+
+CHARACTER_TO_BYTE = {byte: byte for byte in PRINTABLE} | {
+    0x100 + at: byte for at, byte in enumerate(NOT_PRINTABLE)
+}
+BYTE_TO_CHARACTER = {byte: chr(character) for character, byte in CHARACTER_TO_BYTE.items()}
+BYTE_CHARACTERS = {*BYTE_TO_CHARACTER.values()}
+BYTE_LEVEL_TEXT = re.compile(f"[{re.escape(''.join(sorted(BYTE_CHARACTERS)))}]*")
+NOT_LATIN1 = 0xFFFF  # for characters that stand for no byte, so that encoding fails
+TO_LATIN1 = dict.fromkeys(NOT_PRINTABLE, NOT_LATIN1) | CHARACTER_TO_BYTE  # for str.translate
+
+
+def to_bytes(text: str) -> bytes:
+    """The bytes of a token in GPT-2's characters: "Ġlow" → b" low". TokenizerError: others."""
+    try:
+        return text.translate(TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError as fault:
+        raise TokenizerError(
+            f"vocabulary: token {quoted(text)} holds {text[fault.start]!r}, which stands for "
+            "no byte; this is not a byte-level vocabulary"
+        ) from fault
+
+
+def byte_level_vocabulary(
+    *,
+    tokens: Mapping[int, str],
+    merges: Iterable[tuple[str, str]],
+    added_tokens: Collection[AddedToken],
+    unused: Mapping[int, str],
+    split: Split,
+    ignore_merges: bool,
+    mergeable: Container[str] | None = None,
+) -> Vocabulary:
+    """A vocabulary from `tokens` in GPT-2's characters, and added and `unused` ones in plain text.
+
+    The rank of a merge is its index (of equal pairs the last); merges name tokens only.
+    `mergeable`: the added tokens that merges may make in other text; None: all.
+    TokenizerError: two tokens have the same text or id, or an id is far too large.
+    """
+    texts = {token.id: token.text for token in added_tokens}
+    if "" in texts.values() or len(texts) < len(added_tokens) or texts.keys() & unused:
+        raise TokenizerError("vocabulary: an added token is empty or shares its id with another")
+    texts |= unused
+    if both := texts.keys() & tokens.keys():
+        raise TokenizerError(f"vocabulary: id {min(both)} is given to two tokens")
+    made = {
+        token.id: token.text
+        for token in added_tokens
+        if not token.is_special
+        and is_byte_level(token.text)
+        and (mergeable is None or token.text in mergeable)
+    }
+    tokens = {**tokens, **made}
+    bytes_of = {token: to_bytes(token) for token in tokens.values()}
+    ids = {bytes_of[token]: id for id, token in tokens.items()}
+    if b"" in ids or len(ids) < len(tokens):
+        what = "a token is empty" if b"" in ids else "a token is given twice"
+        raise TokenizerError(f"vocabulary: {what}; the file is damaged")
+    by_id = {id: bytes_of[token] for id, token in tokens.items()}
+    by_id |= {id: text.encode(errors="surrogatepass") for id, text in texts.items()}
+    return Vocabulary(
+        tokens=tuple(map(by_id.get, range(size_of_vocabulary(by_id)))),
+        ids=ids,
+        merges={(bytes_of[a], bytes_of[b]): rank for rank, (a, b) in enumerate(merges)},
+        split=split,
+        ignore_merges=ignore_merges,
+        added_tokens=tuple(added_tokens),
+    )
+
+
+def is_byte_level(text: str) -> bool:
+    """Whether all characters of a text stand for bytes."""
+    return BYTE_LEVEL_TEXT.fullmatch(text) is not None
+
+
+def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
+    """A GGUF vocabulary with its merges "a b"; of equal pairs the first counts.
+
+    Merges may name or make what is not a token, or a special token, which no text becomes. As in
+    llama.cpp such parts are split into bytes in the end; `num_unknown_merges` counts them.
+    Merges that are not in GPT-2's characters have no effect.
+    """
+    ranks: dict[tuple[bytes, bytes], int] = {}
+    parts: dict[bytes, int] = {}
+    num_unknown = 0
+    bytes_of = cache(lambda part: to_bytes(part) if is_byte_level(part) else b"")
+    for rank, line in enumerate(merges):
+        cut = line.find(" ", 1)  # a merge may start with a space
+        pair = bytes_of(line[: max(cut, 0)]), bytes_of(line[cut + 1 :])
+        if not (pair[0] and pair[1]):
+            num_unknown += 1
+            continue
+        unknown = [part for part in (*pair, pair[0] + pair[1]) if part not in vocabulary.ids]
+        num_unknown += bool(unknown)
+        for part in unknown:
+            parts.setdefault(part, len(vocabulary.tokens) + len(parts))
+        ranks.setdefault(pair, rank)
+    return replace(vocabulary, merges=ranks, num_unknown_merges=num_unknown, parts=parts)

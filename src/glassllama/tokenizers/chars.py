@@ -12,7 +12,7 @@ reads as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.special_tokens import pattern_of
-from glassllama.tokenizers.unicode_tables import N_CODE_POINTS
-from glassllama.tokenizers.vocabulary import TokenizerBase
+from glassllama.tokenizers.patterns import N_CODE_POINTS
+from glassllama.tokenizers.vocabulary import TokenizerBase, pattern_of
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
 REPLACEMENT = "\ufffd"
@@ -42,9 +41,7 @@ class CharTokenizer(TokenizerBase):
         if bad := [char for char in self.characters if len(char) != 1 or is_surrogate(char)]:
             raise TokenizerError(f"characters: {quoted(bad[0])} is not one character")
         n = len(self.characters)
-        self.specials: Mapping[str, int] = MappingProxyType(
-            {text: n + at for at, text in enumerate(SPECIAL_TOKENS)}
-        )
+        self.specials = MappingProxyType({text: n + at for at, text in enumerate(SPECIAL_TOKENS)})
         begin, self.end, self.pad, self.unknown = self.specials.values()
         texts = (*self.characters, *SPECIAL_TOKENS[:-1], REPLACEMENT)
         # Models that were trained without `begin` set `bos` to None.
@@ -68,10 +65,6 @@ class CharTokenizer(TokenizerBase):
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids: NDArray[np.uint32] = table[points]
         return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; unknown is U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode()
 
 
 def is_surrogate(char: str) -> bool:

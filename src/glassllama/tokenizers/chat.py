@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from itertools import product
+from typing import TYPE_CHECKING
 
 from glassllama.base.errors import TokenizerError, named, quoted
 from glassllama.base.interfaces import Tokenizer
-from glassllama.tokenizers.special_tokens import pattern_of
-from glassllama.tokenizers.template_text import TemplateText, from_template, mask_other_text
+from glassllama.tokenizers.patterns import with_gaps
+from glassllama.tokenizers.vocabulary import pattern_of
+
+if TYPE_CHECKING:
+    from glassllama.tokenizers.chat_template import TemplateText  # imports jinja2
 
 ROLES = SYSTEM, USER, ASSISTANT, TOOL = ("system", "user", "assistant", "tool")
 # Conversations with which a template is rendered to find the added tokens that it writes. Together
@@ -36,7 +40,7 @@ class Message:
     content: str
 
 
-class ChatFormat(Protocol):
+class ChatFormat:
     """How a model family writes a conversation."""
 
     def encode(
@@ -50,60 +54,47 @@ class ChatFormat(Protocol):
 
         TokenizerError: messages, or a vocabulary, that do not fit the format.
         """
-        ...
+        return self._ids(checked_messages(messages), tokenizer, add_generation_prompt)
+
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Llama3Chat:
+class Llama3Chat(ChatFormat):
     """Llama 3: a header of role and blank line, the text, end of turn.
 
     Source: the prompt format of Meta's llama3 model card, in ids as Meta's reference builds it.
     """
 
-    def encode(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        tokenizer: Tokenizer,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
         names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
         bos, header, header_end, turn_end = (special_id(tokenizer, f"<|{n}|>") for n in names)
-
-        def start(role: str) -> list[int]:
-            name = "ipython" if role == "tool" else role  # Llama 3's name for tool results
-            return [header, *tokenizer.encode(name), header_end, *tokenizer.encode("\n\n")]
-
-        ids = [bos]
-        for message in checked_messages(messages):
-            ids += [*start(message.role), *tokenizer.encode(message.content), turn_end]
-        return ids + start("assistant") if add_generation_prompt else ids
+        parts: list[str | int] = [bos]
+        for message in messages:
+            role = "ipython" if message.role == TOOL else message.role  # the name of tool results
+            parts += [header, role, header_end, "\n\n", message.content, turn_end]
+        parts += [header, ASSISTANT, header_end, "\n\n"] if prompt else []
+        return tokenizer.encode_parts(parts)
 
 
 @dataclass(frozen=True)
-class ChatML:
+class ChatML(ChatFormat):
     """ChatML, used by SmolLM, Qwen and many fine-tuned models."""
 
-    def encode(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        tokenizer: Tokenizer,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
         start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
         parts: list[str | int] = [] if tokenizer.bos is None else [tokenizer.bos]
-        for message in checked_messages(messages):
+        for message in messages:
             parts += [start, f"{message.role}\n{message.content}", end, "\n"]
-        if add_generation_prompt:
-            parts += [start, "assistant\n"]
-        return encode_parts(parts, tokenizer)
+        parts += [start, "assistant\n"] if prompt else []
+        return tokenizer.encode_parts(parts)
 
 
-class TemplateChat:
+class TemplateChat(ChatFormat):
     """A file's own `chat_template`, rendered in a sandbox; the same ids as from transformers.
 
-    Every character of the rendered text has its origin (template_text.py). A special token counts
+    Every character of the rendered text has its origin (chat_template.py). A special token counts
     only where the template wrote all of it; the text of messages stays text. Special for this
     purpose are the tokenizer's special tokens, and added tokens that the template writes, such as
     marks of roles. The template alone decides whether the conversation starts with bos.
@@ -115,61 +106,38 @@ class TemplateChat:
     def __init__(self, template: str, **tokens: str | None) -> None:
         from glassllama.tokenizers.chat_template import ChatTemplate  # imports jinja2
 
-        self._template = ChatTemplate(template)
-        self._tokens = {
-            name: from_template(text) for name, text in tokens.items() if text is not None
-        }
+        self._template = ChatTemplate(template, **tokens)
 
-    def encode(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        tokenizer: Tokenizer,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        text = self._rendered(checked_messages(messages), add_generation_prompt)
+    def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
+        text = self._template.render_chat([(m.role, m.content) for m in messages], prompt)
         added = self._added_tokens(text, tokenizer)
         specials = {**tokenizer.specials, **added}
         pattern, plain = pattern_of(specials), str.__str__(text)
         if pattern is None:
             return tokenizer.encode(plain)
-        masked = mask_other_text(text, _unused_character(specials))
-        found = [match.span() for match in pattern.finditer(masked)]
-        expected = [specials[plain[start:end]] for start, end in found]
+        masked = text.masked(_unused_character(specials))
+        spans = [match.span() for match in pattern.finditer(masked)]
         if not _has_special_from_message(pattern, text):  # then the text can be encoded as a whole
             ids, special_ids = tokenizer.encode(plain, specials=True), {*specials.values()}
-            if Counter(id for id in ids if id in special_ids) <= Counter(expected):
+            expected = Counter(specials[plain[start:end]] for start, end in spans)
+            if Counter(id for id in ids if id in special_ids) <= expected:
                 return ids
-        if isinstance(tokenizer, _HasAdded):
-            tokenizer = tokenizer.without_added(added)
-        parts: list[str | int] = [*_between(plain, found)]
-        for n, id in enumerate(expected):
-            parts.insert(2 * n + 1, id)
-        return encode_parts([part for part in parts if part != ""], tokenizer)
-
-    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> TemplateText:
-        return self._template.render(
-            messages=[
-                {"role": from_template(one.role), "content": one.content} for one in messages
-            ],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._tokens,
-        )
+        parts = [
+            specials[plain[start:end]] if is_special else plain[start:end]
+            for start, end, is_special in with_gaps(spans, len(plain))
+        ]
+        return tokenizer.without_added(added).encode_parts(parts)
 
     def _added_tokens(self, text: TemplateText, tokenizer: Tokenizer) -> dict[str, int]:
         """The added tokens, except whitespace, that the template writes.
 
         In this conversation, in its literals, or for roles that this conversation does not have.
         """
-        if not isinstance(tokenizer, _HasAdded):
-            return {}
         added = {text: id for text, id in tokenizer.added.items() if not text.isspace()}
         if not added:
             return {}
         mask = _unused_character(added)
-        texts = [mask_other_text(one, mask, one_per_run=True) for one in (text, *self._samples)]
+        texts = [one.masked(mask, one_per_run=True) for one in (text, *self._samples)]
         of_template = mask.join([*texts, *self._template.literals])
         return {text: id for text, id in added.items() if text in of_template}
 
@@ -177,11 +145,9 @@ class TemplateChat:
     def _samples(self) -> list[TemplateText]:
         """The template rendered with SAMPLE_ROLES, without conversations that it refuses."""
         samples: list[TemplateText] = []
-        for roles in SAMPLE_ROLES:
-            for add_generation_prompt in (False, True):
-                with suppress(TokenizerError):
-                    messages = [Message(role, "x") for role in roles]
-                    samples.append(self._rendered(messages, add_generation_prompt))
+        for roles, prompt in product(SAMPLE_ROLES, (False, True)):
+            with suppress(TokenizerError):
+                samples.append(self._template.render_chat([(role, "x") for role in roles], prompt))
         return samples
 
 
@@ -199,15 +165,6 @@ def _has_special_from_message(pattern: re.Pattern[str], text: TemplateText) -> b
             return True
         at = match.start() + 1  # matches may overlap
     return False
-
-
-def _between(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """The text before, between and after these spans."""
-    at = 0
-    for start, end in spans:
-        yield text[at:start]
-        at = end
-    yield text[at:]
 
 
 def choose_chat_format(
@@ -236,33 +193,6 @@ def choose_chat_format(
     )
 
 
-@runtime_checkable
-class _JoinsParts(Protocol):
-    """A tokenizer for which the ids of a text depend on its position (SentencePiece's prefix)."""
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]: ...
-
-
-@runtime_checkable
-class _HasAdded(Protocol):
-    """A tokenizer with added tokens that it can treat as ordinary text."""
-
-    @property
-    def added(self) -> Mapping[str, int]: ...
-
-    def without_added(self, texts: Iterable[str]) -> Tokenizer: ...
-
-
-def encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:
-    """Texts and special ids in order → ids; nothing in the texts becomes a special id."""
-    if isinstance(tokenizer, _JoinsParts):
-        return tokenizer.encode_parts(parts)
-    ids: list[int] = []
-    for part in parts:
-        ids += [part] if isinstance(part, int) else tokenizer.encode(part)
-    return ids
-
-
 def special_id(tokenizer: Tokenizer, text: str) -> int:
     """The id of a special token that a format needs. TokenizerError: the vocabulary lacks it."""
     if text not in tokenizer.specials:
@@ -278,25 +208,23 @@ def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Me
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         came = quoted(messages)
         raise TokenizerError(f"messages: want a list of at least one message, got {came}")
-    checked = [_checked_message(message, n) for n, message in enumerate(messages)]
-    for n, message in enumerate(checked[1:], 1):
-        if message.role == "system":
-            raise TokenizerError(f"messages[{n}]: a system message can only be the first")
-    return checked
+    return [_checked_message(message, n) for n, message in enumerate(messages)]
 
 
 def _checked_message(message: object, n: int) -> Message:
+    place = f"messages[{n}]"
     if isinstance(message, Mapping):
         if set(message) != {"role", "content"}:
             fields = named(", ".join(map(str, message)) or "nothing")
-            raise TokenizerError(f"messages[{n}]: want role and content, got {fields}")
+            raise TokenizerError(f"{place}: want role and content, got {fields}")
         message = Message(message["role"], message["content"])
     if not isinstance(message, Message):
-        raise TokenizerError(f"messages[{n}]: want role and content, got {quoted(message)}")
+        raise TokenizerError(f"{place}: want role and content, got {quoted(message)}")
     if message.role not in ROLES:
         came = quoted(message.role)
-        raise TokenizerError(f"messages[{n}].role: want {' '.join(ROLES)}, got {came}")
+        raise TokenizerError(f"{place}.role: want {' '.join(ROLES)}, got {came}")
     if not isinstance(message.content, str):
-        kind = type(message.content).__name__
-        raise TokenizerError(f"messages[{n}].content: want text, got {kind}")
+        raise TokenizerError(f"{place}.content: want text, got {type(message.content).__name__}")
+    if n > 0 and message.role == SYSTEM:
+        raise TokenizerError(f"{place}: a system message can only be the first")
     return message

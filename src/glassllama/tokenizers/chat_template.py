@@ -6,8 +6,17 @@ concatenation. The cost of one such step is bounded, because no text or list is 
 MAX_TEXT. So a template can be stopped without a thread, signal or process.
 
 What is allowed behaves as in transformers' `apply_chat_template`, except that `safe` and `escape`
-give ordinary text. Literals of the template are marked as its own text (template_text.py);
-everything else that it gets or makes counts as text from elsewhere.
+give ordinary text.
+
+A template joins, cuts and edits texts of its own and of the conversation. A special token counts as
+one only if the template wrote all of its characters, so every character carries its origin:
+
+    "<|im_end|>" of the template, "hi" of a user   <|im_end|>hi
+                                                   111111111100
+
+Literals of the template are its own text; everything else that it gets or makes counts as text from
+elsewhere. Every operation that `TemplateText` does not define returns an ordinary `str`, which
+counts as text from elsewhere: where the origin is lost, nothing can become a special token.
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -32,16 +41,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
+from markupsafe import escape
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.template_text import (
-    TemplateText,
-    from_template,
-    joined,
-    origin_of,
-    replace_characters,
-    tracked,
-)
 
 MAX_TEMPLATE = 2**16  # characters; the longest published ones have about 25,000
 MAX_NODES = 8_000  # expressions and statements; compiling more takes longer than a second
@@ -61,7 +63,6 @@ ALLOWED_FILTERS = (
 ).split()
 LIST_FILTERS = {"list", "sort"}  # of a text they make one object per character
 SPLITS = {"split", "rsplit", "splitlines"}
-ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
 FORBIDDEN_TESTS = {"filter", "test"}
 SEARCHES = {
     "strip", "lstrip", "rstrip", "split", "rsplit", "partition", "rpartition",
@@ -85,23 +86,29 @@ ALLOWED_METHODS: tuple[tuple[type | tuple[type, ...], set[str]], ...] = (
 class ChatTemplate:
     """A compiled chat template; `literals` are all texts in its source.
 
-    TokenizerError: it is too long or not valid jinja.
+    `tokens` (`bos_token`, …) are variables of the template; None leaves them undefined, as in
+    transformers. TokenizerError: the template is too long or not valid jinja.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, **tokens: str | None) -> None:
         if len(source) > MAX_TEMPLATE:
             raise TokenizerError(
                 f"chat template: {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
             )
-        try:
-            with _without_collector():
-                sandbox = _Sandbox()
-                tree = sandbox.parse(source)
-                _check_size(tree)
-                self.literals = frozenset(_literals(tree))
-                self._code = sandbox.compile(_Guards().visit(tree))
-        except Exception as fault:  # hostile sources break the parser and compiler in many ways
-            raise _template_error(fault) from fault
+        self._tokens = {n: from_template(text) for n, text in tokens.items() if text is not None}
+        with _as_template_errors():
+            sandbox = _Sandbox()
+            tree = sandbox.parse(source)
+            _check_size(tree)
+            self.literals = frozenset(_literals(tree))
+            self._code = sandbox.compile(_Guards().visit(tree))
+
+    def render_chat(self, messages: Iterable[tuple[str, str]], prompt: bool) -> TemplateText:
+        """The text of messages (role, content), and with `prompt` the start of an answer."""
+        return self.render(
+            messages=[{"role": from_template(role), "content": text} for role, text in messages],
+            tools=None, documents=None, add_generation_prompt=prompt, **self._tokens,
+        )  # fmt: skip
 
     def render(self, **variables: object) -> TemplateText:
         """The text for these variables: strings, numbers, lists and dicts only.
@@ -109,24 +116,28 @@ class ChatTemplate:
         TokenizerError: the template refuses the messages (`raise_exception`), breaks a rule of the
         sandbox or exceeds a limit.
         """
-        try:
-            with _without_collector():
-                sandbox = _Sandbox()
-                sandbox.charge(variables)
-                template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
-                return joined((sandbox.charge(joined(template.generate(**variables))),))
-        except Exception as fault:  # all errors in there are the template's
-            raise _template_error(fault) from fault
+        with _as_template_errors():
+            sandbox = _Sandbox()
+            sandbox.charge(variables)
+            template = sandbox.template_class.from_code(sandbox, self._code, sandbox.globals)
+            return joined((sandbox.charge(joined(template.generate(**variables))),))
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
-    """Pause garbage collection, which takes half a second in a large process: that would count as
-    the template's time."""
+def _as_template_errors() -> Iterator[None]:
+    """Any error is the template's: hostile ones break parser and compiler in many ways.
+
+    Garbage collection is paused: it takes half a second in a large process, which would count as
+    the template's time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
+    except Exception as fault:
+        message = " ".join(str(fault).split())[:200] or "gave up"
+        name = "" if isinstance(fault, TemplateError) else f"{type(fault).__name__}: "
+        raise TokenizerError(f"chat template: {name}{message}") from fault
     finally:
         if enabled:
             gc.enable()
@@ -146,12 +157,6 @@ def _check_size(tree: nodes.Template) -> None:
         pending += [(depth, child) for child in node.iter_child_nodes()]
 
 
-def _template_error(fault: Exception) -> TokenizerError:
-    message = " ".join(str(fault).split())[:200] or "gave up"
-    name = "" if isinstance(fault, TemplateError) else f"{type(fault).__name__}: "
-    return TokenizerError(f"chat template: {name}{message}")
-
-
 class _Exceeded(TemplateError):
     """A limit of the sandbox is exceeded."""
 
@@ -165,33 +170,26 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
-        self._end = time.thread_time() + MAX_SECONDS
-        self._total = 0
+        self._end, self._total = time.thread_time() + MAX_SECONDS, 0
         allowed: dict[str, Any] = {name: FILTERS[name] for name in ALLOWED_FILTERS}
         allowed |= {name: _with_case(name) for name in ("upper", "lower", "capitalize")}
         allowed |= {"title": _title, "trim": _trim, "string": _text, "safe": _text}
         allowed |= {"escape": _escape, "e": _escape, "join": self.join, "replace": self.replace}
-        allowed |= {"indent": self.indent, "tojson": self.tojson}
-        self.filters = {
-            name: self._bounded(function, makes_list=name in LIST_FILTERS)
-            for name, function in allowed.items()
-        }
-        self.filters |= {
-            "timed": self._timed,
-            "charged": self._charged,
-            "literal": self._mark_literal,
-        }
-        self.filters |= {"shown": self._shown, "concatenated": self._concatenated}
+        allowed |= {"indent": _indent, "tojson": self.tojson}
+        self.filters = {name: self._bounded(function) for name, function in allowed.items()}
+        for name in LIST_FILTERS:
+            self.filters[name] = self._bounded(FILTERS[name], makes_list=True)
+        # Filters that _Guards inserts into a template.
+        guards = {"literal": from_template, "shown": _text, "concatenated": self.join}
+        self.filters |= {name: self._guard(function) for name, function in guards.items()}
+        self.filters["charged"] = self._guard(lambda value: value)
+        self.filters["timed"] = pass_context(lambda _, value: self.charge(None) or value)
         tests: dict[str, Any] = {name: TESTS[name] for name in TESTS.keys() - FORBIDDEN_TESTS}
         self.tests = {name: self._bounded(function) for name, function in tests.items()}
         self.globals = {
-            "range": safe_range,
-            "dict": lambda *items, **more: dict(*items, **more),
-            "namespace": _PlainNamespace,
-            "cycler": Cycler,
-            "joiner": Joiner,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
+            **{"range": safe_range, "dict": dict, "namespace": _PlainNamespace},
+            **{"cycler": Cycler, "joiner": Joiner},
+            **{"raise_exception": _raise_exception, "strftime_now": _strftime_now},
         }
 
     def charge(self, value: Any) -> Any:
@@ -221,29 +219,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
         return bounded
 
-    # The filters that _Guards inserts into a template. They take the context, though it is unused,
-    # so that jinja does not evaluate them at compile time.
-
-    @pass_context
-    def _timed(self, context: Context, value: Any) -> Any:
-        self.charge(None)
-        return value
-
-    @pass_context
-    def _charged(self, context: Context, value: Any) -> Any:
-        return self.charge(value)
-
-    @pass_context
-    def _mark_literal(self, context: Context, text: str) -> Any:
-        return self.charge(from_template(text))
-
-    @pass_context
-    def _shown(self, context: Context, value: Any) -> Any:
-        return self.charge(_text(value))
-
-    @pass_context
-    def _concatenated(self, context: Context, values: list[Any]) -> Any:
-        return self.charge(self.join(values))
+    def _guard(self, function: Callable[[Any], Any]) -> Callable[..., Any]:
+        """A filter that takes the context, so that jinja does not run it at compile time."""
+        return pass_context(lambda _, value: self.charge(function(value)))
 
     def concat(self, texts: Iterable[str]) -> str:  # jinja joins the output of a macro with it
         return joined(texts)
@@ -309,18 +287,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         _within(len(whole) + whole.count(part) * len(other))
         return whole.replace(part, other, -1 if count is None else count)
 
-    def indent(
-        self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
-    ) -> str:
-        lines = joined((_text(text), "\n")).splitlines()
-        size = width if isinstance(width, int) else len(width)
-        _within(sum(map(len, lines)) + (size + 1) * (len(lines) + 1))
-        step = " " * width if isinstance(width, int) else width
-        for n, line in enumerate(lines):
-            if first if n == 0 else line or blank:
-                lines[n] = joined((step, line))
-        return joined(lines, "\n")
-
     def tojson(
         self,
         value: Any,
@@ -334,8 +300,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
-        text = self.join(encoder.iterencode(value))
-        return from_template(text) if _is_from_template(value) else str.__str__(text)
+        return str.__str__(self.join(encoder.iterencode(value)))
 
 
 class _Guards(NodeTransformer):
@@ -421,11 +386,10 @@ def _size_of(value: Any) -> int:
     total, pending = 0, [value]
     while pending and total <= MAX_TEXT:
         value = pending.pop()
+        if isinstance(value, Mapping):
+            value = [*value.keys(), *value.values()]
         if isinstance(value, str):
             total += len(value)
-        elif isinstance(value, Mapping):
-            pending += [*value.keys(), *value.values()]
-            total += ITEM_SIZE * len(value)
         elif isinstance(value, list | tuple):
             pending += value
             total += ITEM_SIZE * len(value)
@@ -470,18 +434,13 @@ def _title(value: Any) -> str:
 
 
 def _escape(value: Any) -> str:
-    text = _text(value)
-    _within(len(text) + sum(text.count(c) * len(code) for c, code in ESCAPED.items()))
-    return replace_characters(text, ESCAPED)
+    return str(escape(str.__str__(_text(value))))
 
 
-def _is_from_template(value: Any) -> bool:
-    """Whether all characters in a nested value are the template's."""
-    if isinstance(value, str):
-        return 0 not in origin_of(value)
-    if isinstance(value, Mapping):
-        return all(map(_is_from_template, (*value.keys(), *value.values())))
-    return not isinstance(value, list | tuple) or all(map(_is_from_template, value))
+def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    text, size = _text(value), width if isinstance(width, int) else len(width)
+    _within(len(text) + (size + 1) * (len(text.splitlines()) + 1))
+    return str(FILTERS["indent"](text, width, first, blank))
 
 
 def _raise_exception(message: object) -> None:
@@ -494,3 +453,160 @@ def _strftime_now(pattern: str) -> str:
     if len(pattern) > MAX_NEEDLE or re.search(r"%[^a-zA-Z%-]", pattern):
         raise SecurityError(f"strftime_now: pattern not allowed: {pattern[:40]!r}")
     return datetime.now().strftime(pattern)
+
+
+# Text with the origin of each character
+
+TEMPLATE, OTHER = b"\1", b"\0"
+RUNS = re.compile(TEMPLATE + b"+|" + OTHER + b"+")
+
+
+class TemplateText(str):
+    """A text and the `origin` of its characters: 1 the template, 0 elsewhere."""
+
+    __slots__ = ("origin",)
+    origin: bytes
+
+    def __new__(cls, text: str, origin: bytes) -> TemplateText:
+        assert len(origin) == len(text), "one origin per character"
+        result = super().__new__(cls, text)
+        result.origin = origin
+        return result
+
+    def __str__(self) -> str:
+        return self
+
+    def __getitem__(self, at: SupportsIndex | slice) -> str:
+        if isinstance(at, slice):
+            return TemplateText(str.__getitem__(self, at), self.origin[at])
+        return _character(str.__getitem__(self, at), self.origin[at])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(_character, str.__iter__(self), self.origin)
+
+    def masked(self, mask: str, *, one_per_run: bool = False) -> str:
+        """The template's characters, and `mask` for each other one, or for each run of them."""
+        parts = []
+        for run in RUNS.finditer(self.origin):
+            times = 1 if one_per_run else run.end() - run.start()
+            is_own = self.origin[run.start()]
+            parts.append(self[run.start() : run.end()] if is_own else mask * times)
+        return "".join(parts)
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        return self[: len(str.rstrip(self, chars))]
+
+    def strip(self, chars: str | None = None, /) -> str:
+        return self.lstrip(chars).rstrip(chars)
+
+    def removeprefix(self, prefix: str, /) -> str:
+        return self[len(self) - len(str.removeprefix(self, prefix)) :]
+
+    def removesuffix(self, suffix: str, /) -> str:
+        return self[: len(str.removesuffix(self, suffix))]
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._parts(str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._parts(str.rsplit(self, sep, maxsplit), sep)
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        first, between, last = self._parts(str.partition(self, sep), "")
+        return first, between, last
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        first, between, last = self._parts(str.rpartition(self, sep), "")
+        return first, between, last
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        whole = self._parts(str.splitlines(self, True), "")
+        if keepends:
+            return whole
+        lengths = map(len, str.splitlines(self))
+        return [line[:length] for line, length in zip(whole, lengths, strict=True)]
+
+    def _parts(self, parts: Iterable[str], sep: str | None) -> list[str]:
+        """The parts with their origin; `sep` is between them (None: whitespace)."""
+        found: list[str] = []
+        at = 0
+        for n, part in enumerate(parts):
+            # A part after whitespace starts with none, so it is found where the whitespace ends.
+            at = self.index(part, at) if sep is None else at + len(sep) * (n > 0)
+            found.append(self[at : at + len(part)])
+            at += len(part)
+        return found
+
+    def __add__(self, other: str, /) -> str:
+        return joined((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str, /) -> str:
+        return joined((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __mul__(self, times: SupportsIndex, /) -> str:
+        return TemplateText(str.__mul__(self, times), self.origin * times)
+
+    __rmul__ = __mul__
+
+    def join(self, texts: Iterable[str], /) -> str:
+        return joined(texts, self)
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        text, limit = str.replace(self, old, new, count), int(count)
+        origins, at = list[bytes](), 0
+        while limit and (found := self.find(old, at + (not old and origins != []))) >= 0:
+            origins.append(self.origin[at:found])
+            at, limit = found + len(old), limit - 1
+        return TemplateText(text, origin_of(new).join([*origins, self.origin[at:]]))
+
+    def upper(self) -> str:
+        return self.with_case(str.upper(self))
+
+    def lower(self) -> str:
+        return self.with_case(str.lower(self))
+
+    def title(self) -> str:
+        return self.with_case(str.title(self))
+
+    def capitalize(self) -> str:
+        return self.with_case(str.capitalize(self))
+
+    def swapcase(self) -> str:
+        return self.with_case(str.swapcase(self))
+
+    def with_case(self, changed: str) -> str:
+        """`changed` is this text in another case; it may be longer: ß becomes SS."""
+        if len(changed) == len(self):
+            return TemplateText(changed, self.origin)
+        return changed if 0 in self.origin else from_template(changed)
+
+
+@functools.lru_cache(2**10)
+def _character(text: str, is_template: int) -> TemplateText:
+    return TemplateText(text, TEMPLATE if is_template else OTHER)
+
+
+def from_template(text: str) -> TemplateText:
+    """A text that the template wrote."""
+    return TemplateText(text, TEMPLATE * len(text))
+
+
+def tracked(text: str) -> TemplateText:
+    """A text with origins; those of an ordinary `str` are elsewhere."""
+    return text if isinstance(text, TemplateText) else TemplateText(text, bytes(len(text)))
+
+
+def origin_of(text: str) -> bytes:
+    """1 for every character that the template wrote, 0 for all others."""
+    return text.origin if isinstance(text, TemplateText) else bytes(len(text))
+
+
+def joined(texts: Iterable[str], separator: str = "") -> TemplateText:
+    """The texts joined, each character with its origin."""
+    texts = [*texts]
+    return TemplateText(
+        str.join(separator, texts), origin_of(separator).join(map(origin_of, texts))
+    )

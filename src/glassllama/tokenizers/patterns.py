@@ -11,15 +11,22 @@ the same length, so that matches apply to the original.
 
 The syntax is Oniguruma's (Ruby's), as used by tokenizers, as far as split patterns need it; any
 other construct is a TokenizerError that names it.
+
+Ids depend on which characters are letters and digits. The tables (unicode_data.json) are part of
+the package and of one fixed version of Unicode, so that they do not change with the installed
+Python or `regex`. They equal those of tiktoken and tokenizers.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +34,24 @@ import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.unicode_tables import (
-    N_CODE_POINTS,
-    Points,
-    of_ranges,
-    property_points,
-    whitespace_points,
-    word_points,
-)
+
+Points = NDArray[np.bool_]  # (N_CODE_POINTS,), a set of code points
+Match = tuple[int, int, bool]  # begin, end, whether the pattern matches there
+
+N_CODE_POINTS = 0x110000
+# White_Space: unchanged since Unicode 6.3.
+WHITESPACE = (0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
+WHITESPACE_RANGES = (
+    (0x09, 0x0D), (0x2000, 0x200A), *((point, point) for point in WHITESPACE),
+)  # fmt: skip
+# The script Han of Unicode 16.
+HAN_RANGES = (
+    (0x2E80, 0x2E99), (0x2E9B, 0x2EF3), (0x2F00, 0x2FD5), (0x3005, 0x3005), (0x3007, 0x3007),
+    (0x3021, 0x3029), (0x3038, 0x303B), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFA6D),
+    (0xFA70, 0xFAD9), (0x16FE2, 0x16FE3), (0x16FF0, 0x16FF1), (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B739), (0x2B740, 0x2B81D), (0x2B820, 0x2CEA1), (0x2CEB0, 0x2EBE0),
+    (0x2EBF0, 0x2EE5D), (0x2F800, 0x2FA1D), (0x30000, 0x3134A), (0x31350, 0x323AF),
+)  # fmt: skip
 
 MAX_PATTERN = 2**14  # characters
 MAX_CLASSES = 62  # of a pattern: one bit each
@@ -45,34 +62,24 @@ ASCII = 0x80
 TOO_SLOW = "pattern: takes too long on this text"
 MIN_SECONDS, SECONDS_PER_CHARACTER = 10, 1e-5
 
-CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b"}
-OTHER_CASE = {"s": "\u017f", "k": "\u212a"}  # beyond ASCII: long s, kelvin sign
-NUMBERS_IN_WORDS = ((0xB2, 0xB3), (0xB9, 0xB9), (0xBC, 0xBE))  # in Oniguruma's \w, not in its [\w]
-NOT_IN_WORDS = ((0x200C, 0x200D),)  # in neither
-GROUPS = ("(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>")
-POSIX: dict[str, Callable[[], Points]] = {
-    "digit": lambda: property_points("Nd"),
-    "space": whitespace_points,
-    "punct": lambda: property_points("P") | property_points("S"),
-}
-
 
 class Pattern:
-    """A compiled split pattern; use `compiled`, which caches them."""
+    """A compiled split pattern; use `compiled`, which caches them.
 
-    def __init__(self, source: str, *, is_foreign: bool) -> None:
-        """TokenizerError: the pattern is too long, damaged, or has an unsupported construct."""
+    `parts`: text that is kept, and sets of code points.
+    """
+
+    def __init__(
+        self, source: str, parts: Sequence[str | Points], *, is_foreign: bool = False
+    ) -> None:
+        """TokenizerError: the pattern is damaged, or has too many classes."""
         self._is_foreign = is_foreign
-        if len(source) > MAX_PATTERN:
-            raise TokenizerError(f"pattern: {len(source)} characters, at most {MAX_PATTERN}")
-        self.source = source
-        parts = _Reader(source).parts
         self._representatives, reduced = _reduced_pattern(parts)
         try:
             self._compiled: Any = regex.compile(reduced)
-            self._find = self._compiled.findall
         except (regex.error, RecursionError, OverflowError) as fault:
             raise TokenizerError(f"pattern {quoted(source)}: {quoted(str(fault))}") from None
+        self._find = self._compiled.findall
 
     def iter_split(self, text: str) -> Iterable[str]:
         """As `split`, but without a list of all parts of a long text."""
@@ -84,8 +91,6 @@ class Pattern:
         """The matches and the text between them, in order; none is empty."""
         if len(text) <= 1:
             return [text] if text else []
-        if len(text) > LONG_TEXT:
-            return [*self.iter_split(text)]
         reduced = self._reduce(text)
         try:
             found: list[str] = self._find(reduced, timeout=self._seconds(text))
@@ -98,27 +103,20 @@ class Pattern:
         ends = accumulate(map(len, found), initial=0)
         return [text[begin:end] for begin, end in pairwise(ends)]
 
-    def spans(self, text: str, reduced: str | None = None) -> Iterator[tuple[int, int, bool]]:
-        """(begin, end, whether it is a match) of spans that cover the text.
+    def spans(self, text: str, reduced: str | None = None) -> Iterator[Match]:
+        """Spans that cover the text: the matches, and what is between them.
 
         All matches are found before the first is yielded, so that the time of the caller does not
         count; each takes 16 bytes.
         """
         reduced = self._reduce(text) if reduced is None else reduced
-        spans = array("q")
+        ends = array("q")
         try:
             for found in self._compiled.finditer(reduced, timeout=self._seconds(text)):
-                spans.extend(found.span())
+                ends.extend(found.span())
         except TimeoutError:
             raise TokenizerError(TOO_SLOW) from None
-        at = 0
-        for begin, end in zip(spans[::2], spans[1::2], strict=True):
-            if at < begin:
-                yield at, begin, False
-            yield begin, end, True
-            at = end
-        if at < len(text):
-            yield at, len(text), False
+        return with_gaps(zip(ends[::2], ends[1::2], strict=True), len(text))
 
     def _seconds(self, text: str) -> float | None:
         return MIN_SECONDS + SECONDS_PER_CHARACTER * len(text) if self._is_foreign else None
@@ -136,16 +134,27 @@ class Pattern:
         return result
 
 
+def with_gaps(spans: Iterable[tuple[int, int]], size: int) -> Iterator[Match]:
+    """Spans in order, and between them the rest of a text of this size."""
+    at = 0
+    for begin, end in spans:
+        if at < begin:
+            yield at, begin, False
+        yield begin, end, True
+        at = end
+    if at < size:
+        yield at, size, False
+
+
 @cache
 def compiled(source: str, *, is_foreign: bool = False) -> Pattern:
-    return Pattern(source, is_foreign=is_foreign)
+    """TokenizerError: the pattern is too long, damaged, or has an unsupported construct."""
+    if len(source) > MAX_PATTERN:
+        raise TokenizerError(f"pattern: {len(source)} characters, at most {MAX_PATTERN}")
+    return Pattern(source, _Reader(source).parts, is_foreign=is_foreign)
 
 
-def _of_characters(characters: str) -> Points:
-    return of_ranges(tuple((ord(char), ord(char)) for char in characters))
-
-
-def _reduced_pattern(parts: list[str | Points]) -> tuple[NDArray[np.uint32], str]:
+def _reduced_pattern(parts: Sequence[str | Points]) -> tuple[NDArray[np.uint32], str]:
     """The representative of every code point, and the pattern on representatives.
 
     ASCII characters represent themselves; the code points after them represent equivalent others.
@@ -181,67 +190,73 @@ def _class_pattern(members: Points) -> str:
     return min(forms, key=len)
 
 
-@dataclass
+# Reading a pattern
+
+
+CONTROLS = dict(zip("tnrfvae0", "\t\n\r\f\v\a\x1b\0", strict=True))
+OTHER_CASE = {"s": "\u017f", "k": "\u212a"}  # beyond ASCII: long s, kelvin sign
+NUMBERS_IN_WORDS = ((0xB2, 0xB3), (0xB9, 0xB9), (0xBC, 0xBE))  # in Oniguruma's \w, not in its [\w]
+NOT_IN_WORDS = ((0x200C, 0x200D),)  # in neither
+
+
 class _Reader:
     """Parses a pattern into `parts`: text that is kept, and sets of code points."""
 
-    source: str
-    at: int = 0
-    parts: list[str | Points] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._ignore_case = [False]
-        while self.at < len(self.source):
+    def __init__(self, source: str) -> None:
+        self.parts: list[str | Points] = []
+        self._source, self._at = source, 0
+        self._ignore_case = [False]  # of the open groups
+        while self._at < len(source):
             self._next()
         if len(self._ignore_case) != 1:
             raise self._fault("a group is not closed")
 
     def _fault(self, what: str) -> TokenizerError:
-        return TokenizerError(f"pattern {quoted(self.source)}: {what}, at character {self.at}")
+        return TokenizerError(f"pattern {quoted(self._source)}: {what}, at character {self._at}")
 
-    def _read(self, size: int = 1) -> str:
-        taken = self.source[self.at : self.at + size]
-        if len(taken) < size:
-            raise self._fault("it ends too early")
-        self.at += size
-        return taken
-
-    def _until(self, end: str) -> str:
-        stop = self.source.find(end, self.at)
-        if stop < 0:
-            raise self._fault(f"{end!r} is missing")
-        taken = self.source[self.at : stop]
-        self.at = stop + len(end)
-        return taken
+    def _take(self, syntax: str) -> Any:
+        """Read what matches a regular expression here; None if nothing does."""
+        found = regex.match(syntax, self._source, pos=self._at)
+        self._at = self._at if found is None else found.end()
+        return found
 
     def _next(self) -> None:
-        char = self._read()
-        if char == "(":
-            self._open()
-        elif char == ")":
+        if found := self._take(r"\((?!\?)|\(\?(?:[:=!>]|<[=!])"):
+            self._ignore_case.append(self._ignore_case[-1])
+            self.parts.append("(?:" if found[0] == "(" else found[0])
+        elif found := self._take(r"\(\?(-?)i([:)])"):
+            if found[2] == ":":
+                self._ignore_case.append(False)
+                self.parts.append("(?:")
+            self._ignore_case[-1] = not found[1]
+        elif found := self._take(r"\(.{,3}"):
+            raise self._fault(f"{found[0]!r} is not supported")
+        elif self._take(r"\)"):
             if len(self._ignore_case) == 1:
                 raise self._fault("a group is closed that was not opened")
             self._ignore_case.pop()
             self.parts.append(")")
-        elif char == "[":
-            self.parts.append(self._bracket())
-        elif char == "\\":
-            self._escape()
-        elif char == ".":
+        elif found := self._take(r"\{(\d{1,4},?\d{0,4}|,\d{1,4})\}"):
+            if self._take(r"\+"):  # in Ruby not possessive, but a repetition
+                raise self._fault("'+' after a count is not supported")
+            count = found[1]
+            self.parts.append("{" + ("0" if count.startswith(",") else "") + count + "}")
+        elif found := self._take(r"[|*+?]"):
+            self.parts.append(found[0])
+        elif found := self._take(r"[\^$]"):
+            self.parts.append(f"(?m:{found[0]})")
+        elif self._take(r"\."):
             self.parts.append(~_of_characters("\n"))
-        elif char in "^$":
-            self.parts.append(f"(?m:{char})")
-        elif char == "{":
-            self._count()
-        elif char in "|*+?":
-            self.parts.append(char)
+        elif found := self._take(r"\\([bBwWAzZ])"):
+            self.parts += _anchor(found[1])
+        elif self._take(r"\["):
+            self.parts.append(self._bracket())
+        elif isinstance(member := self._one(), str):
+            case = self._cases(member)
+            is_plain = len(case) == 1 and case.isascii()
+            self.parts.append(regex.escape(case) if is_plain else _of_characters(case))
         else:
-            self._literal(char)
-
-    def _literal(self, char: str) -> None:
-        case = self._cases(char)
-        plain = len(case) == 1 and char.isascii()
-        self.parts.append(regex.escape(char) if plain else _of_characters(case))
+            self.parts.append(member)
 
     def _cases(self, char: str) -> str:
         """The character, and if case is ignored its other forms of one character."""
@@ -250,136 +265,156 @@ class _Reader:
         forms = {char, char.lower(), char.upper(), OTHER_CASE.get(char.lower(), char)}
         return "".join(sorted(form for form in forms if len(form) == 1))
 
-    def _open(self) -> None:
-        begin = self.at - 1
-        group = next((g for g in GROUPS if self.source.startswith(g, begin)), None)
-        if group is not None:
-            self.at = begin + len(group)
-        elif self.source.startswith("?", self.at):
-            flags = regex.match(r"\?(-?i)([:)])", self.source, pos=self.at)
-            if flags is None:
-                raise self._fault(f"{self.source[begin : begin + 4]!r} is not supported")
-            self.at = flags.end()
-            if flags[2] == ")":
-                self._ignore_case[-1] = flags[1] == "i"
-                return
-            self._ignore_case.append(flags[1] == "i")
-            self.parts.append("(?:")
-            return
-        self._ignore_case.append(self._ignore_case[-1])
-        self.parts.append(group or "(?:")
-
-    def _count(self) -> None:
-        found = regex.match(r"(\d{1,4})(,?)(\d{0,4})\}|,(\d{1,4})\}", self.source, pos=self.at)
-        if found is None:
-            self._literal("{")
-            return
-        self.at = found.end()
-        if self.source.startswith("+", self.at):  # in Ruby not possessive, but a repetition
-            raise self._fault("'+' after a count is not supported")
-        self.parts.append("{" + (found[0] if found[1] else f"0{found[0]}"))
-
-    def _escape(self) -> None:
-        char = self.source[self.at : self.at + 1]
-        if char in ("b", "B"):
-            self.at += 1
-            word = _oniguruma_words() | of_ranges(NUMBERS_IN_WORDS)
-            signs = "!=" if char == "b" else "=!"  # at a word boundary, or not
-            self.parts += ["(?:(?<=", word, f")(?{signs[0]}", word]
-            self.parts += [")|(?<!", word, f")(?{signs[1]}", word, "))"]
-        elif char in ("w", "W"):
-            self.at += 1
-            word = _oniguruma_words() | of_ranges(NUMBERS_IN_WORDS)
-            self.parts.append(word if char == "w" else ~word)
-        elif char in ("A", "z", "Z"):
-            self.at += 1
-            self.parts.append({"A": r"\A", "z": r"\Z", "Z": r"(?=\n?\Z)"}[char])
-        else:
-            found = self._escaped()
-            if isinstance(found, str):
-                self._literal(found)
-            else:
-                self.parts.append(found)
-
-    def _escaped(self) -> str | Points:
-        """What follows a backslash, in a class or outside: a character, or a set of code points."""
-        char = self._read()
+    def _one(self) -> str | Points:
+        """A character, or a set: of a bracketed class or an escape."""
+        if found := self._take(r"\[:(.*?):\]"):
+            if found[1] not in POSIX:
+                raise self._fault(f"[:{found[1][:20]}:] is not supported")
+            return POSIX[found[1]]()
+        if self._take(r"\["):
+            return self._bracket()
+        if found := self._take(r"\\([pP])\{(\^?)([^}]*)\}"):
+            points = property_points(found[3])
+            return points if (found[1] == "p") != bool(found[2]) else ~points
+        if found := self._take(r"\\(?:x\{([^}]*)\}|x(..)|u(.{4}))"):
+            digits = found[found.lastindex]
+            try:
+                return chr(int(digits, 16))
+            except (ValueError, OverflowError):
+                raise self._fault(f"{quoted(digits)} is no code point") from None
+        found = self._take(r"(\\?)((?s:.))")
+        if found is None or found[0] == "\\":
+            raise self._fault("it ends too early")
+        char: str = found[2]
+        if not found[1] or not char.isalnum():
+            return char
         if char in CONTROLS:
             return CONTROLS[char]
         if char.lower() in SETS:
             points = SETS[char.lower()]()
             return points if char.islower() else ~points
-        if char in "pP":
-            if self._read() != "{":
-                raise self._fault("'{' is expected after \\p")
-            name = self._until("}")
-            points = property_points(name.removeprefix("^"))
-            return points if (char == "p") != name.startswith("^") else ~points
-        if char == "x" and self.source.startswith("{", self.at):
-            self._read()
-            return self._code_point(self._until("}"))
-        if char in "xu":
-            return self._code_point(self._read(2 if char == "x" else 4))
-        if char == "0":
-            return "\0"
-        if char.isalnum():
-            raise self._fault(f"'\\{char}' is not supported")
-        return char
-
-    def _code_point(self, digits: str) -> str:
-        try:
-            return chr(int(digits, 16))
-        except (ValueError, OverflowError):
-            raise self._fault(f"{quoted(digits)} is no code point") from None
+        raise self._fault(f"'\\{char}' is not supported")
 
     def _bracket(self) -> Points:
         """The set of a bracketed class, after its opening bracket."""
-        negated = self.source.startswith("^", self.at)
-        self.at += negated
-        whole: Points | None = None  # the intersection (&&) so far
+        negated = self._take(r"\^")
+        whole = ~of_ranges(())  # the intersection (&&) so far
         points, first = of_ranges(()), True
-        while first or not self.source.startswith("]", self.at):
-            if self.source.startswith("&&", self.at):
-                self.at += 2
-                whole = points if whole is None else whole & points
-                points = of_ranges(())
+        while first or not self._take(r"\]"):
+            if self._take("&&"):
+                whole, points = whole & points, of_ranges(())
             else:
                 points = points | self._member()
             first = False
-        self.at += 1
-        points = points if whole is None else whole & points
-        return ~points if negated else points
+        return ~(whole & points) if negated else whole & points
 
     def _member(self) -> Points:
         begin = self._one()
-        is_range = self.source.startswith("-", self.at) and self.source[self.at + 1 :][:1] != "]"
-        if isinstance(begin, str) and is_range:
-            self.at += 1
-            end = self._one()
-            if not isinstance(end, str) or end < begin:
-                raise self._fault("a range in a class is damaged")
-            if self._ignore_case[-1] and (begin + end).isascii():
-                inside = "".join(map(self._cases, map(chr, range(ord(begin), ord(end) + 1))))
-                return _of_characters(inside)
-            return of_ranges(((ord(begin), ord(end)),))
-        return _of_characters(self._cases(begin)) if isinstance(begin, str) else begin
+        if not isinstance(begin, str):
+            return begin
+        if not self._take(r"-(?!\])"):
+            return _of_characters(self._cases(begin))
+        end = self._one()
+        if not isinstance(end, str) or end < begin:
+            raise self._fault("a range in a class is damaged")
+        if self._ignore_case[-1] and (begin + end).isascii():
+            inside = map(self._cases, map(chr, range(ord(begin), ord(end) + 1)))
+            return _of_characters("".join(inside))
+        return of_ranges(((ord(begin), ord(end)),))
 
-    def _one(self) -> str | Points:
-        """A character of a class, or a set in it."""
-        char = self._read()
-        if char == "\\":
-            return self._escaped()
-        if char == "[" and self.source.startswith(":", self.at):
-            self._read()
-            name = self._until(":]")
-            if name not in POSIX:
-                raise self._fault(f"[:{name[:20]}:] is not supported")
-            return POSIX[name]()
-        return self._bracket() if char == "[" else char
+
+def _anchor(name: str) -> list[str | Points]:
+    """What an escape that has no place in a class matches: a position, or \\w."""
+    positions = {"A": r"\A", "z": r"\Z", "Z": r"(?=\n?\Z)"}
+    if name in positions:
+        return [positions[name]]
+    word = _oniguruma_words() | of_ranges(NUMBERS_IN_WORDS)
+    if name in "wW":
+        return [word if name == "w" else ~word]
+    here, beyond = "!=" if name == "b" else "=!"  # at a word boundary, or not
+    return ["(?:(?<=", word, f")(?{here}", word, ")|(?<!", word, f")(?{beyond}", word, "))"]
 
 
 def _oniguruma_words() -> Points:
     return word_points() & ~of_ranges(NOT_IN_WORDS)
+
+
+def _of_characters(characters: str) -> Points:
+    return of_ranges((ord(char), ord(char)) for char in characters)
+
+
+# Tables of Unicode
+
+
+@cache
+def unicode_data() -> dict[str, Any]:
+    """The tables of unicode_data.json, written by docs/make_unicode_data.py.
+
+    `runs` is compressed: the category of each run of code points, then its length as a varint.
+    """
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("unicode_data.json").read_text())
+    return data
+
+
+@cache
+def categories() -> NDArray[np.uint8]:
+    """(N_CODE_POINTS,): of each code point the index of its category in `categories`."""
+    raw = zlib.decompress(base64.b85decode(unicode_data()["runs"]))
+    lengths: list[int] = []
+    number = shift = 0
+    n_runs = sum(byte < 0x80 for byte in raw) // 2  # one byte for a category, one ends a varint
+    for byte in raw[n_runs:]:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            lengths.append(number)
+            number = shift = 0
+    return np.repeat(np.frombuffer(raw[:n_runs], np.uint8), lengths)
+
+
+@cache
+def property_points(name: str) -> Points:
+    """The code points of \\p{name}: a category, its first letter, or Han.
+
+    Surrogates are not characters and count as unassigned. TokenizerError: an unknown name.
+    """
+    if name in ("Han", "IsHan", "Script=Han"):
+        return of_ranges(HAN_RANGES)
+    names = unicode_data()["categories"]
+    indices = [index for index, category in enumerate(names) if name in (category, category[0])]
+    if not indices:
+        raise TokenizerError(f"pattern: the property {quoted(name)} is not supported")
+    points: Points = np.isin(categories(), indices)
+    return points
+
+
+@cache
+def whitespace_points() -> Points:
+    """\\s"""
+    return of_ranges(WHITESPACE_RANGES)
+
+
+@cache
+def word_points() -> Points:
+    """\\w, as Unicode defines it."""
+    points = of_ranges(unicode_data()["more_word_ranges"])
+    for name in ("L", "M", "Nd", "Nl", "Pc"):
+        points |= property_points(name)
+    return points
+
+
+@cache
+def punctuation_points() -> Points:
+    """What the stage Punctuation of tokenizers splits at: ASCII signs and an older category P."""
+    return property_points("P") ^ of_ranges(unicode_data()["other_punctuation_ranges"])
+
+
+def of_ranges(ranges: Iterable[Sequence[int]]) -> Points:
+    """The set of the code points in ranges (first, last), both inclusive."""
+    points = np.zeros(N_CODE_POINTS, np.bool_)
+    for first, last in ranges:
+        points[first : last + 1] = True
+    return points
 
 
 SETS: dict[str, Callable[[], Points]] = {
@@ -387,4 +422,9 @@ SETS: dict[str, Callable[[], Points]] = {
     "d": lambda: property_points("Nd"),
     "w": _oniguruma_words,
     "h": lambda: _of_characters("0123456789abcdefABCDEF"),
+}
+POSIX: dict[str, Callable[[], Points]] = {
+    "digit": SETS["d"],
+    "space": whitespace_points,
+    "punct": lambda: property_points("P") | property_points("S"),
 }

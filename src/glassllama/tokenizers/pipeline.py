@@ -5,26 +5,47 @@
 Slower than bpe.py, whose backend compiles a few patterns. SentencePiece vocabularies (Llama 2,
 Mistral, Gemma) write spaces as ▁, byte-level ones write bytes in GPT-2's characters; both are only
 stages here. Source: the model BPE of tokenizers; tests compare the ids.
+
+A normalizer is text → text. A pre-tokenizer splits the parts that the stage before it made. An
+unknown stage is a TokenizerError, because leaving it out would change ids. Normal forms and lower
+case are those of Python's `unicodedata`; all else uses the tables of patterns.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial, reduce
+from io import StringIO
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
+from glassllama.base.errors import TokenizerError
+from glassllama.base.fields import Fields
+from glassllama.tokenizers import patterns
 from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
-from glassllama.tokenizers.pipeline_stages import PreTokenizer
+from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER
+from glassllama.tokenizers.patterns import Match, Pattern, compiled
+from glassllama.tokenizers.pretokenizer import GPT2, OTHER_SPLITS, SPLITS
 from glassllama.tokenizers.sentencepiece import LONG, SHORT, SegmentEncoder
-from glassllama.tokenizers.special_tokens import AddedTokens
-from glassllama.tokenizers.vocabulary import NEVER, TokenizerBase, surrogate_error
+from glassllama.tokenizers.vocabulary import (
+    NEVER,
+    WHITESPACE,
+    AddedTokens,
+    TokenizerBase,
+    surrogate_error,
+)
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the merged token
 NO_MERGE = (NEVER, 0)
+Normalizer = Callable[[str], str]
+Part = tuple[str, bool]  # a part of the text, and whether the text starts with it
+PreTokenizer = Callable[[Iterable[Part]], Iterable[Part]]  # lazily: a text may be long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +177,9 @@ class PipelineTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return {t.text: t.id for t in self.pipeline.added.tokens if not t.is_special}
 
     def without_added(self, texts: Iterable[str]) -> PipelineTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         removed, old = {*texts}, self.pipeline
         ids = {self.added[text] for text in removed}
         tokens = [token for token in old.added.tokens if token.text not in removed]
@@ -208,3 +227,225 @@ class PipelineTokenizer(TokenizerBase):
         data = b"".join([self.token_bytes(id) for id in ids if id not in self._hidden])
         has_prefix = data.startswith(b" ") and self.pipeline.drops_prefix
         return data[has_prefix:].decode("utf-8", "replace")
+
+
+# Stages
+
+MAX_STAGES = 64
+KNOWN_PATTERNS = {p for split in (*SPLITS.values(), *OTHER_SPLITS.values()) for p in split.patterns}
+# Behavior → which spans join the span before: (whether that is a match, whether this one is).
+JOINS = {
+    "Isolated": (),
+    "Removed": (),
+    "MergedWithPrevious": ((False, True),),
+    "MergedWithNext": ((True, False),),
+    "Contiguous": ((False, False), (True, True)),
+}
+# The characters that the normalizer "Nmt" drops, and those that become spaces.
+NMT_DROPPED = (*range(1, 9), 0x0B, *range(0x0E, 0x20), 0x7F, 0x8F, 0x9F)
+NMT_SPACES = (
+    *(0x09, 0x0A, 0x0C, 0x0D, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581),
+    *(0xFEFF, 0xFFFD),
+)
+NMT: dict[int, int | None] = {**dict.fromkeys(NMT_DROPPED), **dict.fromkeys(NMT_SPACES, 0x20)}
+
+
+def stage_list(document: Fields, name: str, inner: str) -> list[Fields]:
+    """The stages of a field of tokenizer.json: none, one, or those of a Sequence."""
+    stage = document.object(name, None)
+    if stage is None:
+        return []
+    if stage.text("type") != "Sequence":
+        return [stage]
+    found: list[Fields] = []
+    for value in stage.items(inner):
+        found += stage_list(Fields(stage.place, {inner: value}, TokenizerError), inner, inner)
+    if len(found) > MAX_STAGES:
+        raise TokenizerError(f"{stage.place}: {len(found)} stages, at most {MAX_STAGES}")
+    return found
+
+
+def normalizer(stages: Sequence[Fields]) -> Normalizer | None:
+    """All normalizers of a file as one; None if there are none."""
+    return _in_order(stages, NORMALIZERS) if stages else None
+
+
+def pre_tokenizer(stages: Sequence[Fields]) -> PreTokenizer:
+    """All pre-tokenizers of a file as one."""
+    split: PreTokenizer = _in_order(stages, PRE_TOKENIZERS)
+    return split
+
+
+def _in_order(stages: Sequence[Fields], kinds: Mapping[str, Callable[[Fields], Any]]) -> Any:
+    """The stages as one function. `kinds`: type → function that makes the stage."""
+    steps = [kinds[_choice(stage, "type", kinds)](stage) for stage in stages]
+    return lambda value: reduce(lambda made, step: step(made), steps, value)
+
+
+def _choice(stage: Fields, key: str, choices: Iterable[str], *default: str) -> str:
+    value = stage.text(key, *default)
+    if value not in choices:
+        stage.refuse(key, f"one of {', '.join(choices)}")
+    return value
+
+
+def _pattern(stage: Fields) -> str | Pattern:
+    """The field `pattern`: a String, or a Regex, which has a time limit unless it is known."""
+    pattern = stage.object("pattern")
+    match [*pattern.values]:
+        case ["String"]:
+            return pattern.text("String")
+        case ["Regex"]:
+            source = pattern.text("Regex")
+            return compiled(source, is_foreign=source not in KNOWN_PATTERNS)
+    stage.refuse("pattern", "an object with a String or a Regex")
+    raise AssertionError
+
+
+def _replace(stage: Fields) -> Normalizer:
+    pattern, content = _pattern(stage), stage.text("content")
+    if isinstance(pattern, str):
+        return lambda text: text.replace(pattern, content) if pattern else text
+    return partial(_replaced, pattern, content)
+
+
+def _replaced(pattern: Pattern, content: str, text: str) -> str:
+    result = StringIO()  # "".join would make a list of all parts
+    result.writelines(content if hit else text[a:b] for a, b, hit in pattern.spans(text))
+    return result.getvalue()
+
+
+def _strip(stage: Fields) -> Normalizer:
+    left, right = stage.boolean("strip_left"), stage.boolean("strip_right")
+
+    def strip(text: str) -> str:
+        text = text.lstrip(WHITESPACE) if left else text
+        return text.rstrip(WHITESPACE) if right else text
+
+    return strip
+
+
+def _prepend(stage: Fields) -> Normalizer:
+    prefix = stage.text("prepend")
+    return lambda text: prefix + text if text else text
+
+
+def as_byte_characters(text: str) -> str:
+    """The bytes of a text in GPT-2's characters."""
+    return text.encode().decode("latin-1").translate(BYTE_TO_CHARACTER)
+
+
+NORMALIZERS: dict[str, Callable[[Fields], Normalizer]] = {
+    "NFC": lambda _: partial(unicodedata.normalize, "NFC"),
+    "NFD": lambda _: partial(unicodedata.normalize, "NFD"),
+    "NFKC": lambda _: partial(unicodedata.normalize, "NFKC"),
+    "NFKD": lambda _: partial(unicodedata.normalize, "NFKD"),
+    "Prepend": _prepend,
+    "Replace": _replace,
+    "Strip": _strip,
+    "Lowercase": lambda _: str.lower,
+    "StripAccents": lambda _: partial(_replaced, compiled(r"\p{M}"), ""),
+    "Nmt": lambda _: lambda text: text.translate(NMT),
+    "ByteLevel": lambda _: as_byte_characters,
+}
+
+
+def _splitter(pattern: str | Pattern, behavior: str, *, invert: bool = False) -> PreTokenizer:
+    """Splits at the matches of a pattern. Each span keeps its place in the text."""
+    find = partial(_literal_matches, pattern) if isinstance(pattern, str) else pattern.spans
+
+    def split(parts: Iterable[Part]) -> Iterator[Part]:
+        for part, is_first in parts:
+            for begin, end in _joined(find(part), behavior, invert):
+                if begin < end:
+                    yield part[begin:end], is_first and begin == 0
+                    is_first = False
+
+    return split
+
+
+def _literal_matches(literal: str, text: str) -> Iterator[Match]:
+    found = re.finditer(re.escape(literal), text) if literal else ()
+    return patterns.with_gaps(map(re.Match.span, found), len(text))
+
+
+def _joined(matches: Iterable[Match], behavior: str, invert: bool) -> Iterator[tuple[int, int]]:
+    """The spans that a behavior makes of matches and the text between them."""
+    first, last, before = 0, 0, None
+    for begin, end, hit in matches:
+        is_match = hit != invert
+        if behavior == "Removed" and is_match:
+            continue
+        if (before, is_match) not in JOINS[behavior]:
+            yield first, last
+            first = begin
+        last, before = end, is_match
+    yield first, last
+
+
+def _split(stage: Fields) -> PreTokenizer:
+    behavior = _choice(stage, "behavior", JOINS)
+    return _splitter(_pattern(stage), behavior, invert=stage.boolean("invert", False))
+
+
+def _byte_level(stage: Fields) -> PreTokenizer:
+    prefix = stage.boolean("add_prefix_space", True)
+    pattern = compiled(GPT2) if stage.boolean("use_regex", True) else None
+
+    def split(parts: Iterable[Part]) -> Iterator[Part]:
+        for part, is_first in parts:
+            text = f" {part}" if prefix and not part.startswith(" ") else part
+            for word in [text] if pattern is None else pattern.iter_split(text):
+                yield as_byte_characters(word), is_first
+                is_first = False
+
+    return split
+
+
+def _digits(stage: Fields) -> PreTokenizer:
+    each = stage.boolean("individual_digits", False)
+    return _splitter(compiled(r"\p{N}"), "Isolated" if each else "Contiguous")
+
+
+def _punctuation(stage: Fields) -> PreTokenizer:
+    behavior = _choice(stage, "behavior", JOINS, "Isolated")
+    return _splitter(Pattern("Punctuation", [patterns.punctuation_points()]), behavior)
+
+
+def _whitespace(stage: Fields) -> PreTokenizer:
+    words, whitespace = patterns.word_points(), patterns.whitespace_points()
+    parts: list[str | patterns.Points] = [words & ~whitespace, "+|", ~(words | whitespace), "+"]
+    return _splitter(Pattern("Whitespace", parts), "Removed", invert=True)
+
+
+def _metaspace(stage: Fields) -> PreTokenizer:
+    symbol = stage.text("replacement")
+    if len(symbol) != 1:
+        stage.refuse("replacement", "one character")
+    old_name = "always" if stage.boolean("add_prefix_space", True) else "never"
+    scheme = _choice(stage, "prepend_scheme", ("always", "first", "never"), old_name)
+
+    def with_symbol(parts: Iterable[Part]) -> Iterator[Part]:
+        for part, is_first in parts:
+            text = part.replace(" ", symbol)
+            prepends = scheme == "always" or (scheme == "first" and is_first)
+            yield symbol + text if prepends and not text.startswith(symbol) else text, is_first
+
+    splitter = _splitter(symbol, "MergedWithNext")
+    return (
+        (lambda parts: splitter(with_symbol(parts)))
+        if stage.boolean("split", True)
+        else with_symbol
+    )
+
+
+PRE_TOKENIZERS: dict[str, Callable[[Fields], PreTokenizer]] = {
+    "Split": _split,
+    "ByteLevel": _byte_level,
+    "Digits": _digits,
+    "Punctuation": _punctuation,
+    "Whitespace": _whitespace,
+    "WhitespaceSplit": lambda _: _splitter(compiled(r"\s"), "Removed"),
+    "CharDelimiterSplit": lambda stage: _splitter(stage.text("delimiter"), "Removed"),
+    "Metaspace": _metaspace,
+}

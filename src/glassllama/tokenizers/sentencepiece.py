@@ -6,6 +6,11 @@ Spaces become ▁ (U+2581), and most models put one before the text, so that a w
 at the start of a text and after a space. Neighbors merge as long as they make a piece of the
 vocabulary, the piece with the best score first, the leftmost of equals. A character that is not a
 piece becomes the pieces of its UTF-8 bytes. Source: Kudo and Richardson, SentencePiece (2018).
+
+The second half reads SentencePiece's tokenizer.model, a protobuf message: fields, each
+a number and a value, which is an integer with seven bits in a byte, four or eight raw bytes, or a
+length and that many bytes (text or a nested message). Sources: protobuf.dev, "Encoding";
+sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -13,23 +18,30 @@ from __future__ import annotations
 import copy
 import math
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
 from glassllama.tokenizers.bpe import CACHED_WORDS, merge
-from glassllama.tokenizers.special_tokens import pattern_of
 from glassllama.tokenizers.vocabulary import (
+    END_OF_GENERATION,
     NEVER,
     PairRow,
     TokenizerBase,
+    is_special,
+    pattern_of,
+    read_bounded,
+    stop_ids_by_name,
     surrogate_error,
 )
 
@@ -173,7 +185,7 @@ class SentencePieceTokenizer(TokenizerBase):
         tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
         super().__init__(tokens, bos=bos, stop_ids=stop_ids)
         self.pieces = pieces
-        self.specials: Mapping[str, int] = MappingProxyType(pieces.of_type(PieceType.CONTROL))
+        self.specials = MappingProxyType(pieces.of_type(PieceType.CONTROL))
         self._backend = backend
         self._special_ids = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
         self._special_pattern = pattern_of(self._special_ids)
@@ -186,7 +198,6 @@ class SentencePieceTokenizer(TokenizerBase):
 
     @property
     def added(self) -> Mapping[str, int]:
-        """Added tokens that are not special: text → id."""
         return self._added
 
     def _set_added(self, added: dict[str, int]) -> None:
@@ -196,7 +207,6 @@ class SentencePieceTokenizer(TokenizerBase):
         self._added_pattern = pattern_of(added.keys() - first)
 
     def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
-        """The same tokenizer, for which these added tokens are ordinary text."""
         other, removed = copy.copy(self), {*texts}
         other._set_added({text: id for text, id in self._added.items() if text not in removed})
         return other
@@ -343,3 +353,170 @@ def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
 def byte_text(value: int) -> str:
     """The text of the piece for a byte."""
     return f"<0x{value:02X}>"
+
+
+# tokenizer.model
+
+UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4  # TrainerSpec.ModelType
+MODEL_TYPES = {UNIGRAM: "unigram", BPE: "bpe", WORD: "word", CHAR: "char"}
+PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of ModelProto
+TEXT, SCORE, TYPE = 1, 2, 3  # fields of a piece
+# What else decides which ids a text has: message, number of the field → name, default.
+SETTINGS: dict[tuple[int, int], tuple[str, int | str | bytes]] = {
+    (TRAINER, 3): ("model_type", UNIGRAM),
+    (TRAINER, 24): ("treat_whitespace_as_suffix", False),
+    (TRAINER, 35): ("byte_fallback", False),
+    (TRAINER, 41): ("bos_id", 1),
+    (TRAINER, 42): ("eos_id", 2),
+    (TRAINER, 44): ("unk_surface", " \u2047 "),
+    (NORMALIZER, 1): ("name", ""),
+    (NORMALIZER, 2): ("precompiled_charsmap", b""),
+    (NORMALIZER, 3): ("add_dummy_prefix", True),
+    (NORMALIZER, 4): ("remove_extra_whitespaces", True),
+    (NORMALIZER, 5): ("escape_whitespaces", True),
+}
+VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5  # wire types
+MAX_VARINT = 10  # bytes: 64 bits, seven in each
+
+
+def read_sentencepiece(path: Path, backend: BPEBackend = PYTHON) -> SentencePieceTokenizer:
+    """The tokenizer of a SentencePiece model of type BPE.
+
+    TokenizerError: no such file, another type (unigram), or a normalization other than identity.
+    """
+    try:
+        pieces, settings = _model(memoryview(read_bounded(path)))
+        bos, eos = (id if id >= 0 else None for id in (settings["bos_id"], settings["eos_id"]))
+        stop_ids = stop_ids_of(pieces.texts) | (set() if eos is None else {eos})
+        return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=backend)
+    except OSError as fault:
+        raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
+    except (ValueError, struct.error) as fault:
+        what = f"is no SentencePiece model ({fault}); download it again"
+        raise TokenizerError(f"{path}: {what}") from fault
+    except TokenizerError as fault:
+        raise TokenizerError(f"{path}: {fault}") from fault
+
+
+def piece_types(texts: Sequence[str], numbers: Sequence[int]) -> tuple[PieceType, ...]:
+    """The types of pieces from their numbers in a file; empty pieces are UNUSED.
+
+    A USER_DEFINED piece that looks like a special token is a CONTROL piece.
+    """
+    if wrong := set(numbers) - {type.value for type in PieceType}:
+        raise TokenizerError(
+            f"vocabulary: type {min(wrong)} of a token is not known, only 1 … 6 are"
+        )
+    types = list(map(PieceType, numbers))
+    for id, (text, type) in enumerate(zip(texts, types, strict=True)):
+        if type == PieceType.BYTE and not BYTE_PIECE.fullmatch(text):
+            raise TokenizerError(
+                f"piece {id}: a byte is written <0x00> … <0xFF>, got {quoted(text)}"
+            )
+        if not text:
+            types[id] = PieceType.UNUSED
+        elif type == PieceType.USER_DEFINED and is_special(text):
+            types[id] = PieceType.CONTROL
+    return tuple(types)
+
+
+def stop_ids_of(texts: Sequence[str]) -> set[int]:
+    """The ids of the pieces that end an answer by their name."""
+    return stop_ids_by_name({t: id for id, t in enumerate(texts) if t in END_OF_GENERATION})
+
+
+def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
+    """The pieces and SETTINGS. ValueError: not such a message. TokenizerError: not supported."""
+    messages: dict[int, dict[int, int | memoryview]] = {TRAINER: {}, NORMALIZER: {}}
+    pieces: list[tuple[str, float, int]] = []
+    for number, value in _fields(data):
+        if isinstance(value, memoryview) and number == PIECES:
+            fields = dict(_fields(value))
+            (score,) = struct.unpack("<f", _value(fields, SCORE, bytes(4)))
+            pieces.append((_value(fields, TEXT, ""), score, _value(fields, TYPE, 1)))
+        elif isinstance(value, memoryview) and number in messages:
+            messages[number] |= dict(_fields(value))
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    settings = {
+        name: _value(messages[message], number, default)
+        for (message, number), (name, default) in SETTINGS.items()
+    }
+    texts, scores, numbers = zip(*pieces, strict=True)
+    _check_supported(settings, PieceType.BYTE in numbers)
+    adds_prefix, trims = settings["add_dummy_prefix"], settings["remove_extra_whitespaces"]
+    found = Pieces(
+        texts=texts,
+        types=piece_types(texts, numbers),
+        scores=scores,
+        add_prefix=adds_prefix,
+        trim=trims,
+        drop_prefix=adds_prefix or trims,
+        unknown_text=settings["unk_surface"],
+    )
+    return found, settings
+
+
+def _check_supported(settings: Mapping[str, Any], has_bytes: bool) -> None:
+    type, name = settings["model_type"], quoted(settings["name"])
+    fallback = settings["byte_fallback"]
+    bytes_are = "there" if has_bytes else "missing"
+    checks = {
+        f"trainer_spec.model_type: want bpe, got {MODEL_TYPES.get(type, type)}": type == BPE,
+        f"normalizer_spec.precompiled_charsmap: normalization {name} is not supported, only "
+        "identity is": not settings["precompiled_charsmap"],
+        "normalizer_spec.escape_whitespaces: false not supported": settings["escape_whitespaces"],
+        "trainer_spec.treat_whitespace_as_suffix: not supported":
+            not settings["treat_whitespace_as_suffix"],
+        f"trainer_spec.byte_fallback: is {fallback}, but pieces for bytes are {bytes_are}":
+            fallback == has_bytes,
+    }  # fmt: skip
+    for problem, is_supported in checks.items():
+        if not is_supported:
+            raise TokenizerError(problem)
+
+
+def _value(fields: Mapping[int, int | memoryview], number: int, default: Any) -> Any:
+    """The value of a field, of the type of its default."""
+    value = fields.get(number)
+    if value is None:
+        return default
+    if isinstance(value, int) != isinstance(default, int):
+        wanted = "a number" if isinstance(default, int) else "bytes"
+        raise ValueError(f"field {number} must be {wanted}")
+    if isinstance(value, memoryview):
+        return str(value, "utf-8") if isinstance(default, str) else value.tobytes()
+    value -= (value >> 63) << 64
+    return bool(value) if isinstance(default, bool) else value
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(field number, value) of a message in order; raw bytes of numbers that are not varints."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire_type = key & 7
+        if wire_type == VARINT:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire_type == LENGTH:
+            size, at = _varint(data, at)
+        elif wire_type in (EIGHT_BYTES, FOUR_BYTES):
+            size = 8 if wire_type == EIGHT_BYTES else 4
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {at}")
+        if size > len(data) - at:
+            raise ValueError(f"{size} bytes announced at byte {at}, {len(data) - at} left")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """An integer, seven bits a byte, the lowest first; and the position after it."""
+    value = 0
+    for size, byte in enumerate(data[at : at + MAX_VARINT]):
+        value |= (byte & 0x7F) << 7 * size
+        if byte < 0x80:
+            return value, at + size + 1
+    raise ValueError(f"a number of more than {MAX_VARINT} bytes, or a cut one, at byte {at}")

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.backend import PYTHON, BPEBackend
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.files import read_bounded
+from glassllama.tokenizers.bpe import BytePairTokenizer, tokenizer_of_ranks
 from glassllama.tokenizers.pretokenizer import SPLITS
-from glassllama.tokenizers.special_tokens import AddedToken
-from glassllama.tokenizers.vocabulary import BYTES, Vocabulary
+from glassllama.tokenizers.vocabulary import BYTES, read_bounded
 
 NUM_SPECIAL_TOKENS = 256
 NAMED_SPECIAL_TOKENS = (
@@ -44,20 +42,10 @@ WHITESPACE, NOT_WHITESPACE = re.compile(r"\s"), re.compile(r"\S")
 
 def read_meta_tokenizer(path: Path, backend: BPEBackend = PYTHON) -> BytePairTokenizer:
     """Llama 3's tokenizer from Meta's file. TokenizerError: names the line that is wrong."""
-    tokens = read_ranks(path)
-    names = special_token_names()
-    ids = {name: len(tokens) + at for at, name in enumerate(names)}
-    vocabulary = Vocabulary(
-        tokens=(*tokens, *(name.encode() for name in names)),
-        ids={token: rank for rank, token in enumerate(tokens)},
-        merges=None,
-        split=SPLITS["llama3"],
-        ignore_merges=True,
-        added_tokens=tuple(AddedToken(id=id, text=n, is_special=True) for n, id in ids.items()),
-        text_chunks=text_chunks,
-    )
-    bos, stop_ids = ids["<|begin_of_text|>"], [ids[name] for name in STOPS]
-    return BytePairTokenizer(vocabulary, bos=bos, stop_ids=stop_ids, backend=backend)
+    return tokenizer_of_ranks(
+        read_ranks(path), special_token_names(), bos=NAMED_SPECIAL_TOKENS[0], stops=STOPS,
+        split=SPLITS["llama3"], backend=backend, text_chunks=text_chunks,
+    )  # fmt: skip
 
 
 def special_token_names() -> list[str]:

@@ -24,12 +24,9 @@ from typing import Any, Literal
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.interfaces import Progress
 from glassllama.tokenizers.backend import BYTE_TOKENS, MIN_COUNT, PYTHON, BPEBackend, Merge
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.byte_level import BYTE_TO_CHARACTER
+from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER, BytePairTokenizer, tokenizer_of_ranks
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, SPLITS, Split
-from glassllama.tokenizers.special_tokens import AddedToken
 from glassllama.tokenizers.tiktoken_file import special_token_names
-from glassllama.tokenizers.vocabulary import Vocabulary
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 Form = Literal["hf", "meta", "both"]
@@ -54,21 +51,10 @@ class TrainedBPE:
         Special tokens have the last ids. Texts start with <|begin_of_text|> and answers end with
         <|end_of_text|>, if these are among them.
         """
-        special_ids = {name: len(self.tokens) + at for at, name in enumerate(self.specials)}
-        vocabulary = Vocabulary(
-            tokens=(*self.tokens, *(name.encode() for name in self.specials)),
-            ids={token: id for id, token in enumerate(self.tokens)},
-            merges=None,
-            split=SPLITS[self.split],
-            ignore_merges=True,
-            added_tokens=tuple(
-                AddedToken(id=id, text=name, is_special=True) for name, id in special_ids.items()
-            ),
-        )
-        stop_ids = [special_ids[END]] if END in special_ids else []
-        return BytePairTokenizer(
-            vocabulary, bos=special_ids.get(BEGIN), stop_ids=stop_ids, backend=self.backend
-        )
+        return tokenizer_of_ranks(
+            self.tokens, self.specials, bos=BEGIN, stops=[END], split=SPLITS[self.split],
+            backend=self.backend,
+        )  # fmt: skip
 
     def save(self, folder: Path, form: Form = "hf") -> list[Path]:
         """Write the files of a form into a folder, which is created; returns their paths.

@@ -1,19 +1,163 @@
-"""Vocabulary of a byte-level BPE tokenizer, and what the tokenizers of all kinds share."""
+"""Special tokens, the vocabulary of a byte-level tokenizer, and what tokenizers of all kinds share.
+
+Added tokens are found in a text before anything else. Of these the special ones (`<|eot_id|>`) are
+read from text only on request. Sources: the flags of AddedToken in tokenizers; llama.cpp,
+src/llama-vocab.cpp, end-of-generation tokens (2026-11).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import TokenizerError
+from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.interfaces import Tokenizer
+from glassllama.tokenizers.patterns import WHITESPACE_RANGES, word_points
 from glassllama.tokenizers.pretokenizer import Split
-from glassllama.tokenizers.special_tokens import AddedToken, AddedTokens
+
+WHITESPACE = "".join(chr(c) for first, last in WHITESPACE_RANGES for c in range(first, last + 1))
+WHITESPACE_RUN = re.compile(f"[{WHITESPACE}]*")
+
+# Tokens that end an answer by their name. Files often declare one end (of the text) and use two (of
+# a turn as well). As in llama.cpp a token of such a name is special, whatever the file declares.
+END_OF_GENERATION = frozenset((
+    # end of a turn or a text
+    "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
+    "</s>", "<eos>", "<end_of_turn>", "<turn|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",
+    # a tool call, or what comes after an answer
+    "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>",
+    # fill in the middle: padding, the next file, the next repository
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>",
+))  # fmt: skip
+# Files of fine-tuned models declare tokens such as <|im_end|> as plain additions. If they were read
+# from any text, a user could end a message with them and write as the system.
+LOOKS_SPECIAL = re.compile(r"<\|.+\|>")
+START_OF_TURN = "<start_of_turn>"  # the same in Gemma's files
+
+
+def is_special(text: str) -> bool:
+    """Whether an added token with this text is special, even if its file says otherwise."""
+    is_named = text in END_OF_GENERATION or text == START_OF_TURN
+    return is_named or LOOKS_SPECIAL.fullmatch(text) is not None
+
+
+def stop_ids_by_name(ids: Mapping[str, int]) -> set[int]:
+    """The ids of the tokens in `ids` (text → id) that end an answer by their name."""
+    stops = {name: ids[name] for name in END_OF_GENERATION if name in ids}
+    calls = {"<|call|>", "<|calls|>"} & stops.keys()
+    if calls and {"<|return|>", "<|flush|>"} & stops.keys():
+        stops.pop("<|end|>", None)  # in these vocabularies it ends a part of the answer
+    if "<|tool_response>" in stops:
+        stops.pop("</s>", None)
+    return {*stops.values()}
+
+
+def pattern_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds any of the texts, the longest where several start; None for no texts."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
+    """Those of the tokens that occur in a text, in order of occurrence, each once."""
+    pattern = pattern_of(tokens)
+    return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedToken:
+    """A token that is found by its text. `is_special`: read from text only on request.
+
+    `lstrip`, `rstrip`: it includes the whitespace before or after it. `single_word`: it is not
+    found next to a letter, digit or the like. `normalized`: it is found in the normalized text.
+    """
+
+    id: int
+    text: str
+    is_special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+class AddedTokens:
+    """Splits a text at added tokens: at those of the original text first, then the normalized."""
+
+    def __init__(
+        self, tokens: Iterable[AddedToken], normalize: Callable[[str], str] | None = None
+    ) -> None:
+        self.tokens = tuple(tokens)
+        self.normalize = normalize
+        raw = [token for token in self.tokens if not token.normalized]
+        normalized = [token for token in self.tokens if token.normalized]
+        self._raw = _Finder({token.text: token for token in reversed(raw)})
+        # tokenizers searches special tokens first: of two with equal texts it finds the special.
+        normalized.sort(key=lambda token: not token.is_special)
+        form = normalize or str
+        self._normalized = _Finder({form(token.text): token for token in reversed(normalized)})
+
+    def split(self, text: str, *, specials: bool) -> Iterator[str | int]:
+        """The parts of a text in order: normalized text, never empty, and ids of added tokens."""
+        for part in self._raw.split(text, specials):
+            if isinstance(part, int):
+                yield part
+            else:
+                normalized = part if self.normalize is None else self.normalize(part)
+                yield from self._normalized.split(normalized, specials)
+
+
+class _Finder:
+    """Finds tokens by their text: the leftmost first, the longest of those."""
+
+    def __init__(self, tokens: dict[str, AddedToken]) -> None:
+        tokens.pop("", None)
+        self._tokens = tokens
+        self._pattern = pattern_of(tokens)
+        self._only_special = all(token.is_special for token in tokens.values())
+
+    def split(self, text: str, specials: bool) -> Iterator[str | int]:
+        begin = 0
+        skip = self._pattern is None or (self._only_special and not specials)
+        for found in () if skip or self._pattern is None else self._pattern.finditer(text):
+            token = self._tokens[found[0]]
+            start, stop = found.span()
+            if token.is_special and not specials:
+                continue
+            if token.single_word and (
+                is_word(text[start - 1 : start]) or is_word(text[stop : stop + 1])
+            ):
+                continue
+            if token.lstrip:
+                start = begin + len(text[begin:start].rstrip(WHITESPACE))
+            if token.rstrip:
+                stop = next(WHITESPACE_RUN.finditer(text, stop)).end()
+            if begin < start:
+                yield text[begin:start]
+            if start < stop:  # else the token before took all of it as whitespace
+                yield token.id
+            begin = stop
+        if begin < len(text):
+            yield text[begin:] if begin else text
+
+
+def is_word(character: str) -> bool:
+    """Whether a character is a letter, digit, mark or connector; False for the empty text."""
+    return character != "" and bool(word_points()[ord(character)])
+
 
 BYTES = tuple(bytes([value]) for value in range(256))
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
@@ -31,8 +175,8 @@ class Vocabulary:
     `ignore_merges`: a pretoken that is a token is not merged, but taken as it is.
     `added_tokens`: found by their text before anything else; the special ones only on request.
     `text_chunks`: splits a long text before anything else.
-    `num_unknown_merges`: merges that name or make something that is not a token. A merged part that
-    is not a token in the end is split into its bytes.
+    `num_unknown_merges`: merges that name or make something that is not a token.
+    `parts`: such parts → ids beyond all others. In the end they are split into their bytes.
     """
 
     tokens: tuple[bytes | None, ...]
@@ -43,6 +187,7 @@ class Vocabulary:
     added_tokens: tuple[AddedToken, ...] = field(repr=False)
     text_chunks: Callable[[str], Iterable[str]] | None = None
     num_unknown_merges: int = 0
+    parts: Mapping[bytes, int] = field(default_factory=dict, repr=False)
 
     def added(self, *, is_special: bool) -> dict[str, int]:
         """Text → id of the added tokens, either the special ones or the others."""
@@ -59,9 +204,15 @@ class Vocabulary:
             return self.ids.get(left + right, NEVER)
         return self.merges.get((left, right), NEVER)
 
+    def ids_of_part(self, part: bytes) -> list[int]:
+        """The id of a merged part, or the ids of its bytes if it is not a token."""
+        if part in self.ids:
+            return [self.ids[part]]
+        return [self.ids[byte] for byte in map(BYTES.__getitem__, part) if byte in self.ids]
+
     def pair_rows(self) -> Iterator[PairRow]:
         """Every pair that merges: of the list of merges, or all ways to split a token in two."""
-        ids = self.ids
+        ids = {**self.ids, **self.parts}
         if self.merges is not None:
             for (left, right), rank in self.merges.items():
                 yield ids[left], ids[right], rank, ids[left + right]
@@ -82,6 +233,7 @@ class TokenizerBase:
     """
 
     model_rows = 0
+    specials: Mapping[str, int]
 
     def __init__(
         self, tokens: Sequence[bytes | None], *, bos: int | None, stop_ids: Iterable[int]
@@ -101,9 +253,27 @@ class TokenizerBase:
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         raise NotImplementedError
 
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Added tokens that are not special: text → id."""
+        return {}
+
+    def without_added(self, texts: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, for which these added tokens are ordinary text."""
+        return self
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and special ids in order; no text becomes a special id."""
+        ids = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
+        return [*chain.from_iterable(ids)]
+
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,)."""
         return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; of a special token its text. No bytes for a row of the model only.
@@ -133,3 +303,47 @@ def surrogate_error(text: str) -> TokenizerError:
         f"text: character {at} is U+{ord(text[at]):04X}, half of a UTF-16 pair and no character; "
         "read the text as UTF-8"
     )
+
+
+# Files
+
+# Bytes. The largest published files have some 35 MB; parsed, JSON takes about eight times its size.
+LARGEST_FILE = 2**28
+LARGEST_VOCABULARY = 2**22  # sixteen times Gemma's; a file with a larger id is damaged
+MAX_GAPS = 2**17  # ids without a token; a file that claims more of them is damaged, too
+
+
+def read_json(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
+    """The object of a JSON file. TokenizerError: not JSON, not an object, or too large."""
+    raw = read_bounded(path, most)
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as fault:
+        what = quoted(str(fault))
+        raise TokenizerError(f"{path}: is no JSON ({what}); download it again") from fault
+    if not isinstance(document, dict):
+        raise TokenizerError(f"{path}: must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
+    """The bytes of a file. TokenizerError: not a regular file, or larger than `most` bytes."""
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise TokenizerError(f"{path}: is not a regular file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(min(size, most) + 1)  # allocates no more than the file has
+    if len(raw) > most:
+        raise TokenizerError(f"{path}: has more than {most:,} bytes, which no such file has")
+    return raw
+
+
+def size_of_vocabulary(ids: Collection[int]) -> int:
+    """The largest id + 1. TokenizerError: a negative id, or far more ids than tokens."""
+    size, most = max(ids, default=-1) + 1, min(LARGEST_VOCABULARY, len(ids) + MAX_GAPS)
+    if min(ids, default=0) < 0 or size > most:
+        raise TokenizerError(
+            f"vocabulary: ids run from {min(ids)} to {size - 1}; expected 0 to at most {most - 1} "
+            f"for {len(ids)} tokens"
+        )
+    return size

@@ -3,8 +3,8 @@
 Also the dtypes of its matrix products (`run.precision` and `run.compile`), and how fast products
 are here. Weights, optimizer state and everything that is summed stay float32. "auto" is bfloat16 if
 the device has instructions for it, else float32. On a CPU a Llama's blocks are computed by
-native/training/blocks.py, all other models by PyTorch, with autocast for bfloat16. This is the only
-file of train/ that imports native/.
+native/training/blocks.py if it supports their layer plan, all other models by PyTorch, with
+autocast for bfloat16. This is the only file of train/ that imports native/.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch import Tensor
 from glassllama import hub
 from glassllama.base.errors import ConfigError, TrainingError, WeightsError, quoted
 from glassllama.base.interfaces import Tokenizer
+from glassllama.base.layer_plan import llama_plan
 from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.native.jit import code_cache
-from glassllama.native.training.blocks import FusedBlock, fuse_blocks
+from glassllama.native.training.blocks import FusedBlock, can_fuse, fuse_blocks
 from glassllama.nn.dropout import add_dropout
 from glassllama.train.distributed import accept_full_tensors, is_sharded
 from glassllama.train.settings import RunSettings, Settings, check_value, quoted_key, suggestion
@@ -229,7 +230,7 @@ def set_precision(model: LanguageModel, run: RunSettings, dropout: float) -> Non
             )
         for layer in layers.children():
             layer.compile(dynamic=False)
-    elif on_cpu and isinstance(model, Llama):
+    elif on_cpu and isinstance(model, Llama) and can_fuse(llama_plan(model.config)):
         fuse_blocks(model, dropout, dtype_of(run))
 
 

@@ -40,27 +40,26 @@ def llama_block(
     weight: Weights, x: Tensor, config: LlamaConfig, rope: RopeTable, past: Past, fused: bool
 ) -> Tensors:
     """A block of models/llama.py on its input (B, T, C)."""
-    c, eps = config, config.norm_eps
-    normed = rms_norm(x, eps) * weight("attention_norm.weight")  # (B, T, C)
-    q = split_heads(F.linear(normed, weight("attention.wq.weight")), c.n_heads)  # (B, H, T, D)
-    k = split_heads(F.linear(normed, weight("attention.wk.weight")), c.n_kv_heads)  # (B, K, T, D)
-    v = split_heads(F.linear(normed, weight("attention.wv.weight")), c.n_kv_heads)  # (B, K, T, D)
-    q_rope, k_rope = apply_rope(q, rope, c), apply_rope(k, rope, c)
-    attention = attend(q_rope, k_rope, v, past, fused)
-    wo = F.linear(join_heads(attention["attention.heads"]), weight("attention.wo.weight"))
-    after_attention = x + wo  # (B, T, C)
-    ffn_normed = rms_norm(after_attention, eps) * weight("ffn_norm.weight")
-    gate = F.linear(ffn_normed, weight("feed_forward.gate.weight"))  # (B, T, F)
-    up = F.linear(ffn_normed, weight("feed_forward.up.weight"))  # (B, T, F)
-    gated = F.silu(gate) * up
-    down = F.linear(gated, weight("feed_forward.down.weight"))  # (B, T, C)
-    return {
-        "attention_norm": normed, "attention.q": q, "attention.k": k, "attention.v": v,
-        "attention.q_rope": q_rope, "attention.k_rope": k_rope, **attention, "attention.wo": wo,
-        "after_attention": after_attention, "ffn_norm": ffn_normed, "feed_forward.gate": gate,
-        "feed_forward.up": up, "feed_forward.gated": gated, "feed_forward.down": down,
-        "output": after_attention + down,
-    }  # fmt: skip
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weight(f"{name}.weight"))
+
+    t: Tensors = {}
+    t["attention_norm"] = rms_norm(x, config.norm_eps) * weight("attention_norm.weight")
+    for name, heads in (("q", config.n_heads), ("k", config.n_kv_heads), ("v", config.n_kv_heads)):
+        projected = linear(t["attention_norm"], f"attention.w{name}")  # (B, T, H·D or K·D)
+        t[f"attention.{name}"] = split_heads(projected, heads)  # (B, H or K, T, D)
+    for name in ("q", "k"):
+        t[f"attention.{name}_rope"] = apply_rope(t[f"attention.{name}"], rope, config)
+    t |= attend(t["attention.q_rope"], t["attention.k_rope"], t["attention.v"], past, fused)
+    t["attention.wo"] = linear(join_heads(t["attention.heads"]), "attention.wo")  # (B, T, C)
+    t["after_attention"] = x + t["attention.wo"]
+    t["ffn_norm"] = rms_norm(t["after_attention"], config.norm_eps) * weight("ffn_norm.weight")
+    t["feed_forward.gate"] = linear(t["ffn_norm"], "feed_forward.gate")  # (B, T, F)
+    t["feed_forward.up"] = linear(t["ffn_norm"], "feed_forward.up")  # (B, T, F)
+    t["feed_forward.gated"] = F.silu(t["feed_forward.gate"]) * t["feed_forward.up"]
+    t["feed_forward.down"] = linear(t["feed_forward.gated"], "feed_forward.down")  # (B, T, C)
+    return t | {"output": t["after_attention"] + t["feed_forward.down"]}
 
 
 def gpt_block(
@@ -68,32 +67,22 @@ def gpt_block(
 ) -> Tensors:
     """A block of models/gpt.py on its input (B, T, C). There is no RoPE."""
 
-    def linear(x: Tensor, name: str) -> Tensor:
-        bias = weight(f"{name}.bias") if config.bias else None
-        return F.linear(x, weight(f"{name}.weight"), bias)
+    def parameters(name: str) -> tuple[Tensor, Tensor | None]:
+        return weight(f"{name}.weight"), weight(f"{name}.bias") if config.bias else None
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        bias = weight(f"{name}.bias") if config.bias else None
-        return layer_norm(x, weight(f"{name}.weight"), bias, config.norm_eps)
-
-    normed = norm(x, "attention_norm")  # (B, T, C)
-    q, k, v = (
-        split_heads(linear(normed, f"attention.{name}"), config.n_heads)
-        for name in ("wq", "wk", "wv")
-    )  # three (B, H, T, D)
-    attention = attend(q, k, v, past, fused)
-    wo = linear(join_heads(attention["attention.heads"]), "attention.wo")  # (B, T, C)
-    after_attention = x + wo
-    ffn_normed = norm(after_attention, "ffn_norm")
-    up = linear(ffn_normed, "feed_forward.up")  # (B, T, F)
-    activated = gpt.ACTIVATIONS[config.activation](up)
-    down = linear(activated, "feed_forward.down")  # (B, T, C)
-    return {
-        "attention_norm": normed, "attention.q": q, "attention.k": k, "attention.v": v,
-        **attention, "attention.wo": wo, "after_attention": after_attention,
-        "ffn_norm": ffn_normed, "feed_forward.up": up, "feed_forward.activated": activated,
-        "feed_forward.down": down, "output": after_attention + down,
-    }  # fmt: skip
+    t: Tensors = {}
+    t["attention_norm"] = layer_norm(x, *parameters("attention_norm"), config.norm_eps)
+    for name in ("q", "k", "v"):
+        projected = F.linear(t["attention_norm"], *parameters(f"attention.w{name}"))  # (B, T, C)
+        t[f"attention.{name}"] = split_heads(projected, config.n_heads)  # (B, H, T, D)
+    t |= attend(t["attention.q"], t["attention.k"], t["attention.v"], past, fused)
+    t["attention.wo"] = F.linear(join_heads(t["attention.heads"]), *parameters("attention.wo"))
+    t["after_attention"] = x + t["attention.wo"]  # (B, T, C)
+    t["ffn_norm"] = layer_norm(t["after_attention"], *parameters("ffn_norm"), config.norm_eps)
+    t["feed_forward.up"] = F.linear(t["ffn_norm"], *parameters("feed_forward.up"))  # (B, T, F)
+    t["feed_forward.activated"] = gpt.ACTIVATIONS[config.activation](t["feed_forward.up"])
+    t["feed_forward.down"] = F.linear(t["feed_forward.activated"], *parameters("feed_forward.down"))
+    return t | {"output": t["after_attention"] + t["feed_forward.down"]}  # (B, T, C)
 
 
 MANUAL_BLOCKS: dict[type[nn.Module], Callable[..., Tensors]] = {

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from glassllama.base.errors import GlassError
 from glassllama.nn.rope import ROTATE
-from glassllama.walkthrough.analysis import Predictions, kl_divergence, predictions_by_row
-from glassllama.walkthrough.pictures import HeatMap, Picture, Table
-from glassllama.walkthrough.step import Check, Source, source
-from glassllama.walkthrough.tracing import trace
+from glassllama.walkthrough.step import Check, HeatMap, Picture, Source, Table, source
+from glassllama.walkthrough.tracing import Predictions, kl_divergence, predictions_by_row, trace
 from glassllama.walkthrough.walkthrough import Walkthrough
 
 TOP = 10
@@ -61,53 +59,47 @@ def without_scale(attention: Any) -> None:
     attention.__dict__["attend"] = attend
 
 
-MISTAKES = {
-    mistake.name: mistake
-    for mistake in (
-        Mistake(
-            "no-mask",
-            "Attention without the causal mask",
-            "Every position sees the tokens after it. In training the model could read the answer "
-            "there; a model that was trained with the mask makes wrong predictions without it.",
-            without_mask,
-        ),
-        Mistake(
-            "rope-layout",
-            "RoPE rotates the wrong coordinates",
-            "The layout is interleaved where the checkpoint has half, or the reverse. This is the "
-            "most common mistake when weights are converted between the formats of Meta, Hugging "
-            "Face and GGUF. All shapes are right, so there is no error. Short prompts often look "
-            "right, because slow pairs hardly rotate within a few tokens; longer ones do not.",
-            other_rope_layout,
-        ),
-        Mistake(
-            "scale",
-            "Scores are not divided by √D",
-            "The inputs of the softmax are √D times too large, so that one token gets nearly all "
-            "the weight. A constant copied from a model with another head width has the same, "
-            "smaller effect.",
-            without_scale,
-        ),
-    )
-}
+NO_MASK = Mistake(
+    "no-mask",
+    "Attention without the causal mask",
+    "Every position sees the tokens after it. In training the model could read the answer there; a "
+    "model that was trained with the mask makes wrong predictions without it.",
+    without_mask,
+)
+ROPE_LAYOUT = Mistake(
+    "rope-layout",
+    "RoPE rotates the wrong coordinates",
+    "The layout is interleaved where the checkpoint has half, or the reverse. This is the most "
+    "common mistake when weights are converted between the formats of Meta, Hugging Face and GGUF. "
+    "All shapes are right, so there is no error. Short prompts often look right, because slow "
+    "pairs hardly rotate within a few tokens; longer ones do not.",
+    other_rope_layout,
+)
+SCALE = Mistake(
+    "scale",
+    "Scores are not divided by √D",
+    "The inputs of the softmax are √D times too large, so that one token gets nearly all the "
+    "weight. A constant copied from a model with another head width has the same, smaller effect.",
+    without_scale,
+)
+MISTAKES = {mistake.name: mistake for mistake in (NO_MASK, ROPE_LAYOUT, SCALE)}
 
 
 @contextmanager
 def with_mistake(model: nn.Module, mistake: Mistake) -> Iterator[None]:
     """Inside the `with` all layers make this mistake. Raises GlassError if there is no RoPE."""
-    attentions = [m for name, m in model.named_modules() if name.endswith(".attention")]
-    rotations = [getattr(attention, "rotate", None) for attention in attentions]
-    if mistake.apply is other_rope_layout and None in rotations:
+    attentions: list[Any] = [m for name, m in model.named_modules() if name.endswith(".attention")]
+    if mistake is ROPE_LAYOUT and not hasattr(attentions[0], "rotate"):
         raise GlassError(f"{mistake.name}: this {type(model).__name__} has no RoPE")
+    unchanged = [dict(attention.__dict__) for attention in attentions]
     try:
         for attention in attentions:
             mistake.apply(attention)
         yield
     finally:
-        for attention, rotate in zip(attentions, rotations, strict=True):
+        for attention, attributes in zip(attentions, unchanged, strict=True):
             attention.__dict__.pop("attend", None)
-            if rotate is not None:
-                attention.rotate = rotate
+            attention.__dict__.update(attributes)
 
 
 @dataclass(frozen=True)
@@ -134,8 +126,7 @@ class Comparison:
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """Predictions after each position, the most probable next tokens, attention weights."""
-        walk = self.walkthrough
-        columns = [f"{name} model predicts" for name in self.runs]
+        walk, columns = self.walkthrough, [f"{name} model predicts" for name in self.runs]
         rows = [
             (n, walk.pieces[n], *self._predicted(n, 0), f"{self.divergence[n]:.2f}")
             for n in walk.shown
@@ -153,29 +144,21 @@ class Comparison:
         )
 
     def _predicted(self, position: int, rank: int) -> list[str]:
-        found = [run.predictions for run in self.runs.values()]
-        return [
-            f"{float(p.probs[position, rank]):4.0%} "
-            f"{self.walkthrough.piece(int(p.ids[position, rank]))}"
-            for p in found
-        ]
+        found = [(p.ids[position, rank], p.probs[position, rank])
+                 for p in (run.predictions for run in self.runs.values())]  # fmt: skip
+        return [f"{float(prob):4.0%} {self.walkthrough.piece(int(id))}" for id, prob in found]
 
 
 def compare_with_mistake(walk: Walkthrough, mistake: Mistake) -> Comparison:
     """Run both. Raises StepMismatchError if the model is not the same afterwards."""
-    runs = {
-        "correct": run(walk, nullcontext()),
-        "wrong": run(walk, with_mistake(walk.model, mistake)),
-    }
-    with torch.no_grad():
-        after = walk.model(walk.id_tensor).cpu()
-    pairs = zip(*(each.logits for each in runs.values()), strict=True)
+    correct, wrong = run(walk, nullcontext()), run(walk, with_mistake(walk.model, mistake))
+    after = walk.run_without_hooks()
     return Comparison(
         walkthrough=walk,
         mistake=mistake,
         source=source(mistake.apply),
-        runs=runs,
-        divergence=[kl_divergence(*pair) for pair in pairs],
+        runs={"correct": correct, "wrong": wrong},
+        divergence=[*map(kl_divergence, correct.logits, wrong.logits)],
         check=walk.compare_runs("logits of the correct model afterwards", after, walk.plain_logits),
     )
 

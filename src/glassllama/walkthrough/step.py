@@ -1,21 +1,26 @@
-"""The parts of a step, the check against the running model, and excerpts of the source code."""
+"""The parts of a step: source code, numbers, pictures made of characters, and checks.
+
+A check compares a manual computation with the running model.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.cells import cell_len, set_cell_size
 from torch import Tensor
 
 from glassllama.base.errors import GlassError
-from glassllama.walkthrough.pictures import Picture
 
 PACKAGE = Path(__file__).parent.parent
 # Matrix products and sums in sequence from the input of a layer to its output, each of which
@@ -24,6 +29,10 @@ LAYER_DEPTH = 9
 # Relative difference that rounding cannot explain: a wrong formula, mask, layout or row of weights
 # changes numbers by percents. The second number is a multiple of the rounding bound.
 LARGEST_DIFFERENCE, LARGEST_OVER_BOUND = 0.01, 4
+SHADES = " ·░▒▓█"
+EIGHTHS = " ▏▎▍▌▋▊▉"
+LABEL = 14  # columns for the name of a row, at most
+CELL = 2  # columns of one number of a heat map: about square
 
 
 class StepMismatchError(GlassError):
@@ -45,16 +54,11 @@ class Numbers:
     """A tensor of which the first numbers are shown; `hook` is its name in the trace, if any."""
 
     name: str
-    values: Tensor | NDArray[Any]
+    values: Tensor
     hook: str | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
     def first(self, count: int) -> list[float]:
-        flat = self.values.reshape(-1)[:count]
-        return [float(value) for value in flat]
+        return list(map(float, self.values.reshape(-1)[:count]))
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Check:
     """
 
     what: str
-    error: float
+    error: float = 0.0
     relative: float = 0.0
     allowed: float = 0.0
 
@@ -77,16 +81,118 @@ class Check:
     @property
     def result(self) -> str:
         if self.warns:
-            return (
-                f"warning: differs by {self.relative:.1e} of the largest number of its row; "
-                f"rounding explains {self.allowed:.1e}"
-            )
+            differs = f"warning: differs by {self.relative:.1e} of the largest number of its row"
+            return f"{differs}; rounding explains {self.allowed:.1e}"
         return "equal" if self.allowed == 0 else f"equal, max error {self.error:.1e}"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Ready lines of at most 76 columns."""
+
+    drawn: Sequence[str]
+
+    def lines(self, width: int) -> list[str]:
+        return list(self.drawn)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Numbers as shades, two columns each: darker up to `top`; negative ones begin with -."""
+
+    title: str
+    values: NDArray[Any]  # (rows, columns)
+    labels: Sequence[str]
+    top: float | None = None  # None: the largest
+    triangle: bool = False  # nothing is above the diagonal
+
+    def lines(self, width: int) -> list[str]:
+        label_width = min(LABEL, max(map(cell_len, self.labels), default=0))
+        shown = max((width - label_width - 3) // CELL, 1)
+        rows, columns = self.values.shape
+        first = max(columns - shown, 0) if self.triangle else 0
+        top = float(np.abs(self.values).max()) if self.top is None else self.top
+        drawn = [self.title + ("; - is below zero" if (self.values < 0).any() else "")]
+        if columns > shown:
+            drawn.append(f"(the {'last' if self.triangle else 'first'} {shown} of {columns})")
+        for row in range(first, rows):
+            end = row + 1 if self.triangle else first + shown
+            cells = "".join(shade(v, top) for v in self.values[row, first:end])
+            drawn.append(f"{pad(self.labels[row], label_width)} │{cells}")
+        return drawn
+
+
+def shade(value: float, top: float) -> str:
+    """Two characters, by the square root of value / top, so that small numbers can be seen."""
+    share = math.sqrt(abs(value) / top) if top > 0 else 0.0
+    body = SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
+    return ("-" if value < 0 and body != " " else body) + body
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar per row, the longest as wide as the space allows, and a note behind each."""
+
+    title: str
+    rows: Sequence[tuple[str, float, str]]  # label, value, note
+    top: float | None = None  # None: the largest value
+
+    def share(self, value: float) -> float:
+        """The length of a bar, from 0 to 1."""
+        top = max(value for _, value, _ in self.rows) if self.top is None else self.top
+        return min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+
+    def lines(self, width: int) -> list[str]:
+        label_width = min(2 * LABEL, max((cell_len(label) for label, _, _ in self.rows), default=0))
+        note_width = max((cell_len(note) for _, _, note in self.rows), default=0)
+        bar_width = max(width - label_width - note_width - 4, 8)
+        drawn = [self.title]
+        for label, value, note in self.rows:
+            full, eighths = divmod(round(self.share(value) * bar_width * 8), 8)
+            bar = pad("█" * full + EIGHTHS[eighths].strip(), bar_width)
+            drawn.append(f"{pad(label, label_width)} │{bar} {note}")
+        return drawn
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; columns whose title ends in `>` are right-aligned; long lines are cut."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+
+    def lines(self, width: int) -> list[str]:
+        cells = [
+            [title.rstrip(">") for title in self.columns],
+            *([*map(str, r)] for r in self.rows),
+        ]
+        widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+        right = [title.endswith(">") for title in self.columns]
+        drawn = [self.title] if self.title else []
+        for row in cells:
+            parts = [pad(c, w, right=r) for c, w, r in zip(row, widths, right, strict=True)]
+            drawn.append(cut("  ".join(parts).rstrip(), width))
+        return drawn
+
+
+Picture = Drawing | HeatMap | Bars | Table
+
+
+def cut(text: str, width: int) -> str:
+    """At most `width` columns: wide characters count twice."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)) + "…"
+
+
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """Exactly `width` columns; longer texts are cut."""
+    spaces = " " * (width - cell_len(text))
+    return spaces + text if right else cut(text, width) + spaces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One of the eighteen steps. `data` has results for programs: plain numbers, texts, lists."""
+    """One of the eighteen steps. `data` has results for programs: numbers, texts, tensors."""
 
     number: int = 0  # set by run_step: the order is that of STEPS
     name: str
@@ -94,13 +200,18 @@ class Step:
     question: str
     shapes: str
     sources: tuple[Source, ...]
-    text: tuple[str, ...] = ()
-    numbers: tuple[Numbers, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    checks: tuple[Check, ...]
+    text: str = ""  # one line for each paragraph
+    numbers: Sequence[Numbers] = ()
+    pictures: Sequence[Picture] = ()
+    checks: Sequence[Check]
     command: str  # to try
     command_shows: str
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sources(*excerpts: tuple[Callable[..., Any] | str, ...]) -> tuple[Source, ...]:
+    """Excerpts of source code, each (function, *starts of statements) as `source` takes them."""
+    return tuple(source(*excerpt) for excerpt in excerpts)  # type: ignore[arg-type]
 
 
 def source(function: Callable[..., Any], *starts: str) -> Source:
@@ -112,13 +223,11 @@ def source(function: Callable[..., Any], *starts: str) -> Source:
     lines, first = inspect.getsourcelines(function)
     texts = textwrap.dedent("".join(lines)).splitlines()
     spans = sorted(statements(ast.parse("\n".join(texts)).body[0]))
-    if starts:
-        found = {
-            start: [s for s in spans if texts[s[0]].lstrip().startswith(start)] for start in starts
-        }
-        if missing := [start for start, hits in found.items() if not hits]:
-            raise LookupError(f"{function.__qualname__} has no statement {missing[0]!r}")
-        spans = sorted(hits[0] for hits in found.values())
+    found = [[s for s in spans if texts[s[0]].lstrip().startswith(start)] for start in starts]
+    if [] in found:
+        missing = starts[found.index([])]
+        raise LookupError(f"{function.__qualname__} has no statement {missing!r}")
+    spans = sorted(hits[0] for hits in found) or spans
     excerpt = "\n".join(texts[n] for begin, end in spans for n in range(begin, end))
     file = Path(inspect.getsourcefile(function) or "").relative_to(PACKAGE).as_posix()
     dedented = tuple(textwrap.dedent(excerpt).splitlines())
@@ -152,14 +261,9 @@ def rounding_bound(terms: int, depth: int, dtype: torch.dtype) -> float:
 
 
 def compare(
-    what: str,
-    manual: Tensor,
-    model: Tensor,
-    *,
-    terms: int,
-    depth: int,
+    what: str, manual: Tensor, model: Tensor, *, terms: int, depth: int,
     dtype: torch.dtype = torch.float32,
-) -> Check:
+) -> Check:  # fmt: skip
     """Check that two tensors are the same except for rounding.
 
     Rows are those of the last axis. `dtype` is that of the model; `terms` and `depth` are those of
@@ -168,9 +272,7 @@ def compare(
     rounding explains.
     """
     if manual.shape != model.shape:
-        raise StepMismatchError(
-            f"{what}: computed {tuple(manual.shape)}, the running model has {tuple(model.shape)}"
-        )
+        raise mismatch(what, tuple(manual.shape), tuple(model.shape))
     allowed = rounding_bound(terms, depth, dtype)
     a, b = manual.detach().cpu().float(), model.detach().cpu().float()
     difference = (a - b).abs()
@@ -189,6 +291,10 @@ def compare(
 def same(what: str, manual: object, model: object) -> Check:
     """Check that two values are equal, or raise StepMismatchError."""
     if manual != model:
-        pair = (textwrap.shorten(str(value), 60, placeholder="...") for value in (manual, model))
-        raise StepMismatchError("{}: computed {}, the running model has {}".format(what, *pair))
-    return Check(what, 0.0)
+        raise mismatch(what, manual, model)
+    return Check(what)
+
+
+def mismatch(what: str, manual: object, model: object) -> StepMismatchError:
+    ours, theirs = (textwrap.shorten(str(v), 60, placeholder="...") for v in (manual, model))
+    return StepMismatchError(f"{what}: computed {ours}, the running model has {theirs}")

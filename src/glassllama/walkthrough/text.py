@@ -6,12 +6,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 
 from glassllama.walkthrough.mistakes import Comparison
-from glassllama.walkthrough.pictures import Picture
-from glassllama.walkthrough.step import Check, Numbers, Source, Step
+from glassllama.walkthrough.step import Check, Numbers, Picture, Source, Step, cut, pad
 
 MAX_TEXT_WIDTH = 100  # columns of sentences; pictures use the whole width
 NUMBER_WIDTH, MAX_NUMBERS = 10, 8  # columns of a number; how many are shown of a tensor
@@ -34,14 +32,18 @@ class Layout:
         width = min(self.width, MAX_TEXT_WIDTH) - 2 * len(MARGIN)
         return [MARGIN + line for line in textwrap.wrap(text, width)] or [MARGIN]
 
+    def dimmed(self, text: str) -> list[str]:
+        return [self.paint(line, DIM) for line in self.wrap(text)]
+
     def cut(self, line: str) -> str:
-        return line if cell_len(line) <= self.width else set_cell_size(line, self.width - 1) + "…"
+        return cut(line, self.width)
 
 
 def render(shown: Step | Comparison, layout: Layout) -> str:
     """A step or a mistake as text."""
-    lines = step_lines if isinstance(shown, Step) else comparison_lines
-    return "\n".join(lines(shown, layout)) + "\n"  # type: ignore[arg-type]
+    if isinstance(shown, Step):
+        return "\n".join([*step_lines(shown, layout), ""])
+    return "\n".join([*comparison_lines(shown, layout), ""])
 
 
 def step_lines(step: Step, layout: Layout) -> Iterator[str]:
@@ -52,14 +54,14 @@ def step_lines(step: Step, layout: Layout) -> Iterator[str]:
     yield layout.paint(layout.cut(MARGIN + step.shapes), CYAN)
     for each in step.sources:
         yield from ("", *source_lines(each, layout))
-    for paragraph in step.text:
+    for paragraph in step.text.split("\n"):
         yield from ("", *layout.wrap(paragraph))
     if step.numbers:
         yield from ("", *number_lines(step.numbers, layout))
     yield from picture_lines(step.pictures, layout)
     yield from ("", *check_lines(step.checks, layout), "")
     yield layout.cut(MARGIN + "try  " + layout.paint(step.command, BOLD))
-    yield from (layout.paint(line, DIM) for line in layout.wrap(step.command_shows))
+    yield from layout.dimmed(step.command_shows)
 
 
 def comparison_lines(done: Comparison, layout: Layout) -> Iterator[str]:
@@ -97,9 +99,9 @@ def number_lines(numbers: Sequence[Numbers], layout: Layout) -> Iterator[str]:
     count = max((layout.width - names - len(MARGIN) - 3) // NUMBER_WIDTH, 1)
     for shown in numbers:
         values = shown.first(min(count, MAX_NUMBERS))
-        more = " …" if int(np.prod(shown.shape)) > len(values) else ""
+        more = " …" if shown.values.numel() > len(values) else ""
         row = " ".join(f"{v:{NUMBER_WIDTH - 1}.{'4f' if abs(v) < 1e4 else '3g'}}" for v in values)
-        yield f"{MARGIN}{shown.name}{' ' * (names - cell_len(shown.name))} {row}{more}"
+        yield f"{MARGIN}{pad(shown.name, names)} {row}{more}"
 
 
 def picture_lines(pictures: Sequence[Picture], layout: Layout) -> Iterator[str]:
@@ -111,14 +113,12 @@ def picture_lines(pictures: Sequence[Picture], layout: Layout) -> Iterator[str]:
 def check_lines(checks: Sequence[Check], layout: Layout) -> Iterator[str]:
     width = max((cell_len(check.what) for check in checks), default=0)
     for check in checks:
-        spaces = " " * (width - cell_len(check.what))
+        sign = layout.paint("!", RED) if check.warns else layout.paint("✓", GREEN)
+        result = "not equal" if check.warns else check.result
+        yield layout.cut(f"{MARGIN}{sign} {pad(check.what, width)}  {result}")
         if check.warns:
-            yield layout.cut(f"{MARGIN}{layout.paint('!', RED)} {check.what}{spaces}  not equal")
             yield from layout.wrap(f"{check.result} ({check.what})")
-        else:
-            sign = layout.paint("✓", GREEN)
-            yield layout.cut(f"{MARGIN}{sign} {check.what}{spaces}  {check.result}")
     allowed = max((check.allowed for check in checks), default=0.0)
     if allowed > 0:
         bound = f"against the running model; allowed: {allowed:.1e} of the largest number of a row"
-        yield from (layout.paint(line, DIM) for line in layout.wrap(f"{bound}, {REASON}"))
+        yield from layout.dimmed(f"{bound}, {REASON}")

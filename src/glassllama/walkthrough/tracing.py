@@ -1,23 +1,27 @@
-"""Record the intermediate tensors of a running model by name, and change them on the way.
+"""Record the intermediate tensors of a running model by name, change them, analyze them.
 
     result = trace(model, ids, hooks=["layers.*.attention.weights"])
     result["layers.3.attention.weights"]  # (B, H, T, S)
     result.logits  # (B, T, V)
 
 It is the model itself that runs, with PyTorch's forward hooks; there is no second model that could
-differ from it. docs/hooks.md lists the names of the hooks.
+differ from it. docs/hooks.md lists the names of the hooks. The second half of the file analyzes
+traces: logit lens, attention entropy, norms of the residual stream, divergence.
 
 Shapes: B batch, T new tokens, S visible tokens, C model width, H query heads, D head width, V
-vocabulary. In every recorded tensor the tokens are the last axis but one: (B, T, C), (B, H, T, D).
+vocabulary, L layers. In every recorded tensor the tokens are the last axis but one: (B, T, C),
+(B, H, T, D).
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from glassllama.nn.hooks import HookFn, add_hooks
 from glassllama.nn.kv_cache import KVCache
 
 TOKEN_AXIS = -2
+MOST_LOGITS = 1 << 25  # float32 numbers computed at a time: 128 MiB, and as many for the softmax
 # Options of glibc's mallopt, by malloc.h: blocks up to 32 MiB (its limit) are not mapped one by
 # one, and up to 2 GiB of free memory at the end of the heap are not returned.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -40,28 +45,20 @@ class NotRecordedError(GlassError, KeyError):
     __str__ = Exception.__str__  # a KeyError would show its text between quotes
 
 
-class Trace(Mapping[str, Tensor]):
+class Trace(dict[str, Tensor]):
     """Name of a hook -> its tensor, on the CPU, in the order in which the model computed them.
 
     `ids` (B, T) are the tokens of the run, `logits` (B, T, V) its result on the model's device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], ids: Tensor, logits: Tensor) -> None:
-        self._tensors, self.ids, self.logits = dict(tensors), ids, logits
+        super().__init__(tensors)
+        self.ids, self.logits = ids, logits
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise NotRecordedError(
-                f"{name} was not recorded: the trace has {len(self)} other tensors; name it in "
-                "`hooks`"
-            )
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    def __missing__(self, name: str) -> Tensor:
+        raise NotRecordedError(
+            f"{name} was not recorded: the trace has {len(self)} other tensors; name it in `hooks`"
+        )
 
     def matching(self, pattern: str) -> dict[str, Tensor]:
         """The tensors whose names match a pattern such as `layers.*.attention.heads`, in order."""
@@ -91,10 +88,8 @@ class Intervention:
     def apply(self, name: str, out: Tensor) -> Tensor:
         new = self.function(out)
         if new.shape != out.shape:
-            raise GlassError(
-                f"intervention at {name}: expected a tensor of shape {tuple(out.shape)}, got "
-                f"{tuple(new.shape)}"
-            )
+            shapes = f"of shape {tuple(out.shape)}, got {tuple(new.shape)}"
+            raise GlassError(f"intervention at {name}: expected a tensor {shapes}")
         return new
 
 
@@ -182,3 +177,73 @@ def retain_freed_memory() -> None:
     if mallopt is not None:
         for option, value in MALLOC_OPTIONS:
             mallopt(option, value)
+
+
+def residual_stream(trace: Trace) -> list[Tensor]:
+    """The residual stream before the first and after each layer: L + 1 tensors (B, T, C).
+
+    They must have been recorded, with `hooks=["*embeddings", "layers.*"]` for instance.
+    """
+    n_layers = sum(name.startswith("layers.") and name.count(".") == 1 for name in trace)
+    first = "embeddings" if "embeddings" in trace else "tok_embeddings"  # GPT adds positions
+    return [trace[name] for name in (first, *(f"layers.{n}" for n in range(n_layers)))]
+
+
+def residual_norms(trace: Trace) -> Tensor:
+    """L2 norm of each token's vector before the first and after each layer: (L + 1, B, T)."""
+    return torch.stack([x.float().norm(dim=-1) for x in residual_stream(trace)])
+
+
+def attention_entropy(weights: Tensor) -> Tensor:
+    """Entropy of each row of attention weights, in bits: (B, H, T, S) -> (B, H, T).
+
+    0 if one token has all the weight, log2(n) if n tokens have the same weight.
+    """
+    nats: Tensor = torch.special.entr(weights.float()).sum(-1)
+    return nats / math.log(2)
+
+
+def kl_divergence(logits: Tensor, other: Tensor) -> float:
+    """Kullback-Leibler divergence of softmax(other) from softmax(logits), both (V,), in bits."""
+    p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum().clamp(min=0)) / math.log(2)
+
+
+class Predictions(NamedTuple):
+    """The most probable next tokens, in descending order: `ids` and `probs`, both (…, k)."""
+
+    ids: Tensor
+    probs: Tensor
+
+
+def predictions(logits: Tensor, k: int = 1) -> Predictions:
+    """(…, V) -> the k most probable tokens after each position."""
+    probs, ids = logits.float().softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return Predictions(ids, probs)
+
+
+def predictions_by_row(logits: Tensor, k: int = 1) -> Predictions:
+    """The same for (T, V), one row at a time: a copy of all logits could be large."""
+    return Predictions(
+        *map(torch.stack, zip(*(predictions(row, k) for row in logits), strict=True))
+    )
+
+
+@torch.no_grad()
+def logit_lens(
+    model: Any, trace: Trace, k: int = 5, positions: Sequence[int] | None = None
+) -> Predictions:
+    """Predictions from the residual stream before the first and after each layer: (L + 1, B, T, k).
+
+    Each goes through the last norm and the output matrix, so the last of them is the model's own
+    prediction. With `positions`, only after these of the T tokens. Source: "interpreting GPT: the
+    logit lens" (nostalgebraist, 2020).
+    """
+    device = model.tok_embeddings.weight.device
+    columns = slice(None) if positions is None else list(positions)
+    xs = torch.stack([x[:, columns] for x in residual_stream(trace)])  # (L + 1, B, T, C)
+    # Several layers at a time: a streamed model reads its output matrix once for each group.
+    group = max(1, MOST_LOGITS // (xs[0, ..., 0].numel() * model.config.vocab_size))
+    parts = [predictions(model.logits(model.norm(x.to(device))), k) for x in torch.split(xs, group)]
+    ids, probs = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
+    return Predictions(ids, probs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,15 +28,16 @@ from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm
 from glassllama.nn.rope import RopeTable, rope_angles, rope_table
 from glassllama.tokenizers.vocabulary import prompt_ids
-from glassllama.walkthrough.analysis import (
+from glassllama.walkthrough.manual_block import Past, Tensors, Transformer, block_function
+from glassllama.walkthrough.step import LAYER_DEPTH, Check, HeatMap, Numbers, compare
+from glassllama.walkthrough.tracing import (
     Predictions,
+    Trace,
     logit_lens,
     predictions_by_row,
+    retain_freed_memory,
+    trace,
 )
-from glassllama.walkthrough.manual_block import Tensors, Transformer, block_function
-from glassllama.walkthrough.pictures import visible
-from glassllama.walkthrough.step import LAYER_DEPTH, Check, compare
-from glassllama.walkthrough.tracing import Trace, retain_freed_memory, trace
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import as_tensor, load_model
 from glassllama.weights.stream import StreamedBlock, StreamedLlama
@@ -90,11 +91,6 @@ class Walkthrough:
         return frozenset(hook_names(self.model))
 
     @property
-    def block_hooks(self) -> list[str]:
-        """The hooks of a block that manual_block.py computes, below `layers.N.`."""
-        return [name for name in self.manual if name != "output"]
-
-    @property
     def has_rope(self) -> bool:
         return f"{self.prefix}.attention.q_rope" in self.hooks
 
@@ -108,16 +104,10 @@ class Walkthrough:
         """Whether the norms are RMSNorm; otherwise they are LayerNorm."""
         return isinstance(self.module("norm"), RMSNorm)
 
-    @cached_property
-    def n_kv_heads(self) -> int:
-        keys = self.module(f"{self.prefix}.attention.wk")
-        assert isinstance(keys, nn.Linear)
-        return int(keys.out_features // self.config.head_dim)
-
     @property
     def group_size(self) -> int:
         """Query heads that share a KV head."""
-        return int(self.config.n_heads // self.n_kv_heads)
+        return int(self.config.n_heads // self.config.n_kv_heads)
 
     @property
     def kv_head(self) -> int:
@@ -141,18 +131,14 @@ class Walkthrough:
         raw = bytes_of_token(self.tokenizer, id)
         return f"#{id}" if raw is None else visible(raw)
 
-    @property
-    def recorded_hooks(self) -> tuple[str, ...]:
+    @cached_property
+    def _run(self) -> tuple[Trace, KVCache]:
         """All hooks of the chosen layer; of all layers the residual stream and, if small, maps."""
         maps = ["layers.*.attention.weights"] if len(self.ids) <= MAX_TOKENS_FOR_ALL_MAPS else []
         layers = [f"layers.{n}" for n in range(self.config.n_layers)]
-        return ("*embeddings", *layers, f"{self.prefix}.*", *maps, "norm", "last_logits")
-
-    @cached_property
-    def _run(self) -> tuple[Trace, KVCache]:
-        max_len = min(len(self.ids) + NEW_TOKENS, self.config.max_seq_len)
-        cache = self.model.new_cache(1, max_len)
-        recorded = trace(self.model, self.ids, hooks=self.recorded_hooks, cache=cache)
+        hooks = ("*embeddings", *layers, f"{self.prefix}.*", *maps, "norm", "last_logits")
+        cache = self.model.new_cache(1, min(len(self.ids) + NEW_TOKENS, self.config.max_seq_len))
+        recorded = trace(self.model, self.ids, hooks=hooks, cache=cache)
         if (hook := recorded.first_non_finite()) is not None:
             raise self._damage(hook)
         return recorded, cache
@@ -188,8 +174,12 @@ class Walkthrough:
     @cached_property
     def plain_logits(self) -> Tensor:
         """(1, T, V), of a run without hooks: fused attention in every layer."""
-        with torch.no_grad():
-            logits: Tensor = self.model(self.id_tensor).cpu()
+        return self.run_without_hooks()
+
+    @torch.no_grad()
+    def run_without_hooks(self) -> Tensor:
+        """The logits (1, T, V) of the model as it is now."""
+        logits: Tensor = self.model(self.id_tensor).cpu()
         return logits
 
     @property
@@ -219,26 +209,18 @@ class Walkthrough:
         """The most probable tokens after each position: (T, 5)."""
         return predictions_by_row(self.logits[0], 5)
 
-    @cached_property
-    def angles(self) -> Tensor | None:
-        """(1, T, D/2) radians of every position; None without RoPE."""
-        if not self.has_rope:
-            return None
-        return rope_angles(torch.arange(len(self.ids))[None], self.frequencies)
-
     @property
     def frequencies(self) -> Tensor:
         """(D/2,) RoPE frequencies, radians per token."""
-        frequencies = self.model.frequencies
-        assert isinstance(frequencies, Tensor)
-        return frequencies
+        frequencies: Any = self.model.frequencies
+        return frequencies  # type: ignore[no-any-return]
 
-    def rope(self, first: int = 0, count: int | None = None) -> RopeTable | None:
-        """Of `count` positions from `first` on; None without RoPE."""
-        if not self.has_rope:
-            return None
-        end = len(self.ids) if count is None else first + count
-        return rope_table(rope_angles(torch.arange(first, end)[None], self.frequencies))
+    def angles(self, positions: range) -> Tensor:
+        """(1, T, D/2) radians of these positions."""
+        return rope_angles(torch.tensor([positions]), self.frequencies)
+
+    def rope(self, positions: range) -> RopeTable | None:
+        return rope_table(self.angles(positions)) if self.has_rope else None
 
     def parameter(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
@@ -250,6 +232,11 @@ class Walkthrough:
         """The same for a parameter of the chosen layer, such as `attention.wq.weight`."""
         return self.parameter(f"{self.prefix}.{name}")
 
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of a part of the chosen layer, such as `attention.wo`, if it has one."""
+        has_bias = f"{self.prefix}.{name}.bias" in self.checkpoint.names
+        return self.block_parameter(f"{name}.bias") if has_bias else None
+
     def first_row_in_model(self, name: str) -> Tensor:
         """The first row of one of the chosen layer's matrices, as the model has it: (1, C)."""
         block = self.module(self.prefix)
@@ -257,70 +244,88 @@ class Walkthrough:
             return block.get_parameter(f"{name}.weight")[:1].clone().cpu()
 
     def compute_block(
-        self,
-        layer: int,
-        x: Tensor,
-        *,
-        rope: RopeTable | None = None,
-        past: tuple[Tensor, Tensor] | None = None,
-        fused: bool = False,
+        self, layer: int, x: Tensor, positions: range, past: Past = None, fused: bool = False
     ) -> Tensors:
         """A layer on its input (1, T, C), computed line by line (manual_block.py)."""
 
         def weight(name: str) -> Tensor:
             return self.parameter(f"layers.{layer}.{name}")
 
+        rope = self.rope(positions)
         return block_function(self.model)(weight, x, self.config, rope, past, fused)
+
+    @property
+    def positions(self) -> range:
+        return range(len(self.ids))
 
     @cached_property
     def manual(self) -> Tensors:
         """All tensors of the chosen layer, computed line by line."""
-        return self.compute_block(self.layer, self.block_input, rope=self.rope())
+        return self.compute_block(self.layer, self.block_input, self.positions)
+
+    @property
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the scores are computed from them."""
+        name = "_rope" if self.has_rope else ""
+        return self.manual[f"attention.q{name}"], self.manual[f"attention.k{name}"]
 
     @property
     def shown(self) -> range:
         """Positions that tables list: the last ones of a long prompt."""
-        return range(max(len(self.ids) - SHOWN_TOKENS, 0), len(self.ids))
+        return self.positions[-SHOWN_TOKENS:]
+
+    def heat_map(self, title: str, rows: Tensor) -> HeatMap:
+        """The rows (T, …) of the positions that tables list."""
+        shown = rows[self.shown.start :].float().numpy()
+        return HeatMap(title, shown, self.pieces[self.shown.start :])
+
+    def numbers(self, tensors: Mapping[str, str]) -> list[Numbers]:
+        """The last token's numbers in tensors of the manual block: label -> name of the tensor.
+
+        Of a tensor with heads, those of the chosen one.
+        """
+        shown = []
+        for label, name in tensors.items():
+            last = self.manual[name][0, ..., -1, :]  # (C,) or (heads, D)
+            if last.ndim == 2:
+                last = last[self.head if len(last) == self.config.n_heads else self.kv_head]
+            shown.append(Numbers(label, last, f"{self.prefix}.{name}"))
+        return shown
 
     def command(self, options: str) -> str:
         """The command line of this walkthrough with other options; long values as PROMPT, MODEL."""
         model = "" if self.name == DEFAULT_MODEL else f" -m {shlex.quote(self.name)}"
-        prompts = [shlex.quote(self.prompt)] if self.prompt else []
-        specials = "--specials " if self.specials else ""
-        for prompt in (*prompts, "PROMPT"):
-            command = f"glassllama walkthrough {prompt}{model} {specials}{options}"
+        options = f"--specials {options}" if self.specials else options
+        for prompt in (shlex.quote(self.prompt or "PROMPT"), "PROMPT"):
+            command = f"glassllama walkthrough {prompt}{model} {options}"
             if cell_len(command) <= COMMAND_WIDTH:
                 return command
-        return f"glassllama walkthrough PROMPT -m MODEL {specials}{options}"
+        return f"glassllama walkthrough PROMPT -m MODEL {options}"
 
     def check(self, hook: str, manual: Tensor) -> Check:
         """Compare a computed tensor with the model's at a hook, or raise StepMismatchError."""
         return self.compare(hook, manual, self.trace[hook])
 
-    def checks(self, *names: str) -> tuple[Check, ...]:
+    def checks(self, *names: str) -> list[Check]:
         """The same for tensors of the manual block."""
-        return tuple(self.check(f"{self.prefix}.{name}", self.manual[name]) for name in names)
+        return [self.check(f"{self.prefix}.{name}", self.manual[name]) for name in names]
 
     def compare(self, what: str, manual: Tensor, model: Tensor, *, layers: int = 1) -> Check:
         """Compare results of two computations of so many layers."""
-        depth, dtype = LAYER_DEPTH * layers, self.dtype
-        return compare(what, manual, model, terms=self.longest_sum, depth=depth, dtype=dtype)
+        c, depth = self.config, LAYER_DEPTH * layers
+        longest_sum = max(c.dim, c.ffn_dim, c.n_heads * c.head_dim, len(self.ids))
+        return compare(what, manual, model, terms=longest_sum, depth=depth, dtype=self.dtype)
 
     def compare_runs(self, what: str, manual: Tensor, model: Tensor) -> Check:
         """Compare results of two computations of the whole model."""
         return self.compare(what, manual, model, layers=self.config.n_layers)
 
-    @property
-    def longest_sum(self) -> int:
-        """The largest number of products that are added up for one number of a layer."""
-        c = self.config
-        return int(max(c.dim, c.ffn_dim, c.n_heads * c.head_dim, len(self.ids)))
-
 
 def open_walkthrough(
-    path: Path | str,
+    path: Path | str | Checkpoint,
     prompt: str | Sequence[int],
     *,
+    model: Transformer | None = None,
     name: str | None = None,
     specials: bool = False,
     layer: int = 0,
@@ -330,65 +335,38 @@ def open_walkthrough(
 ) -> Walkthrough:
     """Open and load a checkpoint, and prepare a walkthrough of a prompt (text or ids).
 
-    Raises GlassError before anything is loaded: no prompt, a prompt that is longer than the
-    context, an id, layer or head out of range; TokenizerError for a text without a vocabulary; and
-    all errors of `open_checkpoint` and `load_model`. With `specials`, special tokens written in a
-    text are encoded as such. `progress` counts loaded tensors. `stream_layers` keeps one layer at a
-    time in memory: for models larger than memory, slow.
+    With `model`, the one that was loaded from this checkpoint before is used again. Raises
+    GlassError before anything is loaded: no prompt, a prompt that is longer than the context, an
+    id, layer or head out of range; TokenizerError for a text without a vocabulary; and all errors
+    of `open_checkpoint` and `load_model`. With `specials`, special tokens written in a text are
+    encoded as such. `progress` counts loaded tensors. `stream_layers` keeps one layer at a time in
+    memory: for models larger than memory, slow.
     """
-    checkpoint = open_checkpoint(path)
-    encode_checked(checkpoint, prompt, specials, layer, head)
-    if stream_layers:
-        model: Any = StreamedLlama(checkpoint)
-    else:
-        model = load_model(checkpoint, progress=progress)
-        retain_freed_memory()
-    return start_walkthrough(
-        checkpoint, model, prompt, name=name, specials=specials, layer=layer, head=head
-    )
-
-
-def start_walkthrough(
-    checkpoint: Checkpoint,
-    model: Transformer,
-    prompt: str | Sequence[int],
-    *,
-    name: str | None = None,
-    specials: bool = False,
-    layer: int = 0,
-    head: int = 0,
-) -> Walkthrough:
-    """The same for a model that is loaded already from this checkpoint."""
-    tokenizer, ids = encode_checked(checkpoint, prompt, specials, layer, head)
-    block_function(model)
-    return Walkthrough(
-        checkpoint=checkpoint,
-        model=model,
-        name=name or str(checkpoint.path),
-        prompt=prompt if isinstance(prompt, str) else None,
-        ids=tuple(ids),
-        tokenizer=tokenizer,
-        specials=specials,
-        layer=layer,
-        head=head,
-    )
-
-
-def encode_checked(
-    checkpoint: Checkpoint, prompt: str | Sequence[int], specials: bool, layer: int, head: int
-) -> tuple[Tokenizer | None, list[int]]:
-    """The vocabulary and the ids of the prompt, after all arguments are checked."""
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config: Any = checkpoint.config
     if not hasattr(config, "n_heads"):
         raise ConfigError(
             f"{checkpoint.path}: the walkthrough is for transformers (Llama, GPT-2) and this is a "
             f"{checkpoint.architecture.title}"
         )
-    require_below("--layer", layer, config.n_layers)
-    require_below("--head", head, config.n_heads)
+    for option, value, count in (("layer", layer, config.n_layers), ("head", head, config.n_heads)):
+        if not 0 <= value < count:
+            limits = f"this model has 0 … {count - 1}"
+            raise GlassError(f"--{option} {value} is out of range: {limits}")
     tokenizer, ids = encode(checkpoint, prompt, specials)
     require_prompt(ids, config)
-    return tokenizer, ids
+    if model is None and stream_layers:
+        model = StreamedLlama(checkpoint)
+    elif model is None:
+        loaded: Any = load_model(checkpoint, progress=progress)
+        model = loaded
+        retain_freed_memory()
+    block_function(model)
+    return Walkthrough(
+        checkpoint=checkpoint, model=model, name=name or str(checkpoint.path),
+        prompt=prompt if isinstance(prompt, str) else None, ids=tuple(ids), tokenizer=tokenizer,
+        specials=specials, layer=layer, head=head,
+    )  # fmt: skip
 
 
 def encode(
@@ -404,29 +382,22 @@ def encode(
 
 
 def require_prompt(ids: Sequence[int], config: Any) -> None:
+    """Raises GlassError: no ids, ids out of range, more than the context or the memory allow."""
+    c, tokens = config, len(ids)
     if not ids:
         raise GenerationError("the prompt is empty: give it at least one token")
-    if len(ids) >= config.max_seq_len:
+    if tokens >= c.max_seq_len:
         raise GenerationError(
-            f"the prompt has {len(ids):,} tokens; the context is {config.max_seq_len:,}, and one "
-            "more token is generated; shorten the prompt"
+            f"the prompt has {tokens:,} tokens; the context is {c.max_seq_len:,}, and one more "
+            "token is generated; shorten the prompt"
         )
-    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        raise GenerationError(
-            f"the prompt has ids outside the vocabulary 0 … {config.vocab_size - 1}"
-        )
-    require_memory(
-        memory_needed(config, len(ids)),
-        what=f"a walkthrough of {len(ids)} tokens",
-        instead="take a shorter prompt",
-    )
-
-
-def memory_needed(config: Any, tokens: int) -> int:
-    """Bytes besides the model: logits of three runs, and the chosen layer twice, in float32."""
-    c = config
+    if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+        raise GenerationError(f"the prompt has ids outside the vocabulary 0 … {c.vocab_size - 1}")
+    # Besides the model: logits of three runs, and the chosen layer twice, in float32.
     layer = 2 * c.n_heads * tokens + 12 * c.dim + 4 * c.ffn_dim
-    return int(4 * tokens * (3 * c.vocab_size + c.n_layers * c.dim + 2 * layer))
+    needed = 4 * tokens * (3 * c.vocab_size + c.n_layers * c.dim + 2 * layer)
+    what = f"a walkthrough of {tokens} tokens"
+    require_memory(needed, what=what, instead="take a shorter prompt")
 
 
 def bytes_of_token(tokenizer: Tokenizer | None, id: int) -> bytes | None:
@@ -437,9 +408,14 @@ def bytes_of_token(tokenizer: Tokenizer | None, id: int) -> bytes | None:
         return None
 
 
-def require_below(option: str, value: int, count: int) -> None:
-    if not 0 <= value < count:
-        raise GlassError(f"{option} {value} is out of range: this model has 0 … {count - 1}")
+def visible(raw: bytes) -> str:
+    """The bytes of a token as text: ␣ a space, ↵ a line break, ⟨e2⟩ a byte that is no text."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return "".join(chr(b) if 0x20 < b < 0x7F else f"⟨{b:02x}⟩" for b in raw)
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    return "".join(signs.get(c, c if c.isprintable() else f"⟨{ord(c):02x}⟩") for c in text)
 
 
 def shape(tensor: Tensor) -> str:

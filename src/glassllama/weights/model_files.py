@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from glassllama.base.errors import ConfigError, GlassError, WeightsError, listed, named, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import Progress, TensorFile, TensorInfo
-from glassllama.formats.first_bytes import Container, format_of, formats_in
 from glassllama.formats.gguf import open_gguf
 from glassllama.formats.pth import open_pth
 from glassllama.formats.safetensors import open_safetensors, shard_names
+from glassllama.formats.tensor_file import Container, format_of, formats_in
 from glassllama.weights.architectures import hf_architecture
 from glassllama.weights.architectures.description import FileFormat
 

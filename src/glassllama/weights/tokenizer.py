@@ -8,26 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import Fields, is_whole
+from glassllama.base.fields import is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.backend import BPEBackend
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
-from glassllama.tokenizers.files import read_json
 from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import PieceType, SentencePieceTokenizer
-from glassllama.tokenizers.sentencepiece_files import read_sentencepiece
-from glassllama.tokenizers.special_tokens import stop_ids_by_name
+from glassllama.tokenizers.sentencepiece import (
+    PieceType,
+    SentencePieceTokenizer,
+    read_sentencepiece,
+)
 from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
+from glassllama.tokenizers.vocabulary import read_bounded, read_json, stop_ids_by_name
 from glassllama.weights.tokenizer_files import (
+    SMALL_FILE,
     SideToken,
     TokenizerSettings,
-    check_size,
     optional_json,
     read_settings,
     with_side_pieces,
@@ -68,39 +70,29 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         )
     settings = read_settings(folder)
     tokenizer = read_tokenizer(found, settings.tokens, prefix_rule(settings, folder))
-    add_bos(tokenizer, settings, found)
-    add_stops(tokenizer, settings, folder)
+    set_bos(tokenizer, settings, is_model=found.name == "tokenizer.model")
+    eos = named_id(tokenizer, settings, "eos_token")
+    tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
     return tokenizer
 
 
-class PrefixRule(NamedTuple):
-    """Where a SentencePiece model puts a space before a text: `prefix_…` of `Pieces`."""
-
-    once: bool = False
-    doubled: bool = True
-    never: bool = False
-
-
-AS_SENTENCEPIECE = PrefixRule()
-
-
-def prefix_rule(settings: TokenizerSettings, folder: Path) -> PrefixRule:
-    """The rule for the prefix space from the files beside a SentencePiece model.
+def prefix_rule(settings: TokenizerSettings, folder: Path) -> dict[str, Any]:
+    """Where a SentencePiece model puts a space before a text: values of `Pieces`.
 
     It follows from `legacy`. If that is missing it is true, except for transformers' LlamaTokenizer
     (which a Mistral never has); that class doubles no space. Only it reads `add_prefix_space`.
     """
+    fields = settings.fields
     is_llama = optional_json(folder / "config.json").get("model_type") in (None, "llama")
-    fields = Fields(str(settings.path), settings.values, TokenizerError)
     is_llama &= fields.text("tokenizer_class", None) in LLAMA_CLASSES
     legacy = fields.boolean("legacy", not is_llama and "legacy" not in fields.values)
-    never = is_llama and not fields.boolean("add_prefix_space", True)
-    return PrefixRule(once=not legacy, doubled=legacy and not is_llama, never=never)
+    rule = {"prefix_once": not legacy, "prefix_doubled": legacy and not is_llama}
+    if is_llama and not fields.boolean("add_prefix_space", True):
+        rule |= {"add_prefix": False, "drop_prefix": False}
+    return rule
 
 
-def read_tokenizer(
-    path: Path, tokens: Sequence[SideToken] = (), prefix: PrefixRule = AS_SENTENCEPIECE
-) -> AnyTokenizer:
+def read_tokenizer(path: Path, tokens: Sequence[SideToken], prefix: dict[str, Any]) -> AnyTokenizer:
     """The tokenizer of one file, with the tokens that files beside it add.
 
     A tokenizer.model is recognized by its content; `prefix` applies to SentencePiece only.
@@ -132,41 +124,32 @@ def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
 
 
 def read_pieces(
-    path: Path, tokens: Sequence[SideToken], prefix: PrefixRule
+    path: Path, tokens: Sequence[SideToken], prefix: dict[str, Any]
 ) -> SentencePieceTokenizer:
     """A SentencePiece model with the tokens that files beside it add."""
     tokenizer = read_sentencepiece(path)
-    pieces = replace(tokenizer.pieces, prefix_once=prefix.once, prefix_doubled=prefix.doubled)
-    if prefix.never:
-        pieces = replace(pieces, add_prefix=False, drop_prefix=False)
+    pieces = replace(tokenizer.pieces, **prefix)
     pieces = with_side_pieces(pieces, tokens) if tokens else pieces
     stop_ids = tokenizer.stop_ids | stop_ids_by_name(pieces.of_type(*PieceType))
     return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids, backend=BACKEND)
 
 
-def add_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, path: Path) -> None:
-    """Set the begin-of-text token by `add_bos_token`.
+def set_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, is_model: bool) -> None:
+    """Set the begin-of-text token by `add_bos_token`, beside a tokenizer.model.
 
     Beside a tokenizer.json it has no effect: as in transformers 5 the post_processor decides.
     Exception: our vocabularies of characters, which have no post_processor.
     """
-    fields = Fields(str(settings.path), settings.values, TokenizerError)
-    adds_bos = fields.boolean("add_bos_token", None)
+    adds_bos = settings.fields.boolean("add_bos_token", None)
     if adds_bos is None:
         return
-    if path.name == "tokenizer.model" or isinstance(tokenizer, CharTokenizer):
+    if is_model or isinstance(tokenizer, CharTokenizer):
         tokenizer.bos = named_id(tokenizer, settings, "bos_token") if adds_bos else None
     elif adds_bos != (tokenizer.bos is not None):
         tokenizer.notes.append(
             f"tokenizer_config.json: add_bos_token {str(adds_bos).lower()} has no effect: the "
             "post_processor of tokenizer.json says what a text begins with"
         )
-
-
-def add_stops(tokenizer: AnyTokenizer, settings: TokenizerSettings, folder: Path) -> None:
-    """Add the stop tokens that the files beside the weights name."""
-    eos = named_id(tokenizer, settings, "eos_token")
-    tokenizer.stop_ids |= generation_stops(tokenizer, folder) | (set() if eos is None else {eos})
 
 
 def named_id(tokenizer: AnyTokenizer, settings: TokenizerSettings, name: str) -> int | None:
@@ -176,9 +159,8 @@ def named_id(tokenizer: AnyTokenizer, settings: TokenizerSettings, name: str) ->
         return None
     ids = tokenizer.encode(text, specials=True)
     if len(ids) != 1:
-        raise TokenizerError(
-            f"{settings.path}: {name} is {quoted(text)}, which is no token of the vocabulary"
-        )
+        place = f"{settings.fields.place}: {name}"
+        raise TokenizerError(f"{place} is {quoted(text)}, which is no token of the vocabulary")
     return ids[0]
 
 
@@ -207,13 +189,12 @@ def chat_template_from_folder(folder: Path) -> str | None:
     for tools or documents, are not used.
     """
     for path in (folder / "additional_chat_templates" / "default.jinja", folder / TEMPLATE_FILE):
-        if not path.is_file():
-            continue
-        check_size(path)
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as fault:
-            raise TokenizerError(f"{path}: is no UTF-8 text ({fault})") from fault
+        if path.is_file():
+            try:
+                read_bounded(path, SMALL_FILE)  # checks its size
+                return path.read_text("utf-8")
+            except UnicodeDecodeError as fault:
+                raise TokenizerError(f"{path}: is no UTF-8 text ({fault})") from fault
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
         template = optional_json(path).get("chat_template")
         if isinstance(template, list):
@@ -222,13 +203,13 @@ def chat_template_from_folder(folder: Path) -> str | None:
             template = named[-1] if named else template
         elif isinstance(template, dict):
             template = template.get("default", template)
-        if template is not None and not isinstance(template, str):
+        if isinstance(template, str):
+            return template
+        if template is not None:
             raise TokenizerError(
                 f"{path}: chat_template must be text or hold one named 'default', got "
                 f"{quoted(template)}"
             )
-        if template is not None:
-            return template
     return None
 
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
-from glassllama.tokenizers.files import LARGEST_VOCABULARY, read_json
 from glassllama.tokenizers.sentencepiece import Pieces, PieceType
-from glassllama.tokenizers.special_tokens import is_special
+from glassllama.tokenizers.vocabulary import LARGEST_VOCABULARY, is_special, read_json
 
-LARGEST_FILE = 1 << 24  # bytes; real ones have up to 200,000
+SMALL_FILE = 2**24  # bytes; real ones have up to 200,000
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer name first
 # Named tokens of every tokenizer, in the order in which transformers adds them; others follow.
@@ -55,34 +54,35 @@ class SideToken:
 class TokenizerSettings:
     """The contents of all small files.
 
-    `values` of tokenizer_config.json and the others; `named`: the texts of bos_token, …
+    `fields` of tokenizer_config.json and the others; `named`: the texts of bos_token, …
     """
 
-    path: Path  # of tokenizer_config.json, for errors
-    values: Json
+    fields: Fields
     tokens: tuple[SideToken, ...]
     named: dict[str, str]
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
     """The small files of a folder. TokenizerError: names the file and key that is wrong."""
-    path = folder / "tokenizer_config.json"
-    config = optional_json(path)
-    tokens = list(_decoder_tokens(Fields(str(path), config, TokenizerError)))
-    old: dict[str, Any] = {}
-    if config.get("added_tokens_decoder") is None:
-        old_path = folder / "special_tokens_map.json"
-        old = optional_json(old_path)
-        for place, some in ((path, config), (old_path, old)):  # errors name their own file
-            list(_special_tokens(Fields(str(place), some, TokenizerError)))
-    named, more = _named_and_more(config, old)
-    fields = Fields(str(path), named, TokenizerError)
-    special = [token for name in named for token in _special_token(fields, name)]
-    special += _special_tokens(Fields(str(path), {EXTRA[0]: more}, TokenizerError))
-    if config.get("added_tokens_decoder") is None:
-        tokens += _added_tokens(folder / "added_tokens.json", {token.content for token in special})
-    texts = {name: text for name in named if (text := _content(fields, name)) is not None}
-    return TokenizerSettings(path, {**config, **old}, (*tokens, *special), texts)
+    config = _fields(folder / "tokenizer_config.json")
+    decoder = config.object("added_tokens_decoder", None)
+    old = _fields(folder / "special_tokens_map.json") if decoder is None else Fields("", {})
+    for fields in (config, old) if decoder is None else ():
+        list(_special_tokens(fields))  # errors name their own file
+    named, more = _named_and_more(config.values, old.values)
+    fields = Fields(config.place, named, TokenizerError)
+    found = [(name, token) for name in named for token in _special_token(fields, name)]
+    special = [token for _, token in found]
+    special += _special_tokens(Fields(config.place, {EXTRA[0]: more}, TokenizerError))
+    if decoder is None:
+        tokens = _added_tokens(folder / "added_tokens.json", {token.content for token in special})
+    else:
+        tokens = _decoder_tokens(decoder)
+    return TokenizerSettings(
+        fields=Fields(config.place, {**config.values, **old.values}, TokenizerError),
+        tokens=(*tokens, *special),
+        named={name: token.content for name, token in found},
+    )
 
 
 def _named_and_more(config: Json, old: Json) -> tuple[dict[str, Any], Any]:
@@ -118,31 +118,25 @@ def _is_name(name: str, values: Json) -> bool:
     )
 
 
-def _decoder_tokens(config: Fields) -> Iterator[SideToken]:
+def _decoder_tokens(decoder: Fields) -> Iterator[SideToken]:
     """`added_tokens_decoder`, in the order of ids."""
-    decoder = config.object("added_tokens_decoder", None)
-    if decoder is None:
-        return
     for key in decoder.values:
         if not (key.isascii() and key.isdecimal() and len(key) < 9):
             raise TokenizerError(f"{decoder.place}: keys must be ids, got {quoted(key)}")
     for key in sorted(decoder.values, key=int):
         token = decoder.object(key)
-        content = _filled(token, "content")
-        special = token.boolean("special", False)
+        content, special = _filled(token, "content"), token.boolean("special", False)
         yield SideToken(content, decoder.place, int(key), special, _flags(token, not special))
 
 
-def _added_tokens(path: Path, special: set[str]) -> list[SideToken]:
+def _added_tokens(path: Path, special: set[str]) -> Iterator[SideToken]:
     """`added_tokens.json`: text → id. `special`: those that another file declares special."""
-    fields = Fields(str(path), optional_json(path), TokenizerError)
+    fields = _fields(path)
     ids = {text: fields.whole(text, least=0, most=LARGEST_VOCABULARY - 1) for text in fields.values}
     if "" in ids:
         raise TokenizerError(f"{path}: a token is empty")
-    return [
-        SideToken(text, str(path), id, text in special)
-        for text, id in sorted(ids.items(), key=lambda item: item[1])
-    ]
+    for text in sorted(ids, key=ids.__getitem__):
+        yield SideToken(text, str(path), ids[text], text in special)
 
 
 def _special_tokens(fields: Fields) -> Iterator[SideToken]:
@@ -152,35 +146,25 @@ def _special_tokens(fields: Fields) -> Iterator[SideToken]:
             yield from _special_token(fields, name)
     for key in EXTRA:
         more = fields.values.get(key)
-        if isinstance(more, Mapping):
-            inner = fields.object(key)
-            assert inner is not None
-        elif more is not None:
-            items = {str(n): one for n, one in enumerate(fields.items(key))}
-            inner = Fields(f"{fields.place}: {key}", items, fields.error)
-        else:
+        if more is None:
             continue
-        for name in inner.values:
+        if not isinstance(more, Mapping):
+            more = {str(n): one for n, one in enumerate(fields.items(key))}
+        inner = Fields(f"{fields.place}: {key}", more, fields.error)
+        for name in more:
             yield from _special_token(inner, name)
 
 
 def _special_token(fields: Fields, name: str) -> Iterator[SideToken]:
-    content = _content(fields, name)
-    if content is not None:
-        value = fields.values[name]
-        flags = _flags(fields.object(name), False) if isinstance(value, Mapping) else None
-        place, is_end = f"{fields.place}: {name}", name in ("bos_token", "eos_token")
-        yield SideToken(content, place, flags=flags, is_end=is_end)
-
-
-def _content(fields: Fields, name: str) -> str | None:
-    """The text of a token that is written as text, or as an object with `content`."""
+    """A token that is written as text, or as an object with `content`; none for a boolean."""
     value = fields.values.get(name)
     if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, Mapping):
-        return _filled(fields.object(name), "content")
-    return _filled(fields, name)
+        return
+    inner = fields.object(name) if isinstance(value, Mapping) else None
+    content = _filled(fields, name) if inner is None else _filled(inner, "content")
+    flags = None if inner is None else _flags(inner, False)
+    place, is_end = f"{fields.place}: {name}", name in ("bos_token", "eos_token")
+    yield SideToken(content, place, flags=flags, is_end=is_end)
 
 
 def _filled(fields: Fields, key: str) -> str:
@@ -282,14 +266,8 @@ class _Ids:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    check_size(path)
-    return read_json(path)
+    return read_json(path, SMALL_FILE) if path.is_file() else {}
 
 
-def check_size(path: Path) -> None:
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise TokenizerError(
-            f"{path}: {size} bytes, more than the {LARGEST_FILE} that such a file may have"
-        )
+def _fields(path: Path) -> Fields:
+    return Fields(str(path), optional_json(path), TokenizerError)

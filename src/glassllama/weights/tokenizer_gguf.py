@@ -13,9 +13,9 @@ from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.byte_level import (
+from glassllama.tokenizers.bpe import (
     BYTE_CHARACTERS,
+    BytePairTokenizer,
     byte_level_vocabulary,
     is_byte_level,
     with_merges,
@@ -26,10 +26,10 @@ from glassllama.tokenizers.sentencepiece import (
     Pieces,
     PieceType,
     SentencePieceTokenizer,
+    piece_types,
+    stop_ids_of,
 )
-from glassllama.tokenizers.sentencepiece_files import piece_types, stop_ids_of
-from glassllama.tokenizers.special_tokens import END_OF_GENERATION, AddedToken, is_special
-from glassllama.tokenizers.vocabulary import Vocabulary
+from glassllama.tokenizers.vocabulary import END_OF_GENERATION, AddedToken, is_special
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
 PRE_TOKENIZERS = {
@@ -45,11 +45,12 @@ PRE_TOKENIZERS = {
 }
 # With these llama.cpp merges pretokens that are tokens, and starts texts without bos.
 NOT_LIKE_LLAMA3 = ("smaug-bpe", "dbrx")
-STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+ID_KEYS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
 # What llama.cpp uses for SentencePiece where a file names no id, or one that it does not have.
-DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": None, "eom_token_id": None}
+DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 NO_ID = 2**32 - 1  # -1 as an unsigned number
 BYTE_LEVEL_TYPES = {*PieceType} - {PieceType.BYTE}
+Ids = Mapping[str, int | None]  # by the names in ID_KEYS
 TEMPLATE_TOKENS = ("bos_token", "eos_token")  # names in chat templates
 
 
@@ -57,22 +58,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. TokenizerError: names the key that is missing or unknown."""
     fields = gguf_fields(metadata)
     model = fields.text("model")
-    if model == "llama":
-        return sentencepiece_from_gguf(metadata)
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         fields.refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)")
     texts = [str(text) for text in fields.items("tokens", of="text")]
-    pre = pre_tokenizer_name(fields)
-    # llama.cpp's rule where the file is silent: Llama 3 and Tekken start with bos.
-    like_llama3 = PRE_TOKENIZERS[pre] in ("llama3", "tekken") and pre not in NOT_LIKE_LLAMA3
-    vocabulary = gguf_vocabulary(fields, texts, PRE_TOKENIZERS[pre], ignore_merges=like_llama3)
-    ids, notes = named_ids(fields, len(texts), dict.fromkeys(DEFAULT_IDS))
-    tokenizer = BytePairTokenizer(
-        vocabulary,
-        bos=ids["bos_token_id"] if fields.boolean("add_bos_token", like_llama3) else None,
-        stop_ids=gguf_stop_ids(texts, ids),
-        backend=COMPILED,
-    )
+    notes: list[str] = []
+    defaults = DEFAULT_IDS if model == "llama" else {}
+    ids = {key: named_id(fields, key, len(texts), defaults.get(key), notes) for key in ID_KEYS}
+    types = per_token(fields, "token_type", texts, "whole")
+    make = sentencepiece if model == "llama" else byte_level
+    tokenizer = make(fields, texts, None if types is None else [int(type) for type in types], ids)
+    ends = {id for key, id in ids.items() if key != "bos_token_id" and id is not None}
+    tokenizer.stop_ids |= stop_ids_of(texts) | ends
     tokenizer.notes += notes
     return tokenizer
 
@@ -84,26 +80,33 @@ def gguf_fields(metadata: Mapping[str, Any]) -> Fields:
     return Fields("tokenizer.ggml", named, TokenizerError)
 
 
-def gguf_vocabulary(
-    fields: Fields, texts: list[str], split: str, *, ignore_merges: bool
-) -> Vocabulary:
-    """The byte-level vocabulary; of equal texts the last id is used, as in llama.cpp."""
-    values = per_token(fields, "token_type", texts, "whole")
-    types = [PieceType.NORMAL] * len(texts) if values is None else [int(type) for type in values]
+def byte_level(
+    fields: Fields, texts: list[str], types: list[int] | None, ids: Ids
+) -> BytePairTokenizer:
+    """A byte-level tokenizer; of equal texts the last id is used, as in llama.cpp."""
+    pre = fields.text("pre", "")
+    if pre not in PRE_TOKENIZERS:
+        came = f"is {quoted(pre)}, which is not supported" if pre else "is missing"
+        raise TokenizerError(
+            f"tokenizer.ggml: pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
+            "would split words wrongly: convert the model again, or set the key"
+        )
+    # llama.cpp's rule where the file is silent: Llama 3 and Tekken start with bos.
+    like_llama3 = PRE_TOKENIZERS[pre] in ("llama3", "tekken") and pre not in NOT_LIKE_LLAMA3
+    types = types or [PieceType.NORMAL] * len(texts)
     if strange := {*types} - BYTE_LEVEL_TYPES:
         raise TokenizerError(
             f"tokenizer.ggml: token_type: {min(strange)} has no place in a byte-level vocabulary"
         )
-    types = with_named_specials(texts, types)
-
-    def of_type(type: PieceType) -> dict[str, int]:
-        return {text: id for id, text in enumerate(texts) if types[id] == type and text}
-
-    normal = {t: id for t, id in of_type(PieceType.NORMAL).items() if is_byte_level(t)}
+    ids_of = {type: dict[str, int]() for type in BYTE_LEVEL_TYPES}  # type → text → id
+    for id, (text, type) in enumerate(zip(texts, with_named_specials(texts, types), strict=True)):
+        if text:
+            ids_of[PieceType(type)][text] = id
+    normal = {t: id for t, id in ids_of[PieceType.NORMAL].items() if is_byte_level(t)}
     added = [
         AddedToken(id=id, text=text, is_special=type == PieceType.CONTROL or is_special(text))
         for type in (PieceType.CONTROL, PieceType.USER_DEFINED)
-        for text, id in of_type(type).items()
+        for text, id in ids_of[type].items()
     ]
     used = {*normal.values(), *(token.id for token in added)}
     if not normal.keys() & BYTE_CHARACTERS:
@@ -113,34 +116,29 @@ def gguf_vocabulary(
         merges=(),
         added_tokens=added,
         unused={id: text for id, text in enumerate(texts) if id not in used},
-        split={**SPLITS, **OTHER_SPLITS}[split],
-        ignore_merges=ignore_merges,
+        split={**SPLITS, **OTHER_SPLITS}[PRE_TOKENIZERS[pre]],
+        ignore_merges=like_llama3,
     )
-    return with_merges(vocabulary, fields.items("merges", of="text"))
+    return BytePairTokenizer(
+        with_merges(vocabulary, fields.items("merges", of="text")),
+        bos=ids["bos_token_id"] if fields.boolean("add_bos_token", like_llama3) else None,
+        backend=COMPILED,
+    )
 
 
-def pre_tokenizer_name(fields: Fields) -> str:
-    pre = fields.text("pre", "")
-    if pre not in PRE_TOKENIZERS:
-        came = f"is {quoted(pre)}, which is not supported" if pre else "is missing"
-        raise TokenizerError(
-            f"tokenizer.ggml: pre {came}; known are {', '.join(PRE_TOKENIZERS)}. Another pattern "
-            "would split words wrongly: convert the model again, or set the key"
-        )
-    return pre
+def sentencepiece(
+    fields: Fields, texts: list[str], types: list[int] | None, ids: Ids
+) -> SentencePieceTokenizer:
+    """A SentencePiece tokenizer.
 
-
-def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokenizer:
-    """The tokenizer of a file whose `tokenizer.ggml.model` is "llama".
-
-    Where keys are missing, bos and a space are put before a text, every piece is a normal one, and
-    of equal scores the leftmost pair merges first.
+    Where keys are missing, bos and a space are put before a text, every piece is a normal one
+    except the ends of a text, and of equal scores the leftmost pair merges first.
     """
-    fields = gguf_fields(metadata)
-    texts = [str(text) for text in fields.items("tokens", of="text")]
-    ids, notes = named_ids(fields, len(texts), DEFAULT_IDS)
-    values = per_token(fields, "token_type", texts, "whole")
-    types = guessed_types(texts, ids) if values is None else [int(type) for type in values]
+    if types is None:
+        types = [PieceType.UNKNOWN if text == "<unk>" else PieceType.NORMAL for text in texts]
+        for id in (ids["bos_token_id"], ids["eos_token_id"]):
+            if id is not None:
+                types[id] = PieceType.CONTROL
     if PieceType.BYTE not in types:
         types = [
             PieceType.BYTE if BYTE_PIECE.fullmatch(text) else type
@@ -150,35 +148,17 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> SentencePieceTokeniz
     char_map = fields.values.get("precompiled_charsmap")  # bytes, as a list of numbers or as text
     if char_map is not None and (not isinstance(char_map, Sized) or len(char_map)):
         fields.refuse("precompiled_charsmap", "none: only the identity is supported")
-    add_prefix = bool(fields.boolean("add_space_prefix", True))
-    tokenizer = SentencePieceTokenizer(
-        Pieces(
-            texts=tuple(texts),
-            types=piece_types(texts, with_named_specials(texts, types)),
-            scores=(0.0,) * len(texts) if scores is None else tuple(map(float, scores)),
-            add_prefix=add_prefix,
-            drop_prefix=add_prefix,
-            added_first=True,
-        ),
-        bos=ids["bos_token_id"] if fields.boolean("add_bos_token", True) else None,
-        stop_ids=gguf_stop_ids(texts, ids),
-        backend=COMPILED,
+    add_prefix = fields.boolean("add_space_prefix", True)
+    pieces = Pieces(
+        texts=tuple(texts),
+        types=piece_types(texts, with_named_specials(texts, types)),
+        scores=(0.0,) * len(texts) if scores is None else tuple(map(float, scores)),
+        add_prefix=add_prefix,
+        drop_prefix=add_prefix,
+        added_first=True,
     )
-    tokenizer.notes += notes
-    return tokenizer
-
-
-def guessed_types(texts: Sequence[str], ids: Mapping[str, int | None]) -> list[int]:
-    """The types of pieces in a file that has none: normal, except for the ends of a text."""
-    ends = (ids["bos_token_id"], ids["eos_token_id"])
-    return [
-        PieceType.CONTROL
-        if id in ends
-        else PieceType.UNKNOWN
-        if text == "<unk>"
-        else PieceType.NORMAL
-        for id, text in enumerate(texts)
-    ]
+    bos = ids["bos_token_id"] if fields.boolean("add_bos_token", True) else None
+    return SentencePieceTokenizer(pieces, bos=bos, backend=COMPILED)
 
 
 def with_named_specials(texts: Sequence[str], types: Sequence[int]) -> list[int]:
@@ -207,24 +187,16 @@ def token_id(fields: Fields, key: str, default: int | None = None) -> int | None
     return fields.whole(key, default, least=0)
 
 
-def named_ids(
-    fields: Fields, size: int, defaults: Mapping[str, int | None]
-) -> tuple[dict[str, int | None], list[str]]:
-    """The ids that the file names, and notes. An id of `size` or more becomes the default."""
-    ids: dict[str, int | None] = {}
-    notes: list[str] = []
-    for key, default in defaults.items():
-        usual = default if default is not None and default < size else None
-        id = token_id(fields, key, usual)
-        if id is not None and id >= size:
-            notes.append(f"tokenizer.ggml: {key} is {id}, beyond the {size} tokens: not used")
-            id = usual
-        ids[key] = id
-    return ids, notes
-
-
-def gguf_stop_ids(texts: Sequence[str], ids: Mapping[str, int | None]) -> set[int]:
-    return stop_ids_of(texts) | {id for key in STOP_KEYS if (id := ids[key]) is not None}
+def named_id(
+    fields: Fields, key: str, size: int, default: int | None, notes: list[str]
+) -> int | None:
+    """An id that the file names. One of `size` or more becomes the default, with a note."""
+    default = default if default is not None and default < size else None
+    id = token_id(fields, key, default)
+    if id is None or id < size:
+        return id
+    notes.append(f"tokenizer.ggml: {key} is {id}, beyond the {size} tokens: not used")
+    return default
 
 
 def template_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Answers interrupted by real signals at random moments; the next one must be the same.
+"""Answers interrupted by real signals at random moments; the next answer must be the same.
 
 usage: python interrupted.py ROUNDS THREADS
 """

@@ -1,4 +1,5 @@
-"""Random calls of engines of odd shapes whose memory ends at walls: see test_memory_safety.py.
+"""Random calls of engines of unusual shapes whose memory ends at guard pages: see
+test_memory_safety.py.
 
 usage: python walls.py CALLS
 """
@@ -35,7 +36,7 @@ LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512,
 
 
 def build_walls(engine: Engine) -> None:
-    """Pages and tables of its caches, and its logits, end at walls, too."""
+    """Let pages and buffers of its caches, and its logits, end at guard pages, too."""
     new = engine._new_logits
     engine._new_logits = lambda count: walled(new(count))  # type: ignore[method-assign]
     for module in (cache_module, workspace_module):
@@ -43,7 +44,8 @@ def build_walls(engine: Engine) -> None:
 
 
 def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None:
-    """One call: feed, forget, drop a cache, generate, or ask for what must be refused."""
+    """One call: append, truncate, delete a cache, generate, or make a request that must be
+    refused."""
     vocab, context = engine.config.vocab_size, engine.config.max_seq_len
 
     def ids(count: int) -> list[int]:
@@ -78,7 +80,7 @@ def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None
         text = ids(5)
         steps = generate(engine, [text * 12, text * 12][: chance.integers(1, 3)], settings)
         for _, _step in zip(range(chance.integers(1, 20)), steps, strict=False):
-            pass  # and dropped, perhaps in the middle
+            pass  # and deleted, possibly before its end
     else:
         refused(engine, cache, ids)
 

@@ -1,12 +1,12 @@
 """Compiled loops of the tokenizers: encoding and decoding corpora, learning a vocabulary.
 
-`CompiledBackend` implements `tokenizers.backend.BPEBackend`. Nothing is imported or compiled before
-the first call that needs it.
+`CompiledBackend` replaces the loops of `tokenizers.backend.BPEBackend`. Nothing is imported or
+compiled before the first call that needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,22 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.interfaces import Progress
-from glassllama.tokenizers.backend import Merge, Merger
+from glassllama.tokenizers.backend import BPEBackend, CorpusDecoder, Merge, Merger
 from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.vocabulary import Vocabulary
 
 
-class CompiledBackend:
-    """The compiled `BPEBackend`."""
+class CompiledBackend(BPEBackend):
+    """The same in compiled code."""
 
     def corpus_encoder(self, vocabulary: Vocabulary) -> Callable[[str], NDArray[np.uint32]] | None:
         from glassllama.native.tokenizers.corpus_encoder import CorpusEncoder, is_supported
 
         return CorpusEncoder(vocabulary) if is_supported(vocabulary) else None
 
-    def corpus_decoder(
-        self, vocabulary: Vocabulary
-    ) -> Callable[[Sequence[int]], bytes | None] | None:
+    def corpus_decoder(self, vocabulary: Vocabulary) -> CorpusDecoder:
         from glassllama.native.tokenizers.corpus_decoder import CorpusDecoder
 
         return CorpusDecoder(vocabulary)
@@ -44,7 +42,7 @@ class CompiledBackend:
         self, texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
     ) -> list[Merge]:
         from glassllama.native.tokenizers.pair_counts import learn_from_counts
-        from glassllama.native.tokenizers.word_counts import WordCounts
+        from glassllama.native.tokenizers.word_table import WordCounts
 
         words = WordCounts(split)
         for text in texts:

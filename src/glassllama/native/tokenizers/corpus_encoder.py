@@ -1,8 +1,8 @@
 """Encoder for corpora in compiled code: text → ids, with a cache of words (pretokens).
 
 Text repeats its words. The ids of a word are cached in a hash table whose keys are the bytes of the
-word (word_table.py); only words that are not in the cache are merged (interleaved_merge.py). A full
-cache is cleared. Compiled code allocates nothing. Batches of about two thousand words pass through
+word (word_table.py); only words that are not in the cache are merged (pair_table.py). A full cache
+is cleared. Compiled code allocates nothing. Batches of about two thousand words pass through
 four loops that each do one thing, so that the processor can continue with the next word while it
 waits for the memory of this one.
 
@@ -21,33 +21,16 @@ from numpy.typing import NDArray
 from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
 from glassllama.native.jit.memory import PADDING, WINDOW, fetch_soon, padded
-from glassllama.native.tokenizers.interleaved_merge import (
-    BATCH_SIZE,
-    NO_WORD,
-    SHORT_WORD,
-    MergeBatch,
-    merge_lowest,
-    new_batch,
-    start_word,
-    update_keys,
-    write_merged_ids,
+from glassllama.native.tokenizers import pair_table, word_table
+from glassllama.native.tokenizers.pair_table import EMPTY, SHORT_WORD
+from glassllama.native.tokenizers.pretokenizer import (
+    RULES,
+    character_classes,
+    next_ends,
+    segment_end,
 )
-from glassllama.native.tokenizers.pair_table import EMPTY, MergeScratch, merge_linked, new_scratch
-from glassllama.native.tokenizers.pretokenizer import RULES, next_ends, segment_end
-from glassllama.native.tokenizers.vocab_tables import VocabTables, build_vocab_tables
-from glassllama.native.tokenizers.word_table import (
-    LENGTH_BYTES,
-    LONG_BYTES,
-    N_WORDS,
-    VALUE,
-    WordTable,
-    add,
-    clear,
-    find,
-    slot_after,
-    word_table,
-)
-from glassllama.tokenizers.vocabulary import Vocabulary
+from glassllama.native.tokenizers.word_table import VALUE, WordTable
+from glassllama.tokenizers.vocabulary import BYTES, Vocabulary
 
 Bytes = NDArray[np.uint8]
 Ids = NDArray[np.uint32]
@@ -70,6 +53,57 @@ INLINE_IDS, IN_POOL = 3, 15
 ONE_ID = np.uint64(1 << 60)
 POOL_INDEX_BITS, POOL_INDEX = np.uint64(40), np.uint64(2**40 - 1)
 LARGEST_ID = 2**20 - 1
+N_BYTES = 256
+
+
+class VocabTables(NamedTuple):
+    """The constant tables of the encoder."""
+
+    classes: Bytes  # (0x110000,), see pretokenizer.character_classes
+    tokens: WordTable  # token → id; empty unless words that are tokens are not merged
+    pairs: pair_table.PairTable
+    byte_ids: Ints  # (256,), EMPTY where a byte has no token
+    byte_pair_ranks: Ints  # (256, 256), merge ranks of two bytes, or EMPTY
+
+
+def build_vocab_tables(vocabulary: Vocabulary) -> VocabTables:
+    ids = vocabulary.ids
+    byte_ids = np.array([ids.get(byte, EMPTY) for byte in BYTES], np.int32)
+    tokens = token_table(vocabulary) if vocabulary.ignore_merges else word_table.new_table(2, 0)
+    pairs = pair_table.of_vocabulary(vocabulary)
+    byte_pair_ranks = np.full((N_BYTES, N_BYTES), EMPTY, np.int32)
+    fill_byte_pair_ranks(byte_pair_ranks, byte_ids, pairs)
+    return VocabTables(character_classes(), tokens, pairs, byte_ids, byte_pair_ranks)
+
+
+@raw_entry
+def fill_byte_pair_ranks(merge_ranks: Ints, byte_ids: Ints, pairs: pair_table.PairTable) -> None:
+    for left in range(N_BYTES):
+        for right in range(N_BYTES):
+            a, b = byte_ids[left], byte_ids[right]
+            if a != EMPTY and b != EMPTY:
+                merge_ranks[left, right] = pair_table.merge_rank_of(a, b, pairs)
+
+
+def token_table(vocabulary: Vocabulary) -> WordTable:
+    """The vocabulary's tokens → their ids."""
+    tokens = list(vocabulary.ids)
+    text = np.frombuffer(bytearray().join([*tokens, bytes(PADDING)]), np.uint8)
+    ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
+    slots = 1 << max(4, (2 * len(tokens)).bit_length())
+    table = word_table.new_table(slots, len(text) + 8 * len(tokens))
+    fill_tokens(table, text, ends, np.fromiter(vocabulary.ids.values(), np.int64))
+    return table
+
+
+@raw_entry
+def fill_tokens(table: WordTable, text: Bytes, ends: Longs, ids: Longs) -> None:
+    """Add every token text[ends[k - 1] : ends[k]] with its id."""
+    at = np.int64(0)
+    for k in range(len(ends)):
+        found = word_table.find(table, text, at, ends[k])
+        word_table.add(table, found, text, at, ends[k], np.uint64(ids[k]))
+        at = ends[k]
 
 
 class WordCache(NamedTuple):
@@ -87,8 +121,8 @@ class Buffers(NamedTuple):
     slots: Ints  # of each word in the cache, or NOT_CACHED
     new: Ints  # indices of the words that were not in the cache
     symbols: Ints  # this and the following have room for the longest possible word
-    scratch: MergeScratch
-    batch: MergeBatch
+    scratch: pair_table.MergeScratch
+    batch: pair_table.MergeBatch
     out: Ids
 
 
@@ -99,8 +133,8 @@ def new_buffers(longest: int) -> Buffers:
         np.empty(words, np.int32),
         np.empty(words, np.int32),
         np.empty(longest, np.int32),
-        new_scratch(longest),
-        new_batch(),
+        pair_table.new_scratch(longest),
+        pair_table.new_batch(),
         np.full(longest, 0, np.uint32),
     )
 
@@ -114,7 +148,7 @@ class CorpusEncoder:
         self._normalize_nfc = vocabulary.split.normalize_nfc
         self._tables = build_vocab_tables(vocabulary)
         self._cache = WordCache(
-            word_table(WORD_SLOTS, LONG_WORD_BYTES),
+            word_table.new_table(WORD_SLOTS, LONG_WORD_BYTES),
             np.empty(POOL_IDS, np.uint32),
             np.zeros(1, np.int64),
         )
@@ -178,11 +212,12 @@ def find_words(text: Bytes, cursor: Longs, rule: Int, classes: Bytes, buffers: B
 def clear_if_full(cache: WordCache, words: Int) -> None:
     """Clear the cache if `words` more words may not fit."""
     table = cache.words
-    fits = 4 * (table.used[N_WORDS] + words) <= 3 * len(table.slots)
-    fits &= table.used[LONG_BYTES] + (SHORT_WORD + LENGTH_BYTES) * words <= len(table.long)
+    fits = 4 * (table.used[word_table.N_WORDS] + words) <= 3 * len(table.slots)
+    most_bytes = table.used[word_table.LONG_BYTES] + (SHORT_WORD + word_table.LENGTH_BYTES) * words
+    fits &= most_bytes <= len(table.long)
     fits &= cache.used[0] + SHORT_WORD * words <= len(cache.id_pool)
     if not fits:
-        clear(table)
+        word_table.clear(table)
         cache.used[0] = 0
 
 
@@ -200,11 +235,11 @@ def look_up_words(
         if end - at > SHORT_WORD:
             buffers.slots[k] = NOT_CACHED
             continue
-        found = find(table, text, at, end)
+        found = word_table.find(table, text, at, end)
         buffers.slots[k] = found.slot
         if not found.exists:
-            add(table, found, text, at, end, np.uint64(0))
-            fetch_soon(tokens.slots, slot_after(found.lo, found.hi, tokens.slots))
+            word_table.add(table, found, text, at, end, np.uint64(0))
+            fetch_soon(tokens.slots, word_table.slot_after(found.lo, found.hi, tokens.slots))
             buffers.new[n] = k
             n += 1
     return n
@@ -218,7 +253,7 @@ def encode_new_words(
     slots, num_merging = cache.words.slots, 0
     for k in range(new):
         word = buffers.new[k]
-        token = find(tables.tokens, text, buffers.ends[word], buffers.ends[word + 1])
+        token = word_table.find(tables.tokens, text, buffers.ends[word], buffers.ends[word + 1])
         if token.exists:
             slots[buffers.slots[word], VALUE] = ONE_ID | tables.tokens.slots[token.slot, VALUE]
         else:
@@ -233,50 +268,49 @@ def merge_new_words(
 ) -> None:
     """Set the values of the first `num_merging` words in `new`, merging BATCH_SIZE in turns."""
     taken, done, words, ends = np.int64(0), np.int64(0), buffers.batch.words, buffers.ends
+    byte_ids, ranks = tables.byte_ids, tables.byte_pair_ranks
     while done < num_merging:
-        for row in range(BATCH_SIZE):
-            if words[row] != NO_WORD:
-                update_keys(buffers.batch, row, tables.pairs)
+        for row in range(pair_table.BATCH_SIZE):
+            if words[row] != pair_table.NO_WORD:
+                pair_table.update_keys(buffers.batch, row, tables.pairs)
             elif taken < num_merging:
                 word = np.int64(buffers.new[taken])
                 taken += 1
-                if start_word(buffers.batch, row, text, ends[word], ends[word + 1], tables):
+                at, end = ends[word], ends[word + 1]
+                if pair_table.start_word(buffers.batch, row, text, at, end, byte_ids, ranks):
                     words[row] = word
                 else:
-                    end = merge_long(text, ends[word], ends[word + 1], tables, buffers, n)
+                    end = merge_long(text, at, end, tables, buffers, n)
                     store_ids(word, cache, buffers, n, end)
                     done += 1
-        for row in range(BATCH_SIZE):  # a second loop: the keys written above are read 16 at once
+        # A second loop: the keys written above are read 16 at once.
+        for row in range(pair_table.BATCH_SIZE):
             word = words[row]
-            if word == NO_WORD:
+            if word == pair_table.NO_WORD:
                 continue
             size = ends[word + 1] - ends[word]
-            if not merge_lowest(buffers.batch, row, size, tables.pairs):
-                end = write_merged_ids(buffers.batch, row, size, buffers.out, n)
+            if not pair_table.merge_lowest(buffers.batch, row, size, tables.pairs):
+                end = pair_table.write_merged_ids(buffers.batch, row, size, buffers.out, n)
                 store_ids(word, cache, buffers, n, end)
-                words[row] = NO_WORD
+                words[row] = pair_table.NO_WORD
                 done += 1
 
 
 @raw_inlined
 def store_ids(word: Int, cache: WordCache, buffers: Buffers, begin: Int, end: Int) -> None:
-    slots = cache.words.slots
-    slots[buffers.slots[word], VALUE] = packed_ids(cache, buffers.out, begin, end - begin)
-
-
-@raw_inlined
-def packed_ids(cache: WordCache, out: Ids, begin: Int, size: Int) -> Int:
-    """The value for `size` ids: the ids themselves, or their index in `id_pool`."""
+    """Set the value of a new word: its ids out[begin:end], or their index in `id_pool`."""
+    size, out = end - begin, buffers.out
     if size <= INLINE_IDS:
         value = np.uint64(size) << COUNT
         for k in range(size):
             value |= np.uint64(out[begin + k]) << (ID_BITS * np.uint64(k))
-        return value
-    start = cache.used[0]
-    for k in range(size):
-        cache.id_pool[start + k] = out[begin + k]
-    cache.used[0] += size
-    return np.uint64(IN_POOL) << COUNT | np.uint64(size) << POOL_INDEX_BITS | np.uint64(start)
+    else:
+        start = cache.used[0]
+        for k in range(size):
+            cache.id_pool[start + k] = out[begin + k]
+        cache.used[0] += size
+        value = np.uint64(IN_POOL) << COUNT | np.uint64(size) << POOL_INDEX_BITS | np.uint64(start)
+    cache.words.slots[buffers.slots[word], VALUE] = value
 
 
 @raw_inlined
@@ -309,7 +343,7 @@ def merge_long(
         if id != EMPTY:
             symbols[size] = id
             size += 1
-    size = merge_linked(symbols, size, buffers.scratch, tables.pairs)
+    size = pair_table.merge_linked(symbols, size, buffers.scratch, tables.pairs)
     for k in range(size):
         buffers.out[n + k] = symbols[k]
     return n + size
@@ -318,7 +352,7 @@ def merge_long(
 @raw_compiled
 def long_ids(text: Bytes, at: Int, end: Int, tables: VocabTables, buffers: Buffers, n: Int) -> Int:
     """Write the ids of a word of any length to out[n:]; returns the new n."""
-    token = find(tables.tokens, text, at, end)
+    token = word_table.find(tables.tokens, text, at, end)
     if token.exists:
         buffers.out[n] = tables.tokens.slots[token.slot, VALUE]
         return n + 1

@@ -80,10 +80,13 @@ def new_pairs(capacity: int) -> PairCounts:
 
 def new_symbols(symbols: Ints, ends: Longs, counts: Longs) -> Symbols:
     """`symbols` of all words, the end of each word, and its count."""
-    word, after, before, pair_of, next_same, previous_same = np.empty((6, len(symbols)), np.int32)
-    words = Symbols(symbols, word, after, before, pair_of, next_same, previous_same, counts)
-    link_words(words, ends)
-    return words
+    sizes, at = np.diff(ends, prepend=0), np.arange(len(symbols), dtype=np.int32)
+    after, before = at + 1, at - 1
+    after[ends - 1] = before[ends - sizes] = NONE
+    word = np.repeat(np.arange(len(ends), dtype=np.int32), sizes)
+    next_same, previous_same = np.empty((2, len(symbols)), np.int32)
+    pair_of = np.full(len(symbols), NONE, np.int32)
+    return Symbols(symbols, word, after, before, pair_of, next_same, previous_same, counts)
 
 
 def with_capacity(pairs: PairCounts, more: int) -> PairCounts:
@@ -214,20 +217,6 @@ def push_changed(pairs: PairCounts) -> None:
         if pairs.counts[pair] > 0:
             push(pairs, pairs.counts[pair], pairs.keys[pair])
     pairs.used[N_CHANGED] = 0
-
-
-@raw_entry
-def link_words(words: Symbols, ends: Longs) -> None:
-    """Link the positions of each word, which ends at ends[w]."""
-    at = 0
-    for word in range(len(ends)):
-        begin = at
-        while at < ends[word]:
-            words.word[at] = word
-            words.before[at] = at - 1 if at > begin else NONE
-            words.after[at] = at + 1 if at + 1 < ends[word] else NONE
-            words.pair_of[at] = NONE
-            at += 1
 
 
 @raw_entry

@@ -1,4 +1,4 @@
-"""Table of the pairs that merge, and merging of long words with a heap and a linked list.
+"""Table of the pairs that merge; merging of long words with a heap, and of short words in turns.
 
 The rule is that of `bpe.merge`, which searches all ranks after every merge: quadratic in the length
 of the word. Here the candidates are in a heap ordered by (rank, position), and a merge changes only
@@ -6,6 +6,16 @@ its two neighbors: n log n. A plain counterpart is in tokenizers/backend.py.
 
     symbols   h  e  l  l  o            heap: (rank of "he", 0), (rank of "ll", 2), …
     after     1  2  3  4  5            merge at 2: symbols[2] = "ll", after[2] = 4, 3 is removed
+
+Of short words BATCH_SIZE merge in turns: table lookups of one overlap the merging of others.
+
+    word 1   prefetch ────── update keys, merge, prefetch ────── update keys, …
+    word 2        prefetch ────── update keys, merge, prefetch ──────
+    word 3             prefetch ────── update keys, merge, prefetch ──────
+
+A symbol stays at the position of its first byte, and a bit mask says which positions are alive. A
+SENTINEL that merges with nothing stands before the first and after the last symbol, so that the
+ends need no branch.
 """
 
 from __future__ import annotations
@@ -18,11 +28,22 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
-from glassllama.native.jit.memory import SLOTS, fetch_soon, slot_of_key, table_of_zeros
+from glassllama.native.jit.memory import (
+    KEYS,
+    SLOTS,
+    fetch_soon,
+    leading_zeros,
+    lowest_key,
+    slot_of_key,
+    table_of_zeros,
+    trailing_zeros,
+)
 from glassllama.tokenizers.vocabulary import Vocabulary
 
+Bytes = NDArray[np.uint8]
+Ids = NDArray[np.uint32]
 Ints = NDArray[np.int32]
-Keys = NDArray[np.int64]
+Longs = NDArray[np.int64]
 
 EMPTY = -1  # a removed position; a pair that does not merge
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, TAOCP 3, 6.4)
@@ -73,7 +94,7 @@ class MergeScratch(NamedTuple):
     after: Ints
     before: Ints
     current: Ints  # merge rank of the pair that starts here
-    heap: Keys  # (2n,): every merge removes one entry and adds at most two
+    heap: Longs  # (2n,): every merge removes one entry and adds at most two
 
 
 def new_scratch(n: int) -> MergeScratch:
@@ -81,7 +102,7 @@ def new_scratch(n: int) -> MergeScratch:
     return MergeScratch(lists[0], lists[1], lists[2], np.empty(2 * n, np.int64))
 
 
-def pair_table(vocabulary: Vocabulary) -> PairTable:
+def of_vocabulary(vocabulary: Vocabulary) -> PairTable:
     """The table of all pairs of a vocabulary that merge."""
     return table_of(np.fromiter(vocabulary.pair_rows(), np.dtype((np.int64, 4))))
 
@@ -107,7 +128,7 @@ def filter_bit(hashed: Int) -> tuple[Int, Int]:
 
 
 @raw_entry
-def fill(table: PairTable, lefts: Keys, rights: Keys, merge_ranks: Keys) -> None:
+def fill(table: PairTable, lefts: Longs, rights: Longs, merge_ranks: Longs) -> None:
     slots = table.slots
     for k in range(len(merge_ranks)):
         key = np.uint64(lefts[k]) << ID_BITS | np.uint64(rights[k])
@@ -158,7 +179,7 @@ def prefetched_merge_rank(left: Int, right: Int, table: PairTable) -> Int:
 
 
 @raw_compiled
-def sift_down(heap: Keys, size: Int, at: Int) -> None:
+def sift_down(heap: Longs, size: Int, at: Int) -> None:
     item = heap[at]
     while 2 * at + 1 < size:
         child = 2 * at + 1
@@ -172,7 +193,7 @@ def sift_down(heap: Keys, size: Int, at: Int) -> None:
 
 
 @raw_compiled
-def sift_up(heap: Keys, at: Int) -> None:
+def sift_up(heap: Longs, at: Int) -> None:
     item = heap[at]
     while at > 0 and heap[(at - 1) // 2] > item:
         heap[at] = heap[(at - 1) // 2]
@@ -181,7 +202,7 @@ def sift_up(heap: Keys, at: Int) -> None:
 
 
 @raw_compiled
-def push(heap: Keys, size: Int, merge_rank: Int, at: Int, table: PairTable) -> Int:
+def push(heap: Longs, size: Int, merge_rank: Int, at: Int, table: PairTable) -> Int:
     """Add (rank, position) unless merge_rank is EMPTY; returns the new size of the heap."""
     if merge_rank == EMPTY:
         return size
@@ -233,3 +254,119 @@ def merge_linked(symbols: Ints, n: Int, scratch: MergeScratch, table: PairTable)
             symbols[num_alive] = symbols[at]
             num_alive += 1
     return num_alive
+
+
+# Short words
+
+BATCH_SIZE = 16  # words that are merged in turns
+POSITIONS = 64  # bits of a machine word
+SHORT_WORD = POSITIONS - 2  # bytes of the longest word: a SENTINEL at both ends
+POSITION_BITS, POSITION_MASK = 6, 63  # of a key: the position, below the merge rank
+NO_KEY = 2**32 - POSITIONS  # this and higher keys: the pair does not merge
+SENTINEL = LARGEST_ID  # an id that no pair has
+NO_WORD = -1
+ONE, TWO, ALL = np.uint64(1), np.uint64(2), np.uint64(2**64 - 1)
+
+
+class MergeBatch(NamedTuple):
+    """The words being merged, one per row. Byte k of a word is at position k + 1.
+
+    The key of a pair is its merge rank and its position: the lowest key is the pair to merge, the
+    leftmost of equal ones.
+    """
+
+    symbols: Ints  # (BATCH_SIZE, POSITIONS), ids
+    keys: Ints  # (BATCH_SIZE, POSITIONS), unsigned; NO_KEY or more: no merge
+    alive: NDArray[np.uint64]  # (BATCH_SIZE,), a bit for each position with a symbol
+    merged_at: Longs  # (BATCH_SIZE,), the position whose pairs were prefetched
+    words: Longs  # (BATCH_SIZE,), index of the word, or NO_WORD
+
+
+def new_batch() -> MergeBatch:
+    return MergeBatch(
+        np.empty((BATCH_SIZE, POSITIONS), np.int32),
+        np.empty((BATCH_SIZE, POSITIONS), np.int32),
+        np.empty(BATCH_SIZE, np.uint64),
+        np.empty(BATCH_SIZE, np.int64),
+        np.full(BATCH_SIZE, NO_WORD, np.int64),
+    )
+
+
+@raw_inlined
+def start_word(
+    batch: MergeBatch, row: Int, text: Bytes, at: Int, end: Int, byte_ids: Ints, ranks: Ints
+) -> bool:
+    """Set the symbols of a word and the keys of its pairs; False if a byte has no id.
+
+    `ranks`: the merge ranks of two bytes, (256, 256).
+    """
+    symbols, keys, size, all_known = batch.symbols, batch.keys, end - at, True
+    symbols[row, 0], symbols[row, size + 1], keys[row, 0] = SENTINEL, SENTINEL, EMPTY
+    for k in range(size):
+        id = byte_ids[text[at + k]]
+        all_known &= id != EMPTY
+        symbols[row, k + 1] = id
+        set_key(keys, row, k + 1, np.int64(ranks[text[at + k], text[at + k + 1]]))
+    for k in range(size, (size + KEYS) // KEYS * KEYS):  # the last symbol starts no pair
+        keys[row, k] = EMPTY
+    batch.alive[row] = ALL >> np.uint64(SHORT_WORD - size)
+    return all_known
+
+
+@raw_inlined
+def set_key(keys: Ints, row: Int, position: Int, merge_rank: Int) -> None:
+    keys[row, position] = np.int32(merge_rank << POSITION_BITS | position)
+
+
+@raw_inlined
+def alive_after(alive: Int, position: Int) -> Int:
+    """The mask of the positions after `position` that are alive."""
+    return alive & ~((TWO << np.uint64(position)) - ONE)
+
+
+@raw_inlined
+def last_alive_before(alive: Int, position: Int) -> Int:
+    """The last position before `position` that is alive."""
+    return POSITION_MASK - leading_zeros(alive & ((ONE << np.uint64(position)) - ONE))
+
+
+@raw_inlined
+def update_keys(batch: MergeBatch, row: Int, pairs: PairTable) -> None:
+    """Set the keys of the two pairs that were prefetched."""
+    alive, here, symbols = batch.alive[row], batch.merged_at[row], batch.symbols
+    previous, next_one = last_alive_before(alive, here), trailing_zeros(alive_after(alive, here))
+    joined = symbols[row, here]
+    set_key(batch.keys, row, here, prefetched_merge_rank(joined, symbols[row, next_one], pairs))
+    set_key(batch.keys, row, previous, prefetched_merge_rank(symbols[row, previous], joined, pairs))
+
+
+@raw_inlined
+def merge_lowest(batch: MergeBatch, row: Int, size: Int, pairs: PairTable) -> bool:
+    """Merge the pair with the lowest key and prefetch the new pairs; False if none merges."""
+    alive, symbols = batch.alive[row], batch.symbols
+    key = lowest_key(batch.keys, row, 0)
+    for first in range(KEYS, size, KEYS):
+        key = min(key, lowest_key(batch.keys, row, first))
+    if key >= NO_KEY:
+        return False
+    here = key & POSITION_MASK
+    rest = alive_after(alive, here)
+    removed, rest = trailing_zeros(rest), rest & (rest - ONE)
+    joined = pairs.joined[key >> POSITION_BITS]
+    symbols[row, here], batch.keys[row, removed] = joined, EMPTY
+    batch.alive[row] = alive ^ (ONE << np.uint64(removed))
+    batch.merged_at[row] = here
+    prefetch_pair(joined, symbols[row, trailing_zeros(rest)], pairs)
+    prefetch_pair(symbols[row, last_alive_before(alive, here)], joined, pairs)
+    return True
+
+
+@raw_inlined
+def write_merged_ids(batch: MergeBatch, row: Int, size: Int, out: Ids, n: Int) -> Int:
+    """Write the ids of a merged word to out[n:]; returns the new n."""
+    alive = batch.alive[row] & ((ONE << np.uint64(size + 1)) - TWO)
+    while alive != 0:
+        out[n] = batch.symbols[row, trailing_zeros(alive)]
+        alive &= alive - ONE
+        n += 1
+    return n

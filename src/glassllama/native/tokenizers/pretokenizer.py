@@ -22,8 +22,8 @@ from glassllama.native.jit.memory import (
     letters_in,
     trailing_zeros,
 )
+from glassllama.tokenizers.patterns import N_CODE_POINTS, property_points, whitespace_points
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, LLAMA3, QWEN2
-from glassllama.tokenizers.unicode_tables import N_CODE_POINTS, property_points, whitespace_points
 
 Bytes = NDArray[np.uint8]
 

@@ -23,10 +23,8 @@ const VIEWS = {
   quantization: ['Quantization', showQuantization],
   time: ['Time', showTime],
 };
-const BEFORE = ['prompt', 'ids'];
 const IN_LAYER = ['norm', 'qkv', 'groups', 'rope', 'positions', 'attention', 'residual', 'swiglu',
   'feed_forward'];
-const AFTER = ['layers', 'logits', 'sampling', 'cache'];
 const ADDS = ['residual', 'swiglu', 'feed_forward']; // to the residual stream
 
 // The index of a step is its number; mistakes come after the steps.
@@ -39,8 +37,6 @@ const steps = [
   })),
 ];
 
-const byId = (id) => document.getElementById(id);
-
 const stepButton = (step) =>
   button(ADDS.includes(step.name) ? 'button.adds' : 'button', {
     'data-step': step.number, title: step.title, onclick: () => change({ step: step.number }),
@@ -48,19 +44,19 @@ const stepButton = (step) =>
 
 // All steps in the order of their numbers: those of a forward pass along a line.
 function drawMap() {
-  const named = (...names) => steps.filter((step) => names.includes(step.name)).map(stepButton);
+  const named = (names) => steps.filter((step) => names.includes(step.name)).map(stepButton);
   const stream = (...children) => el('div.stream', {}, ...children);
-  const around = (title, ...children) => el('div.around', {}, caption(title), ...children);
-  const mistakes = steps.slice(walk.steps.length).map(stepButton);
+  const around = (title, children) =>
+    children.length ? el('div.around', {}, caption(title), children) : '';
   byId('map').replaceChildren(
-    stream(named(...BEFORE)),
-    around('the model', named('file', 'config')),
+    stream(named(['prompt', 'ids'])),
+    around('the model', named(['file', 'config'])),
     stream(
-      named('embedding'),
-      el('div.layer', {}, caption(`a layer, ${config.n_layers} times`), named(...IN_LAYER)),
-      named(...AFTER)),
-    around('costs', named('quantization', 'time')),
-    ...(mistakes.length ? [around('mistakes', mistakes)] : []));
+      named(['embedding']),
+      el('div.layer', {}, caption(`a layer, ${config.n_layers} times`), named(IN_LAYER)),
+      named(['layers', 'logits', 'sampling', 'cache'])),
+    around('costs', named(['quantization', 'time'])),
+    around('mistakes', steps.slice(walk.steps.length).map(stepButton)));
 }
 
 // The tokens, tinted by the attention weights of the chosen token while attention is shown.
@@ -82,17 +78,17 @@ function drawTokens() {
   strip.scrollLeft = chosen.offsetLeft - (strip.clientWidth - chosen.offsetWidth) / 2;
 }
 
-const sourceOf = (source) => [
-  el('p.source.mono', {}, `${source.file}, line ${source.line}: ${source.name}`),
-  el('pre', { tabindex: 0 }, el('code', {}, source.lines.join('\n'))),
-];
+const codeBlock = (text) => el('pre', { tabindex: 0 }, el('code', {}, text));
+
+const sourceOf = ({ file, line, name, lines }) =>
+  [el('p.source.mono', {}, `${file}, line ${line}: ${name}`), codeBlock(lines.join('\n'))];
 
 function checkOf({ what, error, relative, allowed }) {
+  const [by, share, bound] = [error, relative, allowed].map(exact);
   if (relative > allowed)
-    return el('p.check.warns', {}, `! ${what}: differs from the running model by ${exact(error)} (relative ${exact(relative)}, rounding explains ${exact(allowed)})`);
-  return el('p.check', {}, allowed
-    ? `✓ ${what}: equal to the running model, largest difference ${exact(error)} (relative ${exact(relative)}, allowed ${exact(allowed)})`
-    : `✓ ${what}: equal`);
+    return el('p.check.warns', {}, `! ${what}: differs from the running model by ${by} (relative ${share}, rounding explains ${bound})`);
+  const measured = ` to the running model, largest difference ${by} (relative ${share}, allowed ${bound})`;
+  return el('p.check', {}, `✓ ${what}: equal${allowed ? measured : ''}`);
 }
 
 const numbersOf = (numbers) =>
@@ -121,11 +117,8 @@ function drawStep() {
     step.sources.map(sourceOf),
     heading('Checks'),
     step.checks.map(checkOf),
-    step.what_if ? [
-      heading('Try'),
-      el('p', {}, step.what_if.shows),
-      el('pre', { tabindex: 0 }, el('code', {}, step.what_if.command)),
-    ] : [],
+    step.what_if
+      ? [heading('Try'), el('p', {}, step.what_if.shows), codeBlock(step.what_if.command)] : [],
     drawn ? el('details', {}, el('summary', {}, 'As text'), el('pre', { tabindex: 0 }, drawn)) : [],
     el('div.steps', {}, turn('back', '← back', -1, 0), turn('next', 'next →', 1, steps.length - 1)),
   ].flat(Infinity).filter((part) => part !== null));
@@ -135,11 +128,9 @@ function drawStep() {
 }
 
 function markStep() {
-  for (const node of document.querySelectorAll('[data-step]')) {
-    if (Number(node.dataset.step) === state.step) node.setAttribute('aria-current', 'step');
-    else node.removeAttribute('aria-current');
-  }
-  const current = document.querySelector('[aria-current=step]');
+  document.querySelector('[aria-current=step]')?.removeAttribute('aria-current');
+  const current = document.querySelector(`[data-step="${state.step}"]`);
+  current.setAttribute('aria-current', 'step');
   const map = byId('map');
   if (map.scrollWidth > map.clientWidth) // one line, on a narrow screen
     map.scrollLeft +=

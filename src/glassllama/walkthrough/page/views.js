@@ -1,5 +1,4 @@
 // One view for each step: the pictures between its text and its checks.
-
 const hex = (byte) => byte.toString(16).padStart(2, '0');
 
 const tokenChips = (below) =>
@@ -11,10 +10,8 @@ const showPrompt = () => [
   tokenChips((token) => (token.bytes ? token.bytes.map(hex).join(' ') : 'a special token')),
 ];
 
-function showIds(step) {
-  const merges = step.data.merges ?? [];
-  const line = (parts) =>
-    cells(String(parts).split(' ').map((part) => el('span.cell.mono', {}, part)));
+function showIds({ data: { merges } }) {
+  const line = (parts) => cells(parts.split(' ').map((part) => el('span.cell.mono', {}, part)));
   return [
     heading('Tokens and their ids'),
     tokenChips((token) => whole(token.id)),
@@ -22,30 +19,22 @@ function showIds(step) {
   ];
 }
 
-function showFile(step) {
-  const parts = Object.entries(step.data.bytes);
+function showFile({ data }) {
   const text = (value) =>
     Array.isArray(value) ? value.join(' × ') : typeof value === 'number' ? whole(value) : value;
   return [
     heading('Size of the parts'),
-    picture(bars('Bytes by part', parts.map(([name, value]) => (
-      { name, value, text: `${(value / 1e6).toFixed(1)} MB` })))),
+    barPicture('Bytes by part', Object.entries(data.bytes), (n) => `${(n / 1e6).toFixed(1)} MB`),
     heading('The tensor that was read'),
-    picture(table(['', ''], Object.entries(step.data.tensor).map(([name, v]) => [name, text(v)]))),
+    picture(table(null, Object.entries(data.tensor).map(([name, v]) => [name, text(v)]))),
   ];
 }
 
-const showConfig = (step) => [
+const showConfig = ({ data }) => [
   heading('All settings'),
-  picture(table(['setting', 'value'], Object.entries(step.data.config).map(([name, value]) => [
+  picture(table(['setting', 'value'], Object.entries(data.config).map(([name, value]) => [
     name, Number.isInteger(value) ? whole(value) : String(value)]))),
 ];
-
-const outsideMap = (hook, title) => outside[hook] ? [
-  heading(title),
-  caption(`${hook}: ${outside[hook].shape.join(' × ')}`),
-  heatmap(hook, matrix(outside[hook])),
-] : [];
 
 const showEmbedding = () => [
   outsideMap('tok_embeddings', 'One row per token'),
@@ -58,29 +47,23 @@ const showPositions = () => [
   outsideMap('embeddings', 'The input of the first layer'),
 ];
 
-const layerSlider = () =>
-  config.n_layers > 1
-    ? slider('layer', { min: 0, max: config.n_layers - 1, value: state.layer }, (n) =>
-        change({ layer: n }, 'layer'))
-    : null;
-const headSlider = () =>
-  config.n_heads > 1
-    ? slider('head', { min: 0, max: config.n_heads - 1, value: state.head }, (n) =>
-        change({ head: n }, 'head'))
-    : null;
+// A slider that chooses the layer or the head, if there are several.
+const chooser = (name, count) => count > 1
+  ? slider(name, { max: count - 1, value: state[name] }, (n) => change({ [name]: n }, name))
+  : null;
+const layerSlider = () => chooser('layer', config.n_layers);
+const headSlider = () => chooser('head', config.n_heads);
 
 const showNorm = () => [
   controls(layerSlider()),
-  tensors([['input', 'Input of the layer'], ['attention_norm', 'Normalized']]),
+  tensors({ input: 'Input of the layer', attention_norm: 'Normalized' }),
 ];
 
 const showHeads = () => [
   controls(layerSlider(), headSlider()),
-  tensors([
-    ['attention.q', 'q: queries'],
-    ['attention.k', 'k: keys'],
-    ['attention.v', 'v: values'],
-  ]),
+  tensors({
+    'attention.q': 'q: queries', 'attention.k': 'k: keys', 'attention.v': 'v: values',
+  }),
 ];
 
 // Query heads above, the KV heads that they share below.
@@ -89,18 +72,12 @@ function showGroups() {
   const width = Math.max(heads * 34, 340);
   const x = (i, count) => ((i + 0.5) * width) / count;
   const kvHead = Math.floor(state.head / size);
-  const drawing = svg('svg', {
-    viewBox: `0 0 ${width} 170`, width, role: 'group',
-    'aria-label': `${heads} query heads use ${groups} KV heads`,
-  });
-  for (const h of range(heads))
-    drawing.append(svg('line', {
-      class: h === state.head ? 'wire chosen' : 'wire',
-      x1: x(h, heads), y1: 48, x2: x(Math.floor(h / size), groups), y2: 118,
-    }));
+  const wires = range(heads).map((h) => svg(h === state.head ? 'line.wire.chosen' : 'line.wire', {
+    x1: x(h, heads), y1: 48, x2: x(Math.floor(h / size), groups), y2: 118,
+  }));
   const node = (i, count, y, chosen, text, label, head) => {
     const pick = () => change({ head }, `node ${y} ${i}`);
-    drawing.append(svg('g', {
+    return svg('g', {
       role: 'button', tabindex: 0, 'aria-label': label, 'aria-pressed': String(chosen),
       'data-focus': `node ${y} ${i}`, onclick: pick,
       onkeydown: (event) => {
@@ -109,98 +86,96 @@ function showGroups() {
         pick();
       },
     },
-    svg('circle', { class: chosen ? 'node chosen' : 'node', cx: x(i, count), cy: y, r: 14 }),
-    svg('text', { x: x(i, count), y: y + 4, 'text-anchor': 'middle' }, text)));
+    svg(chosen ? 'circle.node.chosen' : 'circle.node', { cx: x(i, count), cy: y, r: 14 }),
+    svg('text', { x: x(i, count), y: y + 4, 'text-anchor': 'middle' }, text));
   };
-  for (const h of range(heads))
-    node(h, heads, 34, h === state.head, `q${h}`, `query head ${h}`, h);
-  for (const g of range(groups))
-    node(g, groups, 132, g === kvHead, `kv${g}`, `KV head ${g}`, g * size);
   return [
     controls(headSlider()),
-    picture(drawing),
+    picture(svg('svg', {
+      viewBox: `0 0 ${width} 170`, width, role: 'group',
+      'aria-label': `${heads} query heads use ${groups} KV heads`,
+    },
+    wires,
+    range(heads).map((h) => node(h, heads, 34, h === state.head, `q${h}`, `query head ${h}`, h)),
+    range(groups).map((g) =>
+      node(g, groups, 132, g === kvHead, `kv${g}`, `KV head ${g}`, g * size)))),
     caption(`Query head ${state.head} uses KV head ${kvHead}. ` + (size > 1
       ? `With groups of ${size} the KV cache is ${size} times smaller than with one KV head per query head.`
       : 'Every query head has a KV head of its own.')),
-    tensors([['attention.k', 'The keys']]),
+    tensors({ 'attention.k': 'The keys' }),
   ];
 }
-
-// The coordinates of a pair: neighbors, or one in each half.
-const coordinates = (i) => config.rope_layout === 'interleaved'
-  ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2];
 
 // An arrow from the center to the right, `tip` wide at its point.
 const arrowPath = (length, tip) =>
   `M0 0H${length}M${length - 1.4 * tip} ${-tip}L${length} 0L${length - 1.4 * tip} ${tip}`;
 
-function angleDial(i, angle) {
-  const hand = svg('path', { class: 'hand', d: arrowPath(15, 4) });
-  hand.style.transform = `rotate(${-angle}rad)`;
-  return button('button', {
-    'aria-pressed': String(i === state.pair), 'aria-label': `pair ${i}: ${exact(angle)} radians`,
-    'data-focus': `dial ${i}`, 'data-dial': i, onclick: () => change({ pair: i }, `dial ${i}`),
-  },
-  svg('svg', { viewBox: '-20 -20 40 40', width: 40, height: 40, 'aria-hidden': 'true' },
-    svg('circle', { class: 'ring', r: 17 }), hand),
-  `pair ${i}`);
+// Turn a dial to the angle, counterclockwise from the right.
+function turnDial(dial, angle) {
+  dial.querySelector('.hand').style.transform = `rotate(${-angle}rad)`;
+  dial.setAttribute('aria-label', `pair ${dial.dataset.dial}: ${exact(angle)} radians`);
+  return dial;
 }
+
+const angleDial = (i, angle) => turnDial(button('button', {
+  'aria-pressed': String(i === state.pair), 'data-focus': `dial ${i}`, 'data-dial': i,
+  onclick: () => change({ pair: i }, `dial ${i}`),
+},
+svg('svg', { viewBox: '-20 -20 40 40', width: 40, height: 40, 'aria-hidden': 'true' },
+  svg('circle.ring', { r: 17 }), svg('path.hand', { d: arrowPath(15, 4) })),
+`pair ${i}`), angle);
 
 function showRope() {
   const angles = matrix(walk.angles);
   const show = (t) => `${t} ${piece(t)}`;
+  // Turns the dials that are there, so that their movement can be seen; draws the pair anew.
+  const moved = (t) => change({ token: t }, 'position', () => {
+    for (const dial of document.querySelectorAll('[data-dial]'))
+      turnDial(dial, angles.at(t, Number(dial.dataset.dial)));
+    byId('pair')?.replaceWith(...rotatedPair(angles.at(t, state.pair)));
+  });
   return [
-    controls(
-      slider('position', { min: 0, max: T - 1, value: state.token, show }, rotateDials),
-      headSlider()),
+    controls(slider('position', { max: T - 1, value: state.token, show }, moved), headSlider()),
     caption('Every pair of coordinates has an angle. Change the position: the first pairs rotate fast, the last ones slowly.'),
     picture(el('div.dials', {},
       range(angles.columns).map((i) => angleDial(i, angles.at(state.token, i))))),
     rotatedPair(angles.at(state.token, state.pair)),
-    tensors([['attention.q', 'q before'], ['attention.q_rope', 'q after']]),
+    tensors({ 'attention.q': 'q before', 'attention.q_rope': 'q after' }),
   ];
-}
-
-// Rotate the dials that are there, so that their movement can be seen; draw the pair anew.
-function rotateDials(t) {
-  change({ token: t }, 'position', () => {
-    for (const dial of document.querySelectorAll('[data-dial]')) {
-      const angle = matrix(walk.angles).at(t, Number(dial.dataset.dial));
-      dial.querySelector('.hand').style.transform = `rotate(${-angle}rad)`;
-      dial.setAttribute('aria-label', `pair ${dial.dataset.dial}: ${exact(angle)} radians`);
-    }
-    const pair = document.getElementById('pair');
-    if (pair) pair.replaceWith(...rotatedPair(matrix(walk.angles).at(t, state.pair)));
-  });
 }
 
 function rotatedPair(angle) {
   const layer = walk.layers[state.layer];
   if (!layer) return [];
-  const [a, b] = coordinates(state.pair);
-  const read = (hook) => [a, b].map((c) => matrix(layer[hook], state.head).at(state.token, c));
-  const [before, after] = [read('attention.q'), read('attention.q_rope')];
+  const i = state.pair; // its coordinates: neighbors, or one in each half
+  const [a, b] = config.rope_layout === 'interleaved'
+    ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2];
+  const [before, after] = ['attention.q', 'attention.q_rope'].map((hook) =>
+    [a, b].map((c) => matrix(layer[hook], state.head).at(state.token, c)));
   const size = Math.max(Math.hypot(...before), Math.hypot(...after), 1e-9) / 70;
-  const arrow = ([x, y], kind) => svg('path', {
-    class: kind, d: arrowPath(Math.hypot(x, y) / size, 5), 'stroke-width': 3,
+  const arrow = ([x, y], kind) => svg(`path.${kind}`, {
+    d: arrowPath(Math.hypot(x, y) / size, 5), 'stroke-width': 3,
     transform: `rotate(${(-Math.atan2(y, x) * 180) / Math.PI})`,
   });
-  const line = (text) => el('p.mono', {}, text);
   return [el('div.picture.side', { id: 'pair' },
     svg('svg', {
       viewBox: '-90 -90 180 180', width: 180, role: 'img',
       'aria-label': `the pair before and after it is rotated by ${exact(angle)} radians`,
     },
-    svg('circle', { class: 'ring', r: 70 }),
-    svg('line', { class: 'grid', x1: -85, x2: 85 }),
-    svg('line', { class: 'grid', y1: -85, y2: 85 }),
+    svg('circle.ring', { r: 70 }), gridLine(-85, 85), gridLine(null, null, -85, 85),
     arrow(before, 'before'), arrow(after, 'hand')),
     el('div', {},
-      el('p', {}, `Pair ${state.pair} of q, head ${state.head}, at position ${state.token} (${piece(state.token)}), coordinates ${a} and ${b}:`),
-      line(`before  ${before.map(exact).join(', ')}`),
-      line(`rotated by ${exact(angle)} radians${config.qk_norm ? ', head divided by its RMS' : ''}`),
-      line(`after   ${after.map(exact).join(', ')}`)))];
+      el('p', {}, `Pair ${i} of q, head ${state.head}, at position ${state.token} (${piece(state.token)}), coordinates ${a} and ${b}:`),
+      [`before  ${before.map(exact).join(', ')}`,
+        `rotated by ${exact(angle)} radians${config.qk_norm ? ', head divided by its RMS' : ''}`,
+        `after   ${after.map(exact).join(', ')}`].map((line) => el('p.mono', {}, line))))];
 }
+
+const gridLine = (x1, x2, y1, y2) => svg('line.grid', { x1, x2, y1, y2 });
+const label = (x, y, anchor, text) =>
+  svg('text.quiet', { x, y, 'text-anchor': anchor }, text);
+const curve = (chosen, points) =>
+  svg(chosen ? 'polyline.wire.chosen' : 'polyline.wire', { points: points.join(' ') });
 
 function showAttention() {
   const heads = walk.attention.weights[state.layer];
@@ -229,9 +204,7 @@ function showAttention() {
     }, heads.map(map))),
     caption('Rows are queries, columns are keys. Bits: the entropy of the attention weights of the chosen token.'),
     heading(`Layer ${state.layer}, head ${state.head}`),
-    heatmap('attention.weights', weights, {
-      limit: 1, column: state.token, columnName: (c) => `attends to ${piece(c)}`,
-    }),
+    weightsMap('attention.weights', weights, state.token),
     heading(`Attention weights of ${piece(state.token)}`),
     probabilityBars('Attention weights', visible.map(piece),
       visible.map((c) => weights.at(state.token, c))),
@@ -243,47 +216,46 @@ function showAttention() {
   ];
 }
 
-const showResidual = (step) => [
+const weightsMap = (name, weights, column) =>
+  heatmap(name, weights, { limit: 1, column, columnName: (c) => `attends to ${piece(c)}` });
+
+const showResidual = ({ data }) => [
   controls(layerSlider(), headSlider()),
   state.layer === walk.layer ? [
     heading(`What each head adds to ${piece(T - 1)}`),
-    picture(bars('L2 norm that each head adds',
-      step.data.head_contributions.map((value, h) => ({ name: `head ${h}`, value })))),
+    barPicture('L2 norm that each head adds',
+      data.head_contributions.map((value, h) => [`head ${h}`, value]), exact),
   ] : [],
-  tensors([
-    ['attention.heads', 'Weighted sums of values'],
-    ['attention.wo', 'Output of wo, which is added'],
-    ['after_attention', 'Residual stream after attention'],
-  ]),
+  tensors({
+    'attention.heads': 'Weighted sums of values',
+    'attention.wo': 'Output of wo, which is added',
+    after_attention: 'Residual stream after attention',
+  }),
 ];
 
 const silu = (z) => z / (1 + Math.exp(-z));
 const BINS = 60;
 
-// The curve of an activation, and a histogram of its inputs for the chosen token.
-function activationCurve(name, curve, inputs) {
+// The curve of silu, and a histogram of its inputs for the chosen token.
+function siluCurve(inputs) {
   const high = Math.max(2, ...inputs.map(Math.abs));
   const [x, y] = [(z) => 160 + (150 * z) / high, (v) => 145 - (135 * v) / high];
-  const points = range(121).map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(curve(z))}`);
   const counts = new Array(BINS).fill(0);
   for (const z of inputs)
     counts[clamp(Math.floor((BINS * (z + high)) / (2 * high)), 0, BINS - 1)]++;
   const unit = 50 / Math.max(...counts);
-  const label = (z) => svg('text',
-    { class: 'quiet', x: x(z), y: 246, 'text-anchor': z < 0 ? 'start' : z ? 'end' : 'middle' },
-    exact(z));
   return svg('svg', {
     viewBox: '0 0 320 250', width: 480, role: 'img',
-    'aria-label': `${name} of ${inputs.length} inputs; largest input ${exact(Math.max(...inputs))}`,
+    'aria-label': `silu of ${inputs.length} inputs; largest input ${exact(Math.max(...inputs))}`,
   },
-  svg('line', { class: 'grid', x1: 5, x2: 315, y1: y(0), y2: y(0) }),
-  svg('line', { class: 'grid', x1: x(0), x2: x(0), y1: 5, y2: 175 }),
-  svg('polyline', { class: 'wire chosen', points: points.join(' ') }),
-  counts.map((count, i) => svg('rect', {
-    class: 'count', x: 10 + (300 * i) / BINS, width: 300 / BINS - 0.6,
-    y: 232 - unit * count, height: unit * count,
+  gridLine(5, 315, y(0), y(0)),
+  gridLine(x(0), x(0), 5, 175),
+  curve(true, range(121).map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(silu(z))}`)),
+  counts.map((count, i) => svg('rect.count', {
+    x: 10 + (300 * i) / BINS, width: 300 / BINS - 0.6, y: 232 - unit * count, height: unit * count,
   })),
-  [-high, 0, high].map(label));
+  [-high, 0, high].map((z) =>
+    label(x(z), 246, z < 0 ? 'start' : z ? 'end' : 'middle', exact(z))));
 }
 
 // Gated (gate, up, gated) or not (up, activated).
@@ -291,9 +263,11 @@ function showFeedForward() {
   const layer = walk.layers[state.layer];
   if (!layer) return [controls(layerSlider()), missingLayer()];
   const gated = 'feed_forward.gated' in layer;
-  const names = gated ? ['gate', 'up', 'gated'] : ['up', 'activated'];
-  const label = { gated: 'silu(gate) × up', activated: `${config.activation}(up)` };
-  const data = names.map((name) => matrix(layer[`feed_forward.${name}`]));
+  const titles = gated
+    ? { gate: 'gate', up: 'up', gated: 'silu(gate) × up' }
+    : { up: 'up', activated: `${config.activation}(up)` };
+  const hooks = Object.keys(titles).map((name) => `feed_forward.${name}`);
+  const data = hooks.map((hook) => matrix(layer[hook]));
   const features = range(data[0].columns);
   const size = (c) => Math.abs(data.at(-1).at(state.token, c));
   const top = [...features].sort((a, b) => size(b) - size(a)).slice(0, 8);
@@ -301,17 +275,17 @@ function showFeedForward() {
     controls(layerSlider()),
     gated ? [
       heading(`The gates of ${piece(state.token)}`),
-      picture(activationCurve('silu', silu, features.map((c) => data[0].at(state.token, c)))),
+      picture(siluCurve(features.map((c) => data[0].at(state.token, c)))),
       caption('The curve is silu. Below it, how many features have which gate: silu is near 0 on the left.'),
     ] : [],
     heading('The largest features'),
-    picture(table(['feature', ...names.map((name) => label[name] ?? name)],
+    picture(table(['feature', ...Object.values(titles)],
       top.map((c) => [String(c), ...data.map((each) => each.at(state.token, c))]))),
-    tensors([
-      ...names.map((name) => [`feed_forward.${name}`, label[name] ?? name]),
-      ['feed_forward.down', 'Output of down, which is added'],
-      ['output', 'Residual stream after the layer'],
-    ]),
+    tensors({
+      ...Object.fromEntries(Object.values(titles).map((title, i) => [hooks[i], title])),
+      'feed_forward.down': 'Output of down, which is added',
+      output: 'Residual stream after the layer',
+    }),
   ];
 }
 
@@ -326,24 +300,19 @@ function normChart() {
   const y = (v) => height - 22 - ((height - 32) * (v - low)) / Math.max(high - low, 1);
   const [first, last] = [walk.residual_norms[0], walk.residual_norms.at(-1)].map((norms) =>
     exact(norms[state.token]));
-  const line = (t) => svg('polyline', {
-    class: t === state.token ? 'wire chosen' : 'wire',
-    points: logs.map((row, n) => `${x(n)},${y(row[t])}`).join(' '),
-  });
+  const line = (t) => curve(t === state.token, logs.map((row, n) => `${x(n)},${y(row[t])}`));
   return svg('svg', {
     viewBox: `0 0 ${width} ${height}`, width: 720, role: 'img',
     'aria-label': `Norm of the residual stream, from ${first} to ${last} for ${piece(state.token)}`,
   },
   range(high - low + 1).map((i) => i + low).map((d) => [
-    svg('line', { class: 'grid', x1: left, x2: width, y1: y(d), y2: y(d) }),
-    svg('text', { class: 'quiet', x: left - 5, y: y(d) + 4, 'text-anchor': 'end' },
-      d < 5 ? exact(10 ** d) : `1e${d}`),
+    gridLine(left, width, y(d), y(d)),
+    label(left - 5, y(d) + 4, 'end', d < 5 ? exact(10 ** d) : `1e${d}`),
   ]),
   range(T).filter((t) => t !== state.token).map(line),
   line(state.token),
   [0, Math.round(config.n_layers / 2), config.n_layers].map((n) =>
-    svg('text', { class: 'quiet', x: x(n), y: height - 5, 'text-anchor': n ? 'end' : 'start' },
-      layerName(n))));
+    label(x(n), height - 5, n ? 'end' : 'start', layerName(n))));
 }
 
 // Arrow keys move between cells, so that Tab does not stop at each.
@@ -363,16 +332,18 @@ function moveInTable(event) {
 function lensTable(details) {
   const { first_position: first, pieces, probabilities } = walk.logit_lens;
   const color = palette();
+  const where = (n, k) => `${layerName(n)}, after ${piece(first + k)}`;
   const show = (n, k) => {
     const list = pieces[n][k].map((p, i) => `${p} ${percent(probabilities[n][k][i])}`).join(', ');
-    details.replaceChildren(`${layerName(n)}, after ${piece(first + k)}: ${list}`);
+    details.replaceChildren(`${where(n, k)}: ${list}`);
   };
   const cell = (n, k, top) => {
     const p = probabilities[n][k][0];
+    const showThis = () => show(n, k);
     const td = el('td', {}, button('button.mono', {
       tabindex: n === config.n_layers && first + k === T - 1 ? 0 : -1,
-      'aria-label': `${layerName(n)}, after ${piece(first + k)}: ${top}, ${percent(p)}`,
-      onclick: () => show(n, k), onmouseenter: () => show(n, k), onfocus: () => show(n, k),
+      'aria-label': `${where(n, k)}: ${top}, ${percent(p)}`,
+      onclick: showThis, onmouseenter: showThis, onfocus: showThis,
     }, top));
     tint(td, color(0.7 * p));
     return td;
@@ -380,8 +351,8 @@ function lensTable(details) {
   const rows = range(config.n_layers + 1).reverse().map((n) =>
     el('tr', {}, el('th', { scope: 'row' }, layerName(n)),
       pieces[n].map((tops, k) => cell(n, k, tops[0]))));
-  const head = pieces[0].map((_, k) =>
-    el(first + k === state.token ? 'th.mono.chosen' : 'th.mono', { scope: 'col' }, piece(first + k)));
+  const head = pieces[0].map((_, k) => el(
+    first + k === state.token ? 'th.mono.chosen' : 'th.mono', { scope: 'col' }, piece(first + k)));
   show(config.n_layers, Math.max(state.token - first, 0));
   return el('div.picture.lens', {
     role: 'region', 'aria-label': 'Logit lens, arrow keys move', onkeydown: moveInTable,
@@ -402,13 +373,11 @@ function showLayers() {
   ];
 }
 
-function showLogits(step) {
+function showLogits({ data: { top } }) {
   const { pieces, probabilities } = walk.predictions;
-  const { top } = step.data;
   return [
     heading(`The ten most probable tokens after ${piece(T - 1)}`),
-    probabilityBars('The ten most probable tokens', top.map((each) => each.piece),
-      top.map((each) => each.probability)),
+    barPicture('The ten most probable tokens', top.map((t) => [t.piece, t.probability]), percent, 1),
     heading(`Predictions after position ${state.token}, ${piece(state.token)}`),
     probabilityBars('Predictions after the chosen token', pieces[state.token],
       probabilities[state.token]),
@@ -443,8 +412,8 @@ const LISTED = 16;
 
 function drawDistribution(target) {
   const { before, final, kept, open, unlisted } = distribution(state);
-  const { count } = walk.probabilities.others;
-  const rows = walk.probabilities.pieces.slice(0, LISTED).map((name, i) => ({
+  const { pieces, others: { count } } = walk.probabilities;
+  const rows = pieces.slice(0, LISTED).map((name, i) => ({
     name, value: final[i], out: i >= kept,
     text: i < kept ? percent(final[i]) : `removed (${percent(before[i])})`,
   }));
@@ -456,30 +425,23 @@ function drawDistribution(target) {
     count ? caption(`Before top-k and top-p the ${whole(count)} tokens that are not listed have a probability of ${percent(Math.max(unlisted, 0))} together.`) : '');
 }
 
-function showSampling(step) {
-  const { data } = step;
+function showSampling({ data }) {
   const target = el('div', { id: 'distribution' });
-  const set = (name) => (value) => {
-    state[name] = value;
-    drawDistribution(target);
-  };
-  const { ids, pieces, others } = walk.probabilities;
-  const grid = others.temperatures;
+  const { ids, pieces, others: { temperatures } } = walk.probabilities;
   const names = new Map(ids.map((id, i) => [id, pieces[i]]));
+  const setting = (name, key, limits, show) =>
+    slider(name, { ...limits, value: state[key], show }, (value) => {
+      state[key] = value;
+      drawDistribution(target);
+    });
   drawDistribution(target);
   return [
     heading('Change the settings'),
     controls(
-      slider('temperature', {
-        min: grid[0], max: grid.at(-1), step: 0.1, value: state.temperature,
-        show: (v) => v.toFixed(1),
-      }, set('temperature')),
-      slider('top-k', {
-        min: 0, max: ids.length, value: state.topK, show: (v) => (v ? String(v) : 'off'),
-      }, set('topK')),
-      slider('top-p', {
-        min: 0.05, max: 1, step: 0.01, value: state.topP, show: (v) => v.toFixed(2),
-      }, set('topP'))),
+      setting('temperature', 'temperature',
+        { min: temperatures[0], max: temperatures.at(-1), step: 0.1 }, (v) => v.toFixed(1)),
+      setting('top-k', 'topK', { max: ids.length }, (v) => (v ? String(v) : 'off')),
+      setting('top-p', 'topP', { min: 0.05, max: 1, step: 0.01 }, (v) => v.toFixed(2))),
     picture(target),
     heading(`Samples with the seeds 0 to ${data.draws.length - 1}, temperature ${data.temperature}, top-p ${data.top_p}`),
     picture(cells(data.draws.map((id, seed) =>
@@ -505,42 +467,40 @@ function drawCache(target, continuation) {
       `${cached} tokens from the cache, ${filled - cached} computed${result}. The cache has ${whole(filled * numbers)} numbers: 2 × ${config.n_layers} layers × ${config.n_kv_heads} KV heads × ${config.head_dim} per token.`));
 }
 
-function showCache(step) {
-  const { continuation } = step.data;
+function showCache({ data: { continuation } }) {
   const target = el('div');
   const most = Math.max(continuation.length - 1, 0);
-  const generated = slider('generated tokens', { min: 0, max: most, value: state.generated }, (n) => {
+  const generated = slider('generated tokens', { max: most, value: state.generated }, (n) => {
     state.generated = n;
     drawCache(target, continuation);
   });
   const input = generated.querySelector('input');
-  const next = button('button', {
-    onclick: () => {
-      input.value = (Number(input.value) + 1) % (most + 1);
-      input.dispatchEvent(new Event('input'));
-    },
-  }, 'next token');
+  const onclick = () => {
+    input.value = (Number(input.value) + 1) % (most + 1);
+    input.dispatchEvent(new Event('input'));
+  };
   drawCache(target, continuation);
-  return [heading('Keys and values by token'), controls(generated, next), picture(target)];
-}
-
-function showQuantization(step) {
-  const { matrix, types } = step.data;
-  const head = ['type', 'bits', 'error of weights', 'of output', 'largest logit change',
-    'KL divergence, bits'];
   return [
-    heading(`${matrix}, quantized`),
-    picture(table(head,
-      types.map((t) => [t.type, t.bits, t.weights, t.output, t.logits, t.divergence]))),
-    picture(bars('Error of the weights', types.map((t) => (
-      { name: t.type, value: t.weights, text: percent(t.weights) })))),
+    heading('Keys and values by token'),
+    controls(generated, button('button', { onclick }, 'next token')),
+    picture(target),
   ];
 }
 
-const showTime = (step) => [
+function showQuantization({ data }) {
+  const head = ['type', 'bits', 'error of weights', 'of output', 'largest logit change',
+    'KL divergence, bits'];
+  return [
+    heading(`${data.matrix}, quantized`),
+    picture(table(head,
+      data.types.map((t) => [t.type, t.bits, t.weights, t.output, t.logits, t.divergence]))),
+    barPicture('Error of the weights', data.types.map((t) => [t.type, t.weights]), percent),
+  ];
+}
+
+const showTime = ({ data }) => [
   heading('Time by part'),
-  picture(bars('Time by part', Object.entries(step.data.seconds).map(([name, value]) => (
-    { name, value, text: `${(1000 * value).toFixed(1)} ms` })))),
+  barPicture('Time by part', Object.entries(data.seconds), (s) => `${(1000 * s).toFixed(1)} ms`),
 ];
 
 function showMistake(done) {
@@ -548,13 +508,10 @@ function showMistake(done) {
     heading(`${title}: predictions after ${piece(state.token)}`),
     probabilityBars(title, predictions.pieces[state.token], predictions.probabilities[state.token]),
     el('p', {}, 'continues: ', el('code', {}, continuation.pieces.join(''))),
-    heatmap(`attention weights, ${title}`, matrix(weights), {
-      limit: 1, columnName: (c) => `attends to ${piece(c)}`,
-    }));
+    weightsMap(`attention weights, ${title}`, matrix(weights)));
   return [
     heading('KL divergence of the predictions, in bits'),
-    picture(bars('KL divergence',
-      done.divergence_bits.map((value, t) => ({ name: piece(t), value })))),
+    barPicture('KL divergence', done.divergence_bits.map((value, t) => [piece(t), value]), exact),
     run('correct model', done.correct),
     run('wrong model', done.wrong),
   ];

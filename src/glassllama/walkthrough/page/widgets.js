@@ -1,12 +1,12 @@
 // The parts that all views are made of: elements, numbers, bars, sliders, tables, heat maps.
 // Texts of the document become text nodes, never markup.
-
 const { walk, outside, start } = JSON.parse(document.getElementById('document').textContent);
 const config = walk.config;
 const T = walk.tokens.length;
 const piece = (t) => walk.tokens[t].piece;
 const range = (n) => [...Array(n).keys()];
 const clamp = (x, low, high) => Math.max(low, Math.min(x, high));
+const byId = (id) => document.getElementById(id);
 
 // What is shown. All tensors of `layer` are in this file only if walk.layers has it.
 const state = {
@@ -14,38 +14,33 @@ const state = {
   temperature: 1, topK: 0, topP: 1, generated: 0,
 };
 
-function fill(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes ?? {})) {
-    if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false)
-      node.setAttribute(name, value);
+// 'div.picture.lens': a tag with classes. Attributes that are null or false are left out.
+function create(namespace, tag, attributes, children) {
+  const [name, ...classes] = tag.split('.');
+  const node = document.createElementNS(namespace, name);
+  if (classes.length) node.setAttribute('class', classes.join(' '));
+  for (const [key, value] of Object.entries(attributes ?? {})) {
+    if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
+    else if ((value ?? false) !== false) node.setAttribute(key, value);
   }
-  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(3).filter((child) => (child ?? null) !== null));
   return node;
 }
 
-// el('div.picture.lens', {attributes}, ...children): a tag with classes.
-function el(tag, attributes, ...children) {
-  const [name, ...classes] = tag.split('.');
-  const node = document.createElement(name);
-  if (classes.length) node.className = classes.join(' ');
-  return fill(node, attributes, children);
-}
-
-const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS('http://www.w3.org/2000/svg', tag), attributes, children);
+const HTML = document.documentElement.namespaceURI;
+const SVG = 'http://www.w3.org/2000/svg';
+const el = (tag, attributes, ...children) => create(HTML, tag, attributes, children);
+const svg = (tag, attributes, ...children) => create(SVG, tag, attributes, children);
 const button = (tag, attributes, ...children) =>
   el(tag, { type: 'button', ...attributes }, ...children);
-const picture = (...children) => el('div.picture', {}, ...children);
-const caption = (text) => el('p.caption', {}, text);
-const note = (text) => el('p.note', {}, text);
-const heading = (text) => el('h3', {}, text);
-const controls = (...children) => el('div.controls', {}, ...children);
-const cells = (...children) => el('div.cells', {}, ...children);
+const [picture, controls, cells] = ['picture', 'controls', 'cells'].map((name) =>
+  (...children) => el(`div.${name}`, {}, ...children));
+const [caption, note, heading] = ['p.caption', 'p.note', 'h3'].map((tag) =>
+  (text) => el(tag, {}, text));
 
 // Four significant digits: 0.07725, -12.35, 1.4e-5.
 function exact(value) {
-  if (value === null || value === undefined) return '–';
+  if ((value ?? null) === null) return '–';
   const size = Math.abs(value);
   if (value === 0 || (size >= 0.001 && size < 1e5)) return String(+value.toPrecision(4));
   return value.toExponential(3);
@@ -69,8 +64,7 @@ function palette() {
 // Relative luminance of a color [r, g, b], 0 … 1, as WCAG 2 defines it.
 function luminance(rgb) {
   const [r, g, b] = rgb.map((c) =>
-    c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4,
-  );
+    c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 
@@ -85,9 +79,8 @@ function tint(node, rgb) {
 function bars(label, items, longest) {
   const top = longest ?? Math.max(...items.map((item) => Math.abs(item.value)), 1e-30);
   const rows = items.map(({ name, value, text, out }) => {
-    const bar = el('span.fill');
+    const [bar, mark] = [el('span.fill'), out ? '.out' : ''];
     bar.style.width = `${Math.min((100 * Math.abs(value)) / top, 100)}%`;
-    const mark = out ? '.out' : '';
     return el(`div.row${mark}`, { role: 'listitem' },
       el(`span.name.mono${mark}`, {}, name),
       el(`span.track${mark}`, { 'aria-hidden': 'true' }, bar),
@@ -96,11 +89,14 @@ function bars(label, items, longest) {
   return el('div.bars', { role: 'list', 'aria-label': label }, rows);
 }
 
-const probabilityBars = (label, names, probabilities) =>
-  picture(bars(label,
-    names.map((name, i) => ({ name, value: probabilities[i], text: percent(probabilities[i]) })), 1));
+// A picture with a bar for each [name, value]; `show` writes the value.
+const barPicture = (label, pairs, show, longest) =>
+  picture(bars(label, pairs.map(([name, value]) => ({ name, value, text: show(value) })), longest));
 
-function slider(name, { min, max, step = 1, value, show = String }, changed) {
+const probabilityBars = (label, names, probabilities) =>
+  barPicture(label, names.map((name, i) => [name, probabilities[i]]), percent, 1);
+
+function slider(name, { min = 0, max, step = 1, value, show = String }, changed) {
   const output = el('output', {}, show(value));
   const input = el('input', {
     type: 'range', min, max, step, value, 'data-slider': name, 'aria-valuetext': show(value),
@@ -116,9 +112,7 @@ function slider(name, { min, max, step = 1, value, show = String }, changed) {
 
 const table = (head, rows) =>
   el('table', {},
-    head.some(Boolean)
-      ? el('thead', {}, el('tr', {}, head.map((name) => el('th', { scope: 'col' }, name))))
-      : null,
+    head ? el('thead', {}, el('tr', {}, head.map((name) => el('th', { scope: 'col' }, name)))) : null,
     el('tbody', {}, rows.map((row) => el('tr', {}, row.map((cell) =>
       typeof cell === 'number' ? el('td.number', {}, exact(cell)) : el('td', {}, cell))))));
 
@@ -136,17 +130,11 @@ const triangle = (flat) =>
 // The size at which colors end: all but the largest percent, so that one outlier does not make all
 // others pale. `signed`: there are negative numbers.
 function scaleOf({ rows, columns, at }) {
-  const sizes = new Float64Array(rows * columns);
-  let signed = false;
-  for (let r = 0, i = 0; r < rows; r++) {
-    for (let c = 0; c < columns; c++, i++) {
-      const value = at(r, c) ?? 0;
-      signed ||= value < 0;
-      sizes[i] = Math.abs(value);
-    }
-  }
-  sizes.sort();
-  return { top: sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) || 1, signed };
+  const numbers = Float64Array.from({ length: rows * columns }, (_, i) =>
+    at(Math.floor(i / columns), i % columns) ?? 0);
+  const sizes = numbers.map(Math.abs).sort();
+  const top = sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) || 1;
+  return { top, signed: numbers.some((value) => value < 0) };
 }
 
 // Of the columns that share a pixel the one with the largest size is drawn.
@@ -190,8 +178,7 @@ function paint(canvas, data, limit, maxWidth = data.columns) {
 // Heat maps far below the window are drawn when they come near it, so that a click is fast.
 const pending = new WeakMap();
 const observer = new IntersectionObserver((entries) => {
-  for (const { isIntersecting, target } of entries) {
-    if (!isIntersecting) continue;
+  for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
     observer.unobserve(target);
     pending.get(target)();
   }
@@ -209,7 +196,7 @@ function heatmap(
   { column = 0, rowName = piece, columnName = (c) => `channel ${c}`, limit } = {},
 ) {
   let top = limit; // without a limit it is computed when the map is drawn
-  const width = document.getElementById('step').clientWidth;
+  const width = byId('step').clientWidth;
   const side = width < WIDE ? 2 : 4; // numbers written on either side
   const at = { row: Math.min(state.token, data.rows - 1), column: Math.min(column, data.columns - 1) };
   const value = el('output.value.mono', { 'aria-live': 'polite' });
@@ -220,15 +207,15 @@ function heatmap(
     const number = data.at(at.row, at.column);
     const text = number === null ? 'masked' : exact(number);
     value.textContent = `${rowName(at.row)} · ${columnName(at.column)}: ${text}`;
-    const first = clamp(at.column - side, 0, Math.max(data.columns - 2 * side - 1, 0));
+    const count = Math.min(2 * side + 1, data.columns);
+    const first = clamp(at.column - side, 0, data.columns - count);
     const color = palette();
-    near.replaceChildren();
-    for (let k = first; k < Math.min(first + 2 * side + 1, data.columns); k++) {
-      const x = data.at(at.row, k);
-      const cell = el(k === at.column ? 'span.here' : 'span', {}, exact(x));
+    near.replaceChildren(...range(count).map((i) => {
+      const x = data.at(at.row, first + i);
+      const cell = el(first + i === at.column ? 'span.here' : 'span', {}, exact(x));
       if (x !== null) tint(cell, color((0.35 * x) / top));
-      near.append(cell);
-    }
+      return cell;
+    }));
   }
 
   function follow(event) {
@@ -269,19 +256,25 @@ function heatmap(
   return shown;
 }
 
+// A tensor by the name of its hook, with a title; of a tensor with heads, the given one.
+const titledMap = (hook, title, tensor, head) => [
+  heading(title),
+  caption(`${hook}: ${tensor.shape.join(' × ')}`),
+  heatmap(hook, matrix(tensor, head)),
+];
+const outsideMap = (hook, title) => outside[hook] ? titledMap(hook, title, outside[hook]) : [];
+
 // Tensors of the chosen layer, one below the other, or a note why they are not in the file.
-function tensors(hooks) {
+function tensors(titles) {
   const layer = walk.layers[state.layer];
   if (!layer) return [missingLayer()];
-  return hooks.map(([hook, title]) => {
-    const tensor = outside[hook] ?? layer[hook];
+  return Object.entries(titles).map(([hook, title]) => {
+    const tensor = layer[hook];
     const heads = tensor.shape.length === 3 ? tensor.shape[0] : 0;
     const shared = heads === config.n_kv_heads && heads !== config.n_heads;
     const head = shared ? Math.floor(state.head / config.group_size) : state.head;
-    return el('section', {},
-      heading(heads ? `${title}, ${shared ? 'KV head' : 'head'} ${head}` : title),
-      caption(`${hook}: ${tensor.shape.join(' × ')}`),
-      heatmap(hook, matrix(tensor, head)));
+    const which = heads ? `, ${shared ? 'KV head' : 'head'} ${head}` : '';
+    return el('section', {}, titledMap(hook, title + which, tensor, head));
   });
 }
 

@@ -8,46 +8,12 @@ from fnmatch import fnmatchcase
 
 from glassllama.base.errors import GlassError
 from glassllama.walkthrough.step import Step, StepMismatchError
-from glassllama.walkthrough.steps.attention import (
-    attention_output,
-    attention_weights_step,
-    heads_and_groups,
-    norm,
-    positions,
-    queries_keys_values,
-)
-from glassllama.walkthrough.steps.costs import quantization, time_by_part
-from glassllama.walkthrough.steps.feed_forward_logits import all_layers, feed_forward, last_logits
-from glassllama.walkthrough.steps.generation import kv_cache, sampling
-from glassllama.walkthrough.steps.input import (
-    configuration,
-    embedding,
-    prompt_bytes,
-    token_ids,
-    weights_file,
-)
+from glassllama.walkthrough.steps import attention, costs, input, output
 from glassllama.walkthrough.walkthrough import DamagedWeightsError, Walkthrough
 
 STEPS: tuple[Callable[[Walkthrough], Step], ...] = (
-    prompt_bytes,
-    token_ids,
-    weights_file,
-    configuration,
-    embedding,
-    norm,
-    queries_keys_values,
-    heads_and_groups,
-    positions,
-    attention_weights_step,
-    attention_output,
-    feed_forward,
-    all_layers,
-    last_logits,
-    sampling,
-    kv_cache,
-    quantization,
-    time_by_part,
-)
+    *input.STEPS, *attention.STEPS, *output.STEPS, *costs.STEPS
+)  # fmt: skip
 # Pattern of hook names -> the number of the step that explains them. The first match counts.
 STEP_OF_HOOK = (
     ("*embeddings", 4),

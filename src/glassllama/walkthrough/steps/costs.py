@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -12,14 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glassllama.base.machine import usable_cores
-from glassllama.formats.blocks import BLOCK, BLOCKS, dequantize, unpack_q4_0, unpack_q8_0
-from glassllama.formats.quantize import QUANTIZE, pack_q4_0, pack_q8_0
+from glassllama.formats.blocks import (
+    BLOCK,
+    BLOCKS,
+    dequantize,
+    pack_q4_0,
+    pack_q8_0,
+    quantize,
+    unpack_q4_0,
+    unpack_q8_0,
+)
 from glassllama.nn.hooks import HookFn, add_hooks, hook_names
-from glassllama.walkthrough.analysis import kl_divergence, predictions
 from glassllama.walkthrough.manual_block import Transformer
-from glassllama.walkthrough.pictures import Bars, Table
-from glassllama.walkthrough.step import Step, source
-from glassllama.walkthrough.tracing import Intervention, trace
+from glassllama.walkthrough.step import Bars, Step, Table, sources
+from glassllama.walkthrough.tracing import Intervention, kl_divergence, predictions, trace
 from glassllama.walkthrough.walkthrough import Walkthrough, shape
 
 WeightType = Literal["Q8_0", "Q4_0"]
@@ -72,30 +78,26 @@ def quantization(walk: Walkthrough) -> Step:
         (e.type, f"{e.bits:.1f}", f"{e.weights:.3%}", f"{e.output:.3%}", f"{e.logits:.4f}",
          f"{e.divergence:.2e}", walk.piece(e.predicts)) for e in results
     ]  # fmt: skip
+    what = "logits with the same matrix, unchanged"
     return Step(
         name="quantization",
         title="Quantization: the same with fewer bits",
         question="How much do Q8_0 and Q4_0 change weights, outputs and logits?",
         shapes=f"down {shape(matrix)}, stored as {stored} → blocks of 32 → {shape(matrix)}",
-        sources=(
-            source(pack_q8_0, "scale =", "codes ="),
-            source(unpack_q8_0),
-            source(pack_q4_0, "codes ="),
-            source(unpack_q4_0, "out -=", "out *="),
+        sources=sources(
+            (pack_q8_0, "scale =", "codes ="),
+            (unpack_q8_0,),
+            (pack_q4_0, "codes ="),
+            (unpack_q4_0, "out -=", "out *="),
         ),
-        text=(
-            f"Only the matrix {name} is quantized: 32 numbers have a common scale, and each is a "
-            "small integer. The model runs again with the dequantized matrix.",
-        ),
-        pictures=(Table(columns, rows),),
-        checks=(
-            walk.compare_runs("logits with the same matrix, unchanged", unchanged,
-                              walk.plain_logits),
-        ),
+        text=f"Only the matrix {name} is quantized: 32 numbers have a common scale, and each is a "
+        "small integer. The model runs again with the dequantized matrix.",
+        pictures=[Table(columns, rows)],
+        checks=[walk.compare_runs(what, unchanged, walk.plain_logits)],
         command=walk.command(f"--step 16 --layer {walk.config.n_layers - 1}"),
         command_shows="the error of a matrix in the last layer passes through no other layers",
-        data={"matrix": name, "stored": stored, "types": [vars(e) for e in results]},
-    )  # fmt: skip
+        data={"matrix": name, "stored": stored, "types": [*map(asdict, results)]},
+    )
 
 
 def quantization_error(
@@ -123,7 +125,7 @@ def round_trip(matrix: Tensor, weight_type: WeightType) -> Tensor:
     columns, result = matrix.shape[1], torch.empty_like(matrix)
     for out, rows in zip(torch.split(result, ROWS), torch.split(matrix, ROWS), strict=True):
         padded = F.pad(rows.float(), (0, -columns % BLOCK)).numpy()
-        unpacked = dequantize(QUANTIZE[weight_type](padded), weight_type, padded.shape)
+        unpacked = dequantize(quantize(padded, weight_type), weight_type, padded.shape)
         out.copy_(torch.from_numpy(unpacked)[:, :columns])
     return result
 
@@ -138,11 +140,9 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
 
 def down_output(walk: Walkthrough, matrix: Tensor) -> Tensor:
     """The output of the chosen layer's `down` with this matrix: (1, T, C)."""
-    prefix = f"{walk.prefix}.feed_forward"
-    features = walk.trace[f"{prefix}.{'gated' if walk.is_gated else 'activated'}"]
-    has_bias = f"{prefix}.down.bias" in walk.checkpoint.names
-    bias = walk.parameter(f"{prefix}.down.bias") if has_bias else None
-    return F.linear(features, matrix, bias)
+    features = "gated" if walk.is_gated else "activated"
+    x = walk.trace[f"{walk.prefix}.feed_forward.{features}"]
+    return F.linear(x, matrix, walk.bias("feed_forward.down"))
 
 
 def logits_with_output(walk: Walkthrough, output: Tensor) -> Tensor:
@@ -175,29 +175,24 @@ def seconds_by_part(model: Transformer, ids: Tensor) -> tuple[Tensor, dict[str, 
 def time_by_part(walk: Walkthrough) -> Step:
     logits, seconds = seconds_by_part(walk.model, walk.id_tensor)
     total = sum(seconds.values())
-    parts = sorted(seconds, key=lambda part: -seconds[part])
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    rows = [(part, s, f"{s * 1e3:8.1f} ms {s / total:4.0%}") for part, s in parts]
     threads, cores = torch.get_num_threads(), usable_cores()
     return Step(
         name="time",
         title="Time by part",
         question="Which parts of the forward pass take how much time?",
         shapes=f"ids (1, {len(walk.ids)}) → logits {shape(logits)} in {total:.3f} s",
-        sources=(source(walk.implementation().hidden, "for layer", "x = layer", "return"),),
-        text=(
-            f"One forward pass of the prompt in PyTorch, {threads} threads on {cores} cores: "
-            f"{len(walk.ids) / total:,.0f} tokens per second. Products with weight matrices take "
-            "most of the time; attention itself takes little for a short text.",
-        ),
-        pictures=(
-            Bars(
-                "seconds",
-                parts,
-                [seconds[part] for part in parts],
-                [f"{seconds[part] * 1e3:8.1f} ms {seconds[part] / total:4.0%}" for part in parts],
-            ),
-        ),
-        checks=(walk.compare_runs("logits of the timed run", logits.cpu(), walk.plain_logits),),
+        sources=sources((walk.implementation().hidden, "for layer", "x = layer", "return")),
+        text=f"One forward pass of the prompt in PyTorch, {threads} threads on {cores} cores: "
+        f"{len(walk.ids) / total:,.0f} tokens per second. Products with weight matrices take most "
+        "of the time; attention itself takes little for a short text.",
+        pictures=[Bars("seconds", rows)],
+        checks=[walk.compare_runs("logits of the timed run", logits.cpu(), walk.plain_logits)],
         command=f"glassllama bench {walk.name}",
         command_shows="the speed of the same model in the engine, which keeps weights quantized",
         data={"seconds": seconds, "threads": threads},
     )
+
+
+STEPS = (quantization, time_by_part)

@@ -16,11 +16,19 @@ from glassllama.formats.blocks import dequantize
 from glassllama.tokenizers.bpe import BytePairTokenizer, merge
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer
-from glassllama.tokenizers.special_tokens import find_tokens, pattern_of
-from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary
-from glassllama.walkthrough.pictures import Bars, Drawing, HeatMap, Table, visible
-from glassllama.walkthrough.step import Check, Numbers, Source, Step, same, source
-from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape
+from glassllama.tokenizers.vocabulary import BYTES, NEVER, Vocabulary, find_tokens, pattern_of
+from glassllama.walkthrough.step import (
+    Bars,
+    Check,
+    Drawing,
+    Numbers,
+    Source,
+    Step,
+    Table,
+    same,
+    sources,
+)
+from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape, visible
 from glassllama.weights.checkpoint import Checkpoint
 
 BYTES_PER_LINE = 12
@@ -31,38 +39,38 @@ LETTERS = {
     "dim": "C", "n_heads": "H", "n_kv_heads": "K", "head_dim": "D", "ffn_dim": "F",
     "vocab_size": "V", "max_seq_len": "P, the context",
 }  # fmt: skip
+PARTS = {
+    "embeddings": "embeddings", "attention": ".attention.", "feed-forward": ".feed_forward.",
+    "norms": "norm", "output": "output",
+}  # fmt: skip
 
 
 def prompt_bytes(walk: Walkthrough) -> Step:
-    raw = (walk.prompt or "").encode()
-    parts = pretokens(walk)
+    raw, parts = (walk.prompt or "").encode(), pretokens(walk)
     drawn = [f"{visible(p.encode()):<16.16} {p.encode()[:16].hex(' ')}" for p in parts]
     if len(parts) > SHOWN_PRETOKENS:
         drawn[SHOWN_PRETOKENS:] = [f"… and {len(parts) - SHOWN_PRETOKENS:,} more"]
-    if walk.prompt is None:
-        text = "Token ids were given, so there is no text."
-    else:
+    text = "Token ids were given, so there is no text."
+    if walk.prompt is not None:
         text = f"{len(raw)} bytes of UTF-8, in {len(parts)} pre-tokens. ␣ is a space, ↵ a line "
-        text += f"break. {how_split(walk)}"
+        text += "break. " + (
+            "Every character is a token."
+            if isinstance(walk.tokenizer, CharTokenizer)
+            else "The text is split into pre-tokens first: no token crosses their boundaries."
+        )
     return Step(
         name="prompt",
         title="The prompt and its bytes",
         question="What does the tokenizer get, and how is it split first?",
         shapes=f"text of {len(walk.prompt or '')} characters → bytes ({len(raw)},)",
-        sources=(split_source(walk),),
-        text=(text,),
-        pictures=(Drawing(tuple(drawn)),),
-        checks=(same("the pre-tokens joined", "".join(parts), normalized(walk)),),
+        sources=split_source(walk),
+        text=text,
+        pictures=[Drawing(drawn)],
+        checks=[same("the pre-tokens joined", "".join(parts), normalized(walk))],
         command=walk.command("--step 0"),
         command_shows="add an emoji, a tab or two spaces to the prompt and compare their bytes",
         data={"text": walk.prompt, "pretokens": parts, "bytes": list(raw)},
     )
-
-
-def how_split(walk: Walkthrough) -> str:
-    if isinstance(walk.tokenizer, CharTokenizer):
-        return "Every character is a token."
-    return "The text is split into pre-tokens first: no token crosses their boundaries."
 
 
 def pretokens(walk: Walkthrough) -> list[str]:
@@ -90,13 +98,13 @@ def normalized(walk: Walkthrough) -> str:
     return text
 
 
-def split_source(walk: Walkthrough) -> Source:
+def split_source(walk: Walkthrough) -> tuple[Source, ...]:
     if isinstance(walk.tokenizer, BytePairTokenizer):
         split = walk.tokenizer.vocabulary.split.pretokens
-        return source(split, "parts =", "for pattern", "split =", "parts = [found")
+        return sources((split, "parts =", "for pattern", "split =", "parts = [found"))
     if isinstance(walk.tokenizer, SentencePieceTokenizer):
-        return source(SentencePieceTokenizer._with_spaces, "text = text.replace")
-    return source(encode, "return tokenizer, prompt_ids", "return None")
+        return sources((SentencePieceTokenizer._with_spaces, "text = text.replace"))
+    return sources((encode, "return tokenizer, prompt_ids", "return None"))
 
 
 def token_ids(walk: Walkthrough) -> Step:
@@ -107,14 +115,14 @@ def token_ids(walk: Walkthrough) -> Step:
     ]  # fmt: skip
     history, checks = encode_manually(walk)
     if isinstance(walk.tokenizer, CharTokenizer):
-        code = source(CharTokenizer.encode, "return ids + [")
+        code = sources((CharTokenizer.encode, "return ids + ["))
         text = (
             f"The {len(walk.tokenizer.characters)} characters of the training text have one id "
             "each, in the order of their code points. Any other character becomes "
             f"{walk.tokenizer.unknown}, the id for unknown characters."
         )
     else:
-        code = source(merge, "while ranks", "at =", "parts[at", "del ranks")
+        code = sources((merge, "while ranks", "at =", "parts[at", "del ranks"))
         text = (
             "Neighboring parts are merged pair by pair, the pair with the lowest rank first. Ranks "
             "are the order in which training learned the merges, the most frequent pairs first."
@@ -124,44 +132,43 @@ def token_ids(walk: Walkthrough) -> Step:
         title="Merges: from bytes to token ids",
         question="How do bytes become token ids?",
         shapes=f"text → ids ({len(walk.ids)},), each from 0 to {walk.config.vocab_size - 1:,}",
-        sources=(code,),
-        text=(text,),
-        pictures=(Drawing(history), Table(["position>", "id>", "token", "bytes"], rows)),
+        sources=code,
+        text=text,
+        pictures=[Drawing(history), Table(["position>", "id>", "token", "bytes"], rows)],
         checks=checks,
         command=walk.command("--step 1"),
         command_shows="add a space at the end of the prompt: the ids and the prediction change",
-        data={"ids": list(walk.ids), "pieces": walk.pieces, "merges": list(history)},
+        data={"ids": list(walk.ids), "pieces": walk.pieces, "merges": history},
     )
 
 
-def encode_manually(walk: Walkthrough) -> tuple[tuple[str, ...], tuple[Check, ...]]:
+def encode_manually(walk: Walkthrough) -> tuple[list[str], list[Check]]:
     """The merges of one pre-token, and a check of the prompt's ids as far as it is possible."""
     tokenizer = walk.tokenizer
     if walk.prompt is None or tokenizer is None:
-        return (), ()
+        return [], []
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     if isinstance(tokenizer, CharTokenizer):
         order = {char: id for id, char in enumerate(sorted(tokenizer.characters))}
         ids = [order.get(char, tokenizer.unknown) for char in walk.prompt]
-        return (), (same("ids, looked up manually", [*begin, *ids], list(walk.ids)),)
+        return [], [same("ids, looked up manually", [*begin, *ids], list(walk.ids))]
     if not isinstance(tokenizer, BytePairTokenizer):
-        return (), decoded(walk, tokenizer)
+        return [], decoded(walk, tokenizer)
     parts = [part.encode() for part in pretokens(walk)]
     short = [part for part in parts if len(part) <= LONGEST_SHOWN_PRETOKEN] or [b""]
     history = merge_history(tokenizer.vocabulary, max(short, key=len))
-    drawn = tuple(" ".join(visible(part) for part in line) for line in history)
+    drawn = [" ".join(map(visible, line)) for line in history]
     cut_out = [*tokenizer.added, *(tokenizer.specials if walk.specials else [])]
     if find_tokens(walk.prompt, cut_out):
         return drawn, decoded(walk, tokenizer)  # these tokens are cut out before the text is split
     ids = [id for part in parts for id in ids_of_pretoken(tokenizer.vocabulary, part)]
-    return drawn, (same("ids, merged manually", [*begin, *ids], list(walk.ids)),)
+    return drawn, [same("ids, merged manually", [*begin, *ids], list(walk.ids))]
 
 
-def decoded(walk: Walkthrough, tokenizer: Tokenizer) -> tuple[Check, ...]:
+def decoded(walk: Walkthrough, tokenizer: Tokenizer) -> list[Check]:
     """A check that the ids decode to the prompt, if the vocabulary can represent all of it."""
-    ids = walk.ids[1:] if walk.ids[0] == tokenizer.bos else walk.ids
-    text = tokenizer.decode(ids)
-    return (same("ids, decoded", text, walk.prompt),) if text == walk.prompt else ()
+    text = tokenizer.decode(walk.ids[1:] if walk.ids[0] == tokenizer.bos else walk.ids)
+    return [same("ids, decoded", text, walk.prompt)] if text == walk.prompt else []
 
 
 def merge_history(vocabulary: Vocabulary, pretoken: bytes) -> list[list[bytes]]:
@@ -179,42 +186,33 @@ def merge_history(vocabulary: Vocabulary, pretoken: bytes) -> list[list[bytes]]:
 
 
 def ids_of_pretoken(vocabulary: Vocabulary, pretoken: bytes) -> list[int]:
-    if vocabulary.ignore_merges and pretoken in vocabulary.ids:
-        return [vocabulary.ids[pretoken]]
-    return [vocabulary.ids[part] for part in merge_history(vocabulary, pretoken)[-1]]
+    whole = vocabulary.ignore_merges and pretoken in vocabulary.ids
+    parts = [pretoken] if whole else merge_history(vocabulary, pretoken)[-1]
+    return [vocabulary.ids[part] for part in parts]
 
 
 def weights_file(walk: Walkthrough) -> Step:
     checkpoint, name = walk.checkpoint, f"{walk.prefix}.attention.wq.weight"
     info = checkpoint.info(name)
     raw = checkpoint.read(name, slice(0, 1))
-    values = dequantize(raw, info.dtype, (1, *info.shape[1:]))
+    values = torch.from_numpy(dequantize(raw, info.dtype, (1, *info.shape[1:])))
     in_model = walk.first_row_in_model("attention.wq")
-    first_row = torch.from_numpy(values).to(in_model)  # in the model's dtype
     sizes = bytes_by_part(checkpoint)
     total, file = sum(sizes.values()), PurePath(info.path).name
+    rows = [(p, size, f"{size / 1e6:9.1f} MB  {size / total:4.0%}") for p, size in sizes.items()]
     return Step(
         name="file",
         title="The weights file",
         question="How are the weights stored?",
         shapes=f"{info.name}: {info.nbytes:,} bytes as {info.dtype} → {sizes_text(*info.shape)}",
-        sources=(source(Checkpoint.float32),),
-        text=(
-            f"{checkpoint.path.name}: {len(checkpoint.names)} tensors, {total:,} bytes, "
-            f"format {checkpoint.file_format}. The file is mapped into memory, and only the bytes "
-            f"that are used are read. The tensor above begins at byte {info.offset:,} of {file}.",
-            "its first bytes: " + raw.tobytes()[:SHOWN_BYTES].hex(" "),
-        ),
-        numbers=(Numbers("the first row, as numbers", values),),
-        pictures=(
-            Bars(
-                "size of the parts",
-                list(sizes),
-                list(sizes.values()),
-                [f"{size / 1e6:9.1f} MB  {size / total:4.0%}" for size in sizes.values()],
-            ),
-        ),
-        checks=(same(f"{name}, first row", first_row.tolist(), in_model.tolist()),),
+        sources=sources((Checkpoint.float32,)),
+        text=f"{checkpoint.path.name}: {len(checkpoint.names)} tensors, {total:,} bytes, "
+        f"format {checkpoint.file_format}. The file is mapped into memory, and only the bytes that "
+        f"are used are read. The tensor above begins at byte {info.offset:,} of {file}.\n"
+        "its first bytes: " + raw.tobytes()[:SHOWN_BYTES].hex(" "),
+        numbers=[Numbers("the first row, as numbers", values)],
+        pictures=[Bars("size of the parts", rows)],
+        checks=[same(f"{name}, first row", values.to(in_model).tolist(), in_model.tolist())],
         command=f"glassllama show {walk.name}",
         command_shows="the types of all tensors, and the memory that the model needs here",
         data={
@@ -227,11 +225,9 @@ def weights_file(walk: Walkthrough) -> Step:
 
 
 def bytes_by_part(checkpoint: Checkpoint) -> dict[str, int]:
-    parts = {"embeddings": "embeddings", "attention": ".attention.", "feed-forward":
-             ".feed_forward.", "norms": "norm", "output": "output"}  # fmt: skip
-    sizes = dict.fromkeys(parts, 0)
+    sizes = dict.fromkeys(PARTS, 0)
     for name in checkpoint.names:
-        part = next(part for part, word in parts.items() if word in name)
+        part = next(part for part, word in PARTS.items() if word in name)
         sizes[part] += checkpoint.info(name).nbytes
     return {part: size for part, size in sizes.items() if size}
 
@@ -241,51 +237,43 @@ def sizes_text(*sizes: int) -> str:
 
 
 def configuration(walk: Walkthrough) -> Step:
-    c = walk.config
-    formula, count = parameter_count(walk)
+    c, (formula, count) = walk.config, parameter_count(walk)
     in_file = parameters_in_file(walk.checkpoint)
     values = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     rows = [(name, short(value), LETTERS.get(name, "")) for name, value in values.items()]
-    frequencies = (
-        (Numbers("RoPE frequencies, radians per token", walk.frequencies),) if walk.has_rope else ()
-    )
+    label = "RoPE frequencies, radians per token"
+    plain = {n: v if isinstance(v, str | int | float) else short(v) for n, v in values.items()}
     return Step(
         name="config",
         title="The configuration",
         question="Which settings distinguish this model from others of its architecture?",
         shapes=f"{len(values)} settings → {in_file:,} parameters",
-        sources=(source(walk.implementation(walk.prefix).__init__),),
-        text=(f"Number of parameters: {formula} = {count:,}.", *walk.checkpoint.notes),
-        numbers=frequencies,
-        pictures=(Table(["setting", "value", "letter in shapes"], rows),),
-        checks=(same("parameters in the file", count, in_file),),
+        sources=sources((walk.implementation(walk.prefix).__init__,)),
+        text="\n".join([f"Number of parameters: {formula} = {count:,}.", *walk.checkpoint.notes]),
+        numbers=[Numbers(label, walk.frequencies)] if walk.has_rope else [],
+        pictures=[Table(["setting", "value", "letter in shapes"], rows)],
+        checks=[same("parameters in the file", count, in_file)],
         command="glassllama show MODEL",
         command_shows="the configuration of another checkpoint: compare its sizes and vocabulary",
-        data={
-            "config": {name: v if isinstance(v, str | int | float) else short(v)
-                       for name, v in values.items()},
-            "parameters": in_file,
-        },
-    )  # fmt: skip
+        data={"config": plain, "parameters": in_file},
+    )
 
 
 def parameter_count(walk: Walkthrough) -> tuple[str, int]:
     """The formula in letters, and its value."""
-    c = walk.config
+    c, last = walk.config, walk.config.dim
     tables = 1 if c.tie_embeddings else 2
+    rows, table_text = tables * c.vocab_size, f"{tables} × V·C"
     if walk.is_gated:
         heads = 2 * (c.n_heads + c.n_kv_heads) * c.head_dim * c.dim
-        layer, last = heads + 3 * c.dim * c.ffn_dim + 2 * c.dim, c.dim
-        layer_text, table_text = "2·H·D·C + 2·K·D·C + 3·C·F + 2·C", f"{tables} × V·C"
-        rows = tables * c.vocab_size
+        layer = heads + 3 * c.dim * c.ffn_dim + 2 * c.dim
+        layer_text = "2·H·D·C + 2·K·D·C + 3·C·F + 2·C"
     else:
-        layer, last = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, c.dim
-        layer_text = "4·C² + 2·C·F + 2·C"
+        layer, layer_text = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, "4·C² + 2·C·F + 2·C"
+        rows, table_text = rows + c.max_seq_len, f"({tables} × V + P)·C"
         if c.bias:
             layer, last = layer + 7 * c.dim + c.ffn_dim, 2 * c.dim
             layer_text += " + biases 7·C + F"
-        rows = tables * c.vocab_size + c.max_seq_len
-        table_text = f"({tables} × V + P)·C"
     last_text = "C" if last == c.dim else "2·C"
     count = rows * c.dim + c.n_layers * layer + last
     return f"{table_text} + {c.n_layers} layers × ({layer_text}) + {last_text}", count
@@ -300,12 +288,13 @@ def short(value: object) -> str:
     return text if len(text) <= 44 else text[:43] + "…"
 
 
-def embedding_rows(walk: Walkthrough) -> tuple[Tensor, Tensor | None]:
-    """The rows of the prompt's ids, and of its positions if they are learned: (1, T, C) each."""
-    rows = rows_from_file(walk, "tok_embeddings.weight", walk.ids)
-    if "pos_embeddings" not in walk.hooks:
-        return rows, None
-    return rows, rows_from_file(walk, "pos_embeddings.weight", range(len(walk.ids)))
+def embedding_rows(walk: Walkthrough) -> dict[str, Tensor]:
+    """Hook -> what the embeddings are there, read from the file: (1, T, C) each."""
+    rows = {"tok_embeddings": rows_from_file(walk, "tok_embeddings.weight", walk.ids)}
+    if "pos_embeddings" in walk.hooks:
+        rows["pos_embeddings"] = rows_from_file(walk, "pos_embeddings.weight", walk.positions)
+        rows["embeddings"] = rows["tok_embeddings"] + rows["pos_embeddings"]
+    return rows
 
 
 def rows_from_file(walk: Walkthrough, name: str, indices: range | tuple[int, ...]) -> Tensor:
@@ -315,44 +304,36 @@ def rows_from_file(walk: Walkthrough, name: str, indices: range | tuple[int, ...
     return torch.cat([torch.from_numpy(row) for row in rows])[None].to(walk.dtype)
 
 
-def block_0_input(walk: Walkthrough) -> Tensor:
-    """The input of the first layer, from the file: (1, T, C)."""
-    rows, positions = embedding_rows(walk)
-    return rows if positions is None else rows + positions
+def embedding_numbers(rows: dict[str, Tensor], first_label: str) -> list[Numbers]:
+    """The last token's numbers in each of `embedding_rows`."""
+    labels = {"tok_embeddings": first_label, "embeddings": "sum"}
+    position = f"position {rows['tok_embeddings'].shape[1] - 1}"
+    return [Numbers(labels.get(hook, position), x[0, -1], hook) for hook, x in rows.items()]
 
 
 def embedding(walk: Walkthrough) -> Step:
-    c, (rows, positions) = walk.config, embedding_rows(walk)
+    c, rows = walk.config, embedding_rows(walk)
     last, id, end = walk.pieces[-1], walk.ids[-1], len(walk.ids) - 1
     text = (
         f"Token {last} has the id {id}, so its vector is row {id} of tok_embeddings, "
         f"{sizes_text(c.vocab_size, c.dim)}. At this point it does not depend on other tokens."
     )
-    numbers = [Numbers(f"row of {last}", rows[0, -1], "tok_embeddings")]
-    checks = [walk.check("tok_embeddings", rows)]
-    if positions is not None:
+    if "pos_embeddings" in rows:
         text += f" Row {end} of pos_embeddings is added, the learned vector of position {end}."
-        numbers += [
-            Numbers(f"position {end}", positions[0, -1], "pos_embeddings"),
-            Numbers("sum", (rows + positions)[0, -1], "embeddings"),
-        ]
-        checks.append(walk.check("embeddings", rows + positions))
+    title, tokens = "tok_embeddings: the first 64 channels of every token", rows["tok_embeddings"]
     return Step(
         name="embedding",
         title="Embedding: one row of a matrix for each token",
         question="How does a token id become a vector?",
-        shapes=f"ids (1, {len(walk.ids)}) → x {shape(rows)}",
-        sources=(source(walk.implementation().hidden, "x = self."),),
-        text=(text,),
-        numbers=tuple(numbers),
-        pictures=(
-            HeatMap(
-                "tok_embeddings: the first 64 channels of every token",
-                rows[0, walk.shown.start :, :64].float().numpy(),
-                [walk.pieces[n] for n in walk.shown],
-            ),
-        ),
-        checks=tuple(checks),
+        shapes=f"ids (1, {len(walk.ids)}) → x {shape(tokens)}",
+        sources=sources((walk.implementation().hidden, "x = self.")),
+        text=text,
+        numbers=embedding_numbers(rows, f"row of {last}"),
+        pictures=[walk.heat_map(title, tokens[0, :, :64])],
+        checks=[walk.check(hook, x) for hook, x in rows.items() if hook != "pos_embeddings"],
         command=walk.command("--step 4"),
         command_shows="use a word twice in the prompt: both have the same row",
     )
+
+
+STEPS = (prompt_bytes, token_ids, weights_file, configuration, embedding)

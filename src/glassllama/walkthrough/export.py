@@ -1,24 +1,34 @@
-"""A walkthrough as one object of plain values: printed by `--json`, and the data of the HTML page.
+"""A walkthrough as one object of plain values, for `--json`, and as an HTML page with this object.
 
 docs/walkthrough.md describes every field. Arrays have no batch axis; large ones are flat, with
-their shape. Numbers have four significant digits, enough for any picture; the checks use all.
+their shape. Numbers have four significant digits, enough for any picture; the checks use all. The
+page is one file: data, style and scripts of page/; it needs no network.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import base64
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glassllama.base.interfaces import Progress
-from glassllama.walkthrough.analysis import Predictions, attention_entropy, residual_norms
 from glassllama.walkthrough.mistakes import Comparison
-from glassllama.walkthrough.step import Numbers, Step
+from glassllama.walkthrough.step import Step
 from glassllama.walkthrough.steps import STEPS, run_step
-from glassllama.walkthrough.tracing import trace
+from glassllama.walkthrough.tracing import (
+    Predictions,
+    attention_entropy,
+    residual_norms,
+    trace,
+)
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token
 
 SCHEMA = "glassllama.walkthrough/2"
@@ -27,6 +37,8 @@ PICTURE_WIDTH = 76
 FIRST_NUMBERS = 8
 CANDIDATES = 256  # the most probable tokens, listed with their logits; of the others only a sum
 TEMPERATURES = [round(0.1 * n, 1) for n in range(1, 21)]  # for which this sum is computed
+SCRIPTS = ["widgets.js", "views.js", "page.js"]  # each uses those before it
+SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 Object = dict[str, Any]
 
@@ -63,7 +75,7 @@ def to_json(
         "logit_lens": lens_to_json(walk),
         "predictions": predictions_to_json(walk, walk.predictions),
         "probabilities": candidates_to_json(walk),
-        "angles": None if walk.angles is None else array(walk.angles[0]),
+        "angles": array(walk.angles(walk.positions)[0]) if walk.has_rope else None,
         "layers": layers_to_json(walk, [walk.layer] if layers is None else layers),
         "mistakes": [comparison_to_json(each) for each in mistakes],
     }
@@ -86,11 +98,11 @@ def array(tensor: Tensor) -> Object:
 
 
 def config_to_json(walk: Walkthrough) -> Object:
-    values = dataclasses.asdict(walk.config)
+    c, values = walk.config, asdict(walk.config)
     if values.get("rope_scaling") is not None:
-        values["rope_scaling"]["rule"] = type(walk.config.rope_scaling).__name__
-    derived = {"n_kv_heads": walk.n_kv_heads, "group_size": walk.group_size}
-    return {**values, **derived, "head_dim": walk.config.head_dim}
+        values["rope_scaling"]["rule"] = type(c.rope_scaling).__name__
+    derived = {"n_kv_heads": c.n_kv_heads, "group_size": walk.group_size, "head_dim": c.head_dim}
+    return values | derived
 
 
 def token_to_json(walk: Walkthrough, id: int) -> Object:
@@ -100,41 +112,32 @@ def token_to_json(walk: Walkthrough, id: int) -> Object:
 
 def step_to_json(step: Step) -> Object:
     texts = ("number", "name", "title", "question", "shapes")
+    numbers = [
+        {"name": shown.name, "hook": shown.hook, "shape": list(shown.values.shape),
+         "first": plain(shown.first(FIRST_NUMBERS))} for shown in step.numbers
+    ]  # fmt: skip
     return {
         **{name: getattr(step, name) for name in texts},
-        "sources": [dataclasses.asdict(source) for source in step.sources],
-        "text": list(step.text),
-        "numbers": [numbers_to_json(shown) for shown in step.numbers],
+        "sources": [asdict(source) for source in step.sources],
+        "text": step.text.split("\n"),
+        "numbers": numbers,
         "picture": [line for p in step.pictures for line in [*p.lines(PICTURE_WIDTH), ""]],
-        "checks": [dataclasses.asdict(check) for check in step.checks],
+        "checks": [asdict(check) for check in step.checks],
         "what_if": {"command": step.command, "shows": step.command_shows},
         "data": plain(step.data),
     }
 
 
-def numbers_to_json(shown: Numbers) -> Object:
-    first = plain(shown.first(FIRST_NUMBERS))
-    return {"name": shown.name, "hook": shown.hook, "shape": list(shown.shape), "first": first}
-
-
 def attention_to_json(walk: Walkthrough) -> Object:
     """All heads of every recorded layer: rows of the lower triangle, one after the other."""
-    weights = {
-        name.split(".")[1]: tensor
-        for name, tensor in walk.trace.matching("layers.*.attention.weights").items()
-    }
+    recorded = walk.trace.matching("layers.*.attention.weights")
+    weights = {name.split(".")[1]: tensor[0] for name, tensor in recorded.items()}  # (H, T, T)
+    rows, columns = torch.tril_indices(len(walk.ids), len(walk.ids))
     return {
         "tokens": len(walk.ids),
-        "weights": {n: [lower_triangle(head) for head in w[0]] for n, w in weights.items()},
-        "entropy_bits": {n: plain(attention_entropy(w)[0]) for n, w in weights.items()},
+        "weights": {n: plain(w[:, rows, columns]) for n, w in weights.items()},
+        "entropy_bits": {n: plain(attention_entropy(w)) for n, w in weights.items()},
     }
-
-
-def lower_triangle(weights: Tensor) -> list[float]:
-    """(T, T) -> the weights on a token itself and on those before it, T·(T + 1)/2 numbers."""
-    rows, columns = torch.tril_indices(*weights.shape)
-    lower: list[float] = plain(weights[rows, columns])
-    return lower
 
 
 def predictions_to_json(walk: Walkthrough, predicted: Predictions) -> Object:
@@ -149,9 +152,9 @@ def pieces(walk: Walkthrough, ids: Any) -> Any:
 
 def lens_to_json(walk: Walkthrough) -> Object:
     """(L + 1, T', k) of the last T' positions."""
-    lens = Predictions(walk.lens.ids[:, 0], walk.lens.probs[:, 0])
-    first = len(walk.ids) - lens.ids.shape[1]
-    return {"first_position": first, **predictions_to_json(walk, lens)}
+    ids, probs = walk.lens.ids[:, 0], walk.lens.probs[:, 0]
+    first = {"first_position": len(walk.ids) - ids.shape[1]}
+    return first | predictions_to_json(walk, Predictions(ids, probs))
 
 
 def candidates_to_json(walk: Walkthrough) -> Object:
@@ -159,38 +162,35 @@ def candidates_to_json(walk: Walkthrough) -> Object:
     logits = walk.logits[0, -1].double()
     top = logits.topk(min(CANDIDATES, len(logits)))
     others = torch.ones_like(logits, dtype=torch.bool).index_fill(0, top.indices, False)
-    sums = [float((logits[others] / t).logsumexp(0)) for t in TEMPERATURES] if others.any() else []
+    rest = logits[others]
+    sums = (
+        [round(float((rest / t).logsumexp(0)), DIGITS) for t in TEMPERATURES] if len(rest) else []
+    )
     ids = top.indices.tolist()
     return {
         "ids": ids,
         "pieces": pieces(walk, ids),
         "logits": [round(value, DIGITS) for value in top.values.tolist()],
-        "others": {
-            "count": int(others.sum()),
-            "temperatures": TEMPERATURES,
-            "log_sums": [round(value, DIGITS) for value in sums],
-        },
+        "others": {"count": len(rest), "temperatures": TEMPERATURES, "log_sums": sums},
     }
 
 
 def layers_to_json(walk: Walkthrough, layers: Sequence[int]) -> Object:
     """All tensors of these layers by hook name below `layers.N`, with input and output."""
     others = [f"layers.{n}.*" for n in layers if n != walk.layer]
-    tensors: Mapping[str, Tensor] = walk.trace
-    if others:
-        tensors = {**tensors, **trace(walk.model, walk.ids, hooks=others)}
-    return {str(n): layer_to_json(dataclasses.replace(walk, layer=n), tensors) for n in layers}
-
-
-def layer_to_json(walk: Walkthrough, tensors: Mapping[str, Tensor]) -> Object:
-    names = {"input": walk.block_input_hook}
-    names |= {name: f"{walk.prefix}.{name}" for name in walk.block_hooks}
-    names["output"] = walk.prefix
-    return {name: array(tensors[hook][0]) for name, hook in names.items()}
+    recorded = trace(walk.model, walk.ids, hooks=others) if others else {}
+    tensors: Mapping[str, Tensor] = {**walk.trace, **recorded}
+    found: Object = {}
+    for n in layers:
+        names = {name: f"layers.{n}.{name}" for name in walk.manual}
+        names = {"input": replace(walk, layer=n).block_input_hook} | names
+        names["output"] = f"layers.{n}"
+        found[str(n)] = {name: array(tensors[hook][0]) for name, hook in names.items()}
+    return found
 
 
 def comparison_to_json(done: Comparison) -> Object:
-    walk = done.walkthrough
+    walk, mistake = done.walkthrough, done.mistake
     runs = {
         name: {
             "predictions": predictions_to_json(walk, run.predictions),
@@ -200,11 +200,38 @@ def comparison_to_json(done: Comparison) -> Object:
         for name, run in done.runs.items()
     }
     return {
-        "name": done.mistake.name,
-        "title": done.mistake.title,
-        "explanation": done.mistake.explanation,
-        "source": dataclasses.asdict(done.source),
+        **{name: getattr(mistake, name) for name in ("name", "title", "explanation")},
+        "source": asdict(done.source),
         "divergence_bits": plain(done.divergence),
-        "check": dataclasses.asdict(done.check),
+        "check": asdict(done.check),
         **runs,
     }
+
+
+def html_page(walk: Walkthrough, walked: Object, start: int = 0) -> str:
+    """The page of a walkthrough and its object, opened at step `start`."""
+    hooks = [name for name in walk.trace if name.endswith("embeddings")] + ["norm"]
+    outside = {name: array(walk.trace[name][0]) for name in hooks}
+    return render_page({"walk": walked, "outside": outside, "start": start})
+
+
+def render_page(document: object) -> str:
+    """The HTML with this data, under a content security policy that allows nothing else."""
+    style, script = asset("page.css"), "\n".join(["'use strict';", *map(asset, SCRIPTS)])
+    data = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    slots = {
+        "policy": f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}",
+        "style": style,
+        "data": data.replace("<", "\\u003c"),  # so that no text can end the script element
+        "script": script,
+    }
+    return SLOT.sub(lambda slot: slots[slot[1]], asset("page.html"))
+
+
+def asset(name: str) -> str:
+    return files("glassllama.walkthrough").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """The source expression of an inline script or style in a policy (CSP 3, section 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,12 +1,12 @@
-"""What a busy neighbour costs: decode speed beside a busy process, and alone.
+"""Decode speed while another process keeps one core busy, compared with an idle machine.
 
-    python benchmarks/neighbour.py [MODEL] [--new 64] [--rounds 5] [--out FILE]    (bench extra)
+    python benchmarks/busy_core.py [MODEL] [--new 64] [--rounds 5] [--out FILE]    (bench extra)
 
-The process keeps one of two cores busy and does nothing else; it is stopped and let go on in turns,
-and each time both engines decode, one after the other, on both cores. A perfect scheduler would
-leave three quarters of the speed to them (half of a core is the neighbour's), or more where memory
-is the limit; an engine whose threads wait for one another by spinning may lose far more. Prints a
-table and one line of JSON: medians of the rounds.
+The other process runs an endless loop on one of two cores; it is stopped and continued alternately.
+Each time, both programs decode one after the other, on both cores. With a fair scheduler they lose
+a quarter of their speed (half of one core), or less if memory bandwidth is the limit. A program
+whose threads spin while they wait for each other may lose far more. Prints a table and one line of
+JSON: medians of the rounds.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ SPIN = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Tokens per second, and the share that the neighbour took."""
+class Rates:
+    """Tokens per second without and with the other process, and the share that is lost."""
 
     name: str
     alone: float
-    beside: float
+    with_load: float
 
     @property
-    def share(self) -> float:
-        return 1 - self.beside / self.alone
+    def lost(self) -> float:
+        return 1 - self.with_load / self.alone
 
 
 @contextmanager
-def neighbour(core: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that keeps a core busy; stopped at first."""
+def busy_process(core: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that keeps a core busy. It is stopped (SIGSTOP) at first."""
     process = subprocess.Popen([sys.executable, "-c", SPIN, str(core)])
     try:
         process.send_signal(signal.SIGSTOP)
@@ -64,23 +64,23 @@ def neighbour(core: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def measure(runners: list[Runner], core: int, new: int, rounds: int) -> list[Lost]:
-    """Speeds of all, in turns, with the neighbour stopped and running."""
+def measure(runners: list[Runner], core: int, new: int, rounds: int) -> list[Rates]:
+    """Speeds of all programs, with the other process stopped and running alternately."""
     cell = Cell("decode", new)
     rates: dict[tuple[int, bool], list[float]] = {}
     for each in runners:
         each.reset(1, new)
-    with neighbour(core) as process:
+    with busy_process(core) as process:
         for _ in range(rounds):
             for busy in (False, True):
                 process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
                 for n, each in enumerate(runners):
-                    each.decode(1)  # awake, before time counts
+                    each.decode(1)  # wakes the threads before time is measured
                     rates.setdefault((n, busy), []).append(new / seconds_of(each, cell, []))
                     each.rewind(0)
-                    time.sleep(0.05)  # until its threads have gone to sleep
+                    time.sleep(0.05)  # until its threads sleep
     return [
-        Lost(each.name, median(rates[n, False]), median(rates[n, True]))
+        Rates(each.name, median(rates[n, False]), median(rates[n, True]))
         for n, each in enumerate(runners)
     ]
 
@@ -92,20 +92,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    around, cores = machine_info(), sorted(os.sched_getaffinity(0))[:CORES]
+    machine, cores = machine_info(), sorted(os.sched_getaffinity(0))[:CORES]
     if len(cores) < CORES:
-        sys.exit("needs two cores: on one there is nothing to share")
+        sys.exit("This benchmark needs two cores.")
     os.sched_setaffinity(0, cores)
     llm = load(flags.model, backend="engine", threads=CORES)
-    lost = measure(
+    rates = measure(
         [LLMRunner(llm), LlamaCppRunner(llm.path, CORES)], cores[-1], flags.new, flags.rounds
     )
-    for row in lost:
-        print(f"{row.name:18} alone {row.alone:7.1f} tok/s   beside a busy process "
-              f"{row.beside:7.1f}   lost {row.share:4.0%}")  # fmt: skip
+    for row in rates:
+        print(f"{row.name:18} alone {row.alone:7.1f} tok/s   with a busy process "
+              f"{row.with_load:7.1f}   lost {row.lost:4.0%}")  # fmt: skip
     line = {"model": Path(flags.model).name, "new": flags.new, "rounds": flags.rounds,
-            "machine": around, "versions": versions(),
-            "rows": [asdict(row) | {"lost": row.share} for row in lost]}  # fmt: skip
+            "machine": machine, "versions": versions(),
+            "rows": [asdict(row) | {"lost": row.lost} for row in rates]}  # fmt: skip
     print(json.dumps(line))
     if flags.out:
         with flags.out.open("a") as file:

@@ -1,0 +1,398 @@
+"""Steps 11 to 15: feed-forward network, all layers, logits, sampling, the second token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassllama.generation.sampler import (
+    History,
+    Temperature,
+    TopP,
+    below_largest,
+    make_sampler,
+    unscaled_probs,
+)
+from glassllama.nn.kv_cache import KVCache
+from glassllama.nn.norm import RMSNorm, rms_norm
+from glassllama.walkthrough.manual_block import layer_norm
+from glassllama.walkthrough.step import Bars, Check, Drawing, Numbers, Step, Table, compare, sources
+from glassllama.walkthrough.steps.input import embedding_rows, parameters_in_file
+from glassllama.walkthrough.tracing import predictions, residual_norms, trace
+from glassllama.walkthrough.walkthrough import Walkthrough, shape
+
+SHOWN_FEATURES = 10
+NEARLY_CLOSED = 0.05  # |activation| below this: the feature has next to no effect
+FAMOUS = "the answer to the ultimate question of life, the universe, and everything is"
+FAMOUS_ANSWER = "42"
+TOP = 10
+ROWS = 8192  # of the output matrix, multiplied at a time: it may be a gigabyte
+TEMPERATURE, TOP_P = 0.6, 0.9  # of the example programs that Meta published with Llama 3
+SEEDS = 8
+TIE = 1e-5  # relative difference of probabilities below which float32 may order ids differently
+DEPTH = 2  # sums in sequence: the softmax, and once more over the tokens that top-p keeps
+CACHE_WIDTH = 40  # tokens drawn
+Probs = NDArray[np.float64]
+
+
+def feed_forward(walk: Walkthrough) -> Step:
+    c, t, prefix = walk.config, walk.manual, f"{walk.prefix}.feed_forward"
+    if walk.is_gated:
+        names = ("gate", "up", "gated", "down")
+        activation = F.silu(t["feed_forward.gate"])[0, -1].float()  # (F,)
+        title, label = "SwiGLU feed-forward network", "silu(gate)·up"
+        text = (
+            "up computes the features, and each is multiplied by its gate, silu(gate), where "
+            "silu(z) = z / (1 + e^-z) is near 0 for negative z and near z for positive z."
+        )
+    else:
+        names = ("up", "activated", "down")  # type: ignore[assignment]
+        activation, label = t["feed_forward.activated"][0, -1].float(), f"{c.activation}(up)"
+        title = f"Feed-forward network with {c.activation.split('_')[0].upper()}"
+        text = f"up computes the features and {c.activation} is applied to each: " + (
+            "it sets negative numbers to 0."
+            if c.activation == "relu"
+            else "its result is near 0 for negative inputs and near the input for positive ones."
+        )
+    closed = float((activation.abs() < NEARLY_CLOSED).float().mean())
+    hooks = {name: f"feed_forward.{name}" for name in names}
+    features, down = t[hooks[names[-2]]], t["feed_forward.down"]
+    return Step(
+        name="swiglu" if walk.is_gated else "feed_forward",
+        title=title,
+        question="What does the feed-forward network add to the residual stream?",
+        shapes=f"ffn_norm {shape(t['ffn_norm'])} → {label} {shape(features)} → {shape(down)}",
+        sources=sources(
+            (walk.implementation(prefix).forward, "features =", "return"),
+            (walk.implementation(walk.prefix).forward, "return"),
+        ),
+        text=f"{c.ffn_dim:,} features for each token. {text} For the last token {closed:.0%} of "
+        "the activations are nearly 0. down maps the features to a vector that is added to the "
+        "residual stream.",
+        numbers=walk.numbers({"ffn_norm": "ffn_norm", **hooks}),
+        pictures=[largest_features(walk, features[0, -1])],
+        checks=[*walk.checks("ffn_norm", *hooks.values()), walk.check(walk.prefix, t["output"])],
+        command=walk.command(f"--step 11 --layer {c.n_layers - 1}"),
+        command_shows="in the last layer other features are active, and a few are very large",
+        data={"nearly_closed": closed},
+    )
+
+
+def largest_features(walk: Walkthrough, features: Tensor) -> Bars:
+    """The features (F,) of the last token with the largest sizes."""
+    largest = features.float().abs().topk(min(SHOWN_FEATURES, len(features)))
+    rows = []
+    for size, n in zip(*map(Tensor.tolist, largest), strict=True):
+        names = ("gate", "up") if walk.is_gated else ("up",)
+        parts = [f"{float(walk.manual[f'feed_forward.{p}'][0, -1, n]):8.3f} {p}" for p in names]
+        rows.append((f"feature {n}", size, " ".join([*parts, f"{float(features[n]):9.3f}"])))
+    return Bars("the largest features of the last token", rows)
+
+
+def check_all_layers(walk: Walkthrough) -> Check:
+    """Every layer computed from the embeddings on, weights read from the file: the worst check."""
+    *_, x = embedding_rows(walk).values()  # the input of the first layer: (1, T, C)
+    checks = []
+    for n in range(walk.config.n_layers):
+        name = f"layers.{n}"
+        fused = f"{name}.attention.weights" not in walk.trace  # as in the traced run
+        x = walk.compute_block(n, x, walk.positions, fused=fused)["output"]
+        checks.append(walk.compare_runs(name, x, walk.trace[name]))
+    worst = max(checks, key=lambda check: check.relative)
+    return replace(worst, what=f"layers.0 … layers.{walk.config.n_layers - 1}")
+
+
+def all_layers(walk: Walkthrough) -> Step:
+    x, count = shape(walk.block_input), walk.config.n_layers
+    norms = residual_norms(walk.trace)[:, 0]  # (L + 1, T)
+    ids, probs = (found[:, 0, -1, 0].tolist() for found in walk.lens)  # (L + 1,) of the last token
+    labels = ["embedding", *(f"layer {n}" for n in range(count))]
+    rows = [
+        (label, norm, f"{norm:9.2f}  {f'{p:4.0%} {walk.piece(i)[:14]}':<19}")
+        for label, norm, i, p in zip(labels, norms[:, -1].tolist(), ids, probs, strict=True)
+    ]
+    title = "L2 norm of the last token's vector, and the prediction of the logit lens"
+    return Step(
+        name="layers",
+        title="All layers",
+        question="How does the residual stream change from layer to layer?",
+        shapes=f"x {x} → {count} layers → {x}",
+        sources=sources(
+            (walk.implementation("layers.0").forward, "x =", "return"),
+            (walk.implementation().hidden, "for layer", "x = layer"),
+        ),
+        text="Every layer adds to the residual stream. The logit lens applies the last norm and "
+        "the output matrix to the residual stream between layers, and shows the most probable "
+        "token there. For the check all layers were computed once more, from the embeddings.",
+        pictures=[Bars(title, rows)],
+        checks=[check_all_layers(walk)],
+        command=walk.command("--step 12"),
+        command_shows="another last word in the prompt: from which layer on does the lens differ?",
+        data={"residual_norms": norms},
+    )
+
+
+def manual_last_norm(walk: Walkthrough) -> Tensor:
+    x, eps = walk.trace[f"layers.{walk.config.n_layers - 1}"], walk.config.norm_eps
+    weight = walk.parameter("norm.weight")
+    if walk.is_rms_norm:
+        return rms_norm(x, eps) * weight  # (1, T, C)
+    return layer_norm(x, weight, walk.parameter("norm.bias") if walk.config.bias else None, eps)
+
+
+def manual_logits(walk: Walkthrough, normed: Tensor) -> Tensor:
+    """(1, T, C) -> (1, T, V) float32; a block of rows of the output matrix at a time."""
+    c = walk.config
+    name = "tok_embeddings.weight" if c.tie_embeddings else "output.weight"
+    blocks = []
+    for start in range(0, c.vocab_size, ROWS):
+        rows = walk.checkpoint.float32(name, slice(start, min(start + ROWS, c.vocab_size)))
+        blocks.append(F.linear(normed, torch.from_numpy(rows).to(normed.dtype)).float())
+        walk.checkpoint.release_pages(name)
+    return torch.cat(blocks, dim=-1)
+
+
+def last_logits(walk: Walkthrough) -> Step:
+    c = walk.config
+    normed = manual_last_norm(walk)
+    logits = manual_logits(walk, normed)
+    last = logits[0, -1]
+    top = [*zip(*map(Tensor.tolist, predictions(last, TOP)), strict=True)]
+    rows = [(walk.piece(i), p, f"{p:6.1%}  logit {float(last[i]):7.3f}") for i, p in top]
+    matrix = "the embedding matrix, used again" if c.tie_embeddings else "the output matrix"
+    statement = f"logits = {'F.linear' if c.tie_embeddings else 'self.output'}"
+    return Step(
+        name="logits",
+        title="Last norm, logits, top ten",
+        question="How does the last vector become a probability for every token?",
+        shapes=f"x {shape(normed)} → norm {shape(normed)} → logits {shape(logits)}",
+        sources=sources(
+            (RMSNorm.forward, "return") if walk.is_rms_norm else (layer_norm,),
+            (walk.implementation().logits, statement),
+        ),
+        text=f"The logits are the products of the vector with the {c.vocab_size:,} rows of "
+        f"{matrix}; softmax makes them probabilities. The model predicts the next token after "
+        f"every position; only the last prediction continues the text.{famous(walk, top[0][0])}",
+        numbers=[
+            Numbers("norm, last token", normed[0, -1], "norm"),
+            Numbers("logits, last token", last, "last_logits"),
+        ],
+        pictures=[Bars("the most probable next tokens", rows, top=1.0), prediction_table(walk)],
+        checks=[
+            walk.check("norm", normed),
+            walk.check("last_logits", logits),
+            walk.compare_runs("logits of a run without hooks", logits, walk.plain_logits),
+        ],
+        command=walk.command("--step 13"),
+        command_shows="add a word to the prompt: the table shows which probability it had",
+        data={"top": [{"id": i, "piece": walk.piece(i), "probability": p} for i, p in top]},
+    )
+
+
+def famous(walk: Walkthrough, top: int) -> str:
+    """For a prompt of many tutorials: the answer of a larger model, if this one has another."""
+    if (walk.prompt or "").strip().lower() != FAMOUS or FAMOUS_ANSWER.startswith(walk.piece(top)):
+        return ""
+    millions = f"{parameters_in_file(walk.checkpoint) / 1e6:,.0f} million parameters"
+    return (
+        f"\nWith {millions} this model does not know the book that the prompt is from. For "
+        f"Llama-3-8B the most probable token is {FAMOUS_ANSWER}, before 6, 43 and 41."
+    )
+
+
+def prediction_table(walk: Walkthrough) -> Table:
+    """The prediction after every position, and the probability of the token that follows."""
+    best, rows = walk.predictions, []
+    for n in walk.shown:
+        probs = walk.logits[0, n].softmax(-1)  # (V,)
+        following = "" if n + 1 == len(walk.ids) else f"{float(probs[walk.ids[n + 1]]):.1%}"
+        predicted, p = walk.piece(int(best.ids[n, 0])), float(best.probs[n, 0])
+        rows.append((n, walk.pieces[n], predicted, f"{p:.1%}", following))
+    columns = ["position>", "token", "prediction", "probability>", "of the following token>"]
+    return Table(columns, rows)
+
+
+def sampling(walk: Walkthrough) -> Step:
+    logits = walk.logits[0, -1]
+    plain, scaled = softmax(logits, 1.0), softmax(logits, TEMPERATURE)
+    nucleus, by_sampler = nucleus_ids(scaled, TOP_P), sampler_probs(logits)
+    manual = nucleus_probs(scaled, nucleus, by_sampler)
+    both = (torch.from_numpy(probs).float() for probs in (manual, by_sampler))
+    drawn = draws(walk, logits)
+    count = f"{len(nucleus):,} candidate{'' if len(nucleus) == 1 else 's'}"
+    return Step(
+        name="sampling",
+        title="Sampling: temperature and top-p",
+        question="How is the next token chosen from the probabilities?",
+        shapes=f"logits ({len(logits)},) → probabilities → {count} → one id",
+        sources=sources(
+            (Temperature.__call__, "out:"),
+            (below_largest, "out:"),
+            (TopP.__call__, "ordered", "border", "return keep"),
+        ),
+        text=f"Logits are divided by the temperature {TEMPERATURE}, which makes probable tokens "
+        "more probable. Top-p keeps the most probable tokens with a total probability of "
+        f"{TOP_P:.0%}: here {len(nucleus)} of {len(logits):,}. A random number selects one of "
+        f"them. Seeds 0 to {SEEDS - 1}: {', '.join(walk.piece(id) for id in drawn)}.",
+        pictures=[candidate_bars(walk, plain, scaled, nucleus)],
+        checks=[compare("probabilities of the sampler", *both, terms=len(logits), depth=DEPTH)],
+        command="glassllama generate PROMPT -n 20 --temperature 1.5 --top-p 1",
+        command_shows="a higher temperature without top-p: improbable tokens are sampled",
+        data={"temperature": TEMPERATURE, "top_p": TOP_P, "nucleus": nucleus.tolist(),
+              "draws": drawn},
+    )  # fmt: skip
+
+
+def softmax(logits: Tensor, temperature: float) -> Probs:
+    """(V,) -> (V,) in float64."""
+    scaled = logits.double().numpy() / temperature
+    powers = np.exp(scaled - scaled.max())
+    probs: Probs = powers / powers.sum()
+    return probs
+
+
+def nucleus_ids(probs: Probs, p: float) -> NDArray[np.intp]:
+    """The most probable ids with a sum of p or more, in descending order; with all ties."""
+    order = np.argsort(-probs, kind="stable")
+    sums = np.cumsum(probs[order])
+    last = min(int(np.searchsorted(sums, p)), len(order) - 1)
+    nucleus: NDArray[np.intp] = order[probs[order] >= probs[order[last]]]
+    return nucleus
+
+
+def sampler_probs(logits: Tensor) -> Probs:
+    """Probabilities (V,) by the sampler of generation/: temperature, then top-p."""
+    history = History([], len(logits))
+    filtered = TopP(TOP_P)(Temperature(TEMPERATURE)(logits.numpy(), history), history)
+    weights = unscaled_probs(filtered).astype(np.float64)
+    probs: Probs = weights / weights.sum()
+    return probs
+
+
+def nucleus_probs(probs: Probs, nucleus: NDArray[np.intp], by_sampler: Probs) -> Probs:
+    """Probabilities (V,) of the nucleus alone.
+
+    The sampler computes in float32, so rounding decides which of nearly equal ids are the last of
+    the nucleus. For these ids, and only for these, the choice of the sampler is taken.
+    """
+    last = probs[nucleus[-1]]
+    inside = np.where(np.abs(probs - last) <= TIE * last, by_sampler > 0, probs >= last)
+    truncated: Probs = np.where(inside, probs, 0.0)
+    truncated /= truncated.sum()
+    return truncated
+
+
+def draws(walk: Walkthrough, logits: Tensor) -> list[int]:
+    """The id that each of the seeds samples."""
+    sampler = partial(make_sampler, temperature=TEMPERATURE, top_p=TOP_P)
+    starts = [sampler(seed=seed).start(walk.ids, len(logits)) for seed in range(SEEDS)]
+    return [start.choose(logits.numpy()) for start in starts]
+
+
+def candidate_bars(
+    walk: Walkthrough, plain: Probs, scaled: Probs, nucleus: NDArray[np.intp]
+) -> Bars:
+    rows, inside = [], set(nucleus.tolist())
+    for i in np.argsort(-plain, kind="stable")[:TOP].tolist():
+        removed = "" if i in inside else "removed"
+        note = f"{plain[i]:6.1%} → {scaled[i]:6.1%} {removed:<7}"
+        rows.append((walk.piece(i), float(scaled[i]), note))
+    title = f"probability → at temperature {TEMPERATURE}; removed: by top-p {TOP_P}"
+    return Bars(title, rows, top=1.0)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """A greedy token, its probability, and the number of tokens in the cache before it."""
+
+    id: int
+    probability: float
+    cached: int
+
+
+def next_token(logits: Tensor, cached: int) -> NextToken:
+    best = predictions(logits)
+    return NextToken(int(best.ids[0]), float(best.probs[0]), cached)
+
+
+def kv_cache(walk: Walkthrough) -> Step:
+    past, prefix, cache = len(walk.ids), walk.prefix, walk.cache
+    cache.truncate(0, past)  # this step may have added tokens before
+    first = next_token(walk.logits[0, -1], past)
+    hooks = ("*embeddings", "layers.*", "last_logits")
+    recorded = trace(walk.model, [first.id], hooks=hooks, cache=cache)
+    again = trace(walk.model, [*walk.ids, first.id], hooks=()).logits[:, -1:]
+    # The chosen layer for the new token alone, with the keys and values of the prompt.
+    known = (walk.rotated[1], walk.manual["attention.v"])
+    x, position = recorded[walk.block_input_hook], range(past, past + 1)
+    manual = walk.compute_block(walk.layer, x, position, known)
+    tokens = [first, *greedy_tokens(walk, cache, recorded.logits[0, -1].cpu())]
+    hook, logits = f"{prefix}.attention.weights", recorded.logits.cpu()
+    label = f"weights of the new token, head {walk.head}"
+    forward = walk.implementation(f"{prefix}.attention").forward
+    return Step(
+        name="cache",
+        title="The second token, with the KV cache",
+        question="Which results are reused for the next token?",
+        shapes=f"1 new id, {past} cached keys and values → logits {shape(logits)}",
+        sources=sources(
+            (forward, "if context.cache", "k, v = context.cache"),
+            (KVCache.extend, "cached[:, :, self.lengths"),
+        ),
+        text=f"{walk.piece(first.id)} is appended and is the only input of this forward pass. The "
+        f"causal mask hides it from the {past} tokens before it, so their tensors do not change: "
+        "their keys and values are in the KV cache, and their queries, feed-forward features and "
+        f"logits are not needed again. {saved(walk)}",
+        numbers=[Numbers(label, recorded[hook][0, walk.head, -1])],
+        pictures=[cache_drawing(walk, tokens)],
+        checks=[
+            walk.compare(f"{hook} of the new token", manual["attention.weights"], recorded[hook]),
+            walk.compare(f"{prefix} of the new token", manual["output"], recorded[prefix]),
+            walk.compare_runs("logits without a cache", logits, again.cpu()),
+        ],
+        command=f"glassllama bench {walk.name} --prompt 64 --new 16",
+        command_shows="tokens per second of the prompt, and of generation one token at a time",
+        data={
+            "continuation": [asdict(token) | {"piece": walk.piece(token.id)} for token in tokens]
+        },
+    )
+
+
+def greedy_tokens(walk: Walkthrough, cache: KVCache, logits: Tensor) -> list[NextToken]:
+    """Generate until the cache is full, one token per forward pass."""
+    tokens = [next_token(logits, cache.lengths[0])]
+    while cache.lengths[0] < cache.max_len:
+        rows = trace(walk.model, [tokens[-1].id], hooks=(), cache=cache).logits
+        tokens.append(next_token(rows[0, -1].cpu(), cache.lengths[0]))
+    return tokens
+
+
+def saved(walk: Walkthrough) -> str:
+    """Multiplications in products of matrices and vectors, with the cache and without."""
+    c, past = walk.config, len(walk.ids)
+    attention = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
+    token = c.n_layers * (attention + (3 if walk.is_gated else 2) * c.dim * c.ffn_dim)
+    output = c.dim * c.vocab_size
+    alone, all_tokens = (f"{(n * token + output) / 1e6:,.1f}" for n in (1, past + 1))
+    return f"This takes {alone} million multiplications instead of {all_tokens} million."
+
+
+def cache_drawing(walk: Walkthrough, tokens: list[NextToken]) -> Drawing:
+    drawn = ["▒ in the cache   █ computed in this forward pass"]
+    for token in tokens:
+        more = max(token.cached - CACHE_WIDTH, 0)
+        skipped = f"…{more} more " if more else ""
+        row = "▒" * min(token.cached - 1, CACHE_WIDTH) + "█"
+        if token is tokens[0]:
+            row = "█" * min(token.cached, CACHE_WIDTH)
+        drawn.append(f"{skipped}{row} → {walk.piece(token.id)}  {token.probability:.0%}")
+    return Drawing(drawn)
+
+
+STEPS = (feed_forward, all_layers, last_logits, sampling, kv_cache)
