@@ -94,10 +94,7 @@ def walkthrough(
         note_specials(walk.tokenizer, walk.prompt or "", specials)
     full = full_layers(layers, walk)
     if to_page:
-        from glassllama.walkthrough.export import html_page
-
-        walked = to_object(walk, mistakes, None, full)
-        show_page(html_page(walk, walked, start=step or 0), html, open_page)
+        show_page(walk, to_object(walk, mistakes, None, full), step or 0, html, open_page)
     elif json:
         print_json(to_object(walk, mistakes, step, full))
     elif mistakes:
@@ -195,10 +192,14 @@ def to_object(
         return to_json(walk, layers=full, steps=steps, mistakes=done, progress=progress)
 
 
-def show_page(page: str, html: Path | None, open_page: bool) -> None:
+def show_page(
+    walk: Walkthrough, walked: dict[str, Any], step: int, html: Path | None, open_page: bool
+) -> None:
     """Write the page to `html`, or to a temporary file that is not deleted, and print its path."""
+    from glassllama.walkthrough.export import html_page
+
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
-    write_file(path, page)
+    write_file(path, html_page(walk, walked, start=step))
     write(f"{path}\n")
     if open_page and not webbrowser.open(path.absolute().as_uri()):
         raise GlassError(f"no browser was found: open {path} in one")
