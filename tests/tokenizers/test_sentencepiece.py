@@ -1,4 +1,4 @@
-"""SentencePiece-style tokenizers against the sentencepiece and tokenizers libraries."""
+"""SentencePiece tokenizers against the sentencepiece and tokenizers libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FOREIGN = (
     "日本語のテキストです。中文文本没有空格。한국어 텍스트 हिन्दी में पाठ ก็ไม่ عربي עברית "
     "👩\u200d👩\u200d👧 😀😀😀 e\u0301\u0323 x²+y³ ½ ﬁ\u3000wide\xa0blank\u200bzero "
 )
-# Each exercises another path through the tokenizer.
+# Each tests another path through the tokenizer.
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {
         "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
@@ -116,14 +116,14 @@ def mixed(seed: int, pieces: list[str]) -> str:
 
 
 def held_back(pair: Pair, text: str) -> bool:
-    """Whether ours treats something as a special token that the library always reads."""
+    """Whether our tokenizer treats as special a token that the library always parses."""
     ours, theirs = pair
     always = [special for special, id in ours.specials.items() if not theirs.is_control(id)]
     return any(special in text for special in always)
 
 
 def one_replacement(text: str) -> str:
-    """The library writes U+FFFD for every invalid byte, Python for groups of them."""
+    """The library writes U+FFFD for each invalid byte, Python for groups of them."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -140,7 +140,7 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
             continue
         assert ours.encode(text) == theirs.encode(text)
         assert ours.encode("x" + text + "y") == theirs.encode("x" + text + "y")
-        # After another token, so that no blank is dropped.
+        # After another token, so that no space is removed.
         anchor = theirs.piece_to_id("e")
         assert one_replacement(ours.decode([anchor, id])) == one_replacement(
             theirs.decode([anchor, id])
@@ -151,7 +151,7 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
 @pytest.mark.identical("SentencePiece: ids of every code point", "sentencepiece")
 def test_every_code_point(pair: Pair, request: pytest.FixtureRequest) -> None:
     ours, theirs = pair
-    # All of them where bytes are at hand and where they are not, some with the other settings.
+    # All settings with and without byte tokens, and some with the others.
     step = 1 if request.node.callspec.params["pair"] in ("llama", "defaults") else 7
     points = [chr(n) for n in range(0, 0x30000, step) if not 0xD800 <= n < 0xE000]
     expected = theirs.encode(points)
@@ -232,7 +232,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def as_hugging_face(model: Path, family: str) -> Tokenizer:
-    """A SentencePiece model as the tokenizers library writes it, one pair of pieces at a time."""
+    """A SentencePiece model written by the tokenizers library, one pair of pieces at a time."""
     spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
     pieces = [spm.id_to_piece(id) for id in range(spm.vocab_size())]
     vocab = {piece: id for id, piece in enumerate(pieces)}
@@ -425,7 +425,9 @@ def test_gguf_user_defined_pieces_are_found_first(metadata: dict[str, Any]) -> N
         assert ours.encode(f"{before}<sep>{behind}", specials=True) == expected
 
 
-def test_gguf_unknown_written_in_a_text_is_read_with_specials(metadata: dict[str, Any]) -> None:
+def test_gguf_the_text_of_the_unknown_token_is_parsed_with_specials(
+    metadata: dict[str, Any],
+) -> None:
     ours = tokenizer_from_gguf(metadata)
     assert ours.encode("of<unk>the", specials=True) == [*ours.encode("of"), 0, *ours.encode("the")]
     assert 0 not in ours.encode("of<unk>the")
@@ -466,7 +468,7 @@ def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
     tokenizer = read_sentencepiece(trained["llama"], COMPILED)
-    tokenizer.encode("a" * 1000 + " " * 1000)  # compiles what long words need
+    tokenizer.encode("a" * 1000 + " " * 1000)  # compiles the code for long words
     return tokenizer
 
 
@@ -477,7 +479,7 @@ def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> 
     def there_and_back(count: int) -> None:
         assert warm.decode(warm.encode(unit * count)) == unit * count
 
-    # 2.5 a doubling, over four: the one at which the pairs outgrow a cache takes longer by itself.
+    # 2.5 per doubling, over four doublings: slower where the pairs no longer fit into a cache.
     limit = min(5, 2.5**4 * seconds(partial(there_and_back, 62_500)))
     assert seconds(partial(there_and_back, 1_000_000), enough=limit) <= limit
 
@@ -498,7 +500,7 @@ def test_an_id_outside_the_vocabulary_is_refused(trained: dict[str, Path], id: i
 
 
 def test_special_tokens_are_read_only_on_request(trained: dict[str, Path]) -> None:
-    """Also for what Gemma's file declares as an ordinary added token."""
+    """Also those that Gemma's file declares as ordinary added tokens."""
     tokenizer = read_sentencepiece(trained["gemma"])
     for text in tokenizer.specials:
         assert not set(tokenizer.encode(f"a{text}b")) & set(tokenizer.specials.values())
@@ -508,7 +510,7 @@ def test_special_tokens_are_read_only_on_request(trained: dict[str, Path]) -> No
 
 
 def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
-    """Cut anywhere or a byte changed anywhere: an error that names the file, or a vocabulary."""
+    """Truncated or with a changed byte: an error that names the file, or a valid vocabulary."""
     whole = trained["llama"].read_bytes()
     path = tmp_path / "tokenizer.model"
     choice = random.Random(0)
@@ -557,7 +559,7 @@ def test_other_model_types_are_refused(
         read_sentencepiece(tmp_path / "m.model")
 
 
-def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, Any]) -> None:
+def test_gguf_ids_beyond_the_vocabulary_are_replaced_by_defaults(metadata: dict[str, Any]) -> None:
     """As in llama.cpp, with a note; an empty precompiled_charsmap is ignored."""
     usual = tokenizer_from_gguf(metadata)
     beyond = {"bos_token_id": 9000, "eos_token_id": 9001, "eot_token_id": 9002}
@@ -589,7 +591,7 @@ def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, A
         ({"precompiled_charsmap": 5}, "precompiled_charsmap must be none"),
     ],
 )
-def test_wrong_gguf_metadata_is_named(
+def test_errors_name_wrong_gguf_metadata(
     trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], complaint: str
 ) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained["llama"]))

@@ -19,7 +19,7 @@ from glassllama.train.tokens import (
 
 
 def written(path: Path, vocab_size: int = 300) -> Tokens:
-    """Three documents, the second in two pieces, one piece empty."""
+    """Three documents, the second in two pieces, one of them empty."""
     chance = np.random.default_rng(0)
     draw = [chance.integers(vocab_size, size=n) for n in (5, 7, 2, 0, 9)]
     begins = (True, True, False, True, True)
@@ -32,7 +32,7 @@ def written(path: Path, vocab_size: int = 300) -> Tokens:
 @pytest.mark.parametrize(
     ("vocab_size", "width"), [(300, 2), (65_536, 2), (65_537, 4), (128_256, 4)]
 )
-def test_the_vocabulary_decides_how_wide_an_id_is(
+def test_the_vocabulary_size_determines_the_width_of_ids(
     tmp_path: Path, vocab_size: int, width: int
 ) -> None:
     path = tmp_path / "a" / "tokens.bin"
@@ -99,7 +99,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_corpus_leaves_nothing(tmp_path: Path) -> None:
+def test_an_empty_corpus_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(GlassError, match="empty"):
         write_tokens(tmp_path / "tokens.bin", [Piece(np.array([], int), True)], 9)
     assert list(tmp_path.iterdir()) == []
@@ -112,7 +112,7 @@ def test_ids_outside_the_vocabulary_are_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_files_stay_until_all_is_written(tmp_path: Path) -> None:
+def test_old_files_stay_until_the_new_ones_are_complete(tmp_path: Path) -> None:
     path = tmp_path / "tokens.bin"
     before = written(path).ids.tolist()
 
@@ -126,7 +126,7 @@ def test_old_files_stay_until_all_is_written(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GlassError, match="cannot be written"):
         write_tokens(tmp_path / "file" / "tokens.bin", [Piece(np.arange(3), True)], 9)

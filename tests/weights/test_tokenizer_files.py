@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer, as transformers reads them."""
+"""The small files next to a tokenizer, read as transformers does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
     "<|im_start|>user\nhi there<|im_end|>", "a <tool>and<tool>b", "<|im_end|><|im_end|>",
     "the [PAD]fox", "<mark>the quick</s>brown", "hi", "<extra>says <|x|>",
 ]  # fmt: skip
-# After a token, sentencepiece and llama.cpp make two blanks of one and transformers does not.
+# After a token, sentencepiece and llama.cpp turn one space into two and transformers does not.
 WITH_BLANKS = [" hi", "a <tool> and <tool> b", "<mark> the </s> fox", "[PAD] <extra> <|x|>\n"]
 
 
@@ -38,7 +38,7 @@ def row(content: str, special: bool = False, **flags: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a SentencePiece model of 300 pieces or so."""
+    """A folder with a SentencePiece model of about 300 pieces."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "corpus.txt").write_text("the quick brown fox says hi to user and assistant\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
@@ -161,7 +161,7 @@ def test_tokens_of_side_files(
     assert named["eos_token"] == theirs.eos_token
 
 
-# Beside a tokenizer.model transformers forgets additional_special_tokens.
+# With a tokenizer.model transformers ignores additional_special_tokens.
 NEW_TOKENS: dict[str, dict[str, Any]] = {
     "extra_special_tokens, named, beside a list of the older name": {
         "tokenizer_config.json": {
@@ -183,7 +183,7 @@ NEW_TOKENS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NEW_TOKENS)
 @pytest.mark.identical("ids with tokens of side files", "transformers")
-def test_new_tokens_are_numbered_as_by_transformers(
+def test_new_tokens_get_the_same_ids_as_in_transformers(
     bytewise: Path, tmp_path: Path, name: str
 ) -> None:
     files = NEW_TOKENS[name]
@@ -195,7 +195,7 @@ def test_new_tokens_are_numbered_as_by_transformers(
     assert template_tokens_from_folder(folder) == theirs.special_tokens_map
 
 
-def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
+def test_a_token_of_the_vocabulary_named_as_special_becomes_a_control_token(
     bytewise: Path, tmp_path: Path
 ) -> None:
     document = json.loads((bytewise / "tokenizer.json").read_text())
@@ -236,7 +236,7 @@ def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["pieces", "bytewise"])
-def test_side_files_that_are_wrong_are_named(
+def test_errors_name_wrong_side_files(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, files: dict[str, Any], words: str
 ) -> None:
     folder = beside(request.getfixturevalue(kind), tmp_path, files)
@@ -279,7 +279,7 @@ NAMES = [
     ),
     st.sampled_from(["pieces", "bytewise"]),
 )  # fmt: skip
-def test_any_side_file_is_read_or_refused_in_a_line(
+def test_any_side_file_is_read_or_refused_with_one_line(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     files: dict[str, Any],
@@ -299,10 +299,12 @@ def test_any_side_file_is_read_or_refused_in_a_line(
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja"])
-def test_side_files_of_any_size_are_not_read(bytewise: Path, tmp_path: Path, name: str) -> None:
+def test_side_files_that_are_too_large_are_not_read(
+    bytewise: Path, tmp_path: Path, name: str
+) -> None:
     folder = beside(bytewise, tmp_path, {})
     with (folder / name).open("wb") as file:
-        file.truncate(1 << 40)  # a hole: it takes no room
+        file.truncate(1 << 40)  # a sparse file without data on the disk
     read = chat_template_from_folder if name.startswith("chat") else tokenizer_from_folder
 
     def refused() -> None:
@@ -314,7 +316,7 @@ def test_side_files_of_any_size_are_not_read(bytewise: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("id", [200_000, 4_194_303])
 def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, id: int) -> None:
-    """Nothing is made as large as one id says; and a token's name is cut where it is quoted."""
+    """Nothing is allocated by the size of an id; long token names are shortened in errors."""
     for changed, name in (("vocab", "x" * 5000), ("added", "<|far|>")):
         folder = beside(bytewise, tmp_path, {})
         document = json.loads((folder / "tokenizer.json").read_text())
@@ -334,7 +336,7 @@ def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, i
         assert "\n" not in str(refused.value)
 
 
-def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_template_in_a_separate_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ three }}"}))
     assert chat_template_from_folder(tmp_path) == "{{ three }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ two }}"}))
@@ -343,14 +345,14 @@ def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert chat_template_from_folder(tmp_path) == "{{ one }}"
 
 
-def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+def test_notices_name_files_that_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"vocab\.json with merges\.txt does not say how"):
         tokenizer_from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [[-1], {"a": 1}, 7, None])
-def test_an_added_token_whose_text_is_none_is_refused(
+def test_an_added_token_without_a_valid_text_is_refused(
     bytewise: Path, tmp_path: Path, content: Any
 ) -> None:
     folder = beside(bytewise, tmp_path, {})
@@ -375,10 +377,10 @@ def test_an_added_token_whose_text_is_none_is_refused(
     ],
 )  # fmt: skip
 @pytest.mark.identical("ids of tokenizer.model with and without `legacy`", "transformers")
-def test_where_a_blank_goes(
+def test_where_a_space_is_added(
     pieces: Path, tmp_path: Path, model_type: str, config: dict[str, Any] | None
 ) -> None:
-    """Before the first word, or behind each control token, too."""
+    """Before the first word, or after each control token, too."""
     files = {"config.json": {"model_type": model_type}}
     folder = beside(pieces, tmp_path, files)
     if config is not None:
@@ -388,7 +390,7 @@ def test_where_a_blank_goes(
         assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_tokens_beside_ranks_are_not_left_out(tmp_path: Path, llama3_ranks: Path) -> None:
+def test_added_tokens_must_agree_with_a_tiktoken_file(tmp_path: Path, llama3_ranks: Path) -> None:
     shutil.copy(llama3_ranks, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": 128009}))
     assert tokenizer_from_folder(tmp_path).vocab_size == 128_256

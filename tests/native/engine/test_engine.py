@@ -23,10 +23,10 @@ from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import (
     assert_logits,
     difference,
-    eight_bit_bar,
     eight_bit_error,
-    logits_bar,
-    spread_apart,
+    eight_bit_tolerance,
+    logits_tolerance,
+    rms_difference,
 )
 
 WIDE = {
@@ -64,7 +64,7 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path, parity: Any) ->
         theirs = model(torch.tensor([IDS])).logits[0].numpy()
     checkpoint = open_checkpoint(write_hf(model, tmp_path))
     apart = difference(logits(pack(checkpoint, exact=True), IDS), theirs)
-    bar = logits_bar(checkpoint.config)
+    bar = logits_tolerance(checkpoint.config)
     parity("logits, engine exact", "transformers, tiny random models", bar, apart)
     assert apart <= bar
 
@@ -84,7 +84,7 @@ def test_every_weight_type(kind: str, tmp_path: Path) -> None:
         eight_bit_error(model, torch.tensor([IDS])),
     )
     assert_logits(logits(pack(checkpoint, exact=True), IDS), reference, checkpoint.config)
-    assert spread_apart(logits(pack(checkpoint), IDS), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(pack(checkpoint), IDS), reference) <= 1.5 * eight_bit
 
 
 def test_a_notice_says_that_q5_is_computed_as_q8(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyP
     best = logits(pack(quantised), IDS)
     monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     plain = logits(pack(quantised), IDS)
-    assert spread_apart(plain, best) <= eight_bit_bar(quantised.config.n_layers)
+    assert rms_difference(plain, best) <= eight_bit_tolerance(quantised.config.n_layers)
     monkeypatch.setenv("GLASSLLAMA_TIER", "quantum")
     with pytest.raises(GlassError, match="GLASSLLAMA_TIER=quantum: this processor can run"):
         pack(quantised)

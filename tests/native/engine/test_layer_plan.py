@@ -18,7 +18,7 @@ from glassllama.native.engine.workspace import Weights, vector_shapes
 from handmade_engines import SMALL, matrix
 from native.engine.unpacked import read_rows
 from rows import Rows
-from tolerances import assert_logits, difference, spread_apart
+from tolerances import assert_logits, difference, rms_difference
 
 PLAN = llama_plan(SMALL)
 BLOCK = PLAN.blocks[0]
@@ -247,7 +247,7 @@ def test_windows_and_caps_with_integer_caches(name: str, cache: Any) -> None:
     reference = Formulas(plan, weights).logits(LONG)
     engine = Engine(SMALL, weights, cache=cache, plan=plan)
     whole = logits(engine, LONG)
-    assert spread_apart(whole, reference) < (0.05 if cache == "int8" else 1e-3)
+    assert rms_difference(whole, reference) < (0.05 if cache == "int8" else 1e-3)
     row = Rows(engine)
     parts = [row.all_logits(LONG[:690])]
     parts += [row.all_logits([id]) for id in LONG[690:]]  # spans are divided among threads
@@ -259,7 +259,7 @@ def test_quantized_weights_with_all_features(kind: str) -> None:
     plan = PLANS["everything"]
     weights = random_weights(plan, kind)
     reference = Formulas(plan, weights).logits(IDS)
-    assert spread_apart(logits(Engine(SMALL, weights, plan=plan), IDS), reference) < 0.05
+    assert rms_difference(logits(Engine(SMALL, weights, plan=plan), IDS), reference) < 0.05
 
 
 def test_blocks_of_different_sizes_are_refused() -> None:

@@ -21,7 +21,7 @@ from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from synthetic_models import padded_module, synthetic_module
-from tolerances import assert_logits, eight_bit_error, spread_apart
+from tolerances import assert_logits, eight_bit_error, rms_difference
 
 CONFIG = LlamaConfig(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
@@ -56,7 +56,7 @@ def test_a_whole_model_from_file_to_logits(
     packed = {matrix.weight_type.name for matrix in engine.weights.matrices}
     assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
-    assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
 
 
 @pytest.mark.parametrize("values", ["Q6_K", "Q8_0"])
@@ -166,7 +166,7 @@ def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None
     assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
     assert any("IQ4_NL" in line and "Q8_0" in line for line in engine.describe())
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
-    assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
 
 
 def test_an_unknown_type_is_a_clean_error(tmp_path: Path, synthetic: ModuleType) -> None:

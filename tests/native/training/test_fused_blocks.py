@@ -16,7 +16,7 @@ from glassllama.models.llama import Llama
 from glassllama.native.training import kernels
 from glassllama.native.training.blocks import can_fuse, fuse_blocks
 from glassllama.nn.dropout import add_dropout
-from tolerances import logits_bar, unit
+from tolerances import logits_tolerance, unit
 from train.recipes import small_llama
 
 
@@ -31,7 +31,7 @@ def test_fused_blocks_equal_the_model(qk_norm: bool, packed: bool) -> None:
     segments = (torch.arange(17) >= 7).long().expand(3, -1) if packed else None
     exact = tensors_of_step(model, ids, segments)
     quick = tensors_of_step(fused, ids, segments)
-    bar = logits_bar(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
+    bar = logits_tolerance(model.config, torch.bfloat16, layers=2 * model.config.n_layers)
     for name, tensor in exact.items():
         assert (quick[name] - tensor).norm() <= bar * tensor.norm(), name
 
