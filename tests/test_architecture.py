@@ -99,7 +99,7 @@ def imported(path: Path, *, late: bool = True) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
-            assert node.level == 0, "imports are absolute"
+            assert node.level == 0, "only absolute imports are allowed"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

@@ -117,7 +117,7 @@ class Terminal:
         """Read until `text` appears -> the output before it; later calls search after it."""
         limit = time.monotonic() + PATIENCE
         while text not in self.screen:
-            assert time.monotonic() < limit, f"never came: {text!r} after {self.screen[-500:]!r}"
+            assert time.monotonic() < limit, f"timeout: no {text!r} after {self.screen[-500:]!r}"
             if not self._read():
                 raise AssertionError(f"ended before {text!r}: {self.screen[-500:]!r}")
         before, _, self.screen = self.screen.partition(text)

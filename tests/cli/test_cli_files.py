@@ -16,17 +16,17 @@ from glassllama.cli.repl import Conversation
 from glassllama.native.jit import deferred_signals
 from tiny_models import hf_model, write_hf
 
-ROOM = 4096  # bytes
+LIMIT = 4096  # bytes
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    with files_of_at_most(ROOM), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
-        write_file(page, "x" * 2 * ROOM)
+    with files_of_at_most(LIMIT), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
+        write_file(page, "x" * 2 * LIMIT)
     assert list(tmp_path.iterdir()) == []
     write_file(page, "old")
-    with files_of_at_most(ROOM), pytest.raises(GlassError, match="too large"):
-        write_file(page, "x" * 2 * ROOM)
+    with files_of_at_most(LIMIT), pytest.raises(GlassError, match="too large"):
+        write_file(page, "x" * 2 * LIMIT)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert page.read_text() == "old"
 
@@ -52,7 +52,7 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_leaves_no_file(
     if there:
         out.mkdir()
         (out / "notes.txt").write_text("mine")
-    with files_of_at_most(ROOM):
+    with files_of_at_most(LIMIT):
         ran = verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", out)
     assert ran.code == 1
     assert ran.err.splitlines()[-1].startswith(f"error: {out}: cannot be written")

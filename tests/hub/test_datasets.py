@@ -69,7 +69,7 @@ def test_a_broken_connection_is_resumed(
     stand_in.break_after[NAME] = [1_000_000]
     answer = sandbox.run(dataset=dataset)
     assert "the connection broke" in answer["error"]
-    assert "texts/tiny.txt" in answer["error"], "says where to put the file by hand"
+    assert "texts/tiny.txt" in answer["error"], "the error says where to put the file manually"
     assert left_in(sandbox.home) == ["texts/partial-tiny/tiny.txt"]
     assert Path(sandbox.run(dataset=dataset)["path"]).read_bytes() == content
     assert stand_in.gets(NAME)[1] == "bytes=1000000-"
@@ -84,7 +84,7 @@ def test_a_killed_download_is_resumed(
     with sandbox.start(dataset=dataset) as process:
         deadline = time.monotonic() + 300
         while not (partial.exists() and partial.stat().st_size):
-            assert time.monotonic() < deadline, "nothing came"
+            assert time.monotonic() < deadline, "no data arrived"
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=300)

@@ -163,7 +163,7 @@ def test_dropout_acts_in_training_only(make: type) -> None:
     torch.manual_seed(3)
     one = model.train()(IDS)
     torch.manual_seed(3)
-    assert torch.equal(model(IDS), one), "the generator's state decides"
+    assert torch.equal(model(IDS), one), "results depend on the generator's state"
     assert not torch.equal(model(IDS), one)
     assert difference(one, plain(IDS)) > 0.01
 

@@ -99,7 +99,7 @@ def test_whole_documents_of_many_are_validation_text(tmp_path: Path) -> None:
     splits = splits_of(open_corpus(tmp_path / "many.jsonl"))
     assert sorted(chain.from_iterable(splits.values())) == sorted(texts)
     assert 0.08 < len(splits["val"]) / len(texts) < 0.12
-    assert not set(splits["train"]) & set(splits["val"]), "a copy leaks"
+    assert not set(splits["train"]) & set(splits["val"]), "a copy is not freed"
     assert splits == splits_of(open_corpus(tmp_path))
 
 

@@ -64,14 +64,14 @@ def test_a_complete_run_continues_with_the_longer_schedule(tmp_path: Path, text:
     first = losses(make_steps(new_run(folder, text, "bigram")))
     assert first[:3] == whole[:3]  # the same schedule: the warmup, and the first step at the peak
     assert first != whole[:12]
-    twin = tmp_path / "twin"
-    shutil.copytree(folder, twin)
+    duplicate = tmp_path / "duplicate"
+    shutil.copytree(folder, duplicate)
     make_steps(new_run(folder, text, "bigram", "schedule.steps=24"))
-    make_steps(new_run(twin, text, "bigram", "schedule.steps=24"), stop_after=17)
-    again = new_run(twin, text, "bigram", "schedule.steps=24")
+    make_steps(new_run(duplicate, text, "bigram", "schedule.steps=24"), stop_after=17)
+    again = new_run(duplicate, text, "bigram", "schedule.steps=24")
     assert (again.progress.step, again.extended) == (17, "")
     make_steps(again)
-    assert_same_run(folder, twin, 24)
+    assert_same_run(folder, duplicate, 24)
 
 
 def test_a_run_is_neither_shortened_nor_otherwise_changed(tmp_path: Path, text: Path) -> None:

@@ -197,7 +197,7 @@ def test_validation_text_in_the_training_text(tmp_path: Path, romeo_and_juliet: 
 
 def test_a_run_that_does_not_fit_into_memory_is_refused_first(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 100_000)
-    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was run"))
     with pytest.raises(MemoryShortError, match=r"raise run\.accumulate, or lower data\.batch"):
         list(preflight(run))
 

@@ -110,7 +110,7 @@ class Browser:
         return str(self.script("return document.querySelector(arguments[0]).textContent", selector))
 
     def texts(self, selector: str) -> list[str]:
-        """Of all that are there, as they are shown."""
+        """The displayed texts of all matching elements."""
         found = "[...document.querySelectorAll(arguments[0])]"
         return list(self.script(f"return {found}.map((node) => node.innerText)", selector))
 
@@ -127,7 +127,7 @@ class Browser:
         element.send_keys(*[getattr(Keys, name) for name in names])
 
     def slide(self, name: str, value: float) -> None:
-        """As a hand would: the value, and the event that follows it."""
+        """Like a user: set the value and send the event."""
         self.script(
             "const input = document.querySelector(`[data-slider='${arguments[0]}']`);"
             "input.value = arguments[1]; input.dispatchEvent(new Event('input'));", name, value,
@@ -343,8 +343,8 @@ def test_phone_dark_mode_and_reduced_motion(browser: Browser, file: Path) -> Non
 
 
 CONTRAST = """
-const light = (colour) => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
+const light = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
     : ((c + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
@@ -425,7 +425,7 @@ def test_texts_are_never_interpreted_as_markup(
     assert browser.requests() == {path.as_uri()}
 
 
-@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are kept"])
+@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are recorded"])
 def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)

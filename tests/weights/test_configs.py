@@ -179,7 +179,7 @@ def test_fields_of_another_type_are_refused(form: str) -> None:
             continue
         for wrong in WRONG[type(value)]:
             message = complaint(read, {**values, key: wrong})
-            assert message, f"{key}: {wrong!r} was taken"
+            assert message, f"{key}: {wrong!r} was accepted"
             assert "\n" not in message
             assert len(message) < 400
 

@@ -192,7 +192,7 @@ TOKENIZER_SETTINGS = {
     "chat_template": [{"name": "default", "template": "{{ bos_token }}"}],
     "model_max_length": 1000,
 }
-BESIDE: dict[str, dict[str, Any]] = {
+SIDE_FILES: dict[str, dict[str, Any]] = {
     "tokenizer_config.json": TOKENIZER_SETTINGS,
     "generation_config.json": {"eos_token_id": [258, 259], "bos_token_id": 258, "temperature": 0.6},
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
@@ -327,7 +327,7 @@ def tokenizer_json_target(home: Path, tokenizer: Tokenizer) -> Target:
     return json_target(home / "tokenizer.json", lambda: use_folder_tokenizer(home))
 
 
-def beside_target(home: Path) -> Target:
+def side_files_target(home: Path) -> Target:
     """All small files next to a tokenizer.json as one document."""
     byte_level_tokenizer().save(str(home / "tokenizer.json"))
 
@@ -335,7 +335,7 @@ def beside_target(home: Path) -> Target:
         for name, file in values.items():
             (home / name[:100].replace("\n", "")).write_text(as_json(file))
 
-    return Target(BESIDE, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
+    return Target(SIDE_FILES, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
 
 
 def settings_target(home: Path) -> Target:
@@ -370,7 +370,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors header": header_target,
     "tokenizer.json": lambda home: tokenizer_json_target(home, byte_level_tokenizer()),
     "tokenizer.json, pieces": lambda home: tokenizer_json_target(home, sentencepiece_tokenizer()),
-    "files beside a tokenizer": beside_target,
+    "files next to a tokenizer": side_files_target,
     "training settings": settings_target,
     "training state": state_target,
 }

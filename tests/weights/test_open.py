@@ -426,7 +426,7 @@ def test_a_chat_template_that_is_not_text(tmp_path: Path) -> None:
         _ = checkpoint.chat_template
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_paths_that_are_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(GlassError, match="neither a regular file nor a folder"):

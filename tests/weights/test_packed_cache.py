@@ -212,7 +212,7 @@ def test_files_that_others_can_write_are_not_mapped(
     else:
         [note] = kept_notes(engine)
         assert f"others can write to {place}" in note
-        assert engine.weights.matrices[0].values.flags.writeable, "memory of its own"
+        assert engine.weights.matrices[0].values.flags.writeable, "private memory"
 
 
 KILLED = """

@@ -239,10 +239,10 @@ def test_killed_at_fifty_moments(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     states = ran.stdout.splitlines()
     assert len(states) == 50
-    assert whole & set(states), "some moments fell between two saves"
+    assert whole & set(states), "some moments were between two saves"
     assert all("no such" in s or "no model here" in s for s in set(states) - whole)
     save_model(out, models()["GPT"], TOKENIZER)
-    assert not list(out.glob(f"{UNFINISHED}*")), "orphans are swept by the next save"
+    assert not list(out.glob(f"{UNFINISHED}*")), "the next save removes leftover files"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")

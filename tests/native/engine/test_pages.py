@@ -217,7 +217,7 @@ def test_softmax_page_keeps_nan(trouble: float, slot: int) -> None:
         assert scores[slot] <= 1e-37
         assert np.isfinite(part).all()
     else:
-        assert np.isnan(part[17]), "the sum of weights divides what comes out"
+        assert np.isnan(part[17]), "the output is divided by the sum of weights"
         assert np.isnan(scores[slot])
 
 
@@ -308,7 +308,7 @@ def test_encode_block_of_special_numbers(trouble: float) -> None:
         assert not codes.any()
         assert not factors.any()
     else:
-        assert not np.isfinite(factors[0]), "the scale carries it into every product"
+        assert not np.isfinite(factors[0]), "the scale passes it to every product"
 
 
 LESSER = {"haswell": "+avx2,+fma,+f16c,+sse4.2", "x86-64": "+sse2"}
@@ -320,9 +320,9 @@ def test_on_processors_with_fewer_instructions(processor: str) -> None:
     """This file again with fewer sizes, compiled for processors with fewer instructions than this
     one."""
     if "sse2" not in features():
-        pytest.skip("this machine is no x86-64: its lesser processors are not known here")
+        pytest.skip("not x86-64: no processors with fewer instructions are known")
     if processor == "haswell" and "avx512f" not in features():
-        pytest.skip("this processor has no AVX-512: the other tests of this file are of AVX2")
+        pytest.skip("no AVX-512: the other tests of this file already use AVX2")
     environment = {
         **os.environ, "GLASSLLAMA_LESSER": "1",
         "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": LESSER[processor],
