@@ -12,7 +12,7 @@ from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
 from glassllama.cli import console
 from glassllama.cli.console import write_file
-from glassllama.cli.session import Conversation
+from glassllama.cli.repl import Conversation
 from glassllama.native.jit import deferred_signals
 from tiny_models import hf_model, write_hf
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cli.programs import COMMAND, PATIENCE, run
 from forks import WITH_TORCH, server
-from glassllama.cli.train_view import TrainView, curve
+from glassllama.cli.train import TrainView, curve
 from glassllama.train.metrics import LoggedMetrics, RunInfo, read_log
 from train.recipes import PRESET, changes, write_text
 

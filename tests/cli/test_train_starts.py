@@ -115,7 +115,7 @@ def test_a_signal_before_the_first_step(
         os.kill(os.getpid(), signal.SIGINT)
         return 1e9
 
-    monkeypatch.setattr("glassllama.train.precision.peak_flops", interrupted)
+    monkeypatch.setattr("glassllama.train.api.peak_flops", interrupted)
     ran = verb(*words("bigram", text, tmp_path / "run"), "--no-preflight")
     assert ran.code == 130
     assert "stopped before step 1; nothing has changed" in ran.err

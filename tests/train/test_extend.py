@@ -17,13 +17,13 @@ from glassllama.base.errors import ConfigError, TokenizerError, TrainingError, W
 from glassllama.llm import load
 from glassllama.nn.rope import rope_table, rotate_half, rotate_interleaved
 from glassllama.train import train
-from glassllama.train.data import vocabulary_folder
+from glassllama.train.api import prepare
+from glassllama.train.corpus import vocabulary_folder
 from glassllama.train.loop import sample_text
 from glassllama.train.metrics import LoggedMetrics, NullListener, RunInfo, read_log
-from glassllama.train.model_factory import in_layout_of
+from glassllama.train.model import in_layout_of
 from glassllama.train.preflight import preflight
 from glassllama.train.settings import changed_lines, load_settings
-from glassllama.train.setup import prepare
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_model
 from train.recipes import PRESET, changes, make_steps, new_run, write_text
@@ -235,7 +235,7 @@ def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> N
 
     more = ["model.n_layers=2", "data.context=64", "data.batch=4", "schedule.steps=4"]
     settings = load_settings(PRESET["llama"], [f"data.corpus={text}", *more])
-    from glassllama.train.data import open_data
+    from glassllama.train.corpus import open_data
 
     run = prepare(settings, open_data(settings.data, tmp_path), tmp_path)
     make_steps(run)

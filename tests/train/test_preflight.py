@@ -24,24 +24,24 @@ from glassllama.native.training import blocks
 from glassllama.nn import attention
 from glassllama.train import loop
 from glassllama.train import preflight as preflight_module
-from glassllama.train.batches import Batch, Batches, bytes_of_batch
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import complete_steps
-from glassllama.train.data import find_text, open_data
-from glassllama.train.metrics import LoggedMetrics, MetricsLog, read_log
-from glassllama.train.model_factory import as_module
-from glassllama.train.optimizers import AdamW
-from glassllama.train.preflight import check_targets, preflight
-from glassllama.train.reference_runs import (
+from glassllama.train.corpus import find_text, open_data
+from glassllama.train.metrics import (
     REFERENCE_RUNS,
+    LoggedMetrics,
     LossMonitor,
+    MetricsLog,
     ReferenceRuns,
-    make_reference,
     plot_loss,
+    read_log,
     reference_for,
 )
+from glassllama.train.optimizers import AdamW
+from glassllama.train.preflight import check_targets, preflight
 from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings, load_settings
-from glassllama.train.setup import prepare
+from glassllama.train.tokens import Batch, Batches, bytes_of_batch
 from train.recipes import make_steps, new_run, write_text
 
 STORED = sorted(
@@ -75,14 +75,14 @@ def test_a_correct_run_passes_and_is_not_changed(
     kind: str, precision: str, tmp_path: Path, text: Path
 ) -> None:
     run = new_run(tmp_path / "run", text, kind, f"run.precision={precision}", "data.context=32")
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     lines = list(preflight(run))
     topics = [line.partition(":")[0] for line in lines]
     assert topics == ["data", "targets", "future", "beginning", "learning", "this machine"]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.progress.step == 0
-    assert not run.optimizers.adamw.state
+    assert not any(state["step"] for state in run.optimizers.adamw.state.values())
 
 
 def test_a_text_of_repeated_characters_is_not_a_leak(tmp_path: Path, text: Path) -> None:
@@ -160,7 +160,7 @@ def test_an_initial_loss_that_is_too_low(run: Run, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "layers.0.ffn_norm.weight"])
 def test_a_frozen_parameter(run: Run, name: str) -> None:
-    as_module(run.model).get_parameter(name).requires_grad_(False)
+    run.model.get_parameter(name).requires_grad_(False)
     fails(run, "learning", name, "did not move: frozen")
 
 
@@ -271,7 +271,7 @@ def test_non_finite_numbers_stop_a_run_before_the_weights_change(
 ) -> None:
     run = new_run(tmp_path / "run", text, kind)
     make_steps(run, stop_after=5)
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     original = loop.loss_and_gradients
 
     def broken(run: Run, batch: Batch) -> float:
@@ -291,7 +291,7 @@ def test_non_finite_numbers_stop_a_run_before_the_weights_change(
     assert "gradient norm" in words
     assert "at learning rate 0.0" in words
     assert list(complete_steps(run.checkpoints)) == [4, 5]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
     assert [r.step for r in read_log(run.folder)] == list(range(1, 7))
     assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was completed
@@ -322,13 +322,18 @@ def test_without_a_network_the_error_suggests_what_to_do(monkeypatch: Any, tmp_p
         open_data(settings, tmp_path, offline=True)
     assert "--data FILE" in str(error.value)
     assert "llama-shakespeare-bpe" in str(error.value)
-    assert find_text("some/file.txt") == Path("some/file.txt")
+    assert find_text("some/file.txt", offline=True) == Path("some/file.txt")
 
 
 # --- reference runs -------------------------------------------------------------------------
 
 
-def test_runs_outside_the_reference_get_a_warning() -> None:
+def test_runs_outside_the_reference_get_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from train_reference_runs import make_reference
+
     chance = np.random.default_rng(4)
     falling = 4.0 * np.exp(-np.arange(100) / 40)
 

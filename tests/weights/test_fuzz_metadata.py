@@ -27,8 +27,7 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.checkpoint import FORMAT, read_state
-from glassllama.train.run import require_same_run
-from glassllama.train.settings import load_settings, preset_names, read_tables
+from glassllama.train.settings import load_settings, preset_names, read_tables, require_same_run
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
@@ -106,11 +105,11 @@ def use_folder_tokenizer(folder: Path) -> None:
 
 def use_state(folder: Path) -> None:
     """Like resuming a run: use its progress and compare its identity."""
-    state = read_state(folder)
-    state.progress.record_score(1.0)
-    assert state.progress.step + 1 > 0
-    assert state.progress.seconds + 1.0 >= 1.0
-    require_same_run(folder, state.identity, IDENTITY)
+    progress, identity = read_state(folder)
+    progress.record_score(1.0)
+    assert progress.step + 1 > 0
+    assert progress.seconds + 1.0 >= 1.0
+    require_same_run(folder, identity, IDENTITY)
 
 
 # --- documents --------------------------------------------------------------------------------
