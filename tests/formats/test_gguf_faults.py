@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
         gguf([pair("general.alignment", ARRAY, array(U32, 99, bytes(396)))]),
         "general.alignment must be a whole number .* got array",
     ),
-    "alignment is a boolean": (gguf([pair("general.alignment", BOOL, b"\1")]), "number .* got True"),
+    "alignment is a bool": (gguf([pair("general.alignment", BOOL, b"\1")]), "number .* got True"),
     "tensor twice": (gguf((), [one, row("a", [8], offset=32)], two_tensors), "'a' comes twice"),
     "tensor name is not UTF-8": (gguf((), [row(b"\xff", [8])], bytes(32)), "name 0 .* not UTF-8"),
     "five dimensions": (gguf((), [row("a", [1] * 5)], bytes(32)), "'a' has 5 dimensions"),
