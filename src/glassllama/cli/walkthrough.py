@@ -28,9 +28,9 @@ from glassllama.cli.options import Json, ModelOptions, Specials, note_specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
+    from glassllama.walkthrough.export import Layout
     from glassllama.walkthrough.mistakes import Comparison
     from glassllama.walkthrough.step import Step
-    from glassllama.walkthrough.text import Layout
     from glassllama.walkthrough.walkthrough import Walkthrough
 
 MIN_WIDTH, UNKNOWN_WIDTH = 60, 80  # columns
@@ -177,7 +177,7 @@ def start(
 
 
 def layout() -> Layout:
-    from glassllama.walkthrough.text import Layout
+    from glassllama.walkthrough.export import Layout
 
     color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns
@@ -185,7 +185,7 @@ def layout() -> Layout:
 
 
 def print_text(shown: Step | Comparison) -> None:
-    from glassllama.walkthrough.text import render
+    from glassllama.walkthrough.export import render
 
     write(render(shown, layout()) + "\n")
 
