@@ -290,14 +290,14 @@ def attention_output(walk: Walkthrough) -> Step:
     lengths = parts[:, -1].norm(dim=-1).tolist()
     shown = {f"head {walk.head}": "attention.heads", "output of wo": "attention.wo",
              "x + output": "after_attention"}  # fmt: skip
-    wo, after = t["attention.wo"], t["after_attention"]
+    wo, after, weights = t["attention.wo"], t["after_attention"], t["attention.weights"]
     norms = [f"{float(x[0, -1].float().norm()):.3f}" for x in (walk.block_input, after)]
     rows = [(f"head {h}", length, f"{length:.3f}") for h, length in enumerate(lengths)]
     return Step(
         name="residual",
         title="Weighted sum, wo, residual",
         question="What does attention add to the residual stream?",
-        shapes=f"weights {shape(t['attention.weights'])}, v {shape(t['attention.v'])} → {shape(after)}",
+        shapes=f"weights {shape(weights)}, v {shape(t['attention.v'])} → {shape(after)}",
         sources=sources(
             (weighted_sum, "v =", "return"),
             (walk.implementation(f"{prefix}.attention").forward, "return"),
