@@ -84,7 +84,7 @@ Probs = NDArray[np.float64]
 def feed_forward(walk: Walkthrough) -> Step:
     c, t, prefix = walk.config, walk.manual, f"{walk.prefix}.feed_forward"
     if walk.is_gated:
-        names = ("gate", "up", "gated", "down")
+        names: tuple[str, ...] = ("gate", "up", "gated", "down")
         activation = F.silu(t["feed_forward.gate"])[0, -1].float()  # (F,)
         title, label = "SwiGLU feed-forward network", "silu(gate)·up"
         text = (
@@ -92,7 +92,7 @@ def feed_forward(walk: Walkthrough) -> Step:
             "silu(z) = z / (1 + e^-z) is near 0 for negative z and near z for positive z."
         )
     else:
-        names = ("up", "activated", "down")  # type: ignore[assignment]
+        names = ("up", "activated", "down")
         activation, label = t["feed_forward.activated"][0, -1].float(), f"{c.activation}(up)"
         title = f"Feed-forward network with {c.activation.split('_')[0].upper()}"
         text = f"up computes the features and {c.activation} is applied to each: " + (
