@@ -22,6 +22,9 @@ path   → open_checkpoint → architecture → config + tensors, one at a time 
 corpus → tokens → batches(seed, step) → training step → checkpoint folder → open_checkpoint → …
 ```
 
+The first flow, step by step on real text, is [the page about tokenizers](tokenizers.md); the engine
+has [a page of its own](engine.md).
+
 **A forward pass is three files:**
 [`models/llama.py`](../src/glassllama/models/llama.py),
 [`nn/attention.py`](../src/glassllama/nn/attention.py),
@@ -36,20 +39,20 @@ PyTorch. **`native/`** contains everything that is compiled, by Numba and LLVM: 
 loops of the tokenizers, fused kernels for training. Each native part has a plain counterpart that
 computes the same, and a test compares the two.
 
-Imports go from top to bottom of this page only. Parts under one heading do not import each other,
-and there are no import cycles (tests/test_architecture.py). Compiled code is imported only by
-`native/` itself and by the few files that put the parts together. The terms are explained in
-[the glossary](glossary.md).
+A file imports only from its own package and from headings below it on this page. Packages under one
+heading do not import each other, and there are no import cycles (tests/test_architecture.py).
+Compiled code is imported only by `native/` itself and by the few files that connect it. The terms
+are explained in [the glossary](glossary.md).
 """
 GROUPS = [
-    ("Command line and server", ("__main__.py", "cli", "server")),
+    ("Command line", ("__main__.py", "cli", "server")),
     ("Python API", ("llm.py", "benchmark.py")),
-    ("Training, walkthrough, diagnosis", ("train", "walkthrough", "doctor")),
+    ("Training, walkthrough", ("train", "walkthrough", "doctor")),
     ("Weights and generation", ("weights", "generation", "vision")),
     ("Compiled code", ("native",)),
     ("Models", ("models",)),
     ("Model parts, tokenizers, file formats, downloads", ("nn", "tokenizers", "formats", "hub")),
-    ("Definitions that all parts share", ("base",)),
+    ("Definitions that all packages share", ("base",)),
 ]
 PARTS = [name for _, names in GROUPS for name in names]
 
@@ -59,12 +62,20 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
 
 
+def defines_something(path: Path) -> bool:
+    """Whether a file has functions or classes of its own."""
+    body = ast.parse(path.read_text()).body
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body)
+
+
 def rows(path: Path, indent: str = "") -> list[str]:
     """List items of a file, or of a folder with its files and then its folders."""
     if path.is_file():
         link = f"../src/glassllama/{path.relative_to(PACKAGE).as_posix()}"
         return [f"{indent}- [`{path.name}`]({link}): {first_line(path)}"]
     inside = [file for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
+    if defines_something(path / "__init__.py"):
+        inside.insert(0, path / "__init__.py")
     inside += sorted(file.parent for file in path.glob("*/__init__.py"))
     head = f"{indent}- **`{path.name}/`**: {first_line(path / '__init__.py')}"
     return [head, *(row for item in inside for row in rows(item, indent + "    "))]

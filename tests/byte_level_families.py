@@ -1,4 +1,4 @@
-"""The byte-level pipelines of four model families, as the tokenizers library states them."""
+"""The byte-level pipelines of four model families, in the form of the tokenizers library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiktoken
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# As the published tokenizer.json files of these models write them.
+# As in the published tokenizer.json files of these models.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,7 +55,7 @@ def with_pipeline(model: Any, family: str) -> Tokenizer:
 
 
 def from_vocabulary(metadata: Mapping[str, Any], family: str) -> Tokenizer:
-    """A GGUF file's tokens and merges, in the pipeline of a family."""
+    """Tokens and merges of a GGUF file in the pipeline of a family."""
     tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
     merges = [tuple(str(merge).split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -95,10 +95,11 @@ CODE_POINTS = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
 
 
 @cache
-def young() -> frozenset[str]:
-    """Code points that the oracles' Unicode has not assigned yet, while Python's `regex` may.
+def unassigned_in_oracles() -> frozenset[str]:
+    """Code points that are not assigned in the oracles' version of Unicode but may be in that of
+    Python's `regex`.
 
-    Nothing says how they split, so they are left out where ids are compared.
+    How they split is undefined, so they are left out where ids are compared.
     """
     text = "".join(CODE_POINTS)
     one_by_one = {bytes([value]): value for value in range(256)}
@@ -113,10 +114,10 @@ def young() -> frozenset[str]:
 
 
 def mixed_text(seed: int, *, pieces: int = 600) -> str:
-    """Scripts, digits, blanks, signs, code, look-alikes of special tokens, and any code point."""
+    """Scripts, digits, spaces, punctuation, code, near-copies of special tokens, any code point."""
     chance = random.Random(seed)
     parts = chance.choices(PIECES, k=pieces)
     for at in chance.sample(range(pieces), k=pieces // 10):
         point = chance.choice(CODE_POINTS)
-        parts[at] = point if point not in young() else " "
+        parts[at] = point if point not in unassigned_in_oracles() else " "
     return "".join(parts)

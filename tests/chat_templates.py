@@ -1,4 +1,4 @@
-"""Chat templates in the styles that models use, in our own words; the marks are those of ChatML."""
+"""Chat templates for tests, in the styles of published models, with ChatML's markers."""
 
 CHATML = """\
 {% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -48,7 +48,7 @@ MISTRAL = """\
 {%- set ns.index = ns.index + 1 %}{% set ns.shown = ns.shown + [m.role | upper] %}
 {%- if ns.index > 100 %}{% break %}{% endif %}
 {%- endfor %}{{ ns.shown | join(',') ~ (messages | tojson) }}"""
-# DeepSeek R1: earlier answers lose their thoughts.
+# DeepSeek R1: reasoning is removed from earlier answers.
 THINKING = """\
 {% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
 {%- set ns = namespace(system='', first=true) %}{%- for m in messages %}\
@@ -60,7 +60,7 @@ THINKING = """\
 {% set content = content.split('</think>')[-1] %}{% endif %}\
 {{ '<repo_name>' + content + eos_token }}{%- endif %}{%- endfor %}\
 {% if add_generation_prompt %}{{ '<repo_name><think>\\n' }}{% endif %}"""
-# Qwen 3: thoughts are kept after the last question, in a form of the template's own.
+# Qwen 3: reasoning after the last question is kept, formatted by the template.
 REASONING = """\
 {%- set ns = namespace(last=messages|length - 1, open=true) %}
 {%- for message in messages[::-1] %}{% set index = (messages|length - 1) - loop.index0 %}
@@ -83,7 +83,7 @@ REASONING = """\
 {%- else %}{{- '<|im_start|>' + message.role + '\\n' + content }}{% endif %}{{- '<|im_end|>\\n' }}
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
-# Gemma: other names of roles, the system's words in front of the user's.
+# Gemma: other role names; the system message is put before the user's message.
 GEMMA = """\
 {{ bos_token }}{% if messages[0]['role'] == 'system' %}\
 {% set first = messages[0]['content'] + '\\n\\n' %}{% set talk = messages[1:] %}\
@@ -93,7 +93,7 @@ GEMMA = """\
 {{ '<|im_start|>' + role + '\\n' + (first if loop.first else '') + message['content'] | trim }}\
 {{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"""
-# Phi: marks put together from pieces and the role's name.
+# Phi: markers are concatenated from strings and the role name.
 PIECES = """\
 {% for m in messages %}{{ '<|im_' ~ ('start' if true) ~ '|>' ~ m.role | title }}\
 {{ ['\\n', m.content, '<|im_end|>'] | join }}{% filter trim %} {{ m.role[::-1] }} {% endfilter %}\

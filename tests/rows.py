@@ -1,4 +1,4 @@
-"""Several sequences of one executor that are fed together, as rows: short to write in tests."""
+"""Helper for tests: several sequences of one executor that are computed together, as rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Rows:
         self.cache.rewind(self.sequences[row], length)
 
     def next_logits(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Feed each row its new ids, perhaps none -> (B, V) logits after its last; 0 for none."""
+        """Append new ids to each row (possibly none) -> (B, V) logits after its last; 0 for
+        none."""
         assert len(ids) == len(self.sequences)
         fed = [row for row, new in enumerate(ids) if len(new)]
         out = np.zeros((len(ids), self.executor.config.vocab_size), np.float32)
@@ -44,6 +45,6 @@ class Rows:
         return out
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Feed the only row -> (T, V) logits after each of its new ids."""
+        """Append ids to the only row -> (T, V) logits after each of its new ids."""
         (sequence,) = self.sequences
         return self.executor.forward([NewTokens(sequence, ids, "all")], self.cache)

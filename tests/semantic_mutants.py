@@ -23,19 +23,19 @@ STRANGE: list[Any] = [
     {}, {"a": 1}, {"a": {"b": [1]}}, {"content": 5}, {"content": None}, {"x" * 10_000: 1},
 ]  # fmt: skip
 DATES = [datetime.date(2026, 1, 1), datetime.datetime(2026, 1, 1), datetime.time(1, 2)]
-HALF_CHARACTER = "\ud800"  # JSON can say it, UTF-8 cannot
+HALF_CHARACTER = "\ud800"  # valid in JSON but not in UTF-8
 MOST_CHANGES = 3
 LARGEST = 1e308  # of floats
 
 
 def mutant(seed: int, document: Mapping[str, Any], extra: list[Any]) -> dict[str, Any]:
-    """The document with one to three changes; `extra` values are tried beside STRANGE."""
+    """The document with one to three changes; `extra` values are used in addition to STRANGE."""
     chance, changed = random.Random(seed), copy.deepcopy(dict(document))
     for _ in range(chance.randint(1, MOST_CHANGES)):
         places = list(all_places(changed))
         if not places:
             break
-        # Keys at the top are as many as all items of long lists together.
+        # Top-level keys are chosen as often as all items of long lists together.
         top = [place for place in places if place[0] is changed]
         change(chance, *chance.choice(chance.choice([top, places]) or places), extra)
     return changed
@@ -51,7 +51,7 @@ def all_places(document: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change(chance: random.Random, holder: Any, key: Any, extra: list[Any]) -> None:
-    """Replace, remove, rename, double, or multiply what is there."""
+    """Replace, remove, rename, duplicate, or multiply a value."""
     kind, value = chance.random(), holder[key]
     if kind < 0.1:
         del holder[key]
@@ -84,7 +84,7 @@ I64, F64 = 11, 12
 
 
 def gguf_value(value: Any) -> tuple[int, bytes]:
-    """A metadata type and its bytes. What the format has no type for becomes text."""
+    """A metadata type and its bytes. A value of an unsupported type becomes text."""
     if isinstance(value, bool):
         return hand.BOOL, bytes([value])
     if isinstance(value, int) and -(2**63) <= value < 2**64:
@@ -99,7 +99,7 @@ def gguf_value(value: Any) -> tuple[int, bytes]:
 
 
 def gguf_array(values: list[Any]) -> bytes:
-    """Items of one type as they are; of several as text."""
+    """Items of one type unchanged; items of several types as text."""
     items = [gguf_value(value) for value in values]
     kinds = {kind for kind, _ in items}
     if len(kinds) > 1:
@@ -109,7 +109,7 @@ def gguf_array(values: list[Any]) -> bytes:
 
 
 def gguf_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """A whole file: this metadata, and float32 tensors."""
+    """A complete file: this metadata, and float32 tensors."""
     pairs = [
         hand.pair(key.encode("utf-8", "replace"), *gguf_value(value))
         for key, value in metadata.items()
@@ -126,7 +126,7 @@ def gguf_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -
 
 
 def as_toml(tables: Mapping[str, Any]) -> str:
-    """Tables of values; what is no table stands before them."""
+    """Tables of values; values that are not tables precede them."""
     loose = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     lines = [f"{json.dumps(key)} = {toml_value(value)}" for key, value in loose.items()]
     for name, table in tables.items():

@@ -1,5 +1,5 @@
-"""Scripts of benchmarks/ that write models, as modules: of random weights, of any shape and type,
-in no time (synthetic.py); and of another model's with zeros around them (padded.py)."""
+"""Scripts of benchmarks/ that write models, as modules: random weights of any shape and type
+(synthetic.py), and models padded with zeros (padded.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def synthetic_module() -> ModuleType:
 
 
 def padded_module() -> ModuleType:
-    synthetic_module()  # which it imports
+    synthetic_module()  # imported by padded.py
     return module("padded")
 
 
@@ -25,6 +25,6 @@ def module(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: its variants are the models they stand for, its page is up to date."""
+"""benchmarks/ablations.py: its variants equal models of the package, its page is up to date."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ PAIRS = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_variant_is_the_model_it_stands_for(name: str, packed: bool) -> None:
+def test_variants_equal_models_of_the_package(name: str, packed: bool) -> None:
     make, kv_heads = PAIRS[name]
     model, random = make(), torch.Generator().manual_seed(5)
-    with torch.no_grad():  # no weight is a one or a zero, so that none goes unused
+    with torch.no_grad():  # no weight is one or zero, so that an unused weight is detected
         for weight in model.parameters():
             weight.copy_(torch.rand(weight.shape, generator=random) - 0.3)
     sizes = models.Sizes(**SIZES, max_seq_len=CONTEXT, ffn_dim=40, n_kv_heads=kv_heads)
@@ -67,7 +67,7 @@ def test_a_variant_is_the_model_it_stands_for(name: str, packed: bool) -> None:
 
 
 def test_every_variant_differs_from_the_one_before() -> None:
-    """Also those that no model of the package is equal to."""
+    """Also the variants that equal no model of the package."""
     classes = dict.fromkeys(variant.model for variant in ablations.VARIANTS[1:])
     random, results = torch.Generator().manual_seed(5), []
     numbers = torch.rand(64, 64, generator=random) - 0.3
@@ -83,7 +83,7 @@ def test_every_variant_differs_from_the_one_before() -> None:
         assert (one - other).abs().max() > 1e-3
 
 
-def test_as_many_parameters_as_the_parts_allow() -> None:
+def test_variants_have_similar_numbers_of_parameters() -> None:
     counts = {
         variant.name: sum(
             p.numel()
@@ -96,17 +96,17 @@ def test_as_many_parameters_as_the_parts_allow() -> None:
     assert max(counts.values()) / min(counts.values()) < 1.011  # the table of positions is 1 %
 
 
-def test_only_missing_runs_are_made_and_runs_are_reproducible(
+def test_only_missing_runs_are_run_and_runs_are_reproducible(
     tinyshakespeare: Path, tmp_path: Path
 ) -> None:
-    """What is there stays, what is missing is made, from any process with the same result."""
+    """Existing results are not changed; missing ones are the same from any process."""
     lines = [
         ablations.measure(ablations.Task("bigram", seed, "characters", 3, str(tmp_path)))
         for seed in (1, 2)
     ]
     path = tmp_path / "lines.jsonl"
     given = ["--variants", "bigram", "--steps", "3", "--seeds", "2"]
-    lines[0]["seconds"] = -1.0  # a mark: had it been made anew, this would be gone
+    lines[0]["seconds"] = -1.0  # a marker, which a new run would overwrite
     path.write_text(json.dumps(lines[0]) + "\n")
     command = [
         sys.executable,
@@ -125,7 +125,7 @@ def test_only_missing_runs_are_made_and_runs_are_reproducible(
     assert found[1] == lines[1]
 
 
-def test_results_of_other_settings_are_not_mixed_in(tinyshakespeare: Path, tmp_path: Path) -> None:
+def test_results_with_other_settings_are_an_error(tinyshakespeare: Path, tmp_path: Path) -> None:
     other = ablations.Task("bigram", 1, "characters", 4, str(tmp_path)).identity()
     task = ablations.Task("bigram", 1, "characters", 3, str(tmp_path))
     with pytest.raises(SystemExit, match="steps was 4, is now 3; write new results"):
@@ -152,8 +152,8 @@ def some_lines(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def test_a_change_is_evaluate_run_by_pairs_of_the_same_seed() -> None:
-    """Seeds differ by far more than variants, and still the difference shows."""
+def test_differences_are_computed_by_pairs_of_the_same_seed() -> None:
+    """Seeds differ much more than variants; the difference is still significant."""
     pairs = {"GPT": [2.0, 3.0, 4.0], "+ RMSNorm": [1.9, 2.88, 3.89], "+ RoPE": [2.0, 2.6, 4.2]}
     found = ablations_page.by_variant(some_lines(pairs))
     gain = ablations_page.change(found, "+ RMSNorm")
@@ -165,8 +165,8 @@ def test_a_change_is_evaluate_run_by_pairs_of_the_same_seed() -> None:
     assert ablations_page.change(found, "GPT") is None
 
 
-def test_the_quantiles_are_students() -> None:
-    """97.5 % lie below: the density, summed up numerically."""
+def test_the_quantiles_of_students_t() -> None:
+    """The density, integrated numerically: 97.5 % are below."""
     for n, quantile in enumerate(ablations_page.STUDENT, 1):
         x = np.linspace(0, quantile, 200_001)
         factor = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
@@ -185,13 +185,13 @@ def test_incomplete_results_are_marked(tmp_path: Path) -> None:
     assert part in ablations_page.page(tmp_path)
 
 
-def test_the_page_is_not_stale() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert ablations_page.PAGE.read_text() == ablations_page.page(), (
         "run benchmarks/ablations.py --render"
     )
 
 
-def test_the_picture_is_small_and_the_same_every_time(tmp_path: Path) -> None:
+def test_the_picture_is_small_and_reproducible(tmp_path: Path) -> None:
     found = ablations_page.by_variant(
         some_lines({name: [1.0, 1.1] for name in ablations_page.PARTS})
     )

@@ -1,4 +1,4 @@
-"""Generated pages are not stale, links lead somewhere, every file has a docstring."""
+"""Generated pages are up to date, links lead to files, every file has a docstring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RE
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 
-def test_the_map_is_not_stale() -> None:
+def test_the_map_is_up_to_date() -> None:
     assert (ROOT / "docs" / "map.md").read_text() == make_map.page(), "run docs/make_map.py"
 
 
@@ -31,7 +31,7 @@ def test_every_file_has_a_docstring() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
     assert not [target for target in targets if not (page.parent / target).exists()]
 

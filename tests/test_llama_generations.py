@@ -1,4 +1,4 @@
-"""The table of Meta's models agrees with Meta's own list, transformers and params.json files."""
+"""The table of Meta's models agrees with Meta's list, transformers and params.json files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def listed_by_meta(name: str) -> tuple[dict[str, object], int]:
     """Meta's own list: the values of params.json and the context."""
     identifiers = {name.replace(".", "_").replace("-", "_") + end for end in ("", "_instruct")}
     found = [m for m in all_registered_models() if m.core_model_id.name in identifiers]
-    # Of several releases of the same weights the plain one comes first.
+    # Of several releases of the same weights the first is used.
     return dict(found[0].arch_args), found[0].max_seq_length
 
 
@@ -72,19 +72,19 @@ def test_the_names_are_those_of_the_generations() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_published(name: str) -> None:
+def test_parameter_counts_equal_the_published_ones(name: str) -> None:
     assert parameters(MODELS[name]) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_those_of_transformers(name: str) -> None:
+def test_parameter_counts_equal_those_of_transformers(name: str) -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(as_transformers(MODELS[name]))
     assert parameters(MODELS[name]) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("llama3")])
-def test_llama_3_is_as_meta_lists_it(name: str) -> None:
+def test_llama_3_agrees_with_metas_list(name: str) -> None:
     values, context = listed_by_meta(name)
     expected = MODELS[name]
     theirs = config_from_meta(values, expected.vocab_size, tied=expected.tie_embeddings).config
@@ -93,7 +93,7 @@ def test_llama_3_is_as_meta_lists_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_older_models_are_as_their_params_say(name: str) -> None:
+def test_older_models_agree_with_their_params_json(name: str) -> None:
     values = {"multiple_of": 256, "vocab_size": -1, **OLDER[name]}
     theirs = config_from_meta(values, 32_000, tied=False).config
     # params.json does not contain the context, and LLaMA's is shorter than the inferred one.
@@ -123,13 +123,13 @@ def test_bytes_are_those_of_the_gguf_package(kind: str) -> None:
     assert weight_bytes(config, kind) == matrices + norms * (2 if kind == "BF16" else 4)
 
 
-def test_the_page_is_not_stale() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == make_compare.page(), (
         "run python docs/make_compare.py"
     )
 
 
-def test_the_page_marks_what_changed() -> None:
+def test_the_page_marks_changes() -> None:
     rows = {line.split(" | ")[0]: line for line in make_compare.generations().split("\n")}
     assert "| 10,000 | 10,000 | **500,000** | 500,000 |" in rows["| RoPE theta"]
     assert rows["| context (tokens)"].count("**") == 6  # three changes, marked on both sides

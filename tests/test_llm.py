@@ -1,4 +1,4 @@
-"""The facade on the real model: text in, text out, and every way it can end."""
+"""The Python API with the default model: text in, text out, and every way an answer can end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import glassllama
 from glassllama import LLM, load
 from glassllama.base.errors import ConfigError, GenerationError, GlassError
 from glassllama.weights.backend import choose_backend
-from tolerances import assert_logits, assert_same_greedy, logits_bar, unit
+from tolerances import assert_logits, assert_same_greedy, logits_tolerance, unit
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 
@@ -34,7 +34,7 @@ def test_public_names_exist() -> None:
         glassllama.lood  # noqa: B018
 
 
-def test_it_answers(llm: LLM) -> None:
+def test_chat_answers(llm: LLM) -> None:
     answer = llm.chat(QUESTION)
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop"
@@ -43,7 +43,7 @@ def test_it_answers(llm: LLM) -> None:
     assert "<|im_end|>" not in answer.text
 
 
-def test_streamed_text_is_the_text(llm: LLM) -> None:
+def test_streamed_text_equals_the_text(llm: LLM) -> None:
     prompt = "日本語と한국어と emoji 🙂: "
     options = {"max_tokens": 40, "temperature": 1.5, "seed": 3, "ignore_eos": True}
     stream = llm.stream(prompt, **options)
@@ -53,7 +53,7 @@ def test_streamed_text_is_the_text(llm: LLM) -> None:
     assert len(stream.completion.ids) == 40
 
 
-def test_alone_or_in_a_batch_same_seed_same_text(exact: LLM) -> None:
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(exact: LLM) -> None:
     prompts = ["The sea", "def main():\n    ", "Once upon a time there was a", "1 + 1 ="]
     options = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 11}
     together = exact.generate_batch(prompts, **options)
@@ -79,18 +79,18 @@ def test_batches_are_streamed_row_by_row(exact: LLM) -> None:
     assert stream.completions[2].ids == together[2].ids
 
 
-def test_both_backends_write_the_same(default_model: Path, exact: LLM) -> None:
+def test_both_backends_give_the_same_text(default_model: Path, exact: LLM) -> None:
     torch = load(default_model, backend="torch", exact=True)
     ids = exact.encode_chat(QUESTION)
     theirs, ours = (llm.generate(ids, max_tokens=16).ids for llm in (torch, exact))
-    assert_same_greedy(ours, theirs, ids, torch.logits, logits_bar(exact.checkpoint.config))
+    assert_same_greedy(ours, theirs, ids, torch.logits, logits_tolerance(exact.checkpoint.config))
     assert_logits(exact.logits(ids), torch.logits(ids), exact.checkpoint.config)
 
 
-def test_streamed_layers_write_the_same(default_model: Path, exact: LLM) -> None:
+def test_streamed_layers_give_the_same_text(default_model: Path, exact: LLM) -> None:
     streamed = load(default_model, stream_layers=True, exact=True)
     theirs, ours = (llm.generate("The sea", max_tokens=3).ids for llm in (streamed, exact))
-    prompt, bar = exact.tokenizer.encode("The sea"), logits_bar(exact.checkpoint.config)
+    prompt, bar = exact.tokenizer.encode("The sea"), logits_tolerance(exact.checkpoint.config)
     assert_same_greedy(ours, theirs, prompt, streamed.logits, bar)
 
 
@@ -105,7 +105,7 @@ def test_stop_strings_end_the_answer_and_are_not_shown(llm: LLM) -> None:
     assert rows[0].text == cut.text
 
 
-def test_logprobs_are_of_the_models_own_distribution(exact: LLM) -> None:
+def test_logprobs_are_computed_before_sampling_settings(exact: LLM) -> None:
     out = exact.generate(
         "The capital of France is", max_tokens=4, logprobs=3, temperature=0.7, seed=1
     )
@@ -115,13 +115,13 @@ def test_logprobs_are_of_the_models_own_distribution(exact: LLM) -> None:
         row = logits[len(out.prompt_ids) - 1 + n].astype(np.float64)
         expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
         assert step.id == out.ids[n]
-        # The same logits to the bit; a log-softmax in float32 errs by a few u of the largest.
+        # Bit-identical logits; the error of log-softmax in float32 is a few u of the largest.
         assert abs(step.logprob - expected[step.id]) <= 8 * unit() * np.abs(row).max()
         assert [t.id for t in step.top] == np.argsort(-row, kind="stable")[:3].tolist()
     assert exact.generate("Hi", max_tokens=1).logprobs is None
 
 
-def test_limits_and_their_words(llm: LLM) -> None:
+def test_limits_and_their_errors(llm: LLM) -> None:
     assert len(llm.generate("Hello", max_tokens=5, ignore_eos=True).ids) == 5
     short = llm.generate("Hello there, how", context=10, ignore_eos=True)
     assert len(short.prompt_ids) + len(short.ids) == 10
@@ -148,7 +148,7 @@ def test_a_closed_stream_stops(llm: LLM) -> None:
     assert len(stream.completion.ids) == 1
 
 
-def test_backends_and_devices_that_do_not_go_together() -> None:
+def test_invalid_combinations_of_backend_and_device() -> None:
     assert choose_backend("auto", "cpu", None) == "engine"
     assert choose_backend("auto", "cuda", None) == "torch"
     assert choose_backend("auto", "cpu", "float32") == "torch"
@@ -157,7 +157,7 @@ def test_backends_and_devices_that_do_not_go_together() -> None:
             choose_backend(*asked)  # type: ignore[arg-type]
 
 
-def test_streaming_layers_is_for_torch_and_says_so() -> None:
+def test_streaming_layers_requires_the_torch_backend() -> None:
     assert choose_backend("auto", "cpu", None, True) == "torch"
     assert choose_backend("torch", "cpu", None, True) == "torch"
     with pytest.raises(ConfigError, match="--stream-layers is for the torch backend"):
@@ -167,7 +167,7 @@ def test_streaming_layers_is_for_torch_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("asked", [{"quantize": "q8_0"}, {"cache": "int8"}], ids=str)
-def test_what_streamed_layers_cannot_have_names_them(
+def test_errors_of_options_that_streamed_layers_do_not_support(
     asked: dict[str, str], default_model: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"for the engine.*--stream-layers"):
@@ -189,7 +189,7 @@ def test_what_streamed_layers_cannot_have_names_them(
     ],
     ids=str,
 )
-def test_options_of_load_that_cannot_be(asked: dict[str, object], words: str) -> None:
+def test_invalid_options_of_load(asked: dict[str, object], words: str) -> None:
     for backend in ("auto", "torch"):
         with pytest.raises(ConfigError, match=words):
             load("no-such-model", backend=backend, **asked)  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def test_ids_may_be_an_array(llm: LLM) -> None:
     np.testing.assert_array_equal(llm.logits(array), llm.logits(ids))  # type: ignore[arg-type]
 
 
-def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
+def test_invalid_prompts_are_refused(llm: LLM) -> None:
     for bad in (b"hi", bytearray(b"hi"), None, 3):
         with pytest.raises(GenerationError, match="a prompt must be a text or a list of ids, got"):
             llm.generate(bad)  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
         ("max_tokens", "3"), ("logprobs", 1.5), ("context", "9"), ("seed", "x"),
     ],
 )  # fmt: skip
-def test_options_of_the_wrong_kind_are_named(option: str, value: object, llm: LLM) -> None:
+def test_errors_name_options_of_the_wrong_type(option: str, value: object, llm: LLM) -> None:
     with pytest.raises(GenerationError, match=rf"{option} must be .*, got"):
         llm.generate("hi", **{option: value})  # type: ignore[typeddict-item]
 
@@ -263,14 +263,14 @@ LONG = "x" * 100_000
         lambda _: load("no-such-model", backend="engine", device=LONG),
     ],
 )
-def test_values_of_the_callers_are_cut_in_errors(ask: Callable[[LLM], object], llm: LLM) -> None:
+def test_long_values_are_shortened_in_errors(ask: Callable[[LLM], object], llm: LLM) -> None:
     with pytest.raises(GlassError) as caught:
         ask(llm)
     assert len(str(caught.value)) < 250
     assert "\n" not in str(caught.value)
 
 
-def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:
+def test_errors_of_load(default_model: Path, tmp_path: Path) -> None:
     with pytest.raises(GlassError, match="smollm2-135m"):
         load("smolm2-135m")
     with pytest.raises(GlassError, match="no-such-device"):
@@ -281,7 +281,7 @@ def test_load_says_what_is_wrong(default_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [8193, 33_025])
 def test_more_ids_than_the_context_are_refused(llm: LLM, count: int) -> None:
-    """33,025 ids, one more than 129 times 256, once wrote beyond a table."""
+    """33,025 ids, one more than 129 times 256, once caused a write beyond a buffer."""
     ids = [1] * count
     with pytest.raises(GenerationError, match=f"{count} tokens.*context of 8192"):
         llm.logits(ids)
@@ -290,10 +290,10 @@ def test_more_ids_than_the_context_are_refused(llm: LLM, count: int) -> None:
             ask(ids)
 
 
-def test_a_prompt_far_too_long_is_refused_by_its_beginning(
+def test_a_prompt_that_is_far_too_long_is_refused_early(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAULTS.md, G4: without encoding all of it."""
+    """Without encoding all of it."""
     encoded: list[int] = []
     real = type(llm.tokenizer).encode
 

@@ -46,8 +46,8 @@ HUB = [line for line in COMMANDS if "HuggingFaceTB/" in line]
 
 
 def environment(**more: str) -> dict[str, str]:
-    beside = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", **more}
+    scripts_folder = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{scripts_folder}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def test_install_commands_are_those_of_the_makefile() -> None:
@@ -58,7 +58,7 @@ def test_install_commands_are_those_of_the_makefile() -> None:
 
 
 def test_extras_that_the_pages_name_exist() -> None:
-    """And no page installs the package by name: it is on no index."""
+    """No page installs the package by name, because it is on no index."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     known = set(project["optional-dependencies"])
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
@@ -69,11 +69,11 @@ def test_extras_that_the_pages_name_exist() -> None:
                 assert set(found[1].split(",")) <= known, f"{page.name}: {line}"
 
 
-def test_the_speed_table_is_not_stale() -> None:
+def test_the_speed_table_is_up_to_date() -> None:
     assert module("record_page").readme() == README, "run: python benchmarks/record.py"
 
 
-def test_there_is_something_to_run() -> None:
+def test_the_pages_contain_commands() -> None:
     assert len(PYTHON) == 4
     assert len(COMMANDS) >= 16
     assert len(HUB) == 1
@@ -99,7 +99,7 @@ CHATML = (
 
 
 def write_chat_model(folder: Path) -> dict[str, bytes]:
-    """Write a chat model with random weights as the Hub stores it, by transformers."""
+    """Write a chat model with random weights in the form of the Hub, with transformers."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()

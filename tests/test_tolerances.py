@@ -1,4 +1,4 @@
-"""The bars of tolerances.py: right computations stay within them, small faults do not."""
+"""The tolerances of tolerances.py: correct computations are within them, small faults are not."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
 from tolerances import (
     assert_same_greedy,
+    count_near_ties,
     difference,
-    eight_bit_bar,
     eight_bit_error,
-    logits_bar,
-    loss_bar,
-    spread_apart,
+    eight_bit_tolerance,
+    float64_logits,
+    logits_tolerance,
+    loss_tolerance,
+    rms_difference,
     sum_bound,
-    ties,
     unit,
     wide,
-    widened,
 )
 
 SIZES: dict[str, Any] = {
@@ -54,16 +54,16 @@ def filled(model: Any, seed: int) -> Any:
 
 @pytest.mark.parametrize("make", [llama, gpt, lambda seed: llama(seed, n_layers=12)])
 @pytest.mark.parametrize("seed", range(3))
-def test_float32_stays_well_within_the_bar(make: Callable[[int], Any], seed: int) -> None:
+def test_float32_is_well_within_the_tolerance(make: Callable[[int], Any], seed: int) -> None:
     model = make(seed)
-    used = difference(model(IDS), widened(model)(IDS)) / logits_bar(model.config)
+    used = difference(model(IDS), float64_logits(model)(IDS)) / logits_tolerance(model.config)
     assert 0.01 < used < 0.6
 
 
-def test_bfloat16_stays_within_its_own() -> None:
+def test_bfloat16_is_within_its_tolerance() -> None:
     model = llama()
     exact, rounded = model(IDS), llama().bfloat16()(IDS)
-    assert 0.02 < difference(rounded, exact) / logits_bar(model.config, torch.bfloat16) < 1
+    assert 0.02 < difference(rounded, exact) / logits_tolerance(model.config, torch.bfloat16) < 1
 
 
 def swap(weight: torch.Tensor) -> None:
@@ -85,10 +85,10 @@ def norms(model: Llama) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_small_faults_exceed_the_bar(fault: str) -> None:
+def test_small_faults_exceed_the_tolerance(fault: str) -> None:
     right, wrong = llama(), llama()
     FAULTS[fault](wrong)
-    assert difference(wrong(IDS), right(IDS)) > 3 * logits_bar(right.config)
+    assert difference(wrong(IDS), right(IDS)) > 3 * logits_tolerance(right.config)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 40, 3000])
@@ -108,14 +108,14 @@ def test_sums_in_any_order_stay_within_the_bound(terms: int) -> None:
 
 def test_near_ties_are_counted_and_others_fail() -> None:
     row = np.array([1.0, 20.0, 20.0 - 1e-5, 19.0, -np.inf])
-    assert ties(np.stack([row, row]), [1, 2], bar=1e-6) == 1
+    assert count_near_ties(np.stack([row, row]), [1, 2], bar=1e-6) == 1
     with pytest.raises(AssertionError, match="id 3 at 0"):
-        ties(row[None], [3], bar=1e-6)
+        count_near_ties(row[None], [3], bar=1e-6)
     with pytest.raises(AssertionError):
-        ties(row[None], [2], bar=1e-8)
+        count_near_ties(row[None], [2], bar=1e-8)
 
 
-def test_greedy_texts_may_part_at_a_near_tie_only() -> None:
+def test_greedy_texts_may_differ_at_a_near_tie_only() -> None:
     asked = []
 
     def all_logits(ids: list[int]) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_greedy_texts_may_part_at_a_near_tie_only() -> None:
 
 
 def test_eight_bits() -> None:
-    """Rounding a product's inputs block by block errs as is said; twice as coarsely does not."""
+    """Rounding inputs block by block has the stated error; rounding twice as coarsely has not."""
     chance = np.random.default_rng(1)
     x, w = chance.standard_normal((200, 512)), chance.standard_normal((512, 300))
     rounded = {}
@@ -139,20 +139,20 @@ def test_eight_bits() -> None:
         blocks = x.reshape(200, 16, 32)
         step = np.abs(blocks).max(-1, keepdims=True) / steps
         rounded[steps] = (np.rint(blocks / step) * step).reshape(200, 512) @ w
-    one = eight_bit_bar(1) / 4  # of four products, and without the factor of two
-    assert 0.8 * one < spread_apart(rounded[127], x @ w) < 1.3 * one
-    assert spread_apart(rounded[31], x @ w) > 3 * one
+    one = eight_bit_tolerance(1) / 4  # of four products, and without the factor of two
+    assert 0.8 * one < rms_difference(rounded[127], x @ w) < 1.3 * one
+    assert rms_difference(rounded[31], x @ w) > 3 * one
     model = llama(dim=64, n_heads=8, ffn_dim=96)
     error = eight_bit_error(model.double(), IDS[:, :30])
-    assert eight_bit_bar(3) / 4 < error < 2 * eight_bit_bar(3)
+    assert eight_bit_tolerance(3) / 4 < error < 2 * eight_bit_tolerance(3)
     right = model(IDS)
     model.layers[1].feed_forward.up.weight *= 1.1
-    assert spread_apart(model(IDS), right) > 1.5 * error
+    assert rms_difference(model(IDS), right) > 1.5 * error
 
 
-def test_losses() -> None:
+def test_tolerances_of_losses() -> None:
     config = llama().config
-    assert loss_bar(config, steps=1) == logits_bar(config)
-    assert loss_bar(config, steps=16, tokens=4) == pytest.approx(2 * logits_bar(config))
+    assert loss_tolerance(config, steps=1) == logits_tolerance(config)
+    assert loss_tolerance(config, steps=16, tokens=4) == pytest.approx(2 * logits_tolerance(config))
     assert unit() == 2**-24
     assert unit(torch.bfloat16) == 2**-8

@@ -1,6 +1,6 @@
 """Identifiers of the package are terms of the field, in American spelling: see docs/glossary.md.
 
-Each word below was once a private name in this code base. Beside it is the term to use instead.
+Each word below was once a private name in this code base. The value is the term to use instead.
 """
 
 from __future__ import annotations

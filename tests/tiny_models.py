@@ -1,7 +1,7 @@
-"""Tiny random Llamas, written by foreign writers: transformers, torch.save, the gguf package.
+"""Tiny random Llamas, written by transformers, torch.save and the gguf package.
 
-Our readers are tested against what other people's code writes, never against our own writers. Every
-size differs from every other, so that a swapped pair of axes cannot pass.
+Our readers are tested with files of other libraries, never with files of our own writers. All sizes
+differ, so that swapped axes are detected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALED = {
     "original_max_position_embeddings": 8192,
     "rope_theta": 500_000.0,
 }
-# What Meta's params.json can say: head_dim = dim/n_heads, ffn by its rule, scaling by the size.
+# Shapes that Meta's params.json can express: head_dim = dim/n_heads, ffn and scaling by its rules.
 META_SHAPE: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -51,14 +51,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def hf_model(seed: int = 0, **shape: Any) -> LlamaForCausalLM:
-    """A random Llama of transformers: float32, weights large enough that every part matters.
+    """A random Llama of transformers in float32, with weights large enough that every part matters.
 
-    `shape` is a whole shape, META_SHAPE by default: transformers' own defaults are those of 7B.
+    `shape` is a complete shape, META_SHAPE by default; the defaults of transformers are those of
+    7B.
     """
-    assert not shape or "num_hidden_layers" in shape, "a whole shape, not one change to it"
-    config = transformers.LlamaConfig(**(shape or META_SHAPE))
+    assert not shape or "num_hidden_layers" in shape, (
+        "expected a complete shape, not a change to one"
+    )
+    settings = {"model_type": "llama", **(shape or META_SHAPE)}
+    config = transformers.AutoConfig.for_model(**settings)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
         if parameter.ndim == 1:
@@ -72,7 +76,8 @@ def write_hf(model: LlamaForCausalLM, folder: Path, **options: Any) -> Path:
 
 
 def to_pairs(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Reorder q or k rows from Hugging Face's halves to Meta's neighbours, head by head."""
+    """Reorder q or k rows head by head from Hugging Face's layout "half" to Meta's
+    "interleaved"."""
     heads = rows.unflatten(0, (n_heads, 2, -1))  # (H, half, D/2, C)
     return heads.transpose(1, 2).flatten(0, 2)  # (H, D/2, half, C) -> (H·D, C)
 
@@ -133,7 +138,8 @@ def write_meta(
     llama2: bool = False,
     multiple_of: int = 20,
 ) -> Path:
-    """consolidated.NN.pth + params.json; `llama2` cuts the embedding by columns, like it."""
+    """consolidated.NN.pth + params.json; `llama2` splits the embedding by columns, as in Llama
+    2."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(meta_params(model, multiple_of)))
     by_rows = BY_ROWS[:-1] if llama2 else BY_ROWS
@@ -176,7 +182,7 @@ def write_gguf(
     path: Path,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
 ) -> Path:
-    """A llama GGUF: matrices as `kind`, vectors float32, scaling as rope_freqs."""
+    """A GGUF file: matrices in type `kind`, vectors in float32, RoPE scaling as rope_freqs."""
     c = model.config
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -210,7 +216,7 @@ def write_gguf(
 
 
 def llama3_divisors(c: transformers.LlamaConfig) -> np.ndarray:
-    """Plain frequencies over the ones transformers computes: what converters write down."""
+    """Plain frequencies divided by those of transformers, as converters store them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](c, torch.device("cpu"))

@@ -1,6 +1,7 @@
-"""Scripts as forks of a process that has imported PyTorch and what loads and trains: forks.py.
+"""Runs scripts in forks of a process that has imported PyTorch and the modules that load and train:
+see forks.py.
 
-For what only a process of its own can show, as its peak of memory: PyTorch takes seconds to import.
+Only for tests that need a new process, such as its memory peak: importing PyTorch takes seconds.
 """
 
 import gc
@@ -19,7 +20,7 @@ def run(request: list[str]) -> None:
     gc.enable()
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})
     sys.stdout.flush()
-    os._exit(0)  # to free what was imported, module by module, takes half a second
+    os._exit(0)  # freeing all imported modules takes half a second
 
 
 serve(run)

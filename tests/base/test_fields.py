@@ -1,4 +1,4 @@
-"""Typed access to foreign values: accepted and refused values, and how errors quote them."""
+"""Typed access to values from files: accepted and refused values, and how errors quote them."""
 
 from __future__ import annotations
 

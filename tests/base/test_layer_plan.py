@@ -1,4 +1,4 @@
-"""The layer plan: sizes that follow from it, contradictions that it refuses."""
+"""The layer plan: sizes that follow from it, and contradictory plans that are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_llama_plan_has_the_arithmetic_of_the_configuration(qk_norm: bool) -> No
 
 
 def test_blocks_may_differ_in_window_rope_and_norms() -> None:
-    """Five local blocks to one global, norms on both sides; and a block without RoPE."""
+    """Five local blocks per global block, norms on both sides, and a block without RoPE."""
     local = replace(BLOCK, attention=replace(ATTENTION, window=4), norms=frozenset({"post_ffn"}))
     global_rope = RopePlan(frequencies=(1.0,), layout="interleaved", attention_factor=1.2)
     full = replace(BLOCK, attention=replace(ATTENTION, rope=global_rope))

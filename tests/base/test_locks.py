@@ -47,7 +47,7 @@ def test_a_reentrant_call_is_refused_and_the_next_call_works() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_can_call_though_another_thread_had_the_lock() -> None:
+def test_a_forked_child_can_call_although_another_thread_held_the_lock() -> None:
     counter, wait = Counter(), threading.Event()
     thread = threading.Thread(target=counter.call, args=(wait,))
     thread.start()

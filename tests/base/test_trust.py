@@ -1,4 +1,4 @@
-"""Fault X3: a cache that another user owns or can write to is not used."""
+"""A cache that another user owns or can write to is not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OTHER_USER = 4242
 
 
 def change_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let it belong to another user: in fact if we are root, else by a replaced lstat."""
+    """Make it belong to another user: really if the tests run as root, else by a replaced lstat."""
     if os.geteuid() == 0:
         os.chown(path, OTHER_USER, OTHER_USER, follow_symlinks=False)
         return
@@ -46,7 +46,7 @@ def test_a_folder_of_this_user(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     require_trusted(tmp_path / "link" / "x")
     require_trusted(Path("/"))
-    tmp_path.chmod(0o777)  # all of it depends on this bit
+    tmp_path.chmod(0o777)  # this bit decides
     assert "others can write" in refusal(tmp_path / "not" / "there" / "yet")
     assert "others can write" in refusal(tmp_path / "link" / "x")
 
@@ -60,7 +60,7 @@ def test_a_folder_that_others_can_write_to(
     (home / "inner").mkdir(parents=True)
     home.chmod(mode)
     assert refusal(home).startswith(f"others can write to {home}: it is not used; ")
-    if mode & stat.S_ISVTX:  # what is ours in there stays ours, as in /tmp
+    if mode & stat.S_ISVTX:  # sticky bit, as on /tmp: others cannot replace our files
         require_trusted(home / "inner")
         (tmp_path / "link").symlink_to(home)
         assert "others can write" in refusal(tmp_path / "link")
@@ -109,7 +109,9 @@ def test_new_folders_are_private_whatever_the_umask(tmp_path: Path, umask: int) 
     assert not (tmp_path / "a" / "c").exists()
 
 
-def test_a_private_group_is_no_other_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_private_group_of_a_user_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tmp_path.chmod(0o770)
     monkeypatch.setattr(trust, "private_group", lambda: tmp_path.stat().st_gid)
     require_trusted(tmp_path)
@@ -151,12 +153,12 @@ def test_files_that_others_can_write_are_discarded(
     assert code_cache.discard_damaged(tmp_path) == 2  # and a folder
     assert [name for name, _ in code_cache.files(tmp_path)] == ["in/ours", "ours"]
     (tmp_path / code_cache.CHECKSUM_FILE).chmod(0o666)
-    assert code_cache.read_checksums(tmp_path) == {}, "a seal that others may have written is none"
+    assert code_cache.read_checksums(tmp_path) == {}, "checksums that others can write are not used"
     assert code_cache.discard_damaged(tmp_path) == 0
     assert list(code_cache.files(tmp_path)) == []
 
 
-def test_sealing_removes_write_permissions_of_others(tmp_path: Path) -> None:
+def test_writing_checksums_removes_write_permissions_of_others(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         (tmp_path / "sub").mkdir()

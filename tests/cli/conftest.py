@@ -1,4 +1,4 @@
-"""The command line inside this process, with the default model loaded once."""
+"""Runs the command line in this process, with the default model loaded once."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from glassllama.llm import LLM, load
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a verb printed, and the code it ended with."""
+class CommandResult:
+    """The output and the exit code of a command."""
 
     code: int
     out: str
     err: str
 
 
-Verb = Callable[..., Ran]
+Verb = Callable[..., CommandResult]
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in the user's folder, `runs/` for one, is not the tests' to see or to change."""
+    """Run each test in an empty folder: files of the user, such as `runs/`, have no effect."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
@@ -43,22 +43,22 @@ def llm(default_model: Path) -> LLM:
 
 @pytest.fixture
 def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verb:
-    """Run a verb here, as the parser would be run; `stdin` is a pipe with that text."""
+    """Run a command in this process; `stdin` is a pipe with that text."""
 
-    def run(*arguments: object, stdin: str = "") -> Ran:
+    def run(*arguments: object, stdin: str = "") -> CommandResult:
         pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", pipe)
         capsys.readouterr()
         words = [str(argument) for argument in arguments]
         code = exit_code_of(lambda: app(words, prog_name="glassllama"), debug=True)
-        return Ran(code, *capsys.readouterr())
+        return CommandResult(code, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
 def loaded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """Spare the verbs of a test the loading: the default model is there already."""
+    """Use the loaded default model instead of loading it in every command."""
 
     def ready(name: str, **_: Any) -> LLM:
         assert name == "smollm2-135m"

@@ -1,4 +1,4 @@
-"""The command line, as forks of a process that has imported what most verbs import: forks.py."""
+"""The command line in forks of a process that has already imported most modules: see forks.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Real runs of the command line: as a process with pipes, and as a process on a terminal."""
+"""Runs the command line in a real process, with pipes or on a terminal."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from glassllama.cli.console import COMPILING
 
 REACTION = 0.1  # seconds
 COMMAND = [sys.executable, "-m", "glassllama"]
-PATIENCE = 300  # seconds until something that never comes is given up
+PATIENCE = 300  # seconds until a test stops waiting
 FORKED = Path(__file__).parent / "forked.py"
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The program with these arguments, nothing on stdin unless `input` says otherwise."""
+    """Run the program with these arguments; stdin is empty unless `input` is given."""
     if "input" not in options:
         options.setdefault("stdin", subprocess.DEVNULL)
     environment = os.environ | dict(options.pop("env", {}))  # type: ignore[call-overload]
@@ -46,13 +46,13 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 def run_many(
     lines: list[list[str]], out: str = "file", err: str = "file"
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The program once for each line, in the current folder, as forks of one process."""
+    """Run the program once per line, in the current folder, as forks of one process."""
     return [server(FORKED).run(line, out=out, err=err) for line in lines]
 
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing larger ones fails in here, as on a full disk."""
+    """Make writing larger files fail in this context, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -61,14 +61,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def complaints(stderr: str) -> list[str]:
-    """The lines of stderr, but for the notice of whichever process is the first to compile."""
+def error_lines(stderr: str) -> list[str]:
+    """The lines of stderr without the notice that code is being compiled."""
     return [line for line in stderr.splitlines() if line != COMPILING]
 
 
 def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:
     """Code 1, nothing on stdout, and one line on stderr that begins with "error:"."""
-    lines = complaints(process.stderr)
+    lines = error_lines(process.stderr)
     assert process.returncode == 1, process.stderr
     assert process.stdout == ""
     assert len(lines) == 1, process.stderr
@@ -80,7 +80,7 @@ def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bo
 
 
 class Terminal:
-    """The program on a terminal of 80 columns; `screen` is what it wrote, without controls."""
+    """The program on a terminal of 80 columns; `screen` is its output without control sequences."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
@@ -100,9 +100,9 @@ class Terminal:
         os.close(slave)
 
     def send(self, text: str) -> None:
-        """Type it, as late as a person would: readline shows its prompt a moment before it listens.
+        """Type text after a short delay: readline prints its prompt shortly before it reads.
 
-        A Ctrl-C between the two is noticed with the next key only (CPython's readline.c).
+        A Ctrl-C between the two is handled only after the next key (CPython's readline.c).
         """
         time.sleep(REACTION)
         os.write(self.master, text.encode())
@@ -114,17 +114,17 @@ class Terminal:
         self.send("\x04")
 
     def wait_for(self, text: str) -> str:
-        """Read until `text` appears -> what came up to it; later calls look behind it."""
+        """Read until `text` appears -> the output before it; later calls search after it."""
         limit = time.monotonic() + PATIENCE
         while text not in self.screen:
-            assert time.monotonic() < limit, f"never came: {text!r} after {self.screen[-500:]!r}"
+            assert time.monotonic() < limit, f"timeout: no {text!r} after {self.screen[-500:]!r}"
             if not self._read():
                 raise AssertionError(f"ended before {text!r}: {self.screen[-500:]!r}")
         before, _, self.screen = self.screen.partition(text)
         return before
 
     def end(self) -> int:
-        """Wait until it has ended -> its exit code."""
+        """Wait until the program has ended -> its exit code."""
         while self._read():
             pass
         os.close(self.master)
@@ -140,7 +140,7 @@ class Terminal:
             return False
         try:
             data = os.read(self.master, 1 << 16)
-        except OSError:  # Linux: the other side is closed
+        except OSError:  # Linux: the other end is closed
             return False
         self.raw += data.decode(errors="replace")
         self.screen += CONTROLS.sub("", data.decode(errors="replace"))

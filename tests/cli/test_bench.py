@@ -1,4 +1,4 @@
-"""`glassllama bench`: what it measures is what was run, and the bounds belong to this model."""
+"""`glassllama bench`: it measures what was run, and the bounds are those of the model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SMALL = ("--prompt", "6,3", "--new", "2", "--runs", "1", "--context", "0,5", "--
 
 
 @pytest.fixture(autouse=True)
-def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory's speed is read from a few megabytes here, not from a model's weights."""
+def measure_bandwidth_with_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the memory bandwidth with a few megabytes instead of the size of the weights."""
     monkeypatch.setattr("glassllama.benchmark.MAX_BANDWIDTH_BYTES", 1 << 22)
 
 
@@ -50,7 +50,7 @@ def test_bench_measures_the_grid_and_its_bounds(verb: Verb, loaded: LLM, tmp_pat
     assert measured["machine"]["cores"] >= measured["threads"] >= 1
 
 
-def test_bench_prints_a_line_a_cell(verb: Verb, loaded: LLM) -> None:
+def test_bench_prints_one_line_per_measurement(verb: Verb, loaded: LLM) -> None:
     table = verb("bench", "smollm2-135m", *SMALL).out
     for words in (
         "prefill 6",
@@ -62,7 +62,9 @@ def test_bench_prints_a_line_a_cell(verb: Verb, loaded: LLM) -> None:
         assert words in table
 
 
-def test_cells_that_do_not_fit_are_left_out_and_none_is_an_error(verb: Verb, loaded: LLM) -> None:
+def test_measurements_beyond_the_context_are_left_out_and_an_empty_grid_is_an_error(
+    verb: Verb, loaded: LLM
+) -> None:
     grid = Grid(prompts=[8, 9], contexts=[0, 7], batches=[1, 4], new=2, runs=1)
     assert grid.cells(8) == [Cell("prefill", 8), Cell("decode", 2), Cell("decode", 2, 0, 4)]
     ran = verb("bench", "smollm2-135m", "--prompt", "9000", "--new", "9000")
@@ -71,12 +73,13 @@ def test_cells_that_do_not_fit_are_left_out_and_none_is_an_error(verb: Verb, loa
 
 
 @pytest.mark.parametrize("value", ["", "1,", "a", "-1"])
-def test_lists_are_whole_numbers(verb: Verb, loaded: LLM, value: str) -> None:
+def test_list_options_accept_whole_numbers_only(verb: Verb, loaded: LLM, value: str) -> None:
     assert verb("bench", "smollm2-135m", "--prompt", value).code == 2
 
 
-def test_needs_are_those_of_the_matrices(loaded: LLM) -> None:
-    """SmolLM2-135M by hand: thirty layers of 576 × (576 + 2·192 + 576 + 3·1536), tied output."""
+def test_bytes_and_operations_are_those_of_the_matrices(loaded: LLM) -> None:
+    """SmolLM2-135M, computed manually: 30 layers of 576 × (576 + 2·192 + 576 + 3·1536), tied
+    output."""
     layer = 576 * (576 + 2 * 192 + 576 + 3 * 1536)
     roofline = Roofline.of(loaded)
     assert roofline.ops == 2 * (30 * layer + 576 * 49_152)
@@ -90,8 +93,8 @@ def test_needs_are_those_of_the_matrices(loaded: LLM) -> None:
     assert decode.ratio == 2.0
 
 
-def test_what_is_timed_is_done(loaded: LLM) -> None:
-    """All that a cell asks for is computed: no tokens are reused from the cache."""
+def test_timed_tokens_are_computed(loaded: LLM) -> None:
+    """No tokens of a measurement are reused from the prefix cache."""
     ours, words = LLMRunner(loaded), loaded.executor.config.vocab_size
     for cell in (Cell("prefill", 70), Cell("decode", 4, 66), Cell("decode", 66, 0, 3)):
         prepare(ours, cell, words)
@@ -108,11 +111,11 @@ def test_the_torch_backend_is_measured_too(default_model: Path) -> None:
     llm = load("smollm2-135m", backend="torch", dtype="float32")
     engine = load("smollm2-135m", exact=True)
     assert Roofline.of(llm).numbers == Roofline.of(engine).numbers == "float32"
-    norms = 2 * (2 * 30 + 1) * 576  # the engine counts matrices only
+    norms = 2 * (2 * 30 + 1) * 576  # the engine counts only matrices
     assert Roofline.of(llm).ops - norms == Roofline.of(engine).ops
 
 
-def test_bench_without_the_peer_says_what_to_install(
+def test_bench_without_llama_cpp_says_what_to_install(
     verb: Verb, loaded: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -121,8 +124,8 @@ def test_bench_without_the_peer_says_what_to_install(
     assert "pip install 'glassllama[bench]'" in ran.err
 
 
-def test_llama_cpp_reads_the_same_logits_row_by_row(loaded: LLM) -> None:
-    """The peer does the work that it is timed for: its likeliest tokens are mostly ours."""
+def test_llama_cpp_computes_nearly_the_same_logits(loaded: LLM) -> None:
+    """llama.cpp does the measured work: its most likely tokens are mostly the same as ours."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: the bench extra")
     peer: Any = LlamaCppRunner(loaded.path, 1)
     ours = loaded.executor

@@ -1,4 +1,4 @@
-"""benchmarks/RECORD.md is what is made of the lines that are there; verdicts are right."""
+"""benchmarks/RECORD.md is generated from the stored results, and its verdicts are right."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def record() -> ModuleType:
     return module("record_page")
 
 
-def test_the_record_is_not_stale(record: ModuleType) -> None:
+def test_the_record_is_up_to_date(record: ModuleType) -> None:
     assert (BENCHMARKS / "RECORD.md").read_text() == record.page(), "run benchmarks/record.py"
 
 
-def test_every_line_is_there_once_and_none_is_left_over(record: ModuleType) -> None:
+def test_every_result_belongs_to_one_measurement(record: ModuleType) -> None:
     names = [line.name for line in record.LINES]
     assert len(names) == len(set(names))
     assert {path.stem for path in record.RESULTS.glob("*.json")} <= set(names)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "share", "either", "said"),
+    ("ratio", "share", "either", "message"),
     [
         (2.1, 0.1, True, "met"),
         (1.9, 0.9, True, "met"),
@@ -40,12 +40,12 @@ def test_every_line_is_there_once_and_none_is_left_over(record: ModuleType) -> N
     ],
 )
 def test_verdicts(
-    record: ModuleType, ratio: float | None, share: float | None, either: bool, said: str
+    record: ModuleType, ratio: float | None, share: float | None, either: bool, message: str
 ) -> None:
-    assert record.Target(2.0, 0.75, either=either).verdict(ratio, share) == said
+    assert record.Target(2.0, 0.75, either=either).verdict(ratio, share) == message
 
 
-def test_targets_are_for_the_rows_that_they_name(record: ModuleType) -> None:
+def test_targets_of_rows(record: ModuleType) -> None:
     lines = {line.name: line for line in record.LINES}
 
     def ratio(name: str, **row: Any) -> float | None:
@@ -63,7 +63,7 @@ def test_targets_are_for_the_rows_that_they_name(record: ModuleType) -> None:
     assert ratio("1b-BF16") is None
 
 
-def test_targets_beside_the_fork(record: ModuleType) -> None:
+def test_targets_against_ik_llama_cpp(record: ModuleType) -> None:
     lines = {line.name: line for line in record.LINES}
 
     def least(name: str, what: str) -> float | None:
@@ -81,7 +81,7 @@ def test_targets_beside_the_fork(record: ModuleType) -> None:
 STAND_IN = """#!{python}
 import json, sys
 asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-print("a note of theirs")
+print("a line that is not JSON")
 print(json.dumps([
     {{"n_prompt": int(asked["-p"]), "n_gen": 0, "avg_ts": 200.0 + int(asked.get("-rtr", 0))}},
     {{"n_prompt": 0, "n_gen": int(asked["-n"]), "avg_ts": 20.0}},
@@ -89,8 +89,8 @@ print(json.dumps([
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a script that is a program: not here")
-def test_what_llama_bench_prints_is_understood(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="scripts are not executable on Windows")
+def test_the_output_of_llama_bench_is_parsed(tmp_path: Path) -> None:
     program = tmp_path / "llama-bench"
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Chat: what is piped in beside a message, what keeps answers from going on, and /system."""
+"""Chat: text piped in with a message, limits of answers, and /system."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from glassllama.base.errors import GlassError
 from glassllama.cli import console
 from glassllama.cli.console import prompt_from
 from glassllama.cli.options import ChatOptions, SamplingOptions
-from glassllama.cli.repl import Repl, limits
-from glassllama.cli.session import ChatSession, Conversation
+from glassllama.cli.repl import ChatSession, Conversation, Repl, limits
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import ChatML, TemplateChat
 
@@ -42,7 +41,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
         (None, b"one\n", "one"),
     ],
 )  # fmt: skip
-def test_what_is_piped_in_follows_the_text(
+def test_piped_text_is_appended_to_the_message(
     monkeypatch: pytest.MonkeyPatch, text: str | None, raw: bytes, whole: str
 ) -> None:
     piped(monkeypatch, raw)
@@ -50,7 +49,7 @@ def test_what_is_piped_in_follows_the_text(
 
 
 @pytest.mark.parametrize("text", [None, "Sum up:"])
-def test_what_cannot_follow_a_text_is_one_line(
+def test_unreadable_stdin_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch, text: str | None
 ) -> None:
     piped(monkeypatch, b"abc\xff")
@@ -70,7 +69,7 @@ def test_a_closed_stdin_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         prompt_from(None, "TEXT")
 
 
-def test_waiting_for_stdin_is_said(
+def test_a_notice_says_that_stdin_is_awaited(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "STDIN_NOTICE_SECONDS", 0.01)
@@ -82,7 +81,7 @@ def test_waiting_for_stdin_is_said(
     assert "reading standard input until it ends" in capsys.readouterr().err
 
 
-def test_chat_and_generate_read_a_file_beside_their_argument(verb: Verb, loaded: LLM) -> None:
+def test_chat_and_generate_append_a_file_to_their_argument(verb: Verb, loaded: LLM) -> None:
     for name in ("chat", "generate"):
         options = ("-n", "1", "-t", "0", "--json")
         together = json.loads(verb(name, "Sum up:", *options, stdin="one\ntwo\n").out)
@@ -101,7 +100,7 @@ def session_with(llm: Any, **changes: Any) -> ChatSession:
     return ChatSession(llm, Conversation(), replace(ChatOptions(), **changes))
 
 
-def test_the_conversation_says_its_limits() -> None:
+def test_the_conversation_prints_its_limits() -> None:
     assert "at most 1,024 tokens, repetition penalty 1.1" in limits(ChatOptions())
     assert "without limit" in limits(ChatOptions(max_tokens=None))
 
@@ -130,7 +129,7 @@ class OtherTemplate:
         (TemplateChat("{{ raise_exception('no') }}"), None, ""),
     ],
 )  # fmt: skip
-def test_what_the_template_adds_by_itself(
+def test_the_default_system_message_of_a_template(
     llm: LLM, template: Any, system: str | None, shown: str
 ) -> None:
     session = session_with(OtherTemplate(llm, template or llm.chat_format))
@@ -138,7 +137,9 @@ def test_what_the_template_adds_by_itself(
     assert session.text_before_first_message() == shown
 
 
-def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_system_command_shows_the_system_message(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     repl = Repl(session_with(llm))
     repl.handle("/system")
     none, template = capsys.readouterr().out.splitlines()
@@ -148,7 +149,9 @@ def test_system_shows_it(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "Be brief.\n"
 
 
-def test_files_of_a_user_who_is_unknown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_the_home_of_an_unknown_user(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     repl = Repl(session_with(llm))
     for command in ("/save", "/load"):
         repl.handle(f"{command} ~nobody-of-that-name/a")

@@ -1,4 +1,4 @@
-"""Fault C1: whatever goes wrong, one line and the right exit code. Real processes, real pipes."""
+"""Every error is one line with the right exit code. Real processes and pipes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import COMMAND, PATIENCE, complaints, is_clean_error, run, run_many
+from cli.programs import COMMAND, PATIENCE, error_lines, is_clean_error, run, run_many
 from glassllama.base.errors import GlassError
 from glassllama.cli.errors import user_message
 from tiny_models import hf_model, write_hf
 
-# Every verb, with arguments that would work if the model were there.
+# Every command, with arguments that would work if the model existed.
 VERBS = {
     "chat": ["hello", "--model", "{model}"],
     "generate": ["hello", "--model", "{model}"],
@@ -40,14 +40,14 @@ def arguments(name: str, model: object, text: object = __file__) -> list[str]:
     return [name, *(part.format(model=model, text=text) for part in VERBS[name])]
 
 
-def test_every_verb_is_here() -> None:
+def test_every_command_is_listed() -> None:
     from glassllama.cli.app import app
 
     names = {command.name for command in app.registered_commands}
     assert names == set(VERBS)
 
 
-def test_a_missing_model_is_one_line() -> None:
+def test_a_missing_model_is_an_error_of_one_line() -> None:
     for process in run_many([arguments(name, "./nowhere.gguf") for name in WITH_MODEL]):
         assert is_clean_error(process, "nowhere.gguf", "no such file")
 
@@ -84,8 +84,8 @@ def test_missing_files_of_other_kinds(tmp_path: Path, default_model: Path) -> No
     assert is_clean_error(latin, "latin.txt", "not UTF-8 at byte 4")
 
 
-def test_a_reader_that_left_is_141(default_model: Path) -> None:
-    """Forks, and one process."""
+def test_a_closed_output_pipe_is_exit_code_141(default_model: Path) -> None:
+    """Forks, and one new process."""
     names = ["list", "show", "tokenize", "download", "next", "generate"]
     reader, writer = os.pipe()
     os.close(reader)
@@ -108,7 +108,7 @@ ANSWERS = [["--help"], ["--version"], ["list"], ["show", "-h"], ["train", "--hel
 ERRORS = [["show", "./nowhere.gguf"], ["--debug", "show", "./nowhere.gguf"]]
 
 
-def test_whoever_does_not_read_an_answer_gets_no_complaint() -> None:
+def test_a_closed_output_pipe_prints_no_error() -> None:
     for process in run_many(ANSWERS, out="unread"):
         assert (process.returncode, process.stderr.count("rror")) == (141, 0)
     for err in ("unread", "full"):
@@ -117,20 +117,20 @@ def test_whoever_does_not_read_an_answer_gets_no_complaint() -> None:
         assert is_clean_error(process, "nowhere.gguf")
 
 
-def test_answers_that_find_no_room_are_one_line() -> None:
+def test_output_to_a_full_device_is_an_error_of_one_line() -> None:
     for process in run_many(ANSWERS, out="full"):
         assert is_clean_error(process, "No space left")
 
 
 @pytest.mark.parametrize("err", ["unread", "full"])
-def test_an_error_that_cannot_be_printed_has_its_code(err: str) -> None:
+def test_an_error_that_cannot_be_printed_has_its_exit_code(err: str) -> None:
     for out in ("file", "unread", "full"):
         assert {process.returncode for process in run_many(ERRORS, out=out, err=err)} == {1}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v: Linux")
 @pytest.mark.parametrize("words", ["chat hi", "generate hi --backend torch", "walkthrough hi"])
-def test_too_little_memory_is_one_line(words: str, default_model: Path) -> None:
+def test_too_little_memory_is_an_error_of_one_line(words: str, default_model: Path) -> None:
     process = subprocess.run(
         ["sh", "-c", f"ulimit -v 400000; exec {' '.join(COMMAND)} {words}"],
         stdin=subprocess.DEVNULL,
@@ -141,7 +141,7 @@ def test_too_little_memory_is_one_line(words: str, default_model: Path) -> None:
     assert is_clean_error(process, "out of memory: ", "'ulimit -v'")
 
 
-def test_libraries_words_for_too_little_memory() -> None:
+def test_out_of_memory_errors_of_libraries() -> None:
     inner = OSError("libx.so: failed to map segment from shared object")
     hidden = OSError("Could not find/load shared object file")
     hidden.__context__ = inner
@@ -158,7 +158,7 @@ def test_libraries_words_for_too_little_memory() -> None:
     assert user_message(GlassError("needs not enough memory")) == "needs not enough memory"
 
 
-def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:
+def test_an_output_pipe_closed_during_an_answer_is_exit_code_141(default_model: Path) -> None:
     with subprocess.Popen(
         [*COMMAND, "generate", "Once upon a time", "--ignore-eos", "-t", "0"],
         stdin=subprocess.DEVNULL,
@@ -170,21 +170,21 @@ def test_a_reader_that_leaves_in_the_middle_is_141(default_model: Path) -> None:
         process.stdout.read(5)
         process.stdout.close()
         assert process.wait(PATIENCE) == 141
-        assert complaints(process.stderr.read().decode()) == []
+        assert error_lines(process.stderr.read().decode()) == []
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "next", "tokenize"])
-def test_closed_stdin_means_that_the_text_is_missing(name: str) -> None:
+def test_closed_stdin_is_a_missing_text(name: str) -> None:
     line = f"exec {' '.join(COMMAND)} {name} <&-"
     process = subprocess.run(
         ["sh", "-c", line], capture_output=True, encoding="utf-8", timeout=PATIENCE
     )
     assert is_clean_error(process, "is missing")
     [empty] = run_many([[name]])
-    assert is_clean_error(empty, "is missing")  # is no better
+    assert is_clean_error(empty, "is missing")  # is the same
 
 
-def test_closed_stderr_is_no_fault() -> None:
+def test_closed_stderr_is_no_error() -> None:
     line = f"exec {' '.join(COMMAND)} list 2>&-"
     process = subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE)
     assert process.returncode == 0
@@ -205,7 +205,7 @@ def test_an_answer_that_cannot_be_written_is_an_error(
         assert is_clean_error(process, "stdout: closed")
 
 
-def test_a_full_disk_is_one_line() -> None:
+def test_a_full_disk_is_an_error_of_one_line() -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE
@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_line() -> None:
     assert process.stderr.count(b"\n") == 1
 
 
-def test_stdin_that_is_no_text_is_one_line() -> None:
+def test_stdin_that_is_not_text_is_an_error_of_one_line() -> None:
     process = subprocess.run(
         [*COMMAND, "tokenize"], input=b"abc\xff", capture_output=True, timeout=PATIENCE
     )
@@ -251,10 +251,10 @@ def test_pipes_and_no_color_get_no_escapes(default_model: Path) -> None:
             assert "\x1b" not in process.stdout + process.stderr
 
 
-def test_a_home_that_cannot_be_written_still_answers(default_model: Path) -> None:
+def test_a_read_only_home_works(default_model: Path) -> None:
     unset = {"XDG_CACHE_HOME": "", "GLASSLLAMA_HOME": ""}
     environment = {"HOME": "/dev/null/nobody", "HF_HOME": "/dev/null/nobody", **unset}
-    model = ("-m", str(default_model), "--backend", "torch")  # the engine would compile anew
+    model = ("-m", str(default_model), "--backend", "torch")  # the engine would compile again
     process = run("chat", "Hi", "-t", "0", "-n", "4", *model, env=environment)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip()
@@ -262,7 +262,7 @@ def test_a_home_that_cannot_be_written_still_answers(default_model: Path) -> Non
     assert is_clean_error(run("download", "smollm2-135m", env=environment), "GLASSLLAMA_HOME")
 
 
-def test_a_missing_extra_names_the_line_to_run(default_model: Path) -> None:
+def test_a_missing_extra_is_an_error_with_the_install_command(default_model: Path) -> None:
     without_torch = (
         "import sys; sys.modules['torch'] = None; from glassllama.__main__ import main; "
         "sys.argv[1:] = ['generate', 'x', '--backend', 'torch']; main()"
@@ -278,7 +278,9 @@ def test_a_missing_extra_names_the_line_to_run(default_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_at_once(sent: signal.Signals, code: int, default_model: Path) -> None:
+def test_signals_end_the_program_immediately(
+    sent: signal.Signals, code: int, default_model: Path
+) -> None:
     with subprocess.Popen(
         [*COMMAND, "generate", "Once upon a time", "--ignore-eos", "-t", "0"],
         stdin=subprocess.DEVNULL,
@@ -287,15 +289,15 @@ def test_signals_end_it_at_once(sent: signal.Signals, code: int, default_model: 
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        begun = process.stdout.read(5)  # it is answering
+        begun = process.stdout.read(5)  # the answer has started
         process.send_signal(sent)
         rest, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
-    assert complaints(errors.decode().strip()) == []
-    assert (begun + rest).endswith(b"\n")  # what was there is shown whole
+    assert error_lines(errors.decode().strip()) == []
+    assert (begun + rest).endswith(b"\n")  # the text so far is printed completely
 
 
-def test_an_unforeseen_error_is_one_line_and_debug_shows_where() -> None:
+def test_an_unexpected_error_is_one_line_and_debug_prints_the_traceback() -> None:
     broken = (
         "import sys, glassllama.hub as hub; hub.cached_models = lambda: 1 / 0; "
         "from glassllama.__main__ import main; sys.argv[1:] = {}; main()"
@@ -313,7 +315,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where() -> None:
         assert (len(process.stderr.splitlines()) == 1) == (arguments == ["list"])
 
 
-def test_damaged_models_are_one_line(tmp_path: Path) -> None:
+def test_damaged_models_are_an_error_of_one_line(tmp_path: Path) -> None:
     folder = write_hf(hf_model(), tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM while the first start compiles: at once, and without a word too many."""
+"""Ctrl-C and SIGTERM while the first start compiles: the program ends soon, without other
+output."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from glassllama.cli.console import COMPILING
 def test_the_first_start_ends_while_it_compiles(
     sent: signal.Signals, code: int, default_model: Path, tmp_path: Path
 ) -> None:
-    """When the first compiled file is there, many are still to come. (On a slow or busy machine it
-    is said by then that code is being compiled.)"""
+    """The signal is sent when the first compiled file exists, while many others are missing.
+
+    A slow or busy machine may have printed the notice about compiling by then.
+    """
     with subprocess.Popen(
         [*COMMAND, "generate", "hi", "-n", "3", "-m", str(default_model)],
         stdin=subprocess.DEVNULL,
@@ -49,9 +52,9 @@ compiling = threading.Event()
 
 @numba.extending.intrinsic
 def slowly(context, x):
-    os.kill(os.getpid(), signal.SIGINT)  # in the middle of it
+    os.kill(os.getpid(), signal.SIGINT)  # during compilation
     for _ in range(1000):
-        pass  # where Python calls handlers
+        pass  # at an instruction where Python calls handlers
     ended.append("typed")
     return x(x), lambda context, builder, signature, arguments: arguments[0]
 
@@ -72,10 +75,10 @@ print(*ended, function(4), signal.getsignal(signal.SIGINT) is signal.default_int
     ("hold", "says"),
     [("defer_signals_while_compiling()", "typed interrupted 4 True"), ("", "interrupted")],
 )
-def test_a_program_is_interrupted_when_the_compiler_is_done(hold: str, says: str) -> None:
-    """And without the holding at once: so what is tested here is the holding."""
+def test_a_signal_during_compilation_is_raised_after_it(hold: str, says: str) -> None:
+    """Without deferred signals the exception would come at once, so this tests deferring."""
     code = WHILE_COMPILING.format(hold=hold)
-    if not hold:  # the second signal, of the second compilation, would end it
+    if not hold:  # a second signal, in the second compilation, would end it
         code = code.replace("print(*ended, function(4)", "print(*ended")
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE

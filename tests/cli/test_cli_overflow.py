@@ -1,4 +1,4 @@
-"""Answers past the context, at the command line and from Python, on models of one's own."""
+"""Answers beyond the context, at the command line and from Python, with models trained here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LONG = ("abc", "-n", 100, "--seed", 1, "--ignore-eos", "--json")
 
 @pytest.fixture(params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A model of characters with random weights; the folder is named after what it holds."""
+    """A character model with random weights; the folder is named after its content."""
     model = MODELS[request.param]()
     if isinstance(model, Llama):
         torch.manual_seed(0)
@@ -47,7 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param
 
 
-def test_a_model_of_ones_own_goes_on_past_its_context(verb: Verb, folder: Path) -> None:
+def test_a_trained_model_continues_beyond_its_context(verb: Verb, folder: Path) -> None:
     answer = json.loads(verb("generate", "-m", folder, *LONG).out)
     assert len(answer["ids"]) == 100
     assert answer["finish_reason"] == "length"
@@ -67,8 +67,8 @@ def test_a_model_of_ones_own_goes_on_past_its_context(verb: Verb, folder: Path) 
 def test_stop_ends_with_the_context(verb: Verb, folder: Path) -> None:
     arguments = ("generate", "-m", folder, "--on-overflow", "stop", *LONG)
     answer = json.loads(verb(*arguments).out)
-    room = 100 if folder.name == "bigram" else CONTEXT - len(answer["prompt_ids"])
-    assert len(answer["ids"]) == room
+    capacity = 100 if folder.name == "bigram" else CONTEXT - len(answer["prompt_ids"])
+    assert len(answer["ids"]) == capacity
     assert answer["usage"]["dropped_tokens"] == 0
 
 
@@ -85,8 +85,8 @@ def test_a_prompt_longer_than_the_context_says_what_to_do(verb: Verb, folder: Pa
     assert f"shorten it to at most {CONTEXT - 1}" in error
 
 
-def test_whose_models_shift_by_default(tmp_path: Path) -> None:
-    """A run's model and its checkpoints, if small; nobody else's, and no large ones."""
+def test_which_models_shift_the_context_by_default(tmp_path: Path) -> None:
+    """Small models of a run and its checkpoints; no others, and no large ones."""
     vocabulary = Tokenizer(models.BPE())
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""docs/cli.md is what the program says of itself."""
+"""docs/cli.md agrees with the help of the program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
-def test_the_page_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     spec = importlib.util.spec_from_file_location("make_cli_page", DOCS / "make_cli_page.py")
     assert spec is not None

@@ -1,4 +1,4 @@
-"""The parts that can be looked at alone: line breaks, conversations, settings, help, output."""
+"""Parts of the command line alone: line breaks, conversations, settings, help, output."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from glassllama.cli.console import ASCII_DRAWING, amount, new_progress
 from glassllama.cli.errors import user_message
 from glassllama.cli.options import SamplingOptions
 from glassllama.cli.render import WordWrap, speed_line
-from glassllama.cli.repl import with_option
-from glassllama.cli.session import ChatSession, Conversation
-from glassllama.cli.tokenize import read_ids
+from glassllama.cli.repl import ChatSession, Conversation, with_option
+from glassllama.cli.tokens import read_ids
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import Message
 
@@ -32,11 +31,13 @@ def wrapped(pieces: list[str], width: int) -> str:
 
 
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 120)), width=st.integers(2, 20))
-def test_wrapping_changes_only_blanks_into_breaks(text: str, cuts: list[int], width: int) -> None:
+def test_wrapping_replaces_only_spaces_by_line_breaks(
+    text: str, cuts: list[int], width: int
+) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(places)]
     lines = wrapped(pieces, width)
-    assert lines == wrapped([text], width)  # however it comes
+    assert lines == wrapped([text], width)  # in any division into pieces
     assert all(cell_len(line) <= width for line in lines.split("\n"))
     assert [c for c in lines if c not in " \n"] == [c for c in text if c not in " \n"]
 
@@ -51,17 +52,17 @@ def turns(*roles: str) -> list[Message]:
     return [Message(role, f"{role} {n}") for n, role in enumerate(roles)]
 
 
-def test_a_long_conversation_loses_its_oldest_turns_but_never_the_system_message() -> None:
+def test_a_long_conversation_drops_its_oldest_turns_but_keeps_the_system_message() -> None:
     talk = Conversation(system="be brief", history=turns(*["user", "assistant"] * 3, "user"))
     assert talk.shorten(len, max_tokens=8) == 0
     assert talk.shorten(len, max_tokens=5) == 4
     assert [m.role for m in talk.messages] == ["system", "user", "assistant", "user"]
     assert talk.history[-1].content == "user 6"
-    assert talk.shorten(len, max_tokens=1) == 2  # the question itself stays, come what may
+    assert talk.shorten(len, max_tokens=1) == 2  # the question itself is always kept
     assert [m.role for m in talk.messages] == ["system", "user"]
 
 
-def test_talking_on_in_a_small_context_goes_on(
+def test_a_conversation_continues_in_a_small_context(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class SmallContext(ChatSession):
@@ -77,7 +78,7 @@ def test_talking_on_in_a_small_context_goes_on(
     assert "oldest 2 messages were dropped" in capsys.readouterr().err
 
 
-def test_a_saved_conversation_comes_back(tmp_path: Path) -> None:
+def test_a_saved_conversation_is_loaded(tmp_path: Path) -> None:
     talk = Conversation(system="sé\n", history=turns("user", "assistant"))
     talk.save(tmp_path / "talk.json")
     assert Conversation.load(tmp_path / "talk.json") == talk
@@ -88,7 +89,7 @@ def test_a_saved_conversation_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"messages": 3}', '{"messages": [3]}', "[" * 9999]
 )
-def test_what_is_no_conversation_names_the_file(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_conversation_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(GlassError, match=r"odd\.json"):
         Conversation.load(tmp_path / "odd.json")
@@ -114,24 +115,24 @@ def test_settings_are_read(name: str, typed: str, value: object) -> None:
         ("presence_penalty", "3"), ("colour", "red"), ("stop", "'open"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused(name: str, typed: str) -> None:
+def test_invalid_settings_are_refused(name: str, typed: str) -> None:
     with pytest.raises(GlassError, match=name):
         with_option(SamplingOptions(), name, typed)
 
 
-def test_foreseen_faults_are_lines_and_others_are_not() -> None:
+def test_expected_errors_are_one_line_and_others_are_not() -> None:
     assert user_message(GlassError("x: y")) == "x: y"
     assert user_message(FileNotFoundError(2, "No such file", "f.txt")) == "f.txt: No such file"
     assert "memory" in str(user_message(MemoryError()))
     assert user_message(ValueError("ours")) is None
 
 
-def test_amounts_are_what_people_read() -> None:
+def test_amounts_are_printed_with_units() -> None:
     assert amount(12e6, 98.4e6, 9.14e6, "bytes") == "12.0/98.4 MB 9.1/s"
     assert amount(512, 2048, None, "tokens") == "512/2,048 tokens"
 
 
-def test_help_shows_options_whole_and_no_default_of_switches(
+def test_help_shows_complete_options_and_no_defaults_of_switches(
     verb: Verb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -179,7 +180,7 @@ def test_an_empty_name_is_not_the_current_folder(
         ("--dtype", "int8", "'int8' is not one of 'float32', 'bfloat16'"),
     ],
 )
-def test_usage_errors_say_what_came_and_what_was_expected(
+def test_usage_errors_contain_the_given_and_the_expected_value(
     option: str, typed: str, expected: str, verb: Verb
 ) -> None:
     ran = verb("generate", "hi", option, typed)
@@ -204,7 +205,7 @@ def test_usage_errors_say_what_came_and_what_was_expected(
         ("--seed", "-1", "seed must be"),
     ],
 )
-def test_values_that_sampling_refuses_are_wrong_usage(
+def test_invalid_sampling_values_are_wrong_usage(
     option: str, typed: str, message: str, verb: Verb
 ) -> None:
     """Reported before a model is loaded."""
@@ -214,24 +215,24 @@ def test_values_that_sampling_refuses_are_wrong_usage(
         assert message in ran.err.splitlines()[-1]
 
 
-def test_drawings_are_drawn_with_what_the_output_has() -> None:
+def test_drawings_use_characters_of_the_output_encoding() -> None:
     drawing = "✓ ███▊ ░▒▓ ▁▂█ → … 日é"
     assert drawing.encode("ascii", ASCII_DRAWING) == b"+ #### .+# _.# > . ??"
     assert "█░ é√".encode("cp437", ASCII_DRAWING).decode("cp437") == "█░ é√"
     assert drawing.encode("utf-8", ASCII_DRAWING).decode() == drawing
 
 
-def test_ids_are_read_in_every_usual_form() -> None:
+def test_ids_are_parsed_in_every_usual_form() -> None:
     assert read_ids("1 2 3") == read_ids("1,2,3") == read_ids("[1, 2, 3]\n") == [1, 2, 3]
     assert read_ids("") == []
 
 
-def test_an_answer_that_was_cut_says_so(llm: LLM) -> None:
+def test_an_answer_that_was_cut_off_has_a_notice(llm: LLM) -> None:
     assert "cut off" in speed_line(llm.generate("Once", max_tokens=2))
     assert "cut off" not in speed_line(llm.chat("What is photosynthesis?"))
 
 
-def test_a_delayed_bar_appears_when_it_is_due() -> None:
+def test_a_delayed_progress_bar_appears_after_the_delay() -> None:
     progress = new_progress()
     progress.add_task("reading", total=9, unit="tokens", after=60)
     assert [*progress.get_renderables()] == []

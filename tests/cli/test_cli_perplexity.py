@@ -39,12 +39,13 @@ def executor(oracle: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory)
 
 
 def expected(model: LlamaForCausalLM, window: int, stride: int, bos: int | None) -> float:
-    """Nats of every id, once, in the earliest window that holds it: one forward pass each."""
+    """Negative log-likelihood of every id in the earliest window that contains it: one pass per
+    window."""
     begin = [] if bos is None else [bos]
-    room, nats, scored = window - len(begin), 0.0, 0 if begin else 1
-    end = min(room, len(IDS))
+    capacity, nats, scored = window - len(begin), 0.0, 0 if begin else 1
+    end = min(capacity, len(IDS))
     while scored < len(IDS):
-        start = max(0, end - room)
+        start = max(0, end - capacity)
         ids = torch.tensor([begin + IDS[start:end]])
         with torch.inference_mode():
             logs = model(ids).logits[0].double().log_softmax(-1)  # (T, V)
@@ -57,7 +58,7 @@ def expected(model: LlamaForCausalLM, window: int, stride: int, bos: int | None)
 
 @pytest.mark.parametrize("bos", [None, BOS])
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 15), (10, 4), (83, 20), (500, 9)])
-def test_every_id_costs_what_transformers_says(
+def test_the_negative_log_likelihood_of_every_id_equals_transformers(
     executor: TorchExecutor, oracle: LlamaForCausalLM, window: int, stride: int, bos: int | None
 ) -> None:
     came = score(executor, IDS, window=window, stride=stride, bos=bos)
@@ -69,7 +70,7 @@ def test_every_id_costs_what_transformers_says(
 
 @pytest.mark.parametrize("has_bos", [False, True])
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 30])
-def test_passes_score_each_id_once_and_see_enough(length: int, has_bos: bool) -> None:
+def test_windows_score_each_id_once_with_enough_context(length: int, has_bos: bool) -> None:
     window, stride = 8, 3
     seen = []
     for start, first, end in passes(length, window, stride, has_bos=has_bos):
@@ -83,14 +84,14 @@ def test_passes_score_each_id_once_and_see_enough(length: int, has_bos: bool) ->
     ("window", "stride", "ids"),
     [(1, 1, IDS), (131_073, 1, IDS), (8, 8, IDS), (8, 0, IDS), (8, 4, []), (8, 4, [5])],
 )
-def test_what_cannot_be_measured_is_an_error(
+def test_invalid_windows_and_texts_are_errors(
     executor: TorchExecutor, window: int, stride: int, ids: list[int]
 ) -> None:
     with pytest.raises(GenerationError):
         score(executor, ids, window=window, stride=stride)
 
 
-def test_weights_that_are_no_numbers_are_an_error(executor: TorchExecutor) -> None:
+def test_nan_weights_are_an_error(executor: TorchExecutor) -> None:
     weight = executor.model.norm.weight
     kept = weight.clone()
     weight.data[0] = torch.nan
@@ -115,7 +116,9 @@ def test_the_default_window_is_no_longer_than_the_context(verb: Verb, tmp_path: 
     assert "512, or the model's context" in " ".join(verb("perplexity", "-h").out.split())
 
 
-def test_the_verb_knows_english_from_noise(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
+def test_perplexity_of_english_is_lower_than_of_noise(
+    verb: Verb, loaded: LLM, tmp_path: Path
+) -> None:
     english, noise = tmp_path / "english.txt", tmp_path / "noise.txt"
     english.write_text("The sun rises in the east and sets in the west. " * 3)
     noise.write_text("east the in The and sun west rises sets. the in " * 3)
@@ -126,7 +129,9 @@ def test_the_verb_knows_english_from_noise(verb: Verb, loaded: LLM, tmp_path: Pa
     }
     assert read[english]["perplexity"] < read[noise]["perplexity"]
     first = len(loaded.tokenizer.token_bytes(loaded.encode(english.read_text())[0]))
-    assert read[english]["bytes"] == len(english.read_bytes()) - first  # no begin token here
+    assert (
+        read[english]["bytes"] == len(english.read_bytes()) - first
+    )  # this model has no begin token
     nats = math.log(read[english]["perplexity"]) * read[english]["tokens"]
     bits = nats / math.log(2) / read[english]["bytes"]
     assert math.isclose(read[english]["bits_per_byte"], bits)

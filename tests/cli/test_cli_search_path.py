@@ -1,4 +1,4 @@
-"""Fault X1: started in a stranger's folder, nothing of that folder is imported."""
+"""If the program is started in an untrusted folder, nothing from that folder is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from cli.programs import PATIENCE
 
-# What Python itself has imported before it comes to a module that -m names: not ours to decide.
+# Imported by Python itself before the module named by -m.
 PYTHONS = "import runpy, sys; print(*sys.modules)"
 OTHERS = ("pip", "typer", "click", "rich", "numpy", "numba", "regex", "filelock", "yaml", "certifi")
 

@@ -1,4 +1,4 @@
-"""Help is fast because nothing heavy is imported for it."""
+"""Help is fast because it imports no large packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print("\\n" + json.dumps(imported))
 
 
 def modules_after(*lines: list[str]) -> dict[str, list[str]]:
-    """What is imported after each of these command lines, one after the other."""
+    """The modules imported after each of these command lines, run one after the other."""
     process = subprocess.run(
         [sys.executable, "-c", LOOK, json.dumps(lines)],
         capture_output=True,
@@ -39,7 +39,7 @@ def modules_after(*lines: list[str]) -> dict[str, list[str]]:
     return imported
 
 
-def test_help_of_every_verb_imports_nothing_heavy() -> None:
+def test_help_of_every_command_imports_no_large_packages() -> None:
     from glassllama.cli.app import app
 
     verbs = [str(command.name) for command in app.registered_commands]
@@ -48,18 +48,18 @@ def test_help_of_every_verb_imports_nothing_heavy() -> None:
         assert not set(modules) & set(HEAVY), line
 
 
-def test_verbs_without_a_model_to_run_need_neither_torch_nor_numba() -> None:
+def test_commands_that_run_no_model_import_neither_torch_nor_numba() -> None:
     lines = [["list"], ["tokenize", "hello"], ["download", "smollm2-135m"]]
     for line, modules in modules_after(*lines).items():
         assert not {"torch", "numba"} & set(modules), line
 
 
-def test_help_and_version_say_what_they_should() -> None:
+def test_the_output_of_help_and_version() -> None:
     from glassllama import __version__
 
     assert run("--version").stdout == f"glassllama {__version__}\n"
     page = run("--help").stdout
-    assert run().stdout == page  # no verb: the help page
+    assert run().stdout == page  # no command: the help page
     assert page.split()[:2] == ["Usage:", "glassllama"]
     assert all(len(line) <= 80 for line in page.splitlines())
     for group in ("Use a model", "Train", "Inspect a model"):
@@ -68,7 +68,7 @@ def test_help_and_version_say_what_they_should() -> None:
     assert "--temperature" in run("chat", "-h").stdout
 
 
-def test_shell_completion_offers_verbs_and_models() -> None:
+def test_shell_completion_offers_commands_and_models() -> None:
     def offered(words: str) -> list[str]:
         process = run(
             env={

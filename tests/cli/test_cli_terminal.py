@@ -1,4 +1,4 @@
-"""The conversation, on a real terminal with the real model."""
+"""A conversation with the default model on a real terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREEDY = ("-t", "0")
 
 @pytest.fixture
 def home(default_model: Path, tmp_path: Path) -> Path:
-    """A cache with a history of its own; models and machine code are the real one's."""
+    """A cache folder with its own history; models and machine code come from the user's cache."""
     home = tmp_path / "home"
     home.mkdir()
     for shared in ("models", "compiled"):
@@ -38,7 +38,7 @@ def terminal(home: Path) -> Iterator[Terminal]:
 
 
 def say(terminal: Terminal, line: str) -> str:
-    """Type a line -> what was printed until the next prompt."""
+    """Type a line -> the output up to the next prompt."""
     terminal.send(line + "\n")
     terminal.wait_for("\n")  # the echo
     return terminal.wait_for("\r\n" + PROMPT)
@@ -49,7 +49,7 @@ def test_a_conversation_and_every_command(terminal: Terminal, home: Path, tmp_pa
     assert "decode" in answer
     assert "peak memory" in answer
     assert "/load FILE" in say(terminal, "/help")
-    assert "24" in say(terminal, "/set max_tokens")  # shown, as it is
+    assert "24" in say(terminal, "/set max_tokens")  # shown unchanged
     assert "expected a number" in say(terminal, "/set temperature warm")
     assert "top_p must be" in say(terminal, "/set top_p 3")
     assert "is not an option" in say(terminal, "/set mood good")
@@ -83,11 +83,13 @@ def test_a_conversation_and_every_command(terminal: Terminal, home: Path, tmp_pa
     assert "messages" in say(terminal, "\x1b[A\x1b[A\x1b[B")  # up, up, down: /show again
     terminal.send("/bye\n")
     assert terminal.end() == 0
-    assert "/dance" in (home / "history").read_text().splitlines()  # the next chat's arrows
+    assert (
+        "/dance" in (home / "history").read_text().splitlines()
+    )  # the arrow keys of the next chat
     assert (home / "history").stat().st_mode & 0o777 == 0o600
 
 
-def test_ctrl_c_stops_the_answer_and_only_twice_the_program(terminal: Terminal) -> None:
+def test_one_ctrl_c_stops_the_answer_and_two_end_the_program(terminal: Terminal) -> None:
     say(terminal, "/set max_tokens none")
     say(terminal, "/set ignore_eos on")
     terminal.send("Tell me a long story.\n")
@@ -95,18 +97,20 @@ def test_ctrl_c_stops_the_answer_and_only_twice_the_program(terminal: Terminal) 
     terminal.ctrl_c()
     terminal.wait_for("(stopped)")
     terminal.wait_for("\r\n" + PROMPT)
-    assert "2" in say(terminal, "/show").split("messages")[1].split("\n")[0]  # what was shown stays
+    assert (
+        "2" in say(terminal, "/show").split("messages")[1].split("\n")[0]
+    )  # the text shown so far stays
     terminal.ctrl_c()
     terminal.wait_for("Ctrl-C again leaves")
     terminal.ctrl_c()
     assert terminal.end() == 130
 
 
-def test_the_tour_goes_on_as_a_chat_and_lines_break_between_words(home: Path) -> None:
+def test_the_tour_continues_as_a_chat_and_wraps_lines_between_words(home: Path) -> None:
     terminal = Terminal("chat", "--tour", env={"GLASSLLAMA_HOME": str(home)})
     terminal.wait_for("What is photosynthesis?\r\n")
     shown = terminal.wait_for("prefill").split("\r\n")
-    lines = [line.rsplit("\r", 1)[-1] for line in shown]  # what a progress bar leaves
+    lines = [line.rsplit("\r", 1)[-1] for line in shown]  # the rest of a progress bar
     assert len(lines) > 2
     assert all(len(line) <= 80 for line in lines)
     words = " ".join(line.strip() for line in lines).split()
@@ -117,7 +121,7 @@ def test_the_tour_goes_on_as_a_chat_and_lines_break_between_words(home: Path) ->
     assert terminal.end() == 0
 
 
-def test_next_asks_again_and_again(home: Path) -> None:
+def test_next_prompts_repeatedly(home: Path) -> None:
     terminal = Terminal("next", "--top", "1", env={"GLASSLLAMA_HOME": str(home)})
     terminal.wait_for("text> ")
     terminal.send("The capital of France is\n")
@@ -127,7 +131,7 @@ def test_next_asks_again_and_again(home: Path) -> None:
 
 
 def test_no_color_turns_colors_off() -> None:
-    """And leaves bold type, as no-color.org and Rich have it."""
+    """Bold type stays, as no-color.org and Rich specify."""
     color = re.compile(r"\x1b\[(\d+;)*[349]\d(;\d+)*m")
     plain = Terminal("--help", env={"NO_COLOR": "1"})
     assert plain.end() == 0

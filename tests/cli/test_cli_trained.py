@@ -1,4 +1,4 @@
-"""The verbs on models that are no Llama, and the texts to learn from."""
+"""Commands with models that are not Llamas, and training texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENIZER = CharTokenizer("\n abcdefghij")
 
 @pytest.fixture(params=["GPT", "bigram"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A model with random weights; the folder is named after what it holds."""
+    """A model with random weights; the folder is named after its content."""
     V = TOKENIZER.vocab_size
     model: GPT | Bigram = Bigram(BigramConfig(vocab_size=V, max_seq_len=32))
     if request.param == "GPT":
@@ -60,17 +60,17 @@ def test_generate(verb: Verb, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only"),
     ],
 )
-def test_what_is_for_llamas_only(
-    verb: Verb, folder: Path, arguments: tuple[str, ...], said: str
+def test_the_engine_backend_is_refused(
+    verb: Verb, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     refused = verb(*arguments, folder)
     assert refused.code == 1
-    assert said.format(folder.name) in refused.err
+    assert message.format(folder.name) in refused.err
     assert "Traceback" not in refused.err
 
 

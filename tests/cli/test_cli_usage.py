@@ -1,4 +1,4 @@
-"""What is typed wrongly: one line in one style, code 2, and what to type instead."""
+"""Wrong usage: one line in one style, exit code 2, and a hint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glassllama.cli.render import wrapped
 VERBS = sorted(command.name or "" for command in app.registered_commands)
 
 
-def complaint(verb: Verb, *arguments: object) -> str:
+def usage_error(verb: Verb, *arguments: object) -> str:
     """The one line about wrong usage."""
     ran = verb(*arguments)
     assert (ran.code, ran.out) == (2, "")
@@ -41,13 +41,13 @@ def complaint(verb: Verb, *arguments: object) -> str:
         ("x" * 500, "no such command"),
     ],
 )  # fmt: skip
-def test_an_unknown_verb_gets_a_hint(verb: Verb, typed: str, words: str) -> None:
-    line = complaint(verb, typed, "smollm2-135m", "--port", "80")
+def test_an_unknown_command_gets_a_hint(verb: Verb, typed: str, words: str) -> None:
+    line = usage_error(verb, typed, "smollm2-135m", "--port", "80")
     assert words in line
     assert len(line) < 300
 
 
-def test_hints_name_verbs_that_exist() -> None:
+def test_hints_name_existing_commands() -> None:
     for hint in INSTEAD.values():
         assert hint.split()[0].rstrip(":") in [*VERBS, "--help", "--version"]
     assert not set(INSTEAD) & set(VERBS)
@@ -69,7 +69,7 @@ def test_hints_name_verbs_that_exist() -> None:
 def test_wrong_usage_looks_like_every_other_error(
     verb: Verb, arguments: tuple[str, ...], words: str
 ) -> None:
-    assert words in complaint(verb, *arguments)
+    assert words in usage_error(verb, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -85,20 +85,20 @@ def test_wrong_usage_looks_like_every_other_error(
     ],
     ids=lambda arguments: f"{arguments[0][:10]} {arguments[-1][:10]}",
 )
-def test_what_was_typed_is_cut(verb: Verb, arguments: tuple[str, ...]) -> None:
-    line = complaint(verb, *arguments)
+def test_long_arguments_are_shortened_in_errors(verb: Verb, arguments: tuple[str, ...]) -> None:
+    line = usage_error(verb, *arguments)
     assert len(line) < 500
     assert line.endswith("-h')")
 
 
-def test_a_name_too_long_for_a_file_is_cut(verb: Verb) -> None:
+def test_names_too_long_for_a_file_are_shortened_in_errors(verb: Verb) -> None:
     ran = verb("perplexity", "smollm2-135m", "-f", "x" * 50_000)
     assert (ran.code, ran.out) == (1, "")
     assert len(ran.err) < 200
     assert ran.err.startswith("error: 'xxx")
 
 
-def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: Path) -> None:
+def test_an_unavailable_device_is_an_error_of_one_line(verb: Verb, default_model: Path) -> None:
     from glassllama.weights.load import torch_device
 
     for name in ("xla", "cuda:99", "meta", "abacus", "hpu", ""):
@@ -112,7 +112,7 @@ def test_a_device_that_is_not_there_is_one_line(verb: Verb, default_model: Path)
     assert line.startswith("error: device: 'vulkan' cannot be used here; ")
 
 
-def test_errors_break_between_words_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_errors_wrap_between_words_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 40, 0, 0))
     words = "a model that is neither here nor there and has a long description".split()

@@ -1,4 +1,4 @@
-"""`validate` finds what is wrong with a model, all of it; `show` copes with the unusual."""
+"""`validate` finds all faults of a model; `show` handles unusual models."""
 
 from __future__ import annotations
 
@@ -28,16 +28,14 @@ def problems(verb: Verb, path: Path) -> list[str]:
     return found
 
 
-def test_the_default_model_is_whole(verb: Verb, default_model: Path) -> None:
+def test_the_default_model_is_valid(verb: Verb, default_model: Path) -> None:
     ran = verb("validate", "smollm2-135m")
     assert ran.code == 0, ran.out
     assert "sha256: b179c9523d0e" in ran.out
     assert "problem" not in ran.out
 
 
-def test_numbers_that_are_none_and_holes_are_all_listed(
-    verb: Verb, tiny: Path, tmp_path: Path
-) -> None:
+def test_nan_infinite_and_zero_weights_are_listed(verb: Verb, tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
@@ -57,7 +55,7 @@ def test_a_missing_tokenizer_and_a_missing_tensor(verb: Verb, tiny: Path, tmp_pa
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"], tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors")
-    [problem] = problems(verb, folder)  # what cannot be opened cannot be looked into
+    [problem] = problems(verb, folder)  # a file that cannot be opened is not examined further
     assert "model.norm.weight" in problem
     assert "lm_head.weight" in problem
 
@@ -72,7 +70,7 @@ def test_a_flipped_bit_in_a_pth_is_found(verb: Verb, tmp_path: Path) -> None:
     assert any("CRC-32" in problem for problem in problems(verb, folder))
 
 
-def test_show_says_what_is_unusual(verb: Verb, tiny: Path) -> None:
+def test_show_prints_notes_about_unusual_models(verb: Verb, tiny: Path) -> None:
     ran = verb("show", tiny)
     assert ran.code == 0
     assert "scaled (Llama3Scaling)" in ran.out

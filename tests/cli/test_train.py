@@ -1,4 +1,4 @@
-"""`glassllama train`: to a model that `generate` runs; errors, signals, resuming."""
+"""`glassllama train`: models that `generate` runs; errors, signals, resuming."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cli.programs import COMMAND, PATIENCE, run
 from forks import WITH_TORCH, server
-from glassllama.cli.train_view import TrainView, curve
+from glassllama.cli.train import TrainView, curve
 from glassllama.train.metrics import LoggedMetrics, RunInfo, read_log
 from train.recipes import PRESET, changes, write_text
 
@@ -30,7 +30,7 @@ def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in the same order here as in a process with one thread."""
+    """Use one thread, so that sums have the same order as in a process with one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def test_trained_models_generate(kind: str, verb: Any, tmp_path: Path, text: Pat
     samples = ["run.sample_every=6", "run.sample_tokens=60"]
     ran = verb(*options(folder, text, kind, *samples))
     assert ran.code == 0, ran.err
-    assert len(ran.out) > 50  # the sample, and nothing else
+    assert len(ran.out) > 50  # only the sample
     for words in (
         "settings of ", "\nschedule.steps = 12\n", "checked targets: the inputs, shifted by one",
         "checked this machine:",
@@ -58,9 +58,9 @@ def test_trained_models_generate(kind: str, verb: Any, tmp_path: Path, text: Pat
     for name in ("settings.toml", "log.jsonl", "log.csv", "loss.svg", "loss.png", "config.json"):
         assert (folder / name).is_file(), name
     assert verb("train", str(folder / "settings.toml"), "--out", tmp_path / "again").code == 0
-    said = verb("generate", "-m", folder, "To be", "-n", 5, "--backend", "torch", "--seed", 1)
-    assert said.code == 0, said.err
-    assert len(said.out) > 1
+    generated = verb("generate", "-m", folder, "To be", "-n", 5, "--backend", "torch", "--seed", 1)
+    assert generated.code == 0, generated.err
+    assert len(generated.out) > 1
     done = verb(*options(folder, text, kind), "--resume", "auto")
     assert done.code == 0
     assert "going on after step 12" in done.err
@@ -105,7 +105,7 @@ def test_a_second_run_in_the_folder_is_refused(verb: Any, tmp_path: Path, text: 
     assert verb(*options(tmp_path / "file" / "run", text, "bigram")).code == 1
 
 
-def test_without_torch_the_line_names_the_extra(verb: Any, monkeypatch: Any) -> None:
+def test_without_torch_the_error_names_the_extra(verb: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("glassllama.cli.train.find_spec", lambda name: None)
     ran = verb("train", "bigram-tinyshakespeare")
     assert ran.code == 1
@@ -114,7 +114,7 @@ def test_without_torch_the_line_names_the_extra(verb: Any, monkeypatch: Any) -> 
     )
 
 
-def test_without_matplotlib_the_run_ends_well(verb: Any, tmp_path: Path, text: Path) -> None:
+def test_without_matplotlib_a_run_succeeds(verb: Any, tmp_path: Path, text: Path) -> None:
     hidden = {name: sys.modules.get(name) for name in ("matplotlib", "matplotlib.figure")}
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
@@ -155,7 +155,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 
 
 def interrupted(words: list[str], folder: Path, step: int, *numbers: int) -> tuple[int, str]:
-    """The command on one thread, sent two signals (0: none) after a step -> exit code and stderr.
+    """Run the command on one thread and send two signals (0: none) after a step -> exit code and
+    stderr.
 
     It prints nothing on stdout.
     """
@@ -165,10 +166,10 @@ def interrupted(words: list[str], folder: Path, step: int, *numbers: int) -> tup
     return int(ran.stdout), ran.stderr
 
 
-def test_a_killed_and_interrupted_run_equals_one_that_was_not(
+def test_a_killed_and_interrupted_run_equals_an_uninterrupted_one(
     verb: Any, tmp_path: Path, text: Path, one_thread: None
 ) -> None:
-    """kill -9, then SIGTERM: in the end every bit equals a run without them."""
+    """kill -9, then SIGTERM: the final state is bit-identical to a run without them."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     more = [*LONG, "model.dropout=0.1", "run.precision=bfloat16", "optimizer.ema=0.9"]
     assert verb(*options(straight, text, "llama", *more), "--no-preflight").code == 0
@@ -191,8 +192,8 @@ def test_a_killed_and_interrupted_run_equals_one_that_was_not(
     assert losses[0] == losses[1]
 
 
-def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, text: Path) -> None:
-    """Steps of seconds: the first Ctrl-C waits for the step, the second does not."""
+def test_the_second_ctrl_c_ends_the_run_immediately(tmp_path: Path, text: Path) -> None:
+    """With steps of seconds the first Ctrl-C waits for the step, the second does not."""
     folder = tmp_path / "run"
     slow = ["data.context=256", "data.batch=16", "model.dim=240", "model.n_layers=4",
             "model.ffn_dim=800", "model.head_dim=60"]  # fmt: skip
@@ -201,7 +202,7 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path: Path, text: Path) -> None:
     assert code == 130, err
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path: Path, text: Path) -> None:
+def test_a_closed_pipe_prints_no_traceback(tmp_path: Path, text: Path) -> None:
     words = " ".join(options(tmp_path / "run", text, "bigram"))
     shell = f"{' '.join(COMMAND)} {words} --no-preflight | true; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=PATIENCE)
@@ -231,7 +232,7 @@ def info(steps: int, flops: float, peak: float) -> RunInfo:
                    peak_flops=peak)  # fmt: skip
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
+def test_plain_lines_without_a_terminal(capsys: Any) -> None:
     with TrainView("settings of a run") as view:
         view.on_start(info(steps=4, flops=4e6, peak=1e11))
         for step, loss in enumerate((3.6, 3.4, 3.3, 3.2), start=1):
@@ -245,8 +246,8 @@ def test_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
     assert "Thus spake" in err
 
 
-def test_speed_is_of_all_steps_since_the_last_line(capsys: Any) -> None:
-    """40 steps of 100 tokens: every second one takes 1 ms, the others 99 ms."""
+def test_speed_is_the_mean_of_all_steps_since_the_last_line(capsys: Any) -> None:
+    """40 steps of 100 tokens: every second step takes 1 ms, the others 99 ms."""
     seconds = 0.0
     with TrainView() as view:
         view.on_start(info(steps=40, flops=1e6, peak=1e10))
@@ -260,14 +261,14 @@ def test_speed_is_of_all_steps_since_the_last_line(capsys: Any) -> None:
     assert all("2,000 tok/s  MFU 20%" in line for line in lines[1:])
 
 
-def test_the_curve_falls_as_the_loss_does() -> None:
+def test_the_plotted_curve_follows_the_loss() -> None:
     assert curve([], 5) == ""
     assert curve([4.0], 5) == "▁"
     assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
     assert len(curve([float(n) for n in range(1000)], 60)) == 60
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(verb: Any, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_folder(verb: Any, tmp_path: Path) -> None:
     arguments = (PRESET["bigram"], "--data", tmp_path / "MISSING")
     ran = verb("train", *arguments, "--out", tmp_path / "runs" / "one")
     assert ran.code == 1

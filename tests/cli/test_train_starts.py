@@ -1,4 +1,4 @@
-"""Starts of `glassllama train` that fail, are interrupted or refused: no trace is left of them."""
+"""Starts of `glassllama train` that fail, are interrupted or are refused leave no files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every name below the folder, with the bytes of those that are files."""
+    """The name of every file and folder below the folder, with the bytes of the files."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -39,7 +39,7 @@ def words(kind: str, text: Path, folder: Path, *more: str) -> list[str]:
 
 
 def one_error(ran: Any) -> str:
-    """The line that says what went wrong; there is one, and it is the last."""
+    """The error line: there is exactly one, and it is the last line."""
     assert ran.code == 1, ran.err
     assert ran.err.count("error: ") == 1
     line = str(ran.err.splitlines()[-1])
@@ -93,7 +93,7 @@ FAILURES: dict[str, tuple[str, Callable[..., Any], int]] = {
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_start_without_a_first_step_leaves_no_trace(
+def test_a_start_without_a_first_step_leaves_no_files(
     failure: str, there: bool, verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     place, broken, code = FAILURES[failure]
@@ -115,7 +115,7 @@ def test_a_signal_before_the_first_step(
         os.kill(os.getpid(), signal.SIGINT)
         return 1e9
 
-    monkeypatch.setattr("glassllama.train.precision.peak_flops", interrupted)
+    monkeypatch.setattr("glassllama.train.api.peak_flops", interrupted)
     ran = verb(*words("bigram", text, tmp_path / "run"), "--no-preflight")
     assert ran.code == 130
     assert "stopped before step 1; nothing has changed" in ran.err
@@ -143,7 +143,7 @@ def test_leftovers_of_a_killed_start_are_removed(verb: Any, tmp_path: Path, text
 def test_a_failed_start_does_not_affect_the_next(
     verb: Any, tmp_path: Path, text: Path, romeo_and_juliet: Path
 ) -> None:
-    """Another text and another size, refused; the vocabulary is then of what was asked for."""
+    """Another text and another size are refused; the next vocabulary is of the requested text."""
     other, folder = tmp_path / "other.txt", tmp_path / "run"
     other.write_text(romeo_and_juliet.read_text()[50_000:80_000])
     asked = ["train", BIGRAM, *SHORT, "--out", folder]
@@ -160,7 +160,7 @@ def test_a_failed_start_does_not_affect_the_next(
 # --- a refused resumption -------------------------------------------------------------------
 
 
-def test_a_refused_resumption_leaves_every_byte(
+def test_a_refused_resumption_changes_no_file(
     verb: Any, tmp_path: Path, text: Path, romeo_and_juliet: Path
 ) -> None:
     other, folder = tmp_path / "other.txt", tmp_path / "run"
@@ -168,7 +168,7 @@ def test_a_refused_resumption_leaves_every_byte(
     vocabulary = "data.tokenizer=bpe:300"
     assert verb(*words("llama", text, folder, vocabulary), "--no-preflight").code == 0
     before = contents(folder)
-    for line, said in (
+    for line, message in (
         (words("llama", other, folder, vocabulary), "training text was"),
         (words("llama", text, folder, vocabulary, "schedule.steps=11"), "extended, not shortened"),
         (words("llama", other, folder, "data.tokenizer=bpe:310"), "data.tokenizer was 'bpe:300'"),
@@ -176,8 +176,8 @@ def test_a_refused_resumption_leaves_every_byte(
         (words("llama", text, folder, vocabulary, "data.context=5000"), "data.context was 16"),
     ):
         ran = verb(*line, "--resume", "auto")
-        assert said in one_error(ran)
-        assert contents(folder) == before, said
+        assert message in one_error(ran)
+        assert contents(folder) == before, message
     back = verb("train", folder / "settings.toml", "--resume", "auto", "--out", folder)
     assert back.code == 0, back.err
     assert "going on after step 12" in back.err
@@ -188,11 +188,11 @@ def test_a_refused_resumption_leaves_every_byte(
 
 @pytest.mark.parametrize("more", [[], ["--no-preflight"]])
 @pytest.mark.parametrize("change", ["data.batch=1000000000", "model.dim=99999", "data.batch=40000"])
-def test_memory_is_checked_before_it_is_taken(
+def test_memory_is_checked_before_it_is_allocated(
     change: str, more: list[str], verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 10_000_000)
-    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(loop, "train_step", lambda run: pytest.fail("a step was run"))
     line = one_error(verb(*words("gpt", text, tmp_path / "run", change), *more))
     assert "of memory, 10.0 MB are free; raise run.accumulate, or lower data.batch" in line
     assert not (tmp_path / "run").exists()
@@ -202,7 +202,7 @@ def test_memory_is_checked_before_it_is_taken(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("run.compile=true", "run.compile: this model has no layers to compile"),
         (f"run.seed={SEED_LIMIT}", "run.seed must be a whole number in [0, 4294967295]"),
@@ -217,11 +217,11 @@ def test_memory_is_checked_before_it_is_taken(
         ("model.dim=3", "model.dim: a bigram has no such setting; have vocab_size"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be(
-    change: str, said: str, verb: Any, tmp_path: Path, text: Path
+def test_invalid_settings_are_refused(
+    change: str, message: str, verb: Any, tmp_path: Path, text: Path
 ) -> None:
     line = one_error(verb(*words("bigram", text, tmp_path / "run", change)))
-    assert said in line
+    assert message in line
     assert len(line) < 300
     assert not (tmp_path / "run").exists()
 
@@ -231,7 +231,7 @@ def test_the_largest_seed_trains(verb: Any, tmp_path: Path, text: Path) -> None:
     assert verb(*line, "--no-preflight").code == 0
 
 
-def test_a_forgotten_preset_is_wrong_usage(verb: Any, tmp_path: Path, text: Path) -> None:
+def test_a_missing_preset_argument_is_wrong_usage(verb: Any, tmp_path: Path, text: Path) -> None:
     for options in (
         ["--data", text],
         ["--set", "schedule.steps=2"],
@@ -251,11 +251,11 @@ def test_the_text_is_read_before_anything_is_printed(verb: Any, tmp_path: Path) 
     assert ran.err.splitlines() == [f"error: {tmp_path / 'typo.txt'}: no such file or folder"]
 
 
-def test_what_was_changed_is_printed(verb: Any, tmp_path: Path, text: Path) -> None:
+def test_changed_settings_are_printed(verb: Any, tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     line = ["train", BIGRAM, *SHORT, "--data", text, "--out", folder, "--no-preflight"]
-    said = verb(*line).err.splitlines()
-    assert said[:5] == [
+    message = verb(*line).err.splitlines()
+    assert message[:5] == [
         f"settings of {BIGRAM}; all are saved in {folder / 'settings.toml'}",
         "schedule.steps = 2",
         "data.batch = 4",
@@ -265,7 +265,7 @@ def test_what_was_changed_is_printed(verb: Any, tmp_path: Path, text: Path) -> N
     assert "lr = 0.1" in (folder / "settings.toml").read_text()
 
 
-def test_a_text_that_is_too_short_is_named_with_what_would_do(verb: Any, tmp_path: Path) -> None:
+def test_the_error_for_a_short_text_contains_the_length_needed(verb: Any, tmp_path: Path) -> None:
     for count, tokens in ((1, 0), (300, 30)):
         (tmp_path / "mine.txt").write_text("ab c" * (count // 4) or "a")
         line = one_error(verb("train", BIGRAM, "--data", tmp_path / "mine.txt"))
@@ -278,7 +278,7 @@ def test_a_text_that_is_too_short_is_named_with_what_would_do(verb: Any, tmp_pat
     assert line.endswith("mine.txt: no text in it; expected at least one character")
 
 
-def test_what_is_no_file_is_not_called_missing(verb: Any, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_not_reported_as_missing(verb: Any, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     line = one_error(verb("train", BIGRAM, "--data", tmp_path / "pipe.txt"))
     assert "pipe.txt: neither a regular file nor a folder" in line
@@ -287,13 +287,13 @@ def test_what_is_no_file_is_not_called_missing(verb: Any, tmp_path: Path) -> Non
 # --- the end of a run -----------------------------------------------------------------------
 
 
-def test_the_line_to_copy_is_quoted(verb: Any, tmp_path: Path, text: Path) -> None:
+def test_the_suggested_command_is_shell_quoted(verb: Any, tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "my run"
     ran = verb(*words("bigram", text, folder), "--no-preflight")
     assert f"complete: try it with: glassllama generate -m '{folder}' TEXT" in ran.err
 
 
-def test_a_signal_in_the_last_save_stops_nothing(
+def test_a_signal_during_the_last_save_has_no_effect(
     verb: Any, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     original = loop.save

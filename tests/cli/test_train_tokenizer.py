@@ -1,4 +1,4 @@
-"""`glassllama train-tokenizer`: what it prints, writes, and says of texts that are none."""
+"""`glassllama train-tokenizer`: its output, its files, and errors for texts that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "walkthrough.md"
 FILES = ["tokenizer.json", "tokenizer_config.json", "vocabulary.tsv"]
 
 
-def test_a_folder_that_tokenize_takes(verb: Verb, tmp_path: Path) -> None:
+def test_tokenize_reads_the_folder(verb: Verb, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     ran = verb("train-tokenizer", PAGE, "--vocab-size", 600, "--out", out)
     assert (ran.code, ran.out) == (0, f"{out}\n")
@@ -34,7 +34,7 @@ def test_a_folder_that_tokenize_takes(verb: Verb, tmp_path: Path) -> None:
     assert back.out == "the model and <|end_of_text|>\n"
 
 
-def test_json_and_the_first_merges(verb: Verb, tmp_path: Path) -> None:
+def test_json_output_and_the_first_merges(verb: Verb, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ab ab ab ab ab")
     options = ("--vocab-size", 258, "--special", "<|pad|>", "--show-merges", 5)
@@ -56,7 +56,7 @@ def test_json_and_the_first_merges(verb: Verb, tmp_path: Path) -> None:
     assert shown.out.splitlines()[-1] == str(tmp_path / "b")
 
 
-def test_metas_form(verb: Verb, tmp_path: Path) -> None:
+def test_metas_file_format(verb: Verb, tmp_path: Path) -> None:
     ran = verb(
         "train-tokenizer", PAGE, "--vocab-size", 800, "-o", tmp_path / "m", "--format", "meta"
     )
@@ -75,8 +75,8 @@ def test_folders_and_json_lines(verb: Verb, tmp_path: Path) -> None:
     assert [m["count"] for m in json.loads(ran.out)["first_merges"]] == [7, 7]
 
 
-def test_bad_texts_and_wishes(tmp_path: Path) -> None:
-    """FAULTS.md, D4, T2 and C1: one line, code 1, nothing written."""
+def test_invalid_texts_and_options(tmp_path: Path) -> None:
+    """One line, exit code 1, and no file is written."""
     empty, latin, lines, few = (tmp_path / n for n in ("e.txt", "l.txt", "j.jsonl", "few.txt"))
     empty.write_bytes(b"")
     latin.write_bytes(b"gr\xfc\xdfe")
@@ -125,7 +125,7 @@ def test_wrong_usage(verb: Verb, wrong: list[str]) -> None:
 
 def test_a_read_only_folder(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
+        pytest.skip("root can write to read-only folders")
     tmp_path.chmod(0o500)
     [process] = run_many(
         [["train-tokenizer", str(PAGE), "--vocab-size", "300", "-o", str(tmp_path / "x")]]

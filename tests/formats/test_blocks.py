@@ -1,4 +1,4 @@
-"""Block types against the `gguf` package bit for bit, and against answers worked out on paper."""
+"""Block types against the `gguf` package bit for bit, and against manually computed values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ml_dtypes import bfloat16
 from glassllama.base.errors import FormatError
 from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, TYPES, dequantize
 
-# Where the half-precision numbers of a block begin.
+# Offsets of the float16 numbers in a block.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
@@ -26,7 +26,7 @@ def half(value: float) -> bytes:
 
 
 def random_blocks(dtype: str, count: int) -> np.ndarray:
-    """Blocks of random bytes: every pattern of bits may come -> uint8 (count, bytes)."""
+    """Blocks of random bytes, so that every bit pattern can occur -> uint8 (count, bytes)."""
     rng = np.random.default_rng(sum(map(ord, dtype)))
     return rng.integers(0, 256, (count, TYPES[dtype].bytes), dtype=np.uint8)
 
@@ -41,7 +41,7 @@ def assert_same_bits(ours: np.ndarray, other: np.ndarray) -> None:
     assert np.array_equal(ours.reshape(-1).view(np.uint32), other.reshape(-1).view(np.uint32))
 
 
-def test_the_layouts_are_those_of_the_oracle() -> None:
+def test_the_layouts_are_those_of_the_gguf_package() -> None:
     assert set(BLOCKS) == set(HALVES)
     for name in (*SUPPORTED, "I8", "I16", "I32", "I64"):
         layout = TYPES[name]
@@ -52,7 +52,7 @@ def test_the_layouts_are_those_of_the_oracle() -> None:
 @pytest.mark.parametrize("dtype", BLOCKS)
 @pytest.mark.identical("dequantized blocks, bit for bit", "gguf.quants")
 def test_random_blocks(dtype: str) -> None:
-    """More than two chunks and not a multiple of one; NaN is among the scales."""
+    """More than two chunks and not a multiple of one; some scales are NaN."""
     elements = TYPES[dtype].elements
     raw = random_blocks(dtype, (2 * CHUNK + 3 * elements) // elements)
     ours = dequantize(raw, dtype, (raw.size // raw.shape[1] * elements,))
@@ -74,7 +74,7 @@ def test_odd_scales(dtype: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_blocks_made_by_the_foreign_quantiser(dtype: str) -> None:
+def test_blocks_quantized_by_the_gguf_package(dtype: str) -> None:
     weights = np.random.default_rng(1).normal(size=(3, 5, 64)).astype(np.float32)
     raw = foreign.quants.quantize(weights, foreign.GGMLQuantizationType[dtype])
     ours = dequantize(raw, dtype, weights.shape)
@@ -83,7 +83,7 @@ def test_blocks_made_by_the_foreign_quantiser(dtype: str) -> None:
     assert np.abs(ours - weights).max() <= 1.1 * np.abs(weights).max() / steps
 
 
-# ── on paper ──────────────────────────────────────────────────────────────────────────────────
+# ── manually computed ─────────────────────────────────────────────────────────────────────────
 
 
 NIBBLES = bytes(low | (15 - low) << 4 for low in range(16))  # codes 0 … 15, then 15 … 0
@@ -109,11 +109,11 @@ def thirty_twos(values: list[float]) -> np.ndarray:
     return np.repeat(values, 32)
 
 
-# Each group of a superblock has one code throughout, so that its number shows where it came from.
-CODES_2 = bytes([0b11_10_01_00] * 64)  # groups of 32 hold 0 1 2 3 0 1 2 3
+# All codes of a group in a superblock are equal, so that a value shows which group it came from.
+CODES_2 = bytes([0b11_10_01_00] * 64)  # groups of 32 contain 0 1 2 3 0 1 2 3
 CODES_4 = bytes([0xE1] * 32 + [0xC3] * 32 + [0xA5] * 32 + [0x87] * 32)  # 1 14 3 12 5 10 7 8
 PAIRS = [1, 14, 3, 12, 5, 10, 7, 8]
-# Scales 1 2 3 63 | 33 34 35 36 and minima 4 5 6 7 | 1 2 3 63: the last four are cut in two.
+# Scales 1 2 3 63 | 33 34 35 36 and minima 4 5 6 7 | 1 2 3 63: the last four are in two parts.
 SIX_BITS = bytes([2 << 6 | 1, 2 << 6 | 2, 2 << 6 | 3, 2 << 6 | 63, 4, 5, 6, 3 << 6 | 7])
 SIX_BITS += bytes([1 << 4 | 1, 2 << 4 | 2, 3 << 4 | 3, 15 << 4 | 4])
 SCALES, MINIMA = [1, 2, 3, 63, 33, 34, 35, 36], [4, 5, 6, 7, 1, 2, 3, 63]
@@ -155,7 +155,7 @@ BY_HAND |= {
 
 
 @pytest.mark.parametrize("dtype", BY_HAND)
-def test_answers_on_paper(dtype: str) -> None:
+def test_manually_computed_values(dtype: str) -> None:
     content, expected = BY_HAND[dtype]
     assert len(content) == TYPES[dtype].bytes
     raw = np.frombuffer(content, np.uint8)
@@ -184,7 +184,7 @@ def test_plain_types() -> None:
 
 @pytest.mark.parametrize("dtype", SUPPORTED)
 def test_shape_and_out(dtype: str) -> None:
-    """Read-only raw, three axes, and numbers put where the caller wants them."""
+    """Read-only input, three axes, and output into an array of the caller."""
     shape = (2, 3, 512)
     layout = TYPES[dtype]
     if dtype in BLOCKS:

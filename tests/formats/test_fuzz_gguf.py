@@ -1,4 +1,4 @@
-"""Fault L6: whatever is done to a GGUF file, only FormatError comes out, and soon.
+"""Damaged GGUF files raise only FormatError, and within a second.
 
 GLASSLLAMA_FUZZ=100000 tries that many damaged files (nightly; minutes), new ones on every run.
 """
@@ -23,17 +23,17 @@ from glassllama.formats.blocks import SUPPORTED, dequantize
 from glassllama.formats.gguf import open_gguf
 
 EXAMPLES = int(os.environ.get("GLASSLLAMA_FUZZ", "300"))
-LIMIT = timedelta(seconds=1)  # FAULTS.md, L6
+LIMIT = timedelta(seconds=1)  # for one file
 LONGEST_MESSAGE = 500
 NIGHTLY = "GLASSLLAMA_FUZZ" in os.environ
 
-TELLING = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
+SPECIAL_VALUES = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
 
 Damage = Callable[[bytes], bytes]
 
 
 def real_file(path: Path) -> bytes:
-    """Something of everything, by the foreign writer."""
+    """A file with metadata and tensors of every kind, written by the gguf package."""
     writer = foreign.GGUFWriter(path, "llama")
     writer.add_custom_alignment(64)
     writer.add_bool("yes", True)
@@ -51,7 +51,8 @@ def real_file(path: Path) -> bytes:
 
 
 def handmade_file() -> bytes:
-    """Short, so that most damage hits a length or a type; split.count finds the other parts."""
+    """A short file, so that most damage hits a length or a type; split.count refers to other
+    parts."""
     words = hand.array(hand.STRING, 2, hand.text("a") + hand.text("b"))
     bools = hand.array(hand.BOOL, 2, b"\0\1")
     pairs = [
@@ -91,7 +92,7 @@ def repeat(where: int, size: int, times: int) -> Damage:
 
 
 places = st.integers(0, 2**12)
-telling = st.sampled_from(TELLING)
+telling = st.sampled_from(SPECIAL_VALUES)
 news = st.one_of(
     st.binary(min_size=1, max_size=16),
     telling.map(lambda n: struct.pack("<Q", n)),
@@ -120,8 +121,8 @@ def originals(folder: Path) -> list[bytes]:
     return [real_file(folder / "real.gguf"), handmade_file()]
 
 
-def complaint(path: Path) -> str:
-    """Open a file and look at everything in it -> what is wrong with it, or nothing."""
+def problem(path: Path) -> str:
+    """Open a file and read everything in it -> a description of what is wrong, or nothing."""
     try:
         use_all(path)
     except FormatError as error:
@@ -145,10 +146,10 @@ def use_all(path: Path) -> None:
     file.close()
 
 
-def test_the_originals_are_whole(folder: Path, originals: list[bytes]) -> None:
+def test_the_original_files_are_valid(folder: Path, originals: list[bytes]) -> None:
     for content in originals:
         (folder / "whole.gguf").write_bytes(content)
-        assert complaint(folder / "whole.gguf") == ""
+        assert problem(folder / "whole.gguf") == ""
 
 
 @settings(
@@ -167,6 +168,6 @@ def test_damaged_files(
         content = damage(content)
     path = folder / "damaged.gguf"
     path.write_bytes(content)
-    said = complaint(path)
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    message = problem(path)
+    assert "\n" not in message
+    assert len(message) < LONGEST_MESSAGE

@@ -1,4 +1,4 @@
-"""Mutated files: a reader may refuse them with a FormatError, and may do nothing else (fault L6).
+"""Damaged files: readers raise FormatError and no other exception.
 
 GLASSLLAMA_FUZZ sets the number of inputs of each test; the nightly run takes 100,000.
 """
@@ -63,13 +63,13 @@ def mutated(original: bytes, edits: list[Mutation]) -> bytes:
             changed = changed[:at] + changed[at + count :]
         elif edit == "repeat":
             changed = changed[: at + count] + changed[at:]
-        elif where % 8 == 0:  # cut, but seldom: it leaves little to look at
+        elif where % 8 == 0:  # truncation is rare, because little of the file remains
             changed = changed[:at]
     return changed
 
 
 def write(content: bytes, path: Path) -> Path:
-    """In place: some file systems wait for the disk when a file is emptied and written anew."""
+    """Overwrite in place: some file systems wait for the disk when a file is truncated first."""
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(content)
         file.truncate()
@@ -126,7 +126,7 @@ def test_safetensors(edits: list[Mutation], whole_safetensors: bytes, scratch: P
 @fuzzed
 @given(edits=mutations(JSON_PIECES))
 def test_safetensors_header(edits: list[Mutation], whole_safetensors: bytes, scratch: Path) -> None:
-    """The header alone, with its length told rightly."""
+    """Damage to the header only; its length is correct."""
     nbytes = int.from_bytes(whole_safetensors[:8], "little")
     header = mutated(whole_safetensors[8 : 8 + nbytes], edits)
     data = whole_safetensors[8 + nbytes :]
@@ -140,7 +140,7 @@ def test_pth(edits: list[Mutation], whole_pth: bytes, scratch: Path) -> None:
 
 
 def rezipped(whole: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """The same zip around another pickle, with the right checksum."""
+    """The same zip with another pickle and the right checksum."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(stream, "w") as new:
         for name in old.namelist():

@@ -1,4 +1,4 @@
-"""The GGUF reader against files of the `gguf` package, and against files packed by hand."""
+"""The GGUF reader against files of the `gguf` package, and against files packed byte by byte."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def finish(writer: foreign.GGUFWriter) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], alignment: int | None = None) -> Path:
-    """By the foreign writer; a name that is a block type holds raw blocks of that type."""
+    """Write with the gguf package; a tensor named after a block type contains raw blocks of that
+    type."""
     writer = foreign.GGUFWriter(path, "llama")
     if alignment is not None:
         writer.add_custom_alignment(alignment)
@@ -102,7 +103,7 @@ def test_string_arrays_behave_as_sequences(tmp_path: Path) -> None:
     finish(writer)
     file = open_gguf(path)
     tokens = file.metadata["tokenizer.ggml.tokens"]
-    file.close()  # metadata outlives the file
+    file.close()  # metadata stays valid after closing
     assert len(tokens) == 1000
     assert list(tokens) == words
     assert (tokens[0], tokens[7], tokens[-1]) == (words[0], words[7], words[-1])
@@ -122,7 +123,7 @@ def test_empty_arrays(tmp_path: Path) -> None:
     assert {key: len(value) for key, value in metadata.items()} == dict.fromkeys(kinds, 0)
 
 
-def test_a_string_that_is_not_utf8_is_named_when_asked_for(tmp_path: Path) -> None:
+def test_a_string_that_is_not_utf8_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     strings = hand.array(hand.STRING, 2, hand.text("a") + hand.text(b"\xff"))
     (tmp_path / "u.gguf").write_bytes(hand.gguf([hand.pair("words", hand.ARRAY, strings)]))
     words = open_gguf(tmp_path / "u.gguf").metadata["words"]
@@ -171,7 +172,7 @@ def test_rows(tmp_path: Path, rows: slice) -> None:
         assert part.size == 0 or not part.flags.owndata
 
 
-def test_rows_of_what_has_none(tmp_path: Path) -> None:
+def test_a_slice_of_a_single_row_of_blocks_is_an_error(tmp_path: Path) -> None:
     file = open_gguf(write_tensors(tmp_path / "r.gguf", {"Q8_0": random_blocks("Q8_0", (64,))}))
     with pytest.raises(FormatError, match="single row of blocks"):
         file.read("Q8_0", slice(0, 32))
@@ -215,7 +216,7 @@ def test_zero_size_tensors_and_scalars(tmp_path: Path) -> None:
         file.read("one", slice(0, 1))
 
 
-def test_the_table_need_not_be_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_the_tensor_table_may_be_in_any_order(tmp_path: Path) -> None:
     rows = [hand.row("second", [8], offset=32), hand.row("first", [8], offset=0)]
     values = np.arange(16, dtype=np.float32)
     (tmp_path / "o.gguf").write_bytes(hand.gguf((), rows, values.tobytes()))
@@ -224,7 +225,7 @@ def test_the_table_need_not_be_in_the_order_of_the_data(tmp_path: Path) -> None:
     assert file.read("second").tolist() == values[8:].tolist()
 
 
-def test_close_and_what_outlives_it(tmp_path: Path) -> None:
+def test_close_and_arrays_that_are_still_used(tmp_path: Path) -> None:
     tensor = RNG.normal(size=(8, 8)).astype(np.float32)
     path = write_tensors(tmp_path / "c.gguf", {"F32": tensor})
     file = open_gguf(path)
@@ -245,7 +246,7 @@ def test_an_unknown_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system has no madvise")
-def test_drop_gives_memory_back(tmp_path: Path) -> None:
+def test_release_pages_frees_memory(tmp_path: Path) -> None:
     size = 32 * 2**20
     path = write_tensors(tmp_path / "d.gguf", {"I8": np.ones(size, np.int8), "F32": np.ones(4)})
     file, process = open_gguf(path), psutil.Process()
@@ -256,7 +257,7 @@ def test_drop_gives_memory_back(tmp_path: Path) -> None:
     dropped = process.memory_info().rss
     assert touched - before > 0.9 * size
     assert dropped - before < 0.1 * size
-    assert int(file.read("I8")[::4096].sum(dtype=np.int64)) == size // 4096  # and come back
+    assert int(file.read("I8")[::4096].sum(dtype=np.int64)) == size // 4096  # pages are read again
 
 
 def test_the_default_model(default_model: Path) -> None:
@@ -275,7 +276,7 @@ def test_the_default_model(default_model: Path) -> None:
 
 
 def test_the_dump_in_the_docs(tmp_path: Path) -> None:
-    """docs/formats/gguf.md shows a file byte by byte: the one that the foreign writer writes."""
+    """docs/formats/gguf.md shows a file of the gguf package byte by byte."""
     writer = foreign.GGUFWriter(tmp_path / "d.gguf", "llama")
     writer.add_array("words", ["a", "bc"])
     weights = np.tile(np.arange(-4, 4, 0.5, dtype=np.float32), (1, 2))
@@ -297,7 +298,7 @@ def test_the_dump_in_the_docs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
-    """Five tensors in three files, by the foreign writer."""
+    """Five tensors in three files, written by the gguf package."""
     writer = foreign.GGUFWriter(tmp_path / "s.gguf", "llama", split_max_tensors=2)
     writer.add_uint32("llama.block_count", 7)
     for n in range(5):
@@ -307,7 +308,7 @@ def parts(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])
-def test_any_part_opens_the_whole(parts: list[Path], given: int) -> None:
+def test_any_part_opens_the_whole_checkpoint(parts: list[Path], given: int) -> None:
     assert [path.name for path in parts] == [f"s-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     file = open_gguf(parts[given])
     assert file.names() == [f"t{n}" for n in range(5)]
@@ -320,7 +321,7 @@ def test_any_part_opens_the_whole(parts: list[Path], given: int) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
-def test_a_missing_part_is_named(parts: list[Path], missing: int) -> None:
+def test_the_error_names_a_missing_part(parts: list[Path], missing: int) -> None:
     parts[missing].unlink()
     with pytest.raises(FormatError, match=rf"s-0000{missing + 1}-of-00003\.gguf: missing"):
         open_gguf(parts[missing - 1])
@@ -348,7 +349,7 @@ def test_a_part_that_was_renamed(parts: list[Path]) -> None:
         open_gguf(renamed)
 
 
-def test_a_part_that_is_damaged_is_named(parts: list[Path]) -> None:
+def test_the_error_names_a_damaged_part(parts: list[Path]) -> None:
     parts[1].write_bytes(parts[1].read_bytes()[:-40])
     with pytest.raises(FormatError, match=r"s-00002-of-00003\.gguf: tensor 't3' ends at byte"):
         open_gguf(parts[0])
@@ -362,7 +363,7 @@ def test_split_keys_of_another_type(tmp_path: Path) -> None:
         open_gguf(tmp_path / "s.gguf")
 
 
-def test_a_merged_checkpoint_says_zero_parts(tmp_path: Path) -> None:
+def test_a_merged_checkpoint_with_zero_parts(tmp_path: Path) -> None:
     pairs = [hand.pair("split.count", hand.U32, hand.u32(0))]
     (tmp_path / "m.gguf").write_bytes(hand.gguf(pairs, [hand.row("x", [1])], bytes(4)))
     assert open_gguf(tmp_path / "m.gguf").names() == ["x"]

@@ -1,4 +1,4 @@
-"""Fault L1: every way in which a GGUF file can lie ends in one line, at once, in little memory."""
+"""Invalid GGUF files: an error of one line, within a time and memory limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from handmade_gguf import (
 )
 from processor_time import seconds
 
-SECONDS, BYTES = 0.1, 64 * 2**20  # FAULTS.md, L1
+SECONDS, BYTES = 0.1, 64 * 2**20  # limits for one file
 LONGEST_MESSAGE = 500
 
 
@@ -140,10 +140,10 @@ def test_fault(tmp_path: Path, content: bytes, message: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak <= BYTES
-    said = str(caught.value)
-    assert said.startswith(f"{path}: ")
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    error_text = str(caught.value)
+    assert error_text.startswith(f"{path}: ")
+    assert "\n" not in error_text
+    assert len(error_text) < LONGEST_MESSAGE
     assert seconds(lambda: refuse(path), enough=SECONDS) <= SECONDS
 
 
@@ -153,13 +153,14 @@ def refuse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.gguf", "."])
-def test_what_is_no_file(tmp_path: Path, name: str) -> None:
+def test_paths_that_are_not_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError):
         open_gguf(tmp_path / name)
 
 
 def small_real_file(path: Path) -> bytes:
-    """Every kind of thing a file has, by the foreign writer, ending with its last tensor."""
+    """A file with every kind of content, written by the gguf package, ending with its last
+    tensor."""
     writer = foreign.GGUFWriter(path, "llama")
     writer.add_bool("yes", True)
     writer.add_float64("f", 0.25)
@@ -176,10 +177,10 @@ def small_real_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_cut_at_every_byte(tmp_path: Path) -> None:
+def test_truncated_at_every_byte(tmp_path: Path) -> None:
     content = small_real_file(tmp_path / "whole.gguf")
     last = open_gguf(tmp_path / "whole.gguf").info("blocks")
-    assert last.offset + last.nbytes == len(content)  # so that no cut only loses padding
+    assert last.offset + last.nbytes == len(content)  # so that no truncation removes only padding
     path = tmp_path / "cut.gguf"
     for length in range(len(content)):
         path.write_bytes(content[:length])
@@ -190,7 +191,7 @@ def test_cut_at_every_byte(tmp_path: Path) -> None:
 
 
 def test_the_last_padding_may_be_missing(tmp_path: Path) -> None:
-    """Not every writer pads the last tensor; nothing of the model is lost."""
+    """Not every writer pads the last tensor; no tensor data is missing."""
     content = gguf((), [row("a", [2], F32)], np.float32([1, 2]).tobytes().ljust(32, b"\0"))
     for length in range(len(content) - 24, len(content) + 1):
         (tmp_path / "p.gguf").write_bytes(content[:length])

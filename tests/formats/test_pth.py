@@ -1,4 +1,4 @@
-"""torch.save files: read as torch reads them, never executed, every fault has a clean error."""
+"""torch.save files: read like torch reads them, never executed, clean errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Random bits, so that NaN payloads and denormals are among the values."""
+    """Random bits, so that NaN payloads and subnormal numbers are among the values."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).bool()
     nbytes = math.prod(shape) * dtype.itemsize
@@ -54,7 +54,7 @@ def entries_of(path: Path) -> dict[str, bytes]:
 
 
 def zipped(entries: dict[str, bytes], path: Path, **options: Any) -> Path:
-    """The same entries in the zip of another writer: no padding, no 64-bit end record."""
+    """The same entries in a zip of another writer: no padding, no 64-bit end record."""
     with zipfile.ZipFile(path, "w", **options) as archive:
         for name, content in entries.items():
             archive.writestr(f"archive/{name}", content)
@@ -62,7 +62,7 @@ def zipped(entries: dict[str, bytes], path: Path, **options: Any) -> Path:
 
 
 def handmade(code: bytes, path: Path, **storages: bytes) -> Path:
-    """A file whose pickle is `code`; storages by key, with an s before it."""
+    """A file whose pickle is `code`; the keys of its storages are prefixed with s."""
     data = {f"data/{key[1:]}": content for key, content in storages.items()}
     return zipped({"data.pkl": code, "version": b"3\n", **data}, path)
 
@@ -101,7 +101,7 @@ def test_every_dtype_bit_for_bit(dtype: str, shape: tuple[int, ...], tmp_path: P
 
 
 def views() -> dict[str, torch.Tensor]:
-    """Tensors that share storages in all the ways that torch allows without overlap."""
+    """Tensors that share storages in all ways that torch allows without overlap."""
     base = random_tensor(torch.bfloat16, 7, 6, 5)
     return {
         "base": base,
@@ -182,7 +182,7 @@ def test_nested_dicts_and_settings(
     assert file.metadata == metadata
 
 
-def test_the_file_on_the_page(tmp_path: Path) -> None:
+def test_the_file_in_the_documentation(tmp_path: Path) -> None:
     tiny = OrderedDict(w=torch.tensor([[1.0, 2, 3], [4, 5, 6]]).bfloat16())
     written = saved(tiny, tmp_path / "tiny.pth").read_bytes()
     lines = PAGE.read_text().split("```hex\n")[1].split("```")[0].splitlines()
@@ -201,7 +201,7 @@ def test_saved_to_a_stream(tmp_path: Path) -> None:
 
 
 def test_layout_of_torch_1_6(tmp_path: Path) -> None:
-    """It had data.pkl, data/N and version only; torch, which reads it, is the judge."""
+    """It had only data.pkl, data/N and version; torch reads it as the reference."""
     entries = entries_of(saved(views(), tmp_path / "new.pth"))
     old = {
         n: e for n, e in entries.items() if n in ("data.pkl", "version") or n.startswith("data/")
@@ -216,7 +216,7 @@ def test_layout_of_torch_1_6(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_big_endian(dtype: str, tmp_path: Path) -> None:
-    """Bytes turned by numpy; torch, which turns them back, is the judge."""
+    """Bytes swapped by NumPy; torch, which swaps them back, is the reference."""
     written = random_tensor(DTYPES[dtype], 4, 3)
     tensors = {"x": written, "t": written.t(), "n": written[1, 1]}
     entries = entries_of(saved(tensors, tmp_path / "little.pth"))
@@ -231,7 +231,7 @@ def test_big_endian(dtype: str, tmp_path: Path) -> None:
 
 
 def test_sizes_beyond_four_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large numbers are kept in extra fields: here for all entries beyond 20 bytes."""
+    """Large numbers are stored in extra fields; here for all entries beyond 20 bytes."""
     entries = entries_of(saved({"x": torch.arange(9), "y": ONE}, tmp_path / "a.pth"))
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 20)
     path = zipped(entries, tmp_path / "b.pth")
@@ -242,7 +242,7 @@ def test_sizes_beyond_four_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.verify()
 
 
-def test_arrays_outlive_close_and_drop(tmp_path: Path) -> None:
+def test_arrays_stay_valid_after_close_and_release_pages(tmp_path: Path) -> None:
     written = random_tensor(torch.bfloat16, 300, 70)
     file = open_pth(saved({"x": written}, tmp_path / "a.pth"))
     array = file.read("x")
@@ -285,7 +285,7 @@ def test_verify_names_the_damaged_tensors(two_storages: tuple[Path, PthFile]) ->
     open_pth(path).verify()
 
 
-def test_no_flipped_bit_changes_a_tensor_unnoticed(two_storages: tuple[Path, PthFile]) -> None:
+def test_every_flipped_bit_in_a_tensor_is_detected(two_storages: tuple[Path, PthFile]) -> None:
     path, file = two_storages
     expected = {name: file.read(name).tobytes() for name in file.names()}
     noticed = 0
@@ -298,7 +298,9 @@ def test_no_flipped_bit_changes_a_tensor_unnoticed(two_storages: tuple[Path, Pth
         except FormatError:
             noticed += 1
         flip(path, byte, byte % 8)
-    assert noticed > sum(map(len, entries_of(path).values()))  # all contents, and the zip's frame
+    assert noticed > sum(
+        map(len, entries_of(path).values())
+    )  # all contents and the structure of the zip
 
 
 def test_saved_without_checksums(tmp_path: Path) -> None:
@@ -362,7 +364,7 @@ def test_fault_written_by_torch(fault: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_legacy_form_says_how_to_save_again(protocol: int, tmp_path: Path) -> None:
+def test_the_error_for_legacy_files_says_how_to_save_again(protocol: int, tmp_path: Path) -> None:
     path = saved(
         {"x": ONE},
         tmp_path / "a.pth",
@@ -372,13 +374,13 @@ def test_legacy_form_says_how_to_save_again(protocol: int, tmp_path: Path) -> No
     assert_clean_error(path, r"legacy form of torch < 1.6; .*torch\.save\(torch\.load\(")
 
 
-def test_dict_that_holds_itself(tmp_path: Path) -> None:
+def test_a_dict_that_contains_itself(tmp_path: Path) -> None:
     endless: dict[str, Any] = {}
     endless["again"] = endless
     assert_clean_error(saved(endless, tmp_path / "a.pth"), "32 dicts deep")
 
 
-def test_dict_doubled_thirty_times(tmp_path: Path) -> None:
+def test_a_dict_nested_thirty_times(tmp_path: Path) -> None:
     doubled: dict[str, Any] = {}
     for _ in range(30):
         doubled = {"a": doubled, "b": doubled}
@@ -448,7 +450,7 @@ def test_directory_of_the_zip_is_too_large(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("offset", [28, 32])  # of the name, of the comment
-def test_length_beyond_the_directory_changes_nothing(offset: int, tmp_path: Path) -> None:
+def test_a_length_beyond_the_directory_has_no_effect(offset: int, tmp_path: Path) -> None:
     path = saved({"x": ONE}, tmp_path / "a.pth")
     path.write_bytes(damaged_frame(path.read_bytes(), b"PK\1\2", offset, b"\xff"))
     file = open_pth(path)
@@ -457,7 +459,7 @@ def test_length_beyond_the_directory_changes_nothing(offset: int, tmp_path: Path
 
 
 def damaged_frame(whole: bytes, find: bytes, offset: int, content: bytes) -> bytes:
-    """Overwrite bytes at an offset from the last place where `find` is found."""
+    """Overwrite bytes at an offset from the last position where `find` is found."""
     at = whole.rindex(find) + offset
     return whole[:at] + content + whole[at + len(content) :]
 
@@ -481,7 +483,7 @@ def damaged_frame(whole: bytes, find: bytes, offset: int, content: bytes) -> byt
         (b"PK\3\4", 28, b"\xff\x7f", "reaches to byte"),
     ],
 )
-def test_frame_of_the_zip_is_damaged(
+def test_the_zip_structure_is_damaged(
     find: bytes, offset: int, content: bytes, match: str, tmp_path: Path
 ) -> None:
     path = saved({"x": ONE}, tmp_path / "a.pth")
@@ -503,7 +505,7 @@ def test_damaged_pickle_and_byteorder(tmp_path: Path) -> None:
 
 
 class Store:
-    """A storage of float32 in entry data/0, told wrongly if need be."""
+    """A storage of float32 in entry data/0, with false values if requested."""
 
     def __init__(
         self, key: object = "0", count: object = 6, kind: object = torch.FloatStorage
@@ -535,7 +537,7 @@ def pickled(value: object, protocol: int = 2) -> bytes:
 
 
 def test_the_handmade_tensor_is_read(tmp_path: Path) -> None:
-    """So that the faults below are refused for their fault and not for being handmade."""
+    """The unchanged file is valid, so the faults below are refused because of the fault."""
     content = np.arange(6, dtype=np.float32)
     code = pickled({"x": tensor(0, (2, 3), (3, 1)), "y": tensor(2, (2,), (3,))})
     path = handmade(code, tmp_path / "a.pth", s0=content.tobytes())
@@ -545,7 +547,7 @@ def test_the_handmade_tensor_is_read(tmp_path: Path) -> None:
 
 
 def doubled_tuple() -> tuple[Any, ...]:
-    """Small in the file, 2^50 numbers for whoever prints it."""
+    """Small in the file, but 2^50 numbers when printed."""
     doubled: tuple[Any, ...] = (1,)
     for _ in range(50):
         doubled = (doubled, doubled)
@@ -636,7 +638,7 @@ PROGRAMS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("fault", PROGRAMS)
-def test_fault_of_the_program(fault: str, tmp_path: Path) -> None:
+def test_fault_of_the_pickle_program(fault: str, tmp_path: Path) -> None:
     code, match = PROGRAMS[fault]
     assert_clean_error(handmade(code, tmp_path / "a.pth"), match)
 
@@ -648,7 +650,7 @@ WAYS_TO_CODE = {"eval", "exec", "compile", "getattr", "setattr", "vars", "global
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_source_has_no_way_to_code(reader: str) -> None:
+def test_the_source_cannot_execute_code(reader: str) -> None:
     tree = ast.parse((Path(glassllama.formats.__path__[0]) / f"{reader}.py").read_text())
     words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     imported = {
@@ -662,13 +664,13 @@ def test_the_source_has_no_way_to_code(reader: str) -> None:
 
 
 def touch(path: str) -> dict[str, object]:
-    """What the gadgets call: it leaves a file behind."""
+    """Called by the gadgets: creates a file."""
     Path(path).touch()
     return {}
 
 
 class Toucher:
-    """Every way in which unpickling an object reaches code."""
+    """All ways in which unpickling an object can execute code."""
 
     def __new__(cls, path: str = "", **_: object) -> Toucher:
         if path:
@@ -703,7 +705,7 @@ def text(value: str) -> bytes:
 
 
 HERE = Toucher.__module__
-EXTENSION = 240  # among the codes that Python keeps for private use
+EXTENSION = 240  # from the range for private use
 GADGETS: dict[str, Callable[[str], bytes]] = {
     **{
         f"REDUCE, protocol {protocol}": lambda path, protocol=protocol: pickle.dumps(
@@ -757,7 +759,7 @@ def test_nothing_is_executed(style: str, tmp_path: Path) -> None:
     path = handmade(code, tmp_path / "a.pth", s0=bytes(24))
     assert_clean_error(path, "nothing was executed")
     assert not canary.exists()
-    Unguarded(io.BytesIO(code)).load()  # the gadget is live: Python's own reader fires it
+    Unguarded(io.BytesIO(code)).load()  # the gadget works: Python's own reader executes it
     assert canary.exists()
 
 
@@ -772,5 +774,5 @@ def test_nothing_is_executed(style: str, tmp_path: Path) -> None:
         b"\x80\x02(" + text("storage") + text("torch.FloatStorage") + text("0") * 2 + b"K\x01tQ.",
     ],
 )
-def test_persistent_ids_that_are_no_storages(code: bytes, tmp_path: Path) -> None:
+def test_persistent_ids_that_are_not_storages(code: bytes, tmp_path: Path) -> None:
     assert_clean_error(handmade(code, tmp_path / "a.pth", s0=bytes(4)), "nothing was executed")

@@ -1,4 +1,4 @@
-"""safetensors: what foreign writers wrote is read bit for bit; every fault has a clean error."""
+"""safetensors: files of other writers are read bit for bit; clean errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "safetensors.md"
-TIME_LIMIT = 0.010  # seconds, fault L2
+TIME_LIMIT = 0.010  # seconds
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -35,7 +35,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Random bits, so that NaN payloads and denormals are among the values."""
+    """Random bits, so that NaN payloads and subnormal numbers are among the values."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).bool()
     nbytes = math.prod(shape) * dtype.itemsize
@@ -104,7 +104,7 @@ def test_values_as_numpy_reads_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.read("counts", rows), written["counts"][rows])
 
 
-def test_arrays_outlive_close_and_drop(tmp_path: Path) -> None:
+def test_arrays_stay_valid_after_close_and_release_pages(tmp_path: Path) -> None:
     written = random_tensor(torch.bfloat16, 300, 70)
     safetensors.torch.save_file({"x": written}, tmp_path / "a.safetensors")
     file = open_safetensors(tmp_path / "a.safetensors")
@@ -123,7 +123,7 @@ def resident() -> int:
 @pytest.mark.skipif(
     sys.platform != "linux", reason="release_pages() and resident memory: Linux only"
 )
-def test_only_what_is_read_takes_memory_and_drop_gives_it_back(tmp_path: Path) -> None:
+def test_only_read_tensors_take_memory_and_release_pages_frees_it(tmp_path: Path) -> None:
     megabytes = 64
     big = torch.zeros(megabytes, 2**20, dtype=torch.uint8)
     safetensors.torch.save_file({"x": big}, tmp_path / "a.safetensors")
@@ -138,16 +138,16 @@ def test_only_what_is_read_takes_memory_and_drop_gives_it_back(tmp_path: Path) -
     assert resident() - before < 16 * 2**20
 
 
-def test_unaligned_elements_come_aligned(write: Callable[[bytes], Path]) -> None:
+def test_unaligned_elements_are_returned_aligned(write: Callable[[bytes], Path]) -> None:
     data = struct.pack("<B3f", 7, 1.5, -2.0, 0.25)
     header = json.dumps({"b": entry(0, 1, 1), "f": entry(1, 13, 3, dtype="F32")})
-    for padding in range(8):  # trailing blanks are part of the format
+    for padding in range(8):  # trailing spaces are part of the format
         array = open_safetensors(write(handmade(header + " " * padding, data))).read("f")
         assert array.flags.aligned
         assert array.tolist() == [1.5, -2.0, 0.25]
 
 
-def test_the_file_on_the_page(write: Callable[[bytes], Path]) -> None:
+def test_the_file_in_the_documentation(write: Callable[[bytes], Path]) -> None:
     dump = PAGE.read_text().split("```hex\n")[1].split("```")[0]
     content = b""
     for line in dump.splitlines():
@@ -194,7 +194,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
 
 
 def copy_folder(source: Path, target: Path) -> Path:
-    """-> the index.json of the copy."""
+    """Copy the folder -> the index.json of the copy."""
     for path in source.glob("model*"):
         (target / path.name).write_bytes(path.read_bytes())
     return target / "model.safetensors.index.json"
@@ -235,7 +235,7 @@ BAD_SHARDS = [
 
 
 @pytest.mark.parametrize("shard", [*BAD_SHARDS, None, 3, ["x"]])
-def test_index_reaches_outside_its_folder(shards: Any, tmp_path: Path, shard: object) -> None:
+def test_an_index_with_paths_outside_its_folder(shards: Any, tmp_path: Path, shard: object) -> None:
     index = copy_folder(shards[0], tmp_path)
     edit_index(index, lambda weights: weights.update({"model.norm.weight": shard}))
     assert_clean_error(index, "must be the name of a file beside or below the index")
@@ -267,18 +267,18 @@ def test_index_names_a_missing_tensor(shards: Any, tmp_path: Path) -> None:
     assert_clean_error(index, "'ghost' is not in model-00001")
 
 
-def test_tensor_lies_in_another_shard(shards: Any, tmp_path: Path) -> None:
+def test_a_tensor_in_another_shard_than_the_index_says(shards: Any, tmp_path: Path) -> None:
     index = copy_folder(shards[0], tmp_path)
 
-    def send_elsewhere(weights: dict[str, str]) -> None:
+    def name_a_path_outside(weights: dict[str, str]) -> None:
         first, last = min(weights.values()), max(weights.values())
         weights[next(name for name, shard in weights.items() if shard == first)] = last
 
-    edit_index(index, send_elsewhere)
+    edit_index(index, name_a_path_outside)
     assert_clean_error(index, r"is in model-00001.*, expected model-")
 
 
-def test_tensor_lies_in_two_shards(shards: Any, tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards(shards: Any, tmp_path: Path) -> None:
     index = copy_folder(shards[0], tmp_path)
     first, *_, last = sorted(tmp_path.glob("model-*"))
     tensors = safetensors.torch.load_file(last) | safetensors.torch.load_file(first)
@@ -287,7 +287,7 @@ def test_tensor_lies_in_two_shards(shards: Any, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_the_index_leaves_out_is_listed(shards: Any, tmp_path: Path) -> None:
-    """Whether it is wanted is for the weight tables to say, which name every tensor left over."""
+    """Whether it is needed is decided by the architecture, which names all unexpected tensors."""
     index = copy_folder(shards[0], tmp_path)
     edit_index(index, lambda weights: weights.pop("model.norm.weight"))
     assert "model.norm.weight" in open_safetensors(index).names()
@@ -312,7 +312,7 @@ def test_a_shard_is_damaged(shards: Any, tmp_path: Path) -> None:
         ("{", "not valid JSON"),
     ],
 )
-def test_index_is_no_index(tmp_path: Path, content: str, match: str) -> None:
+def test_files_that_are_not_an_index(tmp_path: Path, content: str, match: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
     assert_clean_error(index, match)
@@ -390,7 +390,7 @@ def test_fault(fault: str, write: Callable[[bytes], Path]) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_found_in_time(fault: str, write: Callable[[bytes], Path]) -> None:
+def test_faults_are_found_within_the_time_limit(fault: str, write: Callable[[bytes], Path]) -> None:
     path = write(FAULTS[fault][0])
 
     def attempt() -> None:

@@ -1,6 +1,6 @@
-"""Past a full context: every backend equals a loop that computes the whole window anew each time.
+"""Beyond a full context, every backend equals a loop that computes each window from scratch.
 
-What is checked of the loop alone is in test_scheduler.py.
+Tests of the scheduler alone are in test_scheduler.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiny_models import META_SHAPE, hf_model, write_gguf
 
 CONTEXT, BOS = 24, 1
 PROMPTS = [[BOS, *range(20, 30)], [7, 8, 9] * 7, [BOS]]
-# Two ways to the same float32 logits: their last bits differ as sums of at most 140 products do,
+# Two float32 computations of the same logits differ by the rounding of sums of up to 140 products
 # in each of 3 layers of about 10 products in a row, of numbers as large as the largest logit.
 ROUNDINGS = 140 * 3 * 10
 
@@ -38,12 +38,12 @@ def executors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Executor]:
 
 
 def from_scratch(executor: Executor, windows: list[list[int]]) -> np.ndarray:
-    """(B, V) logits after every window, each a row of an empty cache."""
+    """(B, V) logits after every window, each computed in an empty cache."""
     return Rows(executor, len(windows)).next_logits(windows).copy()
 
 
 def windows(prompt: Sequence[int], answer: Sequence[int]) -> list[list[int]]:
-    """What the model may see before each id of the answer."""
+    """The tokens visible to the model before each id of the answer."""
     window, seen = list(prompt), []
     for id in answer:
         if len(window) == CONTEXT:
@@ -65,7 +65,7 @@ def past_it(**more: Any) -> GenerationSettings:
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["bos", "no bos", "short"])
 @pytest.mark.parametrize("name", ["engine", "torch"])
-def test_every_id_is_the_likeliest_after_its_window(
+def test_every_id_is_the_most_likely_after_its_window(
     executors: dict[str, Executor], name: str, prompt: list[int]
 ) -> None:
     executor = executors[name]
@@ -73,7 +73,7 @@ def test_every_id_is_the_likeliest_after_its_window(
     answer = ids_of(steps)
     assert len(answer) == 2 * CONTEXT + 9
     logits = from_scratch(executor, windows(prompt, answer))  # (B, V)
-    slack = 0.0  # the engine's logits are the same to the bit, however its ids are cut
+    slack = 0.0  # the engine's logits are bit-identical for every division of the ids
     if name == "torch":
         slack = ROUNDINGS * np.finfo(np.float32).eps * float(np.abs(logits).max())
     assert (logits[range(len(answer)), answer] >= logits.max(axis=1) - slack).all()
@@ -82,10 +82,10 @@ def test_every_id_is_the_likeliest_after_its_window(
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.2, "seed": 3}])
-def test_the_engine_shifts_alike_alone_in_a_batch_and_with_guesses(
+def test_the_engine_shifts_equally_alone_in_a_batch_and_with_speculation(
     executors: dict[str, Executor], sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A busy machine is slow now and then, which must not end the guesses.
+    # A busy machine is sometimes slow, which must not end the speculation.
     monkeypatch.setattr("glassllama.generation.speculation.RISE", 1.0)
     sampler = make_sampler(**sampling)
     engine, chosen = executors["engine"], past_it(sampler=sampler, logprobs=2)

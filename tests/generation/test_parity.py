@@ -1,4 +1,4 @@
-"""Whole answers against transformers' generate, on tiny random Llamas."""
+"""Complete answers against transformers' generate, on tiny random Llamas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_llama
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import hf_model, write_hf
-from tolerances import assert_same_greedy, logits_bar
+from tolerances import assert_same_greedy, logits_tolerance
 
 PROMPTS = [[5], [17, 3, 88, 120, 4, 4, 9], [99] * 23]
 NEW = 24
@@ -70,7 +70,7 @@ def test_greedy_answers_are_transformers_answers(
         raw = oracle(torch.tensor([ids])).logits[:, -1]
         return processor(torch.tensor([ids]), raw).numpy()
 
-    bar = logits_bar(executor.config)
+    bar = logits_tolerance(executor.config)
     for prompt, mine, other in zip(PROMPTS, ours, expected, strict=True):
         assert_same_greedy(mine, other, prompt, next_logits, bar)
     claim = f"greedy answers with penalty {penalty}, different but for near ties"
@@ -87,10 +87,10 @@ def test_stop_ids_end_where_transformers_ends(oracle: LlamaForCausalLM, executor
 
 @torch.no_grad()
 @pytest.mark.identical("what the samplers keep", "transformers logits processors")
-def test_what_is_drawn_from_is_what_transformers_draws_from(
+def test_sampling_uses_the_distribution_of_transformers(
     oracle: LlamaForCausalLM, executor: Executor
 ) -> None:
-    """Along a sampled answer, every id is allowed by transformers' processors, step by step."""
+    """At each step of a sampled answer, transformers' processors allow the id."""
     sampler = make_sampler(temperature=0.8, top_k=20, top_p=0.8, repetition_penalty=1.2, seed=3)
     processors = LogitsProcessorList(
         [
@@ -111,12 +111,12 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(
             ours = one(ours, history)
         np.testing.assert_array_equal(np.isfinite(ours), expected > 0)
         assert expected[step.id] > 0
-        bound = 2 * logits_bar(executor.config) * float(raw.abs().max())
+        bound = 2 * logits_tolerance(executor.config) * float(raw.abs().max())
         assert abs(step.logprob - raw[0].log_softmax(-1)[step.id].item()) <= bound
         kept.append(int((expected > 0).sum()))
         history.add(step.id)
         ids.append(step.id)
-    assert min(kept) < max(kept) <= 20, "the filters had something to do"
+    assert min(kept) < max(kept) <= 20, "the filters had an effect"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

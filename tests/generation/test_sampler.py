@@ -1,4 +1,4 @@
-"""Samplers: against transformers' processors, by formula, and by counting what they draw."""
+"""Samplers: against transformers' processors, by formula, and by frequencies of samples."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def theirs(processor: Any, logits: Logits) -> np.ndarray:
 
 
 def rounding(logits: np.ndarray) -> float:
-    """How much a probability may be off, relative: steps in float32 move each logit by a few u."""
+    """The relative error of a probability: float32 steps change each logit by a few u."""
     return 6 * unit() * float(np.abs(logits[np.isfinite(logits)]).max())
 
 
@@ -80,7 +80,9 @@ def probs(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("spread", [0.5, 3.0, 10.0])
 @pytest.mark.parametrize(("ours", "oracle"), STEPS, ids=[str(ours) for ours, _ in STEPS])
-def test_each_step_is_transformers_step(ours: Any, oracle: Any, spread: float) -> None:
+def test_each_step_equals_the_processor_of_transformers(
+    ours: Any, oracle: Any, spread: float
+) -> None:
     for seed in range(5):
         logits = random_logits(seed, spread)
         before = logits.copy()
@@ -116,7 +118,7 @@ def test_the_order_of_the_steps_is_transformers_order() -> None:
 
 
 def test_presence_and_frequency_follow_the_published_formula() -> None:
-    """logit[j] - count[j]·frequency - [count[j] > 0]·presence, of the answer alone."""
+    """logit[j] - count[j]·frequency - [count[j] > 0]·presence, with counts of the answer only."""
     sampler = make_sampler(presence_penalty=0.5, frequency_penalty=0.25)
     logits, history = random_logits(1), History(PROMPT, V)
     for id in (7, 7, 8, 7):
@@ -130,13 +132,13 @@ def test_presence_and_frequency_follow_the_published_formula() -> None:
     np.testing.assert_allclose(out, expected, rtol=0, atol=3 * unit() * np.abs(logits).max())
 
 
-def test_greedy_is_the_largest_and_the_first_of_equals() -> None:
+def test_greedy_selects_the_first_of_the_largest_logits() -> None:
     logits = np.array([0.0, 2.0, 2.0, 1.0], dtype=np.float32)
     assert make_sampler().start([0], 4).choose(logits) == 1
     assert make_sampler(top_p=0.1, min_p=0.5, top_k=2).start([0], 4).choose(logits) == 1
 
 
-def test_penalties_act_on_what_greedy_itself_has_said() -> None:
+def test_penalties_apply_to_greedy_answers() -> None:
     sampling = make_sampler(frequency_penalty=1.0).start([3], 4)
     logits = np.array([1.2, 1.0, 0.5, 0.0], dtype=np.float32)
     assert [sampling.choose(logits) for _ in range(5)] == [0, 1, 2, 0, 1]
@@ -146,8 +148,8 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_ids_are_drawn_as_often_as_they_are_likely() -> None:
-    """Chi-square with 19 degrees of freedom: above 43.8 by chance once in a thousand seeds."""
+def test_frequencies_of_ids_equal_their_probabilities() -> None:
+    """Chi-square with 19 degrees of freedom: above 43.8 with probability 0.001."""
     logits, draws = random_logits(2, spread=1.0, size=20), 20_000
     sampler = make_sampler(temperature=0.9, seed=1234)
     generator = np.random.default_rng(sampler.seed)
@@ -166,7 +168,7 @@ def test_draws_of_a_large_vocabulary_reach_every_part() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 511, 4321])
-def test_the_draw_is_where_a_number_falls_in_the_sum_of_probabilities(size: int) -> None:
+def test_the_id_is_found_in_the_cumulative_probabilities(size: int) -> None:
     logits = random_logits(4, 2.0, size)
     logits[1::3] = -np.inf
     cumulative = np.cumsum(probs(logits))
@@ -184,7 +186,7 @@ class LastNumber(np.random.Generator):
 
 
 @pytest.mark.parametrize("tail", [-np.inf, -200.0])
-def test_the_end_of_the_sum_is_no_id_of_probability_zero(tail: float) -> None:
+def test_the_largest_random_number_selects_no_id_of_probability_zero(tail: float) -> None:
     for size in (10, 1536):
         logits = np.full(size, tail, dtype=np.float32)
         logits[:4] = 0.1, 0.7, -3.0, 0.2
@@ -199,9 +201,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(logits: Logits, p: float
     kept = np.isfinite(TopP(p)(logits, History([0], len(logits))))
     share = probs(logits)
     assert share[kept].sum() >= p - 1e-6
-    assert (logits[~kept] < logits[kept].min()).all(), "nothing likelier is left out"
-    surely_likelier = share > share[kept].min() + 1e-6  # equals stay together
-    assert share[surely_likelier].sum() < p + 1e-6, "without the last it would not reach p"
+    assert (logits[~kept] < logits[kept].min()).all(), "no id that is more likely is left out"
+    surely_likelier = share > share[kept].min() + 1e-6  # equal ones stay together
+    assert share[surely_likelier].sum() < p + 1e-6, "without the last one the sum is below p"
 
 
 @given(
@@ -216,14 +218,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(logits: Logits, p: float
     st.sampled_from([0.0, 0.5, 1.0]),
 )
 @pytest.mark.filterwarnings("error")
-def test_whatever_comes_an_allowed_id_is_drawn(
+def test_only_allowed_ids_are_sampled_for_any_logits(
     logits: Logits, temperature: float, top_k: int | None, top_p: float, min_p: float
 ) -> None:
     sampler = make_sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=0)
     assert np.isfinite(logits[sampler.start([0], len(logits)).choose(logits)])
 
 
-def test_a_seed_repeats_and_none_does_not() -> None:
+def test_answers_repeat_with_a_seed_only() -> None:
     def ids(seed: int | None) -> list[int]:
         sampling = make_sampler(temperature=1.0, seed=seed).start([0], V)
         return [sampling.choose(random_logits(n, 1.0)) for n in range(20)]
@@ -258,7 +260,9 @@ def test_a_seed_repeats_and_none_does_not() -> None:
         ({"seed": True}, "seed must be a whole number of at least 0, got True"),
     ],
 )  # fmt: skip
-def test_bad_settings_name_field_value_and_range(settings: dict[str, Any], message: str) -> None:
+def test_errors_of_settings_name_field_value_and_range(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(GenerationError) as caught:
         make_sampler(**settings)
     assert message in str(caught.value)
@@ -272,7 +276,7 @@ def test_defaults_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 50.0])
-def test_logprobs_are_torchs(spread: float) -> None:
+def test_logprobs_equal_torch_log_softmax(spread: float) -> None:
     logits = random_logits(9, spread, 128_256)
     expected = torch.from_numpy(logits).double().log_softmax(-1)
     top = expected.topk(20)
@@ -282,7 +286,7 @@ def test_logprobs_are_torchs(spread: float) -> None:
     np.testing.assert_allclose(logprobs_of(logits, ids), expected[ids].numpy(), rtol=0, atol=bound)
 
 
-def test_the_likeliest_of_equals_are_the_first() -> None:
+def test_top_logprobs_break_ties_by_id() -> None:
     logits = np.array([1, 3, 2, 3, 3, 0], dtype=np.float32)
     assert likeliest(logits, 2) == [1, 3]
     assert likeliest(logits, 4) == [1, 3, 4, 2]
@@ -290,7 +294,7 @@ def test_the_likeliest_of_equals_are_the_first() -> None:
     assert likeliest(logits, 0) == []
 
 
-def test_the_exponential_is_numpys_to_two_units_in_the_last_place() -> None:
+def test_the_exponential_differs_from_numpy_by_at_most_two_units_in_the_last_place() -> None:
     x = -np.abs(random_logits(11, 30.0, 100_000))
     x = np.concatenate([x[x > -87], np.zeros(1, np.float32)])
     exact = np.exp(x.astype(np.float64))
@@ -298,8 +302,8 @@ def test_the_exponential_is_numpys_to_two_units_in_the_last_place() -> None:
     assert exponential(np.zeros(1, np.float32)) == 1
 
 
-def test_weights_are_whole_numbers_whose_sums_are_exact() -> None:
-    """However they are added up, for half a million ids as likely as each other."""
+def test_weights_are_integers_with_exact_sums() -> None:
+    """In any order of summation, for half a million equally likely ids."""
     weights = weights_of(random_logits(12, 0.1, 1 << 19))
     assert (weights == np.rint(weights)).all()
     assert weights.sum() == weights[::-1].cumsum()[-1] == sum(map(int, weights))
@@ -307,7 +311,7 @@ def test_weights_are_whole_numbers_whose_sums_are_exact() -> None:
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 0, 1], [np.inf, 0, 1], [-np.inf] * 3])
-def test_nothing_is_chosen_by_logits_that_are_no_numbers(bad: list[float]) -> None:
+def test_nan_logits_select_no_id(bad: list[float]) -> None:
     for settings in ({}, {"temperature": 1.0}):
         sampling = make_sampler(**settings, seed=1).start([0], 3)
         with pytest.raises(GenerationError, match="the logits hold"):

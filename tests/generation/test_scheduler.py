@@ -1,4 +1,4 @@
-"""The scheduler with a small model in numpy that really computes its logits from the ids."""
+"""The scheduler with a small NumPy model whose logits depend on the ids."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ TABLES = np.random.default_rng(0).standard_normal((3, V, V)).astype(np.float32) 
 
 
 def logits_after(ids: Sequence[int]) -> np.ndarray:
-    """(V,) A trigram model with a slow memory: the definition that the executor must equal."""
+    """(V,) A trigram model with a decaying memory: the reference for the executor."""
     first, second = ids[-1], ids[-2] if len(ids) > 1 else 0
     return TABLES[0, first] + TABLES[1, second] + TABLES[2, sum(ids) % V]
 
 
 class Words:
-    """The executor's cache: the ids themselves."""
+    """The executor's cache, which stores the ids."""
 
     def __init__(self) -> None:
         self.texts: dict[int, list[int]] = {}
@@ -68,14 +68,15 @@ class Words:
 
 
 class Trigrams:
-    """An executor that counts its work, uses one array for all answers, and can break down."""
+    """An executor that counts its work, reuses one array for all results, and can be made to
+    fail."""
 
     config = CONFIG
     capabilities = Capabilities(prefill_chunk=CHUNK, batch_invariant=True)
 
-    def __init__(self, poison: dict[int, float] | None = None) -> None:
+    def __init__(self, bad_logits: dict[int, float] | None = None) -> None:
         self.fed: list[list[int]] = []  # new ids of each sequence, call by call
-        self.poison = poison or {}  # length of the text -> value put into its logits
+        self.bad_logits = bad_logits or {}  # length of the text -> value put into its logits
         self.answer = np.empty((100, V), dtype=np.float32)
         self.cache = Words()
 
@@ -84,7 +85,7 @@ class Trigrams:
 
     def forward(self, batch: Sequence[NewTokens], cache: Any) -> np.ndarray:
         self.fed.append([len(tokens.ids) for tokens in batch])
-        assert batch, "a call that feeds nothing"
+        assert batch, "a call without new ids"
         self.answer[:] = np.nan
         row = 0
         for tokens in batch:
@@ -94,8 +95,8 @@ class Trigrams:
                 text.append(id)
                 if tokens.output == "all" or (tokens.output == "last" and n == len(tokens.ids)):
                     self.answer[row] = logits_after(text)
-                    if len(text) in self.poison:
-                        self.answer[row, 5] = self.poison[len(text)]
+                    if len(text) in self.bad_logits:
+                        self.answer[row, 5] = self.bad_logits[len(text)]
                     row += 1
             assert len(text) <= self.config.max_seq_len or self.config.unbounded
         return self.answer[:row]
@@ -117,18 +118,18 @@ def settings(**fields: Any) -> GenerationSettings:
     return GenerationSettings(**{"max_tokens": 12, **fields})
 
 
-def test_greedy_is_the_plain_loop() -> None:
+def test_greedy_equals_the_plain_loop() -> None:
     steps = list(generate(Trigrams(), [[1, 2, 3]], settings()))
     assert ids_of(steps) == greedy([1, 2, 3], 12)
     assert [step.finish_reason for step in steps] == [None] * 11 + ["length"]
     assert all(step.row == 0 and step.logprob is None and step.top == () for step in steps)
 
 
-def test_steps_come_while_they_are_made() -> None:
+def test_steps_are_delivered_while_they_are_computed() -> None:
     executor = Trigrams()
     steps = generate(executor, [[1, 2, 3], [4]], settings())
     assert [next(steps).row for _ in range(2)] == [0, 1]
-    assert executor.fed == [[3, 1]], "nothing is computed ahead of what is asked for"
+    assert executor.fed == [[3, 1]], "nothing is computed before it is requested"
     assert [next(steps).row for _ in range(4)] == [0, 1, 0, 1]
     assert executor.fed == [[3, 1], [1, 1], [1, 1]]
 
@@ -164,7 +165,7 @@ def test_a_stop_id_ends_its_row_and_is_the_last_step() -> None:
     assert all(step.finish_reason is None for step in steps[:-1])
 
 
-def test_ignore_eos_goes_on() -> None:
+def test_ignore_eos_continues_after_stop_ids() -> None:
     stop = frozenset(range(V))
     steps = list(generate(Trigrams(), [[1]], settings(stop_ids=stop, ignore_eos=True)))
     assert ids_of(steps) == greedy([1], 12)
@@ -172,13 +173,13 @@ def test_ignore_eos_goes_on() -> None:
     assert len(list(generate(Trigrams(), [[1]], settings(stop_ids=stop)))) == 1
 
 
-def test_a_finished_row_costs_nothing() -> None:
+def test_a_finished_row_is_not_computed() -> None:
     executor = Trigrams()
     list(generate(executor, [[1], [2, 3]], [settings(max_tokens=1), settings(max_tokens=4)]))
     assert executor.fed == [[1, 2], [1], [1], [1]]
 
 
-def test_a_cancelled_row_costs_nothing_and_says_nothing() -> None:
+def test_a_cancelled_row_is_not_computed_and_has_no_events() -> None:
     executor = Trigrams()
     generation = generate(executor, [[1], [2], [3]], settings(max_tokens=4))
     steps = [next(generation)]
@@ -189,7 +190,7 @@ def test_a_cancelled_row_costs_nothing_and_says_nothing() -> None:
     assert generation.timings.new_tokens == 8
 
 
-def test_a_row_cancelled_before_the_start_is_never_read() -> None:
+def test_a_row_cancelled_before_the_start_is_never_computed() -> None:
     executor = Trigrams()
     generation = generate(executor, [[1], [2, 3]], settings(max_tokens=2))
     generation.cancel(0)
@@ -198,7 +199,7 @@ def test_a_row_cancelled_before_the_start_is_never_read() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 3])
-def test_close_ends_everything(taken: int) -> None:
+def test_close_ends_all_rows(taken: int) -> None:
     executor = Trigrams()
     generation = generate(executor, [[1], [2]], settings())
     for _ in range(taken):
@@ -209,7 +210,7 @@ def test_close_ends_everything(taken: int) -> None:
     assert len(executor.fed) == calls
 
 
-def test_all_rows_cancelled_is_an_end() -> None:
+def test_cancelling_all_rows_ends_the_generation() -> None:
     executor = Trigrams()
     generation = generate(executor, [[1], [2]], settings())
     generation.cancel(0)
@@ -218,26 +219,26 @@ def test_all_rows_cancelled_is_an_end() -> None:
     assert executor.fed == []
 
 
-def test_long_prompts_are_read_in_chunks_with_progress() -> None:
-    executor, told = Trigrams(), []
+def test_long_prompts_are_computed_in_chunks_with_progress() -> None:
+    executor, progress_calls = Trigrams(), []
     prompts = [np.random.default_rng(1).integers(0, V, n).tolist() for n in (1300, 4)]
     steps = list(
         generate(
             executor,
             prompts,
             settings(max_tokens=3),
-            progress=lambda done, total: told.append((done, total)),
+            progress=lambda done, total: progress_calls.append((done, total)),
         )
     )
     assert executor.fed == [[512], [512], [276, 4], [1, 1], [1, 1]]
-    assert told == [(0, 1304), (512, 1304), (1024, 1304), (1304, 1304)]
+    assert progress_calls == [(0, 1304), (512, 1304), (1024, 1304), (1304, 1304)]
     assert [ids_of(steps, row) for row in (0, 1)] == [greedy(prompt, 3) for prompt in prompts]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(("length", "made"), [(3, 0), (6, 3)])
-def test_no_id_is_made_of_logits_that_are_no_numbers(value: float, length: int, made: int) -> None:
-    generation = generate(Trigrams(poison={length: value}), [[1], [1, 2, 3]], settings())
+def test_nan_logits_are_an_error(value: float, length: int, made: int) -> None:
+    generation = generate(Trigrams(bad_logits={length: value}), [[1], [1, 2, 3]], settings())
     steps: list[TokenEvent] = []
     with pytest.raises(GenerationError) as caught:
         steps.extend(generation)
@@ -248,15 +249,15 @@ def test_no_id_is_made_of_logits_that_are_no_numbers(value: float, length: int, 
     assert list(generation) == []
 
 
-def test_minus_infinity_is_an_impossible_id_unless_all_are(monkeypatch) -> None:
-    steps = list(generate(Trigrams(poison={1: -np.inf, 2: -np.inf}), [[1]], settings()))
+def test_minus_infinity_excludes_an_id_and_all_minus_infinity_is_an_error(monkeypatch) -> None:
+    steps = list(generate(Trigrams(bad_logits={1: -np.inf, 2: -np.inf}), [[1]], settings()))
     assert len(steps) == 12
     monkeypatch.setattr(f"{__name__}.TABLES", np.full_like(TABLES, -np.inf))
     with pytest.raises(GenerationError, match="after position 0 hold -Inf alone"):
         list(generate(Trigrams(), [[1]], settings()))
 
 
-def test_max_tokens_that_do_not_fit_end_at_the_border() -> None:
+def test_answers_end_at_the_end_of_the_context() -> None:
     steps = list(generate(Trigrams(), [[1] * 10], settings(max_tokens=50, context=16)))
     assert ids_of(steps) == greedy([1] * 10, 6)
     assert steps[-1].finish_reason == "length"
@@ -264,16 +265,16 @@ def test_max_tokens_that_do_not_fit_end_at_the_border() -> None:
     assert ids_of(list(generate(Trigrams(), [[1] * 10], to_the_end))) == greedy([1] * 10, 6)
 
 
-def test_the_models_own_context_is_the_default_border() -> None:
+def test_the_context_of_the_model_is_the_default_limit() -> None:
     steps = list(generate(Trigrams(), [[1] * (CONTEXT - 3)], GenerationSettings()))
     assert len(steps) == 3
     assert steps[-1].finish_reason == "length"
 
 
 def shifted(prompt: Sequence[int], n: int, context: int, bos: int | None) -> tuple[list[int], int]:
-    """The plain loop past a full context, everything computed again for every id.
+    """The plain loop beyond a full context, computing everything again for every id.
 
-    -> (new ids, how many were dropped).
+    -> (new ids, number of dropped tokens).
     """
     window, new, dropped = list(prompt), [], 0
     while len(new) < n:
@@ -289,7 +290,7 @@ def shifted(prompt: Sequence[int], n: int, context: int, bos: int | None) -> tup
 
 @pytest.mark.parametrize("bos", [None, 1, 96])
 @pytest.mark.parametrize("context", [6, 7, 64, 600])
-def test_an_answer_goes_on_past_a_full_context(context: int, bos: int | None) -> None:
+def test_an_answer_continues_beyond_a_full_context(context: int, bos: int | None) -> None:
     past_it = {"context": context, "on_overflow": "shift", "max_tokens": 2 * context + 5}
     steps = list(generate(Trigrams(), [[1, 2, 3]], settings(**past_it, bos=bos)))
     new, dropped = shifted([1, 2, 3], 2 * context + 5, context, bos)
@@ -299,7 +300,7 @@ def test_an_answer_goes_on_past_a_full_context(context: int, bos: int | None) ->
     assert dropped > context / 2
 
 
-def test_rows_of_a_batch_shift_each_at_its_own_time() -> None:
+def test_rows_of_a_batch_shift_at_different_times() -> None:
     prompts = [[1], [1, *range(20, 34)], [5] * 15]
     chosen = settings(context=16, on_overflow="shift", max_tokens=40, bos=1)
     steps = list(generate(Trigrams(), prompts, chosen))
@@ -309,7 +310,7 @@ def test_rows_of_a_batch_shift_each_at_its_own_time() -> None:
         assert [step for step in steps if step.row == row][-1].dropped_tokens == dropped
 
 
-def test_a_stop_id_ends_an_answer_past_the_context_too() -> None:
+def test_a_stop_id_ends_an_answer_beyond_the_context() -> None:
     new, _ = shifted([1, 2, 3], 60, 16, bos=None)
     stop = next(id for n, id in enumerate(new) if n > 30 and id not in new[:n])
     chosen = settings(context=16, on_overflow="shift", max_tokens=60, stop_ids=frozenset([stop]))
@@ -318,8 +319,8 @@ def test_a_stop_id_ends_an_answer_past_the_context_too() -> None:
     assert steps[-1].finish_reason == "stop"
 
 
-def test_without_max_tokens_an_answer_ends_with_its_context_whatever_on_overflow_is() -> None:
-    """Or the answer of a model without a stop id would never end."""
+def test_without_max_tokens_an_answer_ends_with_the_context() -> None:
+    """For every on_overflow: the answer of a model without a stop id would never end otherwise."""
     steps = list(
         generate(Trigrams(), [[1] * 10], GenerationSettings(context=16, on_overflow="shift"))
     )
@@ -327,14 +328,14 @@ def test_without_max_tokens_an_answer_ends_with_its_context_whatever_on_overflow
 
 
 @pytest.mark.parametrize("bos", [None, 1])
-def test_the_smallest_contexts_shift_too(bos: int | None) -> None:
+def test_the_smallest_contexts_are_shifted(bos: int | None) -> None:
     for context in (2, 3):
         past_it = {"context": context, "on_overflow": "shift", "max_tokens": 20, "bos": bos}
         steps = list(generate(Trigrams(), [[1]], settings(**past_it)))
         assert len(steps) == 20
 
 
-def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
+def test_a_model_that_depends_on_the_last_id_only_has_no_context_limit() -> None:
     class Unbounded(Trigrams):
         config = SimpleNamespace(vocab_size=V, max_seq_len=16, unbounded=True)  # type: ignore
 
@@ -367,7 +368,7 @@ def test_a_model_that_needs_the_last_id_only_has_no_context() -> None:
         ([[1]], {"context": 1}, "context must be a whole number of at least 2, got 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_generated_is_said_before_anything_runs(
+def test_invalid_requests_are_errors_before_anything_is_computed(
     prompts: Any, fields: dict[str, Any], message: str
 ) -> None:
     executor = Trigrams()
@@ -378,18 +379,18 @@ def test_what_cannot_be_generated_is_said_before_anything_runs(
     assert executor.fed == []
 
 
-def test_settings_as_many_as_prompts() -> None:
+def test_the_number_of_settings_must_equal_the_number_of_prompts() -> None:
     with pytest.raises(GenerationError, match="2 settings for 1 prompts"):
         generate(Trigrams(), [[1]], [settings(), settings()])
 
 
-def test_ids_may_come_as_an_array() -> None:
+def test_ids_may_be_an_array() -> None:
     prompt = np.array([1, 2, 3], dtype=np.uint32)
     assert ids_of(list(generate(Trigrams(), [prompt], settings()))) == greedy([1, 2, 3], 12)
 
 
-def test_logprobs_are_of_the_models_own_distribution() -> None:
-    """Before temperature, penalties and filters: equal to torch's log_softmax of raw logits."""
+def test_logprobs_are_computed_before_penalties_and_filters() -> None:
+    """Equal to torch's log_softmax of the raw logits, without temperature."""
     sampler = make_sampler(temperature=1.7, top_k=30, repetition_penalty=1.4, seed=2)
     steps = list(generate(Trigrams(), [[1, 2, 3]], settings(sampler=sampler, logprobs=4)))
     ids = [1, 2, 3]
@@ -416,7 +417,7 @@ def test_timings_count_ids_and_seconds() -> None:
 
 
 def run(scheduler: Scheduler) -> dict[int, list[TokenEvent]]:
-    """Step until nothing is left -> the events of each request."""
+    """Run steps until all requests have ended -> the events of each request."""
     events: dict[int, list[TokenEvent]] = {}
     while not scheduler.is_idle:
         for event in scheduler.step():
@@ -428,7 +429,7 @@ def request(executor: Any, prompt: Sequence[int], **fields: Any) -> Request:
     return Request.new(executor, prompt, settings(**fields))
 
 
-def test_a_long_prompt_is_read_between_the_ids_of_others() -> None:
+def test_a_long_prompt_is_computed_between_the_ids_of_other_requests() -> None:
     executor = Trigrams()
     scheduler = Scheduler(executor)
     short = scheduler.add(request(executor, [1, 2, 3], max_tokens=8))
@@ -442,7 +443,8 @@ def test_a_long_prompt_is_read_between_the_ids_of_others() -> None:
 
 
 def test_requests_come_and_go_in_any_order() -> None:
-    """Each has the ids that it has alone; sequences are removed from the cache at the end."""
+    """Each request gets the same ids as alone; its sequence is removed from the cache at the
+    end."""
     chance = np.random.default_rng(4)
     executor = Trigrams()
     scheduler, wanted, made = Scheduler(executor), dict[int, list[int]](), dict[int, list[int]]()
@@ -468,10 +470,10 @@ def test_a_cancelled_request_has_no_further_events() -> None:
     scheduler.cancel(requests[0])
     assert list(executor.cache.texts) == [requests[1].sequence]
     assert list(run(scheduler)) == [1]
-    scheduler.cancel(requests[0])  # no effect any more
+    scheduler.cancel(requests[0])  # without effect
 
 
-def test_a_generation_that_nobody_has_is_not_computed_further() -> None:
+def test_a_generation_without_references_is_not_continued() -> None:
     executor = Trigrams()
     scheduler = Scheduler(executor)
     kept, dropped = (Generation(scheduler, [request(executor, [n])]) for n in range(2))
@@ -481,8 +483,8 @@ def test_a_generation_that_nobody_has_is_not_computed_further() -> None:
     assert executor.fed[2:] == [[1]] * 11
 
 
-def test_one_that_fails_does_not_end_the_others() -> None:
-    executor = Trigrams(poison={5: np.nan})
+def test_a_failed_request_does_not_end_the_others() -> None:
+    executor = Trigrams(bad_logits={5: np.nan})
     scheduler = Scheduler(executor)
     scheduler.add(request(executor, [1, 2, 3]))
     scheduler.add(request(executor, range(10)))
@@ -492,8 +494,8 @@ def test_one_that_fails_does_not_end_the_others() -> None:
 
 
 @pytest.mark.parametrize("invariant", [True, False])
-def test_interrupted_at_any_moment_no_id_is_lost(invariant: bool) -> None:
-    """The interrupted generation has ended; another one of the same scheduler goes on."""
+def test_no_id_is_lost_by_an_interrupt_at_any_moment(invariant: bool) -> None:
+    """The interrupted generation ends; another one of the same scheduler continues."""
     for at in itertools.count(1, 3):
         executor = Trigrams()
         executor.capabilities = Capabilities(prefill_chunk=CHUNK, batch_invariant=invariant)
@@ -505,7 +507,7 @@ def test_interrupted_at_any_moment_no_id_is_lost(invariant: bool) -> None:
         with suppress(KeyboardInterrupt):
             interruption.run(lambda mine=mine: [next(mine) for _ in range(3)])
         ended = False
-        with suppress(GenerationError):  # where its own next id was being chosen: INTERRUPTED
+        with suppress(GenerationError):  # INTERRUPTED while its own next id was sampled
             ids += [event.id for event in other]
             ended = True
         assert ids == greedy([4, 5], 5 if ended else len(ids)), at

@@ -1,4 +1,4 @@
-"""Guessing ids from the text: the lookup by its definition, and answers that stay the same."""
+"""Speculation: the lookup against its definition, and answers that stay the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ WIDE = {
 
 
 def plain_lookup(ids: Sequence[int]) -> tuple[int, int]:
-    """(place, matched) by the definition: go on where one was, else the latest earlier gram."""
+    """(position, matched) by the definition: continue the previous match, else the latest earlier
+    n-gram."""
     place = matched = 0
     for end in range(1, len(ids) + 1):
         if matched and ids[place] == ids[end - 1]:
@@ -45,7 +46,7 @@ def plain_lookup(ids: Sequence[int]) -> tuple[int, int]:
 
 
 @given(st.lists(st.integers(0, 3), max_size=40))
-def test_the_lookup_is_its_definition(ids: list[int]) -> None:
+def test_the_lookup_follows_its_definition(ids: list[int]) -> None:
     lookup = Lookup(ids)
     assert (lookup.place, lookup.matched) == plain_lookup(ids)
     if lookup.matched:
@@ -53,7 +54,7 @@ def test_the_lookup_is_its_definition(ids: list[int]) -> None:
         assert ids[place - matched : place] == ids[len(ids) - matched :]
 
 
-def test_a_guess_is_what_followed_and_goes_round() -> None:
+def test_a_guess_is_the_continuation_of_the_match_and_may_repeat_it() -> None:
     assert Lookup([1, 2, 3, 4, 5, 6, 2, 3]).following(3) == [4, 5, 6]
     assert Lookup([7, 1, 2, 1, 2]).following(5) == [1, 2, 1, 2, 1]
     assert Lookup([1, 2, 3]).matched == 0
@@ -66,7 +67,7 @@ def learned(ids: Sequence[int], chosen: Sequence[int]) -> Speculation:
     return speculation
 
 
-def test_guesses_grow_where_they_are_right_and_end_where_they_are_not() -> None:
+def test_guesses_become_longer_if_accepted_and_end_if_rejected() -> None:
     text = list(range(100, 160))
     quoting = learned(text, text[:30])
     assert quoting.guess(100) == text[30:41]
@@ -77,7 +78,7 @@ def test_guesses_grow_where_they_are_right_and_end_where_they_are_not() -> None:
     assert learned(text, pairs[:-1]).guess(100) == []
 
 
-def test_guesses_end_where_reading_several_ids_takes_too_long() -> None:
+def test_speculation_ends_if_passes_of_several_ids_are_too_slow() -> None:
     text = list(range(100, 160))
     quoting = learned(text, text[:30])
     for _ in range(40):
@@ -86,41 +87,41 @@ def test_guesses_end_where_reading_several_ids_takes_too_long() -> None:
     assert quoting.guess(100) == []
 
 
-def test_one_slow_step_changes_little() -> None:
+def test_one_slow_step_does_not_end_speculation() -> None:
     quoting = learned(list(range(60)), range(30))
     quoting.learn([], 12, 100.0)
     assert len(quoting.guess(100)) == 11
 
 
-class Watched:
-    """The engine, with a note of how many ids each call read."""
+class CountingEngine:
+    """The engine, with a record of the number of ids in each call."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.config, self.read = engine, engine.config, list[int]()
         self.capabilities, self.new_cache = engine.capabilities, engine.new_cache
-        self.poisoned: int | None = None  # the length of text after which logits are NaN
+        self.nan_position: int | None = None  # the length of text after which logits are NaN
 
     def forward(self, batch: Sequence[NewTokens], cache: Any) -> Any:
         self.read.append(len(batch[0].ids))
         logits = self.engine.forward(batch, cache)
         first = cache.length(batch[0].sequence) - len(logits) + 1
-        if self.poisoned is not None and 0 <= self.poisoned - first < len(logits):
-            logits[self.poisoned - first] = np.nan
+        if self.nan_position is not None and 0 <= self.nan_position - first < len(logits):
+            logits[self.nan_position - first] = np.nan
         return logits
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """A tiny random model: left to itself, it soon goes round in circles."""
+def engine(tmp_path_factory: pytest.TempPathFactory) -> CountingEngine:
+    """A tiny random model, whose greedy answers soon repeat themselves."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    return Watched(
+    return CountingEngine(
         pack(open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q8_0)))
     )
 
 
 @pytest.fixture
-def confident(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow steps, as on a busy machine, do not end the guesses."""
+def ignore_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow steps, as on a busy machine, do not end the speculation."""
     monkeypatch.setattr("glassllama.generation.speculation.RISE", 1.0)
 
 
@@ -148,10 +149,12 @@ def both(
     return list(guessing), list(begin(engine, False, sampling, **more))
 
 
-@pytest.mark.usefixtures("confident")
+@pytest.mark.usefixtures("ignore_slow_steps")
 @pytest.mark.parametrize("sampling", OPTIONS, ids=str)
-def test_every_step_is_the_same_with_guesses(engine: Watched, sampling: dict[str, Any]) -> None:
-    """Ids, logprobs and reasons to the bit; and guesses there are."""
+def test_every_step_is_the_same_with_speculation(
+    engine: CountingEngine, sampling: dict[str, Any]
+) -> None:
+    """Ids, logprobs and finish reasons are bit-identical, and some guesses are made."""
     generation = begin(engine, True, sampling, logprobs=3)
     guessed, plain = list(generation), list(begin(engine, False, sampling, logprobs=3))
     assert guessed == plain
@@ -160,17 +163,19 @@ def test_every_step_is_the_same_with_guesses(engine: Watched, sampling: dict[str
     assert 0 < timings.accepted <= timings.drafted
 
 
-@pytest.mark.usefixtures("confident")
-def test_guesses_take_fewer_steps(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_speculation_takes_fewer_steps(engine: CountingEngine) -> None:
     engine.read.clear()
-    generation = begin(engine, True, {"frequency_penalty": -2.0})  # says again what it said
+    generation = begin(engine, True, {"frequency_penalty": -2.0})  # repeats itself
     assert len(list(generation)) == 150
     assert len(engine.read) == 150 - generation.timings.accepted < 130
     assert set(engine.read[1:]) <= {1, *TIMES}
 
 
-@pytest.mark.usefixtures("confident")
-def test_stop_ids_limits_and_the_context_end_as_without(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_stop_ids_limits_and_context_end_answers_as_without_speculation(
+    engine: CountingEngine,
+) -> None:
     ids = [step.id for step in begin(engine, False, {})]
     for stop in sorted(set(ids)):
         guessed, plain = both(engine, {}, stop_ids=frozenset([stop]))
@@ -185,8 +190,8 @@ def test_stop_ids_limits_and_the_context_end_as_without(engine: Watched) -> None
     assert len(guessed) == 33
 
 
-@pytest.mark.usefixtures("confident")
-def test_a_row_ended_from_outside_says_no_more(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_a_cancelled_row_has_no_further_events(engine: CountingEngine) -> None:
     for count in range(1, 60, 7):
         generation = begin(engine, True, {})
         steps = [next(generation) for _ in range(count)]
@@ -195,29 +200,32 @@ def test_a_row_ended_from_outside_says_no_more(engine: Watched) -> None:
         assert generation.timings.new_tokens == count == len(steps)
 
 
-@pytest.mark.usefixtures("confident")
-def test_logits_that_are_no_numbers_end_it_after_the_same_ids(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_nan_logits_end_an_answer_after_the_same_ids(engine: CountingEngine) -> None:
     for made in range(1, 60):
-        engine.poisoned, counts = len(PROMPT) + made, []
+        engine.nan_position, counts = len(PROMPT) + made, []
         for speculation in (True, False):
             steps: list[TokenEvent] = []
-            with pytest.raises(GenerationError, match=f"after position {engine.poisoned - 1} "):
+            with pytest.raises(GenerationError, match=f"after position {engine.nan_position - 1} "):
                 steps.extend(begin(engine, speculation, {}))
             counts.append(steps)
-        engine.poisoned = None
+        engine.nan_position = None
         assert counts[0] == counts[1]
         assert len(counts[0]) == made
 
 
-def test_several_rows_and_other_executors_do_without(engine: Watched) -> None:
-    for executor, prompts in ((engine, [PROMPT, PROMPT]), (Unlike(engine.engine), [PROMPT])):
+def test_no_speculation_for_several_rows_and_other_executors(engine: CountingEngine) -> None:
+    for executor, prompts in (
+        (engine, [PROMPT, PROMPT]),
+        (NotBatchInvariant(engine.engine), [PROMPT]),
+    ):
         generation = generate(executor, prompts, GenerationSettings(max_tokens=60))
         assert len(list(generation)) == 60 * len(prompts)
         assert generation.timings.drafted == 0
 
 
-class Unlike(Watched):
-    """An executor that does not promise the same logits in pieces, as PyTorch does not."""
+class NotBatchInvariant(CountingEngine):
+    """An executor that is not batch-invariant, such as PyTorch."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -235,9 +243,9 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.usefixtures("confident")
+@pytest.mark.usefixtures("ignore_slow_steps")
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_default_models_answers_are_the_same(default_model: Path, exact: bool) -> None:
+def test_answers_of_the_default_model_are_the_same(default_model: Path, exact: bool) -> None:
     from glassllama import load
 
     llm = load(default_model, exact=exact)
@@ -252,8 +260,8 @@ def test_the_default_models_answers_are_the_same(default_model: Path, exact: boo
     assert drafted > 0
 
 
-def test_long_contexts_are_the_same_in_pieces(default_model: Path) -> None:
-    """Several spans of attention, where one id is computed in another way."""
+def test_long_contexts_are_the_same_in_chunks(default_model: Path) -> None:
+    """Attention over several spans, where a single id is computed differently."""
     engine = pack(open_checkpoint(default_model))
     ids = [int(id) for id in np.random.default_rng(2).integers(0, 49_152, 560)]
     cache = Rows(engine)

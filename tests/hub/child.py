@@ -1,4 +1,4 @@
-"""One call of the hub in its own process, as in a user's program."""
+"""One call of the hub package in its own process, as in a program of a user."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from glassllama.hub.pip_index import Archive
 
 
 def answer(request: dict) -> None:
-    """Do what the request says, and print the result."""
+    """Handle the request and print the result."""
     package, dataset = request.pop("package", None), request.pop("dataset", None)
     calls: list[tuple[int, int]] = []
 

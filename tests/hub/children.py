@@ -1,7 +1,7 @@
-"""Calls of the hub, as forks of a process that has made the imports: forks.py.
+"""Calls of the hub package in forks of a process that has made the imports: see forks.py.
 
-huggingface_hub reads its settings from the environment when it is imported. So what it needs of
-other packages is imported here, and each fork imports the package itself anew.
+huggingface_hub reads its settings from the environment when it is imported. So the packages that it
+uses are imported here, and each fork imports huggingface_hub again.
 """
 
 import sys
@@ -9,7 +9,7 @@ import sys
 import huggingface_hub.errors
 import huggingface_hub.hf_api
 import huggingface_hub.utils.tqdm  # noqa: F401
-from child import answer  # beside this file
+from child import answer  # in the folder of this file
 
 from forks import serve
 

@@ -48,13 +48,13 @@ def sandbox(tmp_path: Path, stand_in: StandIn) -> Sandbox:
 
 @pytest.fixture
 def content() -> bytes:
-    """Three incompressible megabytes."""
+    """Three megabytes that cannot be compressed."""
     return b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(100_000))
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, content: bytes, stand_in: StandIn) -> PackageFile:
-    """A package file whose wheel the stand-in index serves."""
+    """A file in a package whose wheel the stand-in index serves."""
     wheel = write_wheel(tmp_path, MEMBER, content)
     stand_in.wheels[wheel.name] = wheel.read_bytes()
     return PackageFile(

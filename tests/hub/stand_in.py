@@ -1,4 +1,4 @@
-"""A server on loopback with a package index and the Hub's HTTP API, for tests without internet."""
+"""A local server with a package index and the Hub's HTTP API, for tests without internet."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ class Repository:
 
     files: dict[str, bytes]
     gated: bool = False
-    token: str | None = None  # private: only this token sees it
-    damaged: dict[str, bytes] = field(
-        default_factory=dict
-    )  # served instead, under the old checksum
+    token: str | None = None  # private: accessible with this token only
+    damaged: dict[str, bytes] = field(default_factory=dict)  # served instead, with the old checksum
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves the Hub's API and an index, records requests, breaks connections when configured."""
+    """Serves the Hub's API and an index, records requests, and breaks connections if configured."""
 
     daemon_threads = True
 
@@ -46,7 +44,7 @@ class StandIn(ThreadingHTTPServer):
         self.authorizations: list[str | None] = []
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.break_after: dict[str, list[int]] = {}  # file -> bytes sent before each break
-        self.stall = threading.Event()  # set: large files stop half-way and wait
+        self.stall = threading.Event()  # if set, large files stop half-way and wait
         self.release = threading.Event()
 
     @property
@@ -80,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         elif len(parts) > 4 and parts[2] == "resolve":
             self.file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         elif parts[0] in ("simple", "wheels", "http:"):
-            self.index(parts[2:] if parts[0] == "http:" else parts)  # http: as a proxy is asked
+            self.index(parts[2:] if parts[0] == "http:" else parts)  # http: a request to a proxy
         else:
             self.reply(404, b"{}")
 

@@ -84,7 +84,9 @@ def test_only_the_files_of_the_model_are_downloaded(sandbox: Sandbox, stand_in: 
     )
     assert names_in(answer["path"]) == expected
     assert all((Path(answer["path"]) / name).read_bytes() == SHARDED[name] for name in expected)
-    assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), "in the Hub's own cache"
+    assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), (
+        "in the cache of huggingface_hub"
+    )
     total = sum(len(SHARDED[name]) for name in expected)
     rest = total - len(SHARDED["model.safetensors.index.json"])  # which was downloaded before
     assert answer["progress"][-1] == [rest, rest]
@@ -124,7 +126,7 @@ def test_weights_are_the_files_that_the_index_names(
         (b"not json", "expected a weight_map"),
     ],
 )
-def test_a_bad_index_is_an_error(
+def test_an_invalid_index_is_an_error(
     sandbox: Sandbox, repositories: dict[str, Repository], index: bytes, words: str
 ) -> None:
     repositories["org/bad"] = Repository({**SMALL, "model.safetensors.index.json": index})
@@ -136,7 +138,7 @@ def test_a_bad_index_is_an_error(
 def test_a_single_file_that_the_index_does_not_name_is_the_model(
     sandbox: Sandbox, repositories: dict[str, Repository]
 ) -> None:
-    """As weights/model_files.py reads the folder. The shards are not downloaded."""
+    """The same rule as in weights/model_files.py. The shards are not downloaded."""
     index = {"model.safetensors.index.json": index_of("a.safetensors", "gone.safetensors")}
     repositories["org/both"] = Repository({**SINGLE, **index, "a.safetensors": b"old"})
     answer = sandbox.run(name="org/both")
@@ -175,7 +177,7 @@ def test_file_names_in_errors_are_short_and_printable(
 
 
 @pytest.mark.parametrize("revision", ["..", "a/../b", "/x", "x//y", "q" * 300])
-def test_revisions_that_lead_outside_are_no_hub_ids(revision: str) -> None:
+def test_revisions_with_paths_outside_are_refused(revision: str) -> None:
     assert parse_hub_id(f"org/r@{revision}") is None
     assert parse_hub_id("org/r@refs/pr/1") is not None
 
@@ -206,7 +208,7 @@ def test_prefer_pth_takes_the_files_of_meta(sandbox: Sandbox) -> None:
     assert Path(answer["path"]).name == "original"
     assert names_in(answer["path"]) == PTH_NAMES
     assert sandbox.run(name="org/sharded", prefer_pth=True, offline=True)["path"] == answer["path"]
-    # Afterwards the files of Meta are not taken for the model in its usual format.
+    # Afterwards Meta's files are not used as the model in the usual format.
     usual = sandbox.run(name="org/sharded")
     assert set(SHARDS) <= set(names_in(usual["path"]))
 

@@ -89,7 +89,7 @@ def test_a_name_in_runs_is_a_mistyped_path_without_that_folder(tmp_path: Path, m
         hub.resolve("runs/llama")
 
 
-def test_a_cached_hub_model_is_no_mistyped_path(tmp_path: Path, monkeypatch) -> None:
+def test_a_cached_hub_model_is_not_treated_as_a_mistyped_path(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org").mkdir()
     entry = huggingface.CacheEntry(path=tmp_path, files=(), complete=True)
@@ -98,7 +98,7 @@ def test_a_cached_hub_model_is_no_mistyped_path(tmp_path: Path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "smollm2-135m ", "\tSMOLLM2-135M\n"])
-def test_short_names_in_any_case_and_with_blanks(name: str, default_model: Path) -> None:
+def test_short_names_in_any_case_and_with_spaces(name: str, default_model: Path) -> None:
     assert hub.resolve(name, offline=True) == default_model
 
 

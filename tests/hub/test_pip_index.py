@@ -1,4 +1,4 @@
-"""Archives of packages: pip's configuration, pages of indexes, downloads; nothing is run."""
+"""Archives of packages: pip's configuration, pages of indexes, downloads; no code is run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DATA = b"an archive" * 1000
 
 @dataclass
 class User:
-    """A user whose pip is configured for the stand-in only, with an empty cache."""
+    """A user with an empty cache, whose pip is configured for the stand-in only."""
 
     home: Path
     index: StandIn
@@ -85,7 +85,7 @@ def test_every_file_has_a_checksum() -> None:
 
 
 def test_the_package_starts_no_program() -> None:
-    """A child process could run modules of the current folder (fault X1)."""
+    """A child process could import modules of the current folder."""
     starts = re.compile(
         r"\b(import subprocess|from subprocess|multiprocessing|os\.(system|popen|exec\w+|spawn\w+|"
         r"posix_spawn\w*)\(|pty\.spawn|ProcessPoolExecutor|create_subprocess)"
@@ -97,7 +97,7 @@ def test_the_package_starts_no_program() -> None:
 def test_a_source_package_is_read_and_not_built(user: User) -> None:
     assert user.fetch() == DATA
     asked = [path for _, path, _ in user.index.requests]
-    assert asked == ["/simple/a-b/", "/wheels/a_b-1.0.tar.gz"], "and nothing to build it with"
+    assert asked == ["/simple/a-b/", "/wheels/a_b-1.0.tar.gz"], "no build tools were requested"
 
 
 @pytest.mark.parametrize("how", ["pip.conf", "PIP_CONFIG_FILE", "variable", "download section"])
@@ -120,10 +120,10 @@ def test_every_way_to_configure_pip(user: User, monkeypatch: pytest.MonkeyPatch,
     assert user.indexes() == [url]
     assert user.fetch() == DATA
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    assert user.indexes() == ["http://127.0.0.1:9/simple"], "variables win"
+    assert user.indexes() == ["http://127.0.0.1:9/simple"], "environment variables take precedence"
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_INDEX_URL")
-    assert user.indexes() == [PYPI], "no files at all"
+    assert user.indexes() == [PYPI], "no configuration files are read"
 
 
 def test_a_damaged_configuration_file_of_pip(user: User) -> None:
@@ -136,7 +136,7 @@ def test_a_damaged_configuration_file_of_pip(user: User) -> None:
         assert "\n" not in str(e.value)
 
 
-def test_folders_and_files_are_indexes_too(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_files_as_indexes(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DownloadError, match="no index is configured"):
         user.fetch()
@@ -178,8 +178,8 @@ def test_links_of_a_page() -> None:
     assert parser.links == [f"f-1.whl#sha256={'A' * 64}", "https://h/p/g.whl"]
 
 
-def test_bad_links(user: User, tmp_path: Path) -> None:
-    """Files with another checksum are not downloaded; pages of the web cannot name local files."""
+def test_invalid_links(user: User, tmp_path: Path) -> None:
+    """Files with another checksum are not downloaded; web pages cannot refer to local files."""
     secret = tmp_path / user.archive.filename
     secret.write_bytes(DATA)
     for link, words in (
@@ -200,7 +200,7 @@ def test_bad_links(user: User, tmp_path: Path) -> None:
     user.index.page = (
         f'<a href="http://[broken/{name}">{name}</a><a href="/wheels/{name}">{name}</a>'
     )
-    assert user.fetch() == DATA, "one link that is none does not spoil the page"
+    assert user.fetch() == DATA, "an invalid link has no effect on the others"
 
 
 def test_credentials_are_sent_to_their_own_host_only(
@@ -217,7 +217,7 @@ def test_credentials_are_sent_to_their_own_host_only(
     with pytest.raises(DownloadError, match="HTTP 401") as error:
         user.fetch()
     assert "p%2Fw" not in str(error.value)
-    assert user.index.authorizations[-1] is None, "a redirection does not take them along"
+    assert user.index.authorizations[-1] is None, "credentials are not sent to a redirection"
     user.index.moved_to = ""
     monkeypatch.setenv("PIP_INDEX_URL", url)
     netrc = user.home / ".netrc"
@@ -237,7 +237,7 @@ def test_proxy_and_certificates_of_pip(user: User, monkeypatch: pytest.MonkeyPat
         user.fetch()
 
 
-def test_a_url_without_its_password() -> None:
+def test_passwords_are_removed_from_urls() -> None:
     known = Credentials()
     assert known.remove_from("https://u:p@h:1/x?y") == "https://h:1/x?y"
     assert known.remove_from("https://h/x") == "https://h/x"
@@ -245,7 +245,7 @@ def test_a_url_without_its_password() -> None:
         PipSession().open("no url", {})
 
 
-def test_long_reasons_and_urls_are_cut() -> None:
+def test_long_reasons_and_urls_are_shortened() -> None:
     error = HTTPError("http://h", 500, "x" * 60_000, Message(), None)
     assert len(reason(error)) < 100
     assert len(shown("http://me:secret@h/" + "y" * 60_000)) < 100
@@ -254,9 +254,9 @@ def test_long_reasons_and_urls_are_cut() -> None:
 
 def test_reasons_are_one_printable_line() -> None:
     for words in ("never\nending", "\x1b[31mred\x07"):
-        said = reason(HTTPError("http://h", 503, words, Message(), None))
-        assert said.isprintable()
-        assert said.startswith("HTTP 503 ")
+        shortened = reason(HTTPError("http://h", 503, words, Message(), None))
+        assert shortened.isprintable()
+        assert shortened.startswith("HTTP 503 ")
     assert reason(IncompleteRead(b"", 5)) == "the connection broke, 5 bytes are missing"
     assert reason(IncompleteRead(b"")) == "the connection broke"
 

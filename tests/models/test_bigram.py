@@ -1,4 +1,5 @@
-"""The bigram against counting: trained, it knows how often each pair of characters occurs."""
+"""The bigram against counts: after training it predicts the frequency of each pair of
+characters."""
 
 from __future__ import annotations
 
@@ -17,34 +18,34 @@ IDS = np.array([LETTERS.index(letter) for letter in TEXT])
 
 
 def counted() -> np.ndarray:
-    """How often b follows a, as a share of all that follow a: (V, V)."""
+    """The frequency of b after a, relative to all characters after a: (V, V)."""
     pairs = np.zeros((V, V))
     for a, b in pairwise(IDS):
         pairs[a, b] += 1
     return pairs / pairs.sum(1, keepdims=True)
 
 
-def test_trained_it_has_counted() -> None:
+def test_trained_probabilities_equal_frequencies() -> None:
     model = Bigram(BigramConfig(vocab_size=V, max_seq_len=len(IDS)))
     model.initialize(torch.Generator().manual_seed(0))
     ids, targets = torch.tensor(IDS[None, :-1]), torch.tensor(IDS[1:])
-    optimiser = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=200)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=200)
 
     def loss() -> torch.Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = F.cross_entropy(model(ids)[0], targets)
         value.backward()
         return value
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     table = counted()
-    learnt = model.logits(model.tok_embeddings.weight).softmax(-1).detach().numpy()
-    assert np.abs(learnt - table).max() < 2e-3
-    exact = -np.log(table[IDS[:-1], IDS[1:]]).mean()  # nats: no bigram can do better
+    trained = model.logits(model.tok_embeddings.weight).softmax(-1).detach().numpy()
+    assert np.abs(trained - table).max() < 2e-3
+    exact = -np.log(table[IDS[:-1], IDS[1:]]).mean()  # nats: the minimum for a bigram
     assert exact <= loss().item() < exact + 1e-3
 
 
-def test_only_the_last_token_counts() -> None:
+def test_logits_depend_on_the_last_token_only() -> None:
     model = Bigram(BigramConfig(vocab_size=V, max_seq_len=99))
     ids = torch.tensor([[1, 2, 3, 4], [4, 2, 3, 1]])
     logits = model(ids)
@@ -55,7 +56,7 @@ def test_only_the_last_token_counts() -> None:
     assert torch.equal(model(ids, segments=segments), logits)
 
 
-def test_its_cache_only_counts() -> None:
+def test_its_cache_stores_only_lengths() -> None:
     model = Bigram(BigramConfig(vocab_size=V, max_seq_len=9))
     cache = model.new_cache(2, 600)
     model(torch.zeros(2, 300, dtype=torch.long), cache, lengths=[300, 2])

@@ -1,4 +1,4 @@
-"""The GPT against itself: cached, ragged and packed passes agree; what goes wrong is said."""
+"""The GPT against itself: cached, ragged and packed passes agree; errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def gpt(**changes: object) -> GPT:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("cuts", [[24], [1] * 24, [10, 1, 1, 12], [1, 23]])
-def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts: list[int]) -> None:
+def test_a_prompt_in_chunks_gives_the_same_logits(
+    variant: dict[str, object], cuts: list[int]
+) -> None:
     model = gpt(**variant)
     cache = model.new_cache(2, 30)
     parts = [model(piece, cache) for piece in IDS.split(cuts, dim=1)]
@@ -42,10 +44,10 @@ def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts:
     assert cache.lengths == [24, 24]
 
 
-def test_rows_of_different_length_do_not_disturb_each_other() -> None:
+def test_rows_of_different_length_are_independent() -> None:
     model = gpt()
     cache = model.new_cache(2, CONTEXT)
-    for lengths in ([24, 3], [1, 9]):  # the padding of row 0 lies behind the last position
+    for lengths in ([24, 3], [1, 9]):  # the padding of row 0 is beyond the last position
         starts, width = cache.lengths, max(lengths)
         ids = torch.zeros(2, width, dtype=torch.long)
         for row, n in enumerate(lengths):
@@ -56,12 +58,12 @@ def test_rows_of_different_length_do_not_disturb_each_other() -> None:
             assert_logits(logits[row, :n], alone, model.config)
 
 
-def test_the_future_does_not_leak() -> None:
+def test_later_tokens_do_not_change_earlier_logits() -> None:
     model = gpt()
     changed = IDS.clone()
     changed[:, 12] = (changed[:, 12] + 1) % V
     before, after = model(IDS), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])  # the same products of the same shapes
+    assert torch.equal(before[:, :12], after[:, :12])  # the same matrix products
     assert difference(after[:, 12:], before[:, 12:]) > 0.01
 
 
@@ -79,7 +81,7 @@ def llama() -> Llama:
 
 
 @pytest.mark.parametrize("model", [gpt(), llama()], ids=["gpt", "llama"])
-def test_packed_documents_are_as_they_are_alone(model: GPT | Llama) -> None:
+def test_packed_documents_give_the_same_logits_as_alone(model: GPT | Llama) -> None:
     cuts = [5, 1, 11, 7]
     segments = torch.tensor([[0] * 5 + [1] + [2] * 11 + [3] * 7, [4] * 24])
     together = model(IDS, segments=segments)
@@ -111,14 +113,14 @@ def test_more_tokens_than_positions_is_an_error() -> None:
         ({"norm_eps": 0.0}, "norm_eps"),
     ],
 )
-def test_sizes_that_cannot_be(change: dict[str, object], words: str) -> None:
+def test_invalid_sizes_are_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         gpt(**change)
     with pytest.raises(ConfigError, match="vocab_size"):
         BigramConfig(vocab_size=0, max_seq_len=3)
 
 
-def made_anew(seed: int) -> list[GPT | Llama | Bigram]:
+def new_models(seed: int) -> list[GPT | Llama | Bigram]:
     shape = {**SIZES, "max_seq_len": 64}
     models = [
         GPT(GPTConfig(**{**shape, "dim": 96, "n_layers": 8})),  # type: ignore[arg-type]
@@ -135,8 +137,8 @@ def made_anew(seed: int) -> list[GPT | Llama | Bigram]:
     return models
 
 
-def test_beginnings_are_repeatable_and_of_the_right_size() -> None:
-    for one, same, other in zip(made_anew(1), made_anew(1), made_anew(2), strict=True):
+def test_initial_weights_are_reproducible_and_of_the_right_size() -> None:
+    for one, same, other in zip(new_models(1), new_models(1), new_models(2), strict=True):
         weights = dict(same.named_parameters())
         for name, weight in one.named_parameters():
             assert torch.equal(weight, weights[name])
@@ -161,12 +163,12 @@ def test_dropout_acts_in_training_only(make: type) -> None:
     torch.manual_seed(3)
     one = model.train()(IDS)
     torch.manual_seed(3)
-    assert torch.equal(model(IDS), one), "the generator's state decides"
+    assert torch.equal(model(IDS), one), "results depend on the generator's state"
     assert not torch.equal(model(IDS), one)
     assert difference(one, plain(IDS)) > 0.01
 
 
-def test_dropout_leaves_out_that_share_and_keeps_the_mean() -> None:
+def test_dropout_sets_that_share_to_zero_and_keeps_the_mean() -> None:
     model = gpt(n_layers=1)
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
@@ -184,7 +186,7 @@ def test_dropout_leaves_out_that_share_and_keeps_the_mean() -> None:
         assert ((left[kept] - full[kept] / 0.75).abs() <= rounded).all()
 
 
-def test_dropout_that_cannot_be() -> None:
+def test_invalid_dropout_is_refused() -> None:
     for wrong in (1.0, -0.1):
         with pytest.raises(ConfigError, match=str(wrong)):
             add_dropout(gpt(), wrong)

@@ -1,4 +1,4 @@
-"""The reference model against itself: cached, ragged, packed and watched forward passes agree."""
+"""The reference model against itself: cached, ragged, packed and hooked forward passes agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ VARIANTS = [{}, {"rope_layout": "interleaved"}, {"qk_norm": True}, {"tie_embeddi
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("cuts", [[24], [1] * 24, [10, 1, 1, 12], [1, 23], [5, 5, 14]])
-def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts: list[int]) -> None:
+def test_a_prompt_in_chunks_gives_the_same_logits(
+    variant: dict[str, object], cuts: list[int]
+) -> None:
     model = llama(**variant)
     cache = model.new_cache(2, 30)
     parts = [model(piece, cache) for piece in IDS.split(cuts, dim=1)]
@@ -42,7 +44,7 @@ def test_a_prompt_in_pieces_is_the_same_prompt(variant: dict[str, object], cuts:
     assert cache.lengths == [24, 24]
 
 
-def test_rows_of_different_length_do_not_disturb_each_other() -> None:
+def test_rows_of_different_length_are_independent() -> None:
     model, cache = llama(), llama().new_cache(3, 40)
     rows = [IDS[0, :3], IDS[1, :9], IDS[0, :6]]
     steps = [[3, 5, 0], [0, 1, 6], [0, 3, 0]]
@@ -58,16 +60,16 @@ def test_rows_of_different_length_do_not_disturb_each_other() -> None:
     assert cache.lengths == [3, 9, 6]
 
 
-def test_the_future_does_not_leak() -> None:
+def test_later_tokens_do_not_change_earlier_logits() -> None:
     model = llama()
     changed = IDS.clone()
     changed[:, 12] = (changed[:, 12] + 1) % V
     before, after = model(IDS), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])  # the same products of the same shapes
+    assert torch.equal(before[:, :12], after[:, :12])  # the same matrix products
     assert difference(after[:, 12:], before[:, 12:]) > 0.01
 
 
-def test_packed_documents_do_not_see_each_other() -> None:
+def test_packed_documents_are_independent() -> None:
     model = llama()
     packed = torch.cat((IDS[0, :8], IDS[1, :9]))[None]
     segments = torch.tensor([[0] * 8 + [1] * 9])
@@ -87,7 +89,7 @@ def test_truncated_cache_continues_from_there() -> None:
         cache.truncate(0, 25)
 
 
-def test_the_cache_grows_with_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_grows_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glassllama.nn.kv_cache.FIRST_CAPACITY", 4)
     model = llama()
     cache = model.new_cache(2, 1_000_000)
@@ -96,7 +98,7 @@ def test_the_cache_grows_with_what_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache.keys.shape[3] == 24
 
 
-def test_a_full_cache_says_both_numbers() -> None:
+def test_the_error_of_a_full_cache_contains_both_sizes() -> None:
     model = llama()
     with pytest.raises(GenerationError, match=r"24.*20"):
         model(IDS, model.new_cache(2, 20))
@@ -111,7 +113,7 @@ def test_logits_can_be_computed_in_chunks() -> None:
     assert (apart <= 2 * sum_bound(model.config.dim, sizes)).all()
 
 
-def test_hooks_see_every_intermediate_and_change_nothing() -> None:
+def test_hooks_receive_every_intermediate_tensor_and_change_nothing() -> None:
     model, seen = llama(), {}
     with add_hooks(model, [("*", lambda name, out: seen.update({name: out}))]):
         hooked = model(IDS)
@@ -144,7 +146,7 @@ def test_hooks_see_every_intermediate_and_change_nothing() -> None:
     assert set(seen) == set(hook_names(model)) - {"layers"}
 
 
-def test_hooked_weights_are_those_of_the_cached_step() -> None:
+def test_hooked_attention_weights_with_a_cache() -> None:
     model, seen = llama(), {}
     cache = model.new_cache(2, 30)
     model(IDS[:, :10], cache)
@@ -156,7 +158,7 @@ def test_hooked_weights_are_those_of_the_cached_step() -> None:
     assert ((sums - 1).abs() <= 2 * sum_bound(11, 1.0)).all()
 
 
-def test_a_misspelt_hook_name_is_an_error() -> None:
+def test_a_misspelled_hook_name_is_an_error() -> None:
     hooks = [("layers.*.weigths", lambda name, out: None)]
     with pytest.raises(GlassError, match="weigths"), add_hooks(llama(), hooks):
         pass

@@ -1,4 +1,7 @@
-"""The bounds are of real work: what is counted was read and multiplied. No time is judged."""
+"""The roofline measures real work: the counted bytes are read, the counted products computed.
+
+Times are not tested.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ def test_every_word_is_read_once(stream: int) -> None:
     memory = own_memory(stream * roofline.STREAMS)
     memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)
     got = roofline.reader()(memory.ctypes.data, stream)
-    assert got == memory.view(np.int64).sum()  # both go around
+    assert got == memory.view(np.int64).sum()  # both loops wrap around
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_every_product_is_made(name: str) -> None:
-    """One times one, added up, is the number of products that the rate is computed from."""
+def test_every_product_is_computed(name: str) -> None:
+    """The sum of products 1 · 1 is the number of products that the rate is computed from."""
     for rounds in (1, 7):
         assert roofline.count_products(name, rounds) == rounds * roofline.DOTS[name].products
 
@@ -34,7 +37,7 @@ def test_every_tier_has_its_dot_products() -> None:
             assert roofline.dots_of(tier)
 
 
-def test_rates_are_of_this_world() -> None:
-    """Between a processor of 1990 and a thousand of today's."""
+def test_rates_are_plausible() -> None:
+    """Between a processor of 1990 and a thousand current ones."""
     assert 1e7 < roofline.read_bandwidth(1 << 22, 2) < 1e14
     assert 1e6 < roofline.multiply_rate(ABLE[-1], 1) < 1e15

@@ -1,4 +1,4 @@
-"""Rotation: two statements of it agree, and it does what it is for."""
+"""RoPE: both implementations agree, and scores depend on relative positions."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_first_and_last_frequencies_of_llama_3() -> None:
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_real_and_complex_statement_agree(layout: str) -> None:
+def test_real_and_complex_implementations_agree(layout: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 7, 10)
     angles = rope_angles(torch.arange(14).reshape(2, 7) * 5, torch.rand(5))
     real = ROTATE[layout](x, rope_table(angles))
-    # A cosine and a sine, two products and a sum, here and there.
+    # A cosine and a sine, two products and a sum, in both.
     bound = 2 * 5 * unit() * 2 * x.abs().max()
     assert ((real - rotate_complex(x, angles, layout)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_scores_depend_on_distance_only_and_lengths_stay(layout: str) -> None:
+def test_scores_depend_on_distance_only_and_lengths_do_not_change(layout: str) -> None:
     torch.manual_seed(1)
     q, k = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double()
     f = torch.tensor(rope_frequencies(config(16)))
@@ -66,7 +66,7 @@ def test_scores_depend_on_distance_only_and_lengths_stay(layout: str) -> None:
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
-def test_layouts_are_one_rotation_in_two_orders() -> None:
+def test_layouts_are_the_same_rotation_in_two_orders() -> None:
     torch.manual_seed(2)
     x, rope = torch.randn(1, 2, 5, 8), rope_table(rope_angles(torch.arange(5)[None], torch.rand(4)))
     halves = x.unflatten(-1, (4, 2)).mT.flatten(-2)  # (a0 b0 a1 b1 …) -> (a0 a1 … b0 b1 …)
@@ -74,7 +74,7 @@ def test_layouts_are_one_rotation_in_two_orders() -> None:
     assert torch.equal(ROTATE["half"](halves, rope), turned)
 
 
-def test_llama3_scaling_leaves_fast_rotations_and_divides_slow_ones() -> None:
+def test_llama3_scaling_divides_only_slow_rotations() -> None:
     plain = rope_frequencies(config(128)).astype(np.float64)
     scaled = rope_frequencies(config(128, rope_scaling=Llama3Scaling(factor=8.0)))
     ratio = plain / scaled
@@ -108,6 +108,6 @@ def test_linear_and_given_divisors() -> None:
         lambda: LlamaConfig(**{**SIZES, "dim": 0}, head_dim=8, rope_theta=1e4),  # type: ignore[arg-type]
     ],
 )
-def test_configurations_that_make_no_sense_are_refused(bad: object) -> None:
+def test_invalid_configurations_are_refused(bad: object) -> None:
     with pytest.raises(ConfigError):
         bad()  # type: ignore[operator]

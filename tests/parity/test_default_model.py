@@ -1,4 +1,4 @@
-"""The real model's text, id for id, against transformers reading the same file in float32."""
+"""The default model's text, id by id, against transformers with the same file in float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
 from rows import Rows
-from tolerances import difference, logits_bar, ties, widened
+from tolerances import count_near_ties, difference, float64_logits, logits_tolerance
 
 PROMPTS = [
     "The capital of France is",
@@ -38,7 +38,9 @@ PROMPTS = [
 ][:: 1 if LONG else 2]
 LENGTH = 48
 GREEDY = f"greedy text, {len(PROMPTS)} × {LENGTH} ids, engine exact: near ties"
-TIES = 2  # of 576 ids: two float32 computations part where the two likeliest ids are that close
+TIES = (
+    2  # of 576 ids: two float32 computations may differ if the two most likely ids are that close
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +51,19 @@ def checkpoint(default_model: Path) -> Iterator[Checkpoint]:
 
 
 def near_ties(logits: np.ndarray, start: int, ids: list[int], never: int, bar: float) -> int:
-    """How many ids from `start` on are not the likeliest after those before them, by one pass over
-    the whole text, but a near tie with it; fails where one is further away than rounding explains.
+    """Count the ids from `start` on that are not the most likely after those before them, but
+    nearly tie with it, by one pass over the whole text; fails if the difference is larger than
+    rounding.
 
-    If there is none, the greedy text is this text: by induction.
+    If there are none, the greedy text equals this text, by induction.
     """
     before = logits[start - 1 : -1].copy()
     before[:, never] = -np.inf
-    return ties(before, ids[start:], bar)
+    return count_near_ties(before, ids[start:], bar)
 
 
 def greedy(executor: Executor, prompts: list[list[int]], count: int, never: int) -> list[list[int]]:
-    """The likeliest id, again and again; `never` is the end that transformers holds back."""
+    """The most likely id, repeatedly; `never` is the end token that transformers suppresses."""
     cache = Rows(executor, len(prompts))
     texts, new = [list(prompt) for prompt in prompts], prompts
     for _ in range(count):
@@ -73,7 +76,7 @@ def greedy(executor: Executor, prompts: list[list[int]], count: int, never: int)
 
 @pytest.fixture(scope="module")
 def texts(checkpoint: Checkpoint) -> list[tuple[int, list[int]]]:
-    """What the exact engine writes: where the answer starts, and all ids, for each prompt."""
+    """The output of the exact engine: the start of the answer and all ids, for each prompt."""
     prompts = [checkpoint.tokenizer.encode(prompt, specials=True) for prompt in PROMPTS]
     written = greedy(pack(checkpoint, exact=True), prompts, LENGTH, end_of(checkpoint))
     return [(len(prompt), ids) for prompt, ids in zip(prompts, written, strict=True)]
@@ -85,19 +88,19 @@ def end_of(checkpoint: Checkpoint) -> int:
 
 @pytest.fixture
 def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers has the file's metadata read three times, and a table made for each tensor."""
+    """Cache metadata: transformers would read it three times and build a table for each tensor."""
     for name in ("GGUFReader", "get_tensor_name_map"):
         monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
 
 
 @pytest.mark.usefixtures("read_once")
-def test_greedy_text_is_what_transformers_writes(
+def test_greedy_text_equals_that_of_transformers(
     checkpoint: Checkpoint, texts: list[tuple[int, list[int]]], default_model: Path, parity: Any
 ) -> None:
     where = {"pretrained_model_name_or_path": default_model.parent, "gguf_file": default_model.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    bar, tied = logits_bar(checkpoint.config), 0
+    bar, tied = logits_tolerance(checkpoint.config), 0
     for prompt, (start, ids) in zip(PROMPTS, texts, strict=True):
         assert ids[:start] == tokenizer(prompt, add_special_tokens=False).input_ids
         with torch.no_grad():
@@ -107,14 +110,14 @@ def test_greedy_text_is_what_transformers_writes(
     assert tied <= TIES
 
 
-def test_the_reference_model_writes_it_too(
+def test_the_reference_model_gives_the_same_text(
     checkpoint: Checkpoint, texts: list[tuple[int, list[int]]], parity: Any
 ) -> None:
-    """And the logits of both are within rounding of the same in float64, for every third text."""
+    """The logits of both are within rounding of float64, for every third text."""
     model = load_llama(checkpoint, dtype=torch.float32)
     reference, engine = TorchExecutor(model), pack(checkpoint, exact=True)
-    double = widened(model)
-    bar, tied, errors = logits_bar(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}
+    double = float64_logits(model)
+    bar, tied, errors = logits_tolerance(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}
     for n, (start, ids) in enumerate(texts):
         logits = {"reference": Rows(reference).all_logits(ids)}
         tied += near_ties(logits["reference"], start, ids, end_of(checkpoint), bar)

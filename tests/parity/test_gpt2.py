@@ -1,4 +1,5 @@
-"""The GPT against transformers' GPT-2, both ways: their folders here, our folders there."""
+"""The GPT against transformers' GPT-2, in both directions: reading its folders, and it reading
+ours."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from glassllama.weights.load import load_model
 from glassllama.weights.save import save_model
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
-from tolerances import difference, logits_bar
+from tolerances import difference, logits_tolerance
 
 ORACLE = "transformers GPT2LMHeadModel"
 SIZES: dict[str, Any] = {
@@ -37,7 +38,7 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 
 
 def theirs(**shape: Any) -> GPT2LMHeadModel:
-    """A random GPT-2 of transformers: weights large enough that every part matters."""
+    """A random GPT-2 of transformers, with weights large enough that every part matters."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     for parameter in model.parameters():
@@ -49,12 +50,12 @@ def theirs(**shape: Any) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
+def test_a_folder_of_transformers(variant: str, tmp_path: Path, parity: Any) -> None:
     model = theirs(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     ours = load_model(checkpoint)
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity("logits, GPT-2, safetensors", ORACLE, bar, apart)
     assert apart <= bar
     assert ours.config.ffn_dim == (VARIANTS[variant]["n_inner"] or 120)  # type: ignore[union-attr]
@@ -62,11 +63,11 @@ def test_their_folder_here(variant: str, tmp_path: Path, parity: Any) -> None:
 
 
 @torch.no_grad()
-def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
+def test_with_a_cache_in_chunks(tmp_path: Path, parity: Any) -> None:
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
-    executor, bar = TorchExecutor(ours), logits_bar(ours.config)
+    executor, bar = TorchExecutor(ours), logits_tolerance(ours.config)
     cache = Rows(executor, 2)
     rows = IDS.tolist()
     apart = 0.0
@@ -80,7 +81,8 @@ def test_with_a_cache_in_pieces(tmp_path: Path, parity: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("tied_again", [False, True])
 def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None:
-    """OpenAI's own: names without a prefix, masks beside the weights, a tied output once more."""
+    """OpenAI's original files: names without a prefix, stored masks, a second copy of the tied
+    output."""
     model = theirs(**SIZES)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -92,19 +94,19 @@ def test_the_oldest_files(tied_again: bool, tmp_path: Path, parity: Any) -> None
         old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, path)
     ours = load_model(open_checkpoint(tmp_path))
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity("logits, GPT-2, names of the first release", ORACLE, bar, apart)
     assert apart <= bar
 
 
 @torch.no_grad()
-def test_a_bfloat16_file_stays_so(tmp_path: Path) -> None:
+def test_a_bfloat16_file_stays_bfloat16(tmp_path: Path) -> None:
     model = theirs(**SIZES).bfloat16()
     model.save_pretrained(tmp_path)
     ours = load_model(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     wide = load_model(open_checkpoint(tmp_path), dtype=torch.float32)
-    assert difference(wide(IDS), model.float()(IDS).logits) <= logits_bar(wide.config)
+    assert difference(wide(IDS), model.float()(IDS).logits) <= logits_tolerance(wide.config)
 
 
 CONFIG: dict[str, Any] = {
@@ -120,7 +122,7 @@ TOKENIZER = CharTokenizer(chr(33 + n) for n in range(127))
     ids=str,
 )
 @pytest.mark.filterwarnings("error")
-def test_our_folder_there_and_here_again(
+def test_transformers_reads_our_folder_and_we_read_it_back(
     change: dict[str, Any], tmp_path: Path, parity: Any
 ) -> None:
     model = GPT(GPTConfig(**{**CONFIG, **change}))
@@ -129,8 +131,8 @@ def test_our_folder_there_and_here_again(
         parameter.data = parameter.data * 8.0 if parameter.ndim > 1 else parameter.data + 0.1
     save_model(tmp_path, model, TOKENIZER)
     other, loading = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values()), "nothing missing, nothing left over"
-    apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_bar(model.config)
+    assert not any(loading.values()), "no missing or unexpected weights"
+    apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_tolerance(model.config)
     parity("logits, our GPT folder", ORACLE, bar, apart)
     assert apart <= bar
     again = load_model(open_checkpoint(tmp_path))
@@ -156,7 +158,9 @@ def test_our_folder_there_and_here_again(
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_unsupported_configurations_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     from glassllama.base.errors import GlassError
 
     theirs(**SIZES).save_pretrained(tmp_path)

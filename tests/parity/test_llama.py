@@ -1,4 +1,4 @@
-"""The reference model against transformers and against Meta's own code, from all three formats."""
+"""The reference model against transformers and Meta's own code, in all three formats."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tiny_models import (
     write_hf,
     write_meta,
 )
-from tolerances import difference, logits_bar
+from tolerances import difference, logits_tolerance
 
 WRITERS = {
     "safetensors": lambda model, folder: write_hf(model, folder),
     "pth": lambda model, folder: write_meta(model, folder),
     "gguf": lambda model, folder: write_gguf(model, folder / "tiny.gguf"),
 }
-NOT_IN_PARAMS_JSON = {"scaled-32", "linear", "wide heads"}  # it has no words for these
+NOT_IN_PARAMS_JSON = {"scaled-32", "linear", "wide heads"}  # the format cannot express these
 CASES = [
     (form, variant)
     for form in WRITERS
@@ -46,18 +46,18 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, parity: Any) -> None:
     model = hf_model(**VARIANTS[variant])
     ours = load_llama(open_checkpoint(WRITERS[form](model, tmp_path / "model")))
-    apart, bar = difference(ours(IDS), model(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity(f"logits, {form}", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
+def test_float16_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
     write_hf(hf_model(**META_SHAPE).to(getattr(torch, dtype)), tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)
-    apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_bar(ours.config)
+    apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_tolerance(ours.config)
     parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
 
@@ -70,14 +70,17 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     ours = load_llama(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     exact = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
-    bar = logits_bar(ours.config, torch.bfloat16)
-    for each in (ours(IDS), theirs(IDS).logits):  # both round at every step, at different places
+    bar = logits_tolerance(ours.config, torch.bfloat16)
+    for each in (
+        ours(IDS),
+        theirs(IDS).logits,
+    ):  # both round at every step, but at different places
         assert difference(each, exact) <= bar
 
 
 @pytest.fixture(scope="module")
 def meta_reference() -> Iterator[type]:
-    """Meta's Transformer, one process, gloo: it insists on being parallel."""
+    """Meta's Transformer in one process with gloo, which it requires."""
     fairscale = pytest.importorskip("fairscale.nn.model_parallel.initialize")
     from llama_models.llama3.model import Transformer
 
@@ -110,7 +113,7 @@ def test_logits_equal_metas_own_code(
     ours = load_llama(open_checkpoint(write_meta(model, tmp_path)))
     cache = ours.new_cache(2, 64)
     pieces = [IDS[:, :40], IDS[:, 40:41], IDS[:, 41:]]  # whole, one token, cached prefill
-    start, worst, bar = 0, 0.0, logits_bar(ours.config)
+    start, worst, bar = 0, 0.0, logits_tolerance(ours.config)
     for piece in pieces:
         worst = max(worst, difference(ours(piece, cache), theirs(piece, start)))
         start += piece.shape[1]

@@ -1,6 +1,6 @@
-"""Folders and files as people have them: windows, stretched contexts, heads beside, heads stored.
+"""Real folders and files: sliding windows, scaled contexts, value heads, stored output heads.
 
-The oracle is transformers, at the longest text for which our context has room.
+The oracle is transformers, with the longest text that fits into the context.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def mistral(folder: Path, remove: tuple[str, ...] = (), **fields: Any) -> Path:
     return edit(model, remove, **(named | fields))
 
 
-def test_a_window_bounds_the_context_in_which_it_changes_nothing(tmp_path: Path) -> None:
+def test_a_sliding_window_limits_the_context_to_the_part_without_effect(tmp_path: Path) -> None:
     folder = mistral(tmp_path, sliding_window=40)
     checkpoint = check_as_transformers(folder, 40)
     assert checkpoint.config.max_seq_len == 40
     assert "sliding_window 40" in checkpoint.notes[0]
-    with pytest.raises(AssertionError):  # one token more, and it would matter
+    with pytest.raises(AssertionError):  # with one more token it would have an effect
         check_as_transformers(folder, 41)
 
 
@@ -73,14 +73,16 @@ def test_a_window_bounds_the_context_in_which_it_changes_nothing(tmp_path: Path)
         ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, 40),
     ],
 )
-def test_windows_without_effect_bound_nothing(
+def test_windows_without_effect_do_not_limit_the_context(
     fields: dict[str, Any], context: int, tmp_path: Path
 ) -> None:
     assert open_checkpoint(mistral(tmp_path, **fields)).config.max_seq_len == context
 
 
 @pytest.mark.parametrize("key", [{"use_sliding_window": False}, {"max_window_layers": 3}])
-def test_keys_of_other_families_leave_mistrals_window(key: dict[str, Any], tmp_path: Path) -> None:
+def test_window_keys_of_other_families_do_not_affect_mistral(
+    key: dict[str, Any], tmp_path: Path
+) -> None:
     folder = mistral(tmp_path, sliding_window=40, **key)
     check_as_transformers(folder, 40)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -98,8 +100,8 @@ def test_keys_of_other_families_leave_mistrals_window(key: dict[str, Any], tmp_p
         {}, None,
     ],
 )  # fmt: skip
-def test_rope_scaling_beside_rope_parameters(scaling: Any, tmp_path: Path) -> None:
-    """The older key holds where a file has both, and it is not empty."""
+def test_rope_scaling_and_rope_parameters_in_one_file(scaling: Any, tmp_path: Path) -> None:
+    """The older key is used if a file has both and it is not empty."""
     both = {"rope_type": "default", "rope_theta": 5e5}
     folder = edit(
         write_hf(hf_model(**PLAIN), tmp_path), ("rope_theta",), rope_parameters=both,
@@ -108,7 +110,7 @@ def test_rope_scaling_beside_rope_parameters(scaling: Any, tmp_path: Path) -> No
     check_as_transformers(folder, 96)
 
 
-def test_a_refused_rope_scaling_beside_rope_parameters(tmp_path: Path) -> None:
+def test_an_unsupported_rope_scaling_next_to_rope_parameters(tmp_path: Path) -> None:
     folder = edit(
         write_hf(hf_model(**PLAIN), tmp_path), rope_parameters={"rope_type": "default"},
         rope_scaling={"rope_type": "yarn", "factor": 2.0},
@@ -117,7 +119,7 @@ def test_a_refused_rope_scaling_beside_rope_parameters(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_a_mistral_without_the_key_has_the_window_of_transformers(tmp_path: Path) -> None:
+def test_a_mistral_without_the_key_has_the_default_window_of_transformers(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(mistral(tmp_path, remove=("sliding_window",)))
     assert checkpoint.config.max_seq_len == 4096
 
@@ -129,7 +131,7 @@ def test_a_llama_of_transformers_has_no_window(tmp_path: Path) -> None:
     assert checkpoint.notes == ["config.json: sliding_window has no effect: no layer uses it"]
 
 
-def test_a_window_in_gguf_metadata_bounds_the_context(tmp_path: Path) -> None:
+def test_a_window_in_gguf_metadata_limits_the_context(tmp_path: Path) -> None:
     import gguf
 
     path = write_gguf(hf_model(**PLAIN), tmp_path / "plain.gguf")
@@ -177,7 +179,7 @@ def test_dynamic_rope_is_exact_up_to_its_original_context(
         ({"model_type": "gpt2"}, "model_type is 'gpt2', but architectures is"),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(
+def test_configurations_with_other_arithmetic_are_refused(
     fields: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     folder = edit(write_hf(hf_model(**PLAIN), tmp_path), **fields)
@@ -191,14 +193,14 @@ def test_without_architectures_the_model_type_decides(tmp_path: Path) -> None:
     assert check_as_transformers(folder, 40).config.max_seq_len == 40
 
 
-def test_a_value_head_beside_the_weights_is_named(tmp_path: Path) -> None:
+def test_a_notice_names_an_unused_value_head(tmp_path: Path) -> None:
     folder = write_hf(hf_model(**PLAIN), tmp_path)
     with_tensors(folder, **{"v_head.summary.weight": torch.ones(1, 48)})
     notes = check_as_transformers(folder, 20).notes
     assert notes == ["no part of a language model, ignored: v_head.summary.weight"]
 
 
-def test_a_stored_head_is_used_though_the_configuration_ties_it(tmp_path: Path) -> None:
+def test_a_stored_output_is_used_although_the_configuration_ties_it(tmp_path: Path) -> None:
     folder = edit(write_hf(hf_model(**PLAIN), tmp_path), tie_word_embeddings=True)
     checkpoint = check_as_transformers(folder, 20)
     assert not checkpoint.config.tie_embeddings
@@ -206,8 +208,8 @@ def test_a_stored_head_is_used_though_the_configuration_ties_it(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tied_head_that_is_stored_again_stays_tied(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Also where one of both is stored in another type, if the numbers are the same."""
+def test_a_tied_output_that_is_stored_again_stays_tied(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also if one of both is stored in another type with the same numbers."""
     folder = write_hf(hf_model(**VARIANTS["tied"]).bfloat16(), tmp_path)
     embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     with_tensors(folder, **{"lm_head.weight": embeddings.clone().to(dtype)})
@@ -219,7 +221,7 @@ def test_a_tied_head_that_is_stored_again_stays_tied(dtype: torch.dtype, tmp_pat
     assert not open_checkpoint(folder).config.tie_embeddings
 
 
-def test_a_stored_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_stored_output_of_another_shape_is_refused(tmp_path: Path) -> None:
     folder = write_hf(hf_model(**VARIANTS["tied"]), tmp_path)
     with_tensors(folder, **{"lm_head.weight": torch.zeros(130, 48)})
     with pytest.raises(WeightsError, match=r"lm_head\.weight is 130×48"):
@@ -227,7 +229,7 @@ def test_a_stored_head_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [0.0, 1.0])
-def test_a_stored_head_of_a_gpt2(change: float, tmp_path: Path) -> None:
+def test_a_stored_output_of_a_gpt2(change: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -239,7 +241,7 @@ def test_a_stored_head_of_a_gpt2(change: float, tmp_path: Path) -> None:
     assert any("lm_head.weight, which is used" in note for note in checkpoint.notes) == bool(change)
 
 
-def test_tables_beside_the_weights_are_compared(tmp_path: Path) -> None:
+def test_stored_rope_tables_are_compared(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = write_hf(hf_model(**PLAIN), tmp_path)
     right = 10_000.0 ** -(torch.arange(0, 8, 2).float() / 8)
@@ -251,7 +253,7 @@ def test_tables_beside_the_weights_are_compared(tmp_path: Path) -> None:
     assert notes == [f"not the frequencies of the configuration, ignored: {name}"]
 
 
-def test_masks_beside_a_gpt2_are_compared(tmp_path: Path) -> None:
+def test_stored_masks_of_a_gpt2_are_compared(tmp_path: Path) -> None:
     sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     name, mask = "transformer.h.0.attn.bias", torch.ones(32, 32).tril()[None, None]
@@ -262,17 +264,17 @@ def test_masks_beside_a_gpt2_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [-1e4, -1e9, -np.inf, 0.0, np.nan, 1e9])
-def test_what_a_gpt2_puts_in_masked_places_is_compared(number: float, tmp_path: Path) -> None:
+def test_stored_mask_values_of_a_gpt2_are_compared(number: float, tmp_path: Path) -> None:
     sizes = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 131}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     name = "transformer.h.0.attn.masked_bias"
     with_tensors(tmp_path, **{name: torch.tensor(number)})
-    said = f"numbers that hide no score, ignored: {name}" in open_checkpoint(tmp_path).notes
-    assert said == (not number < -1000)
+    noted = f"numbers that hide no score, ignored: {name}" in open_checkpoint(tmp_path).notes
+    assert noted == (not number < -1000)
 
 
-def test_divisors_and_a_factor_in_one_gguf_both_count(tmp_path: Path) -> None:
-    """As llama.cpp does: frequency / divisor / factor."""
+def test_divisors_and_a_factor_in_one_gguf_are_both_applied(tmp_path: Path) -> None:
+    """As in llama.cpp: frequency / divisor / factor."""
     from glassllama.base.config import rope_frequencies
     from glassllama.formats.gguf import open_gguf
     from glassllama.weights.architectures import config_from_gguf
@@ -293,7 +295,7 @@ def changed(path: Path, **fields: Any) -> Any:
 
 
 def test_one_number_for_each_layer_of_a_gguf(tmp_path: Path) -> None:
-    """As llama.cpp reads them, if all are equal."""
+    """As in llama.cpp, if all of them are equal."""
     from glassllama.weights.architectures import config_from_gguf
 
     path = write_gguf(hf_model(**PLAIN), tmp_path / "m.gguf")
@@ -312,7 +314,7 @@ def test_one_number_for_each_layer_of_a_gguf(tmp_path: Path) -> None:
     ("name", "neutral", "other"),
     [("rope.scaling.attn_factor", 1.0, 2.0), ("attention.causal", True, False)],
 )
-def test_what_llama_cpp_reads_of_every_architecture(
+def test_metadata_keys_that_llama_cpp_reads_for_every_architecture(
     name: str, neutral: Any, other: Any, tmp_path: Path
 ) -> None:
     from glassllama.weights.architectures import config_from_gguf

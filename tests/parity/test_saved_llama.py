@@ -1,4 +1,4 @@
-"""A Llama of our own as a folder: for transformers, for the engine, not for mistaken readers."""
+"""A saved Llama: read by transformers and the engine, refused by readers that do not support it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from glassllama.models.llama import Llama
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
-from tolerances import assert_logits, assert_same_greedy, difference, logits_bar
+from tolerances import assert_logits, assert_same_greedy, difference, logits_tolerance
 
 CHARACTERS = "".join(chr(33 + n) for n in range(60)) + " \n日é🙂"
 TOKENIZER = CharTokenizer(CHARACTERS)
@@ -53,18 +53,16 @@ def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> Non
     model = llama(**VARIANTS[variant])
     save_model(tmp_path, model, TOKENIZER)
     theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values()), "nothing missing, nothing left over"
+    assert not any(loading.values()), "no missing or unexpected weights"
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
-    apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_bar(model.config)
+    apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_tolerance(model.config)
     parity("logits, our Llama folder", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (V - 4, V - 3)
 
 
 @pytest.mark.parametrize("scaling", [None, LinearScaling(factor=3.0)])
-def test_transformers_refuses_what_it_does_not_know(
-    scaling: LinearScaling | None, tmp_path: Path
-) -> None:
+def test_transformers_refuses_qk_norm_models(scaling: LinearScaling | None, tmp_path: Path) -> None:
     save_model(tmp_path, llama(qk_norm=True, rope_scaling=scaling), TOKENIZER)
     with pytest.raises((ValueError, KeyError), match="glass_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -85,7 +83,7 @@ def test_both_backends_load_it(variant: str, tmp_path: Path, parity: Any) -> Non
     engine = load(tmp_path, exact=True)
     assert engine.backend == "engine"
     assert engine.checkpoint.config == model.config
-    apart, bar = difference(engine.logits(ids), expected), logits_bar(model.config)
+    apart, bar = difference(engine.logits(ids), expected), logits_tolerance(model.config)
     parity("logits, our Llama folder, engine exact", "models/llama.py", bar, apart)
     assert apart <= bar
     ours, theirs = (llm.generate("日é", max_tokens=20).ids for llm in (engine, torch_llm))
@@ -94,7 +92,7 @@ def test_both_backends_load_it(variant: str, tmp_path: Path, parity: Any) -> Non
 
 @pytest.mark.identical("ids and text of character vocabularies", "tokenizers")
 @pytest.mark.filterwarnings("ignore")
-def test_their_tokenizers_read_our_characters(tmp_path: Path) -> None:
+def test_other_libraries_read_our_character_tokenizer(tmp_path: Path) -> None:
     save_model(tmp_path, llama(), TOKENIZER)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in (CHARACTERS, "\n\n 日日  é🙂\n", "unknown: {|}~ ö", ""):
@@ -114,7 +112,9 @@ def test_their_tokenizers_read_our_characters(tmp_path: Path) -> None:
         ({"rope_scaling": GivenDivisors(values=(1.0,) * 5)}, "divisors"),
     ],
 )
-def test_what_the_form_has_no_words_for(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_configurations_that_the_format_cannot_express_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         save_model(tmp_path / "x", llama(**change), TOKENIZER)
     assert not (tmp_path / "x").exists()

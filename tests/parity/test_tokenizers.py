@@ -1,7 +1,8 @@
-"""0 mismatches with tiktoken, tokenizers and Meta's own tokenizer: vocabulary, code points, text.
+"""No differences from tiktoken, tokenizers and Meta's tokenizer: vocabulary, code points, text.
 
-Python's `regex` may know a younger Unicode than the oracles. A code point that is not yet assigned
-in theirs is left out, since nothing says how it splits; that it is young is asked of the oracle.
+Python's `regex` may have a newer version of Unicode than the oracles. Code points that are not
+assigned in theirs are left out, because their split is undefined; whether a code point is assigned
+is asked from the oracle.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from byte_level_families import (
     GGUF_NAMES,
     from_vocabulary,
     mixed_text,
-    young,
+    unassigned_in_oracles,
 )
 from conftest import wheel_file
 from glassllama.formats.gguf import open_gguf
@@ -34,7 +35,9 @@ from long_mode import LONG, SEEDS
 from tokenizers import Tokenizer
 
 Encode = Callable[[str], list[int]]
-Pair = tuple[BytePairTokenizer, Encode]  # ours, and an oracle that reads no special tokens
+Pair = tuple[
+    BytePairTokenizer, Encode
+]  # our tokenizer, and an oracle that parses no special tokens
 
 TEXT_SIZE = 10_000_000 if LONG else 300_000  # characters of prose, and of code
 ALIKE = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
@@ -56,7 +59,7 @@ def meta_tiktoken(meta: BytePairTokenizer) -> tiktoken.Encoding:
 
 
 def foreign(tokenizer: Tokenizer) -> Encode:
-    tokenizer.encode_special_tokens = True  # written special tokens are text
+    tokenizer.encode_special_tokens = True  # special tokens in the text are encoded as text
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -85,17 +88,17 @@ def parts(points: list[str]) -> Iterator[list[str]]:
     yield from (points[begin : begin + 64] for begin in range(0, len(points), 64))
 
 
-def alike(point: str) -> bool:
-    """Ideographs and syllables of Hangul: two thirds of all code points, to a split one letter."""
+def in_large_uniform_script(point: str) -> bool:
+    """Ideographs and Hangul syllables: two thirds of all code points, all letters for a split."""
     return any(ord(point) in some for some in ALIKE)
 
 
 @pytest.mark.identical("ids of every code point", "tiktoken, tokenizers")
 def test_all_code_points(pair: Pair) -> None:
-    """Of those that are alike one in 13, all with GLASSLLAMA_LONG=1."""
+    """One in 13 of those in `in_large_uniform_script`; all of them with GLASSLLAMA_LONG=1."""
     ours, theirs = pair
-    assigned = [c for c in CODE_POINTS if c not in young()]
-    asked = [c for c in assigned if LONG or ord(c) % 13 == 0 or not alike(c)]
+    assigned = [c for c in CODE_POINTS if c not in unassigned_in_oracles()]
+    asked = [c for c in assigned if LONG or ord(c) % 13 == 0 or not in_large_uniform_script(c)]
     texts = ("".join(f"a{c} {c}{c}" for c in part) for part in parts(asked))
     wrong = [text for text in texts if ours.encode(text) != theirs(text)]
     assert wrong == []
@@ -127,7 +130,7 @@ def test_texts_of_this_machine(pair: Pair, kind: str) -> None:
 
 @cache
 def some(kind: str) -> list[str]:
-    """The first texts of a kind, until there are enough."""
+    """The first texts of a kind, up to a total size."""
     taken: list[str] = []
     for text in code() if kind == "code" else prose():
         taken.append(text)
@@ -154,7 +157,7 @@ def texts(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
 
 
 @pytest.mark.identical("whole vocabulary, Llama 3", "tiktoken")
-def test_whole_vocabulary_of_meta(
+def test_complete_vocabulary_of_meta(
     meta: BytePairTokenizer, meta_tiktoken: tiktoken.Encoding
 ) -> None:
     ids = range(meta.vocab_size)
@@ -168,7 +171,7 @@ def test_whole_vocabulary_of_meta(
 
 @pytest.mark.parametrize("family", ["smollm", "qwen2"])
 @pytest.mark.identical("whole vocabulary, GGUF", "tokenizers")
-def test_whole_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
+def test_complete_vocabulary_of_a_gguf(default_model: Path, family: str) -> None:
     metadata = dict(open_gguf(default_model).metadata)
     theirs = from_vocabulary(metadata, family)
     ours = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": GGUF_NAMES[family]})
@@ -191,9 +194,13 @@ def test_special_tokens_in_text(meta: BytePairTokenizer, meta_tiktoken: tiktoken
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.identical("words of the split patterns", "tokenizers")
 def test_words(family: str) -> None:
-    """The split itself: merges can hide a wrong border."""
-    points = [c for c in CODE_POINTS if c not in young() and not alike(c)]
-    split = Split(SPLITS[family].patterns)  # the oracle's normal form is a stage of its own
+    """The pretokens: merges can hide a wrong boundary."""
+    points = [
+        c
+        for c in CODE_POINTS
+        if c not in unassigned_in_oracles() and not in_large_uniform_script(c)
+    ]
+    split = Split(SPLITS[family].patterns)  # normalization is a separate stage of the oracle
     pre_tokenizer = FAMILIES[family]()
     in_context = ("".join(f"a{c}b 1{c}2 {c}{c}\n" for c in part) for part in parts(points))
     for text in (*in_context, *map(mixed_text, range(SEEDS))):
@@ -214,7 +221,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.identical("chunks of hostile texts", "Meta's tokenizer")
 def test_chunks_of_meta(meta: BytePairTokenizer, llama3_ranks: Path, name: str) -> None:
-    """Meta's own tokenizer cuts long texts and long runs first; the ids depend on where."""
+    """Meta's tokenizer first cuts long texts and long runs; the ids depend on the positions."""
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     theirs = MetaTokenizer(llama3_ranks)

@@ -1,4 +1,5 @@
-"""BPE: merging by hand, plain and by heap; hostile and unusual input, added tokens, limits."""
+"""BPE: computed manually, in plain loops and with a heap; hostile and unusual input, added tokens,
+limits."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ Pairs = dict[tuple[bytes, bytes], int]
 
 
 def small(merges: Pairs | None, joined: list[bytes], **more: object) -> BytePairTokenizer:
-    """A tokenizer of the 256 bytes, some joined tokens, and two special tokens."""
+    """A tokenizer of the 256 bytes, some merged tokens, and two special tokens."""
     tokens = [*BYTES, *joined]
     specials = {"<begin>": len(tokens), "<end>": len(tokens) + 1}
     added = [AddedToken(id=id, text=text, is_special=True) for text, id in specials.items()]
@@ -61,8 +62,8 @@ def smollm(default_model: Path) -> BytePairTokenizer:
     return tokenizer
 
 
-def test_merges_on_paper() -> None:
-    """low lower lowest, with the merges l·o, lo·w, e·r learned in this order."""
+def test_manually_computed_merges() -> None:
+    """low lower lowest, with the merges l·o, lo·w, e·r in this order."""
     ranks = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"r"): 2}
     rank = lambda left, right: ranks.get((left, right), NEVER)  # noqa: E731
     assert merge([*map(BYTES.__getitem__, b"lower")], rank) == [b"low", b"er"]
@@ -70,14 +71,17 @@ def test_merges_on_paper() -> None:
     assert merge([], rank) == []
 
 
-def test_rank_decides_before_place() -> None:
+def test_the_lowest_rank_is_merged_first_and_then_the_leftmost_pair() -> None:
     assert small({(b"b", b"c"): 0, (b"a", b"b"): 1}, [b"bc", b"ab"]).encode("abc") == [97, 256]
     assert small({(b"a", b"b"): 0, (b"b", b"c"): 1}, [b"ab", b"bc"]).encode("abc") == [256, 99]
-    assert small({(b"a", b"a"): 0}, [b"aa"]).encode("aaa") == [256, 97]  # leftmost of equals
+    assert small({(b"a", b"a"): 0}, [b"aa"]).encode("aaa") == [
+        256,
+        97,
+    ]  # the leftmost of equal ones
 
 
 def test_ranks_of_tiktoken_are_ids() -> None:
-    """Without a list of merges any two parts whose join is a token may merge."""
+    """Without a list of merges, any two parts may merge if their concatenation is a token."""
     tokenizer = small(None, [b"ab", b"cd", b"abcd"])
     assert tokenizer.encode("abcd") == [258]
     assert small(None, [b"bc", b"ab", b"abcd"]).encode("abcd") == [97, 256, 100]
@@ -131,7 +135,9 @@ def test_no_folder_for_machine_code() -> None:
 
 @pytest.mark.parametrize("char", [" ", "\n", "^", "a", "0", "😀", "\u0301"])
 @pytest.mark.parametrize("name", ["meta", "smollm"])
-def test_a_million_of_the_same(name: str, char: str, request: pytest.FixtureRequest) -> None:
+def test_a_million_of_the_same_character(
+    name: str, char: str, request: pytest.FixtureRequest
+) -> None:
     """Round trip, at most 5 s, and the time is linear in the text.
 
     Four times the text may take eight times as long, because of the processor's cache; quadratic
@@ -148,7 +154,7 @@ def test_a_million_of_the_same(name: str, char: str, request: pytest.FixtureRequ
 
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("pattern", [" x", " \n", "\n ", "a ", "'", "  0", "\r\n \t", "a\u0301"])
-def test_no_split_pattern_goes_quadratic(pattern: str, name: str) -> None:
+def test_split_patterns_take_linear_time(pattern: str, name: str) -> None:
     split, text, made = SPLITS[name], (pattern * 400_000)[:400_000] + "x", list[list[str]]()
     assert seconds(lambda: made.append(split.pretokens(text)), enough=5) <= 5
     assert "".join(made[0]) == text or split.normalize_nfc
@@ -183,7 +189,7 @@ def test_bytes_without_a_token_are_dropped(smollm: BytePairTokenizer) -> None:
 
 
 @pytest.mark.parametrize("id", [-1, -128_256, 128_256, 2**31, 2**64])
-def test_ids_out_of_bounds(meta: BytePairTokenizer, id: int) -> None:
+def test_ids_outside_the_vocabulary(meta: BytePairTokenizer, id: int) -> None:
     for read in (meta.token_bytes, lambda id: meta.decode([1, id])):
         with pytest.raises(TokenizerError, match=f"id {id}: not in .* 0 … 128255"):
             read(id)
@@ -212,7 +218,7 @@ def test_bos_specials_added() -> None:
     assert without.encode("a", bos=True) == [97]
 
 
-def test_arrays_are_the_same_ids(smollm: BytePairTokenizer) -> None:
+def test_encode_array_gives_the_same_ids(smollm: BytePairTokenizer) -> None:
     text = mixed_text(7)
     ids = smollm.encode_array(text)
     assert ids.dtype == np.uint32
@@ -238,6 +244,6 @@ def test_vocabulary_is_frozen(meta: BytePairTokenizer) -> None:
         meta.specials["<|mine|>"] = 0  # type: ignore[index]
 
 
-def test_it_is_a_tokenizer(meta: BytePairTokenizer) -> None:
+def test_it_implements_the_tokenizer_protocol(meta: BytePairTokenizer) -> None:
     tokenizer: Tokenizer = meta
     assert tokenizer.bos == 128_000

@@ -13,7 +13,7 @@ from glassllama.tokenizers.chars import CharTokenizer
 TEXT = "hello, world\n"
 
 
-def test_ids_by_hand() -> None:
+def test_manually_computed_ids() -> None:
     tokenizer: Tokenizer = CharTokenizer("hello")
     assert tokenizer.encode("hello") == [1, 0, 2, 2, 3]  # e h l o
     assert tokenizer.vocab_size == 8
@@ -29,7 +29,7 @@ def test_round_trip(text: str) -> None:
 
 
 @given(st.text())
-def test_unseen_characters_survive_as_unknown(text: str) -> None:
+def test_unseen_characters_become_the_unknown_token(text: str) -> None:
     tokenizer = CharTokenizer(TEXT)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == "".join(c if c in TEXT else "\ufffd" for c in text)
@@ -57,6 +57,6 @@ def test_unusual_text() -> None:
 
 
 @pytest.mark.parametrize("id", [-1, 7, 2**40])
-def test_ids_out_of_bounds(id: int) -> None:
+def test_ids_outside_the_vocabulary(id: int) -> None:
     with pytest.raises(TokenizerError, match=f"id {id}: not in the vocabulary, which has 0 … 6"):
         CharTokenizer("abc").decode([id])

@@ -1,4 +1,4 @@
-"""Chat templates are untrusted programs: what they may do, and that they are stopped."""
+"""Chat templates are untrusted programs: what they may do, and limits on time and memory."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_hostile_conversation_does_not_affect_the_next() -> None:
         ("{{ dict(a=1).a ~ {'content': 'c'}.content ~ {'get': 1}['get'] }}", "1c1"),
     ],
 )  # fmt: skip
-def test_what_templates_need_works(source: str, text: str) -> None:
+def test_features_that_templates_need(source: str, text: str) -> None:
     assert ChatTemplate(source).render() == text
 
 

@@ -1,4 +1,4 @@
-"""Streaming: text as soon as it is complete, stop strings never shown."""
+"""Streaming: text is returned as soon as it is complete, stop strings are never shown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_text_comes_with_the_token_that_completes_it(llama3: MetaTokenizer) -> N
     shown = ""
     for n, id in enumerate(ids, 1):
         shown += decoder.push(id)
-        # Whole characters are never late: exactly the bytes of an unfinished one are missing.
+        # Complete characters are never delayed: only the bytes of an incomplete one are missing.
         so_far = b"".join(llama3.token_bytes(i) for i in ids[:n])
         assert shown == so_far.decode("utf-8", errors="ignore")
 
@@ -75,7 +75,8 @@ def test_an_id_outside_the_vocabulary_is_an_error(llama3: MetaTokenizer) -> None
 
 
 def by_definition(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The rule in plain Python: earliest end, then longest; nothing of it or after it is shown."""
+    """The rule in plain Python: earliest end, then longest; neither it nor the text after it is
+    shown."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -114,7 +115,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
     assert stopper.finish() == ""
 
 
-def test_held_text_is_released_as_soon_as_possible() -> None:
+def test_withheld_text_is_returned_as_soon_as_possible() -> None:
     stopper = StopStrings(["</answer>"])
     assert [stopper.push(p) for p in ["a <", "/ans", "</", "x"]] == ["a ", "", "</ans", "</x"]
     assert stopper.push("</") == ""
@@ -128,7 +129,8 @@ def test_the_stop_string_that_ends_first_wins() -> None:
 
 
 def test_a_long_stop_string_takes_linear_time() -> None:
-    """The worst case: a text that is nearly the stop string all along, one character at a time."""
+    """The worst case: a text that nearly equals the stop string throughout, one character at a
+    time."""
     stops = ["a" * 50_000 + "b"]
     assert run(stops, ["a"] * 200_000) == ("a" * 200_000, None)
 

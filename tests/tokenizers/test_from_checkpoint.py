@@ -1,4 +1,5 @@
-"""The tokenizer of a checkpoint: GGUF metadata by the gguf package, published folders."""
+"""The tokenizer of a checkpoint: GGUF metadata written by the gguf package, and published
+folders."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def llama() -> Tokenizer:
 
 
 def gguf_of(foreign: Tokenizer, path: Path, pre: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a file that the gguf package wrote."""
+    """Metadata of a file written by the gguf package."""
     model = json.loads(foreign.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     added = ["<tool>", "ÿ naïve", "[unused]"]
@@ -109,7 +110,7 @@ GOES_ON = {"<|bos|>", "<|im_start|>", "<|end_of_turn|>", "<|EOT|>"}
 
 @pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user defined"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
+def test_gguf_stop_tokens_by_name_as_in_llama_cpp(model: str, kind: int) -> None:
     bytes_ = {"gpt2": [*"abc"], "llama": [f"<0x{byte:02X}>" for byte in range(256)]}[model]
     tokens = [*bytes_, *NAMES]
     kinds = [{"gpt2": 1, "llama": 6}[model]] * len(bytes_) + [kind] * (len(tokens) - len(bytes_))
@@ -120,12 +121,12 @@ def test_gguf_ends_by_name_as_llama_cpp(model: str, kind: int) -> None:
     tokenizer = tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
     ends = {tokens[id] for id in tokenizer.stop_ids}
     assert ends == {name for name in tokens if name in NAMES and name not in GOES_ON}
-    by_name = ends - ({"<|eos|>"} if kind == 1 else set())  # that one is named by its id only
-    assert {*tokenizer.specials} >= by_name, "and nobody can type one"
+    by_name = ends - ({"<|eos|>"} if kind == 1 else set())  # this one is known by its id only
+    assert {*tokenizer.specials} >= by_name, "text never becomes one"
     assert len(tokenizer.encode("<|im_end|></s>", specials=True)) == 2
 
 
-def test_ends_that_exclude_each_other() -> None:
+def test_contradictory_stop_tokens() -> None:
     def ends(*names: str) -> set[str]:
         return {names[id] for id in stop_ids_by_name({name: id for id, name in enumerate(names)})}
 
@@ -196,15 +197,15 @@ def test_a_note_counts_merges_of_unknown_tokens() -> None:
         "tokenizer: 5 merges name what is no token of the vocabulary; they make none"
     ]
     assert tokenizer.encode("bc") == [4]
-    assert tokenizer.encode("bca") == [1, 2, 0]  # joined to "bca", which is none
+    assert tokenizer.encode("bca") == [1, 2, 0]  # merged to "bca", which is not a token
     assert tokenizer.encode("abc") == [0, 4]
     long = "bca" * 300
-    assert tokenizer.encode(long) == [1, 2, 0] * 300  # the heap's way
+    assert tokenizer.encode(long) == [1, 2, 0] * 300  # merged with a heap
     assert tokenizer.encode_array(long).tolist() == tokenizer.encode(long)
     assert tokenizer_from_gguf(small_gguf()).notes == []  # type: ignore[attr-defined]
 
 
-def test_of_equal_special_tokens_the_last_is_read_and_all_are_tokens() -> None:
+def test_the_last_of_equal_special_tokens_is_used_and_all_are_tokens() -> None:
     tokens = ["a", "b", "<s>", "<s>", "<x>", "<x>"]
     metadata = small_gguf(
         tokens=tokens, token_type=[1, 1, 3, 3, 4, 4], merges=[], bos_token_id=2, eos_token_id=3,
@@ -235,12 +236,12 @@ def test_the_id_2_32_minus_1_means_none() -> None:
 def test_a_file_that_is_too_large_is_not_read(folder: Path, name: str) -> None:
     (folder / "tokenizer.json").unlink()
     with (folder / name).open("wb") as file:
-        file.truncate(2**28 + 1)  # holes: no bytes on the disk
+        file.truncate(2**28 + 1)  # sparse files without data on the disk
     with pytest.raises(TokenizerError, match=f"{name}: has more than 268,435,456 bytes"):
         tokenizer_from_folder(folder)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, read_meta_tokenizer, read_sentencepiece):
@@ -250,7 +251,7 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
-def test_any_damage_is_refused_or_harmless(changes: dict[str, Any]) -> None:
+def test_damaged_metadata_is_refused_or_has_no_effect(changes: dict[str, Any]) -> None:
     metadata = {
         "model": "gpt2", "pre": "llama-bpe", "tokens": ["a", "b", "ab", "<|end|>"],
         "token_type": np.array([1, 1, 1, 3], np.int32), "merges": ["a b"], "eos_token_id": 3,
@@ -263,7 +264,7 @@ def test_any_damage_is_refused_or_harmless(changes: dict[str, Any]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, llama: Tokenizer) -> Path:
-    """As transformers saves it, with Llama 3's post-processor."""
+    """A folder saved by transformers, with Llama 3's post-processor."""
     begin = llama.token_to_id("<|begin_of_text|>")
     foreign = Tokenizer.from_str(llama.to_str())
     foreign.post_processor = processors.TemplateProcessing(
@@ -334,9 +335,11 @@ def test_tokenizer_model_is_recognized_by_its_content(
     assert str(weights / "tokenizer.model") in str(fault.value)
     assert str(weights.parent / "tokenizer.model") in str(fault.value)
     shutil.copy(llama3_ranks, weights.parent / "tokenizer.model")
-    assert tokenizer_from_folder(weights).vocab_size == 128_256  # Meta keeps it above
+    assert (
+        tokenizer_from_folder(weights).vocab_size == 128_256
+    )  # Meta's folders contain it one level above
     shutil.copy(folder / "tokenizer.json", weights)
-    assert tokenizer_from_folder(weights).vocab_size == 900  # tokenizer.json goes first
+    assert tokenizer_from_folder(weights).vocab_size == 900  # tokenizer.json takes precedence
 
 
 @pytest.mark.parametrize("adds", [True, False, None])

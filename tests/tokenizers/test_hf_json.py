@@ -95,7 +95,7 @@ def test_bos_is_that_of_the_post_processor(foreign: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", [processors.RobertaProcessing, processors.BertProcessing])
-def test_bos_is_the_first_of_both_ends(foreign: Tokenizer, kind: Any) -> None:
+def test_bos_is_the_first_token_of_the_post_processor(foreign: Tokenizer, kind: Any) -> None:
     foreign = Tokenizer.from_str(foreign.to_str())
     begin = foreign.token_to_id("<|begin|>")
     foreign.post_processor = kind(("x", 3), ("<|begin|>", begin))
@@ -114,7 +114,7 @@ def test_pretokens_do_not_become_added_tokens_outside_the_model(foreign: Tokeniz
         assert [*ours(theirs).encode_array(text)] == theirs.encode(text).ids
 
 
-def test_the_first_line_of_merges_txt_is_no_merge(foreign: Tokenizer) -> None:
+def test_the_header_line_of_merges_txt_is_not_a_merge(foreign: Tokenizer) -> None:
     document = json.loads(foreign.to_str())
     merges = [" ".join(pair) for pair in document["model"]["merges"]]
     document["model"]["merges"] = ["#version: 0.2", *merges]
@@ -270,7 +270,7 @@ PIPELINE = json.loads(LLAMA_LIKE) | {
 
 @settings(max_examples=int(os.environ.get("GLASSLLAMA_FUZZ", "300")), deadline=None)
 @given(st.sampled_from(places(PIPELINE)[1:]), VALUES)
-def test_any_damage_is_refused_or_harmless(place: tuple[Any, ...], value: Any) -> None:
+def test_damaged_files_are_refused_or_have_no_effect(place: tuple[Any, ...], value: Any) -> None:
     document = copy.deepcopy(PIPELINE)
     at: Any = document
     for key in place[:-1]:

@@ -54,7 +54,8 @@ def byte_level() -> Tokenizer:
 
 @cache
 def of_pieces() -> Tokenizer:
-    """As in old conversions of Llama: ▁ for spaces and one in front, bytes for the rest."""
+    """As in old conversions of Llama: ▁ for spaces and a space in front, bytes for unknown
+    characters."""
     words = ["▁", *"xyabtok<>the12", "▁x", "▁y", "th", "the", "▁t", "▁the", "to", "tok", "▁▁"]
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     vocab |= {word: 259 + n for n, word in enumerate(dict.fromkeys(words))}
@@ -82,7 +83,7 @@ def ours(theirs: Tokenizer) -> PipelineTokenizer:
 
 
 def assert_same(theirs: Tokenizer, texts: list[str]) -> int:
-    """Returns the number of compared texts: tokenizers panics where two tokens share a space."""
+    """Returns the number of compared texts: tokenizers fails if two tokens share a space."""
     tokenizer = ours(theirs)
     assert tokenizer.vocab_size == 1 + max(theirs.get_vocab().values())
     compared = 0
@@ -210,7 +211,8 @@ def test_any_stages_in_any_order(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_added_tokens_with_any_flags(seed: int) -> None:
-    """lstrip, rstrip, single_word, normalized, special, overlapping, and tokens merges make."""
+    """lstrip, rstrip, single_word, normalized, special, overlapping, and tokens that merges
+    produce."""
     chance = random.Random(100 + seed)
     texts = ["<tok>", "tok", "xa", "ab", "the", "a b", " x", "<s>", "</s>", "é", "x²", "🦙"]
     compared = 0
@@ -220,7 +222,7 @@ def test_added_tokens_with_any_flags(seed: int) -> None:
             theirs.normalizer = normalizers.Sequence(  # type: ignore[assignment]
                 [some_normalizer(chance) for _ in range(chance.randrange(1, 3))]
             )
-        # A token of blanks alone is nothing to the normalizer Strip.
+        # The normalizer Strip removes a token of spaces only.
         blank = ["\n"] if theirs.normalizer is None else []
         for text in chance.sample([*texts, *blank], chance.randrange(1, 6)):
             flags = {f: chance.random() < 0.4 for f in ("lstrip", "rstrip", "single_word")}
@@ -232,7 +234,7 @@ def test_added_tokens_with_any_flags(seed: int) -> None:
 
 
 def test_text_never_becomes_a_special_token_by_merging() -> None:
-    """merges make a special token only with `specials`."""
+    """Merges produce a special token only with `specials`."""
     theirs = copy_of(byte_level())
     document = json.loads(theirs.to_str())
     id = document["model"]["vocab"]["the"]
@@ -261,7 +263,7 @@ def test_a_text_may_end_with_a_token_of_the_post_processor() -> None:
 
 
 def test_ids_with_gaps_and_of_the_vocabulary() -> None:
-    """A text of the vocabulary has its id there; ids between tokens have none."""
+    """A text of the vocabulary has its id there; ids without a token are gaps."""
     document = json.loads(byte_level().to_str())
     size = len(document["model"]["vocab"])
     document["added_tokens"] = [
@@ -276,7 +278,7 @@ def test_ids_with_gaps_and_of_the_vocabulary() -> None:
         tokenizer.decode([size])
 
 
-def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glassllama.tokenizers.patterns.MIN_SECONDS", 0.2)
     theirs = copy_of(byte_level())
     end = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -286,7 +288,7 @@ def test_a_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretokens are made one by one: a list would take 60 bytes and more for each."""
+    """Pretokens are created one at a time; a list would take at least 60 bytes for each."""
     monkeypatch.setattr(patterns, "LONG_TEXT", 2**14)
     theirs = copy_of(byte_level())
     stages = [isolated(TEKKEN), pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]
@@ -300,7 +302,7 @@ def test_a_long_text_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         tracemalloc.stop()
     assert count > len(text) / 4
-    assert peak < 20 * len(text)  # where words begin and end: 16 bytes for each, and copies
+    assert peak < 20 * len(text)  # start and end of each word: 16 bytes, and copies
 
 
 def test_a_lone_surrogate_is_refused() -> None:
@@ -310,7 +312,8 @@ def test_a_lone_surrogate_is_refused() -> None:
 
 
 def test_a_long_word_has_the_ids_of_its_parts() -> None:
-    """Cut where nothing can merge across, and merged with a heap, as in plain loops."""
+    """Long words are cut where nothing can merge, and merged with a heap; the ids equal those of
+    plain loops."""
     theirs = copy_of(of_pieces())
     chance = random.Random(5)
     texts = [

@@ -1,4 +1,4 @@
-"""SentencePiece-style tokenizers against the sentencepiece and tokenizers libraries."""
+"""SentencePiece tokenizers against the sentencepiece and tokenizers libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FOREIGN = (
     "日本語のテキストです。中文文本没有空格。한국어 텍스트 हिन्दी में पाठ ก็ไม่ عربي עברית "
     "👩\u200d👩\u200d👧 😀😀😀 e\u0301\u0323 x²+y³ ½ ﬁ\u3000wide\xa0blank\u200bzero "
 )
-# Each exercises another path through the tokenizer.
+# Each tests another path through the tokenizer.
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {
         "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
@@ -115,15 +115,15 @@ def mixed(seed: int, pieces: list[str]) -> str:
     return "".join(parts)
 
 
-def held_back(pair: Pair, text: str) -> bool:
-    """Whether ours treats something as a special token that the library always reads."""
+def special_on_request_only(pair: Pair, text: str) -> bool:
+    """Whether our tokenizer treats as special a token that the library always parses."""
     ours, theirs = pair
     always = [special for special, id in ours.specials.items() if not theirs.is_control(id)]
     return any(special in text for special in always)
 
 
 def one_replacement(text: str) -> str:
-    """The library writes U+FFFD for every invalid byte, Python for groups of them."""
+    """The library writes U+FFFD for each invalid byte, Python for groups of them."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -134,13 +134,13 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
     for id in range(ours.vocab_size):
         piece = theirs.id_to_piece(id)
         text = piece.replace("▁", " ")
-        if held_back(pair, text):
+        if special_on_request_only(pair, text):
             assert id not in ours.encode(text)
             assert ours.encode(text, specials=True)[-1:] == [id]
             continue
         assert ours.encode(text) == theirs.encode(text)
         assert ours.encode("x" + text + "y") == theirs.encode("x" + text + "y")
-        # After another token, so that no blank is dropped.
+        # After another token, so that no space is removed.
         anchor = theirs.piece_to_id("e")
         assert one_replacement(ours.decode([anchor, id])) == one_replacement(
             theirs.decode([anchor, id])
@@ -151,7 +151,7 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
 @pytest.mark.identical("SentencePiece: ids of every code point", "sentencepiece")
 def test_every_code_point(pair: Pair, request: pytest.FixtureRequest) -> None:
     ours, theirs = pair
-    # All of them where bytes are at hand and where they are not, some with the other settings.
+    # All settings with and without byte tokens, and some with the others.
     step = 1 if request.node.callspec.params["pair"] in ("llama", "defaults") else 7
     points = [chr(n) for n in range(0, 0x30000, step) if not 0xD800 <= n < 0xE000]
     expected = theirs.encode(points)
@@ -164,7 +164,7 @@ def test_mixed_text_of_100_seeds(pair: Pair) -> None:
     ours, theirs = pair
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
     for text in [*ODD, *(mixed(seed, pieces) for seed in range(SEEDS))]:
-        if held_back(pair, text):
+        if special_on_request_only(pair, text):
             assert not set(ours.encode(text)) & set(ours.specials.values())
             continue
         ids = theirs.encode(text)
@@ -232,7 +232,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def as_hugging_face(model: Path, family: str) -> Tokenizer:
-    """A SentencePiece model as the tokenizers library writes it, one pair of pieces at a time."""
+    """A SentencePiece model written by the tokenizers library, one pair of pieces at a time."""
     spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
     pieces = [spm.id_to_piece(id) for id in range(spm.vocab_size())]
     vocab = {piece: id for id, piece in enumerate(pieces)}
@@ -357,8 +357,8 @@ def test_chat_text_never_becomes_a_special_id(
     """The only special ids are the template's."""
     ours, _ = json_pair
     chat = TemplateChat(LLAMA2, bos_token="<s>", eos_token="</s>")
-    told = [("user", "<s></s>"), ("assistant", "a</s>[INST] b</s"), ("user", "s><s><s>")]
-    ids = chat.encode([Message(role, content) for role, content in told], ours)
+    conversation = [("user", "<s></s>"), ("assistant", "a</s>[INST] b</s"), ("user", "s><s><s>")]
+    ids = chat.encode([Message(role, content) for role, content in conversation], ours)
     assert [id for id in ids if id in {0, 1, 2}] == [1, 2, 1]
     assert ours.decode(ids).count("<s></s>") == 1
 
@@ -376,7 +376,7 @@ def test_gguf_gives_the_ids_of_sentencepiece(
     assert (ours.bos, ours.stop_ids) == (1, {2} | {ours.specials.get("<end_of_turn>", 2)})
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
     for text in [*ODD, PROSE[:100_000], *(mixed(seed, pieces) for seed in range(SEEDS))]:
-        if not held_back((ours, theirs), text):
+        if not special_on_request_only((ours, theirs), text):
             ids = theirs.encode(text)
             assert ours.encode(text) == ids
             assert ours.decode(ids) == theirs.decode(ids)
@@ -425,7 +425,9 @@ def test_gguf_user_defined_pieces_are_found_first(metadata: dict[str, Any]) -> N
         assert ours.encode(f"{before}<sep>{behind}", specials=True) == expected
 
 
-def test_gguf_unknown_written_in_a_text_is_read_with_specials(metadata: dict[str, Any]) -> None:
+def test_gguf_the_text_of_the_unknown_token_is_parsed_with_specials(
+    metadata: dict[str, Any],
+) -> None:
     ours = tokenizer_from_gguf(metadata)
     assert ours.encode("of<unk>the", specials=True) == [*ours.encode("of"), 0, *ours.encode("the")]
     assert 0 not in ours.encode("of<unk>the")
@@ -466,7 +468,7 @@ def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def warm(trained: dict[str, Path]) -> SentencePieceTokenizer:
     tokenizer = read_sentencepiece(trained["llama"], COMPILED)
-    tokenizer.encode("a" * 1000 + " " * 1000)  # compiles what long words need
+    tokenizer.encode("a" * 1000 + " " * 1000)  # compiles the code for long words
     return tokenizer
 
 
@@ -477,7 +479,7 @@ def test_a_million_of_one_character(warm: SentencePieceTokenizer, unit: str) -> 
     def there_and_back(count: int) -> None:
         assert warm.decode(warm.encode(unit * count)) == unit * count
 
-    # 2.5 a doubling, over four: the one at which the pairs outgrow a cache takes longer by itself.
+    # 2.5 per doubling, over four doublings: slower where the pairs no longer fit into a cache.
     limit = min(5, 2.5**4 * seconds(partial(there_and_back, 62_500)))
     assert seconds(partial(there_and_back, 1_000_000), enough=limit) <= limit
 
@@ -498,7 +500,7 @@ def test_an_id_outside_the_vocabulary_is_refused(trained: dict[str, Path], id: i
 
 
 def test_special_tokens_are_read_only_on_request(trained: dict[str, Path]) -> None:
-    """Also for what Gemma's file declares as an ordinary added token."""
+    """Also those that Gemma's file declares as ordinary added tokens."""
     tokenizer = read_sentencepiece(trained["gemma"])
     for text in tokenizer.specials:
         assert not set(tokenizer.encode(f"a{text}b")) & set(tokenizer.specials.values())
@@ -508,7 +510,7 @@ def test_special_tokens_are_read_only_on_request(trained: dict[str, Path]) -> No
 
 
 def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
-    """Cut anywhere or a byte changed anywhere: an error that names the file, or a vocabulary."""
+    """Truncated or with a changed byte: an error that names the file, or a valid vocabulary."""
     whole = trained["llama"].read_bytes()
     path = tmp_path / "tokenizer.model"
     choice = random.Random(0)
@@ -517,7 +519,7 @@ def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) ->
         at = len(whole) - choice.randrange(1, choice.choice([600, len(whole)]))  # settings, pieces
         changed = whole[:at] + bytes([choice.randrange(256)]) + whole[at + 1 :]
         path.write_bytes(choice.choice([whole[:at], changed]))
-        error = fault_of(path)
+        error = error_of(path)
         refused += error is not None
         assert error is None or (str(path) in error and "\n" not in error)
     assert refused > 20
@@ -529,7 +531,7 @@ def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) ->
             read_sentencepiece(path)
 
 
-def fault_of(path: Path) -> str | None:
+def error_of(path: Path) -> str | None:
     try:
         read_sentencepiece(path).encode("hello")
     except TokenizerError as error:
@@ -538,7 +540,7 @@ def fault_of(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         ({"model_type": "unigram"}, "trainer_spec.model_type: want bpe, got unigram"),
         ({"normalization_rule_name": "nmt_nfkc"}, "'nmt_nfkc' is not supported, only identity is"),
@@ -546,18 +548,18 @@ def fault_of(path: Path) -> str | None:
     ],
 )
 def test_other_model_types_are_refused(
-    tmp_path: Path, options: dict[str, Any], complaint: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PROSE[:50_000].splitlines()), model_prefix=str(tmp_path / "m"),
         vocab_size=300, minloglevel=2,
         **{"model_type": "bpe", "normalization_rule_name": "identity", **options},
     )  # fmt: skip
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         read_sentencepiece(tmp_path / "m.model")
 
 
-def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, Any]) -> None:
+def test_gguf_ids_beyond_the_vocabulary_are_replaced_by_defaults(metadata: dict[str, Any]) -> None:
     """As in llama.cpp, with a note; an empty precompiled_charsmap is ignored."""
     usual = tokenizer_from_gguf(metadata)
     beyond = {"bos_token_id": 9000, "eos_token_id": 9001, "eot_token_id": 9002}
@@ -571,7 +573,7 @@ def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"tokens": None}, "tokenizer.ggml: tokens is missing"),
         ({"tokens": [1, 2]}, "tokenizer.ggml: tokens must be a list of text items, got [1, 2]"),
@@ -589,18 +591,18 @@ def test_gguf_ids_beyond_the_vocabulary_are_the_usual_ones(metadata: dict[str, A
         ({"precompiled_charsmap": 5}, "precompiled_charsmap must be none"),
     ],
 )
-def test_wrong_gguf_metadata_is_named(
-    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], complaint: str
+def test_errors_name_wrong_gguf_metadata(
+    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained["llama"]))
     metadata = written_gguf(theirs, tmp_path / "m.gguf", True)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in change.items()}
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         tokenizer_from_gguf(metadata)
 
 
 @pytest.mark.parametrize(
-    ("stage", "value", "complaint"),
+    ("stage", "value", "message"),
     [
         ("normalizer", {"type": "Precompiled"}, "normalizer: type must be one of NFC, "),
         ("pre_tokenizer", {"type": "BertPreTokenizer"}, "pre_tokenizer: type must be one of Split"),
@@ -618,8 +620,8 @@ def test_wrong_gguf_metadata_is_named(
     ],
 )  # fmt: skip
 def test_unsupported_json_is_refused(
-    trained: dict[str, Path], stage: str, value: Any, complaint: str
+    trained: dict[str, Path], stage: str, value: Any, message: str
 ) -> None:
     document = json.loads(as_hugging_face(trained["llama"], "llama 2").to_str())
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         pipeline_from_json({**document, stage: value})

@@ -1,4 +1,5 @@
-"""Learning a vocabulary: by hand, plain, compiled, as the lessons and Hugging Face's trainer."""
+"""Training a vocabulary: manually, plain, compiled, as in the lessons and by Hugging Face's
+trainer."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from glassllama.base.errors import TokenizerError
 from glassllama.native.tokenizers import COMPILED, pair_counts, word_table
 from glassllama.native.tokenizers.word_table import WordCounts
 from glassllama.tokenizers import train
-from glassllama.tokenizers.backend import BYTE_TOKENS, PYTHON, BPEBackend
+from glassllama.tokenizers.backend import PYTHON, BPEBackend
 from glassllama.tokenizers.pretokenizer import SPLITS
 from glassllama.tokenizers.train import TrainedBPE, characters, train_bpe
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS
 from tokenizers import models, pre_tokenizers, trainers
 
 SOURCES = Path(train.__file__).parent
@@ -42,7 +44,7 @@ def merges_of(result: TrainedBPE) -> list[tuple[bytes, bytes, int]]:
 def most(
     text: str, num_merges: int, split: str = "llama3", backend: BPEBackend = COMPILED
 ) -> TrainedBPE:
-    """Up to so many merges, as many as the text has pairs for."""
+    """At most so many merges, or as many as the text has pairs."""
     try:
         return train_bpe([text], 256 + num_merges, split=split, backend=backend)
     except TokenizerError as fault:
@@ -61,8 +63,8 @@ def test_the_lesson_on_characters_is_the_example_of_the_paper() -> None:
     assert bpe_characters.learn_merges(["aa"], 9) == [("a", "</w>"), ("a", "a</w>")]
 
 
-def test_the_first_merges_on_paper() -> None:
-    """ab ×5, with a blank ×4: a·b 5, then ␣·ab 4."""
+def test_the_first_merges_computed_manually() -> None:
+    """ab ×5, with a space ×4: a·b 5, then ␣·ab 4."""
     steps = list(islice(bpe_bytes.learn_merges(["ab ab ab ab ab"]), 2))
     assert [(step.pair, step.count) for step in steps] == [((b"a", b"b"), 5), ((b" ", b"ab"), 4)]
     assert str(steps[1]) == "b' ' + b'ab' -> b' ab'   4 times, as in ' ab'"
@@ -73,7 +75,7 @@ def test_the_first_merges_on_paper() -> None:
 
 @pytest.mark.parametrize("name", CORPORA)
 @pytest.mark.parametrize("split", SPLITS)
-def test_lesson_plain_and_compiled_learn_the_same(name: str, split: str) -> None:
+def test_lesson_plain_and_compiled_give_the_same_merges(name: str, split: str) -> None:
     text = CORPORA[name][:15_000]
     fast = most(text, 150, split=split)
     assert merges_of(most(text, 150, split=split, backend=PYTHON)) == merges_of(fast)
@@ -85,7 +87,7 @@ def test_lesson_plain_and_compiled_learn_the_same(name: str, split: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.identical("merges learned from texts", "tokenizers' trainer")
 def test_merges_are_those_of_tokenizers(name: str, family: str) -> None:
-    """Another trainer, the same rule for ties: its ids of bytes have GPT-2's order, too."""
+    """An independent trainer with the same rule for ties; its byte ids have GPT-2's order, too."""
     text = CORPORA[name][:60_000]
     fast = most(text, 500, split=family)
     theirs = with_pipeline(models.BPE(), family)
@@ -113,7 +115,7 @@ def test_lesson_plain_and_compiled_on_any_text(text: str) -> None:
 
 
 def test_order_of_words_and_texts_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merges, counts and examples stay; so they do with tables of other sizes and hashes."""
+    """Merges, counts and examples are the same, also with tables of other sizes and hashes."""
     lines = CORPORA["prose"].splitlines(keepends=True)[:300]
     result = train_bpe(lines, 700, backend=COMPILED)
     shuffled = lines.copy()
@@ -140,8 +142,8 @@ def test_words_are_counted() -> None:
     assert counts == sorted(counts, reverse=True)
 
 
-def test_texts_do_not_run_into_each_other() -> None:
-    """Each is split by itself: nothing joins across two texts."""
+def test_texts_are_split_separately() -> None:
+    """No merge crosses the boundary of two texts."""
     texts = [
         "ab",
         "cd",
@@ -170,7 +172,7 @@ def test_texts_do_not_run_into_each_other() -> None:
         assert dict(words) == plain, name
 
 
-def test_the_tokenizer_of_a_learned_vocabulary() -> None:
+def test_the_tokenizer_of_a_trained_vocabulary() -> None:
     specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
     calls: list[tuple[int, int]] = []
     result = train_bpe(
@@ -209,7 +211,7 @@ def test_hostile_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "specials", "split", "said"),
+    ("size", "specials", "split", "message"),
     [
         (255, (), "llama3", "vocab_size 255: must be at least 256"),
         (257, ("<a>", "<b>"), "llama3", "at least 258, for 256 bytes and 2 special tokens"),
@@ -219,8 +221,8 @@ def test_hostile_texts() -> None:
         (300, ("<a>",), "llama3", "pairs for 258 tokens only .* ask for at most 258"),
     ],
 )
-def test_wrong_arguments(size: int, specials: tuple[str, ...], split: str, said: str) -> None:
-    with pytest.raises(TokenizerError, match=said):
+def test_wrong_arguments(size: int, specials: tuple[str, ...], split: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
         train_bpe(["aa aa"], size, specials, split=split)
 
 

@@ -1,4 +1,5 @@
-"""Files of learned vocabularies give the same ids to us, tiktoken, tokenizers and transformers."""
+"""Files of trained vocabularies give the same ids in this package, tiktoken, tokenizers and
+transformers."""
 
 from __future__ import annotations
 
@@ -55,12 +56,12 @@ def transformers_tokenizer(folder: Path) -> Any:
 
 
 @pytest.mark.identical("ids of a vocabulary we learned and wrote", "tokenizers, transformers")
-def test_hugging_faces_form(learned: TrainedBPE, tmp_path: Path) -> None:
+def test_hugging_faces_format(learned: TrainedBPE, tmp_path: Path) -> None:
     paths = learned.save(tmp_path / "new" / "folder")
     names = ["tokenizer.json", "tokenizer_config.json", "vocabulary.tsv"]
     assert [path.name for path in paths] == names
     folder = paths[0].parent
-    assert sorted(path.name for path in folder.iterdir()) == names  # nothing half is left
+    assert sorted(path.name for path in folder.iterdir()) == names  # no partial file is left
     ours = tokenizer_from_folder(folder)
     assert (ours.vocab_size, ours.bos, ours.stop_ids) == (1500, 1498, {1499})
     assert dict(ours.specials) == dict(learned.tokenizer.specials)
@@ -91,7 +92,7 @@ def test_other_splits(corpus: list[str], tmp_path: Path, split: str) -> None:
 
 
 @pytest.mark.identical("ids of a vocabulary we learned and wrote", "tiktoken")
-def test_metas_form(metas: TrainedBPE, tmp_path: Path) -> None:
+def test_metas_format(metas: TrainedBPE, tmp_path: Path) -> None:
     paths = metas.save(tmp_path, "both")
     path = tmp_path / "tokenizer.model"
     assert path in paths
@@ -104,11 +105,11 @@ def test_metas_form(metas: TrainedBPE, tmp_path: Path) -> None:
     theirs = tiktoken.Encoding(
         "own", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=dict(ours.specials)
     )
-    beside = tokenizer_from_folder(tmp_path)  # reads tokenizer.json
-    assert dict(beside.specials) == dict(ours.specials)
+    from_json = tokenizer_from_folder(tmp_path)  # reads tokenizer.json
+    assert dict(from_json.specials) == dict(ours.specials)
     for text in texts():
         ids = theirs.encode_ordinary(text)
-        assert ours.encode(text) == beside.encode(text) == metas.tokenizer.encode(text) == ids
+        assert ours.encode(text) == from_json.encode(text) == metas.tokenizer.encode(text) == ids
     assert ours.encode("x<|eot_id|>", bos=True, specials=True) == [
         *theirs.encode("<|begin_of_text|>x<|eot_id|>", allowed_special="all")
     ]
@@ -116,7 +117,7 @@ def test_metas_form(metas: TrainedBPE, tmp_path: Path) -> None:
     assert tokenizer_from_folder(tmp_path).vocab_size == 1500
 
 
-def test_metas_form_has_its_own_special_tokens(learned: TrainedBPE, tmp_path: Path) -> None:
+def test_metas_format_has_its_own_special_tokens(learned: TrainedBPE, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"256 special tokens of its own, got .* 2 s"):
         learned.save(tmp_path / "none", "meta")
     assert not (tmp_path / "none").exists()
@@ -156,7 +157,7 @@ def test_tokens_are_visible_in_the_table() -> None:
     assert visible("\u200b".encode()) == r'"\xe2\x80\x8b"'
 
 
-def test_damaged_files_are_named(learned: TrainedBPE, tmp_path: Path) -> None:
+def test_errors_name_damaged_files(learned: TrainedBPE, tmp_path: Path) -> None:
     learned.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     document = json.loads(path.read_text())

@@ -48,7 +48,7 @@ def test_categories_are_those_of_tiktoken_and_tokenizers(name: str) -> None:
     ours = np.flatnonzero(property_points(name))
     ours = ours[(ours < 0xD800) | (ours >= 0xE000)].tolist()
     assert of_tokenizers(rf"\p{{{name}}}") == ours
-    if name != "Cn":  # whose name Rust does not know
+    if name != "Cn":  # unknown to Rust
         assert of_tiktoken(rf"\p{{{name}}}") == ours
 
 

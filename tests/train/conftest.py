@@ -1,4 +1,5 @@
-"""Tests of training work in temporary folders: what lies in the user's `runs/` is not theirs."""
+"""Tests of training run in temporary folders, so that files in the user's `runs/` have no
+effect."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What each of two ranks does in test_distributed.py.
+"""The work of each of two ranks in test_distributed.py.
 
-FOLDER/single has a run of a single process, whose last checkpoint is that of step 8. All results
+FOLDER/single contains a run of one process, whose last checkpoint is that of step 8. All results
 are files: report.json, and the gathered state of resumed runs.
 """
 
@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import maybe_resume, training_state
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_data
 from glassllama.train.distributed import DistContext, connect_ranks, full_tensor
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics
 from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import prepare
 from train.recipes import PRESET, Listener, changes
 
-# The preset's rate is for Muon; with AdamW for every matrix it is so large that a rounding in the
+# The preset's learning rate is for Muon; with AdamW it is so large that a rounding error in the
 # first step grows a hundredfold by the twelfth.
 SMALL_LR = "optimizer.lr=0.002"
 WAYS = {
@@ -63,14 +63,15 @@ def losses(records: list[LoggedMetrics]) -> list[float]:
 
 
 def write_whole(run: Run, path: Path) -> None:
-    """The state that was resumed, gathered: by all ranks, written by rank 0."""
+    """Gather the resumed state on all ranks; rank 0 writes it."""
     state = {name: full_tensor(tensor).contiguous() for name, tensor in training_state(run).items()}
     if run.dist.is_rank0:
         save_file(state, path)
 
 
 def without_last(source: Path, target: Path, dist: DistContext) -> Path:
-    """A copy of a run's folder, as if it had been killed before its last checkpoint."""
+    """A copy of a run's folder without its last checkpoint, as if the run had been killed
+    before."""
     if dist.is_rank0:
         shutil.copytree(source, target)
         shutil.rmtree(target / "checkpoints" / f"step-{STEPS:06d}")
@@ -79,7 +80,7 @@ def without_last(source: Path, target: Path, dist: DistContext) -> Path:
 
 
 def same_everywhere(one: Run, other: Run) -> bool:
-    """Whether both have the same state, bit for bit, on every rank."""
+    """Whether both have bit-identical states on every rank."""
     left, right = (
         {name: getattr(t, "_local_tensor", t) for name, t in training_state(run).items()}
         for run in (one, other)

@@ -1,4 +1,4 @@
-"""Small runs for the tests of training: real text, real models, seconds."""
+"""Small runs for the tests of training: real text, real models, a few seconds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import maybe_resume
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_data
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics, MetricsLog, NullListener
 from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import prepare
 
 TINY = {
     "llama": ["model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=6",
@@ -36,7 +36,7 @@ SHORT = [
 
 
 def write_text(folder: Path, source: Path, characters: int = 6000) -> Path:
-    """The beginning of a text, as a file of its own."""
+    """Write the beginning of a text to a new file."""
     path = folder / "text.txt"
     path.write_text(source.read_text(encoding="utf-8")[:characters], encoding="utf-8")
     return path
@@ -47,7 +47,8 @@ def changes(kind: str, text: Path, *more: str) -> list[str]:
 
 
 def new_run(folder: Path, text: Path, kind: str = "llama", *more: str) -> Run:
-    """A tiny run of that kind, ready for its first step, or for the next after its checkpoint."""
+    """A tiny run of that kind, ready for its first step or for the next one after its
+    checkpoint."""
     settings = load_settings(PRESET[kind], changes(kind, text, *more))
     folder.mkdir(parents=True, exist_ok=True)
     run = prepare(settings, open_data(settings.data, folder), folder)
@@ -56,7 +57,7 @@ def new_run(folder: Path, text: Path, kind: str = "llama", *more: str) -> Run:
 
 
 class Listener(NullListener):
-    """Stores what it receives; asks to stop after a step, if given."""
+    """Stores what it receives; requests a stop after a given step."""
 
     def __init__(self, stop: StopRequest | None = None, stop_after: int = -1) -> None:
         self.records: list[LoggedMetrics] = []
@@ -73,7 +74,7 @@ class Listener(NullListener):
 
 
 def make_steps(run: Run, stop_after: int = -1) -> list[LoggedMetrics]:
-    """Train to the end, or as if Ctrl-C came in that step -> the metrics of these steps."""
+    """Train to the end, or as if Ctrl-C was pressed in that step -> the metrics of these steps."""
     stop = StopRequest()
     listener = Listener(stop, stop_after)
     log = MetricsLog(run.folder, run.progress.step)
@@ -85,7 +86,7 @@ def make_steps(run: Run, stop_after: int = -1) -> list[LoggedMetrics]:
 
 
 def small_llama(vocab_size: int = 69, **changes: Any) -> Llama:
-    """All sizes different, weights large enough that every part matters."""
+    """All sizes differ; weights are large enough that every part matters."""
     sizes = {
         "dim": 40, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "ffn_dim": 56,
         "vocab_size": vocab_size, "max_seq_len": 32, "norm_eps": 1e-5, "rope_theta": 10_000.0,

@@ -1,4 +1,4 @@
-"""Batches: a pure function of seed and step, whoever asks; every token once an epoch."""
+"""Batches are a pure function of seed and step; every token is used once per epoch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from hypothesis import strategies as st
 
 from glassllama.base.errors import ConfigError, GlassError
 from glassllama.models.gpt import GPT, GPTConfig
-from glassllama.train.batches import (
+from glassllama.train.tokens import (
     IGNORED,
     Batch,
     Batches,
+    Tokens,
     bytes_of_batch,
     every_window,
     windows_at,
 )
-from glassllama.train.tokens import TokenizerInfo, Tokens
 from tolerances import assert_logits
 
 
 def tokens(*documents: int) -> Tokens:
-    """Documents of these lengths; every token is its own position, so that it can be traced."""
+    """Documents of these lengths; every token is its own position, so that it can be identified."""
     ends = np.cumsum(documents)
     return Tokens(
         path=Path("made up"),
         ids=np.arange(ends[-1], dtype=np.uint32),
         starts=np.concatenate(([0], ends[:-1])).astype(np.int64),
-        tokenizer=TokenizerInfo(name="none", vocab_size=int(ends[-1]), sha256=""),
         sha256="",
     )
 
@@ -42,7 +41,7 @@ def same(one: Batch, other: Batch) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
 
 
-def test_targets_are_what_follows() -> None:
+def test_targets_are_the_next_tokens() -> None:
     batch = Batches(tokens(1000), context=16, batch=8, seed=3).at(5)
     assert batch.ids.shape == batch.targets.shape == (8, 16)
     assert batch.ids.dtype == batch.targets.dtype == np.int64
@@ -50,7 +49,7 @@ def test_targets_are_what_follows() -> None:
     assert batch.segments is None
 
 
-def test_any_order_any_object_the_same_batch() -> None:
+def test_a_batch_does_not_depend_on_earlier_batches() -> None:
     one = Batches(tokens(1000), context=16, batch=8, seed=3)
     forward = [one.at(step) for step in range(40)]
     for step in (39, 0, 17, 17, 3):  # several epochs apart
@@ -74,7 +73,7 @@ def test_any_number_of_workers_sees_the_same_stream(world: int) -> None:
             assert np.array_equal(np.concatenate([part[at] for part in parts]), field)
 
 
-def test_a_batch_that_cannot_be_shared() -> None:
+def test_batch_sizes_that_cannot_be_divided_among_ranks() -> None:
     batches = Batches(tokens(100), context=8, batch=12, seed=1)
     for rank, world in ((0, 5), (2, 2), (-1, 2)):
         with pytest.raises(ConfigError, match="batch of 12"):
@@ -88,7 +87,9 @@ def test_a_batch_that_cannot_be_shared() -> None:
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 5),
 )
-def test_an_epoch_sees_every_window_once(length: int, context: int, seed: int, epoch: int) -> None:
+def test_an_epoch_contains_every_window_once(
+    length: int, context: int, seed: int, epoch: int
+) -> None:
     if length <= context:
         with pytest.raises(GlassError, match="too few"):
             Batches(tokens(length), context=context, batch=1, seed=seed)
@@ -98,11 +99,11 @@ def test_an_epoch_sees_every_window_once(length: int, context: int, seed: int, e
     seen = np.concatenate([batches.at(step).targets.ravel() for step in steps])
     assert len(np.unique(seen)) == len(seen) == batches.windows * context
     assert 1 <= seen.min() <= seen.max() < length
-    # What an epoch leaves out is less than two windows, at the ends.
+    # An epoch leaves out less than two windows, at the ends.
     assert length - 1 - len(seen) < 2 * context
 
 
-def test_epochs_differ_and_reach_every_token() -> None:
+def test_epochs_differ_and_together_contain_every_token() -> None:
     batches = Batches(tokens(203), context=20, batch=3, seed=0)
     seen = [batches.at(step).targets for step in range(200 * batches.windows // 3)]
     assert np.array_equal(np.unique(np.concatenate(seen)), np.arange(1, 203))
@@ -118,7 +119,7 @@ def test_a_batch_of_many_epochs_is_its_windows_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("documents", [(70_000,), (30_000, 5_000, 35_000)])
-def test_bytes_of_a_batch_are_known_before_it_is_made(documents: tuple[int, ...]) -> None:
+def test_the_size_of_a_batch_in_bytes(documents: tuple[int, ...]) -> None:
     corpus, rows, context = tokens(*documents), 2000, 100
     starts = np.arange(rows) * 30
     tracemalloc.start()
@@ -130,7 +131,9 @@ def test_bytes_of_a_batch_are_known_before_it_is_made(documents: tuple[int, ...]
 
 
 @pytest.mark.parametrize("documents", [(40, 1, 1, 30, 80), (1,) * 60, (64, 64), (200,)])
-def test_documents_are_numbered_and_borders_ignored(documents: tuple[int, ...]) -> None:
+def test_documents_are_numbered_and_targets_at_boundaries_are_ignored(
+    documents: tuple[int, ...],
+) -> None:
     corpus = tokens(*documents)
     owner = np.repeat(np.arange(len(documents)), documents)
     batches = Batches(corpus, context=16, batch=4, seed=2)
@@ -146,7 +149,7 @@ def test_documents_are_numbered_and_borders_ignored(documents: tuple[int, ...]) 
 
 
 def test_packed_windows_give_each_documents_own_loss() -> None:
-    """What a model learns from a packed row is what it would learn from its documents alone."""
+    """The loss of a packed row equals that of its documents alone."""
     corpus = tokens(9, 4, 12)
     config = GPTConfig(
         dim=12, n_layers=2, n_heads=2, ffn_dim=20, vocab_size=25, max_seq_len=24
@@ -170,7 +173,7 @@ def test_packed_windows_give_each_documents_own_loss() -> None:
 
 @pytest.mark.parametrize("length", [17, 18, 32, 33, 49, 100])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_the_whole_corpus_every_target_once(length: int, batch: int) -> None:
+def test_evaluation_windows_contain_every_target_once(length: int, batch: int) -> None:
     rows = list(every_window(tokens(length), 16, batch))
     targets = np.concatenate([row.targets.ravel() for row in rows])
     assert sorted(targets[targets != IGNORED]) == list(range(1, length))
@@ -180,9 +183,7 @@ def test_the_whole_corpus_every_target_once(length: int, batch: int) -> None:
         assert np.array_equal(row.targets[known], row.ids[known] + 1)
 
 
-def test_too_short_says_both_numbers() -> None:
+def test_the_error_for_a_short_corpus_contains_both_lengths() -> None:
     for ask in (lambda t: Batches(t, 16, 1, 0), lambda t: list(every_window(t, 16, 1))):
         with pytest.raises(GlassError, match=r"16 tokens are too few for a context of 16"):
             ask(tokens(16))
-    with pytest.raises(ConfigError, match="positive"):
-        Batches(tokens(16), 0, 1, 0)

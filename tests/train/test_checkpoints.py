@@ -16,8 +16,8 @@ from glassllama.train.checkpoint import complete_steps, prune, remove_unfinished
 from train.recipes import make_steps, new_run, write_text
 
 KILLS = 50
-# A child saves, prunes and replaces checkpoints as fast as it can; its parent kills it at random
-# moments and looks at what is there. Contents follow from the step, so a torn file would show.
+# A child saves, prunes and replaces checkpoints continuously; its parent kills it at random
+# moments and checks the folder. Contents depend on the step, so a partial file is detected.
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -39,7 +39,7 @@ def child(step):
     while True:
         write_all(step)
         prune(home, keep=2, best=1)
-        write_all(step)  # the same step again: replaced, not torn
+        write_all(step)  # the same step again: replaced atomically
         os.write(1, b"%d\\n" % step)
         step += 1
 
@@ -74,7 +74,7 @@ def test_kill_9_at_any_moment_leaves_complete_checkpoints_only(tmp_path: Path) -
     )
     assert ran.returncode == 0, ran.stderr
     words = ran.stdout.splitlines()[-1].split()
-    assert int(words[1]) > 0, "no kill hit a save: the test saw nothing"
+    assert int(words[1]) > 0, "no kill happened during a save"
     assert int(words[3]) > 1
 
 
@@ -89,7 +89,7 @@ def disk_with_room_for(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_ends_cleanly_and_keeps_what_was_there(
+def test_a_full_disk_is_a_clean_error_and_keeps_the_old_checkpoint(
     tmp_path: Path, romeo_and_juliet: Path
 ) -> None:
     text = write_text(tmp_path, romeo_and_juliet)

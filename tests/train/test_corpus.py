@@ -24,13 +24,13 @@ from glassllama.train.corpus import (
     encode_split,
     open_corpus,
 )
-from glassllama.train.tokens import Tokens, tokenizer_info, write_tokens
+from glassllama.train.tokens import Tokens, write_tokens
 
 VAL = 0.1  # share of the validation split
 
 
 def splits_of(corpus: Corpus) -> dict[Split, list[str]]:
-    """The documents of each split, whole again."""
+    """The complete documents of each split."""
     out: dict[Split, list[str]] = {}
     for split in SPLITS:
         documents: dict[int, str] = {}
@@ -43,11 +43,12 @@ def splits_of(corpus: Corpus) -> dict[Split, list[str]]:
 def tokenize(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, val_fraction: float = VAL
 ) -> dict[Split, Tokens]:
-    info = tokenizer_info(tokenizer)
     splits: list[Split] = ["train", "val"] if val_fraction else ["train"]
     return {
         split: write_tokens(
-            folder / f"{split}.bin", encode_split(corpus, tokenizer, split, val_fraction), info
+            folder / f"{split}.bin",
+            encode_split(corpus, tokenizer, split, val_fraction),
+            tokenizer.vocab_size,
         )
         for split in splits
     }
@@ -72,7 +73,7 @@ def test_tiny_shakespeare_is_split_as_nanogpt_does(tinyshakespeare: Path, tmp_pa
     ]  # fmt: skip
 
 
-def test_of_few_documents_the_ends_are_validation_text(tmp_path: Path) -> None:
+def test_the_ends_of_a_few_documents_are_validation_text(tmp_path: Path) -> None:
     texts = [chr(97 + n) * (10 * n + 10) for n in range(9)]
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
@@ -93,16 +94,16 @@ def many(tmp_path: Path, count: int = 2000) -> list[str]:
     return texts
 
 
-def test_of_many_documents_whole_ones_are_validation_text(tmp_path: Path) -> None:
+def test_whole_documents_of_many_are_validation_text(tmp_path: Path) -> None:
     texts = many(tmp_path)
     splits = splits_of(open_corpus(tmp_path / "many.jsonl"))
     assert sorted(chain.from_iterable(splits.values())) == sorted(texts)
     assert 0.08 < len(splits["val"]) / len(texts) < 0.12
-    assert not set(splits["train"]) & set(splits["val"]), "a copy leaks"
+    assert not set(splits["train"]) & set(splits["val"]), "a copy is not freed"
     assert splits == splits_of(open_corpus(tmp_path))
 
 
-def test_documents_begin_and_end_in_the_ids(tmp_path: Path) -> None:
+def test_documents_start_and_end_with_special_ids(tmp_path: Path) -> None:
     many(tmp_path)
     corpus = open_corpus(tmp_path)
     tokenizer = char_tokenizer(corpus)
@@ -116,7 +117,7 @@ def test_documents_begin_and_end_in_the_ids(tmp_path: Path) -> None:
         assert {int(ids[-1]) for ids in pieces} == {tokenizer.end}
 
 
-def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, llama3_ranks: Path) -> None:
+def test_ids_of_a_large_vocabulary_have_32_bits(tmp_path: Path, llama3_ranks: Path) -> None:
     (tmp_path / "a.txt").write_text("Straße, naïve café, 日本語, 한국어 🙂\n" * 20, "utf-8")
     tokenizer = read_meta_tokenizer(llama3_ranks)
     written = tokenize(open_corpus(tmp_path), tokenizer, tmp_path / "out")
@@ -125,7 +126,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, llama3_ranks: Path) ->
     assert text.replace("<|begin_of_text|>", "") == (tmp_path / "a.txt").read_text("utf-8")
 
 
-def test_cuts_change_no_token(
+def test_reading_in_pieces_changes_no_token(
     tmp_path: Path, llama3_ranks: Path, shakespeare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = shakespeare.read_text()[:60_000]
@@ -135,16 +136,18 @@ def test_cuts_change_no_token(
     tokenizer.bos = None
     whole = tokenizer.encode(text)
     monkeypatch.setattr(corpora, "MAX_PIECE", 1000)
-    monkeypatch.setattr(corpora, "READ_BYTES", 777)
+    monkeypatch.setattr(corpora, "READ_CHARACTERS", 777)
     corpus = open_corpus(tmp_path / "a.txt")
     assert len(list(corpus.texts("train", 0.0))) > 30
     written = tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.0)
     assert written["train"].ids.tolist() == whole
 
 
-def test_a_text_without_lines_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_without_line_breaks_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpora, "MAX_PIECE", 100)
-    monkeypatch.setattr(corpora, "READ_BYTES", 7)
+    monkeypatch.setattr(corpora, "READ_CHARACTERS", 7)
     text = "日本語é" * 500 + "\n" * 700
     (tmp_path / "a.txt").write_text(text, "utf-8")
     pieces = [t.characters for t in open_corpus(tmp_path).texts("train", 0.0)]
@@ -152,7 +155,7 @@ def test_a_text_without_lines_is_cut_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert max(map(len, pieces)) <= 200
 
 
-def test_memory_stays_small(tmp_path: Path) -> None:
+def test_memory_is_bounded(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("w") as file:
         for n in range(600_000):
             file.write(f"line {n}, all work and no play makes Jack a dull boy\n")
@@ -185,7 +188,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_errors_name_the_place_of_invalid_text(tmp_path: Path, name: str) -> None:
+def test_errors_contain_the_position_of_invalid_text(tmp_path: Path, name: str) -> None:
     content, words = FAULTS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=words) as error:

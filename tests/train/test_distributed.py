@@ -1,7 +1,7 @@
-"""Two ranks are one process: the same losses, the same state resumed, whoever wrote it.
+"""Two ranks equal one process: the same losses, and the same resumed state from either.
 
-Real processes, gloo between them, tiny models: under torchrun once, else forked, with their ranks
-in the environment, as torchrun sets them.
+Real processes with gloo and tiny models: under torchrun once, otherwise forked, with their ranks in
+the environment as set by torchrun.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from forks import WITH_TORCH, run_script, server
 from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
 from glassllama.native.jit import code_cache
-from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.checkpoint import maybe_resume
 from glassllama.train.distributed import DistContext
-from glassllama.train.evaluate import of_all_ranks, rows_of_rank
-from tolerances import CONDITION, difference, loss_bar, muon_bar
+from glassllama.train.loop import of_all_ranks, rows_of_rank
+from glassllama.train.tokens import IGNORED, Batch
+from tolerances import CONDITION, difference, loss_tolerance, muon_tolerance
 from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of
 from train.recipes import SHORT, TINY, make_steps, new_run
@@ -72,7 +72,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]), time.monotonic() - kil
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ENDED_WITHIN = 60  # seconds after a rank was killed
-PATIENCE = 300  # until something that never comes is given up
+PATIENCE = 300  # until the test stops waiting
 TOKENS = 6 * 16  # of a batch: its loss is their mean
 
 
@@ -89,12 +89,12 @@ def text(tmp_path_factory: pytest.TempPathFactory, romeo_and_juliet: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """Every way by one process, here; then what `ranks.py` does by two."""
+    """Run everything in one process here; then `ranks.py` with two."""
     home = tmp_path_factory.mktemp("home")
     for way, (kind, *_) in WAYS.items():
         run = new_run(home / f"one-{way}", text, kind, *settings_of(way))
         (home / f"one-{way}.json").write_text(json.dumps(losses(make_steps(run))))
-    code_cache.save_checksums()  # the ranks need not compile again what was compiled here
+    code_cache.save_checksums()  # compiled code is shared with the ranks
     shutil.copytree(home / "one-muon", home / "single")
     shutil.rmtree(home / "single" / "checkpoints" / f"step-{STEPS:06d}")
     assert run_script(TWO_RANKS + BOTH_END_WELL, home, text) == ""
@@ -107,14 +107,14 @@ def report(home: Path) -> dict[str, Any]:
 
 
 def rounding(way: str, steps: int) -> float:
-    """How far losses and gradient norms may be apart: sums come in another order. (Measured:
-    float32 2e-7, Muon 2e-4, bfloat16 3e-3.)"""
+    """The maximum difference of losses and gradient norms, whose sums have another order.
+    (Measured: float32 2e-7, Muon 2e-4, bfloat16 3e-3.)"""
     config = SimpleNamespace(dim=24, ffn_dim=40, n_layers=2)  # of recipes.TINY
     if way == "bfloat16":
-        return loss_bar(config, steps=steps, tokens=TOKENS, dtype=torch.bfloat16)
+        return loss_tolerance(config, steps=steps, tokens=TOKENS, dtype=torch.bfloat16)
     if way == "muon" and steps > 1:
-        return muon_bar(config, steps=steps)
-    return loss_bar(config, steps=steps)
+        return muon_tolerance(config, steps=steps)
+    return loss_tolerance(config, steps=steps)
 
 
 def furthest(ours: list[float], theirs: list[float]) -> float:
@@ -137,7 +137,7 @@ def test_resuming_is_exact(report: dict[str, Any]) -> None:
 
 
 def test_one_process_resumes_a_run_of_two(home: Path, text: Path, report: dict[str, Any]) -> None:
-    """2 → 1: the same tensors to the bit, and the losses that two would have had."""
+    """2 → 1: bit-identical tensors, and the losses that two ranks would have."""
     folder = home / "to_one"
     shutil.copytree(home / "muon", folder)
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:06d}")
@@ -166,7 +166,7 @@ def test_rank_0_writes_a_model_that_load_reads(home: Path) -> None:
     ours, theirs = (load(str(home / name), backend="torch") for name in ("muon", "one-muon"))
     ids = ours.tokenizer.encode("To be, or not")
     apart = difference(ours.logits(ids), theirs.logits(ids))
-    assert apart < CONDITION * rounding("muon", STEPS)  # single logits, not the mean of many
+    assert apart < CONDITION * rounding("muon", STEPS)  # single logits, not a mean of many
 
 
 def test_a_missing_shard_is_an_error(home: Path, text: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_missing_shard_is_an_error(home: Path, text: Path) -> None:
 
 
 class Canary:
-    """A pickle that makes a file when it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,7 +192,7 @@ class Canary:
         return (Path.touch, (self.path,))
 
 
-def test_foreign_checkpoints_are_refused_unopened(tmp_path: Path, text: Path) -> None:
+def test_foreign_checkpoints_are_refused_without_unpickling(tmp_path: Path, text: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     run = new_run(tmp_path / "run", text, "bigram")
@@ -202,7 +202,7 @@ def test_foreign_checkpoints_are_refused_unopened(tmp_path: Path, text: Path) ->
     assert list(foreign.glob("*.distcp"))
     (foreign / "state.json").write_text("{}", encoding="utf-8")
     (foreign / ".metadata").write_bytes(pickle.dumps(Canary(tmp_path / "opened")))
-    for _ in range(2):  # with its table of contents, and without
+    for _ in range(2):  # with and without its metadata file
         with pytest.raises(TrainingError, match=r"checkpoint of torch\.distributed") as error:
             maybe_resume(run)
         assert "\n" not in str(error.value)
@@ -210,7 +210,7 @@ def test_foreign_checkpoints_are_refused_unopened(tmp_path: Path, text: Path) ->
     assert not (tmp_path / "opened").exists()
 
 
-def test_batches_that_cannot_be_shared() -> None:
+def test_batches_that_cannot_be_divided_among_ranks() -> None:
     with pytest.raises(ConfigError, match="6 rows cannot be shared by 4 ranks"):
         DistContext(rank=0, world=4).require_even(6, 1)
 
@@ -252,7 +252,7 @@ def await_lines(log: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 
 def test_stopped_resumed_and_killed(tmp_path: Path, text: Path) -> None:
-    """SIGTERM to torchrun saves; from there two go on; where one is killed, both end."""
+    """SIGTERM to torchrun saves; two ranks resume; if one is killed, both end."""
     folder = tmp_path / "run"
     words = arguments(folder, text)
     first = subprocess.Popen(

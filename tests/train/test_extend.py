@@ -1,4 +1,4 @@
-"""Runs made longer, and runs begun with the weights of another model."""
+"""Runs that are extended, and runs that start with the weights of another model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from glassllama.base.errors import ConfigError, TokenizerError, TrainingError, W
 from glassllama.llm import load
 from glassllama.nn.rope import rope_table, rotate_half, rotate_interleaved
 from glassllama.train import train
-from glassllama.train.data import vocabulary_folder
+from glassllama.train.api import prepare
+from glassllama.train.corpus import vocabulary_folder
 from glassllama.train.loop import sample_text
 from glassllama.train.metrics import LoggedMetrics, NullListener, RunInfo, read_log
-from glassllama.train.model_factory import in_layout_of
+from glassllama.train.model import in_layout_of
 from glassllama.train.preflight import preflight
 from glassllama.train.settings import changed_lines, load_settings
-from glassllama.train.setup import prepare
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_model
 from train.recipes import PRESET, changes, make_steps, new_run, write_text
@@ -45,8 +45,10 @@ def losses(records: list[LoggedMetrics]) -> list[float]:
 # --- longer runs ----------------------------------------------------------------------------
 
 
-def test_a_run_extended_before_its_rate_falls_is_the_longer_run(tmp_path: Path, text: Path) -> None:
-    """12 steps fall from the 8th on, 24 steps from the 15th: the 6th is before both."""
+def test_a_run_extended_before_its_learning_rate_falls_equals_the_longer_run(
+    tmp_path: Path, text: Path
+) -> None:
+    """The rate falls from the 8th of 12 steps, or from the 15th of 24: step 6 is before both."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, "llama", EMA, "schedule.steps=24"))
     make_steps(new_run(resumed, text, "llama", EMA), stop_after=6)
@@ -56,20 +58,20 @@ def test_a_run_extended_before_its_rate_falls_is_the_longer_run(tmp_path: Path, 
     assert_same_run(straight, resumed, 24)
 
 
-def test_a_complete_run_goes_on_with_the_longer_schedule(tmp_path: Path, text: Path) -> None:
+def test_a_complete_run_continues_with_the_longer_schedule(tmp_path: Path, text: Path) -> None:
     longer, folder = tmp_path / "longer", tmp_path / "run"
     whole = losses(make_steps(new_run(longer, text, "bigram", "schedule.steps=24")))
     first = losses(make_steps(new_run(folder, text, "bigram")))
-    assert first[:3] == whole[:3]  # the same schedule: the warmup, and the first of the peak
+    assert first[:3] == whole[:3]  # the same schedule: the warmup, and the first step at the peak
     assert first != whole[:12]
-    twin = tmp_path / "twin"
-    shutil.copytree(folder, twin)
+    duplicate = tmp_path / "duplicate"
+    shutil.copytree(folder, duplicate)
     make_steps(new_run(folder, text, "bigram", "schedule.steps=24"))
-    make_steps(new_run(twin, text, "bigram", "schedule.steps=24"), stop_after=17)
-    again = new_run(twin, text, "bigram", "schedule.steps=24")
+    make_steps(new_run(duplicate, text, "bigram", "schedule.steps=24"), stop_after=17)
+    again = new_run(duplicate, text, "bigram", "schedule.steps=24")
     assert (again.progress.step, again.extended) == (17, "")
     make_steps(again)
-    assert_same_run(folder, twin, 24)
+    assert_same_run(folder, duplicate, 24)
 
 
 def test_a_run_is_neither_shortened_nor_otherwise_changed(tmp_path: Path, text: Path) -> None:
@@ -102,7 +104,7 @@ def test_fewer_steps_than_the_presets_warmup_shorten_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt", "bigram"])
-def test_a_run_begins_with_the_weights_and_tokenizer_of_a_model(
+def test_a_run_starts_with_the_weights_and_tokenizer_of_a_model(
     kind: str, tmp_path: Path, text: Path
 ) -> None:
     first = new_run(tmp_path / "first", text, kind)
@@ -127,14 +129,14 @@ def test_a_run_from_other_weights_is_resumed_exactly(tmp_path: Path, text: Path)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, "llama", EMA, begun))
     make_steps(new_run(resumed, text, "llama", EMA, begun), stop_after=7)
-    (first.folder / "model.safetensors").unlink()  # they were needed for the first step only
+    (first.folder / "model.safetensors").unlink()  # only needed for the first step
     make_steps(new_run(resumed, text, "llama", EMA, begun))
     assert_same_run(straight, resumed, 12)
     with pytest.raises(TrainingError, match=r"model\.init_from was '.*', is not set"):
         new_run(resumed, text, "llama", EMA, f"data.tokenizer={first.folder}")
 
 
-def test_every_difference_from_the_other_model_is_named(tmp_path: Path, text: Path) -> None:
+def test_errors_name_every_difference_from_the_other_model(tmp_path: Path, text: Path) -> None:
     first = new_run(tmp_path / "first", text, "llama")
     make_steps(first, stop_after=1)
     begun = f"model.init_from={first.folder}"
@@ -156,13 +158,13 @@ def test_every_difference_from_the_other_model_is_named(tmp_path: Path, text: Pa
 
 
 def test_a_model_with_more_rows_than_tokens(tmp_path: Path, text: Path) -> None:
-    """As in files whose vocabulary was padded; rows without a token are never drawn."""
+    """As in files with a padded vocabulary; rows without a token are never sampled."""
     with pytest.raises(ConfigError, match="vocab_size: 20, but the tokenizer has "):
         new_run(tmp_path / "few", text, "gpt", "model.vocab_size=20")
     padded = "model.vocab_size=90"
     first = new_run(tmp_path / "first", text, "llama", padded, "run.sample_tokens=40")
     make_steps(first, stop_after=2)
-    with torch.no_grad():  # whatever comes before, one of two rows is by far the likeliest
+    with torch.no_grad():  # for any text one of two rows is by far the most likely
         first.model.tok_embeddings.weight[-2:] = torch.randn(first.model.config.dim) * HUGE
     ids = first.data.tokenizer.encode(sample_text(first))
     assert len(ids) >= 40
@@ -185,7 +187,7 @@ def test_a_llamas_context_may_be_another(tmp_path: Path, text: Path) -> None:
 
 
 def test_interleaved_rows_are_reordered_to_halves() -> None:
-    """Rotated each in its own layout, the same weights give the same scores of queries and keys."""
+    """With each layout's rotation, the same weights give the same scores of queries and keys."""
     config = LlamaConfig(dim=24, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=8,
                          vocab_size=5, max_seq_len=9, norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
     generator = torch.Generator().manual_seed(1)
@@ -228,12 +230,12 @@ def test_the_presets_are_llama_3_in_shape(name: str) -> None:
 
 
 def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> None:
-    """The preset's own model but for its depth, trained for some steps."""
+    """The preset's model with fewer layers, trained for some steps."""
     from transformers import AutoModelForCausalLM
 
     more = ["model.n_layers=2", "data.context=64", "data.batch=4", "schedule.steps=4"]
     settings = load_settings(PRESET["llama"], [f"data.corpus={text}", *more])
-    from glassllama.train.data import open_data
+    from glassllama.train.corpus import open_data
 
     run = prepare(settings, open_data(settings.data, tmp_path), tmp_path)
     make_steps(run)
@@ -251,7 +253,7 @@ def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> N
 
 
 def test_old_runs_with_qk_norm_are_read_and_resumed(tmp_path: Path, text: Path) -> None:
-    """A state.json as the previous version wrote it: no `model.init_from`, bfloat16, QK-norm."""
+    """A state.json of the previous version: no `model.init_from`, bfloat16, QK-norm."""
     more = ("model.qk_norm=true", "model.n_kv_heads=4", "run.precision=bfloat16")
     run = new_run(tmp_path / "run", text, "llama", *more)
     make_steps(run, stop_after=4)
@@ -262,9 +264,9 @@ def test_old_runs_with_qk_norm_are_read_and_resumed(tmp_path: Path, text: Path) 
 
 
 def test_a_run_of_an_older_version_is_extended(tmp_path: Path, monkeypatch: Any) -> None:
-    """tests/train/old_run has the old names in its settings and its state, and was complete."""
+    """tests/train/old_run is a complete run with the old names in its settings and state."""
     folder = shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "run")
-    monkeypatch.chdir(folder)  # its settings name text.txt
+    monkeypatch.chdir(folder)  # its settings refer to text.txt
     settings = load_settings("settings.toml", ["schedule.steps=6"])
     train(settings, folder=folder, resume=True)
     assert [metrics.step for metrics in read_log(folder)] == [1, 2, 3, 4, 5, 6]

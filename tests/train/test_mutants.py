@@ -1,4 +1,4 @@
-"""Settings, states and logs with values that cannot be: one clean error each, or right."""
+"""Settings, states and logs with invalid values: a clean error, or a correct result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from glassllama.base.errors import GlassError
 from glassllama.train.checkpoint import read_state
 from glassllama.train.metrics import read_log
-from glassllama.train.model_factory import planned_parameters
+from glassllama.train.model import planned_parameters
 from glassllama.train.settings import PRESETS, from_tables, load_settings, parse, preset_names
 from glassllama.train.tokens import open_tokens
 from train.recipes import make_steps, new_run, write_text
@@ -35,7 +35,7 @@ SECONDS, BYTES = 1.0, 64_000_000
 
 
 def mutants(values: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
-    """Copies with one to three fields, at any depth, replaced, removed, or under another name."""
+    """Copies with one to three fields, at any depth, replaced, removed, or renamed."""
     chance = random.Random(seed)
     for _ in range(MUTANTS):
         copy = json.loads(json.dumps(values))
@@ -59,7 +59,7 @@ def mutants(values: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
 
 
 def clean(check: Any) -> bool:
-    """Whether it was refused, in one short line; in time, and without much memory."""
+    """Whether it was refused with a short line, within limits on time and memory."""
     tracemalloc.reset_peak()
     before, start = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
@@ -80,7 +80,7 @@ def clean(check: Any) -> bool:
 def traced() -> Iterator[None]:
     planned_parameters(
         load_settings("llama-shakespeare-bpe"), vocab_size=69
-    )  # what PyTorch imports when asked
+    )  # modules that PyTorch imports when they are first used
     tracemalloc.start()
     yield
     tracemalloc.stop()
@@ -88,7 +88,7 @@ def traced() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["llama-shakespeare-bpe", "gpt-tinyshakespeare-cpu"])
 def test_settings(name: str, traced: None) -> None:
-    """Types, then what a model of these sizes would need: nothing is made of claimed numbers."""
+    """Types, then the memory of a model with these sizes: nothing is allocated by claimed sizes."""
     tables = tomllib.loads((PRESETS / f"{name}.toml").read_text())
     tables["run"].setdefault("device", "cpu")
 
@@ -128,7 +128,7 @@ def test_states(checkpoint: Path, traced: None) -> None:
     for mutant in mutants(json.loads(path.read_text()), 2):
         path.write_text(json.dumps(mutant), encoding="utf-8")
         refused += clean(lambda: read_state(checkpoint))
-    assert refused > MUTANTS / 6  # another identity is compared later
+    assert refused > MUTANTS / 6  # the identity is compared later
 
 
 def test_logs_and_sidecars(checkpoint: Path, traced: None) -> None:
@@ -141,7 +141,7 @@ def test_logs_and_sidecars(checkpoint: Path, traced: None) -> None:
         refused[0] += clean(lambda: read_log(folder))
     for mutant in mutants(about, 4):
         sidecar.write_text(json.dumps(mutant), encoding="utf-8")
-        refused[1] += clean(lambda: open_tokens(sidecar.with_suffix(".bin"), verify=False))
+        refused[1] += clean(lambda: open_tokens(sidecar.with_suffix(".bin")))
     assert min(refused) > MUTANTS / 3
 
 

@@ -1,4 +1,4 @@
-"""Muon, AdamW, averaged weights and the loss, each against a plain statement of the same."""
+"""Muon, AdamW, EMA weights and the loss, each against a plain implementation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glassllama.train.evaluate import summed_loss
+from glassllama.train.loop import summed_loss
 from glassllama.train.optimizers import EMA, STATE, AdamW, Muon, Optimizers, orthogonalize
 from glassllama.train.settings import OptimizerSettings
 from tolerances import CONDITION, assert_logits, difference, unit
@@ -18,7 +18,7 @@ from train.recipes import small_llama
 # --- Muon -----------------------------------------------------------------------------------
 
 
-def test_orthogonalised_matrices_have_the_directions_of_the_svd() -> None:
+def test_orthogonalized_matrices_have_the_directions_of_the_svd() -> None:
     gradients = torch.randn(5, 24, 40, generator=torch.Generator().manual_seed(1))
     u, s, vt = torch.linalg.svd(orthogonalize(gradients), full_matrices=False)
     exact_u, _, exact_vt = torch.linalg.svd(gradients, full_matrices=False)
@@ -29,7 +29,7 @@ def test_orthogonalised_matrices_have_the_directions_of_the_svd() -> None:
 
 
 def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
-    """The oracle takes one matrix at a time, in float64, as the papers write it."""
+    """The reference computes one matrix at a time in float64, as in the papers."""
     generator = torch.Generator().manual_seed(2)
     shapes = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "tall too": (10, 6)}
     named = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
@@ -56,9 +56,9 @@ def test_a_step_of_muon_is_the_published_rule_matrix_by_matrix() -> None:
         assert float((parameter.detach() - expected[name]).abs().max()) < bound, name
 
 
-def test_adamw_is_pytorchs() -> None:
-    """Weights, means and squares of some steps, with and without decay, by PyTorch's own plain
-    loop; a parameter without a gradient is not changed, and starts when it has one."""
+def test_adamw_equals_pytorchs() -> None:
+    """Weights, means and squares of some steps, with and without decay, against PyTorch's own loop;
+    a parameter without a gradient is not changed, and starts when it has one."""
     torch.manual_seed(0)
     shapes, rate = [(7, 5), (11,), (3,)], 0.01
     ours, theirs = ([torch.nn.Parameter(torch.full(s, 0.5)) for s in shapes] for _ in range(2))
@@ -82,7 +82,7 @@ def test_adamw_is_pytorchs() -> None:
     assert float(mine.state[ours[2]]["step"]) == 4
 
 
-def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:
+def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest() -> None:
     model = small_llama()
     both = Optimizers(model, OptimizerSettings(kind="muon", lr=0.01, weight_decay=0.5))
     assert both.muon is not None
@@ -104,7 +104,7 @@ def test_muon_has_the_matrices_of_layers_and_adamw_the_rest() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest tensor that any operation makes, in numbers."""
+    """Records the largest tensor that any operation creates, in elements."""
 
     numbers = 0
 
@@ -116,7 +116,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_chunked_loss_equals_the_loss_and_never_has_all_logits() -> None:
+def test_chunked_loss_equals_the_loss_and_never_allocates_all_logits() -> None:
     vocabulary, positions = 1031, 96
     model = small_llama(vocabulary)
     targets = torch.randint(vocabulary, (4, 24))
@@ -148,7 +148,7 @@ def test_ema_is_the_mean_of_weights_and_is_swapped_in_temporarily() -> None:
         ema.update(step)
         share = min(0.9, step / (step + 9))
         mean = share * mean + (1 - share) * step
-    # A mean of decay 0.9 remembers the roundings of ten steps; three of each step, here and there.
+    # With decay 0.9 the roundings of ten steps add up; three per step, in both computations.
     assert difference(ema.means["weight"], mean) <= 2 * 3 * 10 * unit()
     with ema.in_place():
         assert torch.equal(layer.weight, ema.means["weight"])

@@ -1,4 +1,4 @@
-"""Preflight checks, each by planting its bug; errors while training; reference runs."""
+"""Preflight checks, each with its bug; errors while training; reference runs."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from glassllama.native.training import blocks
 from glassllama.nn import attention
 from glassllama.train import loop
 from glassllama.train import preflight as preflight_module
-from glassllama.train.batches import Batch, Batches, bytes_of_batch
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import complete_steps
-from glassllama.train.data import find_text, open_data
-from glassllama.train.metrics import LoggedMetrics, MetricsLog, read_log
-from glassllama.train.model_factory import as_module
-from glassllama.train.optimizers import AdamW
-from glassllama.train.preflight import check_targets, preflight
-from glassllama.train.reference_runs import (
+from glassllama.train.corpus import find_text, open_data
+from glassllama.train.metrics import (
     REFERENCE_RUNS,
+    LoggedMetrics,
     LossMonitor,
+    MetricsLog,
     ReferenceRuns,
-    make_reference,
     plot_loss,
+    read_log,
     reference_for,
 )
+from glassllama.train.optimizers import AdamW
+from glassllama.train.preflight import check_targets, preflight
 from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings, load_settings
-from glassllama.train.setup import prepare
+from glassllama.train.tokens import Batch, Batches, bytes_of_batch
 from train.recipes import make_steps, new_run, write_text
 
 STORED = sorted(
@@ -71,22 +71,22 @@ def fails(run: Run, *words: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_sound_run_passes_and_is_left_as_it_was(
+def test_a_correct_run_passes_and_is_not_changed(
     kind: str, precision: str, tmp_path: Path, text: Path
 ) -> None:
     run = new_run(tmp_path / "run", text, kind, f"run.precision={precision}", "data.context=32")
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     lines = list(preflight(run))
     topics = [line.partition(":")[0] for line in lines]
     assert topics == ["data", "targets", "future", "beginning", "learning", "this machine"]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.progress.step == 0
-    assert not run.optimizers.adamw.state
+    assert not any(state["step"] for state in run.optimizers.adamw.state.values())
 
 
-def test_a_text_that_repeats_its_characters_is_no_leak(tmp_path: Path, text: Path) -> None:
-    """Tied embeddings expect the same token again, as tables and indentation have it."""
+def test_a_text_of_repeated_characters_is_not_a_leak(tmp_path: Path, text: Path) -> None:
+    """Tied embeddings predict the same token again, which is right for tables and indentation."""
     repeated = tmp_path / "repeated.txt"
     repeated.write_text("".join(8 * character for character in text.read_text()[:3000]))
     run = new_run(tmp_path / "run", repeated, "llama", "model.dim=120", "model.tie_embeddings=true")
@@ -108,7 +108,7 @@ class ShiftedBatches(Batches):
 
 
 def test_targets_shifted_by_two(run: Run) -> None:
-    """The bug of a published tutorial: its model learns to skip every other letter."""
+    """A bug of a published tutorial: its model learns to skip every other character."""
     wrong = ShiftedBatches(run.batches.tokens, 16, 6, 1)
     fails(replace(run, batches=wrong), "targets", "shifted by 2, not by 1", "skip 1 of 2 tokens")
 
@@ -153,24 +153,24 @@ def test_initial_weights_too_large(run: Run) -> None:
     fails(run, "beginning", "the initial weights are too large")
 
 
-def test_a_model_that_knows_the_answers(run: Run, monkeypatch: Any) -> None:
+def test_an_initial_loss_that_is_too_low(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(preflight_module, "mean_loss", lambda *_: torch.tensor(0.5))
     fails(run, "beginning", "knows the answers already")
 
 
 @pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "layers.0.ffn_norm.weight"])
 def test_a_frozen_parameter(run: Run, name: str) -> None:
-    as_module(run.model).get_parameter(name).requires_grad_(False)
+    run.model.get_parameter(name).requires_grad_(False)
     fails(run, "learning", name, "did not move: frozen")
 
 
-def test_weights_that_do_not_move(run: Run, monkeypatch: Any) -> None:
+def test_weights_that_do_not_change(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(AdamW, "step", lambda self: None)
     fails(run, "learning", "did not move")
 
 
 def test_a_loss_that_does_not_fall(run: Run, monkeypatch: Any) -> None:
-    """Steps uphill, as with the sign of the loss wrong."""
+    """Gradient ascent, as with the wrong sign of the loss."""
     original = AdamW.step
 
     def uphill(self: Any) -> Any:
@@ -183,7 +183,7 @@ def test_a_loss_that_does_not_fall(run: Run, monkeypatch: Any) -> None:
     fails(run, "learning", "gradients do not reach the weights as they should")
 
 
-def test_text_that_is_one_character(tmp_path: Path) -> None:
+def test_a_text_of_one_repeated_character(tmp_path: Path) -> None:
     path = tmp_path / "aaa.txt"
     path.write_text("a" * 3000)
     fails(new_run(tmp_path / "run", path), "data", "one token over and over")
@@ -195,15 +195,15 @@ def test_validation_text_in_the_training_text(tmp_path: Path, romeo_and_juliet: 
     fails(new_run(tmp_path / "run", path), "is in the training text too")
 
 
-def test_a_run_that_does_not_fit_is_refused_before_it_is_tried(run: Run, monkeypatch: Any) -> None:
+def test_a_run_that_does_not_fit_into_memory_is_refused_first(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 100_000)
-    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was run"))
     with pytest.raises(MemoryShortError, match=r"raise run\.accumulate, or lower data\.batch"):
         list(preflight(run))
 
 
-def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
-    """Twice the rows keep twice as much, weights apart; parts keep a part."""
+def test_the_memory_estimate_counts_stored_activations(tmp_path: Path, text: Path) -> None:
+    """Twice as many rows store twice as much, except for weights; parts store a part."""
     sizes = {}
     for rows, parts in ((6, 1), (12, 1), (12, 2)):
         more = (f"data.batch={rows}", f"run.accumulate={parts}", "run.loss_chunk=1")
@@ -212,7 +212,7 @@ def test_memory_counts_what_a_step_keeps(tmp_path: Path, text: Path) -> None:
     row = (sizes[12, 1] - sizes[6, 1]) / 6
     corpus = run.data.train
     assert sizes[12, 2] - sizes[6, 1] == bytes_of_batch(corpus, 6, 16)  # of the batch itself
-    assert 16 * 24 * 4 * 10 < row < 16 * 24 * 4 * 200  # some tens of (T, C) tensors a layer
+    assert 16 * 24 * 4 * 10 < row < 16 * 24 * 4 * 200  # some tens of (T, C) tensors per layer
 
 
 PEAK = """
@@ -221,7 +221,7 @@ from pathlib import Path
 from glassllama.train import loop, preflight
 from train.recipes import new_run
 
-def memory(kind):  # getrusage's peak begins with that of the process which started this one
+def memory(kind):  # getrusage's peak includes that of the parent process
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(kind + r":\\s+(\\d+)", status)[1])
 
@@ -229,10 +229,10 @@ folder, text, kind, *sizes = sys.argv[1:]
 large = ("data.context=64", "run.precision=float32", *sizes)
 run = new_run(Path(folder) / "run", Path(text), kind, *large)
 counted = preflight.require_step_fits(run)
-in_pieces = "run.loss_chunk=10"  # as the large one: PyTorch imports more for that
+in_pieces = "run.loss_chunk=10"  # like the large one: PyTorch imports more modules for it
 loop.train_step(new_run(Path(folder) / "small", Path(text), kind, in_pieces))
-ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD: what is freed goes back to the system
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of compiling perhaps, is forgotten
+ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD: freed memory is returned to the system
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which may be of compiling
 before = memory("VmRSS")
 loop.train_step(run)
 print(counted, memory("VmHWM") - before)
@@ -248,13 +248,13 @@ print(counted, memory("VmHWM") - before)
         ("gpt", ["data.batch=500", "model.n_layers=8"]),
     ],
 )
-def test_memory_is_what_a_step_takes(
+def test_the_memory_estimate_equals_the_peak_of_a_step(
     kind: str, sizes: list[str], tmp_path: Path, text: Path
 ) -> None:
-    """Measured in a process of its own: what a step adds to it at its peak.
+    """Measured in a new process: the increase of the peak during a step.
 
-    Not less than that, and at most a seventh for the heap and an eighth for a layer's gradients
-    more, each of which may not be there at the peak, and a tenth for what is rounded up.
+    The estimate is not below it and at most a seventh (for the heap), an eighth (for a layer's
+    gradients), which may not exist at the peak, and a tenth (for rounding up) above.
     """
     counted, taken = map(int, run_script(PEAK, tmp_path, text, kind, *sizes).split())
     assert taken > 1e8
@@ -266,12 +266,12 @@ def test_memory_is_what_a_step_takes(
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", ["llama", "gpt"])
-def test_numbers_that_are_not_finite_stop_before_the_weights_move(
+def test_non_finite_numbers_stop_a_run_before_the_weights_change(
     where: str, kind: str, tmp_path: Path, text: Path, monkeypatch: Any
 ) -> None:
     run = new_run(tmp_path / "run", text, kind)
     make_steps(run, stop_after=5)
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     original = loop.loss_and_gradients
 
     def broken(run: Run, batch: Batch) -> float:
@@ -291,10 +291,10 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
     assert "gradient norm" in words
     assert "at learning rate 0.0" in words
     assert list(complete_steps(run.checkpoints)) == [4, 5]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
     assert [r.step for r in read_log(run.folder)] == list(range(1, 7))
-    assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was made
+    assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was completed
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_numbers_that_are_not_finite_stop_before_the_weights_move(
         ("latin.txt", b"caf\xe9 " * 1000, "byte 3 is not UTF-8"),
     ],
 )
-def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_errors_name_invalid_text(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(GlassError) as error:
@@ -315,20 +315,25 @@ def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, words: str
     assert name in str(error.value)
 
 
-def test_without_a_network_the_error_says_what_works(monkeypatch: Any, tmp_path: Path) -> None:
+def test_without_a_network_the_error_suggests_what_to_do(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path / "empty"))
     settings = DataSettings(corpus="tinyshakespeare", context=8, batch=2)
     with pytest.raises(DownloadError) as error:
         open_data(settings, tmp_path, offline=True)
     assert "--data FILE" in str(error.value)
     assert "llama-shakespeare-bpe" in str(error.value)
-    assert find_text("some/file.txt") == Path("some/file.txt")
+    assert find_text("some/file.txt", offline=True) == Path("some/file.txt")
 
 
 # --- reference runs -------------------------------------------------------------------------
 
 
-def test_normal_runs_are_inside_the_reference_and_others_get_a_warning() -> None:
+def test_runs_outside_the_reference_get_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from train_reference_runs import make_reference
+
     chance = np.random.default_rng(4)
     falling = 4.0 * np.exp(-np.arange(100) / 40)
 
@@ -338,21 +343,21 @@ def test_normal_runs_are_inside_the_reference_and_others_get_a_warning() -> None
     reference = make_reference([25, 50, 75, 100], [losses() for _ in range(3)])
     assert reference.seeds == 3
 
-    def heard(values: Any) -> list[str]:
+    def warnings_of(values: Any) -> list[str]:
         monitor = LossMonitor(reference)
-        return [said for n, x in enumerate(values, 1) if (said := monitor.check_loss(n, x))]
+        return [warnings for n, x in enumerate(values, 1) if (warnings := monitor.check_loss(n, x))]
 
-    assert heard(losses()) == []
-    (slow,) = heard(np.maximum(losses(), 3.5))
+    assert warnings_of(losses()) == []
+    (slow,) = warnings_of(np.maximum(losses(), 3.5))
     assert slow.startswith("step 25: loss 3.5")
     assert "slow from the beginning" in slow
-    (late,) = heard([*falling[:60], *falling[60:] + 1])
+    (late,) = warnings_of([*falling[:60], *falling[60:] + 1])
     assert late.startswith("step 75")
     assert "fell behind" in late
-    (good,) = heard(falling * 0.8)
+    (good,) = warnings_of(falling * 0.8)
     assert "sees what it is to predict" in good
     resumed = LossMonitor(reference, first_step=40)
-    assert resumed.check_loss(50, 9.0) is None  # half a block says nothing
+    assert resumed.check_loss(50, 9.0) is None  # half a block is not compared
 
 
 def test_a_reference_is_for_the_presets_own_settings_only() -> None:
@@ -363,7 +368,7 @@ def test_a_reference_is_for_the_presets_own_settings_only() -> None:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_stored_references_fit_the_presets(name: str) -> None:
+def test_stored_references_belong_to_the_presets(name: str) -> None:
     settings = load_settings(name)
     reference = reference_for(settings)
     assert reference is not None, "the preset was changed: run benchmarks/train_reference_runs.py"
@@ -377,8 +382,8 @@ def test_stored_references_fit_the_presets(name: str) -> None:
 def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
     tmp_path: Path, tinyshakespeare: Path
 ) -> None:
-    """The bigram preset as it stands, with a seed that its reference was not made of."""
-    heard = {}
+    """The bigram preset unchanged, with a seed that is not in its reference."""
+    warnings_of = {}
     for rate in (0.1, 0.02):
         settings = load_settings("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
         optimizer = replace(settings.optimizer, lr=rate)
@@ -387,11 +392,11 @@ def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
         data = open_data(settings.data, folder)
         records = make_steps(prepare(replace(settings, optimizer=optimizer), data, folder))
         monitor = LossMonitor(reference_for(settings))  # type: ignore[arg-type]
-        said = [monitor.check_loss(record.step, record.loss) for record in records]
-        heard[rate] = [line for line in said if line]
-    assert heard[0.1] == []
-    assert len(heard[0.02]) == 1
-    assert "slow from the beginning" in heard[0.02][0]
+        warnings = [monitor.check_loss(record.step, record.loss) for record in records]
+        warnings_of[rate] = [line for line in warnings if line]
+    assert warnings_of[0.1] == []
+    assert len(warnings_of[0.02]) == 1
+    assert "slow from the beginning" in warnings_of[0.02][0]
 
 
 # --- plots ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A resumed run equals one that was not interrupted: weights, optimizer, losses, bit for bit."""
+"""A resumed run is bit-identical to an uninterrupted one: weights, optimizer, losses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
+from glassllama.train.api import lock_run_dir, require_free
 from glassllama.train.checkpoint import complete_steps
 from glassllama.train.metrics import MetricsLog, read_log
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import lock_run_dir, require_free
-from tolerances import assert_logits, logits_bar, loss_bar, muon_bar
+from tolerances import assert_logits, logits_tolerance, loss_tolerance, muon_tolerance
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 
 STEPS = 12
@@ -55,9 +55,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_equals_one_that_was_not_stopped(
-    way: str, tmp_path: Path, text: Path
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(way: str, tmp_path: Path, text: Path) -> None:
     kind, *more = WAYS[way]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     make_steps(new_run(straight, text, kind, *more))
@@ -72,7 +70,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
 
 
 def test_steps_after_the_last_checkpoint_are_repeated(tmp_path: Path, text: Path) -> None:
-    """What kill -9 leaves: a log that is ahead of the checkpoint, its last line cut."""
+    """After kill -9: the log is ahead of the checkpoint, its last line is incomplete."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     make_steps(new_run(straight, text))
     make_steps(new_run(killed, text), stop_after=6)
@@ -84,25 +82,25 @@ def test_steps_after_the_last_checkpoint_are_repeated(tmp_path: Path, text: Path
     assert (killed / "log.csv").read_text().count("\n") == STEPS + 1
 
 
-def test_microbatches_together_are_the_batch(tmp_path: Path, text: Path) -> None:
+def test_microbatches_give_the_gradients_of_the_batch(tmp_path: Path, text: Path) -> None:
     one = new_run(tmp_path / "whole", text, "llama", "run.precision=float32")
     other = new_run(tmp_path / "parts", text, "llama", "run.precision=float32", "run.accumulate=3")
     whole, parts, config = make_steps(one), make_steps(other), one.model.config
-    assert parts[0].loss == pytest.approx(whole[0].loss, rel=loss_bar(config, steps=1))
+    assert parts[0].loss == pytest.approx(whole[0].loss, rel=loss_tolerance(config, steps=1))
     assert parts[0].grad_norm == pytest.approx(
-        whole[0].grad_norm, rel=logits_bar(config, layers=2 * config.n_layers)
+        whole[0].grad_norm, rel=logits_tolerance(config, layers=2 * config.n_layers)
     )
-    later = muon_bar(config, steps=len(whole))
+    later = muon_tolerance(config, steps=len(whole))
     assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], rel=later)
 
 
-def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
+def test_another_seed_gives_other_results(tmp_path: Path, text: Path) -> None:
     one = make_steps(new_run(tmp_path / "one", text))
     two = make_steps(new_run(tmp_path / "two", text, "llama", "run.seed=2"))
     assert [r.loss for r in one] != [r.loss for r in two]
 
 
-def test_long_names_in_errors_are_cut(tmp_path: Path, text: Path) -> None:
+def test_long_names_are_shortened_in_errors(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
     (path,) = folder.rglob("state.json")
@@ -131,7 +129,7 @@ def test_reporting_settings_may_change(tmp_path: Path, text: Path) -> None:
     assert make_steps(run)[-1].step == STEPS
 
 
-def test_a_folder_is_for_one_run_and_one_process(tmp_path: Path, text: Path) -> None:
+def test_a_folder_is_locked_for_one_run_and_one_process(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
     settings = load_settings(PRESET["llama"], changes("llama", text))
@@ -152,7 +150,7 @@ def test_a_folder_is_for_one_run_and_one_process(tmp_path: Path, text: Path) -> 
         pass
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
+def test_errors_name_a_damaged_checkpoint(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "run"
     make_steps(new_run(folder, text), stop_after=4)
     checkpoint = folder / "checkpoints" / "step-000004"
@@ -175,7 +173,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, text: Path) -> None:
 # --- what a run leaves behind ---------------------------------------------------------------
 
 
-def test_the_last_and_the_best_checkpoints_stay_and_the_best_is_the_model(
+def test_the_last_and_the_best_checkpoints_are_kept_and_the_best_is_the_model(
     tmp_path: Path, text: Path
 ) -> None:
     run = new_run(tmp_path / "run", text, "llama", "run.eval_every=1", "run.save_every=1")

@@ -1,4 +1,4 @@
-"""Presets, TOML files and --set: what is wrong is named, what is right survives a round trip."""
+"""Presets, TOML files and --set: errors name what is wrong; settings survive a round trip."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from glassllama.base.errors import ConfigError
-from glassllama.train.model_factory import count_parameters, make_model
+from glassllama.train.model import count_parameters, make_model
 from glassllama.train.optimizers import lr_factor
 from glassllama.train.settings import ScheduleSettings, load_settings, preset_names, to_toml
 
-NANOGPT_CPU_PARAMETERS = 804_096  # as its own code counts them, positions included: 4·196,608 + …
+NANOGPT_CPU_PARAMETERS = 804_096  # counted like nanoGPT's code, with positions: 4·196,608 + …
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_builds_and_survives_being_written(name: str, tmp_path: Path) -> None:
+def test_every_preset_builds_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     settings = load_settings(name)
     file = tmp_path / "again.toml"
     file.write_text(to_toml(settings), encoding="utf-8")
@@ -26,7 +26,7 @@ def test_every_preset_builds_and_survives_being_written(name: str, tmp_path: Pat
     assert count_parameters(make_model(here, vocab_size=69)) > 0
 
 
-def test_presets_are_as_large_as_they_say() -> None:
+def test_presets_have_the_stated_number_of_parameters() -> None:
     ours = count_parameters(make_model(load_settings("llama-tinyshakespeare-cpu"), vocab_size=69))
     gpt = count_parameters(make_model(load_settings("gpt-tinyshakespeare-cpu"), vocab_size=65))
     assert ours <= 810_000
@@ -79,7 +79,7 @@ def test_presets_are_as_large_as_they_say() -> None:
         ("data.tokenizer=bpe:many", "data.tokenizer must be bpe:N"),
     ],
 )
-def test_a_bad_setting_is_named(change: str, words: str) -> None:
+def test_errors_name_an_invalid_setting(change: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_settings("llama-tinyshakespeare-cpu", ["data.batch=32", change])
     assert words in str(error.value)
@@ -104,14 +104,14 @@ def test_a_bad_setting_is_named(change: str, words: str) -> None:
         ("model.dim=1000000000", "model.dim must be a whole number in [1, 1048576]"),
     ],
 )
-def test_a_bad_size_is_named(change: str, words: str) -> None:
+def test_errors_name_an_invalid_size(change: str, words: str) -> None:
     settings = load_settings("llama-tinyshakespeare-cpu", ["model.n_heads=4", change])
     with pytest.raises(ConfigError) as error:
         make_model(settings, vocab_size=69)
     assert words in str(error.value)
 
 
-def test_files_that_are_no_settings(tmp_path: Path) -> None:
+def test_files_that_are_not_settings(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     for text, words in (
         ("[model", "not valid TOML"),
@@ -160,7 +160,7 @@ def test_settings_files_of_older_versions_are_read(tmp_path: Path) -> None:
         load_settings(str(file))
 
 
-def test_every_character_of_a_text_survives_being_written(tmp_path: Path) -> None:
+def test_every_character_of_a_text_survives_a_round_trip(tmp_path: Path) -> None:
     settings = load_settings("bigram-tinyshakespeare")
     prompt = "".join(map(chr, range(0x100))) + '\u2028😀\\"'
     settings = replace(settings, run=replace(settings.run, prompt=prompt))
@@ -169,7 +169,7 @@ def test_every_character_of_a_text_survives_being_written(tmp_path: Path) -> Non
     assert load_settings(str(file)).run.prompt == prompt
 
 
-def test_schedules_rise_stay_and_fall() -> None:
+def test_schedules_warm_up_stay_and_decay() -> None:
     wsd = ScheduleSettings(kind="wsd", steps=100, warmup=10, decay=0.5, min_lr_ratio=0.1)
     factors = [lr_factor(step, wsd) for step in range(100)]
     assert factors[0] == 0.1

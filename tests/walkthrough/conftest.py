@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 PROSE = pydoc_data.topics.topics["lambda"] + pydoc_data.topics.topics["with"]
 WRITERS = {"hf": write_hf, "meta": write_meta}
 IDS = [17, 3, 99, 3, 130, 0, 64]
-WITHOUT_A_CHECK = {0, 1}  # steps without a check if ids are given: there is no text
+WITHOUT_A_CHECK = {0, 1}  # steps without a check if ids are given and there is no text
 
 
 def random_llama(**changes: Any) -> Llama:
@@ -47,7 +47,7 @@ def random_llama(**changes: Any) -> Llama:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Several threads on cores that others use too wait for each other at every product."""
+    """Use one thread: threads that share busy cores wait for each other at every product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +60,7 @@ def llama() -> Llama:
 
 
 def write_checkpoint(family: str, folder: Path, **shape: Any) -> Path:
-    """A tiny random Llama by a foreign writer."""
+    """A tiny random Llama, written by another library."""
     model = hf_model(**{**META_SHAPE, **shape})
     if family == "gguf":
         return write_gguf(model, folder / "tiny.gguf")
@@ -138,7 +138,7 @@ def tiny_walk(tmp_path: Path) -> Iterator[Walkthrough]:
 
 
 def run_all_steps(walk: Walkthrough) -> list[Step]:
-    """Every step, and what must hold of each."""
+    """Run every step and check the properties that all steps have."""
     steps = [run_step(walk, number) for number in range(len(STEPS))]
     assert [step.number for step in steps] == list(range(18))
     assert len({step.name for step in steps}) == 18
@@ -156,7 +156,7 @@ def run_all_steps(walk: Walkthrough) -> list[Step]:
 
 
 def warned(step: Step) -> list[str]:
-    """The checks of a step that warn: as text, as an object and in the page they say so."""
+    """Assert that the checks of a step fail, in its text, in its object and in the page."""
     found = [check.what for check in step.checks if check.warns]
     text = render(step, Layout(200))
     flat = " ".join(text.split())

@@ -1,4 +1,4 @@
-"""docs/walkthrough.md prints what it shows, and docs/hooks.md is up to date."""
+"""The output shown in docs/walkthrough.md is correct, and docs/hooks.md is up to date."""
 
 from __future__ import annotations
 

@@ -61,7 +61,12 @@ def test_all_steps_without_biases(tmp_path: Path) -> None:
 def test_tensors_are_those_of_transformers(gpt2: Walkthrough) -> None:
     theirs = gpt2_model()(torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
     config = gpt2.config
-    names = ["embeddings", "layers.0", "layers.1", "norm"]  # theirs ends with the normalized one
+    names = [
+        "embeddings",
+        "layers.0",
+        "layers.1",
+        "norm",
+    ]  # the last one of transformers is normalized
     for layers, (name, expected) in enumerate(zip(names, theirs.hidden_states, strict=True)):
         assert_logits(gpt2.trace[name], expected, config, layers=max(layers, 1))
     for layer, expected in enumerate(theirs.attentions):
@@ -77,7 +82,7 @@ def test_every_hook_has_a_step(gpt2: Walkthrough) -> None:
     assert set(steps.values()) == {4, 5, 6, 9, 10, 11, 13}
 
 
-# The step whose check notices that this weight of the model differs from the file.
+# The step whose check detects that this weight of the model differs from the file.
 CHANGED = {
     "tok_embeddings.weight": 4, "pos_embeddings.weight": 4, "layers.1.attention_norm.bias": 5,
     "layers.1.attention.wq.weight": 6, "layers.1.attention.wv.bias": 6,
@@ -87,7 +92,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_a_changed_weight_is_noticed(name: str, gpt2: Walkthrough) -> None:
+def test_a_changed_weight_is_detected(name: str, gpt2: Walkthrough) -> None:
     weight = gpt2.model.get_parameter(name)
     row = IDS[-1] if name.startswith("tok") else len(IDS) - 1 if name.startswith("pos") else 0
     weight.view(-1)[row * weight.shape[-1] if weight.ndim == 2 else 0] *= 1.01
@@ -111,7 +116,7 @@ def test_mistakes(gpt2: Walkthrough) -> None:
     assert not run_step(gpt2, 13).checks[-1].warns
 
 
-def test_the_page_has_every_tensor(gpt2: Walkthrough) -> None:
+def test_the_html_page_contains_every_tensor(gpt2: Walkthrough) -> None:
     page = html_page(gpt2, to_json(gpt2, layers=[0, 1]))
     start = page.index('id="document">') + len('id="document">')
     document = json.loads(page[start : page.index("</script>", start)])
@@ -120,7 +125,9 @@ def test_the_page_has_every_tensor(gpt2: Walkthrough) -> None:
     assert "feed_forward.activated" in document["walk"]["layers"]["0"]
 
 
-def test_the_command_in_every_form(gpt2_folder: Path, verb: Verb, tmp_path: Path) -> None:
+def test_the_command_with_every_output_format(
+    gpt2_folder: Path, verb: Verb, tmp_path: Path
+) -> None:
     text = verb("walkthrough", "lambda forms", "-m", gpt2_folder, "--layer", 1)
     assert (text.code, text.err) == (0, "")
     assert "✓ layers.1.feed_forward.activated" in text.out

@@ -1,4 +1,4 @@
-"""The notebook, run by a kernel from first to last cell; and what it shows, as HTML."""
+"""The notebook, run by a kernel from the first to the last cell; and its HTML output."""
 
 from __future__ import annotations
 
@@ -42,22 +42,23 @@ def outputs(folder: Path) -> list[Any]:
 
 
 def shown(folder: Path) -> str:
-    """All HTML of the outputs."""
+    """All HTML in the outputs."""
     parts = [part for cell in outputs(folder) for part in cell]
     return "".join(part.data.get("text/html", "") for part in parts if "data" in part)
 
 
 @pytest.mark.docs
 @pytest.mark.usefixtures("default_model")
-def test_it_runs_on_the_default_model() -> None:
-    """Its results stay in build/notebooks, where `make notebooks` puts them, to be looked at."""
+def test_the_notebook_runs_on_the_default_model() -> None:
+    """Its output is kept in build/notebooks, like that of `make notebooks`, so that it can be
+    viewed."""
     done = made(BUILT)
     assert done.returncode == 0, done.stderr
     html = shown(BUILT)
     assert html.count('class="ok"') >= 2 * len(STEPS) + len(MISTAKES)
     assert html.count('<p class="ask">') >= len(STEPS) + len(MISTAKES)
     assert "France" in html
-    assert "␣Rome" in html  # step 12: the other country's vector was taken over
+    assert "␣Rome" in html  # step 12: the vector of the other country was patched in
     assert (BUILT / "llama_step_by_step.html").stat().st_size < 1_000_000
     kinds = {part.output_type for cell in outputs(BUILT) for part in cell}
     assert kinds == {"execute_result", "display_data", "stream"}
@@ -66,7 +67,9 @@ def test_it_runs_on_the_default_model() -> None:
 
 
 @pytest.mark.docs
-def test_it_runs_on_metas_files_with_one_path_changed(tmp_path: Path, llama3_ranks: Path) -> None:
+def test_the_notebook_runs_on_metas_files_with_one_path_changed(
+    tmp_path: Path, llama3_ranks: Path
+) -> None:
     model = hf_model(**{**META_SHAPE, "vocab_size": 128_256})
     path = write_meta(model, tmp_path / "meta")
     shutil.copy(llama3_ranks, path / "tokenizer.model")
@@ -77,8 +80,8 @@ def test_it_runs_on_metas_files_with_one_path_changed(tmp_path: Path, llama3_ran
 
 
 @pytest.mark.docs
-def test_a_failed_check_fails_it(tmp_path: Path, with_text: Path) -> None:
-    """The walk names the step where NaN appears first, and the notebook ends there."""
+def test_a_failed_check_stops_the_notebook(tmp_path: Path, with_text: Path) -> None:
+    """The error names the step in which NaN occurs first, and the notebook ends there."""
     path = shutil.copytree(with_text, tmp_path / "damaged")
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
@@ -90,8 +93,8 @@ def test_a_failed_check_fails_it(tmp_path: Path, with_text: Path) -> None:
     assert not (tmp_path / "llama_step_by_step.ipynb").exists()
 
 
-class Balanced(HTMLParser):
-    """Complains of a tag that is not closed, or closed by another."""
+class BalancedTags(HTMLParser):
+    """Fails on a tag that is not closed, or closed by another tag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ def test_html_of_every_step(tiny_walk: Walkthrough) -> None:
     things += [compare_with_mistake(tiny_walk, MISTAKES["scale"])]
     for thing in things:
         html = show(thing)._repr_html_()
-        parser = Balanced()
+        parser = BalancedTags()
         parser.feed(html)
         assert parser.open == []
         assert html.count("✓") == repr(show(thing)).count("✓")

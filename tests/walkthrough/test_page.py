@@ -1,7 +1,7 @@
 """The HTML page in a real browser: every step, its numbers compared with the trace.
 
 Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium; without them the
-tests of the page's behaviour are skipped, those of the file itself are not.
+tests of the page's behavior are skipped, but not those of the file itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from walkthrough.conftest import write_checkpoint
 
 LARGEST = 5_000_000  # bytes, of twelve tokens on the default model
 TWELVE_TOKENS = "The capital of France is Paris, and the capital of Japan"
-# What would run, or end the data, if any of it were ever taken for markup.
+# Would execute code, or end the data, if it were interpreted as markup.
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1><!--{{script}}&lt;"
 NO_BROWSER = "the page is tested with chromium, chromedriver and selenium"
 
@@ -63,7 +63,7 @@ def hostile_page(with_text: Path, folder: Path) -> Path:
     return path
 
 
-# As a click of the mouse would: in view first, and only if nothing else lies above its middle.
+# Like a mouse click: scrolled into view, and only if no other element covers its center.
 PRESS = """
 const button = document.querySelectorAll(arguments[0])[arguments[1]];
 button.scrollIntoView({block: 'nearest', inline: 'nearest'});
@@ -76,7 +76,7 @@ button.click();
 
 
 class Browser:
-    """Chromium without a window, and the little that the tests do with it."""
+    """Chromium without a window, and the operations that the tests use."""
 
     def __init__(self) -> None:
         from selenium.webdriver import Chrome, ChromeOptions
@@ -110,12 +110,12 @@ class Browser:
         return str(self.script("return document.querySelector(arguments[0]).textContent", selector))
 
     def texts(self, selector: str) -> list[str]:
-        """Of all that are there, as they are shown."""
+        """The displayed texts of all matching elements."""
         found = "[...document.querySelectorAll(arguments[0])]"
         return list(self.script(f"return {found}.map((node) => node.innerText)", selector))
 
     def press(self, selector: str, index: int = 0) -> None:
-        """Press a button by script: a third of the processor time of the driver's own click."""
+        """Click a button by script: a third of the processor time of the driver's own click."""
         self.script(PRESS, selector, index)
 
     def step(self, number: int) -> None:
@@ -127,14 +127,14 @@ class Browser:
         element.send_keys(*[getattr(Keys, name) for name in names])
 
     def slide(self, name: str, value: float) -> None:
-        """As a hand would: the value, and the event that follows it."""
+        """Like a user: set the value and send the event."""
         self.script(
             "const input = document.querySelector(`[data-slider='${arguments[0]}']`);"
             "input.value = arguments[1]; input.dispatchEvent(new Event('input'));", name, value,
         )  # fmt: skip
 
     def shown(self, hook: str) -> tuple[str, float]:
-        """What stands under a heat map: where, and which number."""
+        """The text under a heat map: position and number."""
         value = self.script(
             "return document.querySelector(`[data-map='${arguments[0]}']`)"
             ".closest('.picture').querySelector('.value').textContent", hook,
@@ -142,7 +142,7 @@ class Browser:
         where, number = value.rsplit(": ", 1)
         return where, float(number)
 
-    def complaints(self) -> list[str]:
+    def console_errors(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> set[str]:
@@ -163,12 +163,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, file: Path) -> Browser:
-    browser.complaints(), browser.requests()  # forget what other tests left
+    browser.console_errors(), browser.requests()  # remove what other tests have stored
     browser.open(file)
     return browser
 
 
-def test_size_and_policy_of_the_file(walk: Walkthrough, file: Path) -> None:
+def test_size_and_content_security_policy_of_the_file(walk: Walkthrough, file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(walk.ids) == 12
     assert file.stat().st_size <= LARGEST
@@ -199,7 +199,7 @@ def test_every_step_by_click(page: Browser, file: Path) -> None:
             assert f"✓ {check['what']}" in shown
         assert step["what_if"]["shows"] in shown
         assert all(numbers["name"] in shown for numbers in step["numbers"])
-    assert page.complaints() == []
+    assert page.console_errors() == []
     assert page.requests() == {file.as_uri()}
 
 
@@ -210,7 +210,7 @@ HOOKS = [
 ]  # fmt: skip
 
 
-def test_numbers_are_those_of_the_trace(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
+def test_numbers_equal_the_trace(page: Browser, walk: Walkthrough, recorded: Trace) -> None:
     """Read by keyboard: from the last token four up, and some channels to the right."""
     ends = {"input": "layers.2", "output": "layers.3", "norm": "norm"}
     for step, hook in HOOKS:
@@ -254,7 +254,7 @@ SETTINGS = [(1.0, 0, 1.0), (0.5, 0, 0.9), (2.0, 5, 1.0), (1.7, 40, 0.6)]
 
 
 def test_sliders_redraw_the_distribution(page: Browser, walk: Walkthrough) -> None:
-    """Against the whole vocabulary, sorted and cut here."""
+    """Compared with the whole vocabulary, sorted and filtered here."""
     page.step(14)
     for temperature, k, p in SETTINGS:
         for name, value in (("temperature", temperature), ("top-k", k), ("top-p", p)):
@@ -317,7 +317,7 @@ def test_by_keyboard_alone(page: Browser) -> None:
 
 
 def test_all_controls_have_accessible_names(page: Browser) -> None:
-    """In the tree that screen readers are given."""
+    """In the accessibility tree of screen readers."""
     wanted = {"button", "slider", "radio", "application", "img", "combobox"}
     for number in range(len(STEPS)):
         page.step(number)
@@ -328,7 +328,7 @@ def test_all_controls_have_accessible_names(page: Browser) -> None:
 
 
 def test_phone_dark_mode_and_reduced_motion(browser: Browser, file: Path) -> None:
-    """360 pixels without a scrollbar to the side; other colours in the dark; nothing moves."""
+    """360 pixels without horizontal scrolling; other colors in dark mode; no animations."""
     paper = []
     for scheme in ("light", "dark"):
         browser.open(file, width=360, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
@@ -339,12 +339,12 @@ def test_phone_dark_mode_and_reduced_motion(browser: Browser, file: Path) -> Non
         assert browser.one(".fill").value_of_css_property("transition-duration") in ("0s", "")
         paper.append(browser.one("body").value_of_css_property("background-color"))
     assert paper[0] != paper[1]
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
 
 
 CONTRAST = """
-const light = (colour) => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
+const light = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
     : ((c + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
@@ -356,8 +356,8 @@ return [...document.querySelectorAll('.tinted, .tinted *')].map((node) => {
 """
 
 
-def test_tinted_tokens_and_cells_can_be_read(browser: Browser, file: Path) -> None:
-    """Text on a tint has the contrast of WCAG 2, level AA, whatever the tint and the scheme."""
+def test_text_on_colored_tokens_and_cells_has_enough_contrast(browser: Browser, file: Path) -> None:
+    """WCAG 2, level AA, for every color and both color schemes."""
     for scheme in ("light", "dark"):
         browser.open(file, prefers_color_scheme=scheme)
         for number in (9, 12):
@@ -369,7 +369,7 @@ def test_tinted_tokens_and_cells_can_be_read(browser: Browser, file: Path) -> No
                 assert min(ratios) >= 4.5, (scheme, number, token)
 
 
-def test_steps_stand_in_the_order_of_their_numbers(browser: Browser, file: Path) -> None:
+def test_steps_are_in_the_order_of_their_numbers(browser: Browser, file: Path) -> None:
     for width in (360, 1200):
         browser.open(file, width=width)
         boxes = browser.script(
@@ -381,7 +381,9 @@ def test_steps_stand_in_the_order_of_their_numbers(browser: Browser, file: Path)
         assert [box[along] for box in boxes] == sorted(box[along] for box in boxes)
 
 
-def test_on_a_phone_the_map_is_one_line_that_shows_the_step(browser: Browser, file: Path) -> None:
+def test_on_a_phone_the_overview_is_one_line_with_the_current_step(
+    browser: Browser, file: Path
+) -> None:
     browser.open(file, width=390)
     for number in (0, 9, 17):
         browser.step(number)
@@ -406,27 +408,29 @@ def test_a_difference_beyond_rounding_is_a_warning(
     assert f"✓ {check['what']}:" not in browser.text("#step")
 
 
-def test_no_text_becomes_markup(browser: Browser, with_text: Path, tmp_path: Path) -> None:
+def test_texts_are_never_interpreted_as_markup(
+    browser: Browser, with_text: Path, tmp_path: Path
+) -> None:
     path = hostile_page(with_text, tmp_path)
     assert path.read_text(encoding="utf-8").count("</script>") == 2
-    browser.complaints(), browser.requests()
+    browser.console_errors(), browser.requests()
     browser.open(path)
     assert browser.text("#model") == HOSTILE
-    for number in range(len(STEPS) + 1):  # the mistake is the last
+    for number in range(len(STEPS) + 1):  # the mistake is the last one
         browser.step(number)
         assert browser.all("img, #step script") == []
     assert browser.text("#title").endswith(MISTAKES["scale"].title)
     assert browser.script("return window.hit ?? null") is None
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
     assert browser.requests() == {path.as_uri()}
 
 
-@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are kept"])
+@pytest.mark.parametrize("ids", [[5], [*range(70)]], ids=["one token", "more than are recorded"])
 def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)
     path.write_text(html_page(walk, to_json(walk)), encoding="utf-8")
-    browser.complaints()
+    browser.console_errors()
     browser.open(path)
     for number in range(len(STEPS)):
         browser.step(number)
@@ -434,7 +438,7 @@ def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[in
     browser.step(9)
     browser.slide("layer", 0)
     assert len(browser.all(".maps canvas")) == (walk.config.n_heads if len(ids) == 1 else 0)
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
 
 
 def test_the_command_writes_and_opens_the_page(
@@ -445,7 +449,9 @@ def test_the_command_writes_and_opens_the_page(
     script.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
     script.chmod(0o755)
     monkeypatch.setenv("BROWSER", f"{script} %s")
-    monkeypatch.setattr(webbrowser, "_tryorder", None)  # as in a new process: BROWSER is read
+    monkeypatch.setattr(
+        webbrowser, "_tryorder", None
+    )  # like in a new process: BROWSER is read again
     done = verb(
         "walkthrough", "lambda forms", "-m", with_text, "--html", path, "--open",
         "--layers", "all", "--step", 9, "--no-mask",
@@ -477,7 +483,7 @@ def test_errors_of_the_command(
     assert not Path("x.html").exists()
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(
+def test_a_page_that_cannot_be_written_does_not_change_the_old_one(
     verb: Verb, with_text: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "walk.html"

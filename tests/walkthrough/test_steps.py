@@ -1,4 +1,4 @@
-"""All eighteen steps on every kind of checkpoint, and that their checks can fail."""
+"""All eighteen steps with every kind of checkpoint; and their checks can fail."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_odd_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["to be, or not", "to bé 🙂"], ids=["known", "unknown"])
-def test_a_model_trained_here(text: str, tmp_path: Path) -> None:
-    """Of characters, with qk_norm: what `train` writes."""
+def test_a_model_trained_by_this_package(text: str, tmp_path: Path) -> None:
+    """A character model with qk_norm, as written by `train`."""
     tokenizer = CharTokenizer("to be, or not to be: that is the question")
     shape = {"vocab_size": tokenizer.vocab_size, "qk_norm": True}
     save_model(tmp_path, random_llama(**shape), tokenizer)
@@ -103,7 +103,9 @@ def test_a_model_trained_here(text: str, tmp_path: Path) -> None:
     assert f"becomes {tokenizer.unknown}" in steps[1].text
     assert [check.what for check in steps[1].checks] == ["ids, looked up manually"]
     lengths = walk.manual["attention.q_rope"][0].square().mean(-1)
-    assert ((lengths - 1).abs() < 1e-3).all()  # but for eps, beside squares of ordinary size
+    assert (
+        (lengths - 1).abs() < 1e-3
+    ).all()  # except for eps, which is small compared with the squares
 
 
 def test_a_bigram_is_refused_before_loading(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[5], [5, 5, 5], [n * 7 % 131 for n in range(80)]], ids=len)
-def test_any_length(ids: list[int], tmp_path: Path) -> None:
+def test_prompts_of_any_length(ids: list[int], tmp_path: Path) -> None:
     walk = open_walkthrough(write_checkpoint("gguf", tmp_path), ids)
     run_all_steps(walk)
     kept = len(walk.trace.matching("layers.*.attention.weights"))
@@ -131,7 +133,7 @@ def test_any_length(ids: list[int], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["scaled-8", "tied"])
-def test_layer_by_layer_from_the_file(variant: str, tmp_path: Path) -> None:
+def test_streamed_layers(variant: str, tmp_path: Path) -> None:
     path = write_checkpoint("meta", tmp_path, **VARIANTS[variant])
     walk = open_walkthrough(path, IDS, layer=1, stream_layers=True)
     run_all_steps(walk)
@@ -148,8 +150,8 @@ def test_a_text_with_a_byte_level_vocabulary(with_text: Path) -> None:
     assert steps[0].data["bytes"] == list((walk.prompt or "").encode())
     assert "".join(steps[0].data["pretokens"]) == walk.prompt
     merges = steps[1].data["merges"]
-    assert merges[0] == "␣ b l a n k s"  # of the word in which most is merged, its letters
-    for before, after in pairwise(merges):  # two neighbours became one
+    assert merges[0] == "␣ b l a n k s"  # the letters of the word with the most merges
+    for before, after in pairwise(merges):  # two neighbors were merged
         gaps = [at for at, character in enumerate(before) if character == " "]
         assert after in [before[:at] + before[at + 1 :] for at in gaps]
     assert len(merges) > 1
@@ -160,7 +162,7 @@ def test_a_text_with_a_sentencepiece_vocabulary(with_pieces: Path) -> None:
     walk = open_walkthrough(with_pieces, "with statements é 🙂")
     steps = run_all_steps(walk)
     assert steps[1].checks[0].what == "ids, decoded"
-    assert steps[1].data["merges"] == []  # SentencePiece's are not shown
+    assert steps[1].data["merges"] == []  # merges of SentencePiece are not shown
 
 
 def test_the_default_model(default_model: Path) -> None:
@@ -173,7 +175,9 @@ def test_the_default_model(default_model: Path) -> None:
     assert_logits(logits, walk.logits[0], walk.config)
     assert walk.tokenizer is not None
     assert walk.tokenizer.decode(walk.ids) == PROMPT
-    assert walk.piece(steps[13].data["top"][0]["id"]) == "1"  # a digit: 42 has two for this model
+    assert (
+        walk.piece(steps[13].data["top"][0]["id"]) == "1"
+    )  # a digit: 42 has two tokens in this model
     assert "135 million parameters" in steps[13].text
     assert "For Llama-3-8B the most probable token is 42" in steps[13].text
     assert steps[15].data["continuation"][0]["id"] == int(logits[-1].argmax())
@@ -182,7 +186,7 @@ def test_the_default_model(default_model: Path) -> None:
     walk.checkpoint.close()
 
 
-# Which step notices first that the model holds another number than the file.
+# The first step that detects that the model has another number than the file.
 PERTURBED = {
     "tok_embeddings": 4,
     "layers.1.attention_norm": 5,
@@ -198,7 +202,7 @@ PERTURBED = {
 
 
 @pytest.mark.parametrize("name", PERTURBED)
-def test_a_changed_weight_is_noticed(name: str, tiny_walk: Walkthrough) -> None:
+def test_a_changed_weight_is_detected(name: str, tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule(name).weight
     weight.view(-1)[IDS[-1] * 48 if name == "tok_embeddings" else 0] *= 1.01
     for number in range(3, PERTURBED[name]):
@@ -215,7 +219,7 @@ def test_shifted_rows_of_weights_are_an_error(name: str, tiny_walk: Walkthrough)
         run_step(tiny_walk, PERTURBED[name])
 
 
-def test_a_changed_file_is_noticed(tiny_walk: Walkthrough) -> None:
+def test_a_changed_file_is_detected(tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule("layers.1.attention.wq").weight
     weight[0, 0] += 1e-3
     with pytest.raises(StepMismatchError, match=r"step 2, weights file: .*first row"):
@@ -233,7 +237,7 @@ WRONG: dict[str, tuple[int, Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_changed_function_is_noticed(
+def test_a_changed_function_is_detected(
     name: str, tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number, wrong = WRONG[name]
@@ -244,7 +248,7 @@ def test_a_changed_function_is_noticed(
         run_step(tiny_walk, number)
 
 
-def test_the_wrong_rotation_is_noticed(
+def test_a_wrong_rotation_is_detected(
     tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swapped = {"half": manual_block.ROTATE["interleaved"]}
@@ -253,7 +257,7 @@ def test_the_wrong_rotation_is_noticed(
         run_step(tiny_walk, 8)
 
 
-def test_a_wrong_nucleus_is_noticed(
+def test_a_wrong_top_p_set_is_detected(
     tiny_walk: Walkthrough, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = output.nucleus_ids
@@ -262,7 +266,7 @@ def test_a_wrong_nucleus_is_noticed(
         run_step(tiny_walk, 14)
 
 
-def test_a_changed_cache_is_noticed(tiny_walk: Walkthrough) -> None:
+def test_a_changed_cache_is_detected(tiny_walk: Walkthrough) -> None:
     run_step(tiny_walk, 15)
     tiny_walk.cache.values[1, 0, 0, 2, 0] += 0.1
     assert warned(run_step(tiny_walk, 15))
@@ -273,7 +277,7 @@ def test_a_changed_cache_is_noticed(tiny_walk: Walkthrough) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_in_another_order_stay_within_the_rounding_bound(dtype: torch.dtype) -> None:
-    """Nine products of random matrices in a row, as in a layer, against float64."""
+    """Nine successive products of random matrices, as in a layer, against float64."""
     chance = torch.Generator().manual_seed(0)
     for size in (48, 1536):
         x = torch.randn(8, size, generator=chance)
@@ -287,7 +291,7 @@ def test_sums_in_another_order_stay_within_the_rounding_bound(dtype: torch.dtype
         assert 0 < check.relative <= check.allowed
 
 
-def test_a_small_difference_is_named_and_measured() -> None:
+def test_the_report_of_a_small_difference() -> None:
     a = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     sums = {"terms": 100, "depth": 2}  # 20 eps
     assert compare("x", a, a, **sums).error == 0
@@ -299,7 +303,7 @@ def test_a_small_difference_is_named_and_measured() -> None:
     assert small.result.startswith("warning: differs by 5.0e-06 of the largest")
     with pytest.raises(StepMismatchError, match=r"x: .* 0\.5, 0\.25 of the largest"):
         compare("x", a + torch.tensor([[0, 0.5], [0, 0]]), a, **sums)
-    with pytest.raises(StepMismatchError):  # a large row does not excuse a small one
+    with pytest.raises(StepMismatchError):  # a large row does not hide an error in a small one
         compare("x", a + torch.tensor([[0, 0], [0, 1e-6]]), a, **sums)
     with pytest.raises(StepMismatchError, match="nan"):
         compare("x", a * math.nan, a, **sums)
@@ -317,7 +321,7 @@ def test_a_small_difference_is_named_and_measured() -> None:
         ("norm", 13), ("output", 13),
     ],
 )  # fmt: skip
-def test_nan_is_found_where_it_begins(hook: str, number: int, tiny_walk: Walkthrough) -> None:
+def test_the_first_nan_is_located(hook: str, number: int, tiny_walk: Walkthrough) -> None:
     weight = tiny_walk.model.get_submodule(hook).weight
     weight.view(-1)[IDS[0] * 48 if hook == "tok_embeddings" else 0] = math.nan
     seen = "last_logits" if hook == "output" else hook
@@ -327,7 +331,7 @@ def test_nan_is_found_where_it_begins(hook: str, number: int, tiny_walk: Walkthr
     assert "\n" not in str(caught.value)
 
 
-def test_infinity_is_found_too(tiny_walk: Walkthrough) -> None:
+def test_infinity_is_located(tiny_walk: Walkthrough) -> None:
     tiny_walk.model.layers[1].feed_forward.gate.weight[0, 0] = math.inf
     with pytest.raises(DamagedWeightsError, match=r"step 11, .*layers\.1\.feed_forward\.gate"):
         run_step(tiny_walk, 13)
@@ -342,7 +346,7 @@ def test_every_hook_has_a_step(tiny_walk: Walkthrough) -> None:
     assert set(explained.values()) == {4, 5, 6, 8, 9, 10, 11, 13}
 
 
-def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
+def test_invalid_requests(tmp_path: Path, with_text: Path) -> None:
     path = write_checkpoint("hf", tmp_path / "a", max_position_embeddings=7)
     for prompt, options, expected in (
         ([], {}, "the prompt is empty"),
@@ -364,7 +368,7 @@ def test_bad_requests(tmp_path: Path, with_text: Path) -> None:
 
 
 def test_control_tokens_in_the_prompt(default_model: Path) -> None:
-    """Text, unless they are asked for: then pieces of their own, with one id each."""
+    """Encoded as text by default; on request as tokens with one id each."""
     prompt = "<|im_start|>user\nHi<|im_end|>"
     as_text = open_walkthrough(default_model, prompt)
     assert len(as_text.ids) > 10
@@ -378,7 +382,7 @@ def test_control_tokens_in_the_prompt(default_model: Path) -> None:
     assert "--specials --step 1" in step.command
 
 
-def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_unknown_architecture(tmp_path: Path) -> None:
     path = write_checkpoint("hf", tmp_path)
     written = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
@@ -400,7 +404,7 @@ def test_mistakes(name: str, tiny_walk: Walkthrough) -> None:
     assert all(cell_len(line) <= 80 for line in shown.splitlines())
 
 
-def test_source_lines_are_the_files(tiny_walk: Walkthrough) -> None:
+def test_source_lines_equal_the_files(tiny_walk: Walkthrough) -> None:
     for number in range(18):
         for found in run_step(tiny_walk, number).sources:
             text = (step_module.PACKAGE / found.file).read_text().splitlines()
@@ -432,8 +436,8 @@ def test_rows_are_padded_to_whole_blocks(kind: Any) -> None:
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 4.0])
 @pytest.mark.parametrize("size", [37, 50_000])
-def test_ties_at_the_border_of_top_p(spread: float, size: int) -> None:
-    """bfloat16 leaves few different logits: thousands of tokens may be equally likely."""
+def test_ties_at_the_boundary_of_top_p(spread: float, size: int) -> None:
+    """bfloat16 has few different logits: thousands of tokens may be equally likely."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
     for kept in (logits.bfloat16().float(), logits, torch.zeros(size)):
         scaled, theirs = output.softmax(kept, 0.6), output.sampler_probs(kept)

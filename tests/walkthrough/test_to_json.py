@@ -1,4 +1,4 @@
-"""The object of `--json`: fields, numbers, documentation; and the command as a user runs it."""
+"""The object of `--json`: fields, numbers, documentation; and the command in a new process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_fields_and_shapes(walk: Walkthrough, walked: dict[str, Any]) -> None:
     assert list(walked["layers"]) == ["0", "1"]
 
 
-def test_tensors_are_those_of_the_trace(walk: Walkthrough, walked: dict[str, Any]) -> None:
+def test_tensors_equal_the_trace(walk: Walkthrough, walked: dict[str, Any]) -> None:
     recorded = trace(walk.model, walk.ids)
     for number, layer in walked["layers"].items():
         for name, array in layer.items():
@@ -89,7 +89,7 @@ def test_tensors_are_those_of_the_trace(walk: Walkthrough, walked: dict[str, Any
 def test_probabilities_at_any_temperature_follow_from_the_object(
     walk: Walkthrough, walked: dict[str, Any], temperature: float
 ) -> None:
-    """With the listed logits and the sum of all others a page has the exact probabilities."""
+    """From the listed logits and the sum of all others a page computes exact probabilities."""
     listed = walked["probabilities"]
     assert len(listed["ids"]) == min(CANDIDATES, walk.config.vocab_size)
     assert listed["others"]["count"] == walk.config.vocab_size - len(listed["ids"])
@@ -104,7 +104,7 @@ def test_one_step_only(walk: Walkthrough) -> None:
     assert [step["number"] for step in to_json(walk, steps=[9])["steps"]] == [9]
 
 
-def test_mistakes_are_in_it(walk: Walkthrough, walked: dict[str, Any]) -> None:
+def test_mistakes_are_included(walk: Walkthrough, walked: dict[str, Any]) -> None:
     [done] = walked["mistakes"]
     assert done["name"] == "scale"
     assert done["wrong"]["weights"]["shape"] == [len(walk.ids)] * 2
@@ -112,7 +112,7 @@ def test_mistakes_are_in_it(walk: Walkthrough, walked: dict[str, Any]) -> None:
     assert len(done["divergence_bits"]) == len(walk.ids)
 
 
-def test_numbers_keep_four_digits() -> None:
+def test_numbers_have_four_significant_digits() -> None:
     values = {"a": torch.tensor([[1 / 3, 12345.678]]), "b": (1, "x", None, 2e-9 / 3)}
     assert plain(values) == {"a": [[0.3333, 12350.0]], "b": [1, "x", None, 6.667e-10]}
 
@@ -150,7 +150,7 @@ def test_the_command_in_a_new_process(with_text: Path) -> None:
         (["lambda", "--text", "--json"], 2, "not together with --text"),
     ],
 )
-def test_bad_input_at_the_command_line(
+def test_invalid_input_at_the_command_line(
     arguments: list[object], code: int, line: str, with_text: Path, verb: Any
 ) -> None:
     done = verb("walkthrough", *arguments, "-m", with_text)

@@ -27,14 +27,14 @@ from glassllama.walkthrough import (
     trace,
 )
 from glassllama.walkthrough.mistakes import MISTAKES, with_mistake
-from tolerances import assert_logits, difference, logits_bar, sum_bound
+from tolerances import assert_logits, difference, logits_tolerance, sum_bound
 from walkthrough.conftest import random_llama
 
 IDS, OTHER = [5, 9, 1, 33, 9, 0], [5, 9, 7, 33, 9, 12]
 
 
 def loops(model: Llama, ids: list[int]) -> dict[str, np.ndarray]:
-    """Layer 0 in float64, number by number: nothing of this package but the weights."""
+    """Layer 0 in float64 in plain loops, using nothing of this package but the weights."""
     c = model.config
     w = {name: p.double().numpy() for name, p in model.named_parameters()}
     x = w["tok_embeddings.weight"][ids]  # (T, C)
@@ -80,7 +80,7 @@ def loops(model: Llama, ids: list[int]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def test_recorded_tensors_are_what_the_formulas_say(llama: Llama) -> None:
+def test_recorded_tensors_equal_the_formulas(llama: Llama) -> None:
     recorded = trace(llama, IDS)
     assert_logits(recorded.logits, llama(torch.tensor([IDS])), llama.config)
     assert recorded.ids.tolist() == [IDS]
@@ -121,14 +121,14 @@ def test_a_traced_run_fills_a_cache(llama: Llama) -> None:
     assert_logits(recorded.logits, llama(torch.tensor([IDS]))[:, 4:], llama.config)
 
 
-def test_batches_are_traced_too(llama: Llama) -> None:
+def test_batches_are_traced(llama: Llama) -> None:
     recorded = trace(llama, torch.tensor([IDS, OTHER]), hooks=["layers.*.ffn_norm"])
     assert recorded["layers.1.ffn_norm"].shape == (2, 6, 48)
     alone = trace(llama, OTHER, hooks=["layers.*.ffn_norm"])
     assert_logits(recorded["layers.1.ffn_norm"][1:], alone["layers.1.ffn_norm"], llama.config)
 
 
-def test_an_ablated_head_is_a_head_without_columns_in_wo(llama: Llama) -> None:
+def test_ablating_a_head_equals_zero_columns_in_wo(llama: Llama) -> None:
     ablated = trace(llama, IDS, interventions=[ablate_head(1, 4)])
     assert not ablated["layers.1.attention.heads"][:, 4].any()
     other = random_llama()
@@ -143,7 +143,7 @@ def test_patching_all_positions_gives_the_logits_of_the_other_run(llama: Llama) 
     assert_logits(patched.logits, source.logits, llama.config)
 
 
-def test_patching_one_position_does_not_change_the_ones_before(llama: Llama) -> None:
+def test_patching_one_position_does_not_change_earlier_positions(llama: Llama) -> None:
     own = trace(llama, IDS, hooks=["layers.0"])
     source = trace(llama, OTHER, hooks=["layers.0"])
     patched = trace(
@@ -195,7 +195,7 @@ def test_residual_norms_and_lens_of_layers_that_add_nothing(llama: Llama) -> Non
     assert difference(residual_norms(recorded), lengths.expand(4, 1, 6)) <= sum_bound(48, 1.0)
     lens = logit_lens(llama, recorded, k=3)
     assert lens.ids.shape == lens.probs.shape == (4, 1, 6, 3)
-    for layer in range(4):  # the embedding says already what the last layer says
+    for layer in range(4):  # the lens of the embedding is that of the last layer
         assert torch.equal(lens.ids[layer, 0], recorded.logits[0].topk(3).indices)
 
 
@@ -204,8 +204,8 @@ def test_the_last_lens_is_the_prediction_of_the_model(llama: Llama) -> None:
     logits = recorded.logits
     lens, own = logit_lens(llama, recorded, k=4), predictions(logits, 4)
     assert torch.equal(lens.ids[-1], own.ids)
-    # A probability moves by its own share of what the logits move.
-    moved = logits_bar(llama.config) * float(logits.abs().max())
+    # The relative change of a probability is the change of the logits.
+    moved = logits_tolerance(llama.config) * float(logits.abs().max())
     assert ((lens.probs[-1] - own.probs).abs() <= 2 * moved * own.probs).all()
     by_hand = llama.norm(recorded["layers.0"]) @ llama.output.weight.T
     assert torch.equal(lens.ids[1, 0, :, 0], by_hand[0].argmax(-1))
@@ -235,7 +235,7 @@ def test_the_first_nan_is_first_in_the_order_of_computation() -> None:
     assert Trace(tensors, ids=bad, logits=bad).first_non_finite() == "c"
 
 
-def test_mistakes_are_made_and_undone(llama: Llama) -> None:
+def test_mistakes_are_applied_and_undone(llama: Llama) -> None:
     ids = torch.tensor([IDS])
     own = trace(llama, IDS)
     right = own.logits
@@ -244,8 +244,8 @@ def test_mistakes_are_made_and_undone(llama: Llama) -> None:
         with with_mistake(llama, mistake):
             runs[name] = trace(llama, IDS)
             wrong = runs[name].logits
-            # Fused and formula alike; scores that are √10 as large enlarge errors as much.
-            assert difference(wrong, llama(ids)) <= 4 * logits_bar(llama.config), name
+            # Both fused and formula; scores that are √10 times as large enlarge errors as much.
+            assert difference(wrong, llama(ids)) <= 4 * logits_tolerance(llama.config), name
         assert difference(wrong, right) > 1e-3, name
         assert torch.equal(trace(llama, IDS).logits, right), name
     weights = "layers.0.attention.weights"
@@ -280,13 +280,15 @@ print(faults(), faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is part of glibc")
 def test_freed_memory_is_reused_by_the_next_pass() -> None:
-    """80 MB in pieces: new pages the first time, few the second."""
-    said = subprocess.run(
+    """80 MB in pieces: new pages the first time, few new pages the second time."""
+    printed = subprocess.run(
         [sys.executable, "-c", TWICE], capture_output=True, encoding="utf-8", check=True
     ).stdout
-    first, second = map(int, said.split())
+    first, second = map(int, printed.split())
     assert first > 10_000
-    assert second < first / 4  # the system may have taken some back; all of them without the call
+    assert (
+        second < first / 4
+    )  # the system may have reclaimed some pages; without the call all are new
 
 
 def test_a_trace_of_an_llm_has_the_tensors_of_its_model(with_text: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fault L7: sizes that a small file only claims are compared with it before anything is made."""
+"""Sizes stated in a small file are compared with the file before anything is allocated."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from processor_time import seconds
 from semantic_mutants import gguf_bytes
 from tiny_models import VARIANTS, hf_model, write_hf, write_meta
 
-MOST_SECONDS = 0.1  # of processor time
-MOST_BYTES = 8 << 20  # FAULTS.md allows 64 MiB; these files hold less than one
+MOST_SECONDS = 0.1  # of CPU time
+MOST_BYTES = 8 << 20  # these files contain less than one MiB
 HUGE = (10**6, 10**9, 2**31 - 1, 2**31, 2**40, 10**18)
 TOKENIZER = CharTokenizer("abc \n")
 
 
 def within_limits(work: Callable[[], Any]) -> GlassError | None:
-    """The error that comes, if any; fails where it took long, or much memory."""
+    """The error, if any; fails if it took too long or too much memory."""
     errors: list[GlassError | None] = []
 
     def attempt() -> None:
@@ -118,7 +118,7 @@ def test_sizes_claimed_in_json(form: str, tmp_path: Path) -> None:
     write, keys = WRITERS[form]
     path = write(tmp_path)
     values = json.loads(path.read_text())
-    open_checkpoint(path.parent)  # it is whole
+    open_checkpoint(path.parent)  # the file is valid
     for key in keys:
         for claimed in HUGE:
             path.write_text(json.dumps(values | {key: claimed}))
@@ -145,13 +145,13 @@ def test_sizes_claimed_in_gguf_metadata(key: str, tmp_path: Path) -> None:
         assert isinstance(error, ConfigError | WeightsError), claimed
 
 
-def test_the_error_says_what_was_claimed_and_what_is_there(tmp_path: Path) -> None:
+def test_the_error_contains_the_claimed_and_the_real_size(tmp_path: Path) -> None:
     path = write_small_gguf(tmp_path, **{"llama.block_count": 10**6})
     with pytest.raises(WeightsError, match=r"says 1000000 layers, the file holds 1 \(11 tensors\)"):
         open_checkpoint(path)
 
 
-def test_a_context_of_any_length_costs_nothing_before_it_is_used(tmp_path: Path) -> None:
+def test_a_long_context_takes_no_memory_before_it_is_used(tmp_path: Path) -> None:
     path = write_small_gguf(tmp_path, **{"llama.context_length": 2**31 - 1})
     look_at(open_checkpoint(path))  # imports
     assert within_limits(lambda: look_at(open_checkpoint(path))) is None
@@ -163,7 +163,7 @@ def look_at(checkpoint: Checkpoint) -> None:
     load_model(checkpoint)
 
 
-def test_a_bigram_of_any_context(tmp_path: Path) -> None:
+def test_a_bigram_with_any_context(tmp_path: Path) -> None:
     path = write_bigram(tmp_path)
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"max_position_embeddings": 2**31 - 1}))
@@ -187,7 +187,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_head_of_a_billion_coordinates_is_not_rotated_to_be_checked() -> None:
+def test_checking_a_head_of_a_billion_coordinates_allocates_nothing() -> None:
     scaled = {"rope_scaling": LinearScaling(factor=2.0)}
     for more in ({}, scaled):
         LlamaConfig(**{**SIZES, "head_dim": 2, **more})
@@ -209,12 +209,14 @@ def test_a_head_of_a_billion_coordinates_is_not_rotated_to_be_checked() -> None:
         ({"vocab_size": True}, "vocab_size must be a positive whole number, got True"),
     ],
 )
-def test_configurations_that_cannot_be_computed(change: dict[str, Any], words: str) -> None:
+def test_configurations_with_infinite_angles_are_refused(
+    change: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         LlamaConfig(**{**SIZES, **change})
 
 
-def test_divisors_of_another_form_are_refused(tmp_path: Path) -> None:
+def test_divisors_of_another_shape_are_refused(tmp_path: Path) -> None:
     for values in (np.ones(3), np.ones((2, 1)), np.ones(10**5)):
         tensors = {"rope_freqs.weight": values, "token_embd.weight": np.ones((30, 8))}
         path = tmp_path / "m.gguf"
@@ -224,13 +226,13 @@ def test_divisors_of_another_form_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_embeddings_decide_the_vocabulary_of_a_gguf(tmp_path: Path) -> None:
-    """llama.cpp looks at the tensor, not at the key; a tokenizer may have fewer tokens."""
+    """llama.cpp uses the tensor, not the key; a tokenizer may have fewer tokens."""
     checkpoint = open_checkpoint(write_small_gguf(tmp_path, **{"llama.vocab_size": 28}))
     assert checkpoint.config.vocab_size == 30
     assert checkpoint.notes == ["GGUF: llama.vocab_size is 28, the embeddings have 30 rows"]
 
 
-def test_a_tokenizer_larger_than_the_model_is_noted(tmp_path: Path) -> None:
+def test_a_notice_about_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     model = Bigram(BigramConfig(vocab_size=TOKENIZER.vocab_size - 2, max_seq_len=32))
     torch.nn.init.normal_(model.tok_embeddings.weight)
     save_model(tmp_path, model, TOKENIZER)

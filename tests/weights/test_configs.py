@@ -1,4 +1,4 @@
-"""Three families of configuration: what is read, inferred, noted and refused."""
+"""Configurations in three formats: what is read, inferred, noted and refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LLAMA_31_8B = {
 }
 
 
-def test_old_and_new_way_of_writing_rope_agree() -> None:
+def test_old_and_new_rope_keys_agree() -> None:
     new = dict(LLAMA_31_8B)
     new["rope_parameters"] = {**new.pop("rope_scaling"), "rope_theta": new.pop("rope_theta")}  # type: ignore[dict-item]
     old, again = config_from_hf(LLAMA_31_8B), config_from_hf(new)
@@ -54,13 +54,13 @@ def test_old_and_new_way_of_writing_rope_agree() -> None:
     assert old.notes == []
 
 
-def test_what_a_file_leaves_out_follows_from_the_family() -> None:
+def test_defaults_of_missing_keys() -> None:
     short = {k: LLAMA_31_8B[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     config, _ = config_from_hf({**short, "num_attention_heads": 32, "vocab_size": 32000})
     assert (config.n_kv_heads, config.rope_theta, config.max_seq_len) == (32, 10_000, 2048)
 
 
-def test_keys_without_effect_are_named() -> None:
+def test_notices_name_keys_without_effect() -> None:
     _, notes = config_from_hf({**LLAMA_31_8B, "my_own_key": 3})
     assert notes == ["config.json: no effect here: my_own_key"]
 
@@ -84,7 +84,7 @@ def test_keys_without_effect_are_named() -> None:
         ({"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.5}}, "partial"),
     ],
 )
-def test_what_would_change_the_arithmetic_is_refused(change: dict[str, Any], words: str) -> None:
+def test_unsupported_arithmetic_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config_from_hf({**LLAMA_31_8B, **change})
 
@@ -135,7 +135,7 @@ def test_ffn_rule() -> None:
 
 
 @pytest.mark.parametrize("key", ["quantization_args", "lora_args", "vision_chunk_size"])
-def test_other_kinds_of_meta_checkpoints_are_named(key: str) -> None:
+def test_errors_name_other_kinds_of_meta_checkpoints(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         config_from_meta({**META_31_8B, key: {}}, 128256, tied=False)
 
@@ -156,7 +156,7 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Resolved]]] 
     "gpt2": (GPT_2, GPT2_ARCHITECTURE.config_from_hf),
     "bigram": (BIGRAM, BIGRAM_ARCHITECTURE.config_from_hf),
 }
-NO_EFFECT = {"torch_dtype", "model_type"}  # of these only config_from_hf reads the last
+NO_EFFECT = {"torch_dtype", "model_type"}  # only config_from_hf reads the last of these
 WHOLE: list[Any] = [4.5, 8.0, "8", True, [8], {"a": 8}, -8, 0, 10**400, math.nan]
 NUMBER: list[Any] = ["1e-5", True, [1.0], {}, math.nan, math.inf, -1.0, 10**400, 1e300]
 WRONG: dict[type, list[Any]] = {
@@ -171,20 +171,20 @@ WRONG: dict[type, list[Any]] = {
 
 
 @pytest.mark.parametrize("form", READERS)
-def test_every_field_has_one_type_and_is_refused_in_any_other(form: str) -> None:
+def test_fields_of_another_type_are_refused(form: str) -> None:
     values, read = READERS[form]
     read(values)
     for key, value in values.items():
         if (key in NO_EFFECT and form != "llama") or key == "torch_dtype":
             continue
         for wrong in WRONG[type(value)]:
-            message = complaint(read, {**values, key: wrong})
-            assert message, f"{key}: {wrong!r} was taken"
+            message = error_message(read, {**values, key: wrong})
+            assert message, f"{key}: {wrong!r} was accepted"
             assert "\n" not in message
             assert len(message) < 400
 
 
-def complaint(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]) -> str:
+def error_message(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]) -> str:
     try:
         read(values)
     except ConfigError as error:
@@ -193,7 +193,7 @@ def complaint(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]
 
 
 @pytest.mark.parametrize("key", ["factor", "low_freq_factor", "original_max_position_embeddings"])
-def test_every_field_of_the_scaling_too(key: str) -> None:
+def test_scaling_fields_of_another_type_are_refused(key: str) -> None:
     for wrong in (*NUMBER, None) if key != "original_max_position_embeddings" else WHOLE:
         rope = {**ALL_KEYS["rope_scaling"], key: wrong}
         with pytest.raises(ConfigError):
@@ -214,12 +214,12 @@ def test_every_field_of_the_scaling_too(key: str) -> None:
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
     ],
 )
-def test_models_of_other_families(values: dict[str, Any], words: str) -> None:
+def test_models_of_other_architectures(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         hf_architecture(values)
 
 
-def test_long_names_are_cut_in_notes() -> None:
+def test_long_names_are_shortened_in_notices() -> None:
     strange = {"x" * 70_000: 1, "two\nlines": 2, **{f"key{n}": n for n in range(1000)}}
     (note,) = config_from_hf({**LLAMA_31_8B, **strange}).notes
     assert "\n" not in note

@@ -1,4 +1,4 @@
-"""Fault L7: whatever the values of a foreign document are, only a GlassError comes out, and soon.
+"""Metadata with any values: the only exception is a GlassError, within limits on time and memory.
 
 GLASSLLAMA_FUZZ=20000 tries that many mutants (nightly; minutes), new ones on every run.
 """
@@ -27,8 +27,7 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.checkpoint import FORMAT, read_state
-from glassllama.train.run import require_same_run
-from glassllama.train.settings import load_settings, preset_names, read_tables
+from glassllama.train.settings import load_settings, preset_names, read_tables, require_same_run
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
@@ -45,11 +44,11 @@ from tiny_models import META_SHAPE, hf_model, write_hf, write_meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 NIGHTLY = "GLASSLLAMA_FUZZ" in os.environ
-MUTANTS = int(os.environ.get("GLASSLLAMA_FUZZ", "320"))  # of all documents together
-MOST_SECONDS = 1.0  # of processor time; FAULTS.md, L7
-MOST_BYTES = 64 << 20  # beside what is there already; likewise
-LONGEST_LINE = 3000  # a path and twelve mismatches
-MOST_SHOWN = 20  # failures of one document in a report
+MUTANTS = int(os.environ.get("GLASSLLAMA_FUZZ", "320"))  # for all documents together
+MOST_SECONDS = 1.0  # of CPU time
+MOST_BYTES = 64 << 20  # in addition to what is allocated already
+LONGEST_LINE = 3000  # for a path and twelve mismatches
+MOST_SHOWN = 20  # failures of one document in the report
 
 LLAMA = {
     **META_SHAPE, "num_hidden_layers": 1, "max_position_embeddings": 128, "vocab_size": 300,
@@ -58,7 +57,7 @@ LLAMA = {
 
 @dataclass
 class Target:
-    """A document, where its mutants are written, and who reads them."""
+    """A document, the file to which its mutants are written, and the function that reads it."""
 
     document: Mapping[str, Any]
     write: Callable[[dict[str, Any]], object]
@@ -78,7 +77,7 @@ def use_model(path: Path) -> None:
 
 
 def look_at(checkpoint: Checkpoint) -> None:
-    """What show, the planner and the reference model ask of a checkpoint."""
+    """Read from a checkpoint everything that show, the planner and the reference model read."""
     facts = describe(checkpoint)
     for line in [*facts["notes"], facts["tokenizer"].get("error", "")]:
         check_line(line)
@@ -105,12 +104,12 @@ def use_folder_tokenizer(folder: Path) -> None:
 
 
 def use_state(folder: Path) -> None:
-    """As a run is taken up again: its progress is used, its identity compared."""
-    state = read_state(folder)
-    state.progress.record_score(1.0)
-    assert state.progress.step + 1 > 0
-    assert state.progress.seconds + 1.0 >= 1.0
-    require_same_run(folder, state.identity, IDENTITY)
+    """Like resuming a run: use its progress and compare its identity."""
+    progress, identity = read_state(folder)
+    progress.record_score(1.0)
+    assert progress.step + 1 > 0
+    assert progress.seconds + 1.0 >= 1.0
+    require_same_run(folder, identity, IDENTITY)
 
 
 # --- documents --------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ TOKENIZER_SETTINGS = {
     "chat_template": [{"name": "default", "template": "{{ bos_token }}"}],
     "model_max_length": 1000,
 }
-BESIDE: dict[str, dict[str, Any]] = {
+SIDE_FILES: dict[str, dict[str, Any]] = {
     "tokenizer_config.json": TOKENIZER_SETTINGS,
     "generation_config.json": {"eos_token_id": [258, 259], "bos_token_id": 258, "temperature": 0.6},
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
@@ -257,7 +256,7 @@ def gguf_tokenizer_target(home: Path, metadata: Mapping[str, Any]) -> Target:
 
 
 def json_target(path: Path, use: Callable[[], object]) -> Target:
-    """Mutants of a file that is there."""
+    """Mutants of an existing JSON file."""
     document = json.loads(path.read_text())
     return Target(
         document, lambda values: path.write_text(as_json(values)), use, [HALF_CHARACTER, *USUAL]
@@ -328,15 +327,15 @@ def tokenizer_json_target(home: Path, tokenizer: Tokenizer) -> Target:
     return json_target(home / "tokenizer.json", lambda: use_folder_tokenizer(home))
 
 
-def beside_target(home: Path) -> Target:
-    """All the small files beside a tokenizer.json as one document."""
+def side_files_target(home: Path) -> Target:
+    """All small files next to a tokenizer.json as one document."""
     byte_level_tokenizer().save(str(home / "tokenizer.json"))
 
     def write(values: dict[str, Any]) -> None:
         for name, file in values.items():
             (home / name[:100].replace("\n", "")).write_text(as_json(file))
 
-    return Target(BESIDE, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
+    return Target(SIDE_FILES, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
 
 
 def settings_target(home: Path) -> Target:
@@ -371,7 +370,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors header": header_target,
     "tokenizer.json": lambda home: tokenizer_json_target(home, byte_level_tokenizer()),
     "tokenizer.json, pieces": lambda home: tokenizer_json_target(home, sentencepiece_tokenizer()),
-    "files beside a tokenizer": beside_target,
+    "files next to a tokenizer": side_files_target,
     "training settings": settings_target,
     "training state": state_target,
 }
@@ -390,7 +389,7 @@ def check_line(line: str) -> None:
 
 
 def outcome(target: Target) -> str:
-    """What is wrong with how this mutant was taken, or nothing."""
+    """What was wrong with the handling of this mutant, or nothing."""
     tracemalloc.reset_peak()
     before, started = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
@@ -423,7 +422,7 @@ def traced() -> Iterator[None]:
 def test_mutants_of(name: str, tmp_path: Path) -> None:
     target = TARGETS[name](tmp_path)
     target.write(dict(target.document))
-    target.use()  # the original is whole, and whatever has to be imported is
+    target.use()  # the original is valid; imports everything that is needed
     first = random.randrange(1 << 40) if NIGHTLY else 0
     failures: dict[str, str] = {}
     with traced():
@@ -437,7 +436,9 @@ def test_mutants_of(name: str, tmp_path: Path) -> None:
 def failure(target: Target, seed: int) -> str:
     values = mutant(seed, target.document, target.extra)
     target.write(values)
-    if (problem := outcome(target)).endswith(" s"):  # a crowded machine's clock may jump: once more
+    if (problem := outcome(target)).endswith(
+        " s"
+    ):  # the measurement may be wrong on a busy machine: try again
         problem = outcome(target)
     if not problem:
         return ""

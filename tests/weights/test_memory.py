@@ -1,4 +1,4 @@
-"""Fault L5: loading goes tensor by tensor, and the file's mapped pages are given back."""
+"""Weights are loaded tensor by tensor, and mapped pages of the file are released."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHAPE = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
-# Beside imports, the model as kept and its largest tensor in float32. The rule allows 300 MB; the
-# file has 253 MB, so that keeping its pages mapped would show. The engine compiles, at first.
+# Bytes allowed in addition to imports, the loaded model and its largest tensor in float32. The file
+# has 253 MB, so mapped pages that are not released exceed this. The first run compiles the engine.
 ALLOWED, ALLOWED_COMPILING = 100e6, 200e6
 
 MEASURE = """
 import sys
 {imports}
-def high_water():  # of this process alone: getrusage starts with the parent's
+def high_water():  # of this process only: getrusage includes the parent's peak
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 before = high_water()
@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def peak(script: tuple[str, str], path: Path) -> int:
-    """How far loading raises the peak of a fresh process, in bytes."""
+    """The increase of the peak of a new process by loading, in bytes."""
     return int(run_script(MEASURE.format(imports=script[0], load=script[1]), path))
 
 
@@ -88,21 +88,21 @@ with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 print(peak, engine.weights.nbytes, *engine.notes)
 """
-MOST_BESIDE = 450e6  # of the 600 MB that a large model may take beside its file; compiling included
+MOST_BESIDE = 450e6  # a large model may take 600 MB in addition to its file, including compilation
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("worth_keeping", [0, 10**12], ids=["on disk", "in memory"])
-def test_a_large_quantised_model_takes_its_file_and_little_more(
+def test_a_large_quantized_model_takes_little_more_than_its_file(
     worth_keeping: int, tmp_path: Path
 ) -> None:
-    """Half a gigabyte: were source pages or a copy kept, the peak would be twice that."""
+    """Half a gigabyte: with source pages or a copy kept, the peak would be twice that."""
     synthetic = synthetic_module()
     config = synthetic.shape("1b", vocab_size=32_000, layers=7)
     path = synthetic.write(tmp_path / "x.gguf", config, "Q8_0")
     size = path.stat().st_size
     assert size > MOST_BESIDE
-    for _ in range(2):  # packed, and then mapped
+    for _ in range(2):  # packed, then mapped
         peak, nbytes, *notes = run_script(PACKED, path, worth_keeping).split()
         assert not notes
         assert int(nbytes) <= 1.01 * size

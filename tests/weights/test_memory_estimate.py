@@ -1,4 +1,4 @@
-"""Estimated memory of each way to run a checkpoint, compared with the measured peak."""
+"""The estimated memory of each way to run a checkpoint, compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glassllama.weights.memory import MemoryEstimate, RunMode, estimate_memory
 from glassllama.weights.stream import StreamedLlama
 from tiny_models import hf_model, write_gguf, write_hf
 
-# 75 M numbers: large enough that a layer, the model and the model in float32 are far apart.
+# 75 M numbers: large enough that a layer, the model and the model in float32 differ clearly.
 SHAPE = {
     "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
     "num_key_value_heads": 4, "intermediate_size": 2816, "vocab_size": 4000,
@@ -26,7 +26,7 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 TOKENS = 20
-# How far an estimate may be above the measured peak: it includes imports and activations of a long
+# The maximum of estimate - measured peak: the estimate includes imports and activations of a long
 # prompt; here the prompt is short.
 SLACK = 250e6
 
@@ -84,7 +84,9 @@ with open("/proc/self/status") as status:
         ("q8_0", "streamed"),
     ],
 )
-def test_the_peak_is_as_estimated(stored: str, name: RunMode, paths: dict[str, Path]) -> None:
+def test_the_measured_peak_equals_the_estimate(
+    stored: str, name: RunMode, paths: dict[str, Path]
+) -> None:
     expected = estimate_memory(open_checkpoint(paths[stored]), tokens=TOKENS).peaks[name]
     assert expected - SLACK <= int(run_script(RUN, paths[stored], name, TOKENS)) <= expected
 
@@ -116,7 +118,7 @@ def test_without_a_limit_the_fastest_way_is_advised(
     assert estimate_memory(checkpoint, tokens=TOKENS).best == "engine"
 
 
-def test_streaming_refuses_before_it_allocates(
+def test_streaming_checks_memory_before_it_allocates(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: 50_000_000)
@@ -133,7 +135,7 @@ def test_streaming_refuses_before_it_allocates(
         (100e6, r"nothing fits; the least is \d.*, backend engine, quantize q4_0"),
     ],
 )
-def test_loading_whole_refuses_with_the_planners_advice(
+def test_errors_of_loading_contain_the_planners_advice(
     free: float, advice: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "available_memory", lambda: int(free))
@@ -141,7 +143,7 @@ def test_loading_whole_refuses_with_the_planners_advice(
         load.load_model(checkpoint, dtype=torch.float32)
 
 
-def test_streaming_is_advised_where_only_a_layer_fits(
+def test_streaming_is_advised_if_only_a_layer_fits(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "ENGINE_ITSELF", 10**9)  # as if the packed weights were too large

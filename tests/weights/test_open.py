@@ -1,4 +1,4 @@
-"""Opening: which files belong together, and every way in which they may not."""
+"""Opening a checkpoint: which files belong together, and the errors."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_shards_read_as_one(llama2: bool, tied: bool, tmp_path: Path) -> None:
     two = write_meta(model, tmp_path / "two", shards=2, llama2=llama2)
     check_same_weights(one, two)
     checkpoint = open_checkpoint(two)
-    rows = checkpoint.float32("tok_embeddings.weight", slice(60, 75))  # across the border
+    rows = checkpoint.float32("tok_embeddings.weight", slice(60, 75))  # across the boundary
     np.testing.assert_array_equal(rows, checkpoint.float32("tok_embeddings.weight")[60:75])
 
 
-def test_any_way_to_name_a_meta_model(tmp_path: Path) -> None:
+def test_every_path_of_a_meta_model(tmp_path: Path) -> None:
     folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
     check_same_weights(folder, folder / "consolidated.01.pth")
     (tmp_path / "hub").mkdir()
@@ -55,7 +55,7 @@ def test_old_single_file(tmp_path: Path) -> None:
     assert open_checkpoint(folder).config == open_checkpoint(folder / "llama.pth").config
 
 
-def test_sharded_safetensors_and_any_way_to_name_them(tmp_path: Path) -> None:
+def test_every_path_of_sharded_safetensors(tmp_path: Path) -> None:
     model = hf_model()
     whole = write_hf(model, tmp_path / "whole")
     parts = write_hf(model, tmp_path / "parts", max_shard_size="60KB")
@@ -64,14 +64,14 @@ def test_sharded_safetensors_and_any_way_to_name_them(tmp_path: Path) -> None:
     check_same_weights(whole / "config.json", next(parts.glob("*.safetensors")))
 
 
-def test_three_formats_hold_the_same_numbers(tmp_path: Path) -> None:
+def test_three_formats_give_the_same_numbers(tmp_path: Path) -> None:
     model = hf_model()
     meta, file = write_meta(model, tmp_path / "m"), write_gguf(model, tmp_path / "x.gguf")
     check_same_weights(meta, file)
     assert open_checkpoint(write_hf(model, tmp_path / "h")).config.rope_layout == "half"
 
 
-def test_tables_that_are_wrong_are_ignored_with_a_note(tmp_path: Path) -> None:
+def test_wrong_rope_tables_are_ignored_with_a_notice(tmp_path: Path) -> None:
     note = "not the frequencies of the configuration, ignored: "
     model = hf_model()
     folder = write_meta(model, tmp_path / "m")
@@ -104,7 +104,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_untied_model_without_output_is_said(tmp_path: Path) -> None:
+def test_an_untied_model_without_output_is_an_error(tmp_path: Path) -> None:
     folder = write_hf(hf_model(**{**META_SHAPE, "tie_word_embeddings": True}), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
@@ -120,7 +120,7 @@ def test_vocabulary_that_does_not_match(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def spoil(folder: Path, file: str, text: str) -> Path:
+def folder_with(folder: Path, file: str, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / file).write_text(text)
     return folder
@@ -131,16 +131,22 @@ def spoil(folder: Path, file: str, text: str) -> Path:
     [
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "no model here"),
-        (lambda p: spoil(p, "settings.toml", ""), "run that has saved no model yet; .* --resume"),
-        (lambda p: spoil(p, "notes.txt", "hi") / "notes.txt", "not a .gguf, .safetensors or .pth"),
-        (lambda p: spoil(p, "config.json", "{}"), r"without \*\.safetensors"),
-        (lambda p: spoil(p, "params.json", "{}"), "without any .pth"),
-        (lambda p: spoil(p, "params.json", "[1]"), "expected a JSON object"),
-        (lambda p: spoil(p, "params.json", "{"), "not valid JSON"),
-        (lambda p: spoil(p, "params.json", "[" * 100_000), "not valid JSON"),
+        (
+            lambda p: folder_with(p, "settings.toml", ""),
+            "run that has saved no model yet; .* --resume",
+        ),
+        (
+            lambda p: folder_with(p, "notes.txt", "hi") / "notes.txt",
+            "not a .gguf, .safetensors or .pth",
+        ),
+        (lambda p: folder_with(p, "config.json", "{}"), r"without \*\.safetensors"),
+        (lambda p: folder_with(p, "params.json", "{}"), "without any .pth"),
+        (lambda p: folder_with(p, "params.json", "[1]"), "expected a JSON object"),
+        (lambda p: folder_with(p, "params.json", "{"), "not valid JSON"),
+        (lambda p: folder_with(p, "params.json", "[" * 100_000), "not valid JSON"),
     ],
 )
-def test_paths_that_hold_no_model(make: Any, words: str, tmp_path: Path) -> None:
+def test_paths_without_a_model(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(GlassError, match=words):
         open_checkpoint(make(tmp_path))
 
@@ -153,7 +159,7 @@ def test_several_models_in_one_folder_must_be_named(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "b.gguf").config.dim == 48
 
 
-def test_missing_meta_shard_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_meta_shard(tmp_path: Path) -> None:
     folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
     (folder / "consolidated.00.pth").unlink()
     with pytest.raises(GlassError, match=r"consolidated\.00\.pth is missing"):
@@ -171,8 +177,8 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.gguf")
 
 
-def test_nothing_of_the_file_is_kept_mapped_in_the_model(tmp_path: Path) -> None:
-    """Weights are copies: the file may be closed, or overwritten, after loading."""
+def test_weights_are_copies_of_the_file(tmp_path: Path) -> None:
+    """The file may be closed, or overwritten, after loading."""
     folder = write_hf(hf_model().bfloat16(), tmp_path)
     checkpoint = open_checkpoint(folder)
     model = load_llama(checkpoint)
@@ -181,13 +187,13 @@ def test_nothing_of_the_file_is_kept_mapped_in_the_model(tmp_path: Path) -> None
     assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
-def test_too_big_for_this_machine_is_said_before_anything_is_allocated() -> None:
+def test_too_little_memory_is_an_error_before_anything_is_allocated() -> None:
     with pytest.raises(GlassError, match=re.escape("1000000.00 GB of memory")):
         require_memory(10**15, what="x.gguf in float32", instead="use less")
 
 
 @pytest.mark.parametrize("name", ["sha256-74701a8c35f6", "model.GGUF", "model.bin", "model"])
-def test_gguf_is_told_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+def test_gguf_is_recognized_by_its_first_bytes(name: str, tmp_path: Path) -> None:
     named = write_gguf(hf_model(), tmp_path / "m.gguf")
     other = tmp_path / "alone" / name
     other.parent.mkdir()
@@ -196,7 +202,7 @@ def test_gguf_is_told_by_its_first_bytes(name: str, tmp_path: Path) -> None:
     check_same_weights(named, other.parent)
 
 
-def test_safetensors_and_pth_are_told_by_their_first_bytes(tmp_path: Path) -> None:
+def test_safetensors_and_pth_are_recognized_by_their_first_bytes(tmp_path: Path) -> None:
     hf = write_hf(hf_model(), tmp_path / "hf")
     renamed = tmp_path / "other" / "weights"
     renamed.parent.mkdir()
@@ -212,7 +218,7 @@ def test_safetensors_and_pth_are_told_by_their_first_bytes(tmp_path: Path) -> No
     "name", ["model", "model.bin", "x.gguf", "x.pth", "MODEL.SAFETENSORS", "x.json"]
 )
 def test_safetensors_under_any_name(name: str, tmp_path: Path) -> None:
-    """The file and its folder: both by the bytes."""
+    """The file and its folder are recognized by the content."""
     hf = write_hf(hf_model(), tmp_path / "hf")
     other = tmp_path / "other"
     other.mkdir()
@@ -234,7 +240,7 @@ def test_meta_weights_under_any_name(name: str, tmp_path: Path) -> None:
     check_same_weights(meta, other)
 
 
-def test_meta_shards_of_another_ending(tmp_path: Path) -> None:
+def test_meta_shards_with_another_suffix(tmp_path: Path) -> None:
     folder = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "m", shards=2)
     same = write_meta(hf_model(**{**META_SHAPE, "vocab_size": 132}), tmp_path / "n", shards=2)
     for file in same.glob("*.pth"):
@@ -248,7 +254,7 @@ def test_meta_shards_of_another_ending(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"GARBAGE IN A FILE", b"GGU"])
-def test_a_name_decides_where_the_bytes_do_not(content: bytes, tmp_path: Path) -> None:
+def test_the_suffix_decides_if_the_bytes_do_not(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((write_hf(hf_model(), tmp_path / "hf") / "config.json")
                                           .read_text())  # fmt: skip
     for name, words in (
@@ -262,7 +268,7 @@ def test_a_name_decides_where_the_bytes_do_not(content: bytes, tmp_path: Path) -
         (tmp_path / name).unlink()
 
 
-def test_a_zip_of_pytorchs_without_params_is_a_pickle_file(tmp_path: Path) -> None:
+def test_a_torch_save_file_without_params_json_is_a_pickle_file(tmp_path: Path) -> None:
     for name in ("x.safetensors", "x.gguf"):
         torch.save({"a": torch.zeros(1)}, tmp_path / name)
         with pytest.raises(GlassError, match="pickle files"):
@@ -270,7 +276,7 @@ def test_a_zip_of_pytorchs_without_params_is_a_pickle_file(tmp_path: Path) -> No
 
 
 def test_a_single_file_that_the_index_does_not_name_is_the_model(tmp_path: Path) -> None:
-    """As in transformers. The shards are read where their index, or one of them, is named."""
+    """As in transformers. The shards are read if the path is their index or one of them."""
     new, old = hf_model(1), write_hf(hf_model(0), tmp_path / "old", max_shard_size="60KB")
     single = write_hf(new, tmp_path / "new")
     same = write_hf(hf_model(0), tmp_path / "same")
@@ -292,8 +298,9 @@ def test_a_single_file_that_the_index_names_is_a_shard(tmp_path: Path) -> None:
     assert open_checkpoint(parts).notes == []
 
 
-def test_the_file_that_is_named_is_opened(tmp_path: Path) -> None:
-    """Two models in one folder: each by its name, and the folder's own by the folder's."""
+def test_the_given_file_is_opened(tmp_path: Path) -> None:
+    """Two models in one folder: each by its file name, and the default of the folder by the
+    folder."""
     folder, other = write_hf(hf_model(0), tmp_path / "a"), write_hf(hf_model(1), tmp_path / "b")
     (folder / "second.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     check_same_weights(folder / "second.safetensors", other)
@@ -323,7 +330,7 @@ BUFFERS = (
 )  # fmt: skip
 
 
-def test_buffers_of_old_versions_are_ignored_with_a_note(tmp_path: Path) -> None:
+def test_buffers_of_old_versions_are_ignored_with_a_notice(tmp_path: Path) -> None:
     folder = write_hf(hf_model(), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: torch.ones(3) for name in BUFFERS}, folder / "model.safetensors")
@@ -331,7 +338,7 @@ def test_buffers_of_old_versions_are_ignored_with_a_note(tmp_path: Path) -> None
     assert all(name in note for name in BUFFERS)
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
     folder = write_hf(hf_model(), tmp_path / "m")
     names = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({names: torch.ones(2, 48)}, folder / "adapter_model.safetensors")
@@ -345,7 +352,9 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_pickle_files_get_the_two_lines_that_save_them_again(legacy: bool, tmp_path: Path) -> None:
+def test_the_error_for_pickle_files_contains_two_lines_to_convert_them(
+    legacy: bool, tmp_path: Path
+) -> None:
     model = hf_model()
     folder = write_hf(model, tmp_path / "old")
     (folder / "model.safetensors").unlink()
@@ -358,13 +367,13 @@ def test_pickle_files_get_the_two_lines_that_save_them_again(legacy: bool, tmp_p
     if not legacy:
         lines = str(caught.value).split("two lines of Python: ")[1].split("; ")
         assert len(lines) == 2
-        exec("\n".join(lines))  # they do what they say
+        exec("\n".join(lines))  # the two lines work
         check_same_weights(tmp_path / "old-safetensors", write_hf(model, tmp_path / "new"))
 
 
-def test_a_model_that_is_not_supported_is_named_with_its_folder(tmp_path: Path) -> None:
-    """Also where its tensors could not be read either."""
-    folder = spoil(tmp_path / "m", "config.json", '{"model_type": "granite"}')
+def test_the_error_names_an_unsupported_model_and_its_folder(tmp_path: Path) -> None:
+    """Also if its tensors could not be read either."""
+    folder = folder_with(tmp_path / "m", "config.json", '{"model_type": "granite"}')
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"?")
         with pytest.raises(ConfigError, match=r"granite.*llama \(LlamaForCausalLM\)") as caught:
@@ -392,7 +401,7 @@ def test_shards_below_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["x" * 70_000, "two\nlines.safetensors", "../m.safetensors", "", 5, None, ["a"]]
 )
-def test_an_index_that_names_no_plain_file(name: object, tmp_path: Path) -> None:
+def test_an_index_with_invalid_file_names(name: object, tmp_path: Path) -> None:
     parts = write_hf(hf_model(), tmp_path, max_shard_size="60KB")
     index = parts / "model.safetensors.index.json"
     values = json.loads(index.read_text())
@@ -405,7 +414,7 @@ def test_an_index_that_names_no_plain_file(name: object, tmp_path: Path) -> None
     assert len(str(caught.value)) < 400
 
 
-def test_foreign_names_of_tensors_are_cut_in_errors(tmp_path: Path) -> None:
+def test_long_tensor_names_are_shortened_in_errors(tmp_path: Path) -> None:
     folder = write_hf(hf_model(), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors |= {"x" * 70_000: torch.zeros(1), "two\nlines": torch.zeros(1)}
@@ -416,17 +425,17 @@ def test_foreign_names_of_tensors_are_cut_in_errors(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 600
 
 
-def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
+def test_a_chat_template_that_is_not_text(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(hf_model(), tmp_path / "m.gguf"))
     checkpoint.file.metadata = {"tokenizer.chat_template": ["a"]}  # type: ignore[misc]
     with pytest.raises(GlassError, match="chat_template must be text"):
         _ = checkpoint.chat_template
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_paths_that_are_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(GlassError, match="neither a regular file nor a folder"):
         open_checkpoint(tmp_path / "pipe")
     write_gguf(hf_model(), tmp_path / "m.gguf")
-    assert open_checkpoint(tmp_path).config.dim == 48  # the pipe beside it is not waited for
+    assert open_checkpoint(tmp_path).config.dim == 48  # the pipe in the same folder is not opened

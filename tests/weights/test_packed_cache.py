@@ -1,4 +1,4 @@
-"""Packed weights on disk: served only as long as they are what packing would make."""
+"""Packed weights on disk are used only if they equal the result of packing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ AN_HOUR = 3600
 
 
 @pytest.fixture(autouse=True)
-def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model is worth keeping, in a cache of this test's own."""
+def cache_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache models of every size, in a folder for this test."""
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "packed")
 
@@ -44,7 +44,8 @@ def write(path: Path, seed: int) -> Path:
 
 
 def aged(path: Path) -> Path:
-    """As if written an hour ago. The inode's own time cannot be set: see `old_inode`."""
+    """Set the modification time to an hour ago. The inode's own time cannot be set: see
+    `old_inode`."""
     then = time.time() - AN_HOUR
     os.utime(path, (then, then))
     return path
@@ -60,7 +61,7 @@ def logits(engine: Engine) -> Any:
 
 
 class Counted:
-    """How often weights were really packed."""
+    """Counts how often weights were packed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
@@ -92,7 +93,7 @@ def test_the_second_start_maps_what_the_first_packed(model: Path, packings: Coun
     assert len(packed_cache.entries()) == 1
 
 
-def test_small_models_are_not_kept(
+def test_small_models_are_not_cached(
     model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 10**9)
@@ -103,7 +104,7 @@ def test_small_models_are_not_kept(
 
 
 def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: Counted) -> None:
-    """Same size, same inode, same modification time: the inode's own time tells."""
+    """Same size, inode and modification time; the inode's change time differs."""
     before, facts = logits(pack.pack(open_checkpoint(model))), model.stat()
     changed = write(model.parent / "y.gguf", seed=1).read_bytes()
     with model.open("r+b") as file:
@@ -116,10 +117,10 @@ def test_a_file_changed_in_place_with_its_time_set_back(model: Path, packings: C
     engine = pack.pack(open_checkpoint(model))
     assert packings.times == 2
     assert np.abs(logits(engine) - before).max() > 0.1
-    assert len(packed_cache.entries()) == 1  # the old one is of no use to anybody
+    assert len(packed_cache.entries()) == 1  # the old entry is useless
 
 
-def test_where_the_system_keeps_no_times_the_contents_tell(
+def test_without_file_times_the_content_is_compared(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(model)
@@ -140,7 +141,7 @@ def test_where_the_system_keeps_no_times_the_contents_tell(
     assert len(set(seen[0:2])) == len(set(seen[2:4])) == len(set(seen[4:6])) == 2
 
 
-def test_other_kinds_or_other_code_are_other_entries(
+def test_other_weight_types_or_other_code_have_other_entries(
     model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack.pack(open_checkpoint(model))
@@ -152,7 +153,7 @@ def test_other_kinds_or_other_code_are_other_entries(
     assert len(packed_cache.entries()) == 2  # the exact one, and the newest of the others
 
 
-def test_a_file_that_may_be_changing_is_not_kept(
+def test_a_recently_changed_file_is_not_cached(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_cache, "RECENT", 2 * 10**9)
@@ -161,7 +162,7 @@ def test_a_file_that_may_be_changing_is_not_kept(
     assert packed_cache.entries() == []
 
 
-def test_a_file_that_changes_meanwhile_is_not_kept(
+def test_a_file_that_changes_while_it_is_packed_is_not_cached(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really = pack.pack_all
@@ -178,9 +179,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "empty", "magic", "digest", "length"])
-def test_entries_that_are_not_whole_are_made_anew(
-    damage: str, model: Path, packings: Counted
-) -> None:
+def test_incomplete_entries_are_replaced(damage: str, model: Path, packings: Counted) -> None:
     right = logits(pack.pack(open_checkpoint(model)))
     [entry] = packed_cache.entries()
     data = entry.read_bytes()
@@ -195,7 +194,7 @@ def test_entries_that_are_not_whole_are_made_anew(
 
 
 @pytest.mark.parametrize("opened", ["folder", "its parent", "entry"])
-def test_what_others_can_write_to_is_not_mapped(
+def test_files_that_others_can_write_are_not_mapped(
     opened: str, model: Path, packings: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "home" / "packed")
@@ -206,14 +205,14 @@ def test_what_others_can_write_to_is_not_mapped(
     engine = pack.pack(open_checkpoint(model))
     assert packings.times == 2
     assert (logits(engine) == right).all()
-    if opened == "entry":  # it is made anew, as ours
+    if opened == "entry":  # a new file of this user replaces it
         pack.pack(open_checkpoint(model))
         assert packings.times == 2
         assert kept_notes(engine) == []
     else:
         [note] = kept_notes(engine)
         assert f"others can write to {place}" in note
-        assert engine.weights.matrices[0].values.flags.writeable, "memory of its own"
+        assert engine.weights.matrices[0].values.flags.writeable, "private memory"
 
 
 KILLED = """
@@ -228,9 +227,7 @@ pack.pack(open_checkpoint(sys.argv[1]))
 """
 
 
-def test_a_process_that_is_killed_leaves_nothing_that_is_used(
-    model: Path, packings: Counted
-) -> None:
+def test_files_of_a_killed_process_are_not_used(model: Path, packings: Counted) -> None:
     folder = packed_cache.folder()
     done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(folder)])
     assert done.returncode == 9
@@ -267,7 +264,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.isfinite(logits(engine)).all()
 
 
-def test_a_full_disk_is_said_before_or_while_room_is_reserved(
+def test_a_full_disk_is_reported_before_or_during_allocation(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_cache, "free_on_disk", lambda: 1_000_000_000)
@@ -288,7 +285,7 @@ def test_a_full_disk_is_said_before_or_while_room_is_reserved(
     assert list((model.parent / "packed").glob("*.pa*")) == []
 
 
-def test_the_least_recently_used_goes_first(
+def test_the_least_recently_used_entry_is_deleted_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [write(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
@@ -296,7 +293,7 @@ def test_the_least_recently_used_goes_first(
         pack.pack(open_checkpoint(path))
         newest = max(packed_cache.entries(), key=lambda entry: entry.stat().st_ctime_ns)
         os.utime(newest, (number, number))
-    pack.pack(open_checkpoint(models[0]))  # used again: it is not the oldest any more
+    pack.pack(open_checkpoint(models[0]))  # used again, so it is no longer the oldest
     size = packed_cache.entries()[0].stat().st_size
     monkeypatch.setattr(packed_cache, "KEPT_BYTES", 2 * size + 100)
     pack.pack(open_checkpoint(models[2]))
@@ -315,7 +312,7 @@ def test_a_folder_of_safetensors(tmp_path: Path, packings: Counted) -> None:
     assert packings.times == 2
 
 
-def test_waiting_for_another_process_has_an_end(
+def test_waiting_for_another_process_has_a_time_limit(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_cache, "LOCK_TIMEOUT", 0.1)

@@ -1,4 +1,4 @@
-"""A model with more rows of embeddings than its tokenizer has tokens."""
+"""A model with more rows of embeddings than tokens of its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = 320
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose likeliest ids are always some without a token."""
+    """A model whose most likely ids are always ids without a token."""
     folder = tmp_path_factory.mktemp("padded")
     shape = {**VARIANTS["plain"], "vocab_size": ROWS, "max_position_embeddings": 128}
     model = hf_model(**shape, bos_token_id=0, eos_token_id=1)
@@ -55,7 +55,7 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
 def test_an_answer_may_end_at_a_row_without_a_token(
     folder: Path, tmp_path: Path, backend: str, ends: list[int]
 ) -> None:
-    """The likeliest ids are the first and the second of the rows behind the vocabulary."""
+    """The most likely ids are the first and the second row after the vocabulary."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     size = load(folder).tokenizer.vocab_size
     stops = [1, *(size + n for n in ends)]
@@ -79,21 +79,21 @@ def test_an_answer_may_end_at_a_row_without_a_token(
         {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
     ],
 )  # fmt: skip
-def test_ids_without_a_token_are_never_chosen(llm: LLM, options: dict[str, float]) -> None:
+def test_ids_without_a_token_are_never_sampled(llm: LLM, options: dict[str, float]) -> None:
     size = llm.tokenizer.vocab_size
-    assert llm.logits([5, 6]).argmax(axis=1).min() >= size, "it would choose them"
+    assert llm.logits([5, 6]).argmax(axis=1).min() >= size, "greedy sampling would select them"
     made = llm.generate("hello", max_tokens=24, ignore_eos=True, logprobs=5, **options)
     assert len(made.ids) == 24
     assert max(made.ids) < size
     assert made.logprobs is not None
     assert max(token.id for step in made.logprobs for token in step.top) < size
     again = llm.generate([*llm.encode("hello"), ROWS - 1], max_tokens=4, **options)
-    assert max(again.ids) < size, "also where the prompt has one"
+    assert max(again.ids) < size, "even if the prompt contains one"
 
 
 @pytest.mark.parametrize("backend", ["engine", "torch"])
-def test_gaps_between_tokens_are_never_chosen(folder: Path, tmp_path: Path, backend: str) -> None:
-    """The same model, and a token added at a round number: what would be chosen is below it."""
+def test_gaps_between_tokens_are_never_sampled(folder: Path, tmp_path: Path, backend: str) -> None:
+    """The same model with a token added at a high id: the ids between are gaps."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     size = len(document["model"]["vocab"])
@@ -103,7 +103,9 @@ def test_gaps_between_tokens_are_never_chosen(folder: Path, tmp_path: Path, back
     llm = load(tmp_path, backend=backend, exact=True)
     assert llm.tokenizer.vocab_size == size + 6
     assert [*llm.tokenizer.gaps] == [*range(size, size + 5)]
-    assert {*llm.logits([5, 6]).argmax(axis=1)} <= {size, size + 1}, "it would choose one"
+    assert {*llm.logits([5, 6]).argmax(axis=1)} <= {size, size + 1}, (
+        "greedy sampling would select one"
+    )
     for options in ({}, {"temperature": 1.0, "seed": 1}, {"speculation": False}):
         made = llm.generate("hello", max_tokens=12, ignore_eos=True, logprobs=5, **options)
         assert made.logprobs is not None
@@ -114,7 +116,9 @@ def test_gaps_between_tokens_are_never_chosen(folder: Path, tmp_path: Path, back
     assert f"{ROWS - size - 1} have no token and are never chosen" in first.text
 
 
-def test_they_are_no_text_and_others_are_an_error(llm: LLM, folder: Path) -> None:
+def test_ids_without_a_token_decode_to_nothing_and_others_are_an_error(
+    llm: LLM, folder: Path
+) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [*llm.tokenizer.encode("hello"), ROWS - 1, *llm.tokenizer.encode(" you")]
     assert llm.tokenizer.decode(ids) == theirs.decode(ids) == "hello you"
@@ -127,7 +131,7 @@ def test_they_are_no_text_and_others_are_an_error(llm: LLM, folder: Path) -> Non
     assert np.isfinite(llm.logits([ROWS - 1])).all()
 
 
-def test_validation_says_so(llm: LLM) -> None:
+def test_validate_reports_rows_without_tokens(llm: LLM) -> None:
     [first, *_] = check_vocabulary(llm.tokenizer, ROWS)
     assert first.ok
     size = llm.tokenizer.vocab_size

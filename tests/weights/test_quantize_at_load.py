@@ -1,4 +1,4 @@
-"""Float checkpoints of any format, quantised on the way into the engine."""
+"""Float checkpoints of any format, quantized when the engine loads them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, PackingPlan
 from native.engine.unpacked import read_rows
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
-from tolerances import eight_bit_bar, spread_apart
+from tolerances import eight_bit_tolerance, rms_difference
 
-# What Meta's params.json can say; rows of whole blocks; every size another.
+# A shape that params.json can express, with rows of whole blocks and different sizes.
 WIDE = {**META_SHAPE, "hidden_size": 192, "intermediate_size": 544, "vocab_size": 203}
 IDS = [5, 99, 3, 7, 120, 11, 64]
 LAYERS = META_SHAPE["num_hidden_layers"]
@@ -35,7 +35,7 @@ F16, BF16 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights as Meta, Hugging Face and GGUF write them."""
+    """The same weights in the formats of Meta, Hugging Face and GGUF."""
     base = tmp_path_factory.mktemp("floats")
     model = hf_model(**WIDE)
     return {
@@ -63,25 +63,25 @@ def packed_as(engine: Engine) -> set[str]:
 
 
 @pytest.mark.parametrize("form", ["pth", "bf16", "f16", "f32"])
-def test_q8_0_at_load_is_the_q8_0_file_to_the_bit(form: str, models: dict[str, Path]) -> None:
-    """The file was quantised by the gguf package. (bfloat16 numbers are exact in all forms.)"""
+def test_q8_0_at_load_is_bit_identical_to_a_q8_0_file(form: str, models: dict[str, Path]) -> None:
+    """The file was quantized by the gguf package. (bfloat16 numbers are exact in all formats.)"""
     at_load = pack(open_checkpoint(models[form]), quantize="q8_0")
     file = pack(open_checkpoint(models["q8_0"]))
     assert packed_as(at_load) == {"Q8_0"}
     for ours, theirs in zip(at_load.weights.matrices, file.weights.matrices, strict=True):
         assert (rows_of(ours) == rows_of(theirs)).all()
-    assert spread_apart(logits(at_load), logits(file)) <= eight_bit_bar(LAYERS)
+    assert rms_difference(logits(at_load), logits(file)) <= eight_bit_tolerance(LAYERS)
     assert any("as Q8_0" in note for note in at_load.notes)
 
 
-def test_hugging_face_folders_too(models: dict[str, Path]) -> None:
-    """Rows of q and k come in another order there, so sums round differently."""
+def test_q8_0_at_load_of_a_hugging_face_folder(models: dict[str, Path]) -> None:
+    """Rows of q and k have another order there, so sums round differently."""
     ours = logits(pack(open_checkpoint(models["hf"]), quantize="q8_0"))
     theirs = logits(pack(open_checkpoint(models["pth"]), quantize="q8_0"))
-    assert spread_apart(ours, theirs) <= eight_bit_bar(LAYERS)
+    assert rms_difference(ours, theirs) <= eight_bit_tolerance(LAYERS)
 
 
-def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]) -> None:
+def test_q4_0_quantizes_embeddings_and_output_to_eight_bits(models: dict[str, Path]) -> None:
     engine, file = (
         pack(open_checkpoint(models["f32"]), quantize="q4_0"),
         pack(open_checkpoint(models["q4_0"])),
@@ -96,18 +96,18 @@ def test_q4_0_leaves_eight_bits_to_embeddings_and_output(models: dict[str, Path]
         assert (rows_of(ours) == rows_of(theirs)).all()
 
 
-def test_none_is_the_default_where_memory_is_plenty(models: dict[str, Path]) -> None:
+def test_no_quantization_by_default_if_there_is_enough_memory(models: dict[str, Path]) -> None:
     assert packed_as(pack(open_checkpoint(models["bf16"]))) == {"BF16"}
     assert packed_as(pack(open_checkpoint(models["bf16"]), quantize="none")) == {"BF16"}
 
 
-def test_rows_that_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:
+def test_rows_that_are_not_whole_blocks_are_not_quantized(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_hf(hf_model().bfloat16(), tmp_path))  # 48 and 140 columns
     engine = pack(checkpoint, quantize="q8_0")
     assert packed_as(engine) == {"BF16"}
 
 
-def test_a_quantised_file_stays_as_it_is_and_that_is_said(models: dict[str, Path]) -> None:
+def test_a_quantized_file_is_not_quantized_again_with_a_notice(models: dict[str, Path]) -> None:
     engine = pack(open_checkpoint(models["q4_0"]), quantize="q8_0")
     assert packed_as(engine) == {"Q4_0"}
     assert any("quantized already" in note for note in engine.notes)
@@ -135,7 +135,7 @@ def test_weights_are_quantized_if_memory_is_short(
 
 
 @pytest.mark.parametrize("form", ["bf16", "q4_0"])
-def test_a_model_that_fits_in_no_way(
+def test_a_model_that_does_not_fit_in_any_type(
     form: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what would fit, by the estimate of weights/memory.py."""
@@ -159,8 +159,8 @@ def test_options_that_contradict_each_other(models: dict[str, Path]) -> None:
         load(models["bf16"], backend="torch", quantize="q8_0")
 
 
-class InFloats:
-    """A quantised file as if it had been stored in bfloat16."""
+class AsBfloat16:
+    """A quantized file as if it had been stored in bfloat16."""
 
     def __init__(self, file: TensorFile) -> None:
         self.file = file
@@ -187,16 +187,16 @@ def log_softmax(logits: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
-    """The default model in bfloat16, ids of prose, and what it makes of them unquantised."""
+    """The default model in bfloat16, ids of prose, and its unquantized logits."""
     checkpoint = open_checkpoint(default_model)
-    floats = replace(checkpoint, file=InFloats(checkpoint.file))
+    floats = replace(checkpoint, file=AsBfloat16(checkpoint.file))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
     ids = checkpoint.tokenizer.encode(text)
     engine = pack(floats, quantize="none")
     return floats, ids, log_softmax(Rows(engine).all_logits(ids))
 
 
-# Upper bound of the mean divergence in nats, lower bound of how often the likeliest token is the
+# Upper bound of the mean divergence in nats, lower bound of how often the most likely token is the
 # same. Measured: 0.007 and 0.95, which is what the engine's eight-bit inputs cost; 0.43 and 0.66,
 # which is why q4_0 is the last resort for so small a model, and for one rounded to a grid before.
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
 def test_quality_on_real_text(
     quantize: Any, divergence: float, agreement: float, in_floats: tuple[Checkpoint, list[int], Any]
 ) -> None:
-    """The model quantised again, on the licence's prose."""
+    """The model quantized again, with the text of the license."""
     floats, ids, p = in_floats
     engine = pack(floats, quantize=quantize)
     q = log_softmax(Rows(engine).all_logits(ids))

@@ -1,4 +1,4 @@
-"""Saving: whole or not at all, whatever stops it; and what is saved is what is loaded."""
+"""A saved model is complete or absent after any failure, and is loaded unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def models(seed: int = 0) -> dict[str, Any_]:
 
 
 @pytest.mark.parametrize("name", models())
-def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
+def test_saved_models_are_loaded_unchanged(name: str, tmp_path: Path) -> None:
     model = models()[name]
     save_model(tmp_path / "runs" / "x", model, TOKENIZER)
     assert sorted(p.name for p in (tmp_path / "runs" / "x").iterdir()) == [
@@ -63,7 +63,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     assert llm.checkpoint.config == model.config
     ids = TOKENIZER.encode("hello 日 λ🙂!")
     expected = model(torch.tensor([ids]))[0].numpy()
-    if "bigram" in name:  # a table that is read: no sums
+    if "bigram" in name:  # a lookup without sums
         assert (llm.logits(ids) == expected).all()
     else:
         assert_logits(llm.logits(ids), expected, model.config)
@@ -74,7 +74,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", models())
-def test_auto_takes_the_engine_for_llamas_only(name: str, tmp_path: Path) -> None:
+def test_auto_selects_the_engine_for_llamas_only(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, models()[name], TOKENIZER)
     llm = load(tmp_path)
     if name.startswith("Llama"):
@@ -88,7 +88,7 @@ def test_auto_takes_the_engine_for_llamas_only(name: str, tmp_path: Path) -> Non
             load(tmp_path, **wanted)  # type: ignore[arg-type]
 
 
-def test_text_beyond_the_positions_ends(tmp_path: Path) -> None:
+def test_generation_ends_at_the_last_position(tmp_path: Path) -> None:
     save_model(tmp_path, models()["GPT"], TOKENIZER)
     answer = load(tmp_path).generate("hello", ignore_eos=True)
     assert (answer.finish_reason, len(answer.prompt_ids) + len(answer.ids)) == ("length", 48)
@@ -96,7 +96,7 @@ def test_text_beyond_the_positions_ends(tmp_path: Path) -> None:
         load(tmp_path).generate("a" * 60)
 
 
-def test_a_tokenizer_without_a_beginning_stays_so(tmp_path: Path) -> None:
+def test_a_tokenizer_without_bos_stays_without_bos(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abc\n")
     tokenizer.bos = None
     save_model(tmp_path, Bigram(BigramConfig(vocab_size=8, max_seq_len=9)), tokenizer)
@@ -118,7 +118,7 @@ def test_a_tokenizer_without_a_beginning_stays_so(tmp_path: Path) -> None:
         (("added_tokens",), [{"id": 5, "content": "zz", "special": True}]),
     ],
 )
-def test_a_vocabulary_that_is_more_than_characters(
+def test_a_file_with_other_stages_is_not_read_as_a_character_tokenizer(
     path: tuple[str, ...], value: object, tmp_path: Path
 ) -> None:
     save_model(tmp_path, models()["bigram"], TOKENIZER)
@@ -148,7 +148,7 @@ def test_other_tokenizers_are_copied(tmp_path: Path, llama3_ranks: Path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_bfloat16_is_kept(tmp_path: Path) -> None:
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     for name, model in models().items():
         save_model(tmp_path / name, model.bfloat16(), TOKENIZER)
         checkpoint = open_checkpoint(tmp_path / name)
@@ -158,7 +158,7 @@ def test_bfloat16_is_kept(tmp_path: Path) -> None:
         assert all(torch.equal(weights[ours], p) for ours, p in model.named_parameters())
 
 
-def test_dropout_and_training_leave_no_trace(tmp_path: Path) -> None:
+def test_dropout_and_training_mode_are_not_saved(tmp_path: Path) -> None:
     from glassllama.nn.dropout import add_dropout
 
     model = models()["GPT"]
@@ -169,17 +169,17 @@ def test_dropout_and_training_leave_no_trace(tmp_path: Path) -> None:
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
-def test_another_models_shards_are_in_the_way(tmp_path: Path) -> None:
+def test_shards_of_another_model_in_the_folder_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(GlassError, match="in shards"):
         save_model(tmp_path, models()["bigram"], TOKENIZER)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_are_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     save_file({"moments": torch.zeros(3)}, tmp_path / "training.safetensors")
-    for name in ("Llama", "bigram", "GPT"):  # one over the other
+    for name in ("Llama", "bigram", "GPT"):  # one replaces the other
         save_model(tmp_path, models()[name], TOKENIZER)
         assert type(open_checkpoint(tmp_path).config) is type(models()[name].config)
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -190,7 +190,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-torch.set_num_threads(1)  # no threads, so that this process may be copied
+torch.set_num_threads(1)  # no threads, so that this process may be forked
 from weights.test_save import TOKENIZER, models, state_of
 from glassllama.weights.save import save_model
 
@@ -202,8 +202,8 @@ for moment in range(50):
         for n in range(10 ** 9):
             save_model(out, both[n % 2], TOKENIZER)
             os.write(tell, b"1") if n == 0 else None
-            time.sleep(0.005)  # while a folder is written anew, no model is there
-    if moment % 2:  # else perhaps before the first save is over
+            time.sleep(0.005)  # while a folder is rewritten, it contains no model
+    if moment % 2:  # otherwise possibly before the end of the first save
         os.read(saved, 1)
     time.sleep(0.03 * chance.random())
     os.kill(child, signal.SIGKILL)
@@ -214,7 +214,7 @@ for moment in range(50):
 
 
 def state_of(folder: Path) -> str:
-    """The hash of the weights if the folder holds a model, else the reason why it does not."""
+    """The hash of the weights if the folder contains a model, else the reason why it does not."""
     try:
         checkpoint = open_checkpoint(folder)
     except GlassError as error:
@@ -225,7 +225,7 @@ def state_of(folder: Path) -> str:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_killed_at_fifty_moments(tmp_path: Path) -> None:
-    """One of the two models, or no model at all: never a mixture, never half a file."""
+    """One of the two models, or no model: never a mixture or a partial file."""
     whole = set()
     for seed in (0, 1):
         save_model(tmp_path / str(seed), models(seed)["GPT"], TOKENIZER)
@@ -239,25 +239,25 @@ def test_killed_at_fifty_moments(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     states = ran.stdout.splitlines()
     assert len(states) == 50
-    assert whole & set(states), "some moments fell between two saves"
+    assert whole & set(states), "some moments were between two saves"
     assert all("no such" in s or "no model here" in s for s in set(states) - whole)
     save_model(out, models()["GPT"], TOKENIZER)
-    assert not list(out.glob(f"{UNFINISHED}*")), "orphans are swept by the next save"
+    assert not list(out.glob(f"{UNFINISHED}*")), "the next save removes leftover files"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 @pytest.mark.parametrize("limit", [0, 100, 2000])
 def test_a_full_disk(tmp_path: Path, limit: int) -> None:
-    """A limit on the size of files stands in for it: the refusal comes at the same call."""
+    """Simulated by a limit on the size of files, which fails at the same system call."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(GlassError, match="the model cannot be saved"):
             save_model(tmp_path / "x", models()["GPT"], TOKENIZER)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, heard)
+        signal.signal(signal.SIGXFSZ, old_handler)
     with pytest.raises(GlassError, match="no model here"):
         open_checkpoint(tmp_path / "x")
     assert not list((tmp_path / "x").glob(f"{UNFINISHED}*"))
@@ -270,10 +270,10 @@ def test_nowhere_to_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
-def test_others_may_read_the_weights_as_they_may_the_rest(umask: int, tmp_path: Path) -> None:
+def test_the_weights_have_the_same_permissions_as_other_files(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        for _ in range(2):  # the second time over the first
+        for _ in range(2):  # the second one replaces the first
             save_model(tmp_path, models()["bigram"], TOKENIZER)
     finally:
         os.umask(before)

@@ -1,4 +1,4 @@
-"""A streamed model is the loaded one, bit for bit, with one layer in memory."""
+"""A streamed model is bit-identical to the loaded one, with one layer in memory."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def checkpoint(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterat
 
 
 def in_memory(model: StreamedLlama) -> list[str]:
-    """The parameters that hold numbers."""
+    """The parameters that have data."""
     return [name for name, p in model.named_parameters() if not p.is_meta and p.numel() > 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_and_cached_steps_are_those_of_the_loaded_model(
+def test_logits_and_cached_steps_equal_those_of_the_loaded_model(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
     loaded, streamed = load_llama(checkpoint, dtype=dtype), StreamedLlama(checkpoint, dtype=dtype)
@@ -102,7 +102,7 @@ def test_generation(checkpoint: Checkpoint) -> None:
     assert ids(StreamExecutor(checkpoint)) == ids(TorchExecutor(load_llama(checkpoint)))
 
 
-def test_hooks_see_every_intermediate(checkpoint: Checkpoint) -> None:
+def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None:
     loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
     assert hook_names(streamed) == hook_names(loaded)
 
@@ -118,17 +118,17 @@ def test_hooks_see_every_intermediate(checkpoint: Checkpoint) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_layer_can_be_looked_at(checkpoint: Checkpoint) -> None:
+def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
     loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
     with streamed.layers[1].filled() as layer:
         assert torch.equal(layer.attention.wq.weight, loaded.layers[1].attention.wq.weight)
-        logits = streamed(IDS)  # a pass in between leaves it filled
+        logits = streamed(IDS)  # a pass in between keeps it loaded
         assert not layer.attention.wq.weight.is_meta
     assert torch.equal(logits, loaded(IDS))
     assert in_memory(streamed) == ["norm.weight"]
 
 
-def test_a_layer_is_emptied_when_it_fails(checkpoint: Checkpoint) -> None:
+def test_a_layer_is_freed_after_an_error(checkpoint: Checkpoint) -> None:
     streamed = StreamedLlama(checkpoint)
 
     def interrupt(*_: object) -> None:
@@ -154,8 +154,8 @@ SHAPE = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
-# A layer has 22 MB, the vocabulary's matrices 33 MB each, the file 288 MB. Beside layer and block
-# of output: what PyTorch needs to compute, measured here as 20 to 40 MB.
+# A layer has 22 MB, the vocabulary's matrices 33 MB each, the file 288 MB. Allowed in addition to a
+# layer and a block of output: the memory of PyTorch's computation, measured here as 20 to 40 MB.
 ALLOWED = 60e6
 BLOCK = 2_000_000  # numbers of the output matrix at once
 
@@ -164,11 +164,11 @@ import sys, torch
 from glassllama.weights import stream
 from glassllama.weights.checkpoint import open_checkpoint
 stream.BLOCK_NUMBERS = int(sys.argv[2])
-def high_water():  # of this process alone: getrusage starts with the parent's
+def high_water():  # of this process only: getrusage includes the parent's peak
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=torch.bfloat16))
-with torch.device("meta"):  # a part of PyTorch that is imported when it is first used: 77 MB
+with torch.device("meta"):  # a part of PyTorch that is imported at its first use: 77 MB
     torch.nn.Embedding(2, 2)
 before = high_water()
 model = stream.StreamedLlama(open_checkpoint(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer, as transformers reads them."""
+"""The small files next to a tokenizer, read as transformers does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
     "<|im_start|>user\nhi there<|im_end|>", "a <tool>and<tool>b", "<|im_end|><|im_end|>",
     "the [PAD]fox", "<mark>the quick</s>brown", "hi", "<extra>says <|x|>",
 ]  # fmt: skip
-# After a token, sentencepiece and llama.cpp make two blanks of one and transformers does not.
+# After a token, sentencepiece and llama.cpp turn one space into two and transformers does not.
 WITH_BLANKS = [" hi", "a <tool> and <tool> b", "<mark> the </s> fox", "[PAD] <extra> <|x|>\n"]
 
 
@@ -38,7 +38,7 @@ def row(content: str, special: bool = False, **flags: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a SentencePiece model of 300 pieces or so."""
+    """A folder with a SentencePiece model of about 300 pieces."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "corpus.txt").write_text("the quick brown fox says hi to user and assistant\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
@@ -70,7 +70,7 @@ def size_of(folder: Path) -> int:
     return tokenizer_from_folder(folder).vocab_size
 
 
-def beside(source: Path, folder: Path, files: dict[str, Any]) -> Path:
+def with_files(source: Path, folder: Path, files: dict[str, Any]) -> Path:
     """A folder with the source's tokenizer and these files. "+n" is the n-th id after it."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).exists():
@@ -148,7 +148,7 @@ def test_tokens_of_side_files(
         "tokenizer_class": tokenizer_class,
         **files.get("tokenizer_config.json", {}),
     }
-    folder = beside(
+    folder = with_files(
         request.getfixturevalue(kind), tmp_path, {**files, "tokenizer_config.json": config}
     )
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
@@ -161,15 +161,15 @@ def test_tokens_of_side_files(
     assert named["eos_token"] == theirs.eos_token
 
 
-# Beside a tokenizer.model transformers forgets additional_special_tokens.
+# With a tokenizer.model transformers ignores additional_special_tokens.
 NEW_TOKENS: dict[str, dict[str, Any]] = {
-    "extra_special_tokens, named, beside a list of the older name": {
+    "extra_special_tokens, named, and a list of the older name": {
         "tokenizer_config.json": {
             "extra_special_tokens": {"image": "<|x|>", "mark_token": "<mark>"},
             "additional_special_tokens": ["<tool>", "<extra>"],
         },
     },
-    "a beginning that no file adds keeps its id free": {
+    "a bos token that no file adds leaves its id free": {
         "tokenizer_config.json": {"bos_token": "<begin>", "pad_token": "[PAD]"},
     },
     "the last flags of a token": {
@@ -183,19 +183,19 @@ NEW_TOKENS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NEW_TOKENS)
 @pytest.mark.identical("ids with tokens of side files", "transformers")
-def test_new_tokens_are_numbered_as_by_transformers(
+def test_new_tokens_get_the_same_ids_as_in_transformers(
     bytewise: Path, tmp_path: Path, name: str
 ) -> None:
     files = NEW_TOKENS[name]
     files["tokenizer_config.json"]["tokenizer_class"] = "PreTrainedTokenizerFast"
-    folder = beside(bytewise, tmp_path, files)
+    folder = with_files(bytewise, tmp_path, files)
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
     for text in TEXTS + WITH_BLANKS:
         assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
     assert template_tokens_from_folder(folder) == theirs.special_tokens_map
 
 
-def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
+def test_a_token_of_the_vocabulary_named_as_special_becomes_a_control_token(
     bytewise: Path, tmp_path: Path
 ) -> None:
     document = json.loads((bytewise / "tokenizer.json").read_text())
@@ -207,7 +207,9 @@ def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
     assert tokenizer.specials == {"</s>": 2}
     assert tokenizer.encode("the</s>", specials=True)[-1] == 2
     assert 2 not in tokenizer.encode("the</s>")
-    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", "a letter stays a letter"
+    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", (
+        "a single letter does not become special"
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,10 +238,10 @@ def test_a_mark_of_the_vocabulary_that_is_named_becomes_a_control_token(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["pieces", "bytewise"])
-def test_side_files_that_are_wrong_are_named(
+def test_errors_name_wrong_side_files(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, files: dict[str, Any], words: str
 ) -> None:
-    folder = beside(request.getfixturevalue(kind), tmp_path, files)
+    folder = with_files(request.getfixturevalue(kind), tmp_path, files)
     with pytest.raises(TokenizerError) as raised:
         tokenizer_from_folder(folder)
     assert words in str(raised.value)
@@ -279,30 +281,32 @@ NAMES = [
     ),
     st.sampled_from(["pieces", "bytewise"]),
 )  # fmt: skip
-def test_any_side_file_is_read_or_refused_in_a_line(
+def test_any_side_file_is_read_or_refused_with_one_line(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     files: dict[str, Any],
     kind: str,
 ) -> None:
-    folder = beside(request.getfixturevalue(kind), tmp_path_factory.mktemp("any"), {})
+    folder = with_files(request.getfixturevalue(kind), tmp_path_factory.mktemp("any"), {})
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     for read in (tokenizer_from_folder, chat_template_from_folder, template_tokens_from_folder):
-        said = ""
+        message = ""
         try:
             read(folder)
         except TokenizerError as refused:
-            said = str(refused)
-        assert "\n" not in said
-        assert len(said) < 1000
+            message = str(refused)
+        assert "\n" not in message
+        assert len(message) < 1000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja"])
-def test_side_files_of_any_size_are_not_read(bytewise: Path, tmp_path: Path, name: str) -> None:
-    folder = beside(bytewise, tmp_path, {})
+def test_side_files_that_are_too_large_are_not_read(
+    bytewise: Path, tmp_path: Path, name: str
+) -> None:
+    folder = with_files(bytewise, tmp_path, {})
     with (folder / name).open("wb") as file:
-        file.truncate(1 << 40)  # a hole: it takes no room
+        file.truncate(1 << 40)  # a sparse file without data on the disk
     read = chat_template_from_folder if name.startswith("chat") else tokenizer_from_folder
 
     def refused() -> None:
@@ -314,9 +318,9 @@ def test_side_files_of_any_size_are_not_read(bytewise: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("id", [200_000, 4_194_303])
 def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, id: int) -> None:
-    """Nothing is made as large as one id says; and a token's name is cut where it is quoted."""
+    """Nothing is allocated by the size of an id; long token names are shortened in errors."""
     for changed, name in (("vocab", "x" * 5000), ("added", "<|far|>")):
-        folder = beside(bytewise, tmp_path, {})
+        folder = with_files(bytewise, tmp_path, {})
         document = json.loads((folder / "tokenizer.json").read_text())
         if changed == "vocab":
             document["model"]["vocab"][name] = id
@@ -334,7 +338,7 @@ def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, i
         assert "\n" not in str(refused.value)
 
 
-def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_template_in_a_separate_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ three }}"}))
     assert chat_template_from_folder(tmp_path) == "{{ three }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ two }}"}))
@@ -343,17 +347,17 @@ def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert chat_template_from_folder(tmp_path) == "{{ one }}"
 
 
-def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+def test_notices_name_files_that_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"vocab\.json with merges\.txt does not say how"):
         tokenizer_from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [[-1], {"a": 1}, 7, None])
-def test_an_added_token_whose_text_is_none_is_refused(
+def test_an_added_token_without_a_valid_text_is_refused(
     bytewise: Path, tmp_path: Path, content: Any
 ) -> None:
-    folder = beside(bytewise, tmp_path, {})
+    folder = with_files(bytewise, tmp_path, {})
     document = json.loads((folder / "tokenizer.json").read_text())
     document["added_tokens"] = [*document.get("added_tokens", []), {"id": 1, "content": content}]
     (folder / "tokenizer.json").write_text(json.dumps(document))
@@ -375,12 +379,12 @@ def test_an_added_token_whose_text_is_none_is_refused(
     ],
 )  # fmt: skip
 @pytest.mark.identical("ids of tokenizer.model with and without `legacy`", "transformers")
-def test_where_a_blank_goes(
+def test_where_a_space_is_added(
     pieces: Path, tmp_path: Path, model_type: str, config: dict[str, Any] | None
 ) -> None:
-    """Before the first word, or behind each control token, too."""
+    """Before the first word, or after each control token, too."""
     files = {"config.json": {"model_type": model_type}}
-    folder = beside(pieces, tmp_path, files)
+    folder = with_files(pieces, tmp_path, files)
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
@@ -388,7 +392,7 @@ def test_where_a_blank_goes(
         assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_tokens_beside_ranks_are_not_left_out(tmp_path: Path, llama3_ranks: Path) -> None:
+def test_added_tokens_must_agree_with_a_tiktoken_file(tmp_path: Path, llama3_ranks: Path) -> None:
     shutil.copy(llama3_ranks, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": 128009}))
     assert tokenizer_from_folder(tmp_path).vocab_size == 128_256

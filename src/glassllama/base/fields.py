@@ -8,7 +8,7 @@ is converted silently: booleans and text are not accepted as numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ MAX_NAME_LENGTH = 255  # of a file, on every usual system
 MAX_NUMBER = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class Fields:
@@ -42,43 +43,30 @@ class Fields:
         self, key: str, default: T = REQUIRED, *, least: int = 1, most: int = MAX_INTEGER
     ) -> int | T:
         """A whole number from `least` to `most`, inclusive."""
-        value = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        if not is_whole(value) or not least <= value <= most:
-            self.refuse(key, f"a whole number from {least} to {most}")
-        return int(value)
+
+        def fits(value: Any) -> bool:
+            return is_whole(value) and least <= value <= most
+
+        return self._get(key, default, fits, f"a whole number from {least} to {most}", int)
 
     def number(
         self, key: str, default: T = REQUIRED, *, least: float = -math.inf, most: float = math.inf
     ) -> float | T:
         """A number from `least` to `most` that is finite in float32."""
-        value = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        if not is_number(value):
-            self.refuse(key, "a finite number")
-        if not least <= value <= most:
-            limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
-            self.refuse(key, f"a number {limits}")
-        return float(value)
+        limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+        expected = "a finite number" if least == -math.inf else f"a finite number {limits}"
+
+        def fits(value: Any) -> bool:
+            return is_number(value) and bool(least <= value <= most)
+
+        return self._get(key, default, fits, expected, float)
 
     def boolean(self, key: str, default: T = REQUIRED) -> bool | T:
         """true or false; numbers and text are refused."""
-        value = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        if not isinstance(value, bool | np.bool_):
-            self.refuse(key, "true or false")
-        return bool(value)
+        return self._get(key, default, (bool, np.bool_), "true or false", bool)
 
     def text(self, key: str, default: T = REQUIRED) -> str | T:
-        value = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        if not isinstance(value, str):
-            self.refuse(key, "text")
-        return str(value)
+        return self._get(key, default, (str,), "text", str)
 
     def items(self, key: str, default: T = REQUIRED, *, of: str = "any") -> Sequence[Any] | T:
         """A list. `of`: "any", "whole" (0 … MAX_INTEGER), "number" (finite) or "text" items.
@@ -86,23 +74,19 @@ class Fields:
         A one-dimensional NumPy array or an array of strings, as GGUF metadata has them, is
         returned as it is.
         """
-        value: Any = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        if isinstance(value, np.ndarray):
-            if value.ndim != 1 or not _array_holds(value, of):
-                self.refuse(key, f"a list of {of} items")
-        elif not _is_list(value) or not _sequence_holds(value, of):
-            self.refuse(key, f"a list of {of} items" if of != "any" else "a list")
-        found: Sequence[Any] = value
-        return found
+
+        def fits(value: Any) -> bool:
+            if isinstance(value, np.ndarray):
+                return value.ndim == 1 and _array_holds(value, of)
+            return _is_list(value) and _sequence_holds(value, of)
+
+        expected = f"a list of {of} items" if of != "any" else "a list"
+        return self._get(key, default, fits, expected, lambda value: value)
 
     def object(self, key: str, default: T = REQUIRED) -> Fields | T:
         """A nested object, as Fields."""
-        value = self.values.get(key)
-        if value is None:
-            return self._default(key, default)
-        return Fields(f"{self.place}: {named(key)}", value, self.error)
+        place = f"{self.place}: {named(key)}"
+        return self._get(key, default, (object,), "", lambda v: Fields(place, v, self.error))
 
     def refuse(self, key: str, expected: str) -> None:
         """Raise the error that the value of `key` is not `expected`."""
@@ -110,10 +94,23 @@ class Fields:
             f"{self.place}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
         )
 
-    def _default(self, key: str, default: T) -> T:
-        if default is REQUIRED:
-            raise self.error(f"{self.place}: {named(key)} is missing")
-        return default
+    def _get(
+        self,
+        key: str,
+        default: T,
+        fits: Callable[[Any], bool] | tuple[type, ...],
+        expected: str,
+        convert: Callable[[Any], V],
+    ) -> V | T:
+        """The value of a key, checked by `fits` (a function, or types), or the default."""
+        value = self.values.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise self.error(f"{self.place}: {named(key)} is missing")
+            return default
+        if not (isinstance(value, fits) if isinstance(fits, tuple) else fits(value)):
+            self.refuse(key, expected)
+        return convert(value)
 
 
 def relative_path(name: object) -> str | None:

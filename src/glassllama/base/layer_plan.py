@@ -225,14 +225,18 @@ class ModelPlan:
         return [*layers, "norm.weight"]
 
 
+def usual_scale(head_dim: int) -> float:
+    """1/√D, computed in float32."""
+    return float(np.float32(1) / np.sqrt(np.float32(head_dim)))
+
+
 def llama_plan(config: LlamaConfig) -> ModelPlan:
     """The plan of a Llama, whose blocks are all the same."""
-    # In float32, so that results stay the same as before layer plans existed.
-    scale = float(np.float32(1) / np.sqrt(np.float32(config.head_dim)))
     frequencies = tuple(rope_frequencies(config).tolist())
     attention = AttentionPlan(
         n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
-        scale=scale, rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
+        scale=usual_scale(config.head_dim),
+        rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
         qk_norm="unweighted" if config.qk_norm else "none", qk_norm_after_rope=True,
     )  # fmt: skip
     block = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=config.ffn_dim))

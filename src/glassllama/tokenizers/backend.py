@@ -18,12 +18,8 @@ from numpy.typing import NDArray
 
 from glassllama.base.interfaces import Progress
 from glassllama.tokenizers.pretokenizer import Split
-from glassllama.tokenizers.vocabulary import PairRow, Vocabulary, surrogate_error
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS, PairRow, Vocabulary, surrogate_error
 
-# The 256 bytes in GPT-2's order: the printable ones first. Their ids in learned vocabularies.
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
-NOT_PRINTABLE = tuple(byte for byte in range(256) if byte not in PRINTABLE)
-BYTE_TOKENS = tuple(bytes([value]) for value in (*PRINTABLE, *NOT_PRINTABLE))
 MIN_COUNT = 2  # a pair that occurs once is not merged
 NUM_EXAMPLES = 3  # pretokens that are recorded with a merge
 

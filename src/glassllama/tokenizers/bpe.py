@@ -24,18 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.tokenizers.backend import (
-    NOT_PRINTABLE,
-    PRINTABLE,
-    PYTHON,
-    BPEBackend,
-    CorpusDecoder,
-    Merger,
-)
+from glassllama.tokenizers.backend import PYTHON, BPEBackend, CorpusDecoder, Merger
 from glassllama.tokenizers.pretokenizer import Split
 from glassllama.tokenizers.vocabulary import (
     BYTES,
     NEVER,
+    NOT_PRINTABLE,
+    PRINTABLE,
     AddedToken,
     TokenizerBase,
     Vocabulary,
@@ -111,15 +106,9 @@ class BytePairTokenizer(TokenizerBase):
             vocabulary, bos=self.bos, stop_ids=self.stop_ids, backend=self._backend
         )
 
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        ids = [self.bos] if bos and self.bos is not None else []
-        try:
-            for part in self._parts(text, specials):
-                ids += [part] if isinstance(part, int) else self._encode_text(part)
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
-        return ids
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        for part in self._parts(text, specials):
+            yield [part] if isinstance(part, int) else self._encode_text(part)
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,): the same as `encode`, for corpora.

@@ -12,7 +12,7 @@ reads as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -49,14 +49,12 @@ class CharTokenizer(TokenizerBase):
         self._ids = {char: id for id, char in enumerate(self.characters)}
         self._pattern = pattern_of(SPECIAL_TOKENS)
 
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        ids = [self.bos] if bos and self.bos is not None else []
-        if not specials or self._pattern is None:
-            return ids + [self._ids.get(char, self.unknown) for char in text]
-        for n, part in enumerate(self._pattern.split(text)):
-            ids += [self.specials[part]] if n % 2 else self.encode(part)
-        return ids
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        for n, part in enumerate(self._pattern.split(text) if specials else [text]):
+            if n % 2:  # text, token, text, …
+                yield [self.specials[part]]
+            else:
+                yield [self._ids.get(char, self.unknown) for char in part]
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,)."""

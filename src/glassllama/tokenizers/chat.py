@@ -113,8 +113,6 @@ class TemplateChat(ChatFormat):
         added = self._added_tokens(text, tokenizer)
         specials = {**tokenizer.specials, **added}
         pattern, plain = pattern_of(specials), str.__str__(text)
-        if pattern is None:
-            return tokenizer.encode(plain)
         masked = text.masked(_unused_character(specials))
         spans = [match.span() for match in pattern.finditer(masked)]
         if not _has_special_from_message(pattern, text):  # then the text can be encoded as a whole

@@ -1,8 +1,8 @@
 """Tokenizers from Hugging Face's `tokenizer.json`: any BPE whose stages are known.
 
 The file describes normalizer → pre_tokenizer → model → post_processor, and a decoder. A byte-level
-file with a known split (Llama 3, SmolLM, GPT-2, Qwen 2) becomes a `Vocabulary`; any other becomes a
-`Pipeline`, which is run stage by stage. An unknown field or option is a TokenizerError that names
+file with a known split (Llama 3, SmolLM, GPT-2, Qwen 2) becomes a `Vocabulary`; any other is run
+stage by stage. An unknown field or option is a TokenizerError that names
 it, because leaving it out would change ids. `truncation` and `padding` are not part of the
 pipeline: they are settings of the last call before the file was saved.
 """
@@ -15,20 +15,13 @@ from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
+from glassllama.tokenizers import pipeline
 from glassllama.tokenizers.backend import PYTHON, BPEBackend
 from glassllama.tokenizers.bpe import (
     BYTE_CHARACTERS,
     BytePairTokenizer,
     byte_level_vocabulary,
     to_bytes,
-)
-from glassllama.tokenizers.pipeline import (
-    CharacterBPE,
-    Pipeline,
-    PipelineTokenizer,
-    normalizer,
-    pre_tokenizer,
-    stage_list,
 )
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.sentencepiece import BYTE_PIECE, SPACE_SYMBOL
@@ -53,15 +46,16 @@ KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
 
 def tokenizer_from_json(
     document: Json, backend: BPEBackend = PYTHON
-) -> BytePairTokenizer | PipelineTokenizer:
+) -> BytePairTokenizer | pipeline.PipelineTokenizer:
     """The tokenizer of a tokenizer.json. TokenizerError names what is not supported."""
     file = _TokenizerJson(document)
-    return file.byte_pair_tokenizer(backend) if file.has_known_split else file.pipeline(backend)
+    make = file.byte_pair_tokenizer if file.has_known_split else file.pipeline_tokenizer
+    return make(backend)
 
 
-def pipeline_from_json(document: Json, backend: BPEBackend = PYTHON) -> PipelineTokenizer:
+def pipeline_from_json(document: Json, backend: BPEBackend = PYTHON) -> pipeline.PipelineTokenizer:
     """The same, always run stage by stage."""
-    return _TokenizerJson(document).pipeline(backend)
+    return _TokenizerJson(document).pipeline_tokenizer(backend)
 
 
 class _TokenizerJson:
@@ -87,8 +81,9 @@ class _TokenizerJson:
         if len({*self.vocab.values()}) < len(self.vocab):
             raise TokenizerError("tokenizer.json: model.vocab gives an id to two tokens")
         self.added = self._added_tokens()
-        self.normalizers = stage_list(self.fields, "normalizer", "normalizers")
-        self.pre_tokenizers = stage_list(self.fields, "pre_tokenizer", "pretokenizers")
+        self.normalizers = pipeline.stage_list(self.fields, "normalizer", "normalizers")
+        self.pre_tokenizers = pipeline.stage_list(self.fields, "pre_tokenizer", "pretokenizers")
+        self.decoders = pipeline.stage_list(self.fields, "decoder", "decoders")
         self.ignore_merges = self.model.boolean("ignore_merges", False)
         self.stop_ids = stop_ids_by_name({**self.vocab, **{t.text: t.id for t in self.added}})
 
@@ -129,7 +124,9 @@ class _TokenizerJson:
                     )
 
     def check_byte_level_decoder(self) -> None:
-        types = [stage.text("type") for stage in stage_list(self.fields, "decoder", "decoders")]
+        types = [
+            stage.text("type") for stage in pipeline.stage_list(self.fields, "decoder", "decoders")
+        ]
         if types != ["ByteLevel"]:
             raise TokenizerError(f"tokenizer.json: decoder must be ByteLevel, got {quoted(types)}")
 
@@ -137,7 +134,7 @@ class _TokenizerJson:
 
     @property
     def has_known_split(self) -> bool:
-        """Whether the file can become a `Vocabulary`; else it is a `Pipeline`."""
+        """Whether the file can become a `Vocabulary`; else it is run stage by stage."""
         specials = {token.text for token in self.added if token.is_special}
         makes_special = not specials.isdisjoint(self.vocab) and any(
             left + right in specials for left, right in self.merges
@@ -185,7 +182,7 @@ class _TokenizerJson:
 
     def text_ends(self) -> tuple[int | None, int | None]:
         """The ids that the post-processor puts before and after every text."""
-        stages = stage_list(self.fields, "post_processor", "processors")
+        stages = pipeline.stage_list(self.fields, "post_processor", "processors")
         stages = [stage for stage in stages if stage.text("type") != "ByteLevel"]
         if not stages:
             return None, None
@@ -212,27 +209,26 @@ class _TokenizerJson:
 
     # Other pipelines
 
-    def pipeline(self, backend: BPEBackend) -> PipelineTokenizer:
+    def pipeline_tokenizer(self, backend: BPEBackend) -> pipeline.PipelineTokenizer:
         """The tokenizer of any supported file, run stage by stage."""
         stages = (*self.normalizers, *self.pre_tokenizers)
         is_byte_level = any(stage.text("type") == "ByteLevel" for stage in stages)
         if is_byte_level:
             self.check_byte_level_decoder()
         bpe = self._character_bpe(is_byte_level, backend)
-        pipeline = Pipeline(
-            added=AddedTokens(self.added, normalizer(self.normalizers)),
-            pre_tokenizer=pre_tokenizer(self.pre_tokenizers),
-            bpe=bpe,
-            bpe_without_specials=bpe.without({t.id for t in self.added if t.is_special}),
-            token_bytes=self._token_bytes(bpe.byte_ids, is_byte_level),
+        bos, eos = self.text_ends()
+        return pipeline.PipelineTokenizer(
+            self._token_bytes(bpe.byte_ids, is_byte_level),
+            AddedTokens(self.added, pipeline.normalizer(self.normalizers)),
+            pipeline.pre_tokenizer(self.pre_tokenizers),
+            bpe,
             hides_specials=not is_byte_level,
             drops_prefix=not is_byte_level and self._drops_prefix(),
+            bos=bos,
+            stop_ids=self.stop_ids | ({eos} if eos is not None else set()),
         )
-        bos, eos = self.text_ends()
-        stop_ids = self.stop_ids | ({eos} if eos is not None else set())
-        return PipelineTokenizer(pipeline, bos=bos, stop_ids=stop_ids)
 
-    def _character_bpe(self, is_byte_level: bool, backend: BPEBackend) -> CharacterBPE:
+    def _character_bpe(self, is_byte_level: bool, backend: BPEBackend) -> pipeline.CharacterBPE:
         vocab, model = self.vocab, self.model
         merges = {
             (vocab[left], vocab[right]): (rank, vocab[left + right])
@@ -245,7 +241,7 @@ class _TokenizerJson:
         complete = len(byte_ids) == 256 or (is_byte_level and vocab.keys() >= BYTE_CHARACTERS)
         if unknown is not None and unknown not in vocab and not complete:
             model.refuse("unk_token", "a token of the vocabulary")
-        return CharacterBPE(
+        return pipeline.CharacterBPE(
             ids=vocab,
             merges=merges,
             byte_ids=byte_ids,
@@ -279,8 +275,8 @@ class _TokenizerJson:
         """Whether decoding drops a space at the start; refuses decoders that do anything else."""
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         spaces = {"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}
-        decoders, drops = stage_list(self.fields, "decoder", "decoders"), False
-        for decoder in decoders:
+        drops = False
+        for decoder in self.decoders:
             type = decoder.text("type")
             if decoder.values == strip:
                 drops = True
@@ -288,7 +284,7 @@ class _TokenizerJson:
                 drops = decoder.text("prepend_scheme", "always") != "never"
             elif decoder.values != spaces and type not in ("ByteFallback", "Fuse"):
                 decoder.refuse("type", f"one of ByteFallback, Fuse, Metaspace, {strip}, {spaces}")
-        if not decoders:
+        if not self.decoders:
             raise TokenizerError(
                 "tokenizer.json: decoder is missing: without one, words have no blanks"
             )

@@ -214,42 +214,42 @@ class _Reader:
     def _fault(self, what: str) -> TokenizerError:
         return TokenizerError(f"pattern {quoted(self._source)}: {what}, at character {self._at}")
 
-    def _take(self, syntax: str) -> Any:
+    def _read(self, syntax: str) -> Any:
         """Read what matches a regular expression here; None if nothing does."""
         found = regex.match(syntax, self._source, pos=self._at)
         self._at = self._at if found is None else found.end()
         return found
 
     def _next(self) -> None:
-        if found := self._take(r"\((?!\?)|\(\?(?:[:=!>]|<[=!])"):
+        if found := self._read(r"\((?!\?)|\(\?(?:[:=!>]|<[=!])"):
             self._ignore_case.append(self._ignore_case[-1])
             self.parts.append("(?:" if found[0] == "(" else found[0])
-        elif found := self._take(r"\(\?(-?)i([:)])"):
+        elif found := self._read(r"\(\?(-?)i([:)])"):
             if found[2] == ":":
                 self._ignore_case.append(False)
                 self.parts.append("(?:")
             self._ignore_case[-1] = not found[1]
-        elif found := self._take(r"\(.{,3}"):
+        elif found := self._read(r"\(.{,3}"):
             raise self._fault(f"{found[0]!r} is not supported")
-        elif self._take(r"\)"):
+        elif self._read(r"\)"):
             if len(self._ignore_case) == 1:
                 raise self._fault("a group is closed that was not opened")
             self._ignore_case.pop()
             self.parts.append(")")
-        elif found := self._take(r"\{(\d{1,4},?\d{0,4}|,\d{1,4})\}"):
-            if self._take(r"\+"):  # in Ruby not possessive, but a repetition
+        elif found := self._read(r"\{(\d{1,4},?\d{0,4}|,\d{1,4})\}"):
+            if self._read(r"\+"):  # in Ruby not possessive, but a repetition
                 raise self._fault("'+' after a count is not supported")
             count = found[1]
             self.parts.append("{" + ("0" if count.startswith(",") else "") + count + "}")
-        elif found := self._take(r"[|*+?]"):
+        elif found := self._read(r"[|*+?]"):
             self.parts.append(found[0])
-        elif found := self._take(r"[\^$]"):
+        elif found := self._read(r"[\^$]"):
             self.parts.append(f"(?m:{found[0]})")
-        elif self._take(r"\."):
+        elif self._read(r"\."):
             self.parts.append(~_of_characters("\n"))
-        elif found := self._take(r"\\([bBwWAzZ])"):
+        elif found := self._read(r"\\([bBwWAzZ])"):
             self.parts += _anchor(found[1])
-        elif self._take(r"\["):
+        elif self._read(r"\["):
             self.parts.append(self._bracket())
         elif isinstance(member := self._one(), str):
             case = self._cases(member)
@@ -267,22 +267,22 @@ class _Reader:
 
     def _one(self) -> str | Points:
         """A character, or a set: of a bracketed class or an escape."""
-        if found := self._take(r"\[:(.*?):\]"):
+        if found := self._read(r"\[:(.*?):\]"):
             if found[1] not in POSIX:
                 raise self._fault(f"[:{found[1][:20]}:] is not supported")
             return POSIX[found[1]]()
-        if self._take(r"\["):
+        if self._read(r"\["):
             return self._bracket()
-        if found := self._take(r"\\([pP])\{(\^?)([^}]*)\}"):
+        if found := self._read(r"\\([pP])\{(\^?)([^}]*)\}"):
             points = property_points(found[3])
             return points if (found[1] == "p") != bool(found[2]) else ~points
-        if found := self._take(r"\\(?:x\{([^}]*)\}|x(..)|u(.{4}))"):
+        if found := self._read(r"\\(?:x\{([^}]*)\}|x(..)|u(.{4}))"):
             digits = found[found.lastindex]
             try:
                 return chr(int(digits, 16))
             except (ValueError, OverflowError):
                 raise self._fault(f"{quoted(digits)} is no code point") from None
-        found = self._take(r"(\\?)((?s:.))")
+        found = self._read(r"(\\?)((?s:.))")
         if found is None or found[0] == "\\":
             raise self._fault("it ends too early")
         char: str = found[2]
@@ -297,11 +297,11 @@ class _Reader:
 
     def _bracket(self) -> Points:
         """The set of a bracketed class, after its opening bracket."""
-        negated = self._take(r"\^")
+        negated = self._read(r"\^")
         whole = ~of_ranges(())  # the intersection (&&) so far
         points, first = of_ranges(()), True
-        while first or not self._take(r"\]"):
-            if self._take("&&"):
+        while first or not self._read(r"\]"):
+            if self._read("&&"):
                 whole, points = whole & points, of_ranges(())
             else:
                 points = points | self._member()
@@ -312,7 +312,7 @@ class _Reader:
         begin = self._one()
         if not isinstance(begin, str):
             return begin
-        if not self._take(r"-(?!\])"):
+        if not self._read(r"-(?!\])"):
             return _of_characters(self._cases(begin))
         end = self._one()
         if not isinstance(end, str) or end < begin:

@@ -13,6 +13,7 @@ case are those of Python's `unicodedata`; all else uses the tables of patterns.p
 
 from __future__ import annotations
 
+import copy
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,6 @@ from glassllama.tokenizers.vocabulary import (
     WHITESPACE,
     AddedTokens,
     TokenizerBase,
-    surrogate_error,
 )
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the merged token
@@ -141,25 +141,8 @@ class CharacterBPE:
         return self.backend.merger((*pair, *made) for pair, made in self.merges.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """`bpe` makes ids of a pretoken; `bpe_without_specials` makes no special tokens.
-
-    `token_bytes` by id; None: an id without a token. `hides_specials`: decoding leaves out special
-    tokens, and with `drops_prefix` the space that a text starts with, as in SentencePiece.
-    """
-
-    added: AddedTokens
-    pre_tokenizer: PreTokenizer
-    bpe: CharacterBPE
-    bpe_without_specials: CharacterBPE
-    token_bytes: Sequence[bytes | None] = field(repr=False)
-    hides_specials: bool
-    drops_prefix: bool
-
-
 class PipelineTokenizer(TokenizerBase):
-    """Text ↔ ids by a `Pipeline`; a `base.interfaces.Tokenizer`.
+    """Text ↔ ids by the stages of a file; a `base.interfaces.Tokenizer`.
 
     A lone surrogate is a TokenizerError. Bytes that are not UTF-8 decode to U+FFFD. A character
     without a token becomes what the file says: bytes, unknown or nothing. Without `specials` no
@@ -167,65 +150,52 @@ class PipelineTokenizer(TokenizerBase):
     """
 
     def __init__(
-        self, pipeline: Pipeline, *, bos: int | None, stop_ids: Iterable[int] = ()
+        self,
+        tokens: Sequence[bytes | None],
+        added: AddedTokens,
+        pre_tokenizer: PreTokenizer,
+        bpe: CharacterBPE,
+        *,
+        hides_specials: bool,
+        drops_prefix: bool,
+        bos: int | None,
+        stop_ids: Iterable[int],
     ) -> None:
-        super().__init__(pipeline.token_bytes, bos=bos, stop_ids=stop_ids)
-        self.pipeline = pipeline
-        specials = {t.text: t.id for t in pipeline.added.tokens if t.is_special}
-        self.specials = MappingProxyType(specials)
-        self._hidden = frozenset(specials.values()) if pipeline.hides_specials else frozenset()
+        """`bpe` makes ids of a pretoken. `hides_specials`: decoding leaves out special tokens, and
+        with `drops_prefix` the space that a text starts with, as in SentencePiece."""
+        super().__init__(tokens, bos=bos, stop_ids=stop_ids)
+        self.specials = MappingProxyType({t.text: t.id for t in added.tokens if t.is_special})
+        self._added, self._pre_tokenizer, self._bpe = added, pre_tokenizer, bpe
+        self._bpe_without_specials = bpe.without({*self.specials.values()})
+        self._hidden = frozenset(self.specials.values()) if hides_specials else frozenset()
+        self._drops_prefix = drops_prefix
 
     @property
     def added(self) -> Mapping[str, int]:
-        return {t.text: t.id for t in self.pipeline.added.tokens if not t.is_special}
+        return {t.text: t.id for t in self._added.tokens if not t.is_special}
 
     def without_added(self, texts: Iterable[str]) -> PipelineTokenizer:
-        removed, old = {*texts}, self.pipeline
+        removed, other = {*texts}, copy.copy(self)
         ids = {self.added[text] for text in removed}
-        tokens = [token for token in old.added.tokens if token.text not in removed]
-        pipeline = replace(
-            old,
-            added=AddedTokens(tokens, old.added.normalize),
-            bpe=old.bpe.without(ids),
-            bpe_without_specials=old.bpe_without_specials.without(ids),
-        )
-        return PipelineTokenizer(pipeline, bos=self.bos, stop_ids=self.stop_ids)
-
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        ids = [self.bos] if bos and self.bos is not None else []
-        for some in self._id_lists(text, specials, at_start=True):
-            ids += some
-        return ids
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order, with a space where the model puts one."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for some in self._id_lists(part, False, at_start=not ids):
-                ids += some
-        return ids
+        tokens = [token for token in self._added.tokens if token.text not in removed]
+        other._added = AddedTokens(tokens, self._added.normalize)
+        other._bpe = self._bpe.without(ids)
+        other._bpe_without_specials = self._bpe_without_specials.without(ids)
+        return other
 
     def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
-        bpe = self.pipeline.bpe if specials else self.pipeline.bpe_without_specials
-        try:
-            for part in self.pipeline.added.split(text, specials=specials):
-                if isinstance(part, int):
-                    yield [part]
-                else:
-                    for word, _ in self.pipeline.pre_tokenizer([(part, at_start)]):
-                        yield from bpe.id_lists(word)
-                at_start = False
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
+        bpe = self._bpe if specials else self._bpe_without_specials
+        for part in self._added.split(text, specials=specials):
+            if isinstance(part, int):
+                yield [part]
+            else:
+                for word, _ in self._pre_tokenizer([(part, at_start)]):
+                    yield from bpe.id_lists(word)
+            at_start = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; a character that is cut in two, or not UTF-8, becomes U+FFFD."""
         data = b"".join([self.token_bytes(id) for id in ids if id not in self._hidden])
-        has_prefix = data.startswith(b" ") and self.pipeline.drops_prefix
+        has_prefix = data.startswith(b" ") and self._drops_prefix
         return data[has_prefix:].decode("utf-8", "replace")
 
 

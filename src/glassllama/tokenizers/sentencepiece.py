@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,7 +42,6 @@ from glassllama.tokenizers.vocabulary import (
     pattern_of,
     read_bounded,
     stop_ids_by_name,
-    surrogate_error,
 )
 
 SPACE_SYMBOL = "\u2581"  # ▁
@@ -183,7 +182,8 @@ class SentencePieceTokenizer(TokenizerBase):
         backend: BPEBackend = PYTHON,
     ) -> None:
         tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
-        super().__init__(tokens, bos=bos, stop_ids=stop_ids)
+        ids = {text: id for id, text in enumerate(pieces.texts) if text in END_OF_GENERATION}
+        super().__init__(tokens, bos=bos, stop_ids={*stop_ids, *stop_ids_by_name(ids)})
         self.pieces = pieces
         self.specials = MappingProxyType(pieces.of_type(PieceType.CONTROL))
         self._backend = backend
@@ -211,36 +211,24 @@ class SentencePieceTokenizer(TokenizerBase):
         other._set_added({text: id for text, id in self._added.items() if text not in removed})
         return other
 
-    def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
-        """The ids of a text; with `specials`, special tokens written in it become their ids."""
-        parts: list[str | int] = [text]
-        if specials and self._special_pattern is not None:
-            found = self._special_pattern.split(text)  # text, token, text, …, text
-            parts = list(found)
-            parts[1::2] = [self._special_ids[token] for token in found[1::2]]
-        ids = self.encode_parts([part for part in parts if part != ""])
-        return [self.bos, *ids] if bos and self.bos is not None else ids
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order, with a space where the model puts one."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        parts = self._special_pattern.split(text) if specials else [text]  # text, token, text, …
+        for n, part in enumerate(parts):
+            if n % 2:
+                yield [self._special_ids[part]]
                 continue
-            found = [part] if self._first_pattern is None else self._first_pattern.split(part)
-            for n, text in enumerate(found):
-                is_first = not ids and n == 0
-                ids += [self._added[text]] if n % 2 else self._encode_text(text, is_first)
-        return ids
+            for m, inner in enumerate(self._first_pattern.split(part)):
+                is_first = at_start and n == m == 0
+                yield [self._added[inner]] if m % 2 else self._encode_text(inner, is_first)
 
     def _encode_text(self, text: str, is_first: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            raise surrogate_error(text) from fault
-        text = self._with_spaces(text, is_first)
-        ids = [id for some in self._id_lists(text) for id in some]
+        text.encode()  # UnicodeEncodeError: a lone surrogate
+        ids: list[int] = []
+        for n, part in enumerate(self._added_pattern.split(self._with_spaces(text, is_first))):
+            if n % 2:
+                ids.append(self._added[part])
+            else:
+                ids += chain.from_iterable(self._segments.id_lists(part))
         if self._byte_ids is not None:
             return ids
         # Several characters without a piece are one unknown.
@@ -259,14 +247,6 @@ class SentencePieceTokenizer(TokenizerBase):
         if adds_prefix and (pieces.prefix_doubled or text[0] != SPACE_SYMBOL):
             text = SPACE_SYMBOL + text
         return text.rstrip(SPACE_SYMBOL) if self.pieces.trim else text
-
-    def _id_lists(self, text: str) -> Iterator[list[int]]:
-        found = [text] if self._added_pattern is None else self._added_pattern.split(text)
-        for n, part in enumerate(found):
-            if n % 2:
-                yield [self._added[part]]
-            else:
-                yield from self._segments.id_lists(part)
 
     def _encode_segment(self, segment: str) -> list[int]:
         parts = merge([*segment], self._rank) if len(segment) <= LONG else self._merge_long(segment)
@@ -387,7 +367,7 @@ def read_sentencepiece(path: Path, backend: BPEBackend = PYTHON) -> SentencePiec
     try:
         pieces, settings = _model(memoryview(read_bounded(path)))
         bos, eos = (id if id >= 0 else None for id in (settings["bos_id"], settings["eos_id"]))
-        stop_ids = stop_ids_of(pieces.texts) | (set() if eos is None else {eos})
+        stop_ids = () if eos is None else (eos,)
         return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=backend)
     except OSError as fault:
         raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
@@ -418,11 +398,6 @@ def piece_types(texts: Sequence[str], numbers: Sequence[int]) -> tuple[PieceType
         elif type == PieceType.USER_DEFINED and is_special(text):
             types[id] = PieceType.CONTROL
     return tuple(types)
-
-
-def stop_ids_of(texts: Sequence[str]) -> set[int]:
-    """The ids of the pieces that end an answer by their name."""
-    return stop_ids_by_name({t: id for id, t in enumerate(texts) if t in END_OF_GENERATION})
 
 
 def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
@@ -482,8 +457,7 @@ def _value(fields: Mapping[int, int | memoryview], number: int, default: Any) ->
     if value is None:
         return default
     if isinstance(value, int) != isinstance(default, int):
-        wanted = "a number" if isinstance(default, int) else "bytes"
-        raise ValueError(f"field {number} must be {wanted}")
+        raise ValueError(f"field {number} must be of type {type(default).__name__}")
     if isinstance(value, memoryview):
         return str(value, "utf-8") if isinstance(default, str) else value.tobytes()
     value -= (value >> 63) << 64

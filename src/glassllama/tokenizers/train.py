@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.interfaces import Progress
-from glassllama.tokenizers.backend import BYTE_TOKENS, MIN_COUNT, PYTHON, BPEBackend, Merge
+from glassllama.tokenizers.backend import MIN_COUNT, PYTHON, BPEBackend, Merge
 from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER, BytePairTokenizer, tokenizer_of_ranks
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, SPLITS, Split
 from glassllama.tokenizers.tiktoken_file import special_token_names
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 Form = Literal["hf", "meta", "both"]

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -65,16 +64,15 @@ def stop_ids_by_name(ids: Mapping[str, int]) -> set[int]:
     return {*stops.values()}
 
 
-def pattern_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the texts, the longest where several start; None for no texts."""
+def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest where several start."""
     longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     """Those of the tokens that occur in a text, in order of occurrence, each once."""
-    pattern = pattern_of(tokens)
-    return [] if pattern is None else list(dict.fromkeys(pattern.findall(text)))
+    return [*dict.fromkeys(pattern_of(tokens).findall(text))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +129,8 @@ class _Finder:
 
     def split(self, text: str, specials: bool) -> Iterator[str | int]:
         begin = 0
-        skip = self._pattern is None or (self._only_special and not specials)
-        for found in () if skip or self._pattern is None else self._pattern.finditer(text):
+        skip = self._only_special and not specials
+        for found in () if skip else self._pattern.finditer(text):
             token = self._tokens[found[0]]
             start, stop = found.span()
             if token.is_special and not specials:
@@ -159,6 +157,10 @@ def is_word(character: str) -> bool:
     return character != "" and bool(word_points()[ord(character)])
 
 
+# The 256 bytes in GPT-2's order: the printable ones first. Their ids in learned vocabularies.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # !…~ ¡…¬ ®…ÿ
+NOT_PRINTABLE = tuple(byte for byte in range(256) if byte not in PRINTABLE)
+BYTE_TOKENS = tuple(bytes([value]) for value in (*PRINTABLE, *NOT_PRINTABLE))
 BYTES = tuple(bytes([value]) for value in range(256))
 NEVER = 2**31 - 1  # the rank of a pair that does not merge
 
@@ -251,6 +253,31 @@ class TokenizerBase:
         return len(self._tokens)
 
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text; with `specials`, special tokens written in it become their ids."""
+        ids = [self.bos] if bos and self.bos is not None else []
+        self._extend(ids, text, specials, at_start=True)
+        return ids
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of texts and special ids in order; no text becomes a special id."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                self._extend(ids, part, specials=False, at_start=not ids)
+        return ids
+
+    def _extend(self, ids: list[int], text: str, specials: bool, at_start: bool) -> None:
+        """Append the ids of a text. TokenizerError: it contains a lone surrogate."""
+        try:
+            for some in self._id_lists(text, specials, at_start):
+                ids += some
+        except UnicodeEncodeError as fault:
+            raise surrogate_error(text) from fault
+
+    def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
+        """The ids of a text, some at a time. `at_start`: no token comes before it."""
         raise NotImplementedError
 
     @property
@@ -261,11 +288,6 @@ class TokenizerBase:
     def without_added(self, texts: Iterable[str]) -> Tokenizer:
         """The same tokenizer, for which these added tokens are ordinary text."""
         return self
-
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of texts and special ids in order; no text becomes a special id."""
-        ids = ([part] if isinstance(part, int) else self.encode(part) for part in parts)
-        return [*chain.from_iterable(ids)]
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text without special tokens, (T,)."""

@@ -1,1 +1,1 @@
-"""From files to a model: names, configurations, tokenizers; the only room that knows both."""
+"""From files to a model: the only package that imports both formats and models."""

@@ -19,22 +19,11 @@ from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
 from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import (
-    PieceType,
-    SentencePieceTokenizer,
-    read_sentencepiece,
-)
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
-from glassllama.tokenizers.vocabulary import read_bounded, read_json, stop_ids_by_name
-from glassllama.weights.tokenizer_files import (
-    SMALL_FILE,
-    SideToken,
-    TokenizerSettings,
-    optional_json,
-    read_settings,
-    with_side_pieces,
-    with_side_tokens,
-)
+from glassllama.tokenizers.vocabulary import read_bounded, read_json
+from glassllama.weights import tokenizer_files as files
+from glassllama.weights.tokenizer_files import SideToken, TokenizerSettings, optional_json
 
 AnyTokenizer = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
 
@@ -68,7 +57,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer; looked for {', '.join(map(str, candidates))}{why}. Copy the "
             "file from where the weights came from"
         )
-    settings = read_settings(folder)
+    settings = files.read_settings(folder)
     tokenizer = read_tokenizer(found, settings.tokens, prefix_rule(settings, folder))
     set_bos(tokenizer, settings, is_model=found.name == "tokenizer.model")
     eos = named_id(tokenizer, settings, "eos_token")
@@ -101,7 +90,7 @@ def read_tokenizer(path: Path, tokens: Sequence[SideToken], prefix: dict[str, An
         if is_rank_file(path):
             return read_ranks(path, tokens)
         return read_pieces(path, tokens, prefix)
-    document = with_side_tokens(read_json(path), tokens)
+    document = files.with_side_tokens(read_json(path), tokens)
     try:
         if is_char_document(document):
             return chars_from_document(document)
@@ -117,7 +106,7 @@ def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
         ids = tokenizer.encode(token.content, specials=True)
         if len(ids) != 1 or token.id not in (None, *ids):
             raise TokenizerError(
-                f"{token.place}: {quoted(token.content)} is no token of {path}, to which none can "
+                f"{token.source}: {quoted(token.content)} is no token of {path}, to which none can "
                 "be added; use the model's tokenizer.json"
             )
     return tokenizer
@@ -129,9 +118,9 @@ def read_pieces(
     """A SentencePiece model with the tokens that files beside it add."""
     tokenizer = read_sentencepiece(path)
     pieces = replace(tokenizer.pieces, **prefix)
-    pieces = with_side_pieces(pieces, tokens) if tokens else pieces
-    stop_ids = tokenizer.stop_ids | stop_ids_by_name(pieces.of_type(*PieceType))
-    return SentencePieceTokenizer(pieces, bos=tokenizer.bos, stop_ids=stop_ids, backend=BACKEND)
+    pieces = files.with_side_pieces(pieces, tokens) if tokens else pieces
+    bos, stop_ids = tokenizer.bos, tokenizer.stop_ids
+    return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=BACKEND)
 
 
 def set_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, is_model: bool) -> None:
@@ -191,7 +180,7 @@ def chat_template_from_folder(folder: Path) -> str | None:
     for path in (folder / "additional_chat_templates" / "default.jinja", folder / TEMPLATE_FILE):
         if path.is_file():
             try:
-                read_bounded(path, SMALL_FILE)  # checks its size
+                read_bounded(path, files.SMALL_FILE)  # checks its size
                 return path.read_text("utf-8")
             except UnicodeDecodeError as fault:
                 raise TokenizerError(f"{path}: is no UTF-8 text ({fault})") from fault
@@ -215,4 +204,4 @@ def chat_template_from_folder(folder: Path) -> str | None:
 
 def template_tokens_from_folder(folder: Path) -> dict[str, str]:
     """The texts of `bos_token`, `eos_token` and other named tokens in a chat template."""
-    return read_settings(folder).named
+    return files.read_settings(folder).named

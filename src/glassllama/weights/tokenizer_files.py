@@ -36,14 +36,14 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SideToken:
-    """A token that a small file names. `place` is the file and key, for errors.
+    """A token that a small file names. `source` is the file and key, for errors.
 
     A token without `id` that the vocabulary lacks gets the next id. For `is_end` (the ends of a
     text) that id stays unused: a model that was trained with them has them in its vocabulary.
     """
 
     content: str
-    place: str
+    source: str
     id: int | None = None
     special: bool = True
     flags: Json | None = None  # None: not in any file
@@ -163,8 +163,8 @@ def _special_token(fields: Fields, name: str) -> Iterator[SideToken]:
     inner = fields.object(name) if isinstance(value, Mapping) else None
     content = _filled(fields, name) if inner is None else _filled(inner, "content")
     flags = None if inner is None else _flags(inner, False)
-    place, is_end = f"{fields.place}: {name}", name in ("bos_token", "eos_token")
-    yield SideToken(content, place, flags=flags, is_end=is_end)
+    source, is_end = f"{fields.place}: {name}", name in ("bos_token", "eos_token")
+    yield SideToken(content, source, flags=flags, is_end=is_end)
 
 
 def _filled(fields: Fields, key: str) -> str:
@@ -183,14 +183,14 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
 
     A token that the file has keeps its id. TokenizerError: an id of another token.
     """
-    listed, model = document.get("added_tokens") or [], document.get("model")
+    entries, model = document.get("added_tokens") or [], document.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    is_valid = isinstance(listed, list) and all(
-        isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in listed
+    is_valid = isinstance(entries, list) and all(
+        isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in entries
     )
     if not is_valid or not isinstance(vocab, Mapping):
         return dict(document)  # its reader raises the error
-    added = {one.get("content"): dict(one) for one in listed}
+    added = {one.get("content"): dict(one) for one in entries}
     ids = _Ids({**vocab, **{content: one.get("id") for content, one in added.items()}})
     new = set[str]()  # named without an id: the last flags count
     for token in tokens:
@@ -216,7 +216,7 @@ def with_side_pieces(pieces: Pieces, tokens: Iterable[SideToken]) -> Pieces:
         new_type = PieceType.CONTROL if special else PieceType.USER_DEFINED
         if any((token.flags or {}).get(name) for name in FLAGS[:3]):
             raise TokenizerError(
-                f"{token.place}: {quoted(token.content)} has lstrip, rstrip or single_word, which "
+                f"{token.source}: {quoted(token.content)} has lstrip, rstrip or single_word, which "
                 "is not supported beside a tokenizer.model; use the model's tokenizer.json"
             )
         is_known, id = token.content in ids, ids.of(token)
@@ -256,7 +256,7 @@ class _Ids:
         id = self._next if token.id is None else token.id
         if id in self._texts:
             raise TokenizerError(
-                f"{token.place}: {quoted(token.content)} has the id {id}, which is that of "
+                f"{token.source}: {quoted(token.content)} has the id {id}, which is that of "
                 f"{quoted(self._texts[id])}; the files are of two tokenizers"
             )
         self._ids[token.content], self._texts[id] = id, token.content

@@ -13,23 +13,17 @@ from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
-from glassllama.tokenizers.bpe import (
-    BYTE_CHARACTERS,
-    BytePairTokenizer,
-    byte_level_vocabulary,
-    is_byte_level,
-    with_merges,
-)
+from glassllama.tokenizers import bpe
+from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.pretokenizer import OTHER_SPLITS, SPLITS
-from glassllama.tokenizers.sentencepiece import (
-    BYTE_PIECE,
-    Pieces,
-    PieceType,
-    SentencePieceTokenizer,
-    piece_types,
-    stop_ids_of,
+from glassllama.tokenizers.sentencepiece import BYTE_PIECE, Pieces, PieceType, piece_types
+from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer as PieceTokenizer
+from glassllama.tokenizers.vocabulary import (
+    END_OF_GENERATION,
+    AddedToken,
+    is_special,
+    stop_ids_by_name,
 )
-from glassllama.tokenizers.vocabulary import END_OF_GENERATION, AddedToken, is_special
 
 # `tokenizer.ggml.pre` → name of a split. Converters wrote several names for the same pattern.
 PRE_TOKENIZERS = {
@@ -68,7 +62,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     make = sentencepiece if model == "llama" else byte_level
     tokenizer = make(fields, texts, None if types is None else [int(type) for type in types], ids)
     ends = {id for key, id in ids.items() if key != "bos_token_id" and id is not None}
-    tokenizer.stop_ids |= stop_ids_of(texts) | ends
+    tokenizer.stop_ids |= stop_ids_by_name({text: id for id, text in enumerate(texts)}) | ends
     tokenizer.notes += notes
     return tokenizer
 
@@ -102,16 +96,16 @@ def byte_level(
     for id, (text, type) in enumerate(zip(texts, with_named_specials(texts, types), strict=True)):
         if text:
             ids_of[PieceType(type)][text] = id
-    normal = {t: id for t, id in ids_of[PieceType.NORMAL].items() if is_byte_level(t)}
+    normal = {t: id for t, id in ids_of[PieceType.NORMAL].items() if bpe.is_byte_level(t)}
     added = [
         AddedToken(id=id, text=text, is_special=type == PieceType.CONTROL or is_special(text))
         for type in (PieceType.CONTROL, PieceType.USER_DEFINED)
         for text, id in ids_of[type].items()
     ]
     used = {*normal.values(), *(token.id for token in added)}
-    if not normal.keys() & BYTE_CHARACTERS:
+    if not normal.keys() & bpe.BYTE_CHARACTERS:
         raise TokenizerError("tokenizer.ggml: tokens: no byte has one: no byte-level vocabulary")
-    vocabulary = byte_level_vocabulary(
+    vocabulary = bpe.byte_level_vocabulary(
         tokens={id: text for text, id in normal.items()},
         merges=(),
         added_tokens=added,
@@ -120,7 +114,7 @@ def byte_level(
         ignore_merges=like_llama3,
     )
     return BytePairTokenizer(
-        with_merges(vocabulary, fields.items("merges", of="text")),
+        bpe.with_merges(vocabulary, fields.items("merges", of="text")),
         bos=ids["bos_token_id"] if fields.boolean("add_bos_token", like_llama3) else None,
         backend=COMPILED,
     )
@@ -128,7 +122,7 @@ def byte_level(
 
 def sentencepiece(
     fields: Fields, texts: list[str], types: list[int] | None, ids: Ids
-) -> SentencePieceTokenizer:
+) -> PieceTokenizer:
     """A SentencePiece tokenizer.
 
     Where keys are missing, bos and a space are put before a text, every piece is a normal one
@@ -158,7 +152,7 @@ def sentencepiece(
         added_first=True,
     )
     bos = ids["bos_token_id"] if fields.boolean("add_bos_token", True) else None
-    return SentencePieceTokenizer(pieces, bos=bos, backend=COMPILED)
+    return PieceTokenizer(pieces, bos=bos, backend=COMPILED)
 
 
 def with_named_specials(texts: Sequence[str], types: Sequence[int]) -> list[int]:

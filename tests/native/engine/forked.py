@@ -1,4 +1,4 @@
-"""Forks while another thread is in a step: every child must answer, and as its parent does.
+"""Forks while another thread is in a step: every child must give the same answer as its parent.
 
 usage: python forked.py CHILDREN
 """
@@ -17,11 +17,13 @@ from glassllama.generation import GenerationSettings, generate
 from handmade_engines import SMALL, handmade
 from rows import Rows
 
-SECONDS = 60  # a child that takes longer hangs
+SECONDS = 60  # seconds; a child that takes longer has a deadlock
 
 
 def main(children: int) -> None:
-    warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads: that is the test
+    warnings.simplefilter(
+        "ignore", DeprecationWarning
+    )  # warnings about forks with threads, which this script tests
     chance = random.Random(1)
     engine = handmade()
     ids = [chance.randrange(SMALL.vocab_size) for _ in range(200)]

@@ -1,4 +1,4 @@
-"""Rows that begin alike share pages: same numbers to the bit, less memory, less work."""
+"""Sequences with the same beginning share pages: bit-identical results, less memory, less work."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ KNOWN: dict[tuple[int, tuple[int, ...]], Any] = {}
 
 
 def alone(engine: Engine, ids: list[int]) -> Any:
-    """Logits after the last of these ids, from an engine that has nothing to share."""
+    """Logits after the last of these ids, from an engine with an empty cache."""
     text = (engine.cache_kind, tuple(ids))
     if text not in KNOWN:
         gc.collect()
-        assert not engine._pages.root.children, "something of another test is still there"
+        assert not engine._pages.root.children, "memory of another test is still allocated"
         KNOWN[text] = Rows(engine).next_logits([ids])[0]
     return KNOWN[text]
 
@@ -64,7 +64,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_sharing_changes_no_bit(engine: Engine, name: str) -> None:
+def test_results_are_bit_identical_with_and_without_sharing(engine: Engine, name: str) -> None:
     rows = BATCHES[name]
     cache = Rows(engine, len(rows))
     first = cache.next_logits(rows)
@@ -78,7 +78,7 @@ def test_sharing_changes_no_bit(engine: Engine, name: str) -> None:
         assert (second[row] == alone(engine, ids + new[row])).all()
 
 
-def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
+def test_equal_beginnings_are_computed_and_stored_once(engine: Engine) -> None:
     cache = Rows(engine, 5)
     cache.next_logits([SAME] * 5)  # four whole pages and 44 tokens
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
@@ -92,20 +92,20 @@ def test_equal_beginnings_are_computed_and_kept_once(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("piece", [100, 128])
-def test_prompts_in_pieces_are_shared_all_along(engine: Engine, piece: int) -> None:
-    """Each piece ends in an id that every row reads itself: its page then joins the others'."""
+def test_prompts_in_chunks_are_shared_completely(engine: Engine, piece: int) -> None:
+    """Each row computes the last id of a chunk itself; its page is then merged with equal ones."""
     cache, logits = Rows(engine, 3), None
     for start in range(0, 700, piece):
         logits = cache.next_logits([IDS[start : start + piece]] * 3)
     assert logits is not None
     page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
     assert cache.nbytes == (700 // PAGE + 3) * page
-    assert cache.reused == 2 * (700 - -(-700 // piece))  # all but the last of each piece
+    assert cache.reused == 2 * (700 - -(-700 // piece))  # all but the last of each chunk
     del cache
     assert (logits == alone(engine, IDS)).all()
 
 
-def test_memory_is_given_back(engine: Engine) -> None:
+def test_memory_of_removed_sequences_is_freed(engine: Engine) -> None:
     cache, other = Rows(engine, 2), Rows(engine)
     cache.next_logits([SAME, SAME])
     other.next_logits([SAME])
@@ -114,7 +114,7 @@ def test_memory_is_given_back(engine: Engine) -> None:
     assert len(pages) == 1
     del cache
     gc.collect()
-    assert len(engine._pages.root.children) == 1, "the other cache goes on using it"
+    assert len(engine._pages.root.children) == 1, "the other cache still uses it"
     del other
     gc.collect()
     assert not engine._pages.root.children
@@ -123,7 +123,7 @@ def test_memory_is_given_back(engine: Engine) -> None:
 def test_a_shared_page_is_copied_before_it_is_written(engine: Engine) -> None:
     cache = Rows(engine, 2)
     cache.next_logits([SAME, SAME])
-    cache.truncate(1, 100)  # within a page that row 0 goes on using
+    cache.truncate(1, 100)  # within a page that row 0 still uses
     changed = cache.next_logits([[7], IDS[500:520]])
     cache.truncate(0, 299)
     again = cache.next_logits([[8], []])
@@ -133,8 +133,8 @@ def test_a_shared_page_is_copied_before_it_is_written(engine: Engine) -> None:
     assert (again[0] == alone(engine, [*SAME[:299], 8])).all()
 
 
-def test_random_histories(engine: Engine) -> None:
-    """Feeding, forgetting and forking in any order: always the same as from scratch."""
+def test_random_sequences_of_operations(engine: Engine) -> None:
+    """Appending, truncating and forking in any order give the same results as from scratch."""
     chance = np.random.default_rng(11)
     for _ in range(2):
         cache, texts = Rows(engine, 3), [[], [], []]
@@ -159,15 +159,15 @@ def test_random_histories(engine: Engine) -> None:
             assert (out == alone(engine, ids)).all()
 
 
-def test_all_logits_and_perplexity_recall_nothing(engine: Engine) -> None:
-    held = Rows(engine)
-    whole = held.all_logits(IDS[:150])
+def test_all_logits_and_perplexity_do_not_use_the_prefix_cache(engine: Engine) -> None:
+    first_row = Rows(engine)
+    whole = first_row.all_logits(IDS[:150])
     cache = Rows(engine)
     assert (cache.all_logits(IDS[:150]) == whole).all()
     assert cache.reused == 0
 
 
-def test_a_refused_call_leaves_the_cache_as_it_was(engine: Engine) -> None:
+def test_a_refused_call_does_not_change_the_cache(engine: Engine) -> None:
     cache = Rows(engine, 2)
     cache.next_logits([IDS[:90], IDS[:90]])
     longest = engine.config.max_seq_len
@@ -178,7 +178,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(engine: Engine) -> None:
 
 
 def test_bytes_per_token(engine: Engine) -> None:
-    """Two layers' worth of keys and values, as a page has them."""
+    """Keys and values of two layers, as stored in a page."""
     config = engine.config
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     scales = 4 * numbers // config.head_dim
@@ -187,7 +187,7 @@ def test_bytes_per_token(engine: Engine) -> None:
     assert bytes_per_token(config, KVType.INT8) == numbers + scales
 
 
-def test_integers_differ_a_little(tmp_path: Path) -> None:
+def test_the_error_of_integer_caches(tmp_path: Path) -> None:
     """With float32 weights, so that nothing else is rounded: 127 steps, or 258 times as many."""
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.F32)
     checkpoint = open_checkpoint(path)
@@ -199,7 +199,7 @@ def test_integers_differ_a_little(tmp_path: Path) -> None:
     assert 0 < 100 * errors[0] < errors[1] <= 0.05, errors
 
 
-def test_the_next_turn_of_a_chat_reads_only_what_is_new(default_model: Path) -> None:
+def test_the_next_turn_of_a_chat_computes_only_new_tokens(default_model: Path) -> None:
     from glassllama import load
     from glassllama.tokenizers.chat import Message
 
@@ -216,6 +216,7 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(default_model: Path) -> 
 
 
 def test_sizes_of_stored_numbers_are_those_of_the_memory_plan() -> None:
-    """Compiled code has its own table: constants outside native/ are not in the cache's digest."""
+    """Compiled code has its own table, because the cache digest does not cover constants outside
+    native/."""
     assert {KVType.INT16: CACHE_NUMBER["int16"], KVType.INT8: CACHE_NUMBER["int8"],
                           KVType.FLOAT32: 4} == ITEM_BYTES  # fmt: skip

@@ -1,4 +1,4 @@
-"""The engine against transformers and against our own reference, on tiny random models."""
+"""The engine against transformers and against the reference model, on tiny random models."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import (
     assert_logits,
     difference,
-    eight_bit_bar,
     eight_bit_error,
-    logits_bar,
-    spread_apart,
+    eight_bit_tolerance,
+    logits_tolerance,
+    rms_difference,
 )
 
 WIDE = {
@@ -43,14 +43,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("q4") / "tiny.gguf"
     return open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q4_1))
 
 
 @pytest.fixture(scope="module")
-def engine(quantised: Checkpoint) -> Engine:
-    return pack(quantised)
+def engine(quantized: Checkpoint) -> Engine:
+    return pack(quantized)
 
 
 def logits(engine: Any, ids: list[int]) -> Any:
@@ -64,14 +64,15 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path, parity: Any) ->
         theirs = model(torch.tensor([IDS])).logits[0].numpy()
     checkpoint = open_checkpoint(write_hf(model, tmp_path))
     apart = difference(logits(pack(checkpoint, exact=True), IDS), theirs)
-    bar = logits_bar(checkpoint.config)
+    bar = logits_tolerance(checkpoint.config)
     parity("logits, engine exact", "transformers, tiny random models", bar, apart)
     assert apart <= bar
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "F16", "BF16", "F32"])
-def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
-    """`exact` equals the reference; the default differs by what int8 inputs and bf16 keys cost."""
+def test_every_weight_type(kind: str, tmp_path: Path) -> None:
+    """`exact` equals the reference; the default differs by the rounding of int8 inputs and int16
+    keys."""
     path = write_gguf(
         hf_model(**WIDE), tmp_path / "x.gguf", getattr(gguf.GGMLQuantizationType, kind)
     )
@@ -83,17 +84,17 @@ def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
         eight_bit_error(model, torch.tensor([IDS])),
     )
     assert_logits(logits(pack(checkpoint, exact=True), IDS), reference, checkpoint.config)
-    assert spread_apart(logits(pack(checkpoint), IDS), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(pack(checkpoint), IDS), reference) <= 1.5 * eight_bit
 
 
-def test_q5_is_said_to_be_computed_as_q8(tmp_path: Path) -> None:
+def test_a_notice_says_that_q5_is_computed_as_q8(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**WIDE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q5_1)
     lines = pack(open_checkpoint(path)).describe()
     assert any("Q5_1 as Q8_0" in line for line in lines)
 
 
 def test_qk_norm(tiny: Checkpoint) -> None:
-    """The norm without weights after RoPE, which transformers' Llama does not have."""
+    """RMSNorm without weights after RoPE, which transformers' Llama does not have."""
     checkpoint = replace(tiny, config=replace(tiny.config, qk_norm=True))
     ours = logits(pack(checkpoint, exact=True), IDS)
     reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
@@ -102,7 +103,9 @@ def test_qk_norm(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("pieces", [[290], [1] * 290, [7, 64, 1, 65, 153], [257, 33]])
-def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[int]) -> None:
+def test_a_prompt_in_chunks_or_token_by_token_is_bit_identical(
+    engine: Engine, pieces: list[int]
+) -> None:
     cache, parts, past = Rows(engine), [], 0
     for count in pieces:
         parts.append(cache.all_logits(IDS[past : past + count]))
@@ -110,7 +113,7 @@ def test_whole_in_pieces_or_one_by_one_to_the_bit(engine: Engine, pieces: list[i
     assert (np.concatenate(parts) == logits(engine, IDS)).all()
 
 
-def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> None:
+def test_a_row_is_bit_identical_alone_and_in_a_batch(engine: Engine) -> None:
     rows = [IDS[:3], IDS, [], IDS[40:41], IDS[9:99]]
     cache = Rows(engine, len(rows))
     first = cache.next_logits(rows)
@@ -124,11 +127,11 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_a_batch(engine: Engine) -> No
             assert (alone.next_logits([more])[0] == second[row]).all()
 
 
-def test_the_number_of_threads_changes_nothing(quantised: Checkpoint, engine: Engine) -> None:
-    assert (logits(pack(quantised, threads=1), IDS) == logits(engine, IDS)).all()
+def test_the_number_of_threads_changes_nothing(quantized: Checkpoint, engine: Engine) -> None:
+    assert (logits(pack(quantized, threads=1), IDS) == logits(engine, IDS)).all()
 
 
-def test_callers_at_once_do_not_disturb_each_other(engine: Engine) -> None:
+def test_concurrent_callers_are_independent(engine: Engine) -> None:
     texts = [IDS[n : n + 60] for n in range(0, 80, 10)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda ids: logits(engine, ids), texts))
@@ -136,7 +139,7 @@ def test_callers_at_once_do_not_disturb_each_other(engine: Engine) -> None:
         assert (result == logits(engine, ids)).all()
 
 
-def test_truncate_forgets(engine: Engine) -> None:
+def test_truncate_removes_tokens(engine: Engine) -> None:
     cache = Rows(engine)
     cache.next_logits([IDS])
     cache.truncate(0, 70)
@@ -147,7 +150,7 @@ def test_truncate_forgets(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 203, 2**40])
-def test_ids_of_another_vocabulary(engine: Engine, bad: int) -> None:
+def test_ids_outside_the_vocabulary_are_refused(engine: Engine, bad: int) -> None:
     cache = Rows(engine)
     cache.next_logits([[1, 2]])
     with pytest.raises(GenerationError, match=rf"id {bad} at position 1 is outside"):
@@ -155,24 +158,24 @@ def test_ids_of_another_vocabulary(engine: Engine, bad: int) -> None:
     assert cache.lengths == [2]
 
 
-def test_more_threads_than_processors_is_said(quantised: Checkpoint) -> None:
-    many = pack(quantised, threads=10_000)
+def test_a_notice_about_more_threads_than_processors(quantized: Checkpoint) -> None:
+    many = pack(quantized, threads=10_000)
     assert any("10000 threads asked for" in line for line in many.describe())
     assert many.threads < 10_000
 
 
-def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = logits(pack(quantised), IDS)
+def test_a_tier_can_be_forced(quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = logits(pack(quantized), IDS)
     monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
-    plain = logits(pack(quantised), IDS)
-    assert spread_apart(plain, best) <= eight_bit_bar(quantised.config.n_layers)
+    plain = logits(pack(quantized), IDS)
+    assert rms_difference(plain, best) <= eight_bit_tolerance(quantized.config.n_layers)
     monkeypatch.setenv("GLASSLLAMA_TIER", "quantum")
     with pytest.raises(GlassError, match="GLASSLLAMA_TIER=quantum: this processor can run"):
-        pack(quantised)
+        pack(quantized)
 
 
-def test_nan_in_the_weights_comes_out(tmp_path: Path) -> None:
-    """Fault G1: whoever samples must see it; a NaN must not turn into a number on the way."""
+def test_nan_weights_give_nan_logits(tmp_path: Path) -> None:
+    """The sampler must see it; a NaN must not become a number on the way."""
     model = hf_model(**WIDE)
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
     path = write_gguf(model, tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)

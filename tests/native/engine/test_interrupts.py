@@ -1,7 +1,7 @@
-"""Fault M2: an exception at any moment of a call, a fork in the middle of one, a call within one.
+"""An exception at any moment of a call, a fork during one, a call within one.
 
-Ctrl-C raises between any two steps of Python's interpreter at which it looks for signals. Here it
-does so at each of them in turn, without chance; a child process is interrupted by real signals.
+Ctrl-C raises at any instruction at which Python's interpreter checks for signals. Here it is raised
+at each of them in turn, deterministically; a child process is interrupted by real signals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rows import Rows
 
 HERE = Path(__file__).parent
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 300)]
-MOMENTS = 1 if LONG else 59  # every one, or one in so many
+MOMENTS = 1 if LONG else 59  # every moment, or one of so many
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def engine() -> Engine:
 
 
 def history(engine: Engine, cache: Any) -> list[Callable[[], Any]]:
-    """Calls that cross the borders of pages, share, copy, unite and cut them."""
+    """Calls that cross page boundaries, share, copy, merge and truncate pages."""
     return [
         lambda: cache.next_logits([IDS[:130], IDS[:130], IDS[:66]]),
         lambda: cache.next_logits([[1], [1], IDS[66:130]]),
@@ -54,8 +54,8 @@ def moments(first: int) -> range:
     return range(first, 100_000, MOMENTS)
 
 
-def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> None:
-    """And other caches that share its pages are as they were."""
+def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: Engine) -> None:
+    """Other caches that share its pages are unchanged."""
     other = Rows(engine)
     other.next_logits([IDS[:120]])
     cache = Rows(engine, 3)
@@ -63,7 +63,7 @@ def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> N
     for call in history(engine, cache):
         before = [*cache.lengths]
         wanted.append((call(), before, [*cache.lengths]))
-    neighbour = other.next_logits([[9]])
+    other_logits = other.next_logits([[9]])
     other.truncate(0, 120)
     del cache
     for at in moments(1):
@@ -79,7 +79,7 @@ def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> N
                 fed = [n for n in range(3) if after[n] != before[n]]
                 assert (came[fed] == logits[fed]).all(), at
             assert cache.lengths == after
-        assert (other.next_logits([[9]]) == neighbour).all()
+        assert (other.next_logits([[9]]) == other_logits).all()
         other.truncate(0, 120)
         if not interruption.came:
             assert at > 1000
@@ -87,7 +87,7 @@ def test_interrupted_at_any_moment_a_call_is_done_or_undone(engine: Engine) -> N
 
 
 @pytest.mark.parametrize("speculation", [False, True])
-def test_interrupted_at_any_moment_of_generation_the_next_answer_is_the_same(
+def test_after_an_interrupt_at_any_moment_the_next_answer_is_the_same(
     engine: Engine, speculation: bool
 ) -> None:
     prompt = IDS[:40] * 2
@@ -118,8 +118,8 @@ def test_after_an_exception_a_generation_has_ended(engine: Engine) -> None:
     assert list(steps) == []
 
 
-def test_no_python_runs_when_something_goes(engine: Engine) -> None:
-    """A signal that came in a finalizer would be raised there, and lost."""
+def test_no_finalizers_run_python_code(engine: Engine) -> None:
+    """An exception of a signal handler in a finalizer would be lost."""
     cache, own = Rows(engine, 2), handmade()
     cache.next_logits([IDS[:70], IDS[:70]])
     Rows(own).next_logits([[1]])
@@ -138,7 +138,7 @@ def test_no_python_runs_when_something_goes(engine: Engine) -> None:
     assert ran == []
 
 
-def test_memory_of_a_cache_that_goes_is_free_at_once(engine: Engine) -> None:
+def test_memory_of_a_deleted_cache_is_freed_immediately(engine: Engine) -> None:
     cache = Rows(engine)
     cache.next_logits([IDS])
     assert engine._pages.root.children
@@ -149,7 +149,7 @@ def test_memory_of_a_cache_that_goes_is_free_at_once(engine: Engine) -> None:
 def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call that was interrupted goes on, and answers the same."""
+    """The interrupted call continues and gives the same answer."""
     wanted = Rows(engine).next_logits([IDS[:9]])
     other, run, errors = Rows(engine), engine._run, list[str]()
 
@@ -179,7 +179,7 @@ def test_a_handler_that_uses_the_engine_in_a_step_gets_an_error(
     assert all("already in a step in this thread" in error for error in errors)
 
 
-def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
+def test_a_sleeping_thread_is_woken_and_works_again(engine: Engine) -> None:
     wanted = Rows(engine).next_logits([IDS])
     if engine.threads > 1:
         block, word = engine._pool.control_block, ASLEEP + 8
@@ -187,13 +187,13 @@ def test_a_thread_that_slept_takes_part_again(engine: Engine) -> None:
             if block[word]:
                 break
             threading.Event().wait(0.02)
-        assert block[word] == 1, "it does not sleep"
+        assert block[word] == 1, "the thread does not sleep"
     for _ in range(3):
         assert (Rows(engine).next_logits([IDS]) == wanted).all()
 
 
 def child(script: str, *arguments: object, seconds: float) -> str:
-    """What a script in this folder printed; it must end well."""
+    """The output of a script of this folder, which must succeed."""
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
@@ -204,7 +204,7 @@ def child(script: str, *arguments: object, seconds: float) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such signals")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_interrupted_by_signals_at_random(threads: int) -> None:
     rounds = 2000 if LONG else 50
@@ -213,5 +213,5 @@ def test_interrupted_by_signals_at_random(threads: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_children_of_a_fork_in_the_middle_of_a_step_go_on() -> None:
+def test_children_forked_during_a_step_can_continue() -> None:
     assert child("forked.py", 12, seconds=200) == "12 children, 0 failed\n"

@@ -1,4 +1,4 @@
-"""Layer plans other than Llama's: the engine against the formulas, in float64 and plain PyTorch."""
+"""Layer plans other than Llama's: the engine against the formulas in float64 PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glassllama.native.engine.workspace import Weights, vector_shapes
 from handmade_engines import SMALL, matrix
 from native.engine.unpacked import read_rows
 from rows import Rows
-from tolerances import assert_logits, difference, spread_apart
+from tolerances import assert_logits, difference, rms_difference
 
 PLAN = llama_plan(SMALL)
 BLOCK = PLAN.blocks[0]
@@ -82,7 +82,7 @@ PLANS: dict[str, ModelPlan] = {
     "window in one of two layers": blocks(LOCAL, BLOCK),
     "window and soft cap": blocks(with_attention(window=65, softcap=1.5)),
     "partial rotary width": blocks(with_rope(frequencies=ROPE.frequencies[:7])),
-    "neighbouring pairs, partial width": blocks(
+    "neighboring pairs, partial width": blocks(
         with_rope(frequencies=ROPE.frequencies[:7], layout="interleaved")
     ),
     "attention factor of RoPE": blocks(with_rope(attention_factor=1.3)),
@@ -145,7 +145,7 @@ def rotate(x: Tensor, rope: RopePlan) -> Tensor:
 
 
 class Formulas:
-    """The forward pass that layer_plan.py states, in float64."""
+    """The forward pass of base/layer_plan.py in float64."""
 
     def __init__(self, plan: ModelPlan, weights: Weights) -> None:
         self.plan, self.vectors = plan, weights.vectors
@@ -216,7 +216,7 @@ def logits(engine: Engine, ids: list[int]) -> Any:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_against_the_formulas(name: str) -> None:
-    """Exact mode within float32 rounding; prefill, decode and batches equal to the bit."""
+    """Exact mode is within float32 rounding; prefill, decode and batches are bit-identical."""
     plan = PLANS[name]
     weights = random_weights(plan)
     reference = Formulas(plan, weights).logits(IDS)
@@ -241,25 +241,25 @@ def test_plan_against_the_formulas(name: str) -> None:
 @pytest.mark.parametrize("name", ["sliding window", "window and soft cap", "everything"])
 @pytest.mark.parametrize("cache", ["int16", "int8"])
 def test_windows_and_caps_with_integer_caches(name: str, cache: Any) -> None:
-    """Quantised keys and values cost what they cost without windows and soft caps."""
+    """Quantized keys and values have the same error as without windows and soft caps."""
     plan = PLANS[name]
     weights = random_weights(plan)
     reference = Formulas(plan, weights).logits(LONG)
     engine = Engine(SMALL, weights, cache=cache, plan=plan)
     whole = logits(engine, LONG)
-    assert spread_apart(whole, reference) < (0.05 if cache == "int8" else 1e-3)
+    assert rms_difference(whole, reference) < (0.05 if cache == "int8" else 1e-3)
     row = Rows(engine)
     parts = [row.all_logits(LONG[:690])]
-    parts += [row.all_logits([id]) for id in LONG[690:]]  # spans are shared by threads
+    parts += [row.all_logits([id]) for id in LONG[690:]]  # spans are divided among threads
     assert (np.concatenate(parts) == whole).all()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_quantised_weights_with_everything(kind: str) -> None:
+def test_quantized_weights_with_all_features(kind: str) -> None:
     plan = PLANS["everything"]
     weights = random_weights(plan, kind)
     reference = Formulas(plan, weights).logits(IDS)
-    assert spread_apart(logits(Engine(SMALL, weights, plan=plan), IDS), reference) < 0.05
+    assert rms_difference(logits(Engine(SMALL, weights, plan=plan), IDS), reference) < 0.05
 
 
 def test_blocks_of_different_sizes_are_refused() -> None:

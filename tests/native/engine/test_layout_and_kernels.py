@@ -1,4 +1,4 @@
-"""Packed layouts and matrix kernels against the gguf package's own quantisation."""
+"""Packed layouts and matrix kernels against the gguf package's quantization."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from glassllama.native.engine.layout import (
 )
 from glassllama.native.engine.repack import pack_matrix
 from glassllama.native.jit.intrinsics import call_kernel
-from native.engine.plain_packing import PACK, pack_plainly
+from native.engine.plain_packing import PACK, pack_with_numpy
 from native.engine.unpacked import read_rows
 from tolerances import sum_bound, unit
 
@@ -47,7 +47,7 @@ ODD_SHAPES = [
     (16, 256),
     (50, 32 * 7),
     (90, 32 * 65),
-]  # the last: groups go four by four
+]  # the last one: several groups are processed at once
 CASES = [
     (kind, rows, columns * 8 if kind.endswith("_K") else columns)
     for kind in WeightType.__members__
@@ -57,13 +57,13 @@ ODD_COLUMNS = [(5, 1), (33, 3), (17, 37)]
 
 
 def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.float32]]:
-    """Random weights in the file's form, and the numbers they stand for."""
+    """Random weights in the format of the file, and the numbers that they represent."""
     numbers = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
     if WeightType[kind].is_float:
         raw = numbers.astype(WeightType[kind].dtype)
         return raw, raw.astype(np.float32)
     theirs = getattr(gguf.GGMLQuantizationType, kind)
-    if kind.endswith("_K"):  # gguf can read these, not write them: any bytes with sane d and dmin
+    if kind.endswith("_K"):  # gguf cannot write these types: random bytes with normal d and dmin
         size = gguf.GGML_QUANT_SIZES[theirs][1]
         raw = np.random.default_rng(rows).integers(0, 256, (rows, columns // 256, size), np.uint8)
         d = np.random.default_rng(1).uniform(-0.01, 0.01, (rows, columns // 256, 2))
@@ -79,12 +79,12 @@ def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.floa
 
 
 def packed(kind: str, raw: NDArray, columns: int, rows: int | None = None) -> Matrix:
-    """Packed rows; or none, but room for `rows`."""
+    """Packed rows, or unfilled memory for `rows` rows."""
     count = len(raw) if rows is None else rows
     matrix = allocate_matrices({"": (WeightType[kind], count, columns)})[""]
     if len(raw) == 0:
         return matrix
-    pack_matrix(matrix, 0, raw[:16])  # in two pieces, as slices of a large tensor come
+    pack_matrix(matrix, 0, raw[:16])  # in two slices, as large tensors are packed
     if len(raw) > 16:
         pack_matrix(matrix, 16, raw[16:])
     return matrix
@@ -101,7 +101,7 @@ def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
 
 
 def scales_and_starts(factors: NDArray) -> tuple[NDArray, NDArray]:
-    """Rows' factors (…, blocks, FACTORS) -> (…, blocks, 2) float32 and (…, blocks, 4) int32."""
+    """Factors of rows (…, blocks, FACTORS) -> (…, blocks, 2) float32 and (…, blocks, 4) int32."""
     blocks = factors.shape[-2]
     flat = factors.reshape(*factors.shape[:-2], blocks * FACTORS)
     scales, starts = flat[..., : 2 * blocks], flat[..., 2 * blocks :].view(np.int32)
@@ -109,7 +109,7 @@ def scales_and_starts(factors: NDArray) -> tuple[NDArray, NDArray]:
 
 
 class Inputs(NamedTuple):
-    """Rows as a kernel reads them, and the numbers that they stand for."""
+    """Rows in the format that a kernel reads, and the numbers that they represent."""
 
     codes: NDArray  # tokens along axis 0; of superblocks along axis 1
     factors: NDArray
@@ -123,14 +123,14 @@ class Inputs(NamedTuple):
 
 
 def input_format(matrix: Matrix, tier: str) -> InputFormat:
-    """Of the matrix's kernel on that tier; of bfloat16 the one that reads float32."""
+    """The input format of the matrix's kernel on that tier; for bfloat16 the float32 format."""
     if tier == "amx" and matrix.weight_type.name.endswith("_K"):
         return InputFormat.Q11
     return matrix.weight_type.input_format
 
 
 def inputs_of(matrix: Matrix, tier: str, x: NDArray[np.float32]) -> Inputs:
-    """Rows (tokens, columns) in the form that the matrix's kernel on that tier reads."""
+    """Rows (tokens, columns) in the input format of the matrix's kernel on that tier."""
     tokens, columns = x.shape
     if matrix.weight_type.is_float:
         return Inputs(x, x, x.astype(np.float64))
@@ -145,7 +145,7 @@ def inputs_of(matrix: Matrix, tier: str, x: NDArray[np.float32]) -> Inputs:
 
 
 def superblocks_of(x: NDArray[np.float32]) -> Inputs:
-    """Rows in two digits; with one superblock too many, as kernels read on beyond the last row."""
+    """Rows in two parts, with one superblock more, because kernels read beyond the last row."""
     tokens, columns = x.shape
     codes = np.zeros((columns // 256 + 1, tokens, Q11_BYTES), np.uint8)
     for t in range(tokens):
@@ -182,7 +182,7 @@ def multiply(
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
-def test_packing_moves_numbers_and_rounds_none(kind: str, rows: int, columns: int) -> None:
+def test_packing_rounds_no_number(kind: str, rows: int, columns: int) -> None:
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
     assert (read_rows(matrix) == numbers).all()
@@ -204,24 +204,24 @@ def test_float_kernels_take_any_width(kind: str, rows: int, columns: int, tier: 
 
 
 def products(x: NDArray, numbers: NDArray) -> tuple[NDArray, NDArray]:
-    """The exact products, and the sums of their terms' sizes: both (tokens, rows) float64."""
+    """The exact products and the sums of the absolute values of their terms: (tokens, rows)
+    float64."""
     x, numbers = x.astype(np.float64), numbers.astype(np.float64)
     return x @ numbers.T, np.abs(x) @ np.abs(numbers.T)
 
 
 def terms_of(matrix: Matrix) -> int:
-    """How many rounded terms a row's sum has, for `sum_bound`.
+    """The number of rounded terms of a row's sum, for `sum_bound`.
 
-    Integers of a block are summed exactly: 16 columns or more give two terms, of the scale and of
-    the smallest number, which may be twice as large as what is left of them; and a few roundings
-    make each term.
+    Integers of a block are summed exactly: 16 columns or more give two terms, for the scale and for
+    the minimum, which may be twice as large as their difference; each term has a few roundings.
     """
     return 16 + matrix.columns // 4 if not matrix.weight_type.is_float else matrix.columns
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_tier_runs_where_the_processor_has_its_instructions(tier: str) -> None:
-    """One line for all tests of a tier that cannot run here; test_tiers.py reads machine code."""
+def test_this_processor_supports_the_tier(tier: str) -> None:
+    """Skipped once for each tier that cannot run here; test_tiers.py examines its machine code."""
     if tier not in RUNNABLE:
         pytest.skip(f"kernels of tier {tier}: this processor lacks them")
     assert all(kernel_address(kind, tier, kind.input_format) for kind in WeightType)
@@ -230,7 +230,7 @@ def test_a_tier_runs_where_the_processor_has_its_instructions(tier: str) -> None
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
 @pytest.mark.parametrize("tier", RUNNABLE)
 def test_kernels_against_float64(kind: str, rows: int, columns: int, tier: str) -> None:
-    """Every tier within float32 rounding of the exact sum, and so of its plain twin."""
+    """Every tier is within float32 rounding of the exact sum, and so of the plain kernel."""
     raw, numbers = stored(kind, rows, columns)
     matrix = packed(kind, raw, columns)
     for tokens in (1, 3, 8, 17, 41):
@@ -243,7 +243,7 @@ def test_kernels_against_float64(kind: str, rows: int, columns: int, tier: str) 
 def faults(
     matrix: Matrix, numbers: NDArray, inputs: Inputs, terms: int, run: Callable[..., NDArray]
 ) -> list[str]:
-    """What is wrong with the products of a matrix: `run(inputs=…, first=…)` -> (tokens, rows)."""
+    """The faults in the products of a matrix: `run(inputs=…, first=…)` -> (tokens, rows)."""
     rows, count = len(numbers), len(inputs.seen)
     exact, size = products(inputs.seen, numbers)
     out, last = run(inputs=inputs, first=0), run(inputs=inputs, first=matrix.groups - 1)
@@ -258,7 +258,7 @@ def faults(
     return [claim for claim, holds in right.items() if not holds]
 
 
-def test_quantised_inputs_are_the_nearest_steps() -> None:
+def test_inputs_are_quantized_to_the_nearest_step() -> None:
     x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
     x[32:64] = 0
     codes, factors = np.zeros(96, np.int8), np.zeros((3, FACTORS), np.float32)
@@ -274,7 +274,7 @@ def test_quantised_inputs_are_the_nearest_steps() -> None:
     assert (starts == -np.stack([128 * total, 8 * total, 32 * low, 32 * high], 1)).all()
 
 
-def test_superblocks_of_inputs_are_the_nearest_steps() -> None:
+def test_superblocks_of_inputs_are_quantized_to_the_nearest_step() -> None:
     x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
     x[1, 256:] = 0
     x[2] *= 1e-30
@@ -292,7 +292,7 @@ def test_superblocks_of_inputs_are_the_nearest_steps() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
+def test_nan_and_infinite_inputs_give_nan_or_infinite_scales(bad: float) -> None:
     x = np.ones(64, np.float32)
     x[40] = bad
     codes, factors = np.zeros(64, np.int8), np.zeros((2, FACTORS), np.float32)
@@ -308,22 +308,23 @@ def test_bad_numbers_are_not_lost_among_integers(bad: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "rows", "columns"), [case for case in CASES if WeightType[case[0]] in PACK]
 )
-def test_packing_compiled_and_in_numpy(kind: str, rows: int, columns: int) -> None:
+def test_packing_compiled_equals_packing_in_numpy(kind: str, rows: int, columns: int) -> None:
     raw, _ = stored(kind, rows, columns)
     compiled, plain = packed(kind, raw, columns), packed(kind, raw[:0], columns, rows)
-    pack_plainly(plain, raw)
+    pack_with_numpy(plain, raw)
     assert (compiled.values == plain.values).all()
     assert (compiled.scales == plain.scales).all()
 
 
 def codes_of(matrix: Matrix) -> NDArray[np.uint8]:
-    """(rows, bytes of a row's codes)."""
+    """The codes of each row, (rows, bytes of a row's codes)."""
     lanes = matrix.values.reshape(matrix.groups, -1, 16, 4).swapaxes(1, 2)  # (G, 16, words, 4)
     return lanes.reshape(matrix.padded_rows, -1)[: matrix.rows]
 
 
-def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
-    """Normal ones, zeros, equal magnitudes, steps that end in a half, and very small and large."""
+def special_numbers(rows: int, columns: int) -> NDArray[np.float32]:
+    """Normal numbers, zeros, equal magnitudes, steps that end in a half, very small and large
+    ones."""
     chance = np.random.default_rng(rows)
     numbers = chance.standard_normal((rows, columns)).astype(np.float32)
     numbers[0, :32] = 0
@@ -339,8 +340,8 @@ def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("rows", [7, 16, 50])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_rounding_at_load_equals_the_gguf_package_and_the_plain_one(kind: str, rows: int) -> None:
-    numbers = awkward_numbers(rows, 96)
+def test_quantization_at_load_equals_the_gguf_package_and_plain_code(kind: str, rows: int) -> None:
+    numbers = special_numbers(rows, 96)
     theirs = gguf.quants.quantize(numbers, getattr(gguf.GGMLQuantizationType, kind))
     assert (theirs == quantize(numbers, kind)).all()
     wanted, ours = packed(kind, theirs, 96), packed(kind, theirs[:0], 96, rows)
@@ -349,12 +350,14 @@ def test_rounding_at_load_equals_the_gguf_package_and_the_plain_one(kind: str, r
         pack_matrix(ours, 16, numbers[16:])
     scales = [matrix.scales.view(np.float16).astype(np.float32) for matrix in (ours, wanted)]
     assert (scales[0] == scales[1]).all()
-    assert (codes_of(ours) == codes_of(wanted)).all()  # but for the padding, whose scales are zero
+    assert (
+        codes_of(ours) == codes_of(wanted)
+    ).all()  # except for the padding, whose scales are zero
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_rounding_at_load_loses_no_bad_number(kind: str, bad: float) -> None:
+def test_quantization_at_load_keeps_nan_and_infinity(kind: str, bad: float) -> None:
     numbers = np.ones((16, 64), np.float32)
     numbers[3, 40] = bad
     matrix = packed(kind, np.zeros((0, 0), np.uint8), 64, 16)
@@ -411,7 +414,7 @@ TILE_SHAPES = [(1, 32), (37, 96), (50, 32 * 7), (130, 32 * 65)]
 
 @pytest.mark.skipif("amx" not in RUNNABLE, reason="this processor lacks AMX for bfloat16")
 def test_bfloat_tiles_against_float64() -> None:
-    """Within float32 rounding of the exact sum, and to the bit the same in any company."""
+    """Within float32 rounding of the exact sum, and bit-identical for any number of tokens."""
     for rows, columns in TILE_SHAPES:
         raw, numbers = stored("BF16", rows, columns)
         matrix = packed("BF16", raw, columns)

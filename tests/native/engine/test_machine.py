@@ -1,4 +1,4 @@
-"""The engine on awkward machines: read-only caches, containers, Ctrl-C, other programs."""
+"""The engine with read-only caches, in containers, after Ctrl-C, and with other programs."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_old_container_limits(tmp_path: Path) -> None:
     assert cgroup_quota(tmp_path) == 3
 
 
-def test_interrupted_between_native_calls_the_cache_is_as_before(
+def test_an_interrupt_between_native_calls_does_not_change_the_cache(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C arrives in the main thread as soon as a native call returns."""
+    """Ctrl-C arrives in the main thread when a native call returns."""
     cache = Rows(engine)
     first = cache.next_logits([[1, 2, 3]])
     run, calls = engine._run, 0
@@ -88,7 +88,7 @@ def test_interrupted_between_native_calls_the_cache_is_as_before(
     assert (cache.next_logits([[1, 2, 3]]) == first).all()
 
 
-def test_an_engine_that_is_not_used_any_more_takes_its_threads_along(tmp_path: Path) -> None:
+def test_threads_end_when_the_engine_is_deleted(tmp_path: Path) -> None:
     path = write_gguf(hf_model(**SHAPE), tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_0)
     engine = pack(open_checkpoint(path))
     Rows(engine).next_logits([[1]])

@@ -1,4 +1,4 @@
-"""Fault M1: compiled code checks no index, so whatever it indexes by is checked before."""
+"""Compiled code does not check indexes, so all indexes are checked before it is called."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from long_mode import LONG
 from rows import Rows
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, SMALL.vocab_size, 2100)]
-# Of two ways to the same float32 logits: 2 layers of about 10 products in a row, of at most 160.
+# Two float32 computations of the same logits: 2 layers of about 10 successive products of up to 160
 ROUNDINGS = 160 * 2 * 10 * np.finfo(np.float32).eps
 
 
@@ -61,8 +61,8 @@ def test_ids_beyond_the_context_are_refused(executor: Any) -> None:
     assert cache.lengths == [2048]
 
 
-def test_batches_that_are_none(executor: Any) -> None:
-    """A sequence without new ids, one twice, and one that is not in the cache are refused."""
+def test_invalid_batches_are_refused(executor: Any) -> None:
+    """A sequence without new ids, one that occurs twice, and one that is not in the cache."""
     cache = Rows(executor, 2)
     sequence, other = cache.sequences
     assert executor.forward([], cache.cache).shape == (0, SMALL.vocab_size)
@@ -76,8 +76,9 @@ def test_batches_that_are_none(executor: Any) -> None:
     assert cache.lengths == [0, 0]
 
 
-def test_sequences_come_and_go(executor: Any) -> None:
-    """Logits are those of a sequence alone, whatever was added, forked and removed before."""
+def test_sequences_are_added_and_removed_in_any_order(executor: Any) -> None:
+    """Logits equal those of a sequence alone, after any sequences were added, forked and
+    removed."""
     cache = executor.new_cache()
     first, second = cache.add(), cache.add()
     executor.forward([NewTokens(first, IDS[:70]), NewTokens(second, IDS[70:150])], cache)
@@ -109,7 +110,7 @@ def test_a_cache_of_another_model_is_refused(engine: Engine) -> None:
             executor.forward([NewTokens(cache.add(), [1])], cache)
 
 
-def test_a_closed_engine_says_so() -> None:
+def test_a_closed_engine_is_an_error() -> None:
     engine = handmade()
     cache = Rows(engine)
     cache.next_logits([[1]])
@@ -120,12 +121,12 @@ def test_a_closed_engine_says_so() -> None:
 
 
 @pytest.mark.parametrize("id", [1.5, "3", None, 2.0])
-def test_ids_are_whole_numbers(engine: Engine, id: Any) -> None:
+def test_ids_must_be_integers(engine: Engine, id: Any) -> None:
     with pytest.raises(GenerationError, match="whole number"):
         Rows(engine).next_logits([[id]])
 
 
-def test_ids_of_numpy_are_ids(engine: Engine) -> None:
+def test_ids_may_be_numpy_integers(engine: Engine) -> None:
     array = np.array(IDS[:9], np.uint32)
     fed = Rows(engine).next_logits([array])
     assert (fed == Rows(engine).next_logits([IDS[:9]])).all()
@@ -140,8 +141,9 @@ def test_generation_is_refused_beyond_the_context(executor: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [SPAN - 1, SPAN, SPAN + 1, FIRST_SPANS * SPAN + 1, 2048])
-def test_spans_find_room_as_the_row_grows(engine: Engine, length: int) -> None:
-    """A single token looks at all spans: as the same token among others, to the bit."""
+def test_scratch_for_spans_grows_with_the_row(engine: Engine, length: int) -> None:
+    """A single token attends to all spans; its result is bit-identical to that among other
+    tokens."""
     cache = Rows(engine)
     cache.next_logits([IDS[: length - 1]])
     alone = cache.next_logits([IDS[length - 1 : length]])[0]
@@ -150,7 +152,7 @@ def test_spans_find_room_as_the_row_grows(engine: Engine, length: int) -> None:
 
 def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
     packed = weights(SMALL)
-    Engine(SMALL, packed)  # compiled before memory is counted
+    Engine(SMALL, packed)  # compile before memory is measured
     peaks = []
     for context in (2048, 2**31 - 1):
         tracemalloc.start()
@@ -173,19 +175,19 @@ def test_weights_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
 
 
 def test_one_matrix_of_another_shape_is_refused() -> None:
-    """Of the second layer: tables are sized by the first."""
+    """In the second layer; the buffers are sized by the first."""
     good, wide = weights(SMALL), weights(replace(SMALL, ffn_dim=192))
     matrices = [*good.matrices[:7], *wide.matrices[7:14], good.matrices[-1]]
     with pytest.raises(WeightsError, match="192"):
         Engine(SMALL, Weights(matrices, good.embeddings, good.vectors))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="walls of memory are made as Linux makes them")
-def test_nothing_is_touched_beyond_a_table() -> None:
-    """All tables, weights, pages and logits end at memory that nobody may touch."""
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are implemented for Linux only")
+def test_no_access_beyond_a_buffer() -> None:
+    """All buffers, weights, pages and logits end at guard pages."""
     calls = "5000" if LONG else "48"
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("walls.py"), calls],
+        [sys.executable, Path(__file__).with_name("guard_pages.py"), calls],
         capture_output=True, text=True, timeout=3600 if LONG else 300,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The vector kernels of attention and of rows against the same in NumPy and in plain loops."""
+"""The vector kernels of attention and of rows against NumPy and plain loops."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from glassllama.native.engine.dispatch import features
 from glassllama.native.engine.layout import ITEM_BYTES, KV_FLOAT32, KV_INT8, KV_INT16, PAGE
 from tolerances import sum_bound, unit
 
-LESSER_RUN = "GLASSLLAMA_LESSER" in os.environ  # this file in a process of its own: see its end
+LESSER_RUN = (
+    "GLASSLLAMA_LESSER" in os.environ
+)  # whether this file runs in a new process: see its end
 COUNTS = [1, 4, 7, 25] if LESSER_RUN else [1, 2, 3, 4, 5, 6, 7, 9, 11, 24, 25]
 WIDTHS = [1, 20, 64, 130] if LESSER_RUN else [1, 16, 20, 40, 48, 64, 80, 96, 128, 130, 256]
 STEPS = {KV_INT8: 127, KV_INT16: 32767}
-HALVES = (slice(32), slice(16), slice(16, 32))  # and the whole of a block
+HALVES = (slice(32), slice(16), slice(16, 32))  # and a whole block
 VISIBLE = [*range(4), 15, 16, 17, 31, 40, 63, 64]
 
 
@@ -71,7 +73,7 @@ def at(array: NDArray[Any]) -> int:
 
 
 def sizes(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-    """The sums of the sizes of a product's terms, for `sum_bound`."""
+    """The sums of the absolute values of a product's terms, for `sum_bound`."""
     return np.abs(one).astype(np.float64) @ np.abs(other)
 
 
@@ -93,8 +95,10 @@ def narrow(kind: int, count: int) -> NDArray[Any]:
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("width", [16, 48, 64, 128])
 @pytest.mark.parametrize("kind", [KV_INT16, KV_INT8])
-def test_widened_on_the_way_or_before(kind: int, width: int, count: int) -> None:
-    """To the bit: how many queries there are decides which way it goes."""
+def test_unpacking_during_or_before_the_product_is_bit_identical(
+    kind: int, width: int, count: int
+) -> None:
+    """The number of queries decides which of the two is used."""
     keys, values = narrow(kind, width * PAGE), narrow(kind, PAGE * width)[::-1].copy()
     wide_keys, wide_values = keys.astype(np.float32), values.astype(np.float32)
     queries, (before, way) = random(count, width), np.zeros((2, count, PAGE), np.float32)
@@ -122,7 +126,7 @@ def test_score(count: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_query_scores_and_mixes_the_same_in_any_company(count: int) -> None:
+def test_a_query_is_bit_identical_for_any_number_of_other_queries(count: int) -> None:
     width = 80
     queries, keys, values = random(count, width), random(width, PAGE), random(PAGE, width)
     together, alone = np.zeros((2, count, PAGE), np.float32)
@@ -138,7 +142,7 @@ def test_a_query_scores_and_mixes_the_same_in_any_company(count: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tiles_for_processors_of_few_registers(width: int) -> None:
+def test_tiles_for_processors_with_few_registers(width: int) -> None:
     queries, keys = random(4, width), random(width, PAGE)
     wide, narrow = np.zeros((2, 4, PAGE), np.float32)
     score(at(queries), 4, at(keys), width, at(wide))
@@ -148,7 +152,7 @@ def test_tiles_for_processors_of_few_registers(width: int) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("count", COUNTS)
-def test_mix(count: int, width: int) -> None:
+def test_accumulate_values(count: int, width: int) -> None:
     weights, values = random(count, PAGE), random(PAGE, width)
     parts = random(count + 1, width + 2)
     before = parts.copy()
@@ -162,8 +166,8 @@ def test_mix(count: int, width: int) -> None:
     assert (parts[count] == before[count]).all(), "written beyond the last query"
 
 
-def weigh_plainly(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
-    """Softmax with a running maximum, one page on, in float64."""
+def plain_softmax_page(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
+    """Softmax with a running maximum, one more page, in float64."""
     sums, top, total = part[:-2].astype(np.float64), float(part[-2]), float(part[-1])
     weights = np.zeros(PAGE)
     for s in range(visible):
@@ -177,22 +181,22 @@ def weigh_plainly(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray
 @pytest.mark.parametrize("visible", VISIBLE)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", [KV_FLOAT32, KV_INT16])
-def test_weigh(kind: int, visible: int, first: bool) -> None:
-    """Scales of empty slots may be anything: nobody looks there."""
+def test_softmax_page(kind: int, visible: int, first: bool) -> None:
+    """Scales of empty slots may have any value, because they are not used."""
     width = 40
     scores, part = 4 * random(PAGE), np.abs(random(width + 2))
     scales = np.abs(random(2, PAGE)) if kind == KV_INT16 else np.ones((2, PAGE), np.float32)
     scales[:, visible:] = np.nan
-    if first:  # nothing has been seen yet
+    if first:  # no key has been processed yet
         part[:] = 0
         part[width] = -np.inf
     ours, ended = scores.copy(), part.copy()
     weigh(at(ours), visible, at(ended), width, at(scales), kind)
     scaled = scores * np.nan_to_num(scales[0])
-    weights, theirs = weigh_plainly(scaled, visible, part)
+    weights, theirs = plain_softmax_page(scaled, visible, part)
     weights *= np.nan_to_num(scales[1])
     assert (ours[visible:] == 0).all()
-    # A power errs by what its argument, a product and a difference, was rounded by; and by 4 u.
+    # The error of a power: the rounding of its argument (a product and a difference), and 4 u.
     power = unit() * (2 * np.abs(scaled).max() + 8)
     assert (np.abs(ours - weights) <= power * np.abs(weights).max()).all()
     if visible or not first:
@@ -204,7 +208,7 @@ def test_weigh(kind: int, visible: int, first: bool) -> None:
 
 @pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("slot", [0, 17, 63])
-def test_weigh_does_not_lose_what_is_no_number(trouble: float, slot: int) -> None:
+def test_softmax_page_keeps_nan(trouble: float, slot: int) -> None:
     scores, part = random(PAGE), np.zeros(18, np.float32)
     part[16] = -np.inf
     scores[slot] = trouble
@@ -213,11 +217,11 @@ def test_weigh_does_not_lose_what_is_no_number(trouble: float, slot: int) -> Non
         assert scores[slot] <= 1e-37
         assert np.isfinite(part).all()
     else:
-        assert np.isnan(part[17]), "the sum of weights divides what comes out"
+        assert np.isnan(part[17]), "the output is divided by the sum of weights"
         assert np.isnan(scores[slot])
 
 
-def test_weigh_ignores_what_is_no_number_where_nobody_looks() -> None:
+def test_softmax_page_ignores_nan_in_masked_slots() -> None:
     scores, part = random(PAGE), np.zeros(18, np.float32)
     part[16] = -np.inf
     scores[20:] = np.nan
@@ -229,7 +233,7 @@ def test_weigh_ignores_what_is_no_number_where_nobody_looks() -> None:
 @pytest.mark.parametrize("width", [1, 40, 64, 130])
 @pytest.mark.parametrize("kind", [KV_INT16, KV_INT8, KV_FLOAT32])
 def test_store_then_unpack(kind: int, width: int) -> None:
-    """Every slot of a page, read back: exact, or to half a step."""
+    """Every slot of a page is read back exactly, or within half a step."""
     keys, values = random(PAGE, width), 3 * random(PAGE, width)
     raw = np.zeros((2, width * PAGE * ITEM_BYTES[kind]), np.uint8)
     scales = np.zeros((2, PAGE), np.float32)
@@ -254,8 +258,8 @@ def test_store_then_unpack(kind: int, width: int) -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-37, 1e-30, 1e30, 3e38])
 @pytest.mark.parametrize("kind", [KV_INT16, KV_INT8])
-def test_numbers_of_any_size_are_kept(kind: int, size: float) -> None:
-    """No size is too large or too small for steps: what is lost is half a step, or next to 0."""
+def test_numbers_of_any_size_are_stored_within_half_a_step(kind: int, size: float) -> None:
+    """No number is too large or too small; very small ones have an error near 0."""
     wanted = np.linspace(-size, size, 16, dtype=np.float32)
     raw, scales = np.zeros((2, 16 * PAGE * 2), np.uint8), np.zeros((2, PAGE), np.float32)
     store(wanted, wanted, at(raw[0]), at(raw[1]), at(scales), 3, kind)
@@ -267,7 +271,7 @@ def test_numbers_of_any_size_are_kept(kind: int, size: float) -> None:
 
 @pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [KV_INT16, KV_INT8])
-def test_integers_keep_what_is_no_number(kind: int, trouble: float) -> None:
+def test_integer_pages_keep_nan(kind: int, trouble: float) -> None:
     key, value = random(16), np.zeros(16, np.float32)
     key[5] = trouble
     raw, scales = np.zeros((2, 16 * PAGE), np.int16), np.zeros((2, PAGE), np.float32)
@@ -295,7 +299,7 @@ def test_encode_block(size: float) -> None:
 
 
 @pytest.mark.parametrize("trouble", [np.nan, np.inf, -np.inf, 0.0])
-def test_encode_block_of_odd_numbers(trouble: float) -> None:
+def test_encode_block_of_special_numbers(trouble: float) -> None:
     x = np.full(32, trouble, np.float32) if trouble == 0 else random(32)
     x[9] = trouble
     codes, factors = np.zeros(32, np.int8), np.zeros(2, np.float32)
@@ -304,7 +308,7 @@ def test_encode_block_of_odd_numbers(trouble: float) -> None:
         assert not codes.any()
         assert not factors.any()
     else:
-        assert not np.isfinite(factors[0]), "the scale carries it into every product"
+        assert not np.isfinite(factors[0]), "the scale passes it to every product"
 
 
 LESSER = {"haswell": "+avx2,+fma,+f16c,+sse4.2", "x86-64": "+sse2"}
@@ -312,12 +316,13 @@ LESSER = {"haswell": "+avx2,+fma,+f16c,+sse4.2", "x86-64": "+sse2"}
 
 @pytest.mark.portable
 @pytest.mark.parametrize("processor", LESSER)
-def test_on_lesser_processors(processor: str) -> None:
-    """All of this file once more at fewer sizes, compiled for less than this processor."""
+def test_on_processors_with_fewer_instructions(processor: str) -> None:
+    """This file again with fewer sizes, compiled for processors with fewer instructions than this
+    one."""
     if "sse2" not in features():
-        pytest.skip("this machine is no x86-64: its lesser processors are not known here")
+        pytest.skip("not x86-64: no processors with fewer instructions are known")
     if processor == "haswell" and "avx512f" not in features():
-        pytest.skip("this processor has no AVX-512: the other tests of this file are of AVX2")
+        pytest.skip("no AVX-512: the other tests of this file already use AVX2")
     environment = {
         **os.environ, "GLASSLLAMA_LESSER": "1",
         "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": LESSER[processor],

@@ -1,4 +1,4 @@
-"""The compiled sampler against generation's: the same ids, whatever the logits and settings."""
+"""The compiled sampler against generation's: the same ids for all logits and settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def both(options: dict[str, Any], size: int, seed: int = 3) -> tuple[SamplerStat
 
 
 def kinds_of_logits(rng: np.random.Generator, size: int) -> list[np.ndarray]:
-    """Flat, spread, peaked; full of ties; with impossible ids."""
+    """Flat, spread out, peaked, with many ties, with excluded ids."""
     normal = rng.standard_normal(size).astype(np.float32)
     peaked = 2 * normal
     peaked[rng.integers(0, size, 5)] += np.float32(18)
@@ -98,7 +98,7 @@ def test_the_same_ids_for_a_large_vocabulary(options: dict[str, Any]) -> None:
     st.sampled_from([0.0, 0.5, 1.0]),
 )
 @settings(deadline=None)
-def test_the_same_ids_at_the_borders_of_floats(
+def test_the_same_ids_at_the_limits_of_floats(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, min_p: float
 ) -> None:
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -111,7 +111,7 @@ def test_the_same_ids_at_the_borders_of_floats(
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
 @pytest.mark.parametrize("options", SETTINGS[:4], ids=str)
-def test_no_id_is_made_of_logits_that_are_no_numbers(bad: float, options: dict[str, Any]) -> None:
+def test_nan_logits_select_no_id(bad: float, options: dict[str, Any]) -> None:
     for size in (1, BLOCK + 1, 1000):
         for place in {0, size // 2, size - 1}:
             logits = np.random.default_rng(0).standard_normal(size).astype(np.float32)
@@ -126,8 +126,8 @@ def test_no_id_is_made_of_logits_that_are_no_numbers(bad: float, options: dict[s
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_no_id_where_penalties_leave_no_number(temperature: float) -> None:
-    """Largest finite logits, divided by a penalty below 1: what comes out is no number any more."""
+def test_no_id_if_penalties_overflow(temperature: float) -> None:
+    """The largest finite logits divided by a penalty below 1 are infinite."""
     for sampling in both({"temperature": temperature, "repetition_penalty": 0.5}, 100):
         logits = np.zeros(100, np.float32)
         logits[50] = HUGE
@@ -136,21 +136,21 @@ def test_no_id_where_penalties_leave_no_number(temperature: float) -> None:
 
 
 class Double:
-    """A step of one's own."""
+    """A custom step."""
 
     def __call__(self, logits: np.ndarray, history: Any) -> np.ndarray:
         return logits * 2
 
 
 @pytest.mark.parametrize("steps", [(Double(),), (Presence(1.0), Repetition(1.1))])
-def test_steps_of_ones_own_and_in_ones_own_order_stay_numpys(steps: Any) -> None:
+def test_custom_steps_and_orders_run_in_numpy(steps: Any) -> None:
     sampling = Sampler(steps=steps).start([0], 5, native)
     assert sampling.native is None
     assert sampling.choose(np.arange(5, dtype=np.float32)) == 4
 
 
-def test_a_model_samples_natively_and_alike(default_model: Path) -> None:
-    """Whole answers of the default model, drawn by compiled code and by numpy."""
+def test_a_model_samples_the_same_ids_natively(default_model: Path) -> None:
+    """Complete answers of the default model, sampled by compiled code and by NumPy."""
     from glassllama import load
 
     llm = load(default_model)

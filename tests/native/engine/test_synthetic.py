@@ -1,4 +1,4 @@
-"""Models of benchmarks/synthetic.py at tiny size: a mix of K types, and what a broken one does."""
+"""Tiny models of benchmarks/synthetic.py: a mix of K types, and models with faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from synthetic_models import padded_module, synthetic_module
-from tolerances import assert_logits, eight_bit_error, spread_apart
+from tolerances import assert_logits, eight_bit_error, rms_difference
 
 CONFIG = LlamaConfig(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, ffn_dim=768, vocab_size=303,
@@ -45,26 +45,26 @@ def logits(executor: Any) -> Any:
 def test_a_whole_model_from_file_to_logits(
     kind: str, synthetic: ModuleType, tmp_path: Path
 ) -> None:
-    """Engine against reference. Exact: float32. Default: what eight-bit inputs and bf16 keys
-    cost."""
+    """Engine against reference. Exact mode: float32 rounding. Default: rounding of int8 inputs and
+    int16 keys."""
     checkpoint = open_checkpoint(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
     model = load_llama(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
-    assert 1 < reference.std() < 4  # of ordinary size, as `LOGIT_WIDTH` wants
+    assert 1 < reference.std() < 4  # of normal size: see `LOGIT_WIDTH`
     assert_logits(logits(pack(checkpoint, exact=True)), reference, CONFIG)
     engine = pack(checkpoint)
     packed = {matrix.weight_type.name for matrix in engine.weights.matrices}
     assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
-    assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
 
 
 @pytest.mark.parametrize("values", ["Q6_K", "Q8_0"])
-def test_k_quants_are_the_same_to_the_bit_in_any_pieces(
+def test_k_quants_are_bit_identical_in_any_chunks(
     values: str, synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole, in pieces, in a batch, on one thread; with one matrix of a layer in another format,
-    so that its inputs are wanted in two forms."""
+    """Whole, in chunks, in a batch, on one thread; one matrix of a layer has another format, so
+    that its inputs are needed in two formats."""
 
     def mixed(name: str, wanted: str, config: LlamaConfig) -> str:
         return (
@@ -97,7 +97,7 @@ def test_q4_k_m_mixes_as_llama_cpp_does(synthetic: ModuleType, tmp_path: Path) -
     assert {int(name.split(".")[1]) for name in six if "attn_v" in name} == layers
 
 
-def test_blocks_mean_what_the_gguf_package_says(synthetic: ModuleType) -> None:
+def test_blocks_are_dequantized_as_by_the_gguf_package(synthetic: ModuleType) -> None:
     for kind in ("Q4_K", "Q6_K", "Q4_0", "BF16"):
         pool = synthetic.Pool(kind, numbers=1 << 16)
         raw = pool.cut(3, (64, 512), 0.05)
@@ -112,19 +112,19 @@ def test_blocks_mean_what_the_gguf_package_says(synthetic: ModuleType) -> None:
 def test_nan_weights_end_generation_with_an_error(
     kind: str, tier: str, tmp_path: Path, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault G1, in every format: a block whose scale is NaN is noticed."""
+    """In every format, a block whose scale is NaN is detected."""
     if tier == "plain":
         monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL)
-    spoil(path, "blk.3.ffn_up.weight")
+    set_nan(path, "blk.3.ffn_up.weight")
     engine = pack(open_checkpoint(path))
     settings = GenerationSettings(sampler=make_sampler(), max_tokens=4)
     with pytest.raises(GenerationError, match=r"(?i)nan"):
         list(generate(engine, [IDS], settings))
 
 
-def spoil(path: Path, name: str) -> None:
-    """Make the first scale, or number, of a tensor NaN."""
+def set_nan(path: Path, name: str) -> None:
+    """Set the first scale, or number, of a tensor to NaN."""
     reader = gguf.GGUFReader(str(path), "r+")
     [tensor] = [tensor for tensor in reader.tensors if tensor.name == name]
     data = tensor.data.reshape(-1).view(np.uint8)
@@ -134,15 +134,17 @@ def spoil(path: Path, name: str) -> None:
     reader.data.flush()
 
 
-def call_it(path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """Say of one tensor that it is of another type."""
+def change_type(path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Change the type of one tensor in the header."""
     data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
     path.write_bytes(data[:at] + int(kind).to_bytes(4, "little") + data[at + 4 :])
 
 
-def test_zeros_around_a_model_change_no_logits(tmp_path: Path, synthetic: ModuleType) -> None:
-    """benchmarks/padded.py, with which fidelity on K-quants is measured."""
+def test_padding_a_model_with_zeros_changes_no_logits(
+    tmp_path: Path, synthetic: ModuleType
+) -> None:
+    """benchmarks/padded.py, which is used to measure the accuracy of K-quants."""
     padded = padded_module()
     narrow = replace(CONFIG, dim=160, n_heads=5, n_kv_heads=5, ffn_dim=288)
     source = open_checkpoint(synthetic.write(tmp_path / "narrow.gguf", narrow, "F32", pool=POOL))
@@ -153,10 +155,10 @@ def test_zeros_around_a_model_change_no_logits(tmp_path: Path, synthetic: Module
     assert_logits(after, before, narrow)
 
 
-def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) -> None:
-    """IQ4_NL has Q4_0's bytes, which stand for other numbers: packed as Q8_0, and said."""
+def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None:
+    """IQ4_NL has the layout of Q4_0, but its codes are indexes into a table. A notice says so."""
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
-    call_it(path, gguf.GGMLQuantizationType.IQ4_NL)
+    change_type(path, gguf.GGMLQuantizationType.IQ4_NL)
     checkpoint = open_checkpoint(path)
     model = load_llama(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
@@ -164,13 +166,11 @@ def test_steps_of_a_table_become_bytes(tmp_path: Path, synthetic: ModuleType) ->
     assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
     assert any("IQ4_NL" in line and "Q8_0" in line for line in engine.describe())
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
-    assert spread_apart(logits(engine), reference) <= 1.5 * eight_bit
+    assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
 
 
-def test_a_type_that_nobody_here_knows_is_a_clean_error(
-    tmp_path: Path, synthetic: ModuleType
-) -> None:
+def test_an_unknown_type_is_a_clean_error(tmp_path: Path, synthetic: ModuleType) -> None:
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q8_0", pool=POOL)
-    call_it(path, gguf.GGMLQuantizationType.IQ3_S)
+    change_type(path, gguf.GGMLQuantizationType.IQ3_S)
     with pytest.raises(FormatError, match=r"IQ3_S.*cannot be read.*such as Q8_0"):
         open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Kernels for processors that are not here: compiled for them, and their instructions looked at."""
+"""Kernels for other processors: compiled for them, and their machine code examined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ MACHINES = {
 def assembly(
     target: str, kind: WeightType, groups: int, tokens: int, architecture: str, features: str
 ) -> str:
-    """The tile of a kernel as a function of its nine integers, compiled for that processor."""
+    """The assembly of a kernel's tile (a function of nine integers), compiled for that
+    processor."""
     module = ir.Module()
     signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 9)
     function = ir.Function(module, signature, "tile")
@@ -40,7 +41,7 @@ def assembly(
 
 @pytest.mark.parametrize("kind", UNPACK)
 @pytest.mark.parametrize("target", MACHINES)
-def test_the_intended_instruction_does_the_work(target: str, kind: WeightType) -> None:
+def test_tiles_use_the_intended_instruction(target: str, kind: WeightType) -> None:
     architecture, features, wanted = MACHINES[target]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()

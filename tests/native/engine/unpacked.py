@@ -1,4 +1,4 @@
-"""Packed rows as numbers, by the readers that embeddings are looked up with."""
+"""Packed rows as numbers, by the readers that are used for embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Compiled code on disk: damage is found before it is run; every processor gets the same answer."""
+"""Compiled code on disk: damage is detected before it runs; results are the same on every
+processor."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from glassllama.native.jit import code_cache
 from glassllama.native.jit.code_cache import NO_SPACE, UNTRUSTED
 from glassllama.native.jit.compile import code_folder
 from tiny_models import META_SHAPE, hf_model, write_gguf
-from tolerances import eight_bit_bar, spread_apart
+from tolerances import eight_bit_tolerance, rms_difference
 
 SHAPE = {**META_SHAPE, "hidden_size": 96, "head_dim": 32, "intermediate_size": 160}
 ANSWER = """
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(model: Path, home: Path, **environment: str) -> tuple[list[str], np.ndarray]:
-    """What a process of its own prints, and its logits."""
+    """The output of a new process, and its logits."""
     out = home / "logits.npy"
     done = subprocess.run(
         [sys.executable, "-c", ANSWER, str(model), str(out)],
@@ -57,7 +58,7 @@ def answer(model: Path, home: Path, **environment: str) -> tuple[list[str], np.n
     return done.stdout.split("\n")[:-1], np.load(out)
 
 
-def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: Path) -> None:
+def test_damaged_code_is_compiled_again_with_a_notice(model: Path, tmp_path: Path) -> None:
     answer(model, tmp_path, GLASSLLAMA_HOME=str(cache_home()))  # where it may be compiled already
     now = code_folder("engine")
     assert now is not None
@@ -79,7 +80,7 @@ def test_damaged_code_is_compiled_anew_and_that_is_said(model: Path, tmp_path: P
         damaged.write_bytes(data)
     again, logits = answer(model, tmp_path)
     assert "5 files of compiled code on disk were damaged: compiled again" in again
-    assert (logits == right).all()  # to the bit, just compiled or from disk
+    assert (logits == right).all()  # bit-identical, newly compiled or from disk
     assert not any("damaged" in line for line in answer(model, tmp_path)[0])
 
 
@@ -94,7 +95,7 @@ from glassllama.native.jit.code_cache import notes
 from glassllama.native.jit.compile import STRICT, callback_address, code_folder, entry, raw_entry
 from glassllama.native.jit.intrinsics import types
 assert code_folder("engine") is not None
-resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # as a full disk: no file can grow
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # like a full disk: no file can grow
 one = entry(lambda x: x + 1)(2)
 two = raw_entry(lambda x: x + 2)(2)
 three = callback_address(types.int64(types.int64), lambda x: x + 3, STRICT) != 0
@@ -102,8 +103,8 @@ print(one, two, three, *notes, sep="\\n")
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits on files: not on this system")
-def test_code_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no file size limits")
+def test_code_runs_even_if_it_cannot_be_cached(tmp_path: Path) -> None:
     script = tmp_path / "full.py"
     script.write_text(FULL)
     done = subprocess.run(
@@ -127,7 +128,7 @@ print(compilations.begun > 0, *notes, sep="\\n")
 
 
 def test_checksums_of_a_kernel_that_is_compiled_alone(tmp_path: Path) -> None:
-    """As for a second model of another weight type: the third process compiles nothing."""
+    """As for a second model with another weight type: the third process compiles nothing."""
 
     def compiles() -> list[str]:
         done = subprocess.run(
@@ -142,7 +143,7 @@ def test_checksums_of_a_kernel_that_is_compiled_alone(tmp_path: Path) -> None:
     assert [compiles() for _ in range(2)] == [["True"], ["False"]]
 
 
-KEPT = """
+CACHE_SCRIPT = """
 from glassllama.native.jit.code_cache import notes, save_checksums
 from glassllama.native.jit.compile import code_folder, entry, raw_entry
 one = entry(lambda x: x + 1)(2)
@@ -152,8 +153,8 @@ save_checksums()
 """
 
 
-class Trap:
-    """What runs a stranger's code where it is unpickled."""
+class ExecutesCode:
+    """An object that executes foreign code when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -165,7 +166,7 @@ class Trap:
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) -> None:
     script, home, canary = tmp_path / "kept.py", tmp_path / "home", tmp_path / "canary"
-    script.write_text(KEPT)
+    script.write_text(CACHE_SCRIPT)
 
     def run() -> list[str]:
         done = subprocess.run(
@@ -180,10 +181,10 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     indexes = [*home.rglob("*.nbi")]
     assert len(indexes) == 2
     for index in indexes:
-        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
+        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(ExecutesCode(canary)))
         (folder,) = (path for path in index.parents if path.parent.parent.parent == home)
         (folder / code_cache.CHECKSUM_FILE).unlink()
-        code_cache.write_checksums(folder)  # as a stranger would
+        code_cache.write_checksums(folder)  # like another user
     home.chmod(0o777)
     three, four, *notes = run()
     assert (three, four) == ("3", "4")
@@ -191,11 +192,12 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     assert not canary.exists()
     home.chmod(0o755)
     run()
-    assert canary.exists(), "the trap would have worked"
+    assert canary.exists(), "without the check the code would run"
 
 
-def test_seals(tmp_path: Path) -> None:
-    """Written files are sealed; changed, unknown and all files of a broken seal are deleted."""
+def test_checksums(tmp_path: Path) -> None:
+    """Written files get checksums; changed and unknown files, and all files of an invalid list, are
+    deleted."""
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text(name)
     code_cache.write_checksums(tmp_path)
@@ -203,30 +205,32 @@ def test_seals(tmp_path: Path) -> None:
     facts = (tmp_path / "b").stat()
     (tmp_path / "b").write_text("x")
     os.utime(tmp_path / "b", ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    code_cache.write_checksums(tmp_path)  # does not make damage the rule
+    code_cache.write_checksums(tmp_path)  # does not accept the damaged file
     (tmp_path / "d").write_text("half writ")
-    assert code_cache.discard_damaged(tmp_path) == 1  # d never was whole as far as we know
+    assert code_cache.discard_damaged(tmp_path) == 1  # d never had a checksum
     assert [name for name, _ in code_cache.files(tmp_path)] == ["a", "c"]
     (tmp_path / code_cache.CHECKSUM_FILE).write_text('{"a": 7')
     assert code_cache.discard_damaged(tmp_path) == 0
     assert list(code_cache.files(tmp_path)) == []
 
 
-# Numba is told of a processor that has a tier's features and no others. The tiers of AVX-512 are
+# Numba compiles for a processor that has a tier's features and no others. The tiers of AVX-512 are
 # what test_layout_and_kernels.py runs; here everything else is compiled for the processor, too.
 LEAST = "+cx16,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx"
 
 
 @pytest.mark.portable
-def test_lesser_processors_give_the_same_answer(model: Path, tmp_path: Path) -> None:
-    """Each a process that compiles everything, at the same time; the first is not known at all."""
+def test_processors_with_fewer_instructions_give_the_same_answer(
+    model: Path, tmp_path: Path
+) -> None:
+    """Processes that compile everything, at the same time; the first for an unknown processor."""
     processors = {"plain": ("generic", "+sse2,+cx16")}
     for tier in ("avxvnni", "avx2"):
         if TIERS[tier] <= features():
             able = ",".join([LEAST, *(f"+{name}" for name in sorted(TIERS[tier]))])
             processors[tier] = ("x86-64", able)
     if len(processors) == 1:
-        pytest.skip("this processor has none of the lesser tiers")
+        pytest.skip("this processor has no other tiers")
 
     def answer_of(tier: str) -> tuple[str, np.ndarray]:
         home, (name, able) = tmp_path / tier, processors[tier]
@@ -238,4 +242,6 @@ def test_lesser_processors_give_the_same_answer(model: Path, tmp_path: Path) -> 
         (plain, right), *others = pool.map(answer_of, processors)
     assert [plain, *(tier for tier, _ in others)] == [*processors]
     for tier, logits in others:
-        assert spread_apart(logits, right) <= eight_bit_bar(SHAPE["num_hidden_layers"]), tier
+        assert rms_difference(logits, right) <= eight_bit_tolerance(SHAPE["num_hidden_layers"]), (
+            tier
+        )

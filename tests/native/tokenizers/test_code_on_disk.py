@@ -1,4 +1,4 @@
-"""Compiled code of the tokenizers on disk: damage is found before it runs; ids stay right."""
+"""Compiled code of the tokenizers on disk: damage is detected before it runs; ids stay right."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ def flipped(data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with all compiled code; code that this process has compiled is copied."""
+    """A cache folder with all compiled code; code that this process has compiled is copied."""
     home, ours = tmp_path_factory.mktemp("home"), compile.code_folder("tokenizers")
     if ours is not None and ours.is_dir():
         copy = shutil.copytree(ours, home / "compiled" / ours.parent.name / ours.name)
         of_these_sources = _CacheLocator.get_suitable_cache_subpath(corpus_encoder.__file__)
         for folder in copy.iterdir():
-            if folder.is_dir() and folder.name != of_these_sources:  # another checkout's
+            if folder.is_dir() and folder.name != of_these_sources:  # of another checkout
                 shutil.rmtree(folder)
     ids(home)
     return home
 
 
-def test_damaged_code_is_compiled_anew(home: Path) -> None:
+def test_damaged_code_is_compiled_again(home: Path) -> None:
     (folder,) = (home / "compiled").glob("*/tokenizers")
     before = facts(folder)
     right = ids(home)
-    assert facts(folder) == before  # whole code is read, not made
+    assert facts(folder) == before  # undamaged code is loaded, not compiled
     objects = [folder / name for name in before if name.endswith(".nbc")]
     indexes = [folder / name for name in before if name.endswith(".nbi")]
     assert len(objects) >= 5
@@ -94,7 +94,9 @@ def test_damaged_code_is_compiled_anew(home: Path) -> None:
     ):
         path.write_bytes(data)
     assert ids(home) == right
-    entry = largest.relative_to(folder).as_posix()  # others are only made where a caller is made
+    entry = largest.relative_to(
+        folder
+    ).as_posix()  # other functions are compiled only with a caller
     assert facts(folder)[entry] != before[entry]
     assert largest.read_bytes() != damaged
     assert code_cache.discard_damaged(folder) == 0

@@ -115,7 +115,7 @@ ODDS = ("a", "b", "x" * 9, " ", "  ", "\n", "\r", "\t", "'", "'s", "'ll", "'LL",
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_words_of_unusual_mixtures(name: str) -> None:
-    """Classes of characters in all orders, at all positions of the windows of 64 bytes."""
+    """Character classes in all orders, at all positions of the windows of 64 bytes."""
     split = replace(SPLITS[name], normalize_nfc=False)
     chance = random.Random(11)
     for _ in range(10 * SEEDS):
@@ -156,7 +156,9 @@ def test_words_of_every_length(tokenizer: BytePairTokenizer) -> None:
 
 def test_a_full_cache_is_cleared(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that are too small for a word grow; a long text gets its own buffer."""
-    monkeypatch.setattr(corpus_encoder, "BATCH_WORDS", 2)  # and up to 64 that are found at once
+    monkeypatch.setattr(
+        corpus_encoder, "BATCH_WORDS", 2
+    )  # and up to 64 that are found in one window
     monkeypatch.setattr(corpus_encoder, "WORD_SLOTS", 128)
     monkeypatch.setattr(corpus_encoder, "LONG_WORD_BYTES", 72 * 66)
     monkeypatch.setattr(corpus_encoder, "POOL_IDS", 64 * 66)
@@ -191,7 +193,7 @@ def test_a_lone_surrogate_is_refused(tokenizer: BytePairTokenizer) -> None:
         tokenizer.encode_array("abc\ud800")
 
 
-def test_special_tokens_stay_text(meta: BytePairTokenizer) -> None:
+def test_special_tokens_are_encoded_as_text(meta: BytePairTokenizer) -> None:
     text = "a <|eot_id|> b <|begin_of_text|>"
     assert not {*meta.encode_array(text).tolist()} & {*meta.specials.values()}
 
@@ -210,7 +212,7 @@ def test_threads_share_a_tokenizer(meta: BytePairTokenizer) -> None:
     assert [ids.tolist() for ids in arrays] == [meta.encode(text) for text in texts]
 
 
-def test_many_ids_are_decoded_like_few(tokenizer: BytePairTokenizer) -> None:
+def test_many_ids_are_decoded_like_a_few(tokenizer: BytePairTokenizer) -> None:
     text = "".join(map(mixed_text, range(20)))
     ids = tokenizer.encode(text)
     many = ids * (MANY_IDS // len(ids) + 1)
@@ -232,7 +234,7 @@ HOSTILE = (" ", "\n", "^", "a", "0", "😀", "\u0301", " \n", "\r\n \t", "a\u030
 
 @pytest.mark.parametrize("unit", HOSTILE)
 @pytest.mark.parametrize("tokenizer", ["meta", "smollm"], indirect=True)
-def test_a_million_of_the_same(tokenizer: BytePairTokenizer, unit: str) -> None:
+def test_a_million_of_the_same_character(tokenizer: BytePairTokenizer, unit: str) -> None:
     """Round trip, at most 5 s, and the time is linear in the text.
 
     Four times the text may take eight times as long, because of the processor's cache; quadratic

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Progress
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
-from glassllama.tokenizers.backend import BYTE_TOKENS, MIN_COUNT, NUM_EXAMPLES, Merge
+from glassllama.tokenizers.backend import MIN_COUNT, NUM_EXAMPLES, Merge
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]

@@ -123,8 +123,8 @@ def line_of(slots: NDArray[np.uint64], hashed: Int) -> Int:
 @raw_inlined
 def filter_bit(hashed: Int) -> tuple[Int, Int]:
     """A pair's bit in `bitmap_filter`: index of the machine word, and the mask."""
-    place = hashed >> np.uint64(64 - FILTER_BITS)
-    return place >> np.uint64(6), np.uint64(1) << (place & np.uint64(63))
+    index = hashed >> np.uint64(64 - FILTER_BITS)
+    return index >> np.uint64(6), np.uint64(1) << (index & np.uint64(63))
 
 
 @raw_entry
@@ -138,18 +138,18 @@ def fill(table: PairTable, lefts: Longs, rights: Longs, merge_ranks: Longs) -> N
             if at == SLOTS:
                 line, at = (line + np.uint64(1)) & np.uint64(len(slots) - 1), 0
         slots[line, at] = key << MERGE_RANK_BITS | np.uint64(merge_ranks[k] + 1)
-        place, bit = filter_bit(key * HASH_FACTOR)
-        table.bitmap_filter[place] |= bit
+        index, bit = filter_bit(key * HASH_FACTOR)
+        table.bitmap_filter[index] |= bit
 
 
 @raw_inlined
 def merge_rank_of(left: Int, right: Int, table: PairTable) -> Int:
     """The merge rank of a pair, or EMPTY."""
     key = np.uint64(left) << ID_BITS | np.uint64(right)
-    place, bit = filter_bit(key * HASH_FACTOR)
+    index, bit = filter_bit(key * HASH_FACTOR)
     line = line_of(table.slots, key * HASH_FACTOR)
     fetch_soon(table.slots, line)  # while the filter is read
-    if table.bitmap_filter[place] & bit == 0:
+    if table.bitmap_filter[index] & bit == 0:
         return EMPTY
     while True:
         found = slot_of_key(table.slots, line, key, MERGE_RANK_BITS) & MERGE_RANK_MASK
@@ -221,7 +221,7 @@ def merge_rank_at(symbols: Ints, n: Int, after: Ints, at: Int, table: PairTable)
 
 @raw_entry
 def merge_linked(symbols: Ints, n: Int, scratch: MergeScratch, table: PairTable) -> Int:
-    """Merge the first n symbols in place; returns how many remain, moved to the front.
+    """Merge the first n symbols in index; returns how many remain, moved to the front.
 
     Heap entries whose rank is outdated are skipped.
     """

@@ -22,6 +22,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassllama.base.layer_plan import (
+    AttentionPlan,
+    BlockPlan,
+    FeedForwardPlan,
+    ModelPlan,
+    RopePlan,
+    usual_scale,
+)
 from glassllama.models.llama import Block, Llama
 from glassllama.native.training import kernels
 from glassllama.nn.attention import ForwardContext, fused_attention
@@ -40,6 +48,26 @@ def fuse_blocks(model: Llama, dropout: float = 0.0, dtype: torch.dtype = BF16) -
         layer.__class__ = FusedBlock
         assert isinstance(layer, FusedBlock)
         layer.dropout, layer.dtype = dropout, dtype
+
+
+def can_fuse(plan: ModelPlan) -> bool:
+    """Whether fused blocks compute all that the plan says.
+
+    A block must be equal to one that is made from the fields which the fused code reads.
+    """
+    for block in plan.blocks:
+        a, ffn = block.attention, block.feed_forward
+        if a.rope is None or a.qk_norm not in ("none", "unweighted"):
+            return False
+        rope = RopePlan(frequencies=a.rope.frequencies, layout="half")
+        attention = AttentionPlan(
+            n_heads=a.n_heads, n_kv_heads=a.n_kv_heads, head_dim=a.head_dim,
+            scale=usual_scale(a.head_dim), rope=rope, qk_norm=a.qk_norm, qk_norm_after_rope=True,
+        )  # fmt: skip
+        same = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=ffn.ffn_dim))
+        if block != same or rope.rotary_dim != a.head_dim:
+            return False
+    return True
 
 
 class FusedBlock(Block):
@@ -107,7 +135,9 @@ class AddNorm(torch.autograd.Function):
 
 
 class RopeNorm(torch.autograd.Function):
-    """RoPE of queries and keys (with QK-norm: normalized first); values as float32.
+    """RoPE of queries and keys, and QK-norm; values as float32.
+
+    A norm without weights commutes with a rotation, so the kernel applies it before RoPE.
 
     (B, T, H+K+K, D) product -> (B, H, T, D), (B, K, T, D), (B, K, T, D) float32.
     """

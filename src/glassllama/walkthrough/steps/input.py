@@ -75,8 +75,8 @@ def prompt_bytes(walk: Walkthrough) -> Step:
 
 def pretokens(walk: Walkthrough) -> list[str]:
     """The pre-tokens of the prompt; special tokens that are encoded as such are parts as well."""
-    pattern = pattern_of(walk.tokenizer.specials) if walk.specials and walk.tokenizer else None
-    parts = pattern.split(walk.prompt or "") if pattern else [walk.prompt or ""]
+    specials = walk.tokenizer.specials if walk.specials and walk.tokenizer else ()
+    parts = pattern_of(specials).split(walk.prompt or "")
     split = [[p] if n % 2 else split_text(walk.tokenizer, p) for n, p in enumerate(parts)]
     return [pretoken for group in split for pretoken in group]
 
@@ -115,7 +115,7 @@ def token_ids(walk: Walkthrough) -> Step:
     ]  # fmt: skip
     history, checks = encode_manually(walk)
     if isinstance(walk.tokenizer, CharTokenizer):
-        code = sources((CharTokenizer.encode, "return ids + ["))
+        code = sources((CharTokenizer._id_lists, "yield [self._ids"))
         text = (
             f"The {len(walk.tokenizer.characters)} characters of the training text have one id "
             "each, in the order of their code points. Any other character becomes "
