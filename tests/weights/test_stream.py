@@ -129,7 +129,7 @@ def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
     assert in_memory(streamed) == ["norm.weight"]
 
 
-def test_a_layer_is_freed_after_an_error(checkpoint: Checkpoint) -> None:
+def test_a_layer_is_unloaded_after_an_error(checkpoint: Checkpoint) -> None:
     streamed = StreamedLlama(checkpoint)
 
     def interrupt(*_: object) -> None:
