@@ -295,7 +295,7 @@ def test_the_least_recently_used_entry_is_deleted_first(
         os.utime(newest, (number, number))
     pack.pack(open_checkpoint(models[0]))  # used again, so it is no longer the oldest
     size = packed_cache.entries()[0].stat().st_size
-    monkeypatch.setattr(packed_cache, "KEPT_BYTES", 2 * size + 100)
+    monkeypatch.setattr(packed_cache, "MOST_BYTES", 2 * size + 100)
     pack.pack(open_checkpoint(models[2]))
     assert sorted(entry.name[0] for entry in packed_cache.entries()) == ["0", "2"]
 

@@ -164,7 +164,7 @@ class Cursor:
     def error(self, problem: str) -> FormatError:
         return FormatError(f"{self.path}: {problem}")
 
-    def check_room(self, count: int, size: int, what: str) -> None:
+    def require_bytes(self, count: int, size: int, what: str) -> None:
         """`count` things of at least `size` bytes each must still fit into the file."""
         left = len(self.data) - self.at
         if count * size > left:
@@ -173,21 +173,21 @@ class Cursor:
                 "the file is cut short or damaged; fetch it again"
             )
 
-    def take(self, count: int, size: int, what: str) -> int:
+    def advance(self, count: int, size: int, what: str) -> int:
         """Move on by `count * size` bytes -> where they begin."""
-        self.check_room(count, size, what)
+        self.require_bytes(count, size, what)
         start = self.at
         self.at += count * size
         return start
 
     def u32(self, what: str) -> int:
-        return int(U32.unpack_from(self.data, self.take(1, U32.size, what))[0])
+        return int(U32.unpack_from(self.data, self.advance(1, U32.size, what))[0])
 
     def u64(self, what: str) -> int:
-        return int(U64.unpack_from(self.data, self.take(1, U64.size, what))[0])
+        return int(U64.unpack_from(self.data, self.advance(1, U64.size, what))[0])
 
     def string(self, what: str) -> str:
-        start = self.take(self.u64(f"the length of {what}"), 1, what)
+        start = self.advance(self.u64(f"the length of {what}"), 1, what)
         try:
             return str(self.data[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
@@ -195,7 +195,7 @@ class Cursor:
 
     def numbers(self, dtype: np.dtype[Any], count: int, what: str) -> NDArray[Any]:
         """The next `count` numbers, copied, so that the file may be closed; read-only."""
-        start = self.take(count, dtype.itemsize, what)
+        start = self.advance(count, dtype.itemsize, what)
         values = np.frombuffer(bytes(self.data[start : self.at]), dtype)
         if dtype == np.bool_ and count and (largest := values.view(np.uint8).max()) > 1:
             raise self.error(f"{what} holds a bool of {largest}; a bool is 0 or 1")
@@ -268,7 +268,7 @@ def read_value(cursor: Cursor, kind: int, what: str, depth: int = 0) -> Value:
         return read_strings(cursor, count, what)
     if kind != ARRAY:
         return cursor.numbers(NUMBERS[kind], count, what)
-    cursor.check_room(count, ARRAY_HEADER_BYTES, what)
+    cursor.require_bytes(count, ARRAY_HEADER_BYTES, what)
     if count > MOST_INNER:
         raise cursor.error(f"{what} is an array of {count} arrays; at most {MOST_INNER} are read")
     return tuple(read_value(cursor, ARRAY, what, depth + 1) for _ in range(count))
@@ -276,7 +276,7 @@ def read_value(cursor: Cursor, kind: int, what: str, depth: int = 0) -> Value:
 
 def read_strings(cursor: Cursor, count: int, what: str) -> StringArray:
     """Read only the lengths; the bytes between them are copied."""
-    cursor.check_room(count, U64.size, what)
+    cursor.require_bytes(count, U64.size, what)
     data, size, first = cursor.data, len(cursor.data), cursor.at
     length_at = U64.unpack_from
     ends, at = [0] * count, first
@@ -319,7 +319,7 @@ def check_start(cursor: Cursor) -> None:
         raise cursor.error("is a Git LFS pointer, not the file itself; run `git lfs pull`")
     if not begins.startswith(GGUF_MAGIC):
         raise cursor.error(f"is not GGUF: begins with {begins[:4]!r} instead of {GGUF_MAGIC!r}")
-    cursor.take(1, len(GGUF_MAGIC), "the magic")
+    cursor.advance(1, len(GGUF_MAGIC), "the magic")
     version = cursor.u32("the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(U32.size, "little"), "big")
@@ -331,7 +331,7 @@ def check_start(cursor: Cursor) -> None:
 
 
 def read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
-    cursor.check_room(count, LEAST_PAIR_BYTES, f"a list of {count} metadata pairs")
+    cursor.require_bytes(count, LEAST_PAIR_BYTES, f"a list of {count} metadata pairs")
     if count > MOST_PAIRS:
         raise cursor.error(f"{count} metadata pairs; a model has some tens, at most {MOST_PAIRS}")
     metadata: dict[str, Value] = {}
@@ -350,7 +350,7 @@ def align(at: int, alignment: int) -> int:
 
 def read_tensors(cursor: Cursor, count: int) -> list[TensorInfo]:
     """The table of tensors; offsets count from where the data begins."""
-    cursor.check_room(count, LEAST_TENSOR_BYTES, f"a table of {count} tensors")
+    cursor.require_bytes(count, LEAST_TENSOR_BYTES, f"a table of {count} tensors")
     tensors: dict[str, TensorInfo] = {}
     for number in range(count):
         tensor = read_tensor(cursor, f"name {number} of {count} tensors")

@@ -281,8 +281,8 @@ def _state_and_settings(root: dict[Any, object], path: Path) -> Iterator[tuple[s
         yield from _leaves(root, "", path, visits=visits)
         return
     yield from _leaves(root[wrappers[0]], "", path, visits=visits)
-    beside = {key: value for key, value in root.items() if key != wrappers[0]}
-    for name, value in _leaves(beside, "", path, visits=visits):
+    others = {key: value for key, value in root.items() if key != wrappers[0]}
+    for name, value in _leaves(others, "", path, visits=visits):
         if not isinstance(value, StoredTensor):  # an optimizer's: no weights of the model
             yield name, value
 

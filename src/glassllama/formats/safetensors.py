@@ -54,10 +54,10 @@ def read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorInfo]
             "of header length"
         )
     nbytes = int.from_bytes(file.bytes_at(0, LENGTH_BYTES), "little")
-    room = min(file.size - LENGTH_BYTES, LONGEST_HEADER)
-    if not 2 <= nbytes <= room:  # the shortest header is {}
+    most = min(file.size - LENGTH_BYTES, LONGEST_HEADER)
+    if not 2 <= nbytes <= most:  # the shortest header is {}
         raise FormatError(
-            f"{file.path}: header length {nbytes}, expected 2 … {room}; "
+            f"{file.path}: header length {nbytes}, expected 2 … {most}; "
             "not a safetensors file, or a truncated one"
         )
     raw = file.bytes_at(LENGTH_BYTES, nbytes)

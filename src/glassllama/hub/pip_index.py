@@ -319,8 +319,8 @@ def index_pages(archive: Archive, options: dict[str, str]) -> list[str]:
     For a folder that contains the archive, the URL of the archive itself.
     """
     pages: list[str] = []
-    for place in options.get("find-links", "").split():
-        url = _as_url(place)
+    for location in options.get("find-links", "").split():
+        url = _as_url(location)
         file = Path(url2pathname(urlsplit(url).path), archive.filename)
         pages.append(file.as_uri() if url.startswith("file:") and file.is_file() else url)
     if options.get("no-index", "").lower() in ("1", "true", "yes", "y", "t", "on"):
@@ -331,10 +331,10 @@ def index_pages(archive: Archive, options: dict[str, str]) -> list[str]:
     return pages
 
 
-def _as_url(place: str) -> str:
+def _as_url(location: str) -> str:
     """A folder or file as a URL; a URL stays as it is."""
-    is_url = "://" in place or place.startswith("file:")
-    return place if is_url else Path(os.path.expanduser(place)).absolute().as_uri()
+    is_url = "://" in location or location.startswith("file:")
+    return location if is_url else Path(os.path.expanduser(location)).absolute().as_uri()
 
 
 def _links_to(filename: str, page: str, session: PipSession) -> Iterator[tuple[str, str | None]]:

@@ -45,7 +45,7 @@ MAGIC = b"glassllama packed"
 HEADER = struct.Struct(f"<{len(MAGIC)}s32sQ")  # magic, digest, bytes of data; then their sha256
 HEADER_BYTES = 4096  # a page, so that weights begin on one
 WORTH_KEEPING = 1_000_000_000  # packed bytes; smaller models are packed in a fraction of a second
-KEPT_BYTES = 60_000_000_000  # of all entries; the least recently used is deleted first
+MOST_BYTES = 60_000_000_000  # of all entries; the least recently used is deleted first
 SPARE_BYTES = 2_000_000_000  # of the disk, left free
 RECENT = 2_000_000_000  # nanoseconds: coarser than the clock of any file system (FAT's)
 SAMPLES, SAMPLE_BYTES, FIRST_BYTES = 64, 4096, 1 << 16  # of every file
@@ -145,7 +145,7 @@ class CacheEntry:
         latest = max(max(fact.st_mtime_ns, fact.st_ctime_ns) for fact in facts)
         if latest > time.time_ns() - RECENT:
             raise NotCachedError("the file changed a moment ago, and may be changing")
-        make_room(self._size)
+        free_space(self._size)
         with self._part.open("w+b") as file:
             remove_write_permission(self._part)
             reserve(file.fileno(), self._size)
@@ -216,16 +216,16 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     return sorted({Path(checkpoint.info(name).path) for name in checkpoint.names})
 
 
-def make_room(size: int) -> None:
+def free_space(size: int) -> None:
     """Delete unfinished files and, if necessary, old entries. The caller has the lock."""
     for part in folder().glob("*.part"):
         part.unlink(missing_ok=True)
     for path in entries():
         total = sum(entry.stat().st_size for entry in entries())
-        if total + size <= KEPT_BYTES and free_on_disk() >= size + SPARE_BYTES:
+        if total + size <= MOST_BYTES and free_on_disk() >= size + SPARE_BYTES:
             return
         path.unlink(missing_ok=True)
-    if size > KEPT_BYTES or free_on_disk() < size + SPARE_BYTES:
+    if size > MOST_BYTES or free_on_disk() < size + SPARE_BYTES:
         raise NotCachedError(
             f"they take {gigabytes(size)}, {gigabytes(free_on_disk())} of the disk of {folder()} "
             f"are free and {gigabytes(SPARE_BYTES)} are left to others"
