@@ -16,7 +16,7 @@ from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.backend import BPEBackend
 from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
+from glassllama.tokenizers.chars import CharTokenizer, chars_from_document
 from glassllama.tokenizers.hf_json import tokenizer_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
@@ -92,9 +92,7 @@ def read_tokenizer(path: Path, tokens: Sequence[SideToken], prefix: dict[str, An
         return read_pieces(path, tokens, prefix)
     document = files.with_side_tokens(read_json(path), tokens)
     try:
-        if is_char_document(document):
-            return chars_from_document(document)
-        return tokenizer_from_json(document, BACKEND)
+        return chars_from_document(document) or tokenizer_from_json(document, BACKEND)
     except TokenizerError as fault:
         raise TokenizerError(f"{path}: {fault}") from fault
 
