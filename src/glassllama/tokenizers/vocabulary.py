@@ -74,6 +74,9 @@ def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     return [*dict.fromkeys(pattern_of(tokens).findall(text))]
 
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token, besides `special`
+
+
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
     """A token that is found by its text. `is_special`: read from text only on request.
@@ -372,7 +375,7 @@ def size_of_vocabulary(ids: Collection[int]) -> int:
 
 def tokenizer_json(specials: Mapping[str, int], **stages: Any) -> dict[str, Any]:
     """The object of a tokenizer.json with these special tokens (text → id) and stages."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(FLAGS, False)
     added = [{"id": id, "content": text, **flags, "special": True} for text, id in specials.items()]
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **stages}
 
