@@ -34,8 +34,7 @@ from ablations_page import RESULTS, SEEDS, read_lines, render
 
 from glassllama import __version__
 from glassllama.models.bigram import Bigram, BigramConfig
-from glassllama.train.batches import Batches
-from glassllama.train.data import Data, open_data
+from glassllama.train.corpus import Data, open_data
 from glassllama.train.loop import evaluate_run, train_step
 from glassllama.train.optimizers import Optimizers
 from glassllama.train.run import Run
@@ -47,6 +46,7 @@ from glassllama.train.settings import (
     ScheduleSettings,
     Settings,
 )
+from glassllama.train.tokens import Batches
 
 CONTEXT, BATCH, STEPS = 64, 32, 490  # one epoch of Tiny Shakespeare
 DATA = {

@@ -152,7 +152,7 @@ A model of 0.8 million parameters after one pass over one megabyte, at one learn
 training where real models take months. RMSNorm, GQA and QK-norm solve problems of large models
 (speed, memory, stability) that hardly exist here; a variant that gains nothing in this table is not
 proven useless. The method is general: one change at a time, the same data, several seeds, and the
-spread beside the mean.
+spread together with the mean.
 
 **Try it:** `python benchmarks/ablations.py --seeds 5` adds two seeds: which intervals shrink below
 zero? **Read on:** [`nn/attention.py`](../src/glassllama/nn/attention.py) → `Attention.apply_rope`,

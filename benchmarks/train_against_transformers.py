@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from glassllama.train.data import open_data
+from glassllama.train.api import prepare
+from glassllama.train.corpus import open_data
 from glassllama.train.loop import train_step
-from glassllama.train.model_factory import count_parameters
+from glassllama.train.model import count_parameters
 from glassllama.train.settings import from_tables
-from glassllama.train.setup import prepare
 
 CONTEXT, VOCABULARY = 256, 8192
 SIZES = {

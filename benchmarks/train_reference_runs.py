@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from glassllama.train import LoggedMetrics, NullListener, load_settings, train
-from glassllama.train.metrics import read_log
-from glassllama.train.reference_runs import REFERENCE_RUNS, make_reference
+from glassllama.train.metrics import REFERENCE_RUNS, ReferenceRuns, read_log
 
 BLOCKS = 20  # blocks of steps; a run is compared at the end of each
+DEVIATIONS, MARGIN = 4.0, 0.03  # standard deviations over seeds, and nats, to either side
 
 
 class ShowScores(NullListener):
@@ -30,6 +31,18 @@ def losses_of(name: str, seed: int) -> list[float]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = train(settings, folder=f"{temporary}/run", checks=False, listener=ShowScores())
         return [metrics.loss for metrics in read_log(folder)]
+
+
+def make_reference(steps: Sequence[int], losses: Sequence[Sequence[float]]) -> ReferenceRuns:
+    """From the losses of each step, one list per seed -> their range at `steps`."""
+    low, high = [], []
+    for first, last in zip([0, *steps], steps, strict=False):
+        means = [sum(seed[first:last]) / (last - first) for seed in losses]
+        center = sum(means) / len(means)
+        spread = (sum((m - center) ** 2 for m in means) / max(1, len(means) - 1)) ** 0.5
+        low.append(round(center - DEVIATIONS * spread - MARGIN, 4))
+        high.append(round(center + DEVIATIONS * spread + MARGIN, 4))
+    return ReferenceRuns(seeds=len(losses), steps=tuple(steps), low=tuple(low), high=tuple(high))
 
 
 def main() -> None:

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from glassllama import hub
-from glassllama.train.batches import every_window
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_data
 from glassllama.train.metrics import read_log
 from glassllama.train.settings import DataSettings
+from glassllama.train.tokens import every_window
 
 PRESET = "llama-tinyshakespeare-cpu"
 TARGET = 1.8857  # nanoGPT's loss when this target was set

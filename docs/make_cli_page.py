@@ -29,7 +29,7 @@ def names(parameter: Any) -> str:
     """`-n, --max-tokens N`"""
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar}`".replace("|", "\\|")
-    options = ", ".join(sorted(parameter.secondary_opts or parameter.opts, key=len))
+    options = ", ".join(sorted([*parameter.opts, *parameter.secondary_opts], key=len))
     return f"`{options}`" if parameter.is_flag else f"`{options} {parameter.metavar}`"
 
 

@@ -80,13 +80,13 @@ def tinyshakespeare() -> Path:
     or from a file next to the checkout."""
     from glassllama import hub
 
-    beside = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+    local_copy = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
     path = hub.DATASETS["tinyshakespeare"].location
     if not hub.has_dataset("tinyshakespeare"):
-        if not beside.is_file():
-            pytest.skip("Tiny Shakespeare is not here: run glassllama download tinyshakespeare")
+        if not local_copy.is_file():
+            pytest.skip("Tiny Shakespeare is missing: run glassllama download tinyshakespeare")
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(beside, path)
+        shutil.copyfile(local_copy, path)
         assert hub.has_dataset("tinyshakespeare")
     return path
 

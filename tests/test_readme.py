@@ -46,8 +46,8 @@ HUB = [line for line in COMMANDS if "HuggingFaceTB/" in line]
 
 
 def environment(**more: str) -> dict[str, str]:
-    beside = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", **more}
+    scripts_folder = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{scripts_folder}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def test_install_commands_are_those_of_the_makefile() -> None:

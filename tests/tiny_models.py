@@ -56,7 +56,9 @@ def hf_model(seed: int = 0, **shape: Any) -> LlamaForCausalLM:
     `shape` is a complete shape, META_SHAPE by default; the defaults of transformers are those of
     7B.
     """
-    assert not shape or "num_hidden_layers" in shape, "a whole shape, not one change to it"
+    assert not shape or "num_hidden_layers" in shape, (
+        "expected a complete shape, not a change to one"
+    )
     settings = {"model_type": "llama", **(shape or META_SHAPE)}
     config = transformers.AutoConfig.for_model(**settings)
     torch.manual_seed(seed)

@@ -110,7 +110,9 @@ def count_near_ties(logits: NDArray[Any], ids: Sequence[int], bar: float) -> int
     found = 0
     for place, (row, id) in enumerate(zip(wide(logits), ids, strict=True)):
         gap, tie = row.max() - row[id], 2 * bar * np.abs(row[np.isfinite(row)]).max()
-        assert gap <= tie, f"id {id} at {place}: {gap:.2e} below the likeliest, a tie is {tie:.2e}"
+        assert gap <= tie, (
+            f"id {id} at {place}: {gap:.2e} below the most likely, a tie is {tie:.2e}"
+        )
         found += bool(gap > 0)
     return found
 

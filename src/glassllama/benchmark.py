@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import GenerationError, GlassError, MissingExtraError
 from glassllama.base.interfaces import NewTokens
@@ -77,13 +77,9 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellResult:
+class CellResult(Cell):
     """Medians of one cell: tokens per second of all sequences together."""
 
-    what: str
-    tokens: int
-    context: int
-    batch: int
     tok_s: float
     peers: list[float]  # in the order of BenchmarkResult.peers
     bytes_s: float | None  # bytes of weights and KV cache read per second; decode only
@@ -124,35 +120,6 @@ class BenchmarkResult:
 # --- programs that are measured -------------------------------------------------------------------
 
 
-class Runner(Protocol):
-    """A program with the model loaded."""
-
-    @property
-    def name(self) -> str: ...  # with its version
-
-    @property
-    def built_with(self) -> str: ...  # processor features that it uses
-
-    @property
-    def load_s(self) -> float: ...
-
-    def reset(self, batch: int, max_tokens: int) -> None:
-        """A new KV cache for `batch` sequences of up to `max_tokens` tokens."""
-        ...
-
-    def prefill(self, ids: list[int]) -> None:
-        """Process the ids in the first sequence, up to the logits after the last."""
-        ...
-
-    def rewind(self, length: int) -> None:
-        """Remove everything after the first `length` tokens from every sequence."""
-        ...
-
-    def decode(self, new: int) -> None:
-        """`new` steps in every sequence: FIRST_ID + n, then always the likeliest id."""
-        ...
-
-
 class LLMRunner:
     """This package: the executor of `llm`, without sampler and speculation.
 
@@ -160,24 +127,27 @@ class LLMRunner:
     """
 
     def __init__(self, llm: LLM) -> None:
-        self.name, self.built_with, self.load_s = "glassllama", "", llm.load_seconds
         self._executor = llm.executor
         self._cache: Any = None
         self._sequences: list[int] = []
 
     def reset(self, batch: int, max_tokens: int) -> None:
+        """A new KV cache for `batch` sequences of up to `max_tokens` tokens."""
         self._cache = None  # free its memory first
         self._cache = self._executor.new_cache()
         self._sequences = [self._cache.add() for _ in range(batch)]
 
     def prefill(self, ids: list[int]) -> None:
+        """Process the ids in the first sequence, up to the logits after the last."""
         self._executor.forward([NewTokens(self._sequences[0], ids)], self._cache)
 
     def rewind(self, length: int) -> None:
+        """Remove everything after the first `length` tokens from every sequence."""
         for sequence in self._sequences:
             self._cache.rewind(sequence, length)
 
     def decode(self, new: int) -> None:
+        """`new` steps in every sequence: FIRST_ID + n, then always the likeliest id."""
         ids = [FIRST_ID + n for n in range(len(self._sequences))]
         for _ in range(new):
             pairs = zip(self._sequences, ids, strict=True)
@@ -188,8 +158,8 @@ class LLMRunner:
 class LlamaCppRunner:
     """llama.cpp through llama-cpp-python, on the same GGUF file with the same number of threads.
 
-    Everything else at llama.cpp's defaults. A batch is several sequences of one context, passed to
-    llama_decode together.
+    Its methods are those of LLMRunner; everything else is at llama.cpp's defaults. A batch is
+    several sequences of one context, passed to llama_decode together.
     """
 
     def __init__(self, path: Path, threads: int, *, repack: bool = True) -> None:
@@ -277,6 +247,9 @@ class LlamaCppRunner:
             yield int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
 
 
+Runner = LLMRunner | LlamaCppRunner
+
+
 # --- the roofline ---------------------------------------------------------------------------------
 
 
@@ -339,9 +312,8 @@ class Roofline:
         else:
             ops -= self.output_ops * (1 - 1 / cell.tokens)
         return CellResult(
-            what=cell.what, tokens=cell.tokens, context=cell.context, batch=cell.batch,
-            tok_s=tok_s, peers=peers, bytes_s=bytes_s, ops_s=tok_s * ops,
-        )  # fmt: skip
+            **vars(cell), tok_s=tok_s, peers=peers, bytes_s=bytes_s, ops_s=tok_s * ops
+        )
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -351,7 +323,7 @@ def benchmark(
     llm: LLM,
     grid: Grid | None = None,
     *,
-    peers: Sequence[Runner] = (),
+    peers: Sequence[LlamaCppRunner] = (),
     threads: int | None = None,
     exact: bool = False,
     on_cpu: bool = True,
@@ -362,12 +334,15 @@ def benchmark(
     `threads` and `exact` are what `load` was given; memory bandwidth and peak arithmetic are
     measured for models on the CPU. Raises GenerationError if no cell fits.
     """
+    from glassllama.native.engine.dispatch import tier
+    from glassllama.native.roofline import peaks as peak_operations
     from glassllama.weights.describe import stored_formats
 
     grid = grid or Grid()
     cells = grid.cells(llm.executor.config.max_seq_len)
     machine = machine_info()  # the load average before we add to it
-    runners, roofline, threads = [LLMRunner(llm), *peers], Roofline.of(llm), used_threads(threads)
+    runners: list[Runner] = [LLMRunner(llm), *peers]
+    roofline, threads = Roofline.of(llm), used_threads(threads)
     bandwidth = read_bandwidth(roofline.bytes, threads) if on_cpu else None
     firsts = [first_token_seconds(runner) for runner in runners]
     rows = list(measure_cells(cells, runners, grid.runs, roofline, progress))
@@ -378,28 +353,18 @@ def benchmark(
     return BenchmarkResult(
         model=llm.name,
         stored_as={row["type"]: row["bytes"] for row in stored_formats(llm.checkpoint)},
-        backend=llm.backend,
-        exact=exact,
-        tier=engine_tier() if llm.backend == "engine" else None,
-        threads=threads,
-        runs=grid.runs,
-        machine=machine,
-        versions=versions(),
-        load_s=llm.load_seconds,
-        first_token_s=firsts[0],
-        bytes_per_token=roofline.bytes,
-        ops_per_token=roofline.ops,
-        bandwidth=bandwidth,
-        bound_tok_s=None if bandwidth is None else bandwidth / roofline.bytes,
-        peaks=peaks,
+        backend=llm.backend, exact=exact, threads=threads, runs=grid.runs, machine=machine,
+        tier=tier() if llm.backend == "engine" else None, versions=versions(),
+        load_s=llm.load_seconds, first_token_s=firsts[0], bytes_per_token=roofline.bytes,
+        ops_per_token=roofline.ops, bandwidth=bandwidth,
+        bound_tok_s=None if bandwidth is None else bandwidth / roofline.bytes, peaks=peaks,
         peak=next((name for name in peaks if name.startswith(roofline.numbers)), None),
-        peak_memory=peak_bytes,
+        peak_memory=peak_bytes, rows=rows,
         peers=[
             {"name": peer.name, "built_with": peer.built_with, "load_s": peer.load_s,
              "first_token_s": first}
             for peer, first in zip(peers, firsts[1:], strict=True)
         ],
-        rows=rows,
     )  # fmt: skip
 
 
@@ -420,13 +385,8 @@ def measure_cells(
     for done, cell in enumerate(cells, start=1):
         for runner in runners:
             prepare(runner, cell, roofline.vocab_size)
-        seconds = [
-            [
-                seconds_of(runner, cell, random_ids(cell.tokens, roofline.vocab_size, run))
-                for runner in runners
-            ]
-            for run in range(runs)
-        ]
+        prompts = [random_ids(cell.tokens, roofline.vocab_size, run) for run in range(runs)]
+        seconds = [[seconds_of(runner, cell, ids) for runner in runners] for ids in prompts]
         ours, *theirs = (
             cell.tokens * cell.batch / median(times) for times in zip(*seconds, strict=True)
         )
@@ -467,22 +427,10 @@ def used_threads(threads: int | None) -> int:
     return min(threads or usable_cores(), usable_cores())
 
 
-def engine_tier() -> str:
-    from glassllama.native.engine.dispatch import tier
-
-    return tier()
-
-
 def read_bandwidth(nbytes: int, threads: int) -> float:
     from glassllama.native import roofline
 
     return roofline.read_bandwidth(min(nbytes, MAX_BANDWIDTH_BYTES), threads)
-
-
-def peak_operations(threads: int) -> dict[str, float]:
-    from glassllama.native.roofline import peaks
-
-    return peaks(threads)
 
 
 def machine_info() -> dict[str, Any]:

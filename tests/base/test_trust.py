@@ -153,7 +153,7 @@ def test_files_that_others_can_write_are_discarded(
     assert code_cache.discard_damaged(tmp_path) == 2  # and a folder
     assert [name for name, _ in code_cache.files(tmp_path)] == ["in/ours", "ours"]
     (tmp_path / code_cache.CHECKSUM_FILE).chmod(0o666)
-    assert code_cache.read_checksums(tmp_path) == {}, "a seal that others may have written is none"
+    assert code_cache.read_checksums(tmp_path) == {}, "checksums that others can write are not used"
     assert code_cache.discard_damaged(tmp_path) == 0
     assert list(code_cache.files(tmp_path)) == []
 

@@ -17,8 +17,7 @@ from glassllama.base.errors import GlassError
 from glassllama.cli import console
 from glassllama.cli.console import prompt_from
 from glassllama.cli.options import ChatOptions, SamplingOptions
-from glassllama.cli.repl import Repl, limits
-from glassllama.cli.session import ChatSession, Conversation
+from glassllama.cli.repl import ChatSession, Conversation, Repl, limits
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import ChatML, TemplateChat
 

@@ -12,21 +12,21 @@ from cli.programs import files_of_at_most, is_clean_error, run
 from glassllama.base.errors import GlassError
 from glassllama.cli import console
 from glassllama.cli.console import write_file
-from glassllama.cli.session import Conversation
+from glassllama.cli.repl import Conversation
 from glassllama.native.jit import deferred_signals
 from tiny_models import hf_model, write_hf
 
-ROOM = 4096  # bytes
+LIMIT = 4096  # bytes
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    with files_of_at_most(ROOM), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
-        write_file(page, "x" * 2 * ROOM)
+    with files_of_at_most(LIMIT), pytest.raises(GlassError, match=r"page\.html: cannot be written"):
+        write_file(page, "x" * 2 * LIMIT)
     assert list(tmp_path.iterdir()) == []
     write_file(page, "old")
-    with files_of_at_most(ROOM), pytest.raises(GlassError, match="too large"):
-        write_file(page, "x" * 2 * ROOM)
+    with files_of_at_most(LIMIT), pytest.raises(GlassError, match="too large"):
+        write_file(page, "x" * 2 * LIMIT)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert page.read_text() == "old"
 
@@ -52,7 +52,7 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_leaves_no_file(
     if there:
         out.mkdir()
         (out / "notes.txt").write_text("mine")
-    with files_of_at_most(ROOM):
+    with files_of_at_most(LIMIT):
         ran = verb("train-tokenizer", __file__, "--vocab-size", 300, "--out", out)
     assert ran.code == 1
     assert ran.err.splitlines()[-1].startswith(f"error: {out}: cannot be written")
@@ -78,9 +78,9 @@ def test_a_notice_is_printed_if_compiling_takes_long(
 ) -> None:
     compilations = deferred_signals.Compilations()
     monkeypatch.setattr(deferred_signals, "compilations", compilations)
-    heard: list[str] = []
+    outputs: list[str] = []
 
-    class Looks:
+    class EventAfterThreeChecks:
         """An event that is set after three checks; before the second check a compilation starts."""
 
         def __init__(self) -> None:
@@ -88,14 +88,14 @@ def test_a_notice_is_printed_if_compiling_takes_long(
 
         def wait(self, _: float) -> bool:
             self.count += 1
-            heard.append(capsys.readouterr().err)
+            outputs.append(capsys.readouterr().err)
             compilations.begun += self.count == 2
             return self.count > 3
 
-    console.watch_compiling(Looks(), 0)  # type: ignore[arg-type]
-    assert heard == ["", ""]  # a download, or PyTorch
+    console.watch_compiling(EventAfterThreeChecks(), 0)  # type: ignore[arg-type]
+    assert outputs == ["", ""]  # a download, or PyTorch
     assert capsys.readouterr().err == f"{console.COMPILING}\n"
-    console.watch_compiling(Looks(), 2)  # type: ignore[arg-type]
+    console.watch_compiling(EventAfterThreeChecks(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
     with console.compile_notice():
         pass

@@ -67,8 +67,8 @@ def test_a_trained_model_continues_beyond_its_context(verb: Verb, folder: Path) 
 def test_stop_ends_with_the_context(verb: Verb, folder: Path) -> None:
     arguments = ("generate", "-m", folder, "--on-overflow", "stop", *LONG)
     answer = json.loads(verb(*arguments).out)
-    room = 100 if folder.name == "bigram" else CONTEXT - len(answer["prompt_ids"])
-    assert len(answer["ids"]) == room
+    capacity = 100 if folder.name == "bigram" else CONTEXT - len(answer["prompt_ids"])
+    assert len(answer["ids"]) == capacity
     assert answer["usage"]["dropped_tokens"] == 0
 
 

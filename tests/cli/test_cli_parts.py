@@ -17,9 +17,8 @@ from glassllama.cli.console import ASCII_DRAWING, amount, new_progress
 from glassllama.cli.errors import user_message
 from glassllama.cli.options import SamplingOptions
 from glassllama.cli.render import WordWrap, speed_line
-from glassllama.cli.repl import with_option
-from glassllama.cli.session import ChatSession, Conversation
-from glassllama.cli.tokenize import read_ids
+from glassllama.cli.repl import ChatSession, Conversation, with_option
+from glassllama.cli.tokens import read_ids
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import Message
 

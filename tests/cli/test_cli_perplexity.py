@@ -42,10 +42,10 @@ def expected(model: LlamaForCausalLM, window: int, stride: int, bos: int | None)
     """Negative log-likelihood of every id in the earliest window that contains it: one pass per
     window."""
     begin = [] if bos is None else [bos]
-    room, nats, scored = window - len(begin), 0.0, 0 if begin else 1
-    end = min(room, len(IDS))
+    capacity, nats, scored = window - len(begin), 0.0, 0 if begin else 1
+    end = min(capacity, len(IDS))
     while scored < len(IDS):
-        start = max(0, end - room)
+        start = max(0, end - capacity)
         ids = torch.tensor([begin + IDS[start:end]])
         with torch.inference_mode():
             logs = model(ids).logits[0].double().log_softmax(-1)  # (T, V)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glassllama.cli import tokenize
+from glassllama.cli import tokens
 from glassllama.formats.gguf import open_gguf
 from glassllama.native.jit import code_cache
 from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
@@ -22,22 +22,22 @@ def tokenizer(default_model: Path) -> Any:
 def test_json_printed_in_parts_is_valid(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tokenize, "PART", 3)
+    monkeypatch.setattr(tokens, "PART", 3)
     text = 'a "quoted" \\ 🦙\n' * 5
     for ids in (tokenizer.encode(text), []):
-        pieces = (tokenize.piece(tokenizer, id) for id in ids)
-        tokenize.write_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
+        pieces = (tokens.piece(tokenizer, id) for id in ids)
+        tokens.write_json_parts({"model": "m", "text": text, "ids": ids, "pieces": pieces})
         expected = {"model": "m", "text": text, "ids": ids}
-        expected["pieces"] = [tokenize.piece(tokenizer, id) for id in ids]
+        expected["pieces"] = [tokens.piece(tokenizer, id) for id in ids]
         assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_a_long_table_has_a_line_for_every_token(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tokenize, "MAX_TABLE", 5)
+    monkeypatch.setattr(tokens, "MAX_TABLE", 5)
     ids = tokenizer.encode("The 42 tallest llamas\n")
-    tokenize.print_tokens(tokenizer, ids)
+    tokens.print_tokens(tokenizer, ids)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines] == ids
     assert lines[-1].endswith(tokenizer.token_bytes(ids[-1]).hex(" "))

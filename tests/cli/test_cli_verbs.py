@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
-from cli.programs import complaints
+from cli.programs import error_lines
 from glassllama.base.errors import GenerationError
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
@@ -24,7 +24,7 @@ QUESTION = "What is photosynthesis?"
 def test_chat_prints_the_answer_of_llm_chat(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", QUESTION, *GREEDY, "-n", "24")
     assert ran.code == 0
-    assert complaints(ran.err) == []
+    assert error_lines(ran.err) == []
     assert ran.out == loaded.chat(QUESTION, max_tokens=24, **CHAT).text + "\n"
     assert "plants" in ran.out
 
@@ -148,7 +148,7 @@ def test_a_notice_about_control_tokens_that_are_encoded_as_text(
         ran = verb(*command, "--specials")
         assert "read as text" not in ran.err
     count = len(loaded.encode(RAW * 2, specials=True))
-    assert f"{count - 1} tokens" in ran.err, "all but the first, or the begin of text"
+    assert f"{count - 1} tokens" in ran.err, "all but the first token, or the begin token"
     assert loaded.specials_in("nothing") == []
 
 

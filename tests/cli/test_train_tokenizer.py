@@ -125,7 +125,7 @@ def test_wrong_usage(verb: Verb, wrong: list[str]) -> None:
 
 def test_a_read_only_folder(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
+        pytest.skip("root can write to read-only folders")
     tmp_path.chmod(0o500)
     [process] = run_many(
         [["train-tokenizer", str(PAGE), "--vocab-size", "300", "-o", str(tmp_path / "x")]]

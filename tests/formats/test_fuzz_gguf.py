@@ -27,7 +27,7 @@ LIMIT = timedelta(seconds=1)  # for one file
 LONGEST_MESSAGE = 500
 NIGHTLY = "GLASSLLAMA_FUZZ" in os.environ
 
-TELLING = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
+SPECIAL_VALUES = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**40, *hand.HUGE]
 
 Damage = Callable[[bytes], bytes]
 
@@ -92,7 +92,7 @@ def repeat(where: int, size: int, times: int) -> Damage:
 
 
 places = st.integers(0, 2**12)
-telling = st.sampled_from(TELLING)
+telling = st.sampled_from(SPECIAL_VALUES)
 news = st.one_of(
     st.binary(min_size=1, max_size=16),
     telling.map(lambda n: struct.pack("<Q", n)),
@@ -121,7 +121,7 @@ def originals(folder: Path) -> list[bytes]:
     return [real_file(folder / "real.gguf"), handmade_file()]
 
 
-def complaint(path: Path) -> str:
+def problem(path: Path) -> str:
     """Open a file and read everything in it -> a description of what is wrong, or nothing."""
     try:
         use_all(path)
@@ -149,7 +149,7 @@ def use_all(path: Path) -> None:
 def test_the_original_files_are_valid(folder: Path, originals: list[bytes]) -> None:
     for content in originals:
         (folder / "whole.gguf").write_bytes(content)
-        assert complaint(folder / "whole.gguf") == ""
+        assert problem(folder / "whole.gguf") == ""
 
 
 @settings(
@@ -168,6 +168,6 @@ def test_damaged_files(
         content = damage(content)
     path = folder / "damaged.gguf"
     path.write_bytes(content)
-    said = complaint(path)
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    message = problem(path)
+    assert "\n" not in message
+    assert len(message) < LONGEST_MESSAGE

@@ -140,10 +140,10 @@ def test_fault(tmp_path: Path, content: bytes, message: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak <= BYTES
-    said = str(caught.value)
-    assert said.startswith(f"{path}: ")
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    error_text = str(caught.value)
+    assert error_text.startswith(f"{path}: ")
+    assert "\n" not in error_text
+    assert len(error_text) < LONGEST_MESSAGE
     assert seconds(lambda: refuse(path), enough=SECONDS) <= SECONDS
 
 

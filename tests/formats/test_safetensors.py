@@ -270,11 +270,11 @@ def test_index_names_a_missing_tensor(shards: Any, tmp_path: Path) -> None:
 def test_a_tensor_in_another_shard_than_the_index_says(shards: Any, tmp_path: Path) -> None:
     index = copy_folder(shards[0], tmp_path)
 
-    def send_elsewhere(weights: dict[str, str]) -> None:
+    def name_a_path_outside(weights: dict[str, str]) -> None:
         first, last = min(weights.values()), max(weights.values())
         weights[next(name for name, shard in weights.items() if shard == first)] = last
 
-    edit_index(index, send_elsewhere)
+    edit_index(index, name_a_path_outside)
     assert_clean_error(index, r"is in model-00001.*, expected model-")
 
 

@@ -116,7 +116,7 @@ def test_sampling_uses_the_distribution_of_transformers(
         kept.append(int((expected > 0).sum()))
         history.add(step.id)
         ids.append(step.id)
-    assert min(kept) < max(kept) <= 20, "the filters had something to do"
+    assert min(kept) < max(kept) <= 20, "the filters had an effect"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

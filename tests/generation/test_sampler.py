@@ -201,9 +201,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(logits: Logits, p: float
     kept = np.isfinite(TopP(p)(logits, History([0], len(logits))))
     share = probs(logits)
     assert share[kept].sum() >= p - 1e-6
-    assert (logits[~kept] < logits[kept].min()).all(), "nothing likelier is left out"
+    assert (logits[~kept] < logits[kept].min()).all(), "no id that is more likely is left out"
     surely_likelier = share > share[kept].min() + 1e-6  # equal ones stay together
-    assert share[surely_likelier].sum() < p + 1e-6, "without the last it would not reach p"
+    assert share[surely_likelier].sum() < p + 1e-6, "without the last one the sum is below p"
 
 
 @given(

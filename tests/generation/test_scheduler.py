@@ -74,9 +74,9 @@ class Trigrams:
     config = CONFIG
     capabilities = Capabilities(prefill_chunk=CHUNK, batch_invariant=True)
 
-    def __init__(self, poison: dict[int, float] | None = None) -> None:
+    def __init__(self, bad_logits: dict[int, float] | None = None) -> None:
         self.fed: list[list[int]] = []  # new ids of each sequence, call by call
-        self.poison = poison or {}  # length of the text -> value put into its logits
+        self.bad_logits = bad_logits or {}  # length of the text -> value put into its logits
         self.answer = np.empty((100, V), dtype=np.float32)
         self.cache = Words()
 
@@ -85,7 +85,7 @@ class Trigrams:
 
     def forward(self, batch: Sequence[NewTokens], cache: Any) -> np.ndarray:
         self.fed.append([len(tokens.ids) for tokens in batch])
-        assert batch, "a call that feeds nothing"
+        assert batch, "a call without new ids"
         self.answer[:] = np.nan
         row = 0
         for tokens in batch:
@@ -95,8 +95,8 @@ class Trigrams:
                 text.append(id)
                 if tokens.output == "all" or (tokens.output == "last" and n == len(tokens.ids)):
                     self.answer[row] = logits_after(text)
-                    if len(text) in self.poison:
-                        self.answer[row, 5] = self.poison[len(text)]
+                    if len(text) in self.bad_logits:
+                        self.answer[row, 5] = self.bad_logits[len(text)]
                     row += 1
             assert len(text) <= self.config.max_seq_len or self.config.unbounded
         return self.answer[:row]
@@ -129,7 +129,7 @@ def test_steps_are_delivered_while_they_are_computed() -> None:
     executor = Trigrams()
     steps = generate(executor, [[1, 2, 3], [4]], settings())
     assert [next(steps).row for _ in range(2)] == [0, 1]
-    assert executor.fed == [[3, 1]], "nothing is computed ahead of what is asked for"
+    assert executor.fed == [[3, 1]], "nothing is computed before it is requested"
     assert [next(steps).row for _ in range(4)] == [0, 1, 0, 1]
     assert executor.fed == [[3, 1], [1, 1], [1, 1]]
 
@@ -220,25 +220,25 @@ def test_cancelling_all_rows_ends_the_generation() -> None:
 
 
 def test_long_prompts_are_computed_in_chunks_with_progress() -> None:
-    executor, told = Trigrams(), []
+    executor, progress_calls = Trigrams(), []
     prompts = [np.random.default_rng(1).integers(0, V, n).tolist() for n in (1300, 4)]
     steps = list(
         generate(
             executor,
             prompts,
             settings(max_tokens=3),
-            progress=lambda done, total: told.append((done, total)),
+            progress=lambda done, total: progress_calls.append((done, total)),
         )
     )
     assert executor.fed == [[512], [512], [276, 4], [1, 1], [1, 1]]
-    assert told == [(0, 1304), (512, 1304), (1024, 1304), (1304, 1304)]
+    assert progress_calls == [(0, 1304), (512, 1304), (1024, 1304), (1304, 1304)]
     assert [ids_of(steps, row) for row in (0, 1)] == [greedy(prompt, 3) for prompt in prompts]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(("length", "made"), [(3, 0), (6, 3)])
 def test_nan_logits_are_an_error(value: float, length: int, made: int) -> None:
-    generation = generate(Trigrams(poison={length: value}), [[1], [1, 2, 3]], settings())
+    generation = generate(Trigrams(bad_logits={length: value}), [[1], [1, 2, 3]], settings())
     steps: list[TokenEvent] = []
     with pytest.raises(GenerationError) as caught:
         steps.extend(generation)
@@ -250,7 +250,7 @@ def test_nan_logits_are_an_error(value: float, length: int, made: int) -> None:
 
 
 def test_minus_infinity_excludes_an_id_and_all_minus_infinity_is_an_error(monkeypatch) -> None:
-    steps = list(generate(Trigrams(poison={1: -np.inf, 2: -np.inf}), [[1]], settings()))
+    steps = list(generate(Trigrams(bad_logits={1: -np.inf, 2: -np.inf}), [[1]], settings()))
     assert len(steps) == 12
     monkeypatch.setattr(f"{__name__}.TABLES", np.full_like(TABLES, -np.inf))
     with pytest.raises(GenerationError, match="after position 0 hold -Inf alone"):
@@ -484,7 +484,7 @@ def test_a_generation_without_references_is_not_continued() -> None:
 
 
 def test_a_failed_request_does_not_end_the_others() -> None:
-    executor = Trigrams(poison={5: np.nan})
+    executor = Trigrams(bad_logits={5: np.nan})
     scheduler = Scheduler(executor)
     scheduler.add(request(executor, [1, 2, 3]))
     scheduler.add(request(executor, range(10)))

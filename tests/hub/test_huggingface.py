@@ -84,7 +84,9 @@ def test_only_the_files_of_the_model_are_downloaded(sandbox: Sandbox, stand_in: 
     )
     assert names_in(answer["path"]) == expected
     assert all((Path(answer["path"]) / name).read_bytes() == SHARDED[name] for name in expected)
-    assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), "in the Hub's own cache"
+    assert Path(answer["path"]).is_relative_to(sandbox.home / "hf"), (
+        "in the cache of huggingface_hub"
+    )
     total = sum(len(SHARDED[name]) for name in expected)
     rest = total - len(SHARDED["model.safetensors.index.json"])  # which was downloaded before
     assert answer["progress"][-1] == [rest, rest]

@@ -97,7 +97,7 @@ def test_the_package_starts_no_program() -> None:
 def test_a_source_package_is_read_and_not_built(user: User) -> None:
     assert user.fetch() == DATA
     asked = [path for _, path, _ in user.index.requests]
-    assert asked == ["/simple/a-b/", "/wheels/a_b-1.0.tar.gz"], "and nothing to build it with"
+    assert asked == ["/simple/a-b/", "/wheels/a_b-1.0.tar.gz"], "no build tools were requested"
 
 
 @pytest.mark.parametrize("how", ["pip.conf", "PIP_CONFIG_FILE", "variable", "download section"])
@@ -120,10 +120,10 @@ def test_every_way_to_configure_pip(user: User, monkeypatch: pytest.MonkeyPatch,
     assert user.indexes() == [url]
     assert user.fetch() == DATA
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    assert user.indexes() == ["http://127.0.0.1:9/simple"], "variables win"
+    assert user.indexes() == ["http://127.0.0.1:9/simple"], "environment variables take precedence"
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_INDEX_URL")
-    assert user.indexes() == [PYPI], "no files at all"
+    assert user.indexes() == [PYPI], "no configuration files are read"
 
 
 def test_a_damaged_configuration_file_of_pip(user: User) -> None:
@@ -200,7 +200,7 @@ def test_invalid_links(user: User, tmp_path: Path) -> None:
     user.index.page = (
         f'<a href="http://[broken/{name}">{name}</a><a href="/wheels/{name}">{name}</a>'
     )
-    assert user.fetch() == DATA, "one link that is none does not spoil the page"
+    assert user.fetch() == DATA, "an invalid link has no effect on the others"
 
 
 def test_credentials_are_sent_to_their_own_host_only(
@@ -217,7 +217,7 @@ def test_credentials_are_sent_to_their_own_host_only(
     with pytest.raises(DownloadError, match="HTTP 401") as error:
         user.fetch()
     assert "p%2Fw" not in str(error.value)
-    assert user.index.authorizations[-1] is None, "a redirection does not take them along"
+    assert user.index.authorizations[-1] is None, "credentials are not sent to a redirection"
     user.index.moved_to = ""
     monkeypatch.setenv("PIP_INDEX_URL", url)
     netrc = user.home / ".netrc"
@@ -254,9 +254,9 @@ def test_long_reasons_and_urls_are_shortened() -> None:
 
 def test_reasons_are_one_printable_line() -> None:
     for words in ("never\nending", "\x1b[31mred\x07"):
-        said = reason(HTTPError("http://h", 503, words, Message(), None))
-        assert said.isprintable()
-        assert said.startswith("HTTP 503 ")
+        shortened = reason(HTTPError("http://h", 503, words, Message(), None))
+        assert shortened.isprintable()
+        assert shortened.startswith("HTTP 503 ")
     assert reason(IncompleteRead(b"", 5)) == "the connection broke, 5 bytes are missing"
     assert reason(IncompleteRead(b"")) == "the connection broke"
 

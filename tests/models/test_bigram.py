@@ -29,18 +29,18 @@ def test_trained_probabilities_equal_frequencies() -> None:
     model = Bigram(BigramConfig(vocab_size=V, max_seq_len=len(IDS)))
     model.initialize(torch.Generator().manual_seed(0))
     ids, targets = torch.tensor(IDS[None, :-1]), torch.tensor(IDS[1:])
-    optimiser = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=200)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=200)
 
     def loss() -> torch.Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = F.cross_entropy(model(ids)[0], targets)
         value.backward()
         return value
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     table = counted()
-    learnt = model.logits(model.tok_embeddings.weight).softmax(-1).detach().numpy()
-    assert np.abs(learnt - table).max() < 2e-3
+    trained = model.logits(model.tok_embeddings.weight).softmax(-1).detach().numpy()
+    assert np.abs(trained - table).max() < 2e-3
     exact = -np.log(table[IDS[:-1], IDS[1:]]).mean()  # nats: the minimum for a bigram
     assert exact <= loss().item() < exact + 1e-3
 

@@ -131,7 +131,7 @@ def test_transformers_reads_our_folder_and_we_read_it_back(
         parameter.data = parameter.data * 8.0 if parameter.ndim > 1 else parameter.data + 0.1
     save_model(tmp_path, model, TOKENIZER)
     other, loading = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values()), "nothing missing, nothing left over"
+    assert not any(loading.values()), "no missing or unexpected weights"
     apart, bar = difference(model(IDS), other.eval()(IDS).logits), logits_tolerance(model.config)
     parity("logits, our GPT folder", ORACLE, bar, apart)
     assert apart <= bar

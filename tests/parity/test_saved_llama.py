@@ -53,7 +53,7 @@ def test_transformers_loads_it(variant: str, tmp_path: Path, parity: Any) -> Non
     model = llama(**VARIANTS[variant])
     save_model(tmp_path, model, TOKENIZER)
     theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values()), "nothing missing, nothing left over"
+    assert not any(loading.values()), "no missing or unexpected weights"
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
     apart, bar = difference(theirs(IDS).logits, model(IDS)), logits_tolerance(model.config)
     parity("logits, our Llama folder", "transformers LlamaForCausalLM", bar, apart)

@@ -122,7 +122,7 @@ def test_gguf_stop_tokens_by_name_as_in_llama_cpp(model: str, kind: int) -> None
     ends = {tokens[id] for id in tokenizer.stop_ids}
     assert ends == {name for name in tokens if name in NAMES and name not in GOES_ON}
     by_name = ends - ({"<|eos|>"} if kind == 1 else set())  # this one is known by its id only
-    assert {*tokenizer.specials} >= by_name, "and nobody can type one"
+    assert {*tokenizer.specials} >= by_name, "text never becomes one"
     assert len(tokenizer.encode("<|im_end|></s>", specials=True)) == 2
 
 
@@ -241,7 +241,7 @@ def test_a_file_that_is_too_large_is_not_read(folder: Path, name: str) -> None:
         tokenizer_from_folder(folder)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, read_meta_tokenizer, read_sentencepiece):

@@ -105,11 +105,11 @@ def test_metas_format(metas: TrainedBPE, tmp_path: Path) -> None:
     theirs = tiktoken.Encoding(
         "own", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=dict(ours.specials)
     )
-    beside = tokenizer_from_folder(tmp_path)  # reads tokenizer.json
-    assert dict(beside.specials) == dict(ours.specials)
+    from_json = tokenizer_from_folder(tmp_path)  # reads tokenizer.json
+    assert dict(from_json.specials) == dict(ours.specials)
     for text in texts():
         ids = theirs.encode_ordinary(text)
-        assert ours.encode(text) == beside.encode(text) == metas.tokenizer.encode(text) == ids
+        assert ours.encode(text) == from_json.encode(text) == metas.tokenizer.encode(text) == ids
     assert ours.encode("x<|eot_id|>", bos=True, specials=True) == [
         *theirs.encode("<|begin_of_text|>x<|eot_id|>", allowed_special="all")
     ]

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import maybe_resume, training_state
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_data
 from glassllama.train.distributed import DistContext, connect_ranks, full_tensor
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics
 from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import prepare
 from train.recipes import PRESET, Listener, changes
 
 # The preset's learning rate is for Muon; with AdamW it is so large that a rounding error in the

@@ -10,13 +10,13 @@ import torch
 
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import maybe_resume
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_data
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics, MetricsLog, NullListener
 from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import prepare
 
 TINY = {
     "llama": ["model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=6",

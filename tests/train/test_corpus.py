@@ -24,7 +24,7 @@ from glassllama.train.corpus import (
     encode_split,
     open_corpus,
 )
-from glassllama.train.tokens import Tokens, tokenizer_info, write_tokens
+from glassllama.train.tokens import Tokens, write_tokens
 
 VAL = 0.1  # share of the validation split
 
@@ -43,11 +43,12 @@ def splits_of(corpus: Corpus) -> dict[Split, list[str]]:
 def tokenize(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, val_fraction: float = VAL
 ) -> dict[Split, Tokens]:
-    info = tokenizer_info(tokenizer)
     splits: list[Split] = ["train", "val"] if val_fraction else ["train"]
     return {
         split: write_tokens(
-            folder / f"{split}.bin", encode_split(corpus, tokenizer, split, val_fraction), info
+            folder / f"{split}.bin",
+            encode_split(corpus, tokenizer, split, val_fraction),
+            tokenizer.vocab_size,
         )
         for split in splits
     }
@@ -98,7 +99,7 @@ def test_whole_documents_of_many_are_validation_text(tmp_path: Path) -> None:
     splits = splits_of(open_corpus(tmp_path / "many.jsonl"))
     assert sorted(chain.from_iterable(splits.values())) == sorted(texts)
     assert 0.08 < len(splits["val"]) / len(texts) < 0.12
-    assert not set(splits["train"]) & set(splits["val"]), "a copy leaks"
+    assert not set(splits["train"]) & set(splits["val"]), "a copy is not freed"
     assert splits == splits_of(open_corpus(tmp_path))
 
 
@@ -135,7 +136,7 @@ def test_reading_in_pieces_changes_no_token(
     tokenizer.bos = None
     whole = tokenizer.encode(text)
     monkeypatch.setattr(corpora, "MAX_PIECE", 1000)
-    monkeypatch.setattr(corpora, "READ_BYTES", 777)
+    monkeypatch.setattr(corpora, "READ_CHARACTERS", 777)
     corpus = open_corpus(tmp_path / "a.txt")
     assert len(list(corpus.texts("train", 0.0))) > 30
     written = tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.0)
@@ -146,7 +147,7 @@ def test_a_text_without_line_breaks_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpora, "MAX_PIECE", 100)
-    monkeypatch.setattr(corpora, "READ_BYTES", 7)
+    monkeypatch.setattr(corpora, "READ_CHARACTERS", 7)
     text = "日本語é" * 500 + "\n" * 700
     (tmp_path / "a.txt").write_text(text, "utf-8")
     pieces = [t.characters for t in open_corpus(tmp_path).texts("train", 0.0)]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from glassllama.tokenizers import train as training
-from glassllama.train.corpus import open_corpus
-from glassllama.train.data import open_data
+from glassllama.train.corpus import open_corpus, open_data
 from glassllama.train.settings import DataSettings
 from train.recipes import write_text
 

@@ -26,10 +26,10 @@ from forks import WITH_TORCH, run_script, server
 from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
 from glassllama.native.jit import code_cache
-from glassllama.train.batches import IGNORED, Batch
 from glassllama.train.checkpoint import maybe_resume
 from glassllama.train.distributed import DistContext
-from glassllama.train.evaluate import of_all_ranks, rows_of_rank
+from glassllama.train.loop import of_all_ranks, rows_of_rank
+from glassllama.train.tokens import IGNORED, Batch
 from tolerances import CONDITION, difference, loss_tolerance, muon_tolerance
 from train import ranks
 from train.ranks import HALF, STEPS, WAYS, losses, settings_of

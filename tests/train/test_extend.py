@@ -17,13 +17,13 @@ from glassllama.base.errors import ConfigError, TokenizerError, TrainingError, W
 from glassllama.llm import load
 from glassllama.nn.rope import rope_table, rotate_half, rotate_interleaved
 from glassllama.train import train
-from glassllama.train.data import vocabulary_folder
+from glassllama.train.api import prepare
+from glassllama.train.corpus import vocabulary_folder
 from glassllama.train.loop import sample_text
 from glassllama.train.metrics import LoggedMetrics, NullListener, RunInfo, read_log
-from glassllama.train.model_factory import in_layout_of
+from glassllama.train.model import in_layout_of
 from glassllama.train.preflight import preflight
 from glassllama.train.settings import changed_lines, load_settings
-from glassllama.train.setup import prepare
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import load_model
 from train.recipes import PRESET, changes, make_steps, new_run, write_text
@@ -64,14 +64,14 @@ def test_a_complete_run_continues_with_the_longer_schedule(tmp_path: Path, text:
     first = losses(make_steps(new_run(folder, text, "bigram")))
     assert first[:3] == whole[:3]  # the same schedule: the warmup, and the first step at the peak
     assert first != whole[:12]
-    twin = tmp_path / "twin"
-    shutil.copytree(folder, twin)
+    duplicate = tmp_path / "duplicate"
+    shutil.copytree(folder, duplicate)
     make_steps(new_run(folder, text, "bigram", "schedule.steps=24"))
-    make_steps(new_run(twin, text, "bigram", "schedule.steps=24"), stop_after=17)
-    again = new_run(twin, text, "bigram", "schedule.steps=24")
+    make_steps(new_run(duplicate, text, "bigram", "schedule.steps=24"), stop_after=17)
+    again = new_run(duplicate, text, "bigram", "schedule.steps=24")
     assert (again.progress.step, again.extended) == (17, "")
     make_steps(again)
-    assert_same_run(folder, twin, 24)
+    assert_same_run(folder, duplicate, 24)
 
 
 def test_a_run_is_neither_shortened_nor_otherwise_changed(tmp_path: Path, text: Path) -> None:
@@ -235,7 +235,7 @@ def test_transformers_reads_the_folder_of_a_run(tmp_path: Path, text: Path) -> N
 
     more = ["model.n_layers=2", "data.context=64", "data.batch=4", "schedule.steps=4"]
     settings = load_settings(PRESET["llama"], [f"data.corpus={text}", *more])
-    from glassllama.train.data import open_data
+    from glassllama.train.corpus import open_data
 
     run = prepare(settings, open_data(settings.data, tmp_path), tmp_path)
     make_steps(run)

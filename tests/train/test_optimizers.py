@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glassllama.train.evaluate import summed_loss
+from glassllama.train.loop import summed_loss
 from glassllama.train.optimizers import EMA, STATE, AdamW, Muon, Optimizers, orthogonalize
 from glassllama.train.settings import OptimizerSettings
 from tolerances import CONDITION, assert_logits, difference, unit

@@ -24,24 +24,24 @@ from glassllama.native.training import blocks
 from glassllama.nn import attention
 from glassllama.train import loop
 from glassllama.train import preflight as preflight_module
-from glassllama.train.batches import Batch, Batches, bytes_of_batch
+from glassllama.train.api import prepare
 from glassllama.train.checkpoint import complete_steps
-from glassllama.train.data import find_text, open_data
-from glassllama.train.metrics import LoggedMetrics, MetricsLog, read_log
-from glassllama.train.model_factory import as_module
-from glassllama.train.optimizers import AdamW
-from glassllama.train.preflight import check_targets, preflight
-from glassllama.train.reference_runs import (
+from glassllama.train.corpus import find_text, open_data
+from glassllama.train.metrics import (
     REFERENCE_RUNS,
+    LoggedMetrics,
     LossMonitor,
+    MetricsLog,
     ReferenceRuns,
-    make_reference,
     plot_loss,
+    read_log,
     reference_for,
 )
+from glassllama.train.optimizers import AdamW
+from glassllama.train.preflight import check_targets, preflight
 from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings, load_settings
-from glassllama.train.setup import prepare
+from glassllama.train.tokens import Batch, Batches, bytes_of_batch
 from train.recipes import make_steps, new_run, write_text
 
 STORED = sorted(
@@ -75,14 +75,14 @@ def test_a_correct_run_passes_and_is_not_changed(
     kind: str, precision: str, tmp_path: Path, text: Path
 ) -> None:
     run = new_run(tmp_path / "run", text, kind, f"run.precision={precision}", "data.context=32")
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     lines = list(preflight(run))
     topics = [line.partition(":")[0] for line in lines]
     assert topics == ["data", "targets", "future", "beginning", "learning", "this machine"]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.progress.step == 0
-    assert not run.optimizers.adamw.state
+    assert not any(state["step"] for state in run.optimizers.adamw.state.values())
 
 
 def test_a_text_of_repeated_characters_is_not_a_leak(tmp_path: Path, text: Path) -> None:
@@ -160,7 +160,7 @@ def test_an_initial_loss_that_is_too_low(run: Run, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "layers.0.ffn_norm.weight"])
 def test_a_frozen_parameter(run: Run, name: str) -> None:
-    as_module(run.model).get_parameter(name).requires_grad_(False)
+    run.model.get_parameter(name).requires_grad_(False)
     fails(run, "learning", name, "did not move: frozen")
 
 
@@ -197,7 +197,7 @@ def test_validation_text_in_the_training_text(tmp_path: Path, romeo_and_juliet: 
 
 def test_a_run_that_does_not_fit_into_memory_is_refused_first(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr("glassllama.base.machine.available_memory", lambda: 100_000)
-    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was made"))
+    monkeypatch.setattr(preflight_module, "train_step", lambda run: pytest.fail("a step was run"))
     with pytest.raises(MemoryShortError, match=r"raise run\.accumulate, or lower data\.batch"):
         list(preflight(run))
 
@@ -271,7 +271,7 @@ def test_non_finite_numbers_stop_a_run_before_the_weights_change(
 ) -> None:
     run = new_run(tmp_path / "run", text, kind)
     make_steps(run, stop_after=5)
-    before = {n: p.detach().clone() for n, p in as_module(run.model).named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     original = loop.loss_and_gradients
 
     def broken(run: Run, batch: Batch) -> float:
@@ -291,7 +291,7 @@ def test_non_finite_numbers_stop_a_run_before_the_weights_change(
     assert "gradient norm" in words
     assert "at learning rate 0.0" in words
     assert list(complete_steps(run.checkpoints)) == [4, 5]
-    after = dict(as_module(run.model).named_parameters())
+    after = dict(run.model.named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
     assert [r.step for r in read_log(run.folder)] == list(range(1, 7))
     assert not all(torch.equal(after[n], before[n]) for n in before)  # step 6 was completed
@@ -322,13 +322,18 @@ def test_without_a_network_the_error_suggests_what_to_do(monkeypatch: Any, tmp_p
         open_data(settings, tmp_path, offline=True)
     assert "--data FILE" in str(error.value)
     assert "llama-shakespeare-bpe" in str(error.value)
-    assert find_text("some/file.txt") == Path("some/file.txt")
+    assert find_text("some/file.txt", offline=True) == Path("some/file.txt")
 
 
 # --- reference runs -------------------------------------------------------------------------
 
 
-def test_runs_outside_the_reference_get_a_warning() -> None:
+def test_runs_outside_the_reference_get_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from train_reference_runs import make_reference
+
     chance = np.random.default_rng(4)
     falling = 4.0 * np.exp(-np.arange(100) / 40)
 
@@ -338,18 +343,18 @@ def test_runs_outside_the_reference_get_a_warning() -> None:
     reference = make_reference([25, 50, 75, 100], [losses() for _ in range(3)])
     assert reference.seeds == 3
 
-    def heard(values: Any) -> list[str]:
+    def warnings_of(values: Any) -> list[str]:
         monitor = LossMonitor(reference)
-        return [said for n, x in enumerate(values, 1) if (said := monitor.check_loss(n, x))]
+        return [warnings for n, x in enumerate(values, 1) if (warnings := monitor.check_loss(n, x))]
 
-    assert heard(losses()) == []
-    (slow,) = heard(np.maximum(losses(), 3.5))
+    assert warnings_of(losses()) == []
+    (slow,) = warnings_of(np.maximum(losses(), 3.5))
     assert slow.startswith("step 25: loss 3.5")
     assert "slow from the beginning" in slow
-    (late,) = heard([*falling[:60], *falling[60:] + 1])
+    (late,) = warnings_of([*falling[:60], *falling[60:] + 1])
     assert late.startswith("step 75")
     assert "fell behind" in late
-    (good,) = heard(falling * 0.8)
+    (good,) = warnings_of(falling * 0.8)
     assert "sees what it is to predict" in good
     resumed = LossMonitor(reference, first_step=40)
     assert resumed.check_loss(50, 9.0) is None  # half a block is not compared
@@ -378,7 +383,7 @@ def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
     tmp_path: Path, tinyshakespeare: Path
 ) -> None:
     """The bigram preset unchanged, with a seed that is not in its reference."""
-    heard = {}
+    warnings_of = {}
     for rate in (0.1, 0.02):
         settings = load_settings("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
         optimizer = replace(settings.optimizer, lr=rate)
@@ -387,11 +392,11 @@ def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
         data = open_data(settings.data, folder)
         records = make_steps(prepare(replace(settings, optimizer=optimizer), data, folder))
         monitor = LossMonitor(reference_for(settings))  # type: ignore[arg-type]
-        said = [monitor.check_loss(record.step, record.loss) for record in records]
-        heard[rate] = [line for line in said if line]
-    assert heard[0.1] == []
-    assert len(heard[0.02]) == 1
-    assert "slow from the beginning" in heard[0.02][0]
+        warnings = [monitor.check_loss(record.step, record.loss) for record in records]
+        warnings_of[rate] = [line for line in warnings if line]
+    assert warnings_of[0.1] == []
+    assert len(warnings_of[0.02]) == 1
+    assert "slow from the beginning" in warnings_of[0.02][0]
 
 
 # --- plots ----------------------------------------------------------------------------------

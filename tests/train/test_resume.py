@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from glassllama.base.errors import ConfigError, TrainingError
 from glassllama.llm import load
+from glassllama.train.api import lock_run_dir, require_free
 from glassllama.train.checkpoint import complete_steps
 from glassllama.train.metrics import MetricsLog, read_log
 from glassllama.train.settings import load_settings
-from glassllama.train.setup import lock_run_dir, require_free
 from tolerances import assert_logits, logits_tolerance, loss_tolerance, muon_tolerance
 from train.recipes import PRESET, Listener, changes, make_steps, new_run, write_text
 

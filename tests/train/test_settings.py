@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from glassllama.base.errors import ConfigError
-from glassllama.train.model_factory import count_parameters, make_model
+from glassllama.train.model import count_parameters, make_model
 from glassllama.train.optimizers import lr_factor
 from glassllama.train.settings import ScheduleSettings, load_settings, preset_names, to_toml
 

@@ -275,10 +275,10 @@ print(faults(), faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is part of glibc")
 def test_freed_memory_is_reused_by_the_next_pass() -> None:
     """80 MB in pieces: new pages the first time, few new pages the second time."""
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", TWICE], capture_output=True, encoding="utf-8", check=True
     ).stdout
-    first, second = map(int, said.split())
+    first, second = map(int, printed.split())
     assert first > 10_000
     assert (
         second < first / 4

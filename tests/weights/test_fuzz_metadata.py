@@ -27,8 +27,7 @@ from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.checkpoint import FORMAT, read_state
-from glassllama.train.run import require_same_run
-from glassllama.train.settings import load_settings, preset_names, read_tables
+from glassllama.train.settings import load_settings, preset_names, read_tables, require_same_run
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.describe import describe
 from glassllama.weights.load import load_model
@@ -106,11 +105,11 @@ def use_folder_tokenizer(folder: Path) -> None:
 
 def use_state(folder: Path) -> None:
     """Like resuming a run: use its progress and compare its identity."""
-    state = read_state(folder)
-    state.progress.record_score(1.0)
-    assert state.progress.step + 1 > 0
-    assert state.progress.seconds + 1.0 >= 1.0
-    require_same_run(folder, state.identity, IDENTITY)
+    progress, identity = read_state(folder)
+    progress.record_score(1.0)
+    assert progress.step + 1 > 0
+    assert progress.seconds + 1.0 >= 1.0
+    require_same_run(folder, identity, IDENTITY)
 
 
 # --- documents --------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ TOKENIZER_SETTINGS = {
     "chat_template": [{"name": "default", "template": "{{ bos_token }}"}],
     "model_max_length": 1000,
 }
-BESIDE: dict[str, dict[str, Any]] = {
+SIDE_FILES: dict[str, dict[str, Any]] = {
     "tokenizer_config.json": TOKENIZER_SETTINGS,
     "generation_config.json": {"eos_token_id": [258, 259], "bos_token_id": 258, "temperature": 0.6},
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
@@ -328,7 +327,7 @@ def tokenizer_json_target(home: Path, tokenizer: Tokenizer) -> Target:
     return json_target(home / "tokenizer.json", lambda: use_folder_tokenizer(home))
 
 
-def beside_target(home: Path) -> Target:
+def side_files_target(home: Path) -> Target:
     """All small files next to a tokenizer.json as one document."""
     byte_level_tokenizer().save(str(home / "tokenizer.json"))
 
@@ -336,7 +335,7 @@ def beside_target(home: Path) -> Target:
         for name, file in values.items():
             (home / name[:100].replace("\n", "")).write_text(as_json(file))
 
-    return Target(BESIDE, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
+    return Target(SIDE_FILES, write, lambda: use_folder_tokenizer(home), [HALF_CHARACTER])
 
 
 def settings_target(home: Path) -> Target:
@@ -371,7 +370,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors header": header_target,
     "tokenizer.json": lambda home: tokenizer_json_target(home, byte_level_tokenizer()),
     "tokenizer.json, pieces": lambda home: tokenizer_json_target(home, sentencepiece_tokenizer()),
-    "files beside a tokenizer": beside_target,
+    "files next to a tokenizer": side_files_target,
     "training settings": settings_target,
     "training state": state_target,
 }

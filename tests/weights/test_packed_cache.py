@@ -27,7 +27,7 @@ AN_HOUR = 3600
 
 
 @pytest.fixture(autouse=True)
-def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache models of every size, in a folder for this test."""
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "packed")
@@ -212,7 +212,7 @@ def test_files_that_others_can_write_are_not_mapped(
     else:
         [note] = kept_notes(engine)
         assert f"others can write to {place}" in note
-        assert engine.weights.matrices[0].values.flags.writeable, "memory of its own"
+        assert engine.weights.matrices[0].values.flags.writeable, "private memory"
 
 
 KILLED = """

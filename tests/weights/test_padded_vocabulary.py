@@ -81,14 +81,14 @@ def test_an_answer_may_end_at_a_row_without_a_token(
 )  # fmt: skip
 def test_ids_without_a_token_are_never_sampled(llm: LLM, options: dict[str, float]) -> None:
     size = llm.tokenizer.vocab_size
-    assert llm.logits([5, 6]).argmax(axis=1).min() >= size, "it would choose them"
+    assert llm.logits([5, 6]).argmax(axis=1).min() >= size, "greedy sampling would select them"
     made = llm.generate("hello", max_tokens=24, ignore_eos=True, logprobs=5, **options)
     assert len(made.ids) == 24
     assert max(made.ids) < size
     assert made.logprobs is not None
     assert max(token.id for step in made.logprobs for token in step.top) < size
     again = llm.generate([*llm.encode("hello"), ROWS - 1], max_tokens=4, **options)
-    assert max(again.ids) < size, "also where the prompt has one"
+    assert max(again.ids) < size, "even if the prompt contains one"
 
 
 @pytest.mark.parametrize("backend", ["engine", "torch"])
@@ -103,7 +103,9 @@ def test_gaps_between_tokens_are_never_sampled(folder: Path, tmp_path: Path, bac
     llm = load(tmp_path, backend=backend, exact=True)
     assert llm.tokenizer.vocab_size == size + 6
     assert [*llm.tokenizer.gaps] == [*range(size, size + 5)]
-    assert {*llm.logits([5, 6]).argmax(axis=1)} <= {size, size + 1}, "it would choose one"
+    assert {*llm.logits([5, 6]).argmax(axis=1)} <= {size, size + 1}, (
+        "greedy sampling would select one"
+    )
     for options in ({}, {"temperature": 1.0, "seed": 1}, {"speculation": False}):
         made = llm.generate("hello", max_tokens=12, ignore_eos=True, logprobs=5, **options)
         assert made.logprobs is not None

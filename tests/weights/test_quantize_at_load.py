@@ -159,7 +159,7 @@ def test_options_that_contradict_each_other(models: dict[str, Path]) -> None:
         load(models["bf16"], backend="torch", quantize="q8_0")
 
 
-class InFloats:
+class AsBfloat16:
     """A quantized file as if it had been stored in bfloat16."""
 
     def __init__(self, file: TensorFile) -> None:
@@ -189,7 +189,7 @@ def log_softmax(logits: Any) -> Any:
 def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
     """The default model in bfloat16, ids of prose, and its unquantized logits."""
     checkpoint = open_checkpoint(default_model)
-    floats = replace(checkpoint, file=InFloats(checkpoint.file))
+    floats = replace(checkpoint, file=AsBfloat16(checkpoint.file))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
     ids = checkpoint.tokenizer.encode(text)
     engine = pack(floats, quantize="none")

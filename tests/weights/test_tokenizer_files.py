@@ -70,7 +70,7 @@ def size_of(folder: Path) -> int:
     return tokenizer_from_folder(folder).vocab_size
 
 
-def beside(source: Path, folder: Path, files: dict[str, Any]) -> Path:
+def with_files(source: Path, folder: Path, files: dict[str, Any]) -> Path:
     """A folder with the source's tokenizer and these files. "+n" is the n-th id after it."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).exists():
@@ -148,7 +148,7 @@ def test_tokens_of_side_files(
         "tokenizer_class": tokenizer_class,
         **files.get("tokenizer_config.json", {}),
     }
-    folder = beside(
+    folder = with_files(
         request.getfixturevalue(kind), tmp_path, {**files, "tokenizer_config.json": config}
     )
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
@@ -163,13 +163,13 @@ def test_tokens_of_side_files(
 
 # With a tokenizer.model transformers ignores additional_special_tokens.
 NEW_TOKENS: dict[str, dict[str, Any]] = {
-    "extra_special_tokens, named, beside a list of the older name": {
+    "extra_special_tokens, named, and a list of the older name": {
         "tokenizer_config.json": {
             "extra_special_tokens": {"image": "<|x|>", "mark_token": "<mark>"},
             "additional_special_tokens": ["<tool>", "<extra>"],
         },
     },
-    "a beginning that no file adds keeps its id free": {
+    "a bos token that no file adds leaves its id free": {
         "tokenizer_config.json": {"bos_token": "<begin>", "pad_token": "[PAD]"},
     },
     "the last flags of a token": {
@@ -188,7 +188,7 @@ def test_new_tokens_get_the_same_ids_as_in_transformers(
 ) -> None:
     files = NEW_TOKENS[name]
     files["tokenizer_config.json"]["tokenizer_class"] = "PreTrainedTokenizerFast"
-    folder = beside(bytewise, tmp_path, files)
+    folder = with_files(bytewise, tmp_path, files)
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)
     for text in TEXTS + WITH_BLANKS:
         assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False)
@@ -207,7 +207,9 @@ def test_a_token_of_the_vocabulary_named_as_special_becomes_a_control_token(
     assert tokenizer.specials == {"</s>": 2}
     assert tokenizer.encode("the</s>", specials=True)[-1] == 2
     assert 2 not in tokenizer.encode("the</s>")
-    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", "a letter stays a letter"
+    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh", (
+        "a single letter does not become special"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_a_token_of_the_vocabulary_named_as_special_becomes_a_control_token(
 def test_errors_name_wrong_side_files(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, files: dict[str, Any], words: str
 ) -> None:
-    folder = beside(request.getfixturevalue(kind), tmp_path, files)
+    folder = with_files(request.getfixturevalue(kind), tmp_path, files)
     with pytest.raises(TokenizerError) as raised:
         tokenizer_from_folder(folder)
     assert words in str(raised.value)
@@ -285,24 +287,24 @@ def test_any_side_file_is_read_or_refused_with_one_line(
     files: dict[str, Any],
     kind: str,
 ) -> None:
-    folder = beside(request.getfixturevalue(kind), tmp_path_factory.mktemp("any"), {})
+    folder = with_files(request.getfixturevalue(kind), tmp_path_factory.mktemp("any"), {})
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     for read in (tokenizer_from_folder, chat_template_from_folder, template_tokens_from_folder):
-        said = ""
+        message = ""
         try:
             read(folder)
         except TokenizerError as refused:
-            said = str(refused)
-        assert "\n" not in said
-        assert len(said) < 1000
+            message = str(refused)
+        assert "\n" not in message
+        assert len(message) < 1000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja"])
 def test_side_files_that_are_too_large_are_not_read(
     bytewise: Path, tmp_path: Path, name: str
 ) -> None:
-    folder = beside(bytewise, tmp_path, {})
+    folder = with_files(bytewise, tmp_path, {})
     with (folder / name).open("wb") as file:
         file.truncate(1 << 40)  # a sparse file without data on the disk
     read = chat_template_from_folder if name.startswith("chat") else tokenizer_from_folder
@@ -318,7 +320,7 @@ def test_side_files_that_are_too_large_are_not_read(
 def test_ids_far_beyond_the_tokens_are_refused(bytewise: Path, tmp_path: Path, id: int) -> None:
     """Nothing is allocated by the size of an id; long token names are shortened in errors."""
     for changed, name in (("vocab", "x" * 5000), ("added", "<|far|>")):
-        folder = beside(bytewise, tmp_path, {})
+        folder = with_files(bytewise, tmp_path, {})
         document = json.loads((folder / "tokenizer.json").read_text())
         if changed == "vocab":
             document["model"]["vocab"][name] = id
@@ -355,7 +357,7 @@ def test_notices_name_files_that_are_not_read(tmp_path: Path) -> None:
 def test_an_added_token_without_a_valid_text_is_refused(
     bytewise: Path, tmp_path: Path, content: Any
 ) -> None:
-    folder = beside(bytewise, tmp_path, {})
+    folder = with_files(bytewise, tmp_path, {})
     document = json.loads((folder / "tokenizer.json").read_text())
     document["added_tokens"] = [*document.get("added_tokens", []), {"id": 1, "content": content}]
     (folder / "tokenizer.json").write_text(json.dumps(document))
@@ -382,7 +384,7 @@ def test_where_a_space_is_added(
 ) -> None:
     """Before the first word, or after each control token, too."""
     files = {"config.json": {"model_type": model_type}}
-    folder = beside(pieces, tmp_path, files)
+    folder = with_files(pieces, tmp_path, files)
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     theirs, ours = AutoTokenizer.from_pretrained(folder), tokenizer_from_folder(folder)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,16 +14,17 @@ from glassllama.base.errors import quoted
 from glassllama.base.machine import gigabytes
 from glassllama.cli.console import naming, note, print_json, print_table, progress_bars
 from glassllama.cli.options import (
+    JSON,
+    MODEL,
+    OFFLINE,
+    PTH,
     BackendOptions,
-    Json,
-    ModelArgument,
     ModelOptions,
-    Offline,
-    PreferPth,
+    option,
 )
 
 if TYPE_CHECKING:
-    from glassllama.benchmark import BenchmarkResult, CellResult, Grid
+    from glassllama.benchmark import BenchmarkResult, CellResult
 
 FULL_GRID = {"prompt": "128,512,2048", "context": "0,1024,4096", "batch": "1,4,8"}
 
@@ -44,76 +45,60 @@ def number_list(text: str) -> str:
 class BenchOptions:
     """What is measured."""
 
-    prompt: Annotated[
-        str, typer.Option(metavar="N,…", callback=number_list, help="Prefill: tokens of a prompt.")
-    ] = "512"
-    context: Annotated[
-        str,
-        typer.Option(metavar="N,…", callback=number_list, help="Decode: tokens of context."),
-    ] = "0"
-    batch: Annotated[
-        str, typer.Option(metavar="N,…", callback=number_list, help="Decode: sequences.")
-    ] = "1"
-    grid: Annotated[
-        bool,
-        typer.Option(
-            "--grid",
-            help="Instead: prompts of {prompt}, contexts of {context}, batches of {batch}.".format(
-                **FULL_GRID
-            ),
+    prompt: str = option(
+        "512", metavar="N,…", callback=number_list, help="Prefill: tokens of a prompt."
+    )
+    context: str = option(
+        "0", metavar="N,…", callback=number_list, help="Decode: tokens of context."
+    )
+    batch: str = option("1", metavar="N,…", callback=number_list, help="Decode: sequences.")
+    grid: bool = option(
+        False, "--grid",
+        help="Instead: prompts of {prompt}, contexts of {context}, batches of {batch}.".format(
+            **FULL_GRID
         ),
-    ] = False
-    new: Annotated[int, typer.Option(min=1, metavar="N", help="Decode: new tokens.")] = 64
-    runs: Annotated[int, typer.Option(min=1, metavar="N", help="The median of N runs counts.")] = 3
-
-    def as_grid(self) -> Grid:
-        from glassllama.benchmark import Grid
-
-        texts = FULL_GRID if self.grid else asdict(self)
-        prompts, contexts, batches = (
-            [*map(int, texts[name].split(","))] for name in ("prompt", "context", "batch")
-        )
-        return Grid(
-            prompts=prompts, contexts=contexts, batches=batches, new=self.new, runs=self.runs
-        )
+    )  # fmt: skip
+    new: int = option(64, min=1, metavar="N", help="Decode: new tokens.")
+    runs: int = option(3, min=1, metavar="N", help="The median of N runs counts.")
 
 
 def bench(
-    model: ModelArgument,
     backend_options: BackendOptions,
     bench_options: BenchOptions,
-    vs: Annotated[
-        list[Peer] | None,
-        typer.Option(
-            metavar="PEER",
-            help="Alternate with llama.cpp on the same GGUF file. llama.cpp-as-stored: without "
-            "repacking the weights for this CPU. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Append the result to FILE as one line of JSON."),
-    ] = None,
-    offline: Offline = False,
-    pth: PreferPth = False,
-    json: Json = False,
-) -> None:
+    model: str = MODEL,
+    vs: list[Peer] | None = typer.Option(
+        None, metavar="PEER",
+        help="Alternate with llama.cpp on the same GGUF file. llama.cpp-as-stored: without "
+        "repacking the weights for this CPU. Repeatable.",
+    ),
+    out: Path | None = typer.Option(
+        None, metavar="FILE", help="Append the result to FILE as one line of JSON."
+    ),
+    offline: bool = OFFLINE,
+    pth: bool = PTH,
+    json: bool = JSON,
+) -> None:  # fmt: skip
     """Measure a model on this machine: load, first token, prefill, decode, memory.
 
     The limits of this machine are measured too. Every new token reads all weights once, so decode
     of one sequence is limited by memory bandwidth, prefill by arithmetic. Prompts are random
     tokens; speculation is off.
     """
-    from glassllama.benchmark import LlamaCppRunner, benchmark, used_threads
+    from glassllama.benchmark import Grid, LlamaCppRunner, benchmark, used_threads
 
     llm = backend_options.load(ModelOptions(model=model, offline=offline, pth=pth))
     threads = used_threads(backend_options.threads)
     peers = [LlamaCppRunner(llm.path, threads, repack=peer is Peer.llama_cpp) for peer in vs or ()]
+    cells = FULL_GRID if bench_options.grid else asdict(bench_options)
+    prompts, contexts, batches = ([*map(int, cells[name].split(","))] for name in FULL_GRID)
+    grid = Grid(
+        prompts=prompts, contexts=contexts, batches=batches, new=bench_options.new,
+        runs=bench_options.runs,
+    )  # fmt: skip
     with progress_bars() as bar:
         result = benchmark(
-            llm, bench_options.as_grid(), peers=peers, threads=threads,
-            exact=backend_options.exact, on_cpu=backend_options.device == "cpu",
-            progress=bar("measuring", "cells"),
+            llm, grid, peers=peers, threads=threads, exact=backend_options.exact,
+            on_cpu=backend_options.device == "cpu", progress=bar("measuring", "cells"),
         )  # fmt: skip
     if out is not None:
         with naming(out), out.open("a", encoding="utf-8") as file:

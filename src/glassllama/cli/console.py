@@ -129,10 +129,15 @@ def watch_compiling(over: Event, before: int) -> None:
 
     while not over.wait(COMPILE_NOTICE_SECONDS):
         if compilations.begun > before:
-            from glassllama.native.jit import code_cache
-
-            note(COMPILING_AGAIN if code_cache.notes else COMPILING)
+            note(COMPILING_AGAIN if compiler_notes() else COMPILING)
             return
+
+
+def compiler_notes() -> list[str]:
+    """Why compiled code cannot be saved for other processes, if it cannot."""
+    from glassllama.native.jit import code_cache
+
+    return code_cache.notes
 
 
 # --- progress bars --------------------------------------------------------------------------------

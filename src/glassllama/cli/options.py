@@ -1,4 +1,4 @@
-"""Options that several verbs share, each declared once.
+"""Options that several verbs share, each declared once, in Typer's style: `name: type = info`.
 
 Groups of options are frozen dataclasses. A verb takes such a dataclass as one parameter;
 `with_fields_as_options` shows its fields to Typer as separate options.
@@ -10,10 +10,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
@@ -36,121 +36,102 @@ def model_names(incomplete: str) -> Iterator[str]:
     return (name for name in SHORT_NAMES if name.startswith(incomplete))
 
 
-NAMES = (
-    "A path, a short name (see 'glassllama list'), or a Hub id "
-    r"org/name\[@revision]\[:FILE.gguf]."
-)
-model_option = partial(typer.Option, rich_help_panel="Model")
-sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+def shared(info: Any) -> Any:
+    """A field of a group of options, from its default and names as Typer takes them."""
+    return field(default=info.default, metadata={"info": info})
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help=NAMES, autocompletion=model_names)
-]
-Offline = Annotated[bool, model_option("--offline", help="Never use the network.")]
-PreferPth = Annotated[
-    bool,
-    model_option(
-        "--pth", help="From a Hub repository that has both: Meta's .pth files, not safetensors."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
-Specials = Annotated[
-    bool,
-    typer.Option(
-        "--specials",
-        help="Read control tokens in the text, such as <|im_start|>, as control tokens.",
-    ),
-]
-Logprobs = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="With --json: log probabilities of each token and of the N most likely ones.",
-    ),
-]
+
+def option(*default_and_names: Any, **details: Any) -> Any:
+    return shared(typer.Option(*default_and_names, **details))
+
+
+model_option = partial(option, rich_help_panel="Model")
+sampling = partial(option, rich_help_panel="Sampling")
+
+NAMES: dict[str, Any] = {
+    "metavar": "MODEL",
+    "help": "A path, a short name (see 'glassllama list'), or a Hub id "
+    r"org/name\[@revision]\[:FILE.gguf].",
+    "autocompletion": model_names,
+}
+MODEL: Any = typer.Argument(..., **NAMES)
+OFFLINE: Any = typer.Option(
+    False, "--offline", rich_help_panel="Model", help="Never use the network."
+)
+PTH: Any = typer.Option(
+    False, "--pth", rich_help_panel="Model",
+    help="From a Hub repository that has both: Meta's .pth files, not safetensors.",
+)  # fmt: skip
+JSON: Any = typer.Option(False, "--json", help="Print one line of JSON instead.")
+SPECIALS: Any = typer.Option(
+    False, "--specials",
+    help="Read control tokens in the text, such as <|im_start|>, as control tokens.",
+)  # fmt: skip
+LOGPROBS: Any = typer.Option(
+    None, min=0, metavar="N",
+    help="With --json: log probabilities of each token and of the N most likely ones.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and where it may come from."""
 
-    model: Annotated[
-        str,
-        model_option("--model", "-m", metavar="MODEL", help=NAMES, autocompletion=model_names),
-    ] = DEFAULT_MODEL
-    offline: Offline = False
-    pth: PreferPth = False
+    model: str = model_option(DEFAULT_MODEL, "--model", "-m", **NAMES)
+    offline: bool = shared(OFFLINE)
+    pth: bool = shared(PTH)
 
     def path(self) -> Path:
         """The model's file or folder; downloaded first if necessary."""
-        return find(self.model, offline=self.offline, pth=self.pth)
+        return find(self.model, self.offline, self.pth)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
     """How the model is run: the keyword arguments of `glassllama.load`."""
 
-    backend: Annotated[
-        Literal["auto", "engine", "torch"],
-        model_option(
-            metavar="NAME",
-            help="engine: compiled for this CPU, quantized weights stay quantized. torch: the "
-            "reference in PyTorch. auto: engine on a CPU, else torch.",
-        ),
-    ] = "auto"
-    device: Annotated[
-        str, model_option(metavar="NAME", help="cpu, cuda, cuda:1, mps …: all but cpu need torch.")
-    ] = "cpu"
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        model_option(metavar="NAME", help="float32 or bfloat16, for the torch backend."),
-    ] = None
-    exact: Annotated[
-        bool,
-        model_option("--exact", help="Dequantize weights and compute in float32: slow, exact."),
-    ] = False
-    quantize: Annotated[
-        Literal["none", "q8_0", "q4_0"] | None,
-        model_option(
-            metavar="TYPE",
-            help="How the engine quantizes float weights: q8_0 (half of bfloat16), q4_0 (a third) "
-            "or none.",
-            show_default="none, unless memory is short",
-        ),
-    ] = None
-    cache_type: Annotated[
-        Literal["int16", "int8"],
-        model_option(
-            metavar="TYPE", help="KV cache of the engine: int16, or int8 for half the memory."
-        ),
-    ] = "int16"
-    threads: Annotated[
-        int | None,
-        model_option(min=1, metavar="N", help="CPU threads.", show_default="all cores"),
-    ] = None
-    stream_layers: Annotated[
-        bool,
-        model_option(
-            "--stream-layers",
-            help="Read one layer at a time, for every token again: little memory, slow.",
-        ),
-    ] = False
+    backend: Literal["auto", "engine", "torch"] = model_option(
+        "auto", metavar="NAME",
+        help="engine: compiled for this CPU, quantized weights stay quantized. torch: the "
+        "reference in PyTorch. auto: engine on a CPU, else torch.",
+    )  # fmt: skip
+    device: str = model_option(
+        "cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps …: all but cpu need torch."
+    )
+    dtype: Literal["float32", "bfloat16"] | None = model_option(
+        None, metavar="NAME", help="float32 or bfloat16, for the torch backend."
+    )
+    exact: bool = model_option(
+        False, "--exact", help="Dequantize weights and compute in float32: slow, exact."
+    )
+    quantize: Literal["none", "q8_0", "q4_0"] | None = model_option(
+        None, metavar="TYPE", show_default="none, unless memory is short",
+        help="How the engine quantizes float weights: q8_0 (half of bfloat16), q4_0 (a third) or "
+        "none.",
+    )  # fmt: skip
+    cache_type: Literal["int16", "int8"] = model_option(
+        "int16", metavar="TYPE", help="KV cache of the engine: int16, or int8 for half the memory."
+    )
+    threads: int | None = model_option(
+        None, min=1, metavar="N", help="CPU threads.", show_default="all cores"
+    )
+    stream_layers: bool = model_option(
+        False, "--stream-layers",
+        help="Read one layer at a time, for every token again: little memory, slow.",
+    )  # fmt: skip
 
     def load(self, options: ModelOptions) -> LLM:
         """Load the model, with progress bars and its notes."""
         from glassllama.llm import load
 
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = values_of(self)
         with progress_bars() as bar:
             llm = load(
-                options.model,
-                **{"cache" if name == "cache_type" else name: v for name, v in values.items()},
-                offline=options.offline,
-                prefer_pth=options.pth,
+                options.model, cache=values.pop("cache_type"), **values,
+                offline=options.offline, prefer_pth=options.pth,
                 download_progress=bar(f"downloading {options.model}", "bytes"),
                 load_progress=bar(f"loading {options.model}", "tensors"),
-            )
+            )  # fmt: skip
         with suppress(GlassError):
             _ = llm.tokenizer  # reading it may add notes
         for line in llm.notes:
@@ -158,7 +139,12 @@ class BackendOptions:
         return llm
 
 
-def find(name: str, *, offline: bool = False, pth: bool = False) -> Path:
+def values_of(group: Any) -> dict[str, Any]:
+    """The fields of a dataclass, by name."""
+    return {each.name: getattr(group, each.name) for each in fields(group)}
+
+
+def find(name: str, offline: bool = False, pth: bool = False) -> Path:
     """The model's file or folder; downloaded first if necessary, with a progress bar."""
     from glassllama import hub
 
@@ -167,21 +153,14 @@ def find(name: str, *, offline: bool = False, pth: bool = False) -> Path:
         return hub.resolve(name, offline=offline, prefer_pth=pth, progress=progress)
 
 
-MaxTokens = Annotated[
-    int | None,
-    sampling_option(
-        "--max-tokens",
-        "-n",
-        metavar="N",
-        help="Stop after N tokens. Else at the model's end token or a full context.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float,
-    sampling_option(
-        metavar="X", help="Above 1: tokens of the prompt and the answer become less likely."
-    ),
-]
+max_tokens_option = partial(
+    sampling, metavar="N",
+    help="Stop after N tokens. Else at the model's end token or a full context.",
+)  # fmt: skip
+repetition_option = partial(
+    sampling, metavar="X",
+    help="Above 1: tokens of the prompt and the answer become less likely.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,78 +170,49 @@ class SamplingOptions:
     Temperature and top-p are those of Meta's example programs for Llama 3.
     """
 
-    max_tokens: MaxTokens = None
-    temperature: Annotated[
-        float,
-        sampling_option(
-            "--temperature", "-t", metavar="T", help="0: always the most likely token (greedy)."
-        ),
-    ] = 0.6
-    top_k: Annotated[
-        int | None, sampling_option(metavar="K", help="Sample from the K most likely tokens.")
-    ] = None
-    top_p: Annotated[
-        float,
-        sampling_option(
-            metavar="P", help="Sample from the most likely tokens with a total probability of P."
-        ),
-    ] = 0.9
-    min_p: Annotated[
-        float,
-        sampling_option(
-            metavar="P", help="Exclude tokens less than P times as likely as the most likely one."
-        ),
-    ] = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    presence_penalty: Annotated[
-        float,
-        sampling_option(
-            metavar="X", help="Above 0: tokens that are in the answer become less likely."
-        ),
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        sampling_option(
-            metavar="X", help="Above 0: tokens become less likely with every use in the answer."
-        ),
-    ] = 0.0
-    seed: Annotated[
-        int | None,
-        sampling_option(
-            metavar="N",
-            help="The same seed gives the same answer.",
-            show_default="a new one every time",
-        ),
-    ] = None
-    stop: Annotated[
-        list[str] | None,
-        sampling_option(metavar="TEXT", help="End the answer before TEXT. Repeatable."),
-    ] = None
-    ignore_eos: Annotated[
-        bool,
-        sampling_option("--ignore-eos", help="Continue after the end token, up to --max-tokens."),
-    ] = False
-    on_overflow: Annotated[
-        Literal["stop", "shift"] | None,
-        sampling_option(
-            metavar="NAME",
-            help="If the context is full. stop: end the answer. shift: drop the older half of the "
-            "text and continue.",
-            show_default="shift for your own models with a context under 1,024, else stop",
-        ),
-    ] = None
-    no_speculation: Annotated[
-        bool,
-        sampling_option(
-            "--no-speculation", help="Never guess several tokens ahead: slower, same answer."
-        ),
-    ] = False
+    max_tokens: int | None = max_tokens_option(None, "--max-tokens", "-n")
+    temperature: float = sampling(
+        0.6, "--temperature", "-t", metavar="T", help="0: always the most likely token (greedy)."
+    )
+    top_k: int | None = sampling(None, metavar="K", help="Sample from the K most likely tokens.")
+    top_p: float = sampling(
+        0.9, metavar="P", help="Sample from the most likely tokens with a total probability of P."
+    )
+    min_p: float = sampling(
+        0.0, metavar="P", help="Exclude tokens less than P times as likely as the most likely one."
+    )
+    repetition_penalty: float = repetition_option(1.0)
+    presence_penalty: float = sampling(
+        0.0, metavar="X", help="Above 0: tokens that are in the answer become less likely."
+    )
+    frequency_penalty: float = sampling(
+        0.0, metavar="X", help="Above 0: tokens become less likely with every use in the answer."
+    )
+    seed: int | None = sampling(
+        None, metavar="N", help="The same seed gives the same answer.",
+        show_default="a new one every time",
+    )  # fmt: skip
+    stop: list[str] | None = sampling(
+        None, metavar="TEXT", help="End the answer before TEXT. Repeatable."
+    )
+    ignore_eos: bool = sampling(
+        False, "--ignore-eos", help="Continue after the end token, up to --max-tokens."
+    )
+    on_overflow: Literal["stop", "shift"] | None = sampling(
+        None, metavar="NAME",
+        show_default="shift for your own models with a context under 1,024, else stop",
+        help="If the context is full. stop: end the answer. shift: drop the older half of the "
+        "text and continue.",
+    )  # fmt: skip
+    no_speculation: bool = sampling(
+        False, "--no-speculation", help="Never guess several tokens ahead: slower, same answer."
+    )
 
     def check(self) -> None:
         """Raise GenerationError for values that generation does not accept."""
         from glassllama.generation import GenerationSettings, make_sampler
 
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = values_of(self)
         GenerationSettings(max_tokens=values.pop("max_tokens"))
         for name in ("ignore_eos", "on_overflow", "no_speculation", "stop"):
             values.pop(name)
@@ -276,8 +226,7 @@ class SamplingOptions:
             name = str(error).split()[0]
             hint = f"--{name.replace('_', '-')}" if hasattr(self, name) else None
             raise typer.BadParameter(str(error), param_hint=hint) from None
-        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {"logprobs": logprobs, "stop": tuple(self.stop or ())}
+        values: Any = values_of(self) | {"logprobs": logprobs, "stop": tuple(self.stop or ())}
         values["speculation"] = not values.pop("no_speculation")
         options: Options = values
         return options
@@ -292,8 +241,8 @@ class ChatOptions(SamplingOptions):
     tokens and repeated one line. With a penalty of 1.1 all four ended, after 64 to 810 tokens.
     """
 
-    max_tokens: MaxTokens = 1024
-    repetition_penalty: RepetitionPenalty = 1.1
+    max_tokens: int | None = max_tokens_option(1024, "--max-tokens", "-n")
+    repetition_penalty: float = repetition_option(1.1)
 
 
 def require_json(json: bool, logprobs: int | None) -> None:
@@ -319,64 +268,51 @@ def note_specials(tokenizer: Tokenizer, text: str, specials: bool) -> None:
 def with_fields_as_options(verb: Callable[..., None]) -> Callable[..., None]:
     """`verb` with every dataclass parameter replaced by the fields of that dataclass."""
     groups: dict[str, Any] = {}
-    parameters: list[tuple[str, Any, Any]] = []  # name, annotation, default
-    hints = get_type_hints(verb, include_extras=True)
+    shown: list[tuple[str, Any, Any]] = []  # name, type, ParameterInfo
+    hints = get_type_hints(verb)
     for name, parameter in inspect.signature(verb).parameters.items():
-        group = hints[name]
-        if is_dataclass(group):
+        if is_dataclass(group := hints[name]):
             groups[name] = group
-            kinds = get_type_hints(group, include_extras=True)
-            parameters += [
-                (field.name, kinds[field.name], field.default) for field in fields(group)
-            ]
+            kinds = get_type_hints(group)
+            shown += [(f.name, kinds[f.name], f.metadata["info"]) for f in fields(group)]
         else:
-            parameters.append((name, group, parameter.default))
+            shown.append((name, group, parameter.default))
 
     @wraps(verb)
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = group(**{each.name: values.pop(each.name) for each in fields(group)})
         verb(**values)
 
-    shown = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=with_parser(kind)
-        )
-        for name, kind, default in parameters
-    ]
-    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=with_parser(kind, info))
+            for name, kind, info in shown
+        ]
+    )
+    call.__annotations__ = {name: kind for name, kind, _ in shown}
     return call
 
 
-def with_parser(annotation: Any) -> Any:
-    """The annotation of a number or path with `parse_value`: its errors say what was given."""
-    if get_origin(annotation) is not Annotated:
-        return annotation
-    kind, info = get_args(annotation)
-    inner = {kind, *get_args(kind)}
-    value_type = next((each for each in (int, float, Path) if each in inner), None)
-    if value_type is None or not isinstance(info, ParameterInfo):
-        return annotation
-    least, most = info.min, info.max
-    info = copy(info)
-    info.min = info.max = None
-    info.parser = lambda word: parse_value(value_type, least, most, word)
-    return Annotated[kind, info]
+def with_parser(kind: Any, info: ParameterInfo) -> ParameterInfo:
+    """The option of a number or path, with `parse_value`: its errors say what was given."""
+    value_type = next(
+        (each for each in (int, float, Path) if each in {kind, *get_args(kind)}), None
+    )
+    if value_type is not None:
+        info = copy(info)
+        info.parser, info.min = partial(parse_value, value_type, info.min), None
+    return info
 
 
-def parse_value(kind: Any, least: float | None, most: float | None, word: Any) -> Any:
-    """A number between the bounds, or a path. Raises BadParameter."""
+def parse_value(kind: Any, least: float | None, word: Any) -> Any:
+    """A number of at least `least`, or a path. Raises BadParameter."""
     if not isinstance(word, str):
         return word  # a default
     with suppress(ValueError):
         value = kind(word)
-        if word and (least is None or value >= least) and (most is None or value <= most):
+        if word and (least is None or value >= least):
             return value
     expected = {int: "a whole number", float: "a number"}.get(kind, "the name of a file or folder")
-    bounds = [
-        *([] if least is None else [f"at least {least:g}"]),
-        *([] if most is None else [f"at most {most:g}"]),
-    ]
-    limits = f" of {' and '.join(bounds)}" if bounds else ""
-    raise typer.BadParameter(f"expected {expected}{limits}, got {quoted(word)}")
+    limit = "" if least is None else f" of at least {least:g}"
+    raise typer.BadParameter(f"expected {expected}{limit}, got {quoted(word)}")

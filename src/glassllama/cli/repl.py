@@ -1,24 +1,30 @@
-"""The interactive chat on a terminal: reads lines, runs /commands, prints answers."""
+"""The interactive chat: a conversation with a model, /commands, and line editing."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from glassllama.base.errors import GlassError, UntrustedError
+from glassllama.base.errors import GlassError, TokenizerError, UntrustedError
 from glassllama.base.trust import make_folder
-from glassllama.cli.console import note
+from glassllama.cli.console import note, write_file
 from glassllama.cli.errors import print_error, user_message
 from glassllama.cli.options import SamplingOptions
-from glassllama.cli.render import speed_line
-from glassllama.cli.session import ChatSession, Conversation
+from glassllama.cli.render import show_stream, speed_line
+from glassllama.tokenizers.chat import Message, checked_messages
 
+if TYPE_CHECKING:
+    from glassllama.llm import LLM, Completion
+
+MARK = " 4f1c9a"  # makes messages that occur nowhere else
+ANSWER_SHARE = 4  # a quarter of the context stays free for the answer
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 WELCOME = "{name}: type a message, or /help; Ctrl-D leaves"
 HELP = """\
@@ -36,7 +42,131 @@ Ctrl-C               stops an answer; at the prompt, twice leaves
 up, down             earlier lines"""
 HISTORY_LINES = 1000
 PRIVATE = 0o600  # mode of the history file
+OPTION_NAMES = [each.name for each in fields(SamplingOptions)]
 SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+@dataclass
+class Conversation:
+    """An optional system message and the messages of user and assistant, oldest first."""
+
+    system: str | None = None
+    history: list[Message] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[Message]:
+        first = [] if self.system is None else [Message("system", self.system)]
+        return first + self.history
+
+    def shorten(self, count: Callable[[Sequence[Message]], int], max_tokens: int) -> int:
+        """Drop the oldest messages until `count(messages)` <= `max_tokens` -> number dropped.
+
+        The system message and the last message stay; after the system message comes a user's.
+        """
+        before = len(self.history)
+        while len(self.history) > 1 and count(self.messages) > max_tokens:
+            del self.history[0]
+            while len(self.history) > 1 and self.history[0].role != "user":
+                del self.history[0]
+        return before - len(self.history)
+
+    def save(self, path: Path) -> None:
+        """Write the messages as JSON, in the form of chat APIs."""
+        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        write_file(path, json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Conversation:
+        """Read what `save` wrote. Raises GlassError with the file and the message."""
+        if path.exists() and not path.is_file():
+            raise GlassError(f"{path}: is not a regular file")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise GlassError(f"{path}: not a saved conversation ({error})") from None
+        entries = document.get("messages") if isinstance(document, dict) else None
+        if not isinstance(entries, list):
+            raise GlassError(f"{path}: not a saved conversation (no list 'messages')")
+        try:
+            messages = checked_messages(entries) if entries else []
+        except GlassError as error:
+            raise GlassError(f"{path}: {error}") from None
+        system = [m.content for m in messages if m.role == "system"]
+        history = [m for m in messages if m.role != "system"]
+        return cls(system=system[0] if system else None, history=history)
+
+
+@dataclass
+class ChatSession:
+    """A model, a conversation, and the options for its answers."""
+
+    llm: LLM
+    conversation: Conversation
+    sampling: SamplingOptions
+
+    def ask(self, question: str) -> Completion:
+        """Print the answer while it is generated; add both to the conversation.
+
+        Of an answer that Ctrl-C stops, the printed part is kept; a question without an answer is
+        removed.
+        """
+        history, shown = self.conversation.history, list[str]()
+        history.append(Message("user", question))
+        self._shorten()
+        try:
+            messages, options = self.conversation.messages, self.sampling.options()
+            return show_stream(
+                lambda bar: self.llm.stream_chat(messages, progress=bar, **options), shown
+            )
+        finally:
+            if shown:
+                history.append(Message("assistant", "".join(shown)))
+            else:
+                history.pop()
+
+    @property
+    def context(self) -> int:
+        """Maximum tokens of the conversation and its next answer."""
+        return self.llm.executor.config.max_seq_len
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Tokens of the messages, as the model reads them."""
+        return len(self.llm.encode_chat(messages))
+
+    def text_before_first_message(self) -> str:
+        """What the model reads before the first message, without control tokens.
+
+        That is the system message, and what the chat template puts before, around or in place of
+        it. Found by encoding a conversation of two questions: the text before the first that is not
+        before the second belongs to the conversation, not to a message.
+        """
+        roles = ("user", "assistant", "user")
+        contents = [f"{role}{MARK}" for role in roles]
+        sample = replace(self.conversation, history=[*map(Message, roles, contents)])
+        try:
+            ids = self.llm.encode_chat(sample.messages)
+        except TokenizerError:
+            return ""  # the template does not accept this conversation
+        text = self.llm.tokenizer.decode(ids)
+        before, _, rest = text.partition(contents[0])
+        between = rest.partition(contents[1])[2].partition(contents[2])[0]
+        while before and between and before[-1] == between[-1]:
+            before, between = before[:-1], between[:-1]
+        for control in sorted(self.llm.tokenizer.specials, key=len, reverse=True):
+            before = before.replace(control, "")
+        return before.strip().removeprefix("system").strip()
+
+    def _shorten(self) -> None:
+        answer = min(self.sampling.max_tokens or self.context, self.context // ANSWER_SHARE)
+        dropped = self.conversation.shorten(self.count, self.context - answer)
+        if dropped:
+            note(
+                f"(the context of {self.context:,} tokens is full: the oldest {dropped} messages "
+                "were dropped)"
+            )
+
+
+# --- reading lines and commands -------------------------------------------------------------------
 
 
 class Leave(Exception):
@@ -48,16 +178,8 @@ class Repl:
 
     def __init__(self, session: ChatSession) -> None:
         self.session = session
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: print(HELP),
-            "/set": self.set,
-            "/system": self.system,
-            "/show": self.show,
-            "/save": self.save,
-            "/load": self.load,
-            "/clear": self.clear,
-            "/bye": self.bye,
-        }
+        names = "help set system show save load clear bye".split()
+        self.commands: dict[str, Callable[[str], None]] = {f"/{n}": getattr(self, n) for n in names}
 
     def run(self) -> None:
         note(WELCOME.format(name=self.session.llm.name))
@@ -96,9 +218,12 @@ class Repl:
             raise GlassError(f"{name} is not a command; there are {' '.join(self.commands)}")
         self.commands[name](argument.strip())
 
+    def help(self, _: str) -> None:
+        print(HELP)
+
     def set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
-        names = [require_option(name)] if name else option_names()
+        names = [require_option(name)] if name else OPTION_NAMES
         if value:
             self.session.sampling = with_option(self.session.sampling, names[0], value.strip())
         for name in names:
@@ -193,15 +318,11 @@ def limits(sampling: SamplingOptions) -> str:
     return f"answers {length}, repetition penalty {penalty:g}; /set shows and changes this"
 
 
-def option_names() -> list[str]:
-    return [field.name for field in fields(SamplingOptions)]
-
-
 def require_option(name: str) -> str:
     """`name` as a field of SamplingOptions. Raises GlassError."""
     name = name.replace("-", "_")
-    if name not in option_names():
-        raise GlassError(f"{name} is not an option; there are {' '.join(option_names())}")
+    if name not in OPTION_NAMES:
+        raise GlassError(f"{name} is not an option; there are {' '.join(OPTION_NAMES)}")
     return name
 
 
@@ -213,26 +334,24 @@ def with_option(sampling: SamplingOptions, name: str, typed: str) -> SamplingOpt
     return new
 
 
+READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("on or off", lambda typed: SWITCH[typed.lower()]),
+    int: ("a whole number", int),
+    float: ("a number", float),
+    list[str]: ("texts, in quotes if they contain spaces", lambda t: shlex.split(t) or [t]),
+}
+
+
 def read_value(name: str, kind: Any, typed: str) -> Any:
     """The typed text as a value of type `kind`."""
     kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
     if typed == "none" and NoneType in kinds:
         return None
-    kind, expected = kinds[0], "a number"
+    words = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
+    choices = (" or ".join(words), {word: word for word in words}.__getitem__)
+    expected, read = choices if words else READERS[kinds[0]]
     try:
-        if get_origin(kind) is Literal:
-            expected = " or ".join(get_args(kind))
-            return {choice: choice for choice in get_args(kind)}[typed]
-        if kind is bool:
-            expected = "on or off"
-            return SWITCH[typed.lower()]
-        if kind == list[str]:
-            expected = "texts, in quotes if they contain spaces"
-            return shlex.split(typed) or [typed]
-        if kind is int:
-            expected = "a whole number"
-            return int(typed)
-        return float(typed)
+        return read(typed)
     except (ValueError, KeyError):
         raise GlassError(f"{name}: expected {expected}, got {typed or 'nothing'}") from None
 

@@ -4,130 +4,90 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from glassllama.base.errors import GlassError
 from glassllama.cli.console import naming, note, print_json, print_table, progress_bars
-from glassllama.cli.options import Json
+from glassllama.cli.options import JSON
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
-    from glassllama.tokenizers.backend import Merge
     from glassllama.tokenizers.train import TrainedBPE
 
+Format = Literal["hf", "meta", "both"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 WRITTEN = (*TOKENIZER_FILES, "tokenizer_config.json", "vocabulary.tsv")
 
 
-class Format(StrEnum):
-    hf = "hf"
-    meta = "meta"
-    both = "both"
-
-
-class SplitName(StrEnum):
-    llama3 = "llama3"
-    gpt2 = "gpt2"
-    smollm = "smollm"
-    qwen2 = "qwen2"
-
-
-Texts = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="TEXT...", help="UTF-8 texts, .jsonl files (field 'text'), or folders of them."
+def train_tokenizer(
+    texts: list[Path] = typer.Argument(
+        ..., metavar="TEXT...",
+        help="UTF-8 texts, .jsonl files (field 'text'), or folders of them.",
     ),
-]
-VocabSize = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Tokens in all, including 256 bytes and special tokens."),
-]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")]
-FormatOption = Annotated[
-    Format,
-    typer.Option(
-        metavar="NAME",
+    vocab_size: int = typer.Option(
+        ..., min=1, metavar="N", help="Tokens in all, including 256 bytes and special tokens."
+    ),
+    out: Path = typer.Option(..., "--out", "-o", metavar="FOLDER", help="Where the files go."),
+    format: Format = typer.Option(
+        "hf", metavar="NAME",
         help="hf: tokenizer.json. meta: Llama 3's tokenizer.model, with its 256 special tokens. "
         "both.",
     ),
-]
-Special = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TEXT",
+    special: list[str] | None = typer.Option(
+        None, metavar="TEXT", show_default="<|begin_of_text|> and <|end_of_text|>",
         help="A special token; may be given several times.",
-        show_default="<|begin_of_text|> and <|end_of_text|>",
     ),
-]
-SplitOption = Annotated[
-    SplitName,
-    typer.Option(metavar="NAME", help="Pretokenizer: llama3, gpt2, smollm or qwen2."),
-]
-ShowMerges = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Show the first N merges and where they occur.")
-]
-
-
-def train_tokenizer(
-    texts: Texts,
-    vocab_size: VocabSize,
-    out: Out,
-    format: FormatOption = Format.hf,
-    special: Special = None,
-    split: SplitOption = SplitName.llama3,
-    show_merges: ShowMerges = 0,
-    json: Json = False,
-) -> None:
+    split: Literal["llama3", "gpt2", "smollm", "qwen2"] = typer.Option(
+        "llama3", metavar="NAME", help="Pretokenizer: llama3, gpt2, smollm or qwen2."
+    ),
+    show_merges: int = typer.Option(
+        0, min=0, metavar="N", help="Show the first N merges and where they occur."
+    ),
+    json: bool = JSON,
+) -> None:  # fmt: skip
     """Train a vocabulary on texts: byte-pair encoding, as for Llama 3.
 
     Prints the folder; verbs that need only a tokenizer take it as a model.
     """
+    from glassllama.tokenizers.train import train_bpe, visible
+    from glassllama.weights.tokenizer import BACKEND
+
     specials = special_tokens(format, special)
     require_free(out)
     start = time.perf_counter()
-    trained = train_with_bars(texts, vocab_size, specials, split.value)
+    with progress_bars() as bar:
+        reading, progress = bar("reading", "bytes"), bar("training", "tokens")
+        pieces = read(texts, reading)
+        trained = train_bpe(
+            pieces, vocab_size, specials, split=split, progress=progress, backend=BACKEND
+        )
     files = [path.name for path in save(trained, out, format)]
     seconds = round(time.perf_counter() - start, 2)
-    shown = [merge_facts(trained, merge) for merge in trained.merges[:show_merges]]
+    first: list[dict[str, Any]] = []
+    for merge in trained.merges[:show_merges]:
+        ids = {"left": merge.left, "right": merge.right, "token": merge.joined}
+        written = {name: visible(trained.tokens[id]) for name, id in ids.items()}
+        examples = [visible(word) for word in merge.examples]
+        first.append({"id": merge.joined, **written, "count": merge.count, "examples": examples})
     if json:
         sizes = {"vocab_size": vocab_size, "merges": len(trained.merges), "seconds": seconds}
-        print_json({"folder": str(out), "files": files, **sizes, "first_merges": shown})
+        print_json({"folder": str(out), "files": files, **sizes, "first_merges": first})
         return
-    if shown:
-        print_merges(shown)
+    if first:
+        rows = [
+            (id, f"{left} + {right}", token, count, " ".join(examples))
+            for id, left, right, token, count, examples in map(dict.values, first)
+        ]
+        print_table(["id>", "pair", "token", "count>", "as in"], rows)
     print(out)
     note(f"{vocab_size:,} tokens trained in {seconds} s: {', '.join(files)}")
 
 
-def print_merges(merges: Sequence[dict[str, Any]]) -> None:
-    rows = [
-        (m["id"], f"{m['left']} + {m['right']}", m["token"], m["count"], " ".join(m["examples"]))
-        for m in merges
-    ]
-    print_table(["id>", "pair", "token", "count>", "as in"], rows)
-
-
-def train_with_bars(
-    paths: Sequence[Path], vocab_size: int, specials: Sequence[str], split: str
-) -> TrainedBPE:
-    """Read and train, with progress bars. Raises GlassError if there is nothing to read."""
-    from glassllama.tokenizers.train import train_bpe
-    from glassllama.weights.tokenizer import BACKEND
-
-    with progress_bars() as bar:
-        reading, merging = bar("reading", "bytes"), bar("training", "tokens")
-        texts = read(paths, reading)
-        return train_bpe(
-            texts, vocab_size, specials, split=split, progress=merging, backend=BACKEND
-        )
-
-
 def read(paths: Sequence[Path], progress: Progress | None) -> Iterator[str]:
-    """The texts of files and folders, in pieces."""
+    """The texts of files and folders, in pieces. Raises GlassError if there are none."""
     from glassllama.train.corpus import read_texts, text_files
 
     files = [file for path in paths for file in text_files(path)]
@@ -145,10 +105,10 @@ def special_tokens(format: Format, special: list[str] | None) -> Sequence[str]:
     """The special tokens of a file format; Meta's are fixed."""
     from glassllama.tokenizers.tiktoken_file import special_token_names
 
-    if format is Format.hf:
+    if format == "hf":
         return ("<|begin_of_text|>", "<|end_of_text|>") if special is None else special
     if special:
-        hint = f"not with --format {format.value}: Meta's format has its own special tokens"
+        hint = f"not with --format {format}: Meta's format has its own special tokens"
         raise typer.BadParameter(hint, param_hint="--special")
     return special_token_names()
 
@@ -168,19 +128,10 @@ def save(trained: TrainedBPE, folder: Path, format: Format) -> list[Path]:
     new_files = [folder / name for name in WRITTEN if not (folder / name).exists()]
     try:
         with naming(folder):
-            return trained.save(folder, format.value)
+            return trained.save(folder, format)
     except BaseException:
         for path in new_files:
             path.unlink(missing_ok=True)
         if new_folder and folder.is_dir():
             folder.rmdir()
         raise
-
-
-def merge_facts(trained: TrainedBPE, merge: Merge) -> dict[str, Any]:
-    from glassllama.tokenizers.train import visible
-
-    parts = {"left": merge.left, "right": merge.right, "token": merge.joined}
-    written = {name: visible(trained.tokens[id]) for name, id in parts.items()}
-    seen = [visible(word) for word in merge.examples]
-    return {"id": merge.joined, **written, "count": merge.count, "examples": seen}

@@ -7,10 +7,9 @@ import shutil
 import sys
 import tempfile
 import webbrowser
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -24,82 +23,55 @@ from glassllama.cli.console import (
     write,
     write_file,
 )
-from glassllama.cli.options import Json, ModelOptions, Specials, note_specials
+from glassllama.cli.options import JSON, SPECIALS, ModelOptions, note_specials
 
 if TYPE_CHECKING:
     from glassllama.base.interfaces import Progress
     from glassllama.walkthrough.mistakes import Comparison
     from glassllama.walkthrough.step import Step
-    from glassllama.walkthrough.text import Layout
     from glassllama.walkthrough.walkthrough import Walkthrough
 
 MIN_WIDTH, UNKNOWN_WIDTH = 60, 80  # columns
-
-Html = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the walkthrough as an HTML page."),
-]
-OpenPage = Annotated[
-    bool, typer.Option("--open", help="Open the HTML page in a browser, at --step.")
-]
-FullLayers = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LIST",
-        help="Layers with all their tensors in a page or --json: 0,5,29 or all.",
-        show_default="the one of --layer",
-    ),
-]
-
-
-class Correctness(StrEnum):
-    right = "right"
-    wrong = "wrong"
-
-
-StreamLayers = Annotated[
-    bool,
-    typer.Option(
-        "--stream-layers", help="Keep one layer in memory at a time: for models larger than memory."
-    ),
-]
-NoMask = Annotated[
-    bool, typer.Option("--no-mask", help="Show the mistake: attention without the causal mask.")
-]
-RopeLayout = Annotated[
-    Correctness,
-    typer.Option(metavar="wrong", help="Show the mistake: RoPE rotates the wrong coordinates."),
-]
-Scale = Annotated[
-    Correctness,
-    typer.Option(metavar="wrong", help="Show the mistake: scores are not divided by √D."),
-]
+Correctness = Literal["right", "wrong"]
 
 
 def walkthrough(
     which: ModelOptions,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help="The text; read from stdin if it is left out."),
-    ] = None,
-    layer: Annotated[int, typer.Option(metavar="N", help="The layer to show.")] = 0,
-    head: Annotated[int, typer.Option(metavar="N", help="The attention head to show.")] = 0,
-    step: Annotated[
-        int | None, typer.Option(metavar="N", help="Only this step.", show_default="all, 0 to 17")
-    ] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="Print text for a terminal: the default.")
-    ] = False,
-    json: Json = False,
-    html: Html = None,
-    open_page: OpenPage = False,
-    layers: FullLayers = None,
-    specials: Specials = False,
-    stream_layers: StreamLayers = False,
-    no_mask: NoMask = False,
-    rope_layout: RopeLayout = Correctness.right,
-    scale: Scale = Correctness.right,
-) -> None:
+    prompt: str | None = typer.Argument(
+        None, metavar="PROMPT", help="The text; read from stdin if it is left out."
+    ),
+    layer: int = typer.Option(0, metavar="N", help="The layer to show."),
+    head: int = typer.Option(0, metavar="N", help="The attention head to show."),
+    step: int | None = typer.Option(
+        None, metavar="N", help="Only this step.", show_default="all, 0 to 17"
+    ),
+    text: bool = typer.Option(False, "--text", help="Print text for a terminal: the default."),
+    json: bool = JSON,
+    html: Path | None = typer.Option(
+        None, metavar="FILE", help="Write the walkthrough as an HTML page."
+    ),
+    open_page: bool = typer.Option(
+        False, "--open", help="Open the HTML page in a browser, at --step."
+    ),
+    layers: str | None = typer.Option(
+        None, metavar="LIST", show_default="the one of --layer",
+        help="Layers with all their tensors in a page or --json: 0,5,29 or all.",
+    ),
+    specials: bool = SPECIALS,
+    stream_layers: bool = typer.Option(
+        False, "--stream-layers",
+        help="Keep one layer in memory at a time: for models larger than memory.",
+    ),
+    no_mask: bool = typer.Option(
+        False, "--no-mask", help="Show the mistake: attention without the causal mask."
+    ),
+    rope_layout: Correctness = typer.Option(
+        "right", metavar="wrong", help="Show the mistake: RoPE rotates the wrong coordinates."
+    ),
+    scale: Correctness = typer.Option(
+        "right", metavar="wrong", help="Show the mistake: scores are not divided by √D."
+    ),
+) -> None:  # fmt: skip
     """Follow a prompt through a model: 18 steps from bytes to the next token.
 
     Every step shows its numbers, the lines of source code that compute them, and a check that they
@@ -115,14 +87,16 @@ def walkthrough(
         raise GlassError(f"--html {html}: expected the name of a file in an existing folder")
     wrong = {"no-mask": no_mask, "rope-layout": rope_layout == "wrong", "scale": scale == "wrong"}
     mistakes = [name for name, chosen in wrong.items() if chosen]
+    prompt = text_or_stdin(prompt, "PROMPT", MAX_PROMPT_BYTES)
     options = {"layer": layer, "head": head, "stream_layers": stream_layers, "specials": specials}
-    walk = start(which, text_or_stdin(prompt, "PROMPT", MAX_PROMPT_BYTES), step, options)
+    walk = start(which, prompt, step, options)
     if walk.tokenizer is not None:
         note_specials(walk.tokenizer, walk.prompt or "", specials)
+    full = full_layers(layers, walk)
     if to_page:
-        show_page(walk, mistakes, step, full_layers(layers, walk), html, open_page)
+        show_page(walk, to_object(walk, mistakes, None, full), step or 0, html, open_page)
     elif json:
-        print_object(walk, mistakes, step, full_layers(layers, walk))
+        print_json(to_object(walk, mistakes, step, full))
     elif mistakes:
         for comparison in comparisons(walk, mistakes):
             print_text(comparison)
@@ -130,24 +104,10 @@ def walkthrough(
         print_steps(walk, step)
 
 
-def require_one_form(chosen: dict[str, bool]) -> None:
-    """At most one form of output."""
-    first, *others = [option for option, given in chosen.items() if given] or [""]
+def require_one_form(forms: dict[str, bool]) -> None:
+    first, *others = [form for form, given in forms.items() if given] or [""]
     if others:
         raise typer.BadParameter(f"not together with {first}", param_hint=others[0])
-
-
-def full_layers(layers: str | None, walk: Walkthrough) -> list[int] | None:
-    """`0,5,29` or `all` -> numbers of the model's layers; None: not given."""
-    if layers is None:
-        return None
-    count = walk.config.n_layers
-    if layers == "all":
-        return list(range(count))
-    numbers = layers.split(",")
-    if not all(n.strip().isdecimal() and int(n) < count for n in numbers):
-        raise GlassError(f"--layers {layers}: expected 'all' or numbers from 0 to {count - 1}")
-    return sorted({int(n) for n in numbers} | {walk.layer})
 
 
 def start(
@@ -165,29 +125,31 @@ def start(
 
     if step is not None:
         require_step(step)
-
+    path = which.path()
     with progress_bars() as bar:
-        return open_walkthrough(
-            which.path(),
-            prompt,
-            name=which.model,
-            **options,
-            progress=bar(f"loading {which.model}", "tensors"),
-        )
+        progress = bar(f"loading {which.model}", "tensors")
+        return open_walkthrough(path, prompt, name=which.model, progress=progress, **options)
 
 
-def layout() -> Layout:
-    from glassllama.walkthrough.text import Layout
-
-    color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
-    columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns
-    return Layout(max(columns, MIN_WIDTH), color=color)
+def full_layers(layers: str | None, walk: Walkthrough) -> list[int] | None:
+    """`0,5,29` or `all` -> numbers of the model's layers; None: not given."""
+    if layers is None:
+        return None
+    count = walk.config.n_layers
+    if layers == "all":
+        return list(range(count))
+    numbers = layers.split(",")
+    if not all(n.strip().isdecimal() and int(n) < count for n in numbers):
+        raise GlassError(f"--layers {layers}: expected 'all' or numbers from 0 to {count - 1}")
+    return sorted({int(n) for n in numbers} | {walk.layer})
 
 
 def print_text(shown: Step | Comparison) -> None:
-    from glassllama.walkthrough.text import render
+    from glassllama.walkthrough.text import Layout, render
 
-    write(render(shown, layout()) + "\n")
+    color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
+    columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns
+    write(render(shown, Layout(max(columns, MIN_WIDTH), color=color)) + "\n")
 
 
 def print_steps(walk: Walkthrough, step: int | None) -> None:
@@ -218,40 +180,26 @@ def comparisons(walk: Walkthrough, mistakes: list[str]) -> list[Comparison]:
     return done
 
 
-def print_object(
+def to_object(
     walk: Walkthrough, mistakes: list[str], step: int | None, full: list[int] | None
-) -> None:
+) -> dict[str, Any]:
+    """The walkthrough as JSON has it: all steps or one, and the comparisons after them."""
     from glassllama.walkthrough.export import to_json
 
-    done = comparisons(walk, mistakes)
+    done, steps = comparisons(walk, mistakes), None if step is None else [step]
     with progress_bars() as bar:
-        walked = to_json(
-            walk,
-            layers=full,
-            steps=None if step is None else [step],
-            mistakes=done,
-            progress=bar("computing", "steps"),
-        )
-    print_json(walked)
+        progress = bar("computing", "steps")
+        return to_json(walk, layers=full, steps=steps, mistakes=done, progress=progress)
 
 
 def show_page(
-    walk: Walkthrough,
-    mistakes: list[str],
-    step: int | None,
-    full: list[int] | None,
-    html: Path | None,
-    open_page: bool,
+    walk: Walkthrough, walked: dict[str, Any], step: int, html: Path | None, open_page: bool
 ) -> None:
     """Write the page to `html`, or to a temporary file that is not deleted, and print its path."""
-    from glassllama.walkthrough.export import html_page, to_json
+    from glassllama.walkthrough.export import html_page
 
-    done = comparisons(walk, mistakes)
-    with progress_bars() as bar:
-        walked = to_json(walk, layers=full, mistakes=done, progress=bar("computing", "steps"))
-    page = html_page(walk, walked, start=step or 0)
     path = html or Path(tempfile.mkdtemp(prefix="glassllama-")) / "walkthrough.html"
-    write_file(path, page)
+    write_file(path, html_page(walk, walked, start=step))
     write(f"{path}\n")
     if open_page and not webbrowser.open(path.absolute().as_uri()):
         raise GlassError(f"no browser was found: open {path} in one")

@@ -16,10 +16,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,8 @@ from torch import Tensor
 from glassllama.base.errors import TrainingError, quoted
 from glassllama.base.fields import Fields
 from glassllama.train.distributed import accept_full_tensors, is_sharded
-from glassllama.train.model_factory import as_module
-from glassllama.train.run import Progress, Run, require_same_run
+from glassllama.train.run import Progress, Run
+from glassllama.train.settings import require_same_run
 from glassllama.weights.model_files import read_json
 from glassllama.weights.save import save_model, save_tensors
 
@@ -143,7 +143,7 @@ def publish(checkpoint: Path, folder: Path) -> None:
 @contextmanager
 def eval_weights(run: Run) -> Iterator[None]:
     """Inside, the model has its averaged weights, if there are any, and is not trained."""
-    with nullcontext() if run.ema is None else run.ema.in_place():
+    with run.averaged():
         if run.dist.is_single:
             yield
             return
@@ -159,7 +159,7 @@ def save(run: Run) -> None:
     Every rank writes its rows of the tensors, rank 0 everything else.
     """
     state, step = training_state(run), run.progress.step
-    with nullcontext() if run.ema is None else run.ema.in_place():
+    with run.averaged():
         model = run.model
         if not run.dist.is_single:
             from glassllama.train.sharding import gathered_model
@@ -197,14 +197,15 @@ def write_state(run: Run, state: Mapping[str, Tensor], folder: Path) -> None:
     write_shards(folder / SHARDS, state)
 
 
+def live_state(run: Run) -> dict[str, Tensor]:
+    """All tensors that the next step depends on, by name."""
+    weights = {f"weights.{name}": p.detach() for name, p in run.model.named_parameters()}
+    return weights | run.optimizers.state() | ({} if run.ema is None else run.ema.state())
+
+
 def training_state(run: Run) -> dict[str, Tensor]:
-    """Copies of all tensors that the next step depends on, by name."""
-    parameters = as_module(run.model).named_parameters()
-    state = {f"weights.{name}": weight.detach() for name, weight in parameters}
-    state |= run.optimizers.state()
-    if run.ema is not None:
-        state |= run.ema.state()
-    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    """Copies of these tensors."""
+    return {name: tensor.contiguous().clone() for name, tensor in live_state(run).items()}
 
 
 # --- resuming -------------------------------------------------------------------------------
@@ -227,9 +228,9 @@ def resume(run: Run, checkpoint: Path) -> None:
     TrainingError: another run, with what differs; damage.
     """
     refuse_pickles(checkpoint)
-    state = read_state(checkpoint)
-    run.extended = require_same_run(str(checkpoint), state.identity, run.identity())
-    tensors, shards = empty_state(run), checkpoint / SHARDS
+    progress, identity = read_state(checkpoint)
+    run.extended = require_same_run(str(checkpoint), identity, run.identity())
+    tensors, shards = training_state(run), checkpoint / SHARDS
     if shards.exists():
         from glassllama.train.sharding import read_shards
 
@@ -237,14 +238,11 @@ def resume(run: Run, checkpoint: Path) -> None:
     else:
         with accept_full_tensors(not run.dist.is_single):
             read_tensors(checkpoint / TENSORS, tensors)
-    require_sound(checkpoint, tensors, state.progress.step)
+    require_sound(checkpoint, tensors, progress.step)
     with torch.no_grad():
-        for name, weight in as_module(run.model).named_parameters():
-            weight.copy_(tensors[f"weights.{name}"])
-    run.optimizers.load_state(tensors)
-    if run.ema is not None:
-        run.ema.load_state(tensors)
-    run.progress = state.progress
+        for name, tensor in live_state(run).items():
+            tensor.copy_(tensors[name])
+    run.progress = progress
 
 
 def refuse_pickles(checkpoint: Path) -> None:
@@ -255,21 +253,6 @@ def refuse_pickles(checkpoint: Path) -> None:
                 f"{folder}: a checkpoint of torch.distributed by another program: its pickles can "
                 "run any code, so they are not opened; convert the model to safetensors"
             )
-
-
-def empty_state(run: Run) -> dict[str, Tensor]:
-    """Tensors of the names and shapes of `training_state` after a step, to be filled."""
-    parameters = dict(as_module(run.model).named_parameters())
-    names = [*(f"weights.{name}" for name in parameters), *run.optimizers.state_names()]
-    if run.ema is not None:
-        names += run.ema.state()
-    empty = {}
-    for name in names:
-        owner = max((each for each in parameters if name.endswith(f".{each}")), key=len)
-        like = torch.empty_like(parameters[owner].detach())
-        is_count = name.startswith("adamw.step.")
-        empty[name] = torch.zeros((), device=like.device) if is_count else like
-    return empty
 
 
 def read_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
@@ -310,15 +293,8 @@ def require_sound(checkpoint: Path, tensors: Mapping[str, Tensor], step: int) ->
         raise TrainingError(f"{checkpoint}: {name} has {problem}: {REMEDY}")
 
 
-class State(NamedTuple):
-    """The content of state.json."""
-
-    progress: Progress
-    identity: Mapping[str, Any]
-
-
-def read_state(checkpoint: Path) -> State:
-    """state.json of a checkpoint.
+def read_state(checkpoint: Path) -> tuple[Progress, Mapping[str, Any]]:
+    """The progress and the identity of the run in state.json.
 
     Raises TrainingError: another format, incomplete, impossible values; ConfigError: missing, not
     JSON.
@@ -341,14 +317,13 @@ def read_state(checkpoint: Path) -> State:
         identity.whole("schedule.steps")
     except TrainingError as error:
         raise TrainingError(f"{error}: {REMEDY}") from None
-    return State(progress, identity.values)
+    return progress, identity.values
 
 
 def read_progress(get: Fields) -> Progress:
-    step = get.whole("step", least=0)
+    step, seconds = get.whole("step", least=0), get.number("seconds", least=0.0)
     best_step = get.whole("best_step", None, least=0, most=step)
     best_loss = get.number("best_loss", None)
     if (best_step is None) != (best_loss is None):
         raise TrainingError(f"{get.place}: best_step and best_loss belong together")
-    seconds = get.number("seconds", least=0.0)
     return Progress(step=step, seconds=seconds, best_step=best_step, best_loss=best_loss)

@@ -100,22 +100,15 @@ class DistContext:
 SINGLE_PROCESS = DistContext()
 
 
-def torchrun_rank() -> tuple[int, int]:
-    """(rank, number of ranks) from torchrun's environment; (0, 1) without it."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_torchelastic_launched():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 @contextmanager
 def connect_ranks(device: str) -> Iterator[DistContext]:
     """Inside, the ranks are connected: by gloo on CPUs, by NCCL on GPUs.
 
     Raises ConfigError if `device` cannot be shared, TrainingError if a rank is lost.
     """
-    rank, world = torchrun_rank()
-    if world == 1:
+    torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    rank, world = (int(os.environ[name]) if torchrun else 0 for name in ("RANK", "WORLD_SIZE"))
+    if world <= 1:
         yield SINGLE_PROCESS
         return
     if device not in BACKENDS:

@@ -1,4 +1,7 @@
-"""The training loop: batch, loss, gradients, step; at times validation, samples, checkpoints."""
+"""The training loop: batch, loss, gradients, step; at times validation, samples, checkpoints.
+
+Shapes: B batch, T tokens, C model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,31 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
 
 from glassllama.base.errors import TrainingError
-from glassllama.train.batches import IGNORED, Batch
+from glassllama.generation.sampler import make_sampler
+from glassllama.models.language_model import LanguageModel
 from glassllama.train.checkpoint import eval_weights, save
+from glassllama.train.corpus import Data
 from glassllama.train.distributed import DistContext, full_tensor
-from glassllama.train.evaluate import Score, evaluate, sample, summed_loss
-from glassllama.train.metrics import Listener, LoggedMetrics, MetricsLog, StepMetrics
+from glassllama.train.metrics import Listener, LoggedMetrics, LossMonitor, MetricsLog, StepMetrics
+from glassllama.train.model import autocast
 from glassllama.train.optimizers import lr_factor
-from glassllama.train.precision import autocast
-from glassllama.train.reference_runs import LossMonitor
 from glassllama.train.run import Run
+from glassllama.train.tokens import IGNORED, Batch, every_window
 
+EVAL_POSITIONS = 8192  # positions of a batch of validation windows
+TEMPERATURE = 0.8  # of samples
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ADVICE = (
     "resume from the last checkpoint with a lower optimizer.lr, a longer schedule.warmup or a "
@@ -94,7 +105,7 @@ def train_steps(
             raise TrainingError(
                 f"step {metrics.step}: validation loss is {score.val_loss:g}; {ADVICE}"
             )
-        logged = LoggedMetrics(**vars(metrics), **({} if score is None else vars(score)))
+        logged = LoggedMetrics(**vars(metrics), **(vars(score) if score else {}))
         if log is not None:
             log.write(logged)
         listener.on_step(logged)
@@ -134,14 +145,9 @@ def train_step(run: Run) -> StepMetrics:
     took = time.perf_counter() - started
     progress.seconds += took
     return StepMetrics(
-        step=progress.step,
-        loss=loss,
-        lr=lr,
-        grad_norm=norm,
-        tokens=progress.step * run.tokens_per_step,
-        tok_s=run.tokens_per_step / took,
-        seconds=progress.seconds,
-    )
+        step=progress.step, loss=loss, lr=lr, grad_norm=norm, seconds=progress.seconds,
+        tokens=progress.step * run.tokens_per_step, tok_s=run.tokens_per_step / took,
+    )  # fmt: skip
 
 
 def seed_dropout(seed: int, device: str) -> None:
@@ -185,17 +191,119 @@ def clip_gradients(run: Run, limit: float) -> float:
     return float(norm)
 
 
+def summed_loss(model: LanguageModel, h: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """(B, T, C) hidden states, (B, T) targets -> the sum of -log p over all targets, float32.
+
+    With a vocabulary of 128,000 the logits of a batch would be by far its largest tensor. Here
+    logits of `chunk` positions exist at once: the backward pass recomputes those of each chunk
+    from its hidden states.
+    """
+    h, targets = h.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
+    if len(h) <= chunk:
+        return chunk_loss(model, h, targets)
+    losses = [
+        checkpoint(chunk_loss, model, *piece, use_reentrant=False)
+        for piece in zip(h.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def chunk_loss(model: LanguageModel, h: Tensor, targets: Tensor) -> Tensor:
+    logits = model.logits(h).float()  # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+# --- validation -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """`val_loss` in nats per token; `val_error`: its standard error over random windows."""
+
+    val_loss: float
+    val_error: float
+    bits_per_byte: float
+
+
 def evaluate_run(run: Run) -> Score:
-    """The score of the model, or of its averaged weights, on the validation split."""
-    with eval_weights(run), autocast(run.model, run.settings.run):
-        context = run.settings.data.context
-        return evaluate(run.model, run.data.val, context, run.data.tokenizer, run.dist)
+    """The score of the model, or of its averaged weights, on the validation split.
+
+    Windows of `context` tokens cover all of it, each target once. Every rank computes its share of
+    the windows; all get the same score.
+    """
+    s, sums, counts = run.settings, [], []
+    windows = every_window(run.data.val, s.data.context, max(1, EVAL_POSITIONS // s.data.context))
+    # Not inference_mode: sharded weights gathered in it could not be trained afterwards.
+    with evaluating(run) as model, torch.no_grad(), autocast(model, s.run):
+        for batch in windows:
+            ours = rows_of_rank(batch, run.dist)
+            [(ids, targets, segments)] = microbatches(ours, 1, s.run.device)
+            h = model.hidden(ids, segments=segments)  # (B, T, C)
+            rows = zip(h.split(1), targets.split(1), strict=True)
+            losses = torch.stack([summed_loss(model, *row, EVAL_POSITIONS) for row in rows])  # (B,)
+            sums.append(of_all_ranks(losses, run.dist)[: len(batch.ids)])
+            counts.append((batch.targets != IGNORED).sum(axis=1))
+    return score_of(torch.cat(sums).double().cpu().numpy(), np.concatenate(counts), run.data)
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[LanguageModel]:
+    """Inside, the model has its averaged weights, if there are any, and no dropout."""
+    training = run.model.training
+    with eval_weights(run):
+        run.model.eval()
+        yield run.model
+        run.model.train(training)
+
+
+def rows_of_rank(batch: Batch, dist: DistContext) -> Batch:
+    """Every world-th row; equally many for all ranks, so that some of the last rows repeat."""
+    if dist.is_single:
+        return batch
+    rows = np.arange(dist.rank, dist.rank + len(batch.ids), dist.world)
+    rows = np.minimum(rows, len(batch.ids) - 1)
+    segments = None if batch.segments is None else batch.segments[rows]
+    return Batch(batch.ids[rows], batch.targets[rows], segments)
+
+
+def of_all_ranks(values: Tensor, dist: DistContext) -> Tensor:
+    """(n,) of the rows of this rank -> (n · world,) of all ranks, in the rows' order."""
+    table = values.new_zeros(len(values), dist.world)
+    table[:, dist.rank] = values
+    return dist.sum(table).flatten()
+
+
+def score_of(sums: NDArray[np.float64], counts: NDArray[np.int64], data: Data) -> Score:
+    """From the summed loss and the number of targets of each window, (windows,) both."""
+    loss, tokenizer = sums.sum() / counts.sum(), data.tokenizer
+    # Standard error of a ratio of sums: Cochran, Sampling Techniques (1977), section 2.11.
+    rest = sums - loss * counts
+    spread = math.sqrt(float((rest**2).sum()) / max(1, len(sums) - 1) / len(sums))
+    lengths = [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)]
+    bytes_ = int(np.bincount(data.val.ids, minlength=tokenizer.vocab_size) @ np.array(lengths))
+    return Score(
+        val_loss=float(loss),
+        val_error=spread / float(counts.mean()),
+        bits_per_byte=float(loss) / math.log(2) * len(data.val) / bytes_,
+    )
 
 
 def sample_text(run: Run) -> str:
-    """`run.prompt`, continued by the model, or by its averaged weights."""
-    s, tokenizer = run.settings.run, run.data.tokenizer
+    """`run.prompt` and `run.sample_tokens` more, by the model, or by its averaged weights.
+
+    When the context is full, the last half of it is read again into an empty cache.
+    """
+    s, tokenizer, context = run.settings.run, run.data.tokenizer, run.model.config.max_seq_len
     prompt = tokenizer.encode(s.prompt, bos=tokenizer.bos is not None)
-    with eval_weights(run):
-        ids = sample(run.model, prompt, s.sample_tokens, s.seed, tokenizer.vocab_size)
-    return s.prompt + tokenizer.decode(ids)
+    ids, unread = list(prompt), list(prompt)[-context // 2 or -1 :]
+    sampler = make_sampler(temperature=TEMPERATURE, seed=s.seed).start(ids, tokenizer.vocab_size)
+    with evaluating(run) as model, torch.no_grad():
+        cache = model.new_cache(1, context)
+        for _ in range(s.sample_tokens):
+            if cache.lengths[0] + len(unread) > context:
+                cache, unread = model.new_cache(1, context), ids[-(context // 2 or 1) :]
+            h = model.hidden(torch.tensor([unread], device=s.device), cache)  # (1, T, C)
+            logits = model.logits(h[0, -1])[: tokenizer.vocab_size].cpu().numpy()  # (V,)
+            ids.append(sampler.choose(logits))
+            unread = ids[-1:]
+    return s.prompt + tokenizer.decode(ids[len(prompt) :])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glassllama.train.distributed import is_sharded
-from glassllama.train.precision import product_dtype
+from glassllama.train.model import product_dtype
 from glassllama.train.settings import OptimizerSettings, ScheduleSettings
 
 if TYPE_CHECKING:
@@ -64,7 +64,12 @@ class AdamW:
     ) -> None:
         self.param_groups = [{"lr": lr, **group} for group in groups]
         self.betas, self.eps = betas, eps
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        weights = [weight for group in groups for weight in group["params"]]
+        zeros = ((torch.zeros(()), torch.zeros_like(w), torch.zeros_like(w)) for w in weights)
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            weight: dict(zip(STATE, values, strict=True))
+            for weight, values in zip(weights, zeros, strict=True)
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -75,9 +80,7 @@ class AdamW:
 
     def _update(self, weights: list[Tensor], rate: float, decay: float) -> None:
         gradients: list[Tensor] = [w.grad for w in weights if w.grad is not None]
-        counts, means, squares = (
-            list(of) for of in zip(*map(self._state_of, weights), strict=True)
-        )
+        counts, means, squares = ([self.state[w][key] for w in weights] for key in STATE)
         torch._foreach_add_(counts, 1)
         (b1, b2), steps = self.betas, [float(count) for count in counts]
         torch._foreach_mul_(weights, 1 - rate * decay)
@@ -91,12 +94,6 @@ class AdamW:
         torch._foreach_div_(roots, [(1 - b2**t) ** 0.5 for t in steps])
         torch._foreach_add_(roots, self.eps)
         torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - b1**t) for t in steps])
-
-    def _state_of(self, weight: Tensor) -> list[Tensor]:
-        if weight not in self.state:
-            zeros = (torch.zeros(()), torch.zeros_like(weight), torch.zeros_like(weight))
-            self.state[weight] = dict(zip(STATE, zeros, strict=True))
-        return [self.state[weight][key] for key in STATE]
 
 
 # --- Muon -----------------------------------------------------------------------------------
@@ -230,28 +227,13 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on: `adamw.exp_avg.NAME`, …, `muon.momentum.NAME`."""
         tensors = {
-            f"adamw.{key}.{name}": value
+            f"adamw.{key}.{name}": self.adamw.state[self.named[name]][key]
             for name in self.adamw_names
-            for key, value in self.adamw.state[self.named[name]].items()
+            for key in STATE
         }
         if self.muon is not None:
             tensors |= {f"muon.momentum.{n}": t for n, t in self.muon.momentum_by_name().items()}
         return tensors
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in self.adamw_names:
-            state = {key: tensors[f"adamw.{key}.{name}"] for key in STATE}
-            self.adamw.state[self.named[name]] = state
-        if self.muon is not None:
-            for name, momentum in self.muon.momentum_by_name().items():
-                momentum.copy_(tensors[f"muon.momentum.{name}"])
-
-    def state_names(self) -> Iterator[str]:
-        """The names in `state` after the first step."""
-        for name in self.adamw_names:
-            yield from (f"adamw.{key}.{name}" for key in STATE)
-        if self.muon is not None:
-            yield from (f"muon.momentum.{name}" for name in self.muon.momentum_by_name())
 
 
 class EMA:
@@ -273,10 +255,6 @@ class EMA:
 
     def state(self) -> dict[str, Tensor]:
         return {f"average.{name}": mean for name, mean in self.means.items()}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, mean in self.means.items():
-            mean.copy_(tensors[f"average.{name}"])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -21,15 +21,14 @@ from torch import Tensor
 from glassllama.base.errors import QUOTED_CHARACTERS, PreflightError
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.batches import IGNORED, Batch, bytes_of_batch
-from glassllama.train.data import Data
+from glassllama.train.corpus import Data
 from glassllama.train.distributed import SINGLE_PROCESS, DistContext
-from glassllama.train.evaluate import summed_loss
-from glassllama.train.loop import microbatches, train_step
-from glassllama.train.model_factory import as_module, count_parameters, planned_parameters
+from glassllama.train.loop import microbatches, summed_loss, train_step
+from glassllama.train.model import count_parameters, planned_parameters
 from glassllama.train.optimizers import AdamW, Optimizers
 from glassllama.train.run import Progress, Run
 from glassllama.train.settings import Settings
+from glassllama.train.tokens import IGNORED, Batch, bytes_of_batch
 
 ROWS, TOKENS = 4, 32  # of the first batch
 SHIFTS = 8  # wrong targets are looked for up to here
@@ -40,11 +39,7 @@ REPEATS = 150  # steps on one small batch, at most; texts with many characters t
 # random weights (a network with layers, a mere table), and for weights of another model.
 RATES, ENOUGH = (3e-3, 3e-1), 0.5
 GENTLE_RATES, GENTLE_ENOUGH = (3e-4, 3e-3, 3e-1), 0.9
-PROBES, PROBE_TOKENS = (
-    16,
-    48,
-)  # pieces of the validation text that are searched in the training text
-
+PROBES, PROBE_TOKENS = 16, 48  # pieces of validation text that are looked for in training text
 FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # logits of a chunk, their softmax, their gradient
 HEAP = 1.15  # the C library keeps some freed tensors of less than 32 MiB: a seventh, measured
@@ -62,7 +57,7 @@ def preflight(run: Run) -> Iterator[str]:
     ids = torch.from_numpy(batch.ids[:, :TOKENS]).to(run.settings.run.device)
     targets = torch.from_numpy(batch.targets[:, :TOKENS]).to(ids.device)
     twin = copy.deepcopy(run.model)
-    as_module(twin).eval()
+    twin.eval()
     check_future(twin, ids)
     if batch.segments is not None:
         check_documents(twin, ids)
@@ -180,12 +175,12 @@ def check_learning(
     model: LanguageModel, ids: Tensor, targets: Tensor, *, trained: bool = False
 ) -> str:
     """A few rows, repeated, must be learned by heart, and all parameters must change."""
-    before = {name: p.detach().clone() for name, p in as_module(model).named_parameters()}
+    named = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
     rates, enough = (GENTLE_RATES, GENTLE_ENOUGH) if trained else (RATES, ENOUGH)
     for rate in rates:
         losses = repeat(model, ids, targets, rate, enough)
-        named = as_module(model).named_parameters()
-        if still := [name for name, p in named if torch.equal(p, before[name])]:
+        if still := [name for name, p in named.items() if torch.equal(p, before[name])]:
             raise PreflightError(
                 f"learning: {', '.join(still[:3])}{' …' * (len(still) > 3)} did not move: frozen "
                 "(requires_grad is off), or nothing that the logits depend on"
@@ -193,9 +188,7 @@ def check_learning(
         if losses[-1] < enough * losses[0]:
             steps = f"in {len(losses)} steps"
             return f"loss of one small batch {losses[0]:.2f} → {losses[-1]:.2f} {steps}"
-        with torch.no_grad():
-            for name, parameter in as_module(model).named_parameters():
-                parameter.copy_(before[name])
+        model.load_state_dict(before, strict=False)
     raise PreflightError(
         f"learning: {REPEATS} steps on one small batch took its loss from {losses[0]:.2f} to no "
         f"less than {losses[-1]:.2f}: gradients do not reach the weights as they should"
@@ -206,13 +199,12 @@ def repeat(
     model: LanguageModel, ids: Tensor, targets: Tensor, rate: float, enough: float
 ) -> list[float]:
     """The losses of steps on the same batch, at least three, until one is `enough` of the first."""
-    trainable = [p for p in as_module(model).parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW([{"params": trainable, "weight_decay": 0.0}], lr=rate)
     losses: list[float] = []
     while len(losses) < REPEATS and not (len(losses) > 2 and losses[-1] < enough * losses[0]):
         loss = mean_loss(model, ids, targets)
-        for parameter in trainable:
-            parameter.grad = None
+        model.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -229,7 +221,7 @@ def estimate(run: Run) -> str:
     """
     memory, free, s = require_step_fits(run), available_memory(), run.settings
     twin = copy.deepcopy(run.model)
-    optimizers = Optimizers(as_module(twin), s.optimizer)
+    optimizers = Optimizers(twin, s.optimizer)
     trial = replace(run, model=twin, optimizers=optimizers, ema=None, progress=Progress())
     times: list[float] = []  # the first step is slower, but enough if steps are long
     while len(times) < 3 and sum(times) < TRIAL_SECONDS:
@@ -300,7 +292,7 @@ def activation_memory(run: Run, rows: int) -> int:
     in pieces, then joined. Logits are left out.
     """
     saved: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in as_module(run.model).parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -321,9 +313,6 @@ def activation_memory(run: Run, rows: int) -> int:
 
 def duration(seconds: float) -> str:
     """75 -> "1 min 15 s", 4000 -> "1 h 7 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, s = divmod(round(seconds), 60)
+    hours, min = divmod(minutes, 60)
+    return f"{hours} h {min} min" if hours else f"{min} min {s} s" if minutes else f"{s} s"

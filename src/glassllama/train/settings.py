@@ -12,12 +12,12 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
-from glassllama.base.errors import ConfigError, quoted
+from glassllama.base.errors import ConfigError, TrainingError, named, quoted
 from glassllama.base.fields import MAX_INTEGER, is_number, is_whole
 
 KINDS = ("bigram", "gpt", "llama")
@@ -216,10 +216,9 @@ def check_value(
 
 
 def inside(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
+    low, high = map(float, interval[1:-1].split(","))
+    at_bound = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+    return at_bound or low < value < high
 
 
 def is_unicode(value: str) -> bool:
@@ -256,8 +255,7 @@ def current_key(key: str) -> str:
 
 
 def preset_names() -> list[str]:
-    names = (entry.name for entry in PRESETS.iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+    return sorted(entry.name[:-5] for entry in PRESETS.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_settings(source: str, changes: Sequence[str] = ()) -> Settings:
@@ -271,8 +269,7 @@ def load_settings(source: str, changes: Sequence[str] = ()) -> Settings:
     tables = read_tables(source)
     changed = {apply_change(tables, change) for change in changes}
     schedule, model, data = (tables.get(name, {}) for name in ("schedule", "model", "data"))
-    steps: Any = schedule.get("steps")
-    warmup: Any = schedule.get("warmup")
+    steps, warmup = schedule.get("steps", 0), schedule.get("warmup", 0)
     steps_only = "schedule.steps" in changed and "schedule.warmup" not in changed
     if steps_only and is_whole(steps) and is_whole(warmup) and 0 < steps <= warmup:
         schedule["warmup"] = steps // 10
@@ -335,12 +332,12 @@ def apply_change(tables: Tables, change: str) -> str:
     out of text."""
     key, equals, typed = change.partition("=")
     table, dot, name = current_key(key.strip()).partition(".")
+    place = f"--set {quoted(change)}"
     if not (equals and dot and name):
-        example = "expected table.field=value, e.g. schedule.steps=500"
-        raise ConfigError(f"--set {quoted(change)}: {example}")
-    table_name(f"--set {quoted(change)}", table)
+        raise ConfigError(f"{place}: expected table.field=value, e.g. schedule.steps=500")
+    table_name(place, table)
     if len(change) > LONGEST_CHANGE:
-        raise ConfigError(f"--set {quoted(change)}: more than {LONGEST_CHANGE:,} characters")
+        raise ConfigError(f"{place}: more than {LONGEST_CHANGE:,} characters")
     try:
         read = tomllib.loads(f"value = {typed}")
     except (ValueError, RecursionError):
@@ -375,11 +372,12 @@ def from_tables(name: str, tables: Tables) -> Settings:
     if missing := [table for table in TABLES if table not in tables]:
         raise ConfigError(f"{name}: table [{missing[0]}] is missing")
     own = {each.name for each in fields(ModelSettings)} - {"sizes"}
-    sizes = {key: value for key, value in tables["model"].items() if key not in own}
-    tables["model"] = {key: value for key, value in tables["model"].items() if key in own}
+    model = dict(tables["model"])
+    sizes = {key: model.pop(key) for key in [*model] if key not in own}
+    tables["model"] = model | {"sizes": sizes}
     try:
         made = {table: filled(TABLES[table], tables[table]) for table in TABLES}
-        return Settings(name=name, **(made | {"model": replace(made["model"], sizes=sizes)}))
+        return Settings(name=name, **made)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -417,13 +415,57 @@ def tables_of(settings: Settings) -> Tables:
 
 def to_toml(settings: Settings) -> str:
     """The settings as a TOML file that `load_settings` reads back to the same."""
-    blocks = [
-        "\n".join([f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())])
-        for name, table in tables_of(settings).items()
-    ]
-    return "\n\n".join(blocks) + "\n"
+    blocks = []
+    for name, table in tables_of(settings).items():
+        lines = (f"{key} = {toml_value(value)}\n" for key, value in table.items())
+        blocks.append(f"[{name}]\n{''.join(lines)}")
+    return "\n".join(blocks)
 
 
 def toml_value(value: object) -> str:
     """JSON writes text, numbers and booleans as TOML does, except for one character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# --- what identifies a run ------------------------------------------------------------------
+
+# May change when a run is resumed: it has no influence on the weights.
+REPORTING = {
+    "run.eval_every", "run.save_every", "run.sample_every", "run.sample_tokens", "run.prompt",
+    "run.keep", "run.tensorboard", "data.corpus",
+}  # fmt: skip
+
+
+def fingerprint(settings: Settings) -> dict[str, Any]:
+    """The settings that the weights depend on, `table.field` -> value."""
+    values = {
+        f"{table}.{name}": value
+        for table in TABLES
+        for name, value in asdict(getattr(settings, table)).items()
+        if f"{table}.{name}" not in REPORTING
+    }
+    if not settings.model.init_from:  # runs of older versions have no such setting
+        del values["model.init_from"]
+    return values
+
+
+def require_same_run(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Raise TrainingError unless both identities are equal, naming each difference.
+
+    With more steps than before the schedule may differ -> its differences.
+    """
+    before = {current_key(name): value for name, value in before.items()}
+    differences = {}
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            was, is_ = (quoted(v[name]) if name in v else "not set" for v in (before, now))
+            differences[name] = f"{named(name)} was {was}, is {is_}"
+    steps = now["schedule.steps"] - before["schedule.steps"]
+    others = [text for name, text in differences.items() if not name.startswith("schedule.")]
+    if differences and (others or steps <= 0):
+        shown = others if steps > 0 else list(differences.values())
+        shorter = "; a run can be extended, not shortened" if steps < 0 else ""
+        raise TrainingError(
+            f"{place}: another run: {'; '.join(shown[:5])}{shorter}; begin a new one with --out"
+        )
+    return "; ".join(differences.values())

@@ -40,7 +40,7 @@ from glassllama.base.errors import TrainingError, quoted
 from glassllama.models.language_model import LanguageModel
 from glassllama.nn.init import shapes_only
 from glassllama.train.distributed import DistContext, accept_full_tensors, full_tensor
-from glassllama.train.model_factory import as_module, new_model
+from glassllama.train.model import new_model
 from glassllama.train.settings import Settings
 
 
@@ -50,15 +50,15 @@ def shard(model: LanguageModel, settings: Settings, dist: DistContext) -> None:
     They are those of a single process: each rank draws all of them, one tensor at a time, and
     keeps its rows.
     """
-    module, device = as_module(model), settings.run.device
+    device = settings.run.device
     mesh = init_device_mesh(device, (dist.world,))
-    for part in (*getattr(module, "layers", []), module):
+    for part in (*getattr(model, "layers", []), model):
         fully_shard(part, mesh=mesh)
         # The loss is divided by the targets of all ranks, so gradients are summed, not averaged.
         cast(FSDPModule, part).set_gradient_divide_factor(1.0)
         cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(module, "hidden")  # the loop calls it instead of the model
-    module.to_empty(device=device)
+    register_fsdp_forward_method(model, "hidden")  # the loop calls it instead of the model
+    model.to_empty(device=device)
     with accept_full_tensors(True):
         model.initialize(torch.Generator().manual_seed(settings.run.seed))
 
@@ -80,12 +80,12 @@ def gathered_model(model: LanguageModel, settings: Settings, dist: DistContext) 
     """On rank 0 a new model on the CPU with all weights; on other ranks one without memory."""
     with shapes_only():
         copy = new_model(settings, model.config.vocab_size)
-    for name, weight in as_module(model).named_parameters():
+    for name, weight in model.named_parameters():
         full = full_tensor(weight.detach())  # on every rank
         if dist.is_rank0:
             parent, _, own = name.rpartition(".")
             parameter = nn.Parameter(full.cpu(), requires_grad=False)
-            setattr(as_module(copy).get_submodule(parent), own, parameter)
+            setattr(copy.get_submodule(parent), own, parameter)
     return copy
 
 

@@ -46,7 +46,7 @@ def main(rounds: int, threads: int) -> None:
         except KeyboardInterrupt:
             came += 1
         wrong += answer() != wanted
-    assert came > rounds / 4, f"only {came} came in time"
+    assert came > rounds / 4, f"only {came} arrived in time"
     print(f"{rounds} rounds, {wrong} wrong")
 
 

@@ -20,7 +20,7 @@ def interleave(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.reshape(-1, GROUP, *rows.shape[1:]).transpose(0, 2, 3, 1, 4)
 
 
-def beside(rows: NDArray[Any]) -> NDArray[Any]:
+def scales_of_lanes(rows: NDArray[Any]) -> NDArray[Any]:
     """(16·G, blocks, n bytes) scales -> (G, blocks, n/2, 16) float16: the scales of each lane."""
     halves = np.ascontiguousarray(rows).view(np.uint16)
     return halves.reshape(-1, GROUP, *halves.shape[1:]).transpose(0, 2, 3, 1)
@@ -31,7 +31,9 @@ def pack_q8_0(raw: Raw, values: Raw, scales: Raw) -> None:
     blocks = raw.reshape(len(raw), -1, 34)
     quads = (blocks[..., 2:] ^ 0x80).reshape(*blocks.shape[:2], -1, QUAD)  # signed -> plus 128
     values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
-    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :2])
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = scales_of_lanes(
+        blocks[..., :2]
+    )
 
 
 def pack_nibbles(raw: Raw, values: Raw, scales: Raw, header: int) -> None:
@@ -39,7 +41,9 @@ def pack_nibbles(raw: Raw, values: Raw, scales: Raw, header: int) -> None:
     blocks = raw.reshape(len(raw), -1, header + BLOCK // 2)
     quads = blocks[..., header:].reshape(*blocks.shape[:2], -1, QUAD)
     values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
-    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = beside(blocks[..., :header])
+    scales.view(np.uint16).reshape(*scales.shape[:2], -1, GROUP)[:] = scales_of_lanes(
+        blocks[..., :header]
+    )
 
 
 def pack_q4_0(raw: Raw, values: Raw, scales: Raw) -> None:
@@ -70,7 +74,7 @@ def pack_q4_k(raw: Raw, values: Raw, scales: Raw) -> None:
     vectors[:] = interleave(to_nibbles(codes))
     places = scales.reshape(len(scales), -1, 320)
     halves = places.view(np.uint16)
-    halves[..., :32] = beside(supers[..., :4]).reshape(*halves.shape[:2], 32)
+    halves[..., :32] = scales_of_lanes(supers[..., :4]).reshape(*halves.shape[:2], 32)
     both = np.stack(six_bits(supers[..., 4:16]), -1)  # (rows, supers, 8, 2)
     small = by_lane(both.reshape(*both.shape[:2], 16))  # (G, supers, 16, lanes)
     places[..., 64:] = small.reshape(*places.shape[:2], 256)
@@ -98,7 +102,7 @@ def pack_q6_k(raw: Raw, values: Raw, scales: Raw) -> None:
     values.reshape(*values.shape[:2], -1, GROUP, QUAD)[:] = interleave(quads)
     places = scales.reshape(len(scales), -1, 288)
     halves = places.view(np.uint16)
-    halves[..., :16] = beside(supers[..., 208:]).reshape(*halves.shape[:2], 16)
+    halves[..., :16] = scales_of_lanes(supers[..., 208:]).reshape(*halves.shape[:2], 16)
     places[..., 32:] = by_lane(supers[..., 192:208]).reshape(*places.shape[:2], 256)
 
 
@@ -108,7 +112,7 @@ PACK: dict[WeightType, Callable[[Raw, Raw, Raw], None]] = {
 }  # fmt: skip
 
 
-def pack_plainly(matrix: Matrix, raw: Raw) -> None:
+def pack_with_numpy(matrix: Matrix, raw: Raw) -> None:
     """Pack all rows of a matrix from the file's blocks (rows, bytes of a row)."""
     padding = np.zeros((-len(raw) % GROUP, *raw.shape[1:]), raw.dtype)
     PACK[matrix.weight_type](np.concatenate([raw, padding]), matrix.values, matrix.scales)

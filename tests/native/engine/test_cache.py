@@ -46,7 +46,7 @@ def alone(engine: Engine, ids: list[int]) -> Any:
     text = (engine.cache_kind, tuple(ids))
     if text not in KNOWN:
         gc.collect()
-        assert not engine._pages.root.children, "something of another test is still there"
+        assert not engine._pages.root.children, "memory of another test is still allocated"
         KNOWN[text] = Rows(engine).next_logits([ids])[0]
     return KNOWN[text]
 
@@ -114,7 +114,7 @@ def test_memory_of_removed_sequences_is_freed(engine: Engine) -> None:
     assert len(pages) == 1
     del cache
     gc.collect()
-    assert len(engine._pages.root.children) == 1, "the other cache goes on using it"
+    assert len(engine._pages.root.children) == 1, "the other cache still uses it"
     del other
     gc.collect()
     assert not engine._pages.root.children
@@ -160,8 +160,8 @@ def test_random_sequences_of_operations(engine: Engine) -> None:
 
 
 def test_all_logits_and_perplexity_do_not_use_the_prefix_cache(engine: Engine) -> None:
-    held = Rows(engine)
-    whole = held.all_logits(IDS[:150])
+    first_row = Rows(engine)
+    whole = first_row.all_logits(IDS[:150])
     cache = Rows(engine)
     assert (cache.all_logits(IDS[:150]) == whole).all()
     assert cache.reused == 0

@@ -43,14 +43,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("q4") / "tiny.gguf"
     return open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q4_1))
 
 
 @pytest.fixture(scope="module")
-def engine(quantised: Checkpoint) -> Engine:
-    return pack(quantised)
+def engine(quantized: Checkpoint) -> Engine:
+    return pack(quantized)
 
 
 def logits(engine: Any, ids: list[int]) -> Any:
@@ -127,8 +127,8 @@ def test_a_row_is_bit_identical_alone_and_in_a_batch(engine: Engine) -> None:
             assert (alone.next_logits([more])[0] == second[row]).all()
 
 
-def test_the_number_of_threads_changes_nothing(quantised: Checkpoint, engine: Engine) -> None:
-    assert (logits(pack(quantised, threads=1), IDS) == logits(engine, IDS)).all()
+def test_the_number_of_threads_changes_nothing(quantized: Checkpoint, engine: Engine) -> None:
+    assert (logits(pack(quantized, threads=1), IDS) == logits(engine, IDS)).all()
 
 
 def test_concurrent_callers_are_independent(engine: Engine) -> None:
@@ -158,20 +158,20 @@ def test_ids_outside_the_vocabulary_are_refused(engine: Engine, bad: int) -> Non
     assert cache.lengths == [2]
 
 
-def test_a_notice_about_more_threads_than_processors(quantised: Checkpoint) -> None:
-    many = pack(quantised, threads=10_000)
+def test_a_notice_about_more_threads_than_processors(quantized: Checkpoint) -> None:
+    many = pack(quantized, threads=10_000)
     assert any("10000 threads asked for" in line for line in many.describe())
     assert many.threads < 10_000
 
 
-def test_a_tier_can_be_forced(quantised: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = logits(pack(quantised), IDS)
+def test_a_tier_can_be_forced(quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = logits(pack(quantized), IDS)
     monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
-    plain = logits(pack(quantised), IDS)
-    assert rms_difference(plain, best) <= eight_bit_tolerance(quantised.config.n_layers)
+    plain = logits(pack(quantized), IDS)
+    assert rms_difference(plain, best) <= eight_bit_tolerance(quantized.config.n_layers)
     monkeypatch.setenv("GLASSLLAMA_TIER", "quantum")
     with pytest.raises(GlassError, match="GLASSLLAMA_TIER=quantum: this processor can run"):
-        pack(quantised)
+        pack(quantized)
 
 
 def test_nan_weights_give_nan_logits(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: E
     for call in history(engine, cache):
         before = [*cache.lengths]
         wanted.append((call(), before, [*cache.lengths]))
-    neighbour = other.next_logits([[9]])
+    other_logits = other.next_logits([[9]])
     other.truncate(0, 120)
     del cache
     for at in moments(1):
@@ -79,7 +79,7 @@ def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: E
                 fed = [n for n in range(3) if after[n] != before[n]]
                 assert (came[fed] == logits[fed]).all(), at
             assert cache.lengths == after
-        assert (other.next_logits([[9]]) == neighbour).all()
+        assert (other.next_logits([[9]]) == other_logits).all()
         other.truncate(0, 120)
         if not interruption.came:
             assert at > 1000
@@ -187,7 +187,7 @@ def test_a_sleeping_thread_is_woken_and_works_again(engine: Engine) -> None:
             if block[word]:
                 break
             threading.Event().wait(0.02)
-        assert block[word] == 1, "it does not sleep"
+        assert block[word] == 1, "the thread does not sleep"
     for _ in range(3):
         assert (Rows(engine).next_logits([IDS]) == wanted).all()
 
@@ -204,7 +204,7 @@ def child(script: str, *arguments: object, seconds: float) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such signals")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_interrupted_by_signals_at_random(threads: int) -> None:
     rounds = 2000 if LONG else 50

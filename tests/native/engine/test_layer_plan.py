@@ -82,7 +82,7 @@ PLANS: dict[str, ModelPlan] = {
     "window in one of two layers": blocks(LOCAL, BLOCK),
     "window and soft cap": blocks(with_attention(window=65, softcap=1.5)),
     "partial rotary width": blocks(with_rope(frequencies=ROPE.frequencies[:7])),
-    "neighbouring pairs, partial width": blocks(
+    "neighboring pairs, partial width": blocks(
         with_rope(frequencies=ROPE.frequencies[:7], layout="interleaved")
     ),
     "attention factor of RoPE": blocks(with_rope(attention_factor=1.3)),

@@ -182,12 +182,12 @@ def test_one_matrix_of_another_shape_is_refused() -> None:
         Engine(SMALL, Weights(matrices, good.embeddings, good.vectors))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="walls of memory are made as Linux makes them")
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are implemented for Linux only")
 def test_no_access_beyond_a_buffer() -> None:
     """All buffers, weights, pages and logits end at guard pages."""
     calls = "5000" if LONG else "48"
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("walls.py"), calls],
+        [sys.executable, Path(__file__).with_name("guard_pages.py"), calls],
         capture_output=True, text=True, timeout=3600 if LONG else 300,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip

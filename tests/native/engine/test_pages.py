@@ -166,7 +166,7 @@ def test_accumulate_values(count: int, width: int) -> None:
     assert (parts[count] == before[count]).all(), "written beyond the last query"
 
 
-def weigh_plainly(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
+def plain_softmax_page(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
     """Softmax with a running maximum, one more page, in float64."""
     sums, top, total = part[:-2].astype(np.float64), float(part[-2]), float(part[-1])
     weights = np.zeros(PAGE)
@@ -193,7 +193,7 @@ def test_softmax_page(kind: int, visible: int, first: bool) -> None:
     ours, ended = scores.copy(), part.copy()
     weigh(at(ours), visible, at(ended), width, at(scales), kind)
     scaled = scores * np.nan_to_num(scales[0])
-    weights, theirs = weigh_plainly(scaled, visible, part)
+    weights, theirs = plain_softmax_page(scaled, visible, part)
     weights *= np.nan_to_num(scales[1])
     assert (ours[visible:] == 0).all()
     # The error of a power: the rounding of its argument (a product and a difference), and 4 u.
@@ -217,7 +217,7 @@ def test_softmax_page_keeps_nan(trouble: float, slot: int) -> None:
         assert scores[slot] <= 1e-37
         assert np.isfinite(part).all()
     else:
-        assert np.isnan(part[17]), "the sum of weights divides what comes out"
+        assert np.isnan(part[17]), "the output is divided by the sum of weights"
         assert np.isnan(scores[slot])
 
 
@@ -308,7 +308,7 @@ def test_encode_block_of_special_numbers(trouble: float) -> None:
         assert not codes.any()
         assert not factors.any()
     else:
-        assert not np.isfinite(factors[0]), "the scale carries it into every product"
+        assert not np.isfinite(factors[0]), "the scale passes it to every product"
 
 
 LESSER = {"haswell": "+avx2,+fma,+f16c,+sse4.2", "x86-64": "+sse2"}
@@ -320,9 +320,9 @@ def test_on_processors_with_fewer_instructions(processor: str) -> None:
     """This file again with fewer sizes, compiled for processors with fewer instructions than this
     one."""
     if "sse2" not in features():
-        pytest.skip("this machine is no x86-64: its lesser processors are not known here")
+        pytest.skip("not x86-64: no processors with fewer instructions are known")
     if processor == "haswell" and "avx512f" not in features():
-        pytest.skip("this processor has no AVX-512: the other tests of this file are of AVX2")
+        pytest.skip("no AVX-512: the other tests of this file already use AVX2")
     environment = {
         **os.environ, "GLASSLLAMA_LESSER": "1",
         "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": LESSER[processor],

@@ -103,7 +103,7 @@ print(one, two, three, *notes, sep="\\n")
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits on files: not on this system")
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no file size limits")
 def test_code_runs_even_if_it_cannot_be_cached(tmp_path: Path) -> None:
     script = tmp_path / "full.py"
     script.write_text(FULL)
@@ -143,7 +143,7 @@ def test_checksums_of_a_kernel_that_is_compiled_alone(tmp_path: Path) -> None:
     assert [compiles() for _ in range(2)] == [["True"], ["False"]]
 
 
-KEPT = """
+CACHE_SCRIPT = """
 from glassllama.native.jit.code_cache import notes, save_checksums
 from glassllama.native.jit.compile import code_folder, entry, raw_entry
 one = entry(lambda x: x + 1)(2)
@@ -153,7 +153,7 @@ save_checksums()
 """
 
 
-class Trap:
+class ExecutesCode:
     """An object that executes foreign code when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
@@ -166,7 +166,7 @@ class Trap:
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) -> None:
     script, home, canary = tmp_path / "kept.py", tmp_path / "home", tmp_path / "canary"
-    script.write_text(KEPT)
+    script.write_text(CACHE_SCRIPT)
 
     def run() -> list[str]:
         done = subprocess.run(
@@ -181,7 +181,7 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     indexes = [*home.rglob("*.nbi")]
     assert len(indexes) == 2
     for index in indexes:
-        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
+        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(ExecutesCode(canary)))
         (folder,) = (path for path in index.parents if path.parent.parent.parent == home)
         (folder / code_cache.CHECKSUM_FILE).unlink()
         code_cache.write_checksums(folder)  # like another user
@@ -192,7 +192,7 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     assert not canary.exists()
     home.chmod(0o755)
     run()
-    assert canary.exists(), "the trap would have worked"
+    assert canary.exists(), "without the check the code would run"
 
 
 def test_checksums(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_processors_with_fewer_instructions_give_the_same_answer(
             able = ",".join([LEAST, *(f"+{name}" for name in sorted(TIERS[tier]))])
             processors[tier] = ("x86-64", able)
     if len(processors) == 1:
-        pytest.skip("this processor has none of the lesser tiers")
+        pytest.skip("this processor has no other tiers")
 
     def answer_of(tier: str) -> tuple[str, np.ndarray]:
         home, (name, able) = tmp_path / tier, processors[tier]

@@ -2,7 +2,7 @@
 
 In PyTorch each of these is several operations that read and write whole tensors; on a CPU they take
 longer than the matrix products. Here a thread processes some rows, and a row stays in the core's
-cache. Inputs and outputs of matrix products have the product dtype that train/precision.py chooses:
+cache. Inputs and outputs of matrix products have the product dtype that train/model.py chooses:
 bfloat16, stored as the upper 16 bits of a float32, or float32. Everything in between is float32.
 Each kernel is compiled for both ("product" below).
 
