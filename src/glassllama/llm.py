@@ -46,12 +46,12 @@ from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
 from glassllama.weights.backend import (
     Backend,
     Dtype,
+    Quantize,
     check_numbers,
     check_precision,
     choose_backend,
 )
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.quantization import Quantize
 
 if TYPE_CHECKING:
     from glassllama.models.language_model import LanguageModel
@@ -532,7 +532,7 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import load_model, torch_device
+    from glassllama.weights.load import StreamedLlama, load_model, torch_device
     from glassllama.weights.torch_executor import TorchExecutor
 
     if threads is not None:
@@ -540,7 +540,5 @@ def torch_executor(
     place = torch_device(device)
     kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if stream_layers:
-        from glassllama.weights.stream import StreamExecutor
-
-        return StreamExecutor(checkpoint, device=place, dtype=kept)
+        return TorchExecutor(StreamedLlama(checkpoint, device=place, dtype=kept))
     return TorchExecutor(load_model(checkpoint, device=place, dtype=kept, progress=progress))

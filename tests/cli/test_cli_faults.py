@@ -181,7 +181,7 @@ def test_closed_stdin_is_a_missing_text(name: str) -> None:
     )
     assert is_clean_error(process, "is missing")
     [empty] = run_many([[name]])
-    assert is_clean_error(empty, "is missing")  # is the same
+    assert is_clean_error(empty, "is missing")  # empty stdin is the same
 
 
 def test_closed_stderr_is_no_error() -> None:

@@ -87,7 +87,7 @@ def ctrl_c(*_: Any, **__: Any) -> Any:
 FAILURES: dict[str, tuple[str, Callable[..., Any], int]] = {
     "ctrl-c in the checks": ("glassllama.train.preflight.check_learning", ctrl_c, 130),
     "ctrl-c in the first step": ("glassllama.train.loop.loss_and_gradients", ctrl_c, 130),
-    "no number in the first step": ("glassllama.train.loop.loss_and_gradients", no_number, 1),
+    "NaN in the first step": ("glassllama.train.loop.loss_and_gradients", no_number, 1),
 }
 
 

@@ -210,11 +210,11 @@ def test_words(family: str) -> None:
 
 HOSTILE = {
     "long word": "a" * 60_000,
-    "long blanks": "x" + " " * 60_001 + "y",
+    "long runs of spaces": "x" + " " * 60_001 + "y",
     "runs at the limit": " ".join("b" * n for n in (24_999, 25_000, 25_001, 50_000, 50_001)),
-    "over a chunk": "the quick brown fox " * 41_000,
-    "odd blanks": "\x1c\x85\u2003\n" * 20_000 + "z",
-    "a special token on the border": "c " * 199_996 + "<|eot_id|>" + " d",
+    "longer than a chunk": "the quick brown fox " * 41_000,
+    "unusual spaces": "\x1c\x85\u2003\n" * 20_000 + "z",
+    "a special token at the boundary": "c " * 199_996 + "<|eot_id|>" + " d",
 }
 
 

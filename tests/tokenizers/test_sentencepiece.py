@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "control_symbols": ["<ctrl>", "[INST]"],
     },
     "defaults": {},
-    "across blanks": {
+    "across spaces": {
         "byte_fallback": True, "split_by_whitespace": False, "split_by_unicode_script": False,
         "split_by_number": False, "remove_extra_whitespaces": False, "max_sentencepiece_length": 24,
     },

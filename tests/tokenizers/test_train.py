@@ -33,7 +33,7 @@ CORPORA = {
     "code": "".join(path.read_text("utf-8") for path in sorted(SOURCES.glob("*.py"))[:6]),
     "mixed": "".join(map(mixed_text, range(12))),
     "runs": "aaaaaaaa aaaa aaa aabaab abab ababab bbbb\n" * 3 + "\n\n\n" * 20 + " " * 99,
-    "made twice": "abc abc abc xabc ab ab bc bc bc zbc zbc abcd " * 9,
+    "merged twice": "abc abc abc xabc ab ab bc bc bc zbc zbc abcd " * 9,
 }
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError, quoted
 from glassllama.base.machine import require_memory
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
 
 
@@ -181,7 +181,7 @@ def test_weights_are_copies_of_the_file(tmp_path: Path) -> None:
     """The file may be closed, or overwritten, after loading."""
     folder = write_hf(hf_model().bfloat16(), tmp_path)
     checkpoint = open_checkpoint(folder)
-    model = load_llama(checkpoint)
+    model = load_model(checkpoint)
     checkpoint.close()
     (folder / "model.safetensors").write_bytes(b"gone")
     assert model(torch.tensor([[1, 2, 3]])).isfinite().all()

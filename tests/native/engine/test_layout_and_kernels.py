@@ -250,10 +250,10 @@ def faults(
     right = {
         "within rounding": (np.abs(out[:, :rows] - exact) <= sum_bound(terms, size)).all(),
         "padding adds nothing": (out[:, rows:] == 0).all(),
-        "the same to the bit alone, whichever tile it was in": all(
+        "bit-identical alone and in every tile": all(
             (run(inputs=inputs.alone(t), first=0)[0] == out[t]).all() for t in range(count)
         ),
-        "touches its groups only": np.isnan(last[:, : matrix.padded_rows - 16]).all(),
+        "writes its groups only": np.isnan(last[:, : matrix.padded_rows - 16]).all(),
     }
     return [claim for claim, holds in right.items() if not holds]
 

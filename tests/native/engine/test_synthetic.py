@@ -16,7 +16,7 @@ from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
 from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
@@ -48,7 +48,7 @@ def test_a_whole_model_from_file_to_logits(
     """Engine against reference. Exact mode: float32 rounding. Default: rounding of int8 inputs and
     int16 keys."""
     checkpoint = open_checkpoint(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     assert 1 < reference.std() < 4  # of normal size: see `LOGIT_WIDTH`
     assert_logits(logits(pack(checkpoint, exact=True)), reference, CONFIG)
@@ -160,7 +160,7 @@ def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
     change_type(path, gguf.GGMLQuantizationType.IQ4_NL)
     checkpoint = open_checkpoint(path)
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     engine = pack(checkpoint)
     assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
