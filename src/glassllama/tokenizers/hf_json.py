@@ -2,9 +2,9 @@
 
 The file describes normalizer → pre_tokenizer → model → post_processor, and a decoder. A byte-level
 file with a known split (Llama 3, SmolLM, GPT-2, Qwen 2) becomes a `Vocabulary`; any other is run
-stage by stage. An unknown field or option is a TokenizerError that names
-it, because leaving it out would change ids. `truncation` and `padding` are not part of the
-pipeline: they are settings of the last call before the file was saved.
+stage by stage. An unknown field or option is a TokenizerError that names it, because leaving it out
+would change ids. `truncation` and `padding` are not part of the pipeline: they are settings of the
+last call before the file was saved.
 """
 
 from __future__ import annotations

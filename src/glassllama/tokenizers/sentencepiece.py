@@ -7,10 +7,10 @@ at the start of a text and after a space. Neighbors merge as long as they make a
 vocabulary, the piece with the best score first, the leftmost of equals. A character that is not a
 piece becomes the pieces of its UTF-8 bytes. Source: Kudo and Richardson, SentencePiece (2018).
 
-The second half reads SentencePiece's tokenizer.model, a protobuf message: fields, each
-a number and a value, which is an integer with seven bits in a byte, four or eight raw bytes, or a
-length and that many bytes (text or a nested message). Sources: protobuf.dev, "Encoding";
-sentencepiece_model.proto.
+The second half reads SentencePiece's tokenizer.model, a protobuf message: fields that each have
+a number and a value. A value is an integer with seven bits in a byte, four or eight raw bytes,
+or a length and that many bytes (text or a nested message). Sources: protobuf.dev, "Encoding";
+sentencepiece_model.proto for the numbers of the fields.
 """
 
 from __future__ import annotations
