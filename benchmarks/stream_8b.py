@@ -190,7 +190,7 @@ def forward(path: Path) -> dict[str, Any]:
     import torch
 
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.stream import StreamedLlama
+    from glassllama.weights.load import StreamedLlama
 
     imported = peak_memory()
     model = StreamedLlama(open_checkpoint(path))
@@ -237,9 +237,9 @@ def walkthrough(path: Path) -> dict[str, Any]:
 
 
 def estimate(path: Path, speed: float) -> dict[str, float]:
-    """The memory estimated by weights/memory.py, and the time to read the file once."""
+    """The memory estimated by weights/backend.py, and the time to read the file once."""
+    from glassllama.weights.backend import estimate_memory
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.memory import estimate_memory
 
     checkpoint = open_checkpoint(path)
     peak = estimate_memory(checkpoint, tokens=len(PROMPT)).peaks["streamed"]

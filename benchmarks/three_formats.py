@@ -68,10 +68,10 @@ def continue_one(path: Path, backend: str) -> dict[str, Any]:
     else:
         import torch
 
-        from glassllama.weights.load import load_llama
+        from glassllama.weights.load import load_model
         from glassllama.weights.torch_executor import TorchExecutor
 
-        executor = TorchExecutor(load_llama(checkpoint, dtype=torch.float32))
+        executor = TorchExecutor(load_model(checkpoint, dtype=torch.float32))
     load_s = time.perf_counter() - start
     ids = [s.id for s in generate(executor, [PROMPT], GenerationSettings(max_tokens=NEW))]
     return {"ids": ids, "load_s": round(load_s, 2), "peak_gb": round(peak_memory() / 1e9, 2)}

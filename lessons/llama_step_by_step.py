@@ -36,7 +36,7 @@ from glassllama.walkthrough import Intervention, ablate_head, patch, predictions
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.step import Bars, HeatMap, Table
 from glassllama.walkthrough.steps import run_step
-from glassllama.walkthrough.steps.costs import quantization_error, seconds_by_part
+from glassllama.walkthrough.steps.output import quantization_error, seconds_by_part
 from glassllama.walkthrough.walkthrough import open_walkthrough
 
 # %% [markdown]

@@ -15,6 +15,7 @@ from html import escape
 import numpy as np
 from rich.cells import cell_len
 
+from glassllama.walkthrough.export import MAX_NUMBERS, Layout, render
 from glassllama.walkthrough.mistakes import Comparison
 from glassllama.walkthrough.step import (
     Bars,
@@ -27,7 +28,6 @@ from glassllama.walkthrough.step import (
     Step,
     Table,
 )
-from glassllama.walkthrough.text import MAX_NUMBERS, Layout, render
 
 ABOVE, BELOW = "#2f6fde", "#d9622b"  # of zero
 CELL = 14  # pixels of one number of a heat map

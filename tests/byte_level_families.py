@@ -95,7 +95,7 @@ CODE_POINTS = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
 
 
 @cache
-def young() -> frozenset[str]:
+def unassigned_in_oracles() -> frozenset[str]:
     """Code points that are not assigned in the oracles' version of Unicode but may be in that of
     Python's `regex`.
 
@@ -119,5 +119,5 @@ def mixed_text(seed: int, *, pieces: int = 600) -> str:
     parts = chance.choices(PIECES, k=pieces)
     for at in chance.sample(range(pieces), k=pieces // 10):
         point = chance.choice(CODE_POINTS)
-        parts[at] = point if point not in young() else " "
+        parts[at] = point if point not in unassigned_in_oracles() else " "
     return "".join(parts)

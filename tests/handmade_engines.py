@@ -45,7 +45,7 @@ def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> 
     return Engine(config, weights(config, kind), **options)
 
 
-def walled(array: NDArray[Any]) -> NDArray[Any]:
+def with_guard_pages(array: NDArray[Any]) -> NDArray[Any]:
     """A copy between two guard pages (no access), ending at the second one.
 
     It starts at a cache line: if its size is no multiple of 64, up to 63 bytes are between.
@@ -64,17 +64,18 @@ def walled(array: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def walled_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
+def guarded_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
     """An engine whose tables and weights end at guard pages; for pages and logits see
-    `build_walls`."""
+    `add_guard_pages`."""
     plain = weights(config, kind)
     matrices = [
-        replace(m, values=walled(m.values), scales=walled(m.scales)) for m in plain.matrices
+        replace(m, values=with_guard_pages(m.values), scales=with_guard_pages(m.scales))
+        for m in plain.matrices
     ]
-    vectors = {name: walled(vector) for name, vector in plain.vectors.items()}
+    vectors = {name: with_guard_pages(vector) for name, vector in plain.vectors.items()}
     engine = Engine(config, Weights(matrices, matrices[-1], vectors), **options)
     workspace = engine._workspace
     for name, table in workspace.tables.items():
-        workspace.tables[name] = walled(table)
+        workspace.tables[name] = with_guard_pages(table)
         workspace.record[name] = workspace.tables[name].ctypes.data
     return engine

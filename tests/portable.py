@@ -23,7 +23,7 @@ NUMERICAL = [
     "test_tolerances.py", "nn", "models", "parity/test_llama.py", "parity/test_gpt2.py",
     "parity/test_saved_llama.py", "walkthrough/test_tracing.py", "weights/test_stream.py",
     "train/test_optimizers.py", "native/training", "generation/test_parity.py",
-    "-k", "not memory and not freed",  # what is no number
+    "-k", "not memory and not freed",  # tests of memory are not numerical
 ]  # fmt: skip
 
 

@@ -40,13 +40,13 @@ IMPORTS_NATIVE = {
     # the command line measures and explains compiled code
     "benchmark.py", "cli/console.py", "cli/errors.py",
     # not yet
-    "weights/quantization.py",
+    "weights/backend.py",
 }  # fmt: skip
 CYCLES: list[set[str]] = []  # exceptions
 
 USES_TORCH = {"nn", "models", "train", "walkthrough", "doctor"}
 USES_TORCH_FILES = {
-    "weights/load.py", "weights/save.py", "weights/stream.py", "weights/torch_executor.py",
+    "weights/load.py", "weights/save.py", "weights/torch_executor.py",
 }  # fmt: skip
 IMPORTED_LATE = {"torch", "numba"}  # in modules that are imported for `--help`
 STARTS_FAST = {"__init__", "__main__", "cli", "llm", "hub"}

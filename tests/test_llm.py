@@ -162,7 +162,7 @@ def test_streaming_layers_requires_the_torch_backend() -> None:
     assert choose_backend("torch", "cpu", None, True) == "torch"
     with pytest.raises(ConfigError, match="--stream-layers is for the torch backend"):
         load("no-such-model", backend="engine", stream_layers=True)
-    with pytest.raises(ConfigError, match="backend must be auto, engine or torch, got 'bogus'"):
+    with pytest.raises(ConfigError, match="backend must be auto or engine or torch, got 'bogus'"):
         load("no-such-model", backend="bogus", stream_layers=True)  # type: ignore[arg-type]
 
 

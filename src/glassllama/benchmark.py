@@ -336,7 +336,7 @@ def benchmark(
     """
     from glassllama.native.engine.dispatch import tier
     from glassllama.native.roofline import peaks as peak_operations
-    from glassllama.weights.describe import stored_formats
+    from glassllama.weights.inspection import stored_formats
 
     grid = grid or Grid()
     cells = grid.cells(llm.executor.config.max_seq_len)

@@ -46,12 +46,12 @@ from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
 from glassllama.weights.backend import (
     Backend,
     Dtype,
+    Quantize,
     check_numbers,
     check_precision,
     choose_backend,
 )
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.quantization import Quantize
 
 if TYPE_CHECKING:
     from glassllama.models.language_model import LanguageModel
@@ -485,7 +485,7 @@ def load(
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
     "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
-    `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `quantize` is what
+    `dtype` is asked for. `exact` is float32 arithmetic on dequantized weights. `quantize` is what
     the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
     say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory
@@ -532,7 +532,7 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import load_model, torch_device
+    from glassllama.weights.load import StreamedLlama, load_model, torch_device
     from glassllama.weights.torch_executor import TorchExecutor
 
     if threads is not None:
@@ -540,7 +540,5 @@ def torch_executor(
     place = torch_device(device)
     kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if stream_layers:
-        from glassllama.weights.stream import StreamExecutor
-
-        return StreamExecutor(checkpoint, device=place, dtype=kept)
+        return TorchExecutor(StreamedLlama(checkpoint, device=place, dtype=kept))
     return TorchExecutor(load_model(checkpoint, device=place, dtype=kept, progress=progress))

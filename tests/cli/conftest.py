@@ -17,7 +17,7 @@ from glassllama.llm import LLM, load
 
 
 @dataclass(frozen=True)
-class Ran:
+class CommandResult:
     """The output and the exit code of a command."""
 
     code: int
@@ -25,7 +25,7 @@ class Ran:
     err: str
 
 
-Verb = Callable[..., Ran]
+Verb = Callable[..., CommandResult]
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +45,13 @@ def llm(default_model: Path) -> LLM:
 def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verb:
     """Run a command in this process; `stdin` is a pipe with that text."""
 
-    def run(*arguments: object, stdin: str = "") -> Ran:
+    def run(*arguments: object, stdin: str = "") -> CommandResult:
         pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", pipe)
         capsys.readouterr()
         words = [str(argument) for argument in arguments]
         code = exit_code_of(lambda: app(words, prog_name="glassllama"), debug=True)
-        return Ran(code, *capsys.readouterr())
+        return CommandResult(code, *capsys.readouterr())
 
     return run
 

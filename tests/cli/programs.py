@@ -61,14 +61,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def complaints(stderr: str) -> list[str]:
+def error_lines(stderr: str) -> list[str]:
     """The lines of stderr without the notice that code is being compiled."""
     return [line for line in stderr.splitlines() if line != COMPILING]
 
 
 def is_clean_error(process: subprocess.CompletedProcess[str], *words: str) -> bool:
     """Code 1, nothing on stdout, and one line on stderr that begins with "error:"."""
-    lines = complaints(process.stderr)
+    lines = error_lines(process.stderr)
     assert process.returncode == 1, process.stderr
     assert process.stdout == ""
     assert len(lines) == 1, process.stderr

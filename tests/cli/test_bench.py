@@ -27,7 +27,7 @@ SMALL = ("--prompt", "6,3", "--new", "2", "--runs", "1", "--context", "0,5", "--
 
 
 @pytest.fixture(autouse=True)
-def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+def measure_bandwidth_with_few_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the memory bandwidth with a few megabytes instead of the size of the weights."""
     monkeypatch.setattr("glassllama.benchmark.MAX_BANDWIDTH_BYTES", 1 << 22)
 

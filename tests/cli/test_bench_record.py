@@ -28,7 +28,7 @@ def test_every_result_belongs_to_one_measurement(record: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "share", "either", "said"),
+    ("ratio", "share", "either", "message"),
     [
         (2.1, 0.1, True, "met"),
         (1.9, 0.9, True, "met"),
@@ -40,9 +40,9 @@ def test_every_result_belongs_to_one_measurement(record: ModuleType) -> None:
     ],
 )
 def test_verdicts(
-    record: ModuleType, ratio: float | None, share: float | None, either: bool, said: str
+    record: ModuleType, ratio: float | None, share: float | None, either: bool, message: str
 ) -> None:
-    assert record.Target(2.0, 0.75, either=either).verdict(ratio, share) == said
+    assert record.Target(2.0, 0.75, either=either).verdict(ratio, share) == message
 
 
 def test_targets_of_rows(record: ModuleType) -> None:

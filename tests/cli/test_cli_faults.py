@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import COMMAND, PATIENCE, complaints, is_clean_error, run, run_many
+from cli.programs import COMMAND, PATIENCE, error_lines, is_clean_error, run, run_many
 from glassllama.base.errors import GlassError
 from glassllama.cli.errors import user_message
 from tiny_models import hf_model, write_hf
@@ -170,7 +170,7 @@ def test_an_output_pipe_closed_during_an_answer_is_exit_code_141(default_model: 
         process.stdout.read(5)
         process.stdout.close()
         assert process.wait(PATIENCE) == 141
-        assert complaints(process.stderr.read().decode()) == []
+        assert error_lines(process.stderr.read().decode()) == []
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "next", "tokenize"])
@@ -181,7 +181,7 @@ def test_closed_stdin_is_a_missing_text(name: str) -> None:
     )
     assert is_clean_error(process, "is missing")
     [empty] = run_many([[name]])
-    assert is_clean_error(empty, "is missing")  # is the same
+    assert is_clean_error(empty, "is missing")  # empty stdin is the same
 
 
 def test_closed_stderr_is_no_error() -> None:
@@ -293,7 +293,7 @@ def test_signals_end_the_program_immediately(
         process.send_signal(sent)
         rest, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
-    assert complaints(errors.decode().strip()) == []
+    assert error_lines(errors.decode().strip()) == []
     assert (begun + rest).endswith(b"\n")  # the text so far is printed completely
 
 

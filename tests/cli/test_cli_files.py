@@ -78,9 +78,9 @@ def test_a_notice_is_printed_if_compiling_takes_long(
 ) -> None:
     compilations = deferred_signals.Compilations()
     monkeypatch.setattr(deferred_signals, "compilations", compilations)
-    heard: list[str] = []
+    outputs: list[str] = []
 
-    class Looks:
+    class EventAfterThreeChecks:
         """An event that is set after three checks; before the second check a compilation starts."""
 
         def __init__(self) -> None:
@@ -88,14 +88,14 @@ def test_a_notice_is_printed_if_compiling_takes_long(
 
         def wait(self, _: float) -> bool:
             self.count += 1
-            heard.append(capsys.readouterr().err)
+            outputs.append(capsys.readouterr().err)
             compilations.begun += self.count == 2
             return self.count > 3
 
-    console.watch_compiling(Looks(), 0)  # type: ignore[arg-type]
-    assert heard == ["", ""]  # a download, or PyTorch
+    console.watch_compiling(EventAfterThreeChecks(), 0)  # type: ignore[arg-type]
+    assert outputs == ["", ""]  # a download, or PyTorch
     assert capsys.readouterr().err == f"{console.COMPILING}\n"
-    console.watch_compiling(Looks(), 2)  # type: ignore[arg-type]
+    console.watch_compiling(EventAfterThreeChecks(), 2)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
     with console.compile_notice():
         pass

@@ -18,7 +18,7 @@ from glassllama.llm import LLM
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.save import save_model
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import META_SHAPE, hf_model, write_hf
@@ -35,7 +35,7 @@ def oracle() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def executor(oracle: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> TorchExecutor:
     folder = write_hf(oracle, tmp_path_factory.mktemp("model"))
-    return TorchExecutor(load_llama(open_checkpoint(folder)))
+    return TorchExecutor(load_model(open_checkpoint(folder)))
 
 
 def expected(model: LlamaForCausalLM, window: int, stride: int, bos: int | None) -> float:

@@ -60,17 +60,17 @@ def test_generate(verb: Verb, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only"),
     ],
 )
 def test_the_engine_backend_is_refused(
-    verb: Verb, folder: Path, arguments: tuple[str, ...], said: str
+    verb: Verb, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     refused = verb(*arguments, folder)
     assert refused.code == 1
-    assert said.format(folder.name) in refused.err
+    assert message.format(folder.name) in refused.err
     assert "Traceback" not in refused.err
 
 

@@ -21,7 +21,7 @@ from glassllama.cli.render import wrapped
 VERBS = sorted(command.name or "" for command in app.registered_commands)
 
 
-def complaint(verb: Verb, *arguments: object) -> str:
+def usage_error(verb: Verb, *arguments: object) -> str:
     """The one line about wrong usage."""
     ran = verb(*arguments)
     assert (ran.code, ran.out) == (2, "")
@@ -42,7 +42,7 @@ def complaint(verb: Verb, *arguments: object) -> str:
     ],
 )  # fmt: skip
 def test_an_unknown_command_gets_a_hint(verb: Verb, typed: str, words: str) -> None:
-    line = complaint(verb, typed, "smollm2-135m", "--port", "80")
+    line = usage_error(verb, typed, "smollm2-135m", "--port", "80")
     assert words in line
     assert len(line) < 300
 
@@ -69,7 +69,7 @@ def test_hints_name_existing_commands() -> None:
 def test_wrong_usage_looks_like_every_other_error(
     verb: Verb, arguments: tuple[str, ...], words: str
 ) -> None:
-    assert words in complaint(verb, *arguments)
+    assert words in usage_error(verb, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_wrong_usage_looks_like_every_other_error(
     ids=lambda arguments: f"{arguments[0][:10]} {arguments[-1][:10]}",
 )
 def test_long_arguments_are_shortened_in_errors(verb: Verb, arguments: tuple[str, ...]) -> None:
-    line = complaint(verb, *arguments)
+    line = usage_error(verb, *arguments)
     assert len(line) < 500
     assert line.endswith("-h')")
 

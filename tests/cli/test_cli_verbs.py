@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cli.conftest import Verb
-from cli.programs import complaints
+from cli.programs import error_lines
 from glassllama.base.errors import GenerationError
 from glassllama.hub import SHORT_NAMES
 from glassllama.llm import LLM
@@ -24,7 +24,7 @@ QUESTION = "What is photosynthesis?"
 def test_chat_prints_the_answer_of_llm_chat(verb: Verb, loaded: LLM) -> None:
     ran = verb("chat", QUESTION, *GREEDY, "-n", "24")
     assert ran.code == 0
-    assert complaints(ran.err) == []
+    assert error_lines(ran.err) == []
     assert ran.out == loaded.chat(QUESTION, max_tokens=24, **CHAT).text + "\n"
     assert "plants" in ran.out
 

@@ -58,9 +58,9 @@ def test_trained_models_generate(kind: str, verb: Any, tmp_path: Path, text: Pat
     for name in ("settings.toml", "log.jsonl", "log.csv", "loss.svg", "loss.png", "config.json"):
         assert (folder / name).is_file(), name
     assert verb("train", str(folder / "settings.toml"), "--out", tmp_path / "again").code == 0
-    said = verb("generate", "-m", folder, "To be", "-n", 5, "--backend", "torch", "--seed", 1)
-    assert said.code == 0, said.err
-    assert len(said.out) > 1
+    generated = verb("generate", "-m", folder, "To be", "-n", 5, "--backend", "torch", "--seed", 1)
+    assert generated.code == 0, generated.err
+    assert len(generated.out) > 1
     done = verb(*options(folder, text, kind), "--resume", "auto")
     assert done.code == 0
     assert "going on after step 12" in done.err

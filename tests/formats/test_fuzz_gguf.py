@@ -121,7 +121,7 @@ def originals(folder: Path) -> list[bytes]:
     return [real_file(folder / "real.gguf"), handmade_file()]
 
 
-def complaint(path: Path) -> str:
+def problem(path: Path) -> str:
     """Open a file and read everything in it -> a description of what is wrong, or nothing."""
     try:
         use_all(path)
@@ -149,7 +149,7 @@ def use_all(path: Path) -> None:
 def test_the_original_files_are_valid(folder: Path, originals: list[bytes]) -> None:
     for content in originals:
         (folder / "whole.gguf").write_bytes(content)
-        assert complaint(folder / "whole.gguf") == ""
+        assert problem(folder / "whole.gguf") == ""
 
 
 @settings(
@@ -168,6 +168,6 @@ def test_damaged_files(
         content = damage(content)
     path = folder / "damaged.gguf"
     path.write_bytes(content)
-    said = complaint(path)
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    message = problem(path)
+    assert "\n" not in message
+    assert len(message) < LONGEST_MESSAGE

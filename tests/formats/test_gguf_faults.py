@@ -55,8 +55,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "version 4": (gguf(version=u32(4)), "GGUF version 4, .* versions 2 and 3"),
     "big-endian": (gguf(version=b"\0\0\0\3"), "is big-endian, .* convert"),
     "only a version": (gguf()[:8], "the number of tensors needs 8 bytes at byte 8"),
-    "key is no text": (gguf([pair(b"\xff\xfe", U8, b"\1")]), "metadata key 0 of 1 .* not UTF-8"),
-    "value is no text": (gguf([pair("k", STRING, text(b"\xff"))]), "'k' at byte .* not UTF-8"),
+    "key is not UTF-8": (gguf([pair(b"\xff\xfe", U8, b"\1")]), "metadata key 0 of 1 .* not UTF-8"),
+    "value is not UTF-8": (gguf([pair("k", STRING, text(b"\xff"))]), "'k' at byte .* not UTF-8"),
     "key twice": (gguf([pair("k", U8, b"\1")] * 2), "metadata key 'k' comes twice"),
     "unknown value type": (gguf([pair("k", 13, b"\0" * 8)]), "'k' has the unknown .* type 13"),
     "unknown array type": (gguf([pair("k", ARRAY, array(99, 1, b"\0"))]), "metadata type 99"),
@@ -79,9 +79,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
         gguf([pair("general.alignment", ARRAY, array(U32, 99, bytes(396)))]),
         "general.alignment must be a whole number .* got array",
     ),
-    "alignment is yes": (gguf([pair("general.alignment", BOOL, b"\1")]), "number .* got True"),
+    "alignment is a bool": (gguf([pair("general.alignment", BOOL, b"\1")]), "number .* got True"),
     "tensor twice": (gguf((), [one, row("a", [8], offset=32)], two_tensors), "'a' comes twice"),
-    "tensor name is no text": (gguf((), [row(b"\xff", [8])], bytes(32)), "name 0 .* not UTF-8"),
+    "tensor name is not UTF-8": (gguf((), [row(b"\xff", [8])], bytes(32)), "name 0 .* not UTF-8"),
     "five dimensions": (gguf((), [row("a", [1] * 5)], bytes(32)), "'a' has 5 dimensions"),
     "4 billion dimensions": (gguf((), [text("a") + u32(2**32 - 1) + bytes(12)]), "dimensions"),
     "Q4_0_4_4": (gguf((), [row("a", [32], 31)], bytes(18)), r"type 31 \(Q4_0_4_4\), .* have F32"),
@@ -93,9 +93,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "scalar of blocks": (gguf((), [row("a", [], Q4_0)], bytes(32)), "rows of 1 .* of 32"),
     "offset 4": (gguf((), [row("a", [8], offset=4)], bytes(64)), "offset 4, no multiple of 32"),
     "overlap": (gguf((), [row("a", [16]), two], two_tensors), "'b' begins at .* inside .* 'a'"),
-    "the same place": (gguf((), [one, row("b", [8])], bytes(32)), "inside of tensor 'a'"),
+    "the same offset": (gguf((), [one, row("b", [8])], bytes(32)), "inside of tensor 'a'"),
     "hole": (gguf((), [one, row("b", [8], offset=64)], bytes(96)), "32 bytes between .* unused"),
-    "hole at the start": (gguf((), [two], two_tensors), "between the header and tensor 'b'"),
+    "gap at the start": (gguf((), [two], two_tensors), "between the header and tensor 'b'"),
     "out of the file": (gguf((), [one, two], bytes(63)), "'b' ends at byte 160, .* has 159"),
     "far out of the file": (gguf((), [row("a", [8], offset=2**50)], bytes(64)), "'a' ends at byte"),
     "trailing byte": (gguf((), [one, two], two_tensors + b"\0"), "1 bytes follow 160 bytes"),
@@ -140,10 +140,10 @@ def test_fault(tmp_path: Path, content: bytes, message: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak <= BYTES
-    said = str(caught.value)
-    assert said.startswith(f"{path}: ")
-    assert "\n" not in said
-    assert len(said) < LONGEST_MESSAGE
+    error_text = str(caught.value)
+    assert error_text.startswith(f"{path}: ")
+    assert "\n" not in error_text
+    assert len(error_text) < LONGEST_MESSAGE
     assert seconds(lambda: refuse(path), enough=SECONDS) <= SECONDS
 
 

@@ -270,11 +270,11 @@ def test_index_names_a_missing_tensor(shards: Any, tmp_path: Path) -> None:
 def test_a_tensor_in_another_shard_than_the_index_says(shards: Any, tmp_path: Path) -> None:
     index = copy_folder(shards[0], tmp_path)
 
-    def send_elsewhere(weights: dict[str, str]) -> None:
+    def name_a_path_outside(weights: dict[str, str]) -> None:
         first, last = min(weights.values()), max(weights.values())
         weights[next(name for name, shard in weights.items() if shard == first)] = last
 
-    edit_index(index, send_elsewhere)
+    edit_index(index, name_a_path_outside)
     assert_clean_error(index, r"is in model-00001.*, expected model-")
 
 
@@ -325,7 +325,7 @@ HUGE = 2**62
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "seven bytes": (b"\0" * 7, "begins with 8 bytes"),
-    "header of nothing": (struct.pack("<Q", 0) + b"{}", "header length 0"),
+    "empty header": (struct.pack("<Q", 0) + b"{}", "header length 0"),
     "header longer than the file": (struct.pack("<Q", 100) + b"{}", "header length 100"),
     "header of 2^63 bytes": (struct.pack("<Q", 2**63) + b"{}", "header length"),
     "header of 2^64 - 1 bytes": (b"\xff" * 8 + b"{}", "header length"),
@@ -335,7 +335,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (handmade(b'{"\xff": 1}'), "not valid JSON"),
     "half a surrogate pair": (handmade('{"\\ud800": 1}'), "not valid JSON"),
     "not an object": (handmade("[1, 2]"), "must begin with"),
-    "blank before the object": (handmade(" {}"), "must begin with"),
+    "space before the object": (handmade(" {}"), "must begin with"),
     "NaN": (handmade('{"a": NaN}'), "NaN is not JSON"),
     "nested 100,000 deep": (handmade('{"a": ' + "[" * 100_000), "not valid JSON"),
     "number of 10,000 digits": (handmade('{"a": ' + "9" * 10_000 + "}"), "not valid JSON"),
@@ -348,9 +348,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
         "'dtype' appears twice",
     ),
     "duplicate metadata": (handmade('{"__metadata__": {"k": "1", "k": "2"}}'), "'k' appears twice"),
-    "metadata is no map": (handmade({"__metadata__": "text"}), "__metadata__ must map"),
-    "metadata holds a number": (handmade({"__metadata__": {"a": 1}}), "__metadata__ must map"),
-    "entry is no object": (handmade({"a": [1]}), "tensor 'a': expected"),
+    "metadata is not an object": (handmade({"__metadata__": "text"}), "__metadata__ must map"),
+    "metadata contains a number": (handmade({"__metadata__": {"a": 1}}), "__metadata__ must map"),
+    "entry is not an object": (handmade({"a": [1]}), "tensor 'a': expected"),
     "entry lacks a field": (handmade({"a": {"dtype": "U8", "shape": [1]}}), "tensor 'a': expected"),
     "entry has a field too many": (handmade({"a": {**A, "more": 1}}, b"1234"), "'a': expected"),
     "dtype float8": (handmade({"a": {**A, "dtype": "F8_E4M3"}}, b"1234"), "'F8_E4M3' is not supp"),
@@ -359,7 +359,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "shape a number": (handmade({"a": {**A, "shape": 4}}, b"1234"), "shape 4"),
     "shape negative": (handmade({"a": {**A, "shape": [-2, -2]}}, b"1234"), "whole numbers"),
     "shape a fraction": (handmade({"a": {**A, "shape": [4.0]}}, b"1234"), "whole numbers"),
-    "shape a truth": (handmade({"a": {**A, "shape": [True, 4]}}, b"1234"), "whole numbers"),
+    "shape a boolean": (handmade({"a": {**A, "shape": [True, 4]}}, b"1234"), "whole numbers"),
     "shape overflows": (handmade({"a": entry(0, 4, HUGE, HUGE)}, b"1234"), "2.63 bytes"),
     "shape overflows to zero": (handmade({"a": entry(0, 0, HUGE, 4)}), "2.63 bytes"),
     "shape overflows, empty": (handmade({"a": entry(0, 0, 0, HUGE, HUGE)}), "2.63 bytes"),
@@ -376,7 +376,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "overlap": (handmade({"a": A, "b": entry(2, 6, 4)}, b"123456"), "'b' overlaps"),
     "the same bytes twice": (handmade({"a": A, "b": A}, b"1234"), "'b' overlaps"),
     "hole": (handmade({"a": A, "b": entry(5, 9, 4)}, b"123456789"), "'b' leaves a hole"),
-    "hole at the beginning": (handmade({"b": B}, b"12345678"), "'b' leaves a hole"),
+    "gap at the beginning": (handmade({"b": B}, b"12345678"), "'b' leaves a hole"),
     "trailing byte": (handmade({"a": A}, b"12345"), "trailing bytes"),
     "last byte missing": (handmade({"a": A, "b": B}, b"1234567"), "truncated"),
     "name of a megabyte": (handmade({"\n" * 2**20: {**A, "dtype": "X"}}, b"1234"), "not supported"),

@@ -21,7 +21,7 @@ from glassllama.base.interfaces import Executor
 from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.generation.sampler import History
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import hf_model, write_hf
 from tolerances import assert_same_greedy, logits_tolerance
@@ -38,7 +38,7 @@ def oracle() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def executor(oracle: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Executor:
     folder: Path = write_hf(oracle, tmp_path_factory.mktemp("oracle"))
-    return TorchExecutor(load_llama(open_checkpoint(folder)))
+    return TorchExecutor(load_model(open_checkpoint(folder)))
 
 
 def theirs(oracle: LlamaForCausalLM, prompt: list[int], **options: Any) -> list[int]:

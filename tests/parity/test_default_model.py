@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
@@ -114,7 +114,7 @@ def test_the_reference_model_gives_the_same_text(
     checkpoint: Checkpoint, texts: list[tuple[int, list[int]]], parity: Any
 ) -> None:
     """The logits of both are within rounding of float64, for every third text."""
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference, engine = TorchExecutor(model), pack(checkpoint, exact=True)
     double = float64_logits(model)
     bar, tied, errors = logits_tolerance(checkpoint.config), 0, {"engine": 0.0, "reference": 0.0}

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from tiny_models import (
     META_SHAPE,
     VARIANTS,
@@ -45,7 +45,7 @@ IDS = torch.arange(2 * 61).reshape(2, 61) * 37 % 131
 @pytest.mark.parametrize(("form", "variant"), CASES)
 def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, parity: Any) -> None:
     model = hf_model(**VARIANTS[variant])
-    ours = load_llama(open_checkpoint(WRITERS[form](model, tmp_path / "model")))
+    ours = load_model(open_checkpoint(WRITERS[form](model, tmp_path / "model")))
     apart, bar = difference(ours(IDS), model(IDS).logits), logits_tolerance(ours.config)
     parity(f"logits, {form}", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
@@ -56,7 +56,7 @@ def test_logits_equal_transformers(form: str, variant: str, tmp_path: Path, pari
 def test_float16_files_give_their_values(dtype: str, tmp_path: Path, parity: Any) -> None:
     write_hf(hf_model(**META_SHAPE).to(getattr(torch, dtype)), tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)
+    ours = load_model(open_checkpoint(tmp_path), dtype=torch.float32)
     apart, bar = difference(ours(IDS), theirs(IDS).logits), logits_tolerance(ours.config)
     parity(f"logits, {dtype} file in float32", "transformers LlamaForCausalLM", bar, apart)
     assert apart <= bar
@@ -67,9 +67,9 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     model = hf_model(**META_SHAPE).bfloat16()
     write_hf(model, tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    ours = load_llama(open_checkpoint(tmp_path))
+    ours = load_model(open_checkpoint(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    exact = load_llama(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
+    exact = load_model(open_checkpoint(tmp_path), dtype=torch.float32)(IDS)
     bar = logits_tolerance(ours.config, torch.bfloat16)
     for each in (
         ours(IDS),
@@ -110,7 +110,7 @@ def test_logits_equal_metas_own_code(
     args = ModelArgs(**meta_params(model), max_batch_size=2, max_seq_len=64)
     theirs = meta_reference(args)
     theirs.load_state_dict(meta_state(model))
-    ours = load_llama(open_checkpoint(write_meta(model, tmp_path)))
+    ours = load_model(open_checkpoint(write_meta(model, tmp_path)))
     cache = ours.new_cache(2, 64)
     pieces = [IDS[:, :40], IDS[:, 40:41], IDS[:, 41:]]  # whole, one token, cached prefill
     start, worst, bar = 0, 0.0, logits_tolerance(ours.config)

@@ -269,8 +269,8 @@ def test_stored_mask_values_of_a_gpt2_are_compared(number: float, tmp_path: Path
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
     name = "transformer.h.0.attn.masked_bias"
     with_tensors(tmp_path, **{name: torch.tensor(number)})
-    said = f"numbers that hide no score, ignored: {name}" in open_checkpoint(tmp_path).notes
-    assert said == (not number < -1000)
+    noted = f"numbers that hide no score, ignored: {name}" in open_checkpoint(tmp_path).notes
+    assert noted == (not number < -1000)
 
 
 def test_divisors_and_a_factor_in_one_gguf_are_both_applied(tmp_path: Path) -> None:

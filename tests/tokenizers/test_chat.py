@@ -122,7 +122,7 @@ def test_special_text_in_a_message_never_becomes_a_special_id(
 
 
 @pytest.mark.parametrize(
-    ("messages", "complaint"),
+    ("messages", "expected_error"),
     [
         ([], "at least one message"),
         ("hello", "at least one message"),
@@ -138,11 +138,11 @@ def test_special_text_in_a_message_never_becomes_a_special_id(
     ],
 )
 def test_errors_name_invalid_messages(
-    chatml: HuggingFaceTokenizer, messages: list[Message], complaint: str
+    chatml: HuggingFaceTokenizer, messages: list[Message], expected_error: str
 ) -> None:
     with pytest.raises(TokenizerError) as raised:
         ChatML().encode(messages, chatml)
-    assert complaint in str(raised.value)
+    assert expected_error in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

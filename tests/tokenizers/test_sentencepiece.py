@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "control_symbols": ["<ctrl>", "[INST]"],
     },
     "defaults": {},
-    "across blanks": {
+    "across spaces": {
         "byte_fallback": True, "split_by_whitespace": False, "split_by_unicode_script": False,
         "split_by_number": False, "remove_extra_whitespaces": False, "max_sentencepiece_length": 24,
     },
@@ -115,7 +115,7 @@ def mixed(seed: int, pieces: list[str]) -> str:
     return "".join(parts)
 
 
-def held_back(pair: Pair, text: str) -> bool:
+def special_on_request_only(pair: Pair, text: str) -> bool:
     """Whether our tokenizer treats as special a token that the library always parses."""
     ours, theirs = pair
     always = [special for special, id in ours.specials.items() if not theirs.is_control(id)]
@@ -134,7 +134,7 @@ def test_the_whole_vocabulary(pair: Pair) -> None:
     for id in range(ours.vocab_size):
         piece = theirs.id_to_piece(id)
         text = piece.replace("▁", " ")
-        if held_back(pair, text):
+        if special_on_request_only(pair, text):
             assert id not in ours.encode(text)
             assert ours.encode(text, specials=True)[-1:] == [id]
             continue
@@ -164,7 +164,7 @@ def test_mixed_text_of_100_seeds(pair: Pair) -> None:
     ours, theirs = pair
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
     for text in [*ODD, *(mixed(seed, pieces) for seed in range(SEEDS))]:
-        if held_back(pair, text):
+        if special_on_request_only(pair, text):
             assert not set(ours.encode(text)) & set(ours.specials.values())
             continue
         ids = theirs.encode(text)
@@ -376,7 +376,7 @@ def test_gguf_gives_the_ids_of_sentencepiece(
     assert (ours.bos, ours.stop_ids) == (1, {2} | {ours.specials.get("<end_of_turn>", 2)})
     pieces = [theirs.id_to_piece(id) for id in range(theirs.vocab_size())]
     for text in [*ODD, PROSE[:100_000], *(mixed(seed, pieces) for seed in range(SEEDS))]:
-        if not held_back((ours, theirs), text):
+        if not special_on_request_only((ours, theirs), text):
             ids = theirs.encode(text)
             assert ours.encode(text) == ids
             assert ours.decode(ids) == theirs.decode(ids)
@@ -519,7 +519,7 @@ def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) ->
         at = len(whole) - choice.randrange(1, choice.choice([600, len(whole)]))  # settings, pieces
         changed = whole[:at] + bytes([choice.randrange(256)]) + whole[at + 1 :]
         path.write_bytes(choice.choice([whole[:at], changed]))
-        error = fault_of(path)
+        error = error_of(path)
         refused += error is not None
         assert error is None or (str(path) in error and "\n" not in error)
     assert refused > 20
@@ -531,7 +531,7 @@ def test_damaged_models_are_refused(trained: dict[str, Path], tmp_path: Path) ->
             read_sentencepiece(path)
 
 
-def fault_of(path: Path) -> str | None:
+def error_of(path: Path) -> str | None:
     try:
         read_sentencepiece(path).encode("hello")
     except TokenizerError as error:
@@ -540,7 +540,7 @@ def fault_of(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         ({"model_type": "unigram"}, "trainer_spec.model_type: want bpe, got unigram"),
         ({"normalization_rule_name": "nmt_nfkc"}, "'nmt_nfkc' is not supported, only identity is"),
@@ -548,14 +548,14 @@ def fault_of(path: Path) -> str | None:
     ],
 )
 def test_other_model_types_are_refused(
-    tmp_path: Path, options: dict[str, Any], complaint: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PROSE[:50_000].splitlines()), model_prefix=str(tmp_path / "m"),
         vocab_size=300, minloglevel=2,
         **{"model_type": "bpe", "normalization_rule_name": "identity", **options},
     )  # fmt: skip
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         read_sentencepiece(tmp_path / "m.model")
 
 
@@ -573,7 +573,7 @@ def test_gguf_ids_beyond_the_vocabulary_are_replaced_by_defaults(metadata: dict[
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"tokens": None}, "tokenizer.ggml: tokens is missing"),
         ({"tokens": [1, 2]}, "tokenizer.ggml: tokens must be a list of text items, got [1, 2]"),
@@ -592,17 +592,17 @@ def test_gguf_ids_beyond_the_vocabulary_are_replaced_by_defaults(metadata: dict[
     ],
 )
 def test_errors_name_wrong_gguf_metadata(
-    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], complaint: str
+    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(trained["llama"]))
     metadata = written_gguf(theirs, tmp_path / "m.gguf", True)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in change.items()}
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         tokenizer_from_gguf(metadata)
 
 
 @pytest.mark.parametrize(
-    ("stage", "value", "complaint"),
+    ("stage", "value", "message"),
     [
         ("normalizer", {"type": "Precompiled"}, "normalizer: type must be one of NFC, "),
         ("pre_tokenizer", {"type": "BertPreTokenizer"}, "pre_tokenizer: type must be one of Split"),
@@ -620,8 +620,8 @@ def test_errors_name_wrong_gguf_metadata(
     ],
 )  # fmt: skip
 def test_unsupported_json_is_refused(
-    trained: dict[str, Path], stage: str, value: Any, complaint: str
+    trained: dict[str, Path], stage: str, value: Any, message: str
 ) -> None:
     document = json.loads(as_hugging_face(trained["llama"], "llama 2").to_str())
-    with pytest.raises(TokenizerError, match=re.escape(complaint)):
+    with pytest.raises(TokenizerError, match=re.escape(message)):
         pipeline_from_json({**document, stage: value})

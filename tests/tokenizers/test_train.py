@@ -33,7 +33,7 @@ CORPORA = {
     "code": "".join(path.read_text("utf-8") for path in sorted(SOURCES.glob("*.py"))[:6]),
     "mixed": "".join(map(mixed_text, range(12))),
     "runs": "aaaaaaaa aaaa aaa aabaab abab ababab bbbb\n" * 3 + "\n\n\n" * 20 + " " * 99,
-    "made twice": "abc abc abc xabc ab ab bc bc bc zbc zbc abcd " * 9,
+    "merged twice": "abc abc abc xabc ab ab bc bc bc zbc zbc abcd " * 9,
 }
 
 
@@ -211,7 +211,7 @@ def test_hostile_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "specials", "split", "said"),
+    ("size", "specials", "split", "message"),
     [
         (255, (), "llama3", "vocab_size 255: must be at least 256"),
         (257, ("<a>", "<b>"), "llama3", "at least 258, for 256 bytes and 2 special tokens"),
@@ -221,8 +221,8 @@ def test_hostile_texts() -> None:
         (300, ("<a>",), "llama3", "pairs for 258 tokens only .* ask for at most 258"),
     ],
 )
-def test_wrong_arguments(size: int, specials: tuple[str, ...], split: str, said: str) -> None:
-    with pytest.raises(TokenizerError, match=said):
+def test_wrong_arguments(size: int, specials: tuple[str, ...], split: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
         train_bpe(["aa aa"], size, specials, split=split)
 
 

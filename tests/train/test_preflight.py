@@ -343,18 +343,18 @@ def test_runs_outside_the_reference_get_a_warning(
     reference = make_reference([25, 50, 75, 100], [losses() for _ in range(3)])
     assert reference.seeds == 3
 
-    def heard(values: Any) -> list[str]:
+    def warnings_of(values: Any) -> list[str]:
         monitor = LossMonitor(reference)
-        return [said for n, x in enumerate(values, 1) if (said := monitor.check_loss(n, x))]
+        return [warnings for n, x in enumerate(values, 1) if (warnings := monitor.check_loss(n, x))]
 
-    assert heard(losses()) == []
-    (slow,) = heard(np.maximum(losses(), 3.5))
+    assert warnings_of(losses()) == []
+    (slow,) = warnings_of(np.maximum(losses(), 3.5))
     assert slow.startswith("step 25: loss 3.5")
     assert "slow from the beginning" in slow
-    (late,) = heard([*falling[:60], *falling[60:] + 1])
+    (late,) = warnings_of([*falling[:60], *falling[60:] + 1])
     assert late.startswith("step 75")
     assert "fell behind" in late
-    (good,) = heard(falling * 0.8)
+    (good,) = warnings_of(falling * 0.8)
     assert "sees what it is to predict" in good
     resumed = LossMonitor(reference, first_step=40)
     assert resumed.check_loss(50, 9.0) is None  # half a block is not compared
@@ -383,7 +383,7 @@ def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
     tmp_path: Path, tinyshakespeare: Path
 ) -> None:
     """The bigram preset unchanged, with a seed that is not in its reference."""
-    heard = {}
+    warnings_of = {}
     for rate in (0.1, 0.02):
         settings = load_settings("bigram-tinyshakespeare", ["run.seed=7", "run.eval_every=0"])
         optimizer = replace(settings.optimizer, lr=rate)
@@ -392,11 +392,11 @@ def test_a_run_is_inside_its_reference_and_a_slower_one_is_not(
         data = open_data(settings.data, folder)
         records = make_steps(prepare(replace(settings, optimizer=optimizer), data, folder))
         monitor = LossMonitor(reference_for(settings))  # type: ignore[arg-type]
-        said = [monitor.check_loss(record.step, record.loss) for record in records]
-        heard[rate] = [line for line in said if line]
-    assert heard[0.1] == []
-    assert len(heard[0.02]) == 1
-    assert "slow from the beginning" in heard[0.02][0]
+        warnings = [monitor.check_loss(record.step, record.loss) for record in records]
+        warnings_of[rate] = [line for line in warnings if line]
+    assert warnings_of[0.1] == []
+    assert len(warnings_of[0.02]) == 1
+    assert "slow from the beginning" in warnings_of[0.02][0]
 
 
 # --- plots ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_the_vocabulary_size_determines_the_width_of_ids(
     assert sorted(p.name for p in path.parent.iterdir()) == ["tokens.bin", "tokens.json"]
 
 
-def spoil(path: Path, name: str) -> None:
+def damage_file(path: Path, name: str) -> None:
     """One kind of damage to tokens.bin or its sidecar."""
     sidecar = path.with_suffix(".json")
     about = json.loads(sidecar.read_text())
@@ -92,7 +92,7 @@ DAMAGE = {
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tokens.bin"
     written(path)
-    spoil(path, damage)
+    damage_file(path, damage)
     with pytest.raises(FormatError, match=DAMAGE[damage]) as error:
         open_tokens(path)
     assert "tokenize again" in str(error.value)

@@ -17,10 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from cli.conftest import verb  # noqa: F401 -- a fixture
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
-from glassllama.walkthrough.export import step_to_json
+from glassllama.walkthrough.export import Layout, render, step_to_json
 from glassllama.walkthrough.step import Step
 from glassllama.walkthrough.steps import STEPS, run_step
-from glassllama.walkthrough.text import Layout, render
 from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -93,7 +93,7 @@ def test_a_failed_check_stops_the_notebook(tmp_path: Path, with_text: Path) -> N
     assert not (tmp_path / "llama_step_by_step.ipynb").exists()
 
 
-class Balanced(HTMLParser):
+class BalancedTags(HTMLParser):
     """Fails on a tag that is not closed, or closed by another tag."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def test_html_of_every_step(tiny_walk: Walkthrough) -> None:
     things += [compare_with_mistake(tiny_walk, MISTAKES["scale"])]
     for thing in things:
         html = show(thing)._repr_html_()
-        parser = Balanced()
+        parser = BalancedTags()
         parser.feed(html)
         assert parser.open == []
         assert html.count("✓") == repr(show(thing)).count("✓")

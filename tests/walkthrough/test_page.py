@@ -142,7 +142,7 @@ class Browser:
         where, number = value.rsplit(": ", 1)
         return where, float(number)
 
-    def complaints(self) -> list[str]:
+    def console_errors(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> set[str]:
@@ -163,7 +163,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, file: Path) -> Browser:
-    browser.complaints(), browser.requests()  # remove what other tests have stored
+    browser.console_errors(), browser.requests()  # remove what other tests have stored
     browser.open(file)
     return browser
 
@@ -199,7 +199,7 @@ def test_every_step_by_click(page: Browser, file: Path) -> None:
             assert f"✓ {check['what']}" in shown
         assert step["what_if"]["shows"] in shown
         assert all(numbers["name"] in shown for numbers in step["numbers"])
-    assert page.complaints() == []
+    assert page.console_errors() == []
     assert page.requests() == {file.as_uri()}
 
 
@@ -339,7 +339,7 @@ def test_phone_dark_mode_and_reduced_motion(browser: Browser, file: Path) -> Non
         assert browser.one(".fill").value_of_css_property("transition-duration") in ("0s", "")
         paper.append(browser.one("body").value_of_css_property("background-color"))
     assert paper[0] != paper[1]
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
 
 
 CONTRAST = """
@@ -413,7 +413,7 @@ def test_texts_are_never_interpreted_as_markup(
 ) -> None:
     path = hostile_page(with_text, tmp_path)
     assert path.read_text(encoding="utf-8").count("</script>") == 2
-    browser.complaints(), browser.requests()
+    browser.console_errors(), browser.requests()
     browser.open(path)
     assert browser.text("#model") == HOSTILE
     for number in range(len(STEPS) + 1):  # the mistake is the last one
@@ -421,7 +421,7 @@ def test_texts_are_never_interpreted_as_markup(
         assert browser.all("img, #step script") == []
     assert browser.text("#title").endswith(MISTAKES["scale"].title)
     assert browser.script("return window.hit ?? null") is None
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
     assert browser.requests() == {path.as_uri()}
 
 
@@ -430,7 +430,7 @@ def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[in
     path = tmp_path / "ids.html"
     walk = open_walkthrough(write_checkpoint("hf", tmp_path), ids, layer=2)
     path.write_text(html_page(walk, to_json(walk)), encoding="utf-8")
-    browser.complaints()
+    browser.console_errors()
     browser.open(path)
     for number in range(len(STEPS)):
         browser.step(number)
@@ -438,7 +438,7 @@ def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[in
     browser.step(9)
     browser.slide("layer", 0)
     assert len(browser.all(".maps canvas")) == (walk.config.n_heads if len(ids) == 1 else 0)
-    assert browser.complaints() == []
+    assert browser.console_errors() == []
 
 
 def test_the_command_writes_and_opens_the_page(

@@ -21,6 +21,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.walkthrough import manual_block
 from glassllama.walkthrough import step as step_module
+from glassllama.walkthrough.export import Layout, render
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.step import (
     LAYER_DEPTH,
@@ -30,8 +31,7 @@ from glassllama.walkthrough.step import (
     source,
 )
 from glassllama.walkthrough.steps import output, run_step, step_of_hook
-from glassllama.walkthrough.steps.costs import round_trip
-from glassllama.walkthrough.text import Layout, render
+from glassllama.walkthrough.steps.output import round_trip
 from glassllama.walkthrough.walkthrough import (
     DamagedWeightsError,
     Walkthrough,

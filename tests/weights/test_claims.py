@@ -19,10 +19,10 @@ from glassllama.base.errors import ConfigError, FormatError, GlassError, Weights
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
+from glassllama.weights.backend import estimate_memory
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.describe import describe
+from glassllama.weights.inspection import describe
 from glassllama.weights.load import load_model
-from glassllama.weights.memory import estimate_memory
 from glassllama.weights.save import save_model
 from processor_time import seconds
 from semantic_mutants import gguf_bytes

@@ -178,13 +178,13 @@ def test_fields_of_another_type_are_refused(form: str) -> None:
         if (key in NO_EFFECT and form != "llama") or key == "torch_dtype":
             continue
         for wrong in WRONG[type(value)]:
-            message = complaint(read, {**values, key: wrong})
+            message = error_message(read, {**values, key: wrong})
             assert message, f"{key}: {wrong!r} was accepted"
             assert "\n" not in message
             assert len(message) < 400
 
 
-def complaint(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]) -> str:
+def error_message(read: Callable[[dict[str, Any]], Resolved], values: dict[str, Any]) -> str:
     try:
         read(values)
     except ConfigError as error:

@@ -28,10 +28,10 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.train.checkpoint import FORMAT, read_state
 from glassllama.train.settings import load_settings, preset_names, read_tables, require_same_run
+from glassllama.weights.backend import estimate_memory
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.describe import describe
+from glassllama.weights.inspection import describe
 from glassllama.weights.load import load_model
-from glassllama.weights.memory import estimate_memory
 from glassllama.weights.save import save_model
 from glassllama.weights.tokenizer import (
     chat_template_from_folder,

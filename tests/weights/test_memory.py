@@ -37,7 +37,7 @@ print(high_water() - before)
 TORCH = (
     "import torch; from glassllama.weights.load import *\n"
     "from glassllama.weights.checkpoint import *",
-    "model = load_llama(open_checkpoint(sys.argv[1]))",
+    "model = load_model(open_checkpoint(sys.argv[1]))",
 )
 ENGINE = (
     "import numba; from glassllama.weights.pack import *\n"

@@ -12,10 +12,10 @@ import torch
 from forks import run_script
 from glassllama.base import machine
 from glassllama.base.errors import MemoryShortError
-from glassllama.weights import load, memory
+from glassllama.weights import backend, load
+from glassllama.weights.backend import MemoryEstimate, RunMode, estimate_memory
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.memory import MemoryEstimate, RunMode, estimate_memory
-from glassllama.weights.stream import StreamedLlama
+from glassllama.weights.load import StreamedLlama
 from tiny_models import hf_model, write_gguf, write_hf
 
 # 75 M numbers: large enough that a layer, the model and the model in float32 differ clearly.
@@ -55,13 +55,14 @@ if way in ("engine", "q8_0", "q4_0"):
     from glassllama.weights.pack import pack
     executor = pack(checkpoint, quantize="none" if way == "engine" else way)
 elif way == "streamed":
-    from glassllama.weights.stream import StreamExecutor
-    executor = StreamExecutor(checkpoint)
+    from glassllama.weights.load import StreamedLlama
+    from glassllama.weights.torch_executor import TorchExecutor
+    executor = TorchExecutor(StreamedLlama(checkpoint))
 else:
     import torch
-    from glassllama.weights.load import load_llama
+    from glassllama.weights.load import load_model
     from glassllama.weights.torch_executor import TorchExecutor
-    executor = TorchExecutor(load_llama(checkpoint, dtype=getattr(torch, way)))
+    executor = TorchExecutor(load_model(checkpoint, dtype=getattr(torch, way)))
 cache = executor.new_cache()
 sequence = cache.add()
 for _ in range(2):
@@ -114,7 +115,7 @@ def test_advice_names_the_fastest_way_that_fits(checkpoint: Checkpoint) -> None:
 def test_without_a_limit_the_fastest_way_is_advised(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    monkeypatch.setattr(backend, "available_memory", lambda: None)
     assert estimate_memory(checkpoint, tokens=TOKENS).best == "engine"
 
 
@@ -146,7 +147,7 @@ def test_errors_of_loading_contain_the_planners_advice(
 def test_streaming_is_advised_if_only_a_layer_fits(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "ENGINE_ITSELF", 10**9)  # as if the packed weights were too large
+    monkeypatch.setattr(backend, "ENGINE_ITSELF", 10**9)  # as if the packed weights were too large
     streamed = estimate_memory(checkpoint, tokens=1, memory=1).peaks["streamed"]
     monkeypatch.setattr(load, "available_memory", lambda: streamed)
     monkeypatch.setattr(load, "WORKING_MEMORY", streamed)

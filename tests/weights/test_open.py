@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from glassllama.base.errors import ConfigError, FormatError, GlassError, WeightsError, quoted
 from glassllama.base.machine import require_memory
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from tiny_models import META_SHAPE, hf_model, meta_state, write_gguf, write_hf, write_meta
 
 
@@ -120,7 +120,7 @@ def test_vocabulary_that_does_not_match(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def spoil(folder: Path, file: str, text: str) -> Path:
+def folder_with(folder: Path, file: str, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / file).write_text(text)
     return folder
@@ -131,13 +131,19 @@ def spoil(folder: Path, file: str, text: str) -> Path:
     [
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "no model here"),
-        (lambda p: spoil(p, "settings.toml", ""), "run that has saved no model yet; .* --resume"),
-        (lambda p: spoil(p, "notes.txt", "hi") / "notes.txt", "not a .gguf, .safetensors or .pth"),
-        (lambda p: spoil(p, "config.json", "{}"), r"without \*\.safetensors"),
-        (lambda p: spoil(p, "params.json", "{}"), "without any .pth"),
-        (lambda p: spoil(p, "params.json", "[1]"), "expected a JSON object"),
-        (lambda p: spoil(p, "params.json", "{"), "not valid JSON"),
-        (lambda p: spoil(p, "params.json", "[" * 100_000), "not valid JSON"),
+        (
+            lambda p: folder_with(p, "settings.toml", ""),
+            "run that has saved no model yet; .* --resume",
+        ),
+        (
+            lambda p: folder_with(p, "notes.txt", "hi") / "notes.txt",
+            "not a .gguf, .safetensors or .pth",
+        ),
+        (lambda p: folder_with(p, "config.json", "{}"), r"without \*\.safetensors"),
+        (lambda p: folder_with(p, "params.json", "{}"), "without any .pth"),
+        (lambda p: folder_with(p, "params.json", "[1]"), "expected a JSON object"),
+        (lambda p: folder_with(p, "params.json", "{"), "not valid JSON"),
+        (lambda p: folder_with(p, "params.json", "[" * 100_000), "not valid JSON"),
     ],
 )
 def test_paths_without_a_model(make: Any, words: str, tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ def test_weights_are_copies_of_the_file(tmp_path: Path) -> None:
     """The file may be closed, or overwritten, after loading."""
     folder = write_hf(hf_model().bfloat16(), tmp_path)
     checkpoint = open_checkpoint(folder)
-    model = load_llama(checkpoint)
+    model = load_model(checkpoint)
     checkpoint.close()
     (folder / "model.safetensors").write_bytes(b"gone")
     assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
@@ -367,7 +373,7 @@ def test_the_error_for_pickle_files_contains_two_lines_to_convert_them(
 
 def test_the_error_names_an_unsupported_model_and_its_folder(tmp_path: Path) -> None:
     """Also if its tensors could not be read either."""
-    folder = spoil(tmp_path / "m", "config.json", '{"model_type": "granite"}')
+    folder = folder_with(tmp_path / "m", "config.json", '{"model_type": "granite"}')
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"?")
         with pytest.raises(ConfigError, match=r"granite.*llama \(LlamaForCausalLM\)") as caught:

@@ -27,7 +27,7 @@ AN_HOUR = 3600
 
 
 @pytest.fixture(autouse=True)
-def small_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache models of every size, in a folder for this test."""
     monkeypatch.setattr(packed_cache, "WORTH_KEEPING", 0)
     monkeypatch.setattr(packed_cache, "folder", lambda: tmp_path / "packed")
@@ -222,7 +222,7 @@ from glassllama.weights import pack, packed_cache
 from glassllama.weights.checkpoint import open_checkpoint
 packed_cache.WORTH_KEEPING, packed_cache.RECENT = 0, -10**15
 packed_cache.folder = lambda: Path(sys.argv[2])
-packed_cache.FileBuffer.keep = lambda self: os._exit(9)
+packed_cache.CacheEntry.keep = lambda self: os._exit(9)
 pack.pack(open_checkpoint(sys.argv[1]))
 """
 
@@ -239,7 +239,7 @@ def test_files_of_a_killed_process_are_not_used(model: Path, packings: Counted) 
 
 
 def test_several_processes_at_once_pack_once(model: Path) -> None:
-    script = KILLED.replace("packed_cache.FileBuffer.keep = lambda self: os._exit(9)", "").replace(
+    script = KILLED.replace("packed_cache.CacheEntry.keep = lambda self: os._exit(9)", "").replace(
         "pack.pack(open", "really = pack.pack_all\n"
         "pack.pack_all = lambda *a: (print('packed'), really(*a))\n"
         "engine = pack.pack(open"

@@ -13,7 +13,7 @@ import transformers
 
 from glassllama import LLM, load
 from glassllama.base.errors import GenerationError, TokenizerError
-from glassllama.weights.validate import check_vocabulary
+from glassllama.weights.inspection import check_vocabulary
 from tiny_models import VARIANTS, hf_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

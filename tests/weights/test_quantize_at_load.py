@@ -18,9 +18,9 @@ from glassllama.llm import load
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.layout import Matrix
 from glassllama.weights import pack as packing
+from glassllama.weights.backend import CHOICES, PACKING_MEMORY, PackingPlan, packing_plan
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.pack import choose_packing, pack
-from glassllama.weights.quantization import CHOICES, WORKING_MEMORY, PackingPlan, packing_plan
 from native.engine.unpacked import read_rows
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
@@ -122,10 +122,10 @@ def test_weights_are_quantized_if_memory_is_short(
     short_by: int, kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(models["bf16"])
-    free = sizes(checkpoint)[short_by] + WORKING_MEMORY
+    free = sizes(checkpoint)[short_by] + PACKING_MEMORY
     monkeypatch.setattr(packing, "available_memory", lambda: free)
     packed = choose_packing(checkpoint, exact=False, quantize=None)
-    assert packed.nbytes == free - WORKING_MEMORY
+    assert packed.nbytes == free - PACKING_MEMORY
     if kind == "none":
         assert packed.notes == []
         return
@@ -138,7 +138,7 @@ def test_weights_are_quantized_if_memory_is_short(
 def test_a_model_that_does_not_fit_in_any_type(
     form: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what would fit, by the estimate of weights/memory.py."""
+    """The error says what would fit, by the estimate of weights/backend.py."""
     checkpoint = open_checkpoint(models[form])
     monkeypatch.setattr(packing, "available_memory", lambda: 10_000_000)
     with pytest.raises(MemoryShortError, match=r"of memory, 10\.0 MB are free; nothing fits"):
@@ -153,13 +153,13 @@ def test_options_that_contradict_each_other(models: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(models["bf16"])
     with pytest.raises(ConfigError, match="exact arithmetic keeps every weight"):
         pack(checkpoint, exact=True, quantize="q8_0")
-    with pytest.raises(ConfigError, match="must be one of none, q8_0, q4_0, got 'q5_0'"):
+    with pytest.raises(ConfigError, match="must be None or none or q8_0 or q4_0, got 'q5_0'"):
         choose_packing(checkpoint, exact=False, quantize="q5_0")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="quantize q8_0 is for the engine"):
         load(models["bf16"], backend="torch", quantize="q8_0")
 
 
-class InFloats:
+class AsBfloat16:
     """A quantized file as if it had been stored in bfloat16."""
 
     def __init__(self, file: TensorFile) -> None:
@@ -189,7 +189,7 @@ def log_softmax(logits: Any) -> Any:
 def in_floats(default_model: Path) -> tuple[Checkpoint, list[int], Any]:
     """The default model in bfloat16, ids of prose, and its unquantized logits."""
     checkpoint = open_checkpoint(default_model)
-    floats = replace(checkpoint, file=InFloats(checkpoint.file))
+    floats = replace(checkpoint, file=AsBfloat16(checkpoint.file))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
     ids = checkpoint.tokenizer.encode(text)
     engine = pack(floats, quantize="none")

@@ -250,14 +250,14 @@ def test_killed_at_fifty_moments(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, limit: int) -> None:
     """Simulated by a limit on the size of files, which fails at the same system call."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(GlassError, match="the model cannot be saved"):
             save_model(tmp_path / "x", models()["GPT"], TOKENIZER)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, heard)
+        signal.signal(signal.SIGXFSZ, old_handler)
     with pytest.raises(GlassError, match="no model here"):
         open_checkpoint(tmp_path / "x")
     assert not list((tmp_path / "x").glob(f"{UNFINISHED}*"))

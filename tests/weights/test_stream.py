@@ -16,10 +16,9 @@ from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
 from glassllama.models.llama import Llama
 from glassllama.nn.hooks import add_hooks, hook_names
-from glassllama.weights import stream
+from glassllama.weights import load
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_llama
-from glassllama.weights.stream import StreamedLlama, StreamExecutor
+from glassllama.weights.load import StreamedLlama, load_model
 from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
 from tolerances import assert_logits
@@ -62,7 +61,7 @@ def in_memory(model: StreamedLlama) -> list[str]:
 def test_logits_and_cached_steps_equal_those_of_the_loaded_model(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
-    loaded, streamed = load_llama(checkpoint, dtype=dtype), StreamedLlama(checkpoint, dtype=dtype)
+    loaded, streamed = load_model(checkpoint, dtype=dtype), StreamedLlama(checkpoint, dtype=dtype)
     assert torch.equal(streamed(IDS), loaded(IDS))
     caches = streamed.new_cache(2, 30), loaded.new_cache(2, 30)
     assert caches[0].keys.dtype == dtype
@@ -74,13 +73,13 @@ def test_logits_and_cached_steps_equal_those_of_the_loaded_model(
 
 def test_the_output_in_many_blocks(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     # Close, not equal: the kernel for a narrower matrix may add in another order.
-    monkeypatch.setattr(stream, "BLOCK_NUMBERS", 7 * checkpoint.config.dim)
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
+    monkeypatch.setattr(load, "BLOCK_NUMBERS", 7 * checkpoint.config.dim)
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     assert_logits(streamed(IDS), loaded(IDS), checkpoint.config)
 
 
 def test_rows_of_different_length(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     caches = streamed.new_cache(3, 40), loaded.new_cache(3, 40)
     ids = torch.cat((IDS, IDS[:1]))
     for start, lengths in ((0, [3, 9, 6]), (9, [1, 0, 1]), (10, [5, 12, 1])):
@@ -99,11 +98,13 @@ def test_generation(checkpoint: Checkpoint) -> None:
     def ids(executor: TorchExecutor) -> list[tuple[int, int]]:
         return [(step.row, step.id) for step in generate(executor, prompts, settings)]
 
-    assert ids(StreamExecutor(checkpoint)) == ids(TorchExecutor(load_llama(checkpoint)))
+    assert ids(TorchExecutor(StreamedLlama(checkpoint))) == ids(
+        TorchExecutor(load_model(checkpoint))
+    )
 
 
 def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     assert hook_names(streamed) == hook_names(loaded)
 
     def seen_in(model: Llama) -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None
 
 
 def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_llama(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
     with streamed.layers[1].filled() as layer:
         assert torch.equal(layer.attention.wq.weight, loaded.layers[1].attention.wq.weight)
         logits = streamed(IDS)  # a pass in between keeps it loaded
@@ -128,7 +129,7 @@ def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
     assert in_memory(streamed) == ["norm.weight"]
 
 
-def test_a_layer_is_freed_after_an_error(checkpoint: Checkpoint) -> None:
+def test_a_layer_is_unloaded_after_an_error(checkpoint: Checkpoint) -> None:
     streamed = StreamedLlama(checkpoint)
 
     def interrupt(*_: object) -> None:
@@ -139,7 +140,7 @@ def test_a_layer_is_freed_after_an_error(checkpoint: Checkpoint) -> None:
         streamed(IDS)
     assert in_memory(streamed) == ["norm.weight"]
     hook.remove()
-    assert torch.equal(streamed(IDS), load_llama(checkpoint)(IDS))
+    assert torch.equal(streamed(IDS), load_model(checkpoint)(IDS))
 
 
 @pytest.mark.parametrize("id", [-1, V, 2**40])
@@ -161,9 +162,9 @@ BLOCK = 2_000_000  # numbers of the output matrix at once
 
 MEASURE = """
 import sys, torch
-from glassllama.weights import stream
+from glassllama.weights import load
 from glassllama.weights.checkpoint import open_checkpoint
-stream.BLOCK_NUMBERS = int(sys.argv[2])
+load.BLOCK_NUMBERS = int(sys.argv[2])
 def high_water():  # of this process only: getrusage includes the parent's peak
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -171,7 +172,7 @@ torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=torch.bfloat16))
 with torch.device("meta"):  # a part of PyTorch that is imported at its first use: 77 MB
     torch.nn.Embedding(2, 2)
 before = high_water()
-model = stream.StreamedLlama(open_checkpoint(sys.argv[1]))
+model = load.StreamedLlama(open_checkpoint(sys.argv[1]))
 assert model(torch.arange(17)[None]).isfinite().all()
 print(high_water() - before)
 """

@@ -92,16 +92,16 @@ DECODER = {"+0": row("<|im_start|>"), "+1": row("<|im_end|>"), "+2": row("<tool>
 SIDE_FILES: dict[str, dict[str, Any]] = {
     "added_tokens.json": {"added_tokens.json": {**MARKS, "<tool>": "+2"}},
     "added_tokens_decoder": {"tokenizer_config.json": {"added_tokens_decoder": DECODER}},
-    "the decoder goes before the older files": {
+    "the decoder takes precedence over the older files": {
         "tokenizer_config.json": {"added_tokens_decoder": DECODER},
         "added_tokens.json": {"<other>": "+0"},
         "special_tokens_map.json": {"eos_token": "<other>"},
     },
-    "an end that was added": {
+    "an added end token": {
         "tokenizer_config.json": {"eos_token": "<|im_end|>"},
         "added_tokens.json": MARKS,
     },
-    "an end in the map": {
+    "an end token in the special tokens map": {
         "added_tokens.json": MARKS,
         "special_tokens_map.json": {"eos_token": row("<|im_end|>")},
     },
@@ -125,7 +125,7 @@ SIDE_FILES: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {"additional_special_tokens": ["<|x|>", "<mark>"]},
         "special_tokens_map.json": {"additional_special_tokens": ["<tool>"]},
     },
-    "tokens by other names": {
+    "tokens with other role names": {
         "tokenizer_config.json": {"pad_token": "[PAD]", "tool_token": "<tool>"},
     },
     "special in one file, numbered in the other": {
@@ -291,13 +291,13 @@ def test_any_side_file_is_read_or_refused_with_one_line(
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     for read in (tokenizer_from_folder, chat_template_from_folder, template_tokens_from_folder):
-        said = ""
+        message = ""
         try:
             read(folder)
         except TokenizerError as refused:
-            said = str(refused)
-        assert "\n" not in said
-        assert len(said) < 1000
+            message = str(refused)
+        assert "\n" not in message
+        assert len(message) < 1000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja"])

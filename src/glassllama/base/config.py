@@ -174,7 +174,7 @@ def require_finite_angles(config: LlamaConfig) -> None:
         fastest = float(np.max(scaled_frequencies(config, pairs)))
     if not fastest * config.max_seq_len <= MAX_NUMBER:
         raise ConfigError(
-            f"rope_theta {config.rope_theta:g} and rope_scaling turn by {fastest:g} radians a "
+            f"rope_theta {config.rope_theta:g} and rope_scaling rotate by {fastest:g} radians per "
             f"token, too fast for a context of {config.max_seq_len}"
         )
 

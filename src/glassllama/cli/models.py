@@ -123,7 +123,7 @@ def dataset_entries() -> list[Entry]:
 def show(model: str = MODEL, offline: bool = OFFLINE, pth: bool = PTH, json: bool = JSON) -> None:
     """Show a model: architecture, sizes, number formats, tokenizer, memory."""
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.describe import describe
+    from glassllama.weights.inspection import describe
 
     facts = describe(open_checkpoint(find(model, offline, pth)))
     if json:
@@ -204,7 +204,7 @@ def validate(
     Lists all problems, and exits with 1 if there are any.
     """
     from glassllama.hub import PACKAGE_MODELS
-    from glassllama.weights.validate import validate as validate_files
+    from glassllama.weights.inspection import validate as validate_files
 
     path = find(model, offline, pth)
     hashes = [file.sha256 for file in PACKAGE_MODELS.values() if file.location == path]

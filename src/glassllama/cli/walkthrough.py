@@ -145,7 +145,7 @@ def full_layers(layers: str | None, walk: Walkthrough) -> list[int] | None:
 
 
 def print_text(shown: Step | Comparison) -> None:
-    from glassllama.walkthrough.text import Layout, render
+    from glassllama.walkthrough.export import Layout, render
 
     color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     columns = shutil.get_terminal_size((UNKNOWN_WIDTH, 24)).columns

@@ -56,6 +56,9 @@ class Entry:
     crc32: int
 
 
+View = tuple[TensorInfo, tuple[int, ...], int]  # strides, and bytes from the first to the last
+
+
 class PthFile(MappedTensors):
     """A `TensorFile` over one file of torch.save. Made by `open_pth`.
 
@@ -64,22 +67,13 @@ class PthFile(MappedTensors):
     """
 
     def __init__(
-        self,
-        file: MappedFile,
-        entries: Mapping[str, Entry],
-        views: Mapping[str, tuple[TensorInfo, tuple[int, ...], int]],
-        metadata: Mapping[str, Any],
-        *,
-        big_endian: bool,
-    ) -> None:
+        self, file: MappedFile, entries: Mapping[str, Entry], views: Mapping[str, View],
+        metadata: Mapping[str, Any], *, big_endian: bool,
+    ) -> None:  # fmt: skip
         super().__init__([file], {name: view[0] for name, view in views.items()}, metadata)
-        self._file, self._entries, self._views = file, entries, views
-        self._big_endian = big_endian
-
-    @property
-    def has_checksums(self) -> bool:
-        """False where torch was told to leave them out (`set_crc32_options(False)`)."""
-        return _have_checksums(self._entries)
+        self._entries, self._views, self._big_endian = entries, views, big_endian
+        # False where torch was told to leave them out (`set_crc32_options(False)`):
+        self.has_checksums = _have_checksums(entries)
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """As MappedTensors; big-endian elements are copied in this machine's order."""
@@ -90,11 +84,11 @@ class PthFile(MappedTensors):
         return plain
 
     def _view(self, info: TensorInfo) -> NDArray[Any]:
-        strides = self._views[info.name][1]
-        return self._file.array(info.shape, ELEMENT_TYPES[info.dtype], info.offset, strides)
+        file, strides = self._files[info.path], self._views[info.name][1]
+        return file.array(info.shape, ELEMENT_TYPES[info.dtype], info.offset, strides)
 
-    def release_pages(self, name: str) -> None:
-        self._file.release_pages(self.info(name).offset, self._views[name][2])
+    def _span(self, info: TensorInfo) -> int:
+        return self._views[info.name][2]
 
     def verify(self, progress: Progress | None = None) -> None:
         """Compare every entry with its CRC-32; FormatError names the damaged tensors.
@@ -103,14 +97,14 @@ class PthFile(MappedTensors):
         """
         if not self.has_checksums:
             raise FormatError(f"{self._path}: saved without checksums, cannot be verified")
-        damaged = list[Entry]()
+        file, damaged = self._files[self._path], list[Entry]()
         total, done = sum(entry.nbytes for entry in self._entries.values()), 0
         for entry in self._entries.values():
             crc32 = 0
             for start in range(0, entry.nbytes, PIECE):
                 piece = min(PIECE, entry.nbytes - start)
-                crc32 = zlib.crc32(self._file.bytes_at(entry.offset + start, piece), crc32)
-                self._file.release_pages(entry.offset + start, piece)
+                crc32 = zlib.crc32(file.bytes_at(entry.offset + start, piece), crc32)
+                file.release_pages(entry.offset + start, piece)
                 done += piece
                 if progress is not None:
                     progress(done, total)
@@ -313,10 +307,8 @@ def _leaves(
             yield name, value
 
 
-def _view_of(
-    name: str, tensor: StoredTensor, entry: Entry | None, path: Path
-) -> tuple[TensorInfo, tuple[int, ...], int]:
-    """-> info, strides, bytes from the first to the last; FormatError unless inside its storage."""
+def _view_of(name: str, tensor: StoredTensor, entry: Entry | None, path: Path) -> View:
+    """Raises FormatError for a tensor that is not inside its storage."""
     where = f"{path}: tensor {quoted(name)}"
     dtype, count = tensor.storage.dtype, tensor.storage.count
     itemsize = ELEMENT_TYPES[dtype].itemsize

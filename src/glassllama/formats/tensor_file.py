@@ -189,7 +189,11 @@ class MappedTensors:
         """Give this tensor's pages back to the system; later reads read the file again."""
         info = self.info(name)
         if info.path in self._files:
-            self._files[info.path].release_pages(info.offset, info.nbytes)
+            self._files[info.path].release_pages(info.offset, self._span(info))
+
+    def _span(self, info: TensorInfo) -> int:
+        """Bytes from the first to the last of a tensor."""
+        return info.nbytes
 
     def close(self) -> None:
         self._files = {}

@@ -13,16 +13,6 @@ from glassllama.generation.sampler import Sampler, make_sampler
 from glassllama.generation.scheduler import Generation, Scheduler, generate
 
 __all__ = [
-    "FinishReason",
-    "Generation",
-    "GenerationSettings",
-    "Overflow",
-    "Request",
-    "Sampler",
-    "Scheduler",
-    "Timings",
-    "TokenEvent",
-    "TokenLogprob",
-    "generate",
-    "make_sampler",
-]
+    "FinishReason", "Generation", "GenerationSettings", "Overflow", "Request", "Sampler",
+    "Scheduler", "Timings", "TokenEvent", "TokenLogprob", "generate", "make_sampler",
+]  # fmt: skip

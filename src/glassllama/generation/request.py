@@ -214,12 +214,13 @@ class Request:
         elif self.num_new == self.limit:
             reason = "length"
         self.live = reason is None
-        if settings.logprobs is None:
-            return TokenEvent(self.number, self.row, id, None, (), reason, self.dropped)
-        top = likeliest(logits, settings.logprobs)
-        chosen, *others = logprobs_of(logits, [id, *top])
-        alternatives = tuple(map(TokenLogprob, top, others))
-        return TokenEvent(self.number, self.row, id, chosen, alternatives, reason, self.dropped)
+        logprob: float | None = None
+        top: tuple[TokenLogprob, ...] = ()
+        if settings.logprobs is not None:
+            likely = likeliest(logits, settings.logprobs)
+            logprob, *others = logprobs_of(logits, [id, *likely])
+            top = tuple(map(TokenLogprob, likely, others))
+        return TokenEvent(self.number, self.row, id, logprob, top, reason, self.dropped)
 
 
 def sizes(

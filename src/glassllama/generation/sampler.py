@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,6 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_UPPER = np.float32(0.693359375)  # few bits: its product with a whole number is exact
 LN2_LOWER = np.float32(-2.12194440e-4)
 LOWEST = np.float32(-87.3)  # e^x below this is no normal float32
-COOLEST, HOTTEST = 1e-6, 1e6  # temperatures: beyond, float32 has nothing left to tell apart
-MILDEST, HARSHEST = 1e-3, 1e3  # repetition penalties
-OPENAI_PENALTY = 2.0  # presence and frequency penalties lie between -2 and 2 in OpenAI's API
 
 
 class History:
@@ -56,22 +53,9 @@ class History:
         self.counts[id] += 1
 
 
-class LogitsStep(Protocol):
-    """One step between the model and the draw."""
-
-    def __call__(self, logits: Logits, history: History) -> Logits: ...
-
-
-def require(field: str, value: float, allowed: str, inside: bool) -> None:
-    """Raise a GenerationError that names the setting, what came and what is allowed."""
-    if not inside:
-        raise GenerationError(f"{field} must be {allowed}, got {quoted(value)}")
-
-
 def require_number(field: str, value: object) -> None:
-    """The same for settings of any size."""
-    inside = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not inside:
+    """Raise a GenerationError that names the setting, what came and what is allowed."""
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
         raise GenerationError(f"{field} must be a number, got {quoted(value)}")
 
 
@@ -85,63 +69,78 @@ def require_whole(field: str, value: object, least: int) -> None:
 
 
 @dataclass(frozen=True)
-class Repetition:
+class LogitsStep:
+    """One step between the model and the draw, with the value of one setting.
+
+    `default` is the setting's value without the step, `native` its name for a native sampler.
+    """
+
+    value: float
+    setting: ClassVar[str]
+    default: ClassVar[float | None]
+    native: ClassVar[str]
+    allowed: ClassVar[str]
+    limits: ClassVar[tuple[float, float]]  # both are allowed
+
+    def __post_init__(self) -> None:
+        least, most = self.limits
+        if not least <= self.value <= most:
+            message = f"{self.setting} must be {self.allowed}, got {quoted(self.value)}"
+            raise GenerationError(message)
+
+    @property
+    def native_value(self) -> float:
+        return self.value
+
+    def __call__(self, logits: Logits, history: History) -> Logits:
+        raise NotImplementedError
+
+
+class Repetition(LogitsStep):
     """Make every id of prompt and answer less likely: CTRL (Keskar et al., 2019), section 4.1.
 
     Positive logits are divided by the penalty, negative ones multiplied, so both move down.
     """
 
-    penalty: float
-
-    def __post_init__(self) -> None:
-        inside = MILDEST <= self.penalty <= HARSHEST
-        require("repetition_penalty", self.penalty, f"from {MILDEST} to {HARSHEST:g}", inside)
+    setting, default, native = "repetition_penalty", 1.0, "repetition"
+    allowed, limits = "from 0.001 to 1000", (1e-3, 1e3)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        ids = np.flatnonzero(history.seen)
+        ids, penalty = np.flatnonzero(history.seen), np.float32(self.value)
         old = logits[ids]
         out = logits.copy()
-        out[ids] = np.where(old > 0, old / np.float32(self.penalty), old * np.float32(self.penalty))
+        out[ids] = np.where(old > 0, old / penalty, old * penalty)
         return out
 
 
-@dataclass(frozen=True)
-class Presence:
+class Presence(LogitsStep):
     """Take a fixed amount off the logits of ids already in the answer (OpenAI API reference)."""
 
-    penalty: float
-
-    def __post_init__(self) -> None:
-        inside = abs(self.penalty) <= OPENAI_PENALTY
-        require("presence_penalty", self.penalty, "between -2 and 2", inside)
+    setting, default, native = "presence_penalty", 0.0, "presence"
+    allowed, limits = "between -2 and 2", (-2.0, 2.0)  # as in OpenAI's API
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        return np.where(history.counts > 0, logits - np.float32(self.penalty), logits)
+        return np.where(history.counts > 0, logits - np.float32(self.value), logits)
 
 
-@dataclass(frozen=True)
-class Frequency:
+class Frequency(LogitsStep):
     """Take an amount off for every time the answer holds the id (OpenAI API reference)."""
 
-    penalty: float
-
-    def __post_init__(self) -> None:
-        inside = abs(self.penalty) <= OPENAI_PENALTY
-        require("frequency_penalty", self.penalty, "between -2 and 2", inside)
+    setting, default, native = "frequency_penalty", 0.0, "frequency"
+    allowed, limits = "between -2 and 2", (-2.0, 2.0)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        return logits - np.float32(self.penalty) * history.counts.astype(np.float32)
+        return logits - np.float32(self.value) * history.counts.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Temperature:
-    """Divide the logits: below 1 the likely ids win more often, above 1 less often."""
+class Temperature(LogitsStep):
+    """Divide the logits: below 1 the likely ids win more often, above 1 less often.
 
-    value: float
+    Beyond the limits float32 has nothing left to tell apart.
+    """
 
-    def __post_init__(self) -> None:
-        inside = COOLEST <= self.value <= HOTTEST
-        require("temperature", self.value, f"0 (greedy) or from {COOLEST:g} to {HOTTEST:g}", inside)
+    setting, default, native = "temperature", 1.0, "temperature"
+    allowed, limits = "0 (greedy) or from 1e-06 to 1e+06", (1e-6, 1e6)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         with np.errstate(over="ignore"):  # what overflows is -inf: impossible
@@ -149,63 +148,63 @@ class Temperature:
         return out
 
 
-@dataclass(frozen=True)
-class TopK:
+class TopK(LogitsStep):
     """Keep the k largest logits."""
 
-    k: int
+    value: int
+    setting, default, native = "top_k", None, "top_k"
 
     def __post_init__(self) -> None:
-        require_whole("top_k", self.k, 1)
+        require_whole("top_k", self.value, 1)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        if self.k >= len(logits):
+        if self.value >= len(logits):
             return logits
-        border = np.partition(logits, -self.k)[-self.k]  # a selection, no sort
+        border = np.partition(logits, -self.value)[-self.value]  # a selection, no sort
         return keep(logits, logits >= border)
 
 
-@dataclass(frozen=True)
-class TopP:
+class TopP(LogitsStep):
     """Keep the nucleus: the likeliest ids that together reach probability p.
 
     Source: The Curious Case of Neural Text Degeneration (Holtzman et al., 2019), section 3.1.
     """
 
-    p: float
-
-    def __post_init__(self) -> None:
-        require("top_p", self.p, "above 0 and at most 1", 0 < self.p <= 1)
+    setting, default, native = "top_p", 1.0, "top_p"
+    allowed, limits = "above 0 and at most 1", (math.ulp(0.0), 1.0)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        if self.p == 1:
+        p = self.value
+        if p == 1:
             return logits
         weights = weights_of(logits)
         total = weights.sum()
         # All ids below this weight together have less than 1 - p, so none of them is needed: only
         # the few above it are sorted.
-        needless = (1 - self.p) * total / len(weights)
+        needless = (1 - p) * total / len(weights)
         ordered = np.sort(np.compress(weights >= needless, weights))[::-1]
-        border = ordered[min(np.searchsorted(ordered.cumsum(), self.p * total), len(ordered) - 1)]
+        border = ordered[min(np.searchsorted(ordered.cumsum(), p * total), len(ordered) - 1)]
         return keep(logits, weights >= border)
 
 
-@dataclass(frozen=True)
-class MinP:
-    """Keep ids at least `p` times as likely as the likeliest one: Min-p (Nguyen et al., 2024)."""
+class MinP(LogitsStep):
+    """Keep ids at least p times as likely as the likeliest one: Min-p (Nguyen et al., 2024)."""
 
-    p: float
-
-    def __post_init__(self) -> None:
-        require("min_p", self.p, "at least 0 and at most 1", 0 <= self.p <= 1)
+    setting, default, native = "min_p", 0.0, "distance"
+    allowed, limits = "at least 0 and at most 1", (0.0, 1.0)
 
     def __call__(self, logits: Logits, history: History) -> Logits:
-        return keep(logits, logits >= logits.max() - self.distance)
+        return keep(logits, logits >= logits.max() - self.native_value)
 
     @property
-    def distance(self) -> float:
-        """From the largest logit, at most."""
-        return -math.log(self.p) if self.p > 0 else math.inf
+    def native_value(self) -> float:
+        """The distance from the largest logit, at most."""
+        return -math.log(self.value) if self.value > 0 else math.inf
+
+
+PENALTIES: list[type[LogitsStep]] = [Repetition, Presence, Frequency]
+# None of these ever removes the largest logit: greedy has no need of them.
+DRAWING: list[type[LogitsStep]] = [Temperature, TopK, TopP, MinP]
 
 
 def below_largest(logits: Logits) -> Logits:
@@ -259,7 +258,7 @@ def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
 class Sampler:
     """How ids are chosen: the steps in order, then the largest (`greedy`) or a draw by `seed`."""
 
-    steps: tuple[LogitsStep, ...] = ()
+    steps: tuple[Callable[[Logits, History], Logits], ...] = ()
     greedy: bool = True
     seed: int | None = None  # None: another answer every time
 
@@ -280,31 +279,19 @@ class Sampler:
         history = History(prompt, vocab_size)
         generator = np.random.Generator(np.random.PCG64(self.seed))
         settings = self._settings()
-        native_sampler = None
+        compiled = None
         if native is not None and settings is not None:
-            native_sampler = native(vocab_size=vocab_size, **settings)
-        return SamplerState(self, history, generator, native_sampler)
+            compiled = native(vocab_size=vocab_size, **settings)
+        return SamplerState(self, history, generator, compiled)
 
     def _settings(self) -> dict[str, float] | None:
         """The steps as plain numbers, for `native`; None where they are not those of this file."""
         kinds = [type(step) for step in self.steps]
-        if kinds != [kind for kind in NUMBERS if kind in kinds]:
+        if kinds != [kind for kind in (*PENALTIES, *DRAWING) if kind in kinds]:
             return None
-        named = [(NUMBERS[type(step)], step) for step in self.steps]
-        settings = {name: getattr(step, field) for (name, field), step in named}
+        known = [step for step in self.steps if isinstance(step, LogitsStep)]
+        settings = {step.native: step.native_value for step in known}
         return settings | {"temperature": 0.0} if self.greedy else settings
-
-
-# The setting of a native sampler that each step is, and the step's field; in order.
-NUMBERS: dict[type, tuple[str, str]] = {
-    Repetition: ("repetition", "penalty"),
-    Presence: ("presence", "penalty"),
-    Frequency: ("frequency", "penalty"),
-    Temperature: ("temperature", "value"),
-    TopK: ("top_k", "k"),
-    TopP: ("top_p", "p"),
-    MinP: ("distance", "distance"),
-}
 
 
 def make_sampler(
@@ -323,29 +310,20 @@ def make_sampler(
     Temperature 0 is greedy. Repetition counts prompt and answer, presence and frequency the answer
     alone. Raises GenerationError that names a bad setting, its value and its range.
     """
-    numbers = {
-        "temperature": temperature, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-    }  # fmt: skip
-    for setting, value in numbers.items():
-        require_number(setting, value)
     greedy = temperature == 0
-    penalties: list[tuple[bool, LogitsStep]] = [
-        (repetition_penalty != 1, Repetition(repetition_penalty)),
-        (presence_penalty != 0, Presence(presence_penalty)),
-        (frequency_penalty != 0, Frequency(frequency_penalty)),
-    ]
-    drawing: list[tuple[bool, LogitsStep]] = [
-        (temperature != 1, Temperature(1.0 if greedy else temperature)),
-        (top_k is not None, TopK(1 if top_k is None else top_k)),
-        (top_p != 1, TopP(top_p)),
-        (min_p != 0, MinP(min_p)),
-    ]
-    # None of the drawing steps ever removes the largest logit: greedy has no need of them.
-    chosen = penalties if greedy else penalties + drawing
-    steps = tuple(step for wanted, step in chosen if wanted)
-    return Sampler(steps=steps, greedy=greedy, seed=seed)
+    values: dict[str, Any] = {
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "temperature": 1.0 if greedy else temperature,
+        "top_p": top_p, "min_p": min_p,
+    }  # fmt: skip
+    for setting, value in values.items():
+        require_number(setting, value)
+    values["top_k"] = top_k
+    penalties, drawing = (
+        tuple(kind(values[kind.setting]) for kind in kinds if values[kind.setting] != kind.default)
+        for kinds in (PENALTIES, DRAWING)
+    )
+    return Sampler(steps=penalties if greedy else penalties + drawing, greedy=greedy, seed=seed)
 
 
 GREEDY = Sampler()

@@ -7,7 +7,6 @@ complete. What an interrupted download has left is completed by the next one.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import zipfile
@@ -21,7 +20,7 @@ from glassllama.base.errors import DownloadError, UntrustedError
 from glassllama.base.interfaces import Progress
 from glassllama.base.machine import cache_home, gigabytes
 from glassllama.base.trust import is_trusted, make_folder, require_trusted
-from glassllama.hub.pip_index import Archive, download, fetch_archive
+from glassllama.hub.pip_index import Archive, download, fetch_archive, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +76,13 @@ def is_cached(file: CachedFile) -> bool:
     try:
         if not path.is_file() or path.stat().st_size != file.bytes:
             return False
-        require_trusted(path.parent)
-        trusted = is_trusted(path.stat())
-    except UntrustedError:
-        trusted = False
+        with suppress(UntrustedError):
+            require_trusted(path.parent)
+            if is_trusted(path.stat()):
+                return True
+        return sha256_of(path) == file.sha256
     except OSError:
         return False
-    return trusted or sha256_of(path) == file.sha256
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_file(

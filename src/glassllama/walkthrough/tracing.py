@@ -64,12 +64,6 @@ class Trace(dict[str, Tensor]):
         """The tensors whose names match a pattern such as `layers.*.attention.heads`, in order."""
         return {name: self[name] for name in self if fnmatchcase(name, pattern)}
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors; what several names share counts once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.values()}
-        return sum(storage.nbytes() for storage in storages.values())
-
     def first_non_finite(self) -> str | None:
         """The first name, in the order of computation, whose tensor has NaN or infinities."""
         return next((name for name, tensor in self.items() if not tensor.isfinite().all()), None)

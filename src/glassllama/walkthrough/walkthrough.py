@@ -39,8 +39,7 @@ from glassllama.walkthrough.tracing import (
     trace,
 )
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import as_tensor, load_model
-from glassllama.weights.stream import StreamedBlock, StreamedLlama
+from glassllama.weights.load import StreamedBlock, StreamedLlama, as_tensor, load_model
 
 # Attention weights of all layers are recorded up to this length: they grow with its square.
 MAX_TOKENS_FOR_ALL_MAPS = 64

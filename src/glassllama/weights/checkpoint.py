@@ -21,13 +21,9 @@ from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
 from glassllama.base.layer_plan import ModelPlan
 from glassllama.formats.blocks import dequantize
 from glassllama.tokenizers.vocabulary import TokenizerBase
-from glassllama.weights.architectures import (
-    architecture_of,
-    config_from_gguf,
-    config_from_hf,
-    config_from_meta,
-)
+from glassllama.weights.architectures import architecture_of, config_from_gguf, config_from_hf
 from glassllama.weights.architectures.description import Architecture, FileFormat, MappedTensor
+from glassllama.weights.architectures.llama import read_meta
 from glassllama.weights.model_files import OPEN, find_model, hf_notes, read_json
 from glassllama.weights.tensor_map import match_tensors
 
@@ -159,28 +155,16 @@ def _open(file_format: FileFormat, source: Path) -> Checkpoint:
     # config.json before any other file: what it says explains most errors.
     resolved = config_from_hf(read_json(folder / "config.json")) if file_format == "hf" else None
     file = OPEN[file_format](source)
-    try:
-        if resolved is None:
-            gguf = file_format == "gguf"
-            resolved = (
-                config_from_gguf(file)
-                if gguf
-                else config_from_meta(read_json(folder / "params.json"), file)
-            )
-        architecture = architecture_of(resolved.config)
-        match = match_tensors(file, architecture, resolved.config, file_format)
-        notes = [*resolved.notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
-    except GlassError:
-        file.close()
-        raise
+    if resolved is None:
+        is_gguf = file_format == "gguf"
+        params = {} if is_gguf else read_json(folder / "params.json")
+        resolved = config_from_gguf(file) if is_gguf else read_meta(params, file)
+    architecture = architecture_of(resolved.config)
+    match = match_tensors(file, architecture, resolved.config, file_format)
+    notes = [*resolved.notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
     if architecture.layer_plan is None:
         notes.append(architecture.torch_only)
     return Checkpoint(
-        path=source,
-        file_format=file_format,
-        architecture=architecture,
-        config=match.config,
-        file=file,
-        tensors=match.tensors,
-        notes=notes,
-    )
+        path=source, file_format=file_format, architecture=architecture, config=match.config,
+        file=file, tensors=match.tensors, notes=notes,
+    )  # fmt: skip

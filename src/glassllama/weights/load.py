@@ -1,40 +1,44 @@
-"""A checkpoint → the PyTorch model: built without memory, then filled one tensor at a time."""
+"""A checkpoint → the PyTorch model, whole in memory or with the weights of one layer at a time.
+
+`load_model` builds the reference model without memory and fills it one tensor at a time.
+`StreamedLlama`, for models larger than memory, is the Llama of models/llama.py built on the meta
+device, where a weight is a shape without data. A layer is filled from the file when it is called
+and emptied afterwards; embeddings are read row by row, the output matrix in blocks of rows. After
+reading, both our memory and the mapped pages of the file are released. Every forward pass reads the
+whole file, so it is slow.
+
+Shapes: B batch, T new tokens, C model width, V vocabulary, N rows that were read.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from glassllama.base.errors import ConfigError, MemoryShortError, quoted
+from glassllama.base.errors import ConfigError, GenerationError, MemoryShortError, quoted
 from glassllama.base.interfaces import Progress
-from glassllama.base.machine import available_memory, gigabytes
+from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.models.language_model import LanguageModel
-from glassllama.models.llama import Llama
+from glassllama.models.llama import Block, Llama
+from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
+from glassllama.weights.backend import (
+    BLOCK_NUMBERS,
+    EMBEDDINGS,
+    OUTPUT,
+    PYTORCH_ITSELF,
+    WORKING_MEMORY,
+    estimate_memory,
+    streamed_memory,
+)
 from glassllama.weights.checkpoint import Checkpoint
-from glassllama.weights.memory import estimate_memory
-
-WORKING_MEMORY = 100_000_000  # activations and PyTorch's own needs beside weights and cache
-
-
-def load_llama(
-    checkpoint: Checkpoint,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Llama:
-    """`load_model` for a Llama. Raises ConfigError for another architecture."""
-    if checkpoint.architecture.name != "llama":
-        raise ConfigError(
-            f"{checkpoint.path}: expected a Llama, got a {checkpoint.architecture.title}"
-        )
-    model = load_model(checkpoint, device=device, dtype=dtype, progress=progress)
-    assert isinstance(model, Llama)
-    return model
 
 
 def load_model(
@@ -117,3 +121,140 @@ def set_parameter(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter, which may so far have been a shape without data."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+# --- one layer at a time --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Reads weights as `dtype` on `device`, and releases the file's pages after each read."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self, ours: str) -> Tensor:
+        try:
+            return as_tensor(self.checkpoint, ours, self.dtype, self.device)
+        finally:
+            self.checkpoint.release_pages(ours)
+
+    def rows(self, ours: str, rows: slice) -> Tensor:
+        """Some rows of a matrix: (N, C)."""
+        try:
+            numbers = self.checkpoint.float32(ours, rows)
+        finally:
+            self.checkpoint.release_pages(ours)
+        return torch.from_numpy(numbers).to(device=self.device, dtype=self.dtype)
+
+    def linear(self, ours: str, h: Tensor) -> Tensor:
+        """h · Wᵀ in blocks of the rows of a (V, C) matrix W: (…, C) -> (…, V), in h's dtype."""
+        count = self.checkpoint.info(ours).shape[0]
+        out = h.new_empty((*h.shape[:-1], count))  # (…, V)
+        step = max(1, BLOCK_NUMBERS // h.shape[-1])
+        for first in range(0, count, step):
+            block = slice(first, min(first + step, count))
+            out[..., block] = F.linear(h, self.rows(ours, block))  # (…, N)
+        return out
+
+
+class StreamedEmbedding(nn.Embedding):
+    """An embedding that reads the rows of the given ids at each call."""
+
+    def __init__(self, source: Source) -> None:
+        config = source.checkpoint.config
+        # An empty weight: a new KV cache reads its dtype and device.
+        super().__init__(0, config.dim, device=source.device, dtype=source.dtype)
+        self.source, self.vocab_size = source, config.vocab_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        asked = sorted(set(ids.flatten().tolist()))
+        if not 0 <= asked[0] <= asked[-1] < self.vocab_size:
+            bad = asked[0] if asked[0] < 0 else asked[-1]
+            raise GenerationError(f"id {bad} is outside the vocabulary of {self.vocab_size}")
+        read = [self.source.rows(EMBEDDINGS, slice(id, id + 1)) for id in asked]
+        rows = torch.cat(read)  # (N, C)
+        table = torch.tensor(asked, device=ids.device)  # (N,)
+        where = torch.searchsorted(table, ids.contiguous())  # (B, T)
+        return F.embedding(where, rows)  # (B, T, C)
+
+
+class StreamedOutput(nn.Module):
+    """The output matrix if it is not tied to the embeddings; a module, so that hooks work."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.source.linear(OUTPUT, h)  # (…, V)
+
+
+class StreamedBlock(Block):
+    """A block whose weights are in memory during its forward pass."""
+
+    def __init__(self, source: Source, layer: int) -> None:
+        super().__init__(source.checkpoint.config, layer)
+        self.source, self.number = source, layer
+
+    @contextmanager
+    def filled(self) -> Iterator[StreamedBlock]:
+        """Inside this `with` the weights have data."""
+        if not self.attention_norm.weight.is_meta:  # filled by an outer `with`, which empties it
+            yield self
+            return
+        shapes = dict(self.named_parameters())
+        try:
+            for name in shapes:
+                set_parameter(self, name, self.source.tensor(f"layers.{self.number}.{name}"))
+            yield self
+        finally:
+            for name, shape in shapes.items():
+                set_parameter(self, name, shape)
+
+    def forward(self, x: Tensor, step: ForwardContext) -> Tensor:
+        with self.filled():
+            return super().forward(x, step)  # (B, T, C)
+
+
+class StreamedLlama(Llama):
+    """Used like Llama, with the same hook points; `layers[n].filled()` gives access to weights.
+
+    `dtype` None leaves bfloat16 files as they are and makes everything else float32. The checkpoint
+    stays open as long as the model is used. Raises ConfigError for a model that is no Llama, and
+    MemoryShortError before it allocates.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _ = checkpoint.layer_plan  # raises ConfigError if only PyTorch, in memory, runs the model
+        config, dtype = checkpoint.config, default_dtype(checkpoint) if dtype is None else dtype
+        source = Source(checkpoint, dtype, torch.device(device))
+        if source.device.type == "cpu":
+            require_memory(
+                streamed_memory(checkpoint, 0, dtype.itemsize) - PYTORCH_ITSELF,
+                what=f"one layer of {checkpoint.path.name} in {str(dtype).removeprefix('torch.')}",
+                instead="close other programs, or use a smaller model",
+            )
+        with shapes_only():
+            super().__init__(config)
+            self.layers = nn.ModuleList(StreamedBlock(source, n) for n in range(config.n_layers))
+        self.to(dtype)
+        self.tok_embeddings = StreamedEmbedding(source)
+        set_parameter(self, "norm.weight", source.tensor("norm.weight"))
+        self.source = source
+        if not config.tie_embeddings:
+            self.add_module("output", StreamedOutput(source))
+        self.requires_grad_(False).eval()
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(…, C) -> (…, V) float32, as Llama's."""
+        tied = self.config.tie_embeddings
+        logits: Tensor = self.source.linear(EMBEDDINGS, h) if tied else self.output(h)
+        return self.last_logits(logits.float())  # (…, V)

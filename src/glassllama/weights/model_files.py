@@ -11,6 +11,7 @@ import json
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from glassllama.base.errors import ConfigError, GlassError, WeightsError, listed
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import Progress, TensorFile, TensorInfo
 from glassllama.formats.gguf import open_gguf
-from glassllama.formats.pth import open_pth
+from glassllama.formats.pth import PthFile, open_pth
 from glassllama.formats.safetensors import open_safetensors, shard_names
 from glassllama.formats.tensor_file import Container, format_of, formats_in
 from glassllama.weights.architectures import hf_architecture
@@ -69,24 +70,24 @@ def find_model(path: Path) -> tuple[FileFormat, Path]:
     if not path.is_dir():
         raise GlassError(f"{path}: neither a regular file nor a folder")
     containers = formats_in(path)
-    has_config = (path / "config.json").exists()
-    if has_config and any(_has_suffix(file) for file in _model_safetensors(containers)):
+    has_config, safetensors = (path / "config.json").exists(), _model_safetensors(containers)
+    if has_config and any(file.suffix.lower() == ".safetensors" for file in safetensors):
         return "hf", path
     meta_folders = [f for f in (path, path / "original") if (f / "params.json").exists()]
     for folder in meta_folders:
         if _meta_files(folder):
             return "meta", folder
-    models = [file for file in _all_of("gguf", containers) if file.is_file()]
+    models = [file for file in _all_of(containers, "gguf") if file.is_file()]
     firsts = [m for m in models if not (p := GGUF_PART.fullmatch(m.name)) or int(p[2]) == 1]
     if len(firsts) == 1:
         return "gguf", firsts[0]
     if firsts:
         raise GlassError(f"{path}: holds {len(firsts)} GGUF models, name one of them")
-    if has_config and (_model_safetensors(containers) or _index(path) is not None):
+    if has_config and (safetensors or _index(path) is not None):
         return "hf", path
     if meta_folders:
         return "meta", meta_folders[0]  # opening it says what is missing
-    raise _no_safetensors(path, containers) if has_config else _no_model(path)
+    raise _no_model(path, containers)
 
 
 def _find_by_file(path: Path) -> tuple[FileFormat, Path]:
@@ -109,43 +110,36 @@ def _find_by_file(path: Path) -> tuple[FileFormat, Path]:
     raise GlassError(_is_pickle(path))
 
 
-def _all_of(container: Container, containers: Mapping[Path, Container]) -> list[Path]:
-    return [path for path, found in containers.items() if found == container]
+def _all_of(containers: Mapping[Path, Container], *kinds: Container) -> list[Path]:
+    return [path for path, found in containers.items() if found in kinds]
 
 
 def _model_safetensors(containers: Mapping[Path, Container]) -> list[Path]:
-    """Safetensors files without those of an adapter."""
-    files = _all_of("safetensors", containers)
-    return [file for file in files if not file.name.lower().startswith("adapter_model.")]
+    """Safetensors files without those of an adapter; of the usual suffix, if there are any."""
+    files = _all_of(containers, "safetensors")
+    files = [file for file in files if not file.name.lower().startswith("adapter_model.")]
+    return [file for file in files if file.suffix.lower() == ".safetensors"] or files
 
 
-def _has_suffix(path: Path) -> bool:
-    return path.suffix.lower() == ".safetensors"
-
-
-def _no_model(path: Path) -> GlassError:
-    """The error for a folder without weights in any format."""
-    if (path / "settings.toml").is_file():
+def _no_model(folder: Path, containers: Mapping[Path, Container]) -> GlassError:
+    """The error for a folder without weights in a format that is read."""
+    has_config = (folder / "config.json").exists()
+    if has_config:  # an unsupported architecture first: saving its weights again would not help
+        hf_architecture(read_json(folder / "config.json"))
+    elif (folder / "settings.toml").is_file():
         return GlassError(
-            f"{path}: a training run that has saved no model yet; go on with it: glassllama train "
-            f"{path / 'settings.toml'} --out {path} --resume auto"
+            f"{folder}: a training run that has saved no model yet; go on with it: glassllama "
+            f"train {folder / 'settings.toml'} --out {folder} --resume auto"
         )
-    if (path / ADAPTER).exists():
-        return GlassError(f"{path}: {ADAPTER} {ADAPTER_ONLY}")
-    return GlassError(
-        f"{path}: no model here (looked for *.gguf, config.json with *.safetensors, params.json "
-        "with consolidated.*.pth)"
-    )
-
-
-def _no_safetensors(folder: Path, containers: Mapping[Path, Container]) -> GlassError:
-    """The error for a Hugging Face folder whose weights are missing or pickled."""
-    # First an unsupported architecture: saving its weights again would not help.
-    hf_architecture(read_json(folder / "config.json"))
     if (folder / ADAPTER).exists():
         return GlassError(f"{folder}: {ADAPTER} {ADAPTER_ONLY}")
-    pickled = any(found in ("zip", "pickle") for found in containers.values())
-    if pickled or any(path.suffix.lower() == ".bin" for path in folder.glob("*")):
+    if not has_config:
+        return GlassError(
+            f"{folder}: no model here (looked for *.gguf, config.json with *.safetensors, "
+            "params.json with consolidated.*.pth)"
+        )
+    has_bin = any(path.suffix.lower() == ".bin" for path in folder.glob("*"))
+    if has_bin or _all_of(containers, "zip", "pickle"):
         return GlassError(_is_pickle(folder))
     return GlassError(f"{folder}: config.json without *.safetensors; {_resave(folder)}")
 
@@ -185,8 +179,7 @@ def _safetensors(folder: Path) -> list[Path]:
             return [index, *(folder / name for name in shards)]
     if single.is_file():
         return [single]
-    files = _model_safetensors(formats_in(folder))
-    return [file for file in files if _has_suffix(file)] or files
+    return _model_safetensors(formats_in(folder))
 
 
 def _whole_model(path: Path) -> Path:
@@ -225,17 +218,11 @@ def open_hf(source: Path) -> TensorFile:
 
 def _meta_files(folder: Path) -> list[Path]:
     """Meta's weights in a folder: consolidated.NN.*, else other .pth files, else any pickles."""
-    containers = formats_in(folder)
-    files = [*_all_of("zip", containers), *_all_of("pickle", containers)]
+    files = _all_of(formats_in(folder), "zip", "pickle")
+    shards = [file for file in files if SHARD.fullmatch(file.name)]
     named_pth = [file for file in files if file.suffix.lower() == ".pth"]
-    for shards in (
-        [file for file in named_pth if SHARD.fullmatch(file.name)],
-        [file for file in files if SHARD.fullmatch(file.name)],
-        named_pth,
-    ):
-        if shards:
-            return sorted(shards)
-    return sorted(files)
+    both = [file for file in shards if file in named_pth]
+    return sorted(both or shards or named_pth or files)
 
 
 def open_meta(path: Path) -> TensorFile:
@@ -270,19 +257,15 @@ class MergedShards:
     published model code (column-parallel wq wk wv w1 w3 output, row-parallel wo w2).
     """
 
-    def __init__(self, files: Sequence[Any], dim: int) -> None:
-        self.files, self.dim = files, dim
+    def __init__(self, files: Sequence[PthFile], dim: int) -> None:
+        self.files, self.dim, self.metadata = files, dim, files[0].metadata
         names = [set(file.names()) for file in files]
         if any(other != names[0] for other in names):
-            apart = set.union(*names) - set.intersection(*names)
+            apart = set[str]().union(*names) - names[0].intersection(*names)
             raise WeightsError(f"shards hold different tensors: {listed(apart)}")
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.files[0].metadata  # type: ignore[no-any-return]
-
     def names(self) -> list[str]:
-        return self.files[0].names()  # type: ignore[no-any-return]
+        return self.files[0].names()
 
     def axis(self, name: str) -> int | None:
         """The axis along which the slices of a tensor are joined; None: each is a full copy."""
@@ -298,45 +281,29 @@ class MergedShards:
         """The whole tensor's shape; path and offset are those of its first slice."""
         slices = [file.info(name) for file in self.files]
         first, axis = slices[0], self.axis(name)
-        if len({s.dtype for s in slices}) > 1 or len({len(s.shape) for s in slices}) > 1:
+        if len({(s.dtype, len(s.shape)) for s in slices}) > 1:
             raise WeightsError(f"{name} differs in type or rank from shard to shard")
         if axis is None:
-            return first  # type: ignore[no-any-return]
-        across = {s.shape[:axis] + s.shape[axis + 1 :] for s in slices}
-        if len(across) > 1:
-            raise WeightsError(
-                f"{name}: slices {quoted([s.shape for s in slices])} cannot be joined"
-            )
-        shape = list(first.shape)
-        shape[axis] = sum(s.shape[axis] for s in slices)
-        return TensorInfo(
-            name=name,
-            shape=tuple(shape),
-            dtype=first.dtype,
-            path=first.path,
-            offset=first.offset,
-            nbytes=sum(s.nbytes for s in slices),
-        )
+            return first
+        if len({s.shape[:axis] + s.shape[axis + 1 :] for s in slices}) > 1:
+            shapes = quoted([s.shape for s in slices])
+            raise WeightsError(f"{name}: slices {shapes} cannot be joined")
+        joined = sum(s.shape[axis] for s in slices)
+        shape = (*first.shape[:axis], joined, *first.shape[axis + 1 :])
+        return replace(first, shape=shape, nbytes=sum(s.nbytes for s in slices))
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         axis = self.axis(name)
         if axis is None:
-            return self.files[0].read(name, rows)  # type: ignore[no-any-return]
+            return self.files[0].read(name, rows)
         if axis == 1:
             return np.concatenate([file.read(name, rows) for file in self.files], axis=1)
-        return self._rows(name, rows or slice(None))
-
-    def _rows(self, name: str, rows: slice) -> NDArray[Any]:
-        """Rows of a tensor that was split by rows: from each shard those that it holds."""
-        start, stop, _ = rows.indices(self.info(name).shape[0])
+        start, stop, _ = (rows or slice(None)).indices(self.info(name).shape[0])
         parts, first = [], 0
-        for file in self.files:
-            count = file.info(name).shape[0]
-            low, high = max(start - first, 0), min(stop - first, count)
-            if low < high:
-                parts.append(file.read(name, slice(low, high)))
-            first += count
-        return np.concatenate(parts) if parts else self.files[0].read(name, slice(0, 0))
+        for file in self.files:  # from each shard the rows that it holds, maybe none
+            parts.append(file.read(name, slice(max(start - first, 0), max(stop - first, 0))))
+            first += file.info(name).shape[0]
+        return np.concatenate(parts)
 
     def release_pages(self, name: str) -> None:
         for file in self.files:
@@ -344,10 +311,10 @@ class MergedShards:
 
     def verify(self, progress: Progress | None = None) -> None:
         """Check the checksums of every shard. Raises FormatError naming the damaged tensor."""
-        for done, file in enumerate(self.files):
+        for done, file in enumerate(self.files, start=1):
             file.verify()
             if progress is not None:
-                progress(done + 1, len(self.files))
+                progress(done, len(self.files))
 
     def close(self) -> None:
         for file in self.files:

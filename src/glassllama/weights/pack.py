@@ -1,6 +1,6 @@
 """A checkpoint → the CPU engine: matrices are packed in slices of rows, by all threads, in order.
 
-quantization.py says as which weight type a matrix is packed. The packed weights of large models
+backend.py says as which weight type a matrix is packed. The packed weights of large models
 are cached on disk by packed_cache.py and mapped the next time.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from glassllama.base.errors import ConfigError, MemoryShortError, quoted
+from glassllama.base.errors import ConfigError, MemoryShortError
 from glassllama.base.interfaces import CacheType, Progress
 from glassllama.base.machine import available_memory, gigabytes
 from glassllama.native.engine.executor import Engine
@@ -20,17 +20,18 @@ from glassllama.native.engine.repack import pack_matrix, row_slices
 from glassllama.native.engine.thread_pool import num_processors
 from glassllama.native.engine.workspace import Weights, vector_shapes
 from glassllama.native.jit.code_cache import save_checksums
-from glassllama.weights.checkpoint import Checkpoint
-from glassllama.weights.memory import estimate_memory
-from glassllama.weights.packed_cache import open_buffer
-from glassllama.weights.quantization import (
+from glassllama.weights.backend import (
     CHOICES,
     EMBEDDINGS,
-    WORKING_MEMORY,
+    PACKING_MEMORY,
     PackingPlan,
     Quantize,
+    check_choice,
+    estimate_memory,
     packing_plan,
 )
+from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.packed_cache import open_buffer
 
 SLICE_NUMBERS = 1 << 18  # numbers that a thread packs at once
 MAPPED_BYTES = 1 << 26  # of the file that are mapped before their pages are released
@@ -53,15 +54,14 @@ def pack(
     """
     packed = choose_packing(checkpoint, exact=exact, quantize=quantize)
     notes, plan = list(packed.notes), checkpoint.layer_plan
-    with open_buffer(checkpoint, packed, notes) as buffer:
+    with open_buffer(checkpoint, packed, notes) as (memory, filled):
         types = {}
         for name, weight_type in packed.weight_types.items():
             rows, columns = checkpoint.info(name).shape
             types[name] = (weight_type, rows, columns)
-        matrices = allocate_matrices(types, buffer.memory)
-        if not buffer.filled:
+        matrices = allocate_matrices(types, memory)
+        if not filled:
             pack_all(checkpoint, matrices, threads or num_processors(), progress)
-            buffer.keep()
     weights = Weights(
         matrices=[m for name, m in matrices.items() if name != EMBEDDINGS or plan.tie_embeddings],
         embeddings=matrices[EMBEDDINGS],
@@ -112,17 +112,16 @@ def choose_packing(
 
     Raises ConfigError if both exact and quantized weights are asked for, and MemoryShortError.
     """
-    if quantize not in (None, *CHOICES):
-        raise ConfigError(f"quantize must be one of {', '.join(CHOICES)}, got {quoted(quantize)}")
+    check_choice("quantize", quantize, (None, *CHOICES))
     if exact and quantize not in (None, "none"):
         raise ConfigError("exact arithmetic keeps every weight as it is: leave out quantize")
     free = available_memory()
     first = packing_plan(checkpoint, exact=exact, quantize=quantize or "none")
-    if free is None or first.nbytes + WORKING_MEMORY <= free:
+    if free is None or first.nbytes + PACKING_MEMORY <= free:
         return first
     for choice in CHOICES[1:] if quantize is None and not exact else ():
         packed = packing_plan(checkpoint, exact=False, quantize=choice)
-        if packed.nbytes < first.nbytes and packed.nbytes + WORKING_MEMORY <= free:
+        if packed.nbytes < first.nbytes and packed.nbytes + PACKING_MEMORY <= free:
             stored = checkpoint.info("layers.0.feed_forward.gate.weight").dtype
             note = (
                 f"{stored} weights need {gigabytes(first.nbytes)}, {gigabytes(free)} are free: "
@@ -132,6 +131,6 @@ def choose_packing(
             return replace(packed, notes=[note])
     raise MemoryShortError(
         f"{checkpoint.path.name}, packed for the engine, needs "
-        f"{gigabytes(first.nbytes + WORKING_MEMORY)} of memory, {gigabytes(free)} are free; "
+        f"{gigabytes(first.nbytes + PACKING_MEMORY)} of memory, {gigabytes(free)} are free; "
         f"{estimate_memory(checkpoint, tokens=1, memory=free).advice()}"
     )

@@ -23,11 +23,10 @@ import os
 import shutil
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -39,13 +38,12 @@ from glassllama.base.trust import is_trusted, make_folder, require_trusted
 from glassllama.native.engine.repack import layout_digest
 from glassllama.native.jit.code_cache import remove_write_permission
 from glassllama.native.jit.memory import own_memory
+from glassllama.weights.backend import PackingPlan
 from glassllama.weights.checkpoint import Checkpoint
-from glassllama.weights.quantization import PackingPlan
 
 MAGIC = b"glassllama packed"
 HEADER = struct.Struct(f"<{len(MAGIC)}s32sQ")  # magic, digest, bytes of data; then their sha256
 HEADER_BYTES = 4096  # a page, so that weights begin on one
-SUM_BYTES = 32
 WORTH_KEEPING = 1_000_000_000  # packed bytes; smaller models are packed in a fraction of a second
 KEPT_BYTES = 60_000_000_000  # of all entries; the least recently used is deleted first
 SPARE_BYTES = 2_000_000_000  # of the disk, left free
@@ -55,60 +53,59 @@ LOCK_TIMEOUT = 120.0  # seconds to wait while another process packs
 NOT_CACHED = "packed weights are not cached on disk, but made at every start: {}"
 
 
-class NotCachedError(Exception):
+class NotCachedError(GlassError):
     """The reason why an entry cannot be read or written."""
 
 
-class Buffer:
-    """Private memory for packed weights; a context manager around the packing."""
+@contextmanager
+def open_buffer(
+    checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]
+) -> Iterator[tuple[NDArray[np.uint8], bool]]:
+    """Memory for packed weights, and whether it holds them already; else pack into it.
 
-    filled = False  # whether it holds the weights already
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory = own_memory(nbytes)
-
-    def keep(self) -> None:
-        """Called when all weights are packed."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        pass
+    For large models it is a file on disk, which is kept if the packing ends without an error. A
+    reason against it goes to `notes`.
+    """
+    entry = None
+    if packed.nbytes >= WORTH_KEEPING:
+        with noted(notes):
+            entry = CacheEntry(checkpoint, packed)
+    if entry is None:
+        yield own_memory(packed.nbytes), False
+        return
+    with closing(entry):
+        yield entry.memory, entry.filled
+        with noted(notes):
+            entry.keep()
 
 
-def open_buffer(checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> Buffer:
-    """The buffer to pack into: on disk for large models; a reason against it goes to `notes`."""
-    if packed.nbytes < WORTH_KEEPING:
-        return Buffer(packed.nbytes)
+@contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """The reason why there is no entry becomes a note: weights are packed at every start then."""
     try:
-        return FileBuffer(checkpoint, packed, notes)
-    except NotCachedError as reason:
-        notes.append(NOT_CACHED.format(reason))
-    except GlassError as reason:  # no home folder, or one that others can write to
+        yield
+    except GlassError as reason:  # no home folder, or one that others can write to, too
         notes.append(NOT_CACHED.format(reason))
     except OSError as error:
         notes.append(NOT_CACHED.format(f"{folder()}: {error.strerror or error}"))
-    return Buffer(packed.nbytes)
 
 
-class FileBuffer(Buffer):
-    """A mapped file: a cache entry, or one that is being written."""
+class CacheEntry:
+    """A mapped file: a complete entry of the cache (`filled`), or one that is being written."""
 
-    def __init__(self, checkpoint: Checkpoint, packed: PackingPlan, notes: list[str]) -> None:
-        """Raises NotKept, UntrustedError, OSError."""
+    filled = False
+    memory: NDArray[np.uint8]
+
+    def __init__(self, checkpoint: Checkpoint, packed: PackingPlan) -> None:
+        """Raises NotCachedError, UntrustedError, OSError."""
         if os.name != "posix":
             raise NotCachedError("this system does not rename a file in use")
-        self._checkpoint, self._packed, self._notes = checkpoint, packed, notes
-        self._digest = digest(checkpoint, packed)
-        self._path = (
-            folder() / f"{entry_prefix(checkpoint, packed)}{self._digest.hex()[:16]}.packed"
-        )
+        self._checkpoint, self._packed = checkpoint, packed
+        self._digest, self._prefix = digest(checkpoint, packed), entry_prefix(checkpoint, packed)
+        self._size = HEADER_BYTES + packed.nbytes
+        header = HEADER.pack(MAGIC, self._digest, packed.nbytes)
+        self._header = header + hashlib.sha256(header).digest()
+        self._path = folder() / f"{self._prefix}{self._digest.hex()[:16]}.packed"
         self._part = self._path.with_suffix(".part")
         self._lock = FileLock(folder() / ".lock")
         require_trusted(folder())
@@ -123,55 +120,53 @@ class FileBuffer(Buffer):
             if not self._found():
                 self._begin()
         except BaseException:
-            self._end()
+            self.close()
             raise
 
     def _found(self) -> bool:
-        """Map the entry if it exists. Returns whether it does."""
-        memory = mapped(self._path, self._digest, self._packed.nbytes)
-        if memory is not None:
-            self.memory, self.filled = memory, True
-            with suppress(OSError):  # a read-only cache is a cache
-                os.utime(self._path)
-        return memory is not None
+        """Map the entry, unless it is missing, incomplete or another user's."""
+        try:
+            with self._path.open("rb") as file:
+                status, header = os.fstat(file.fileno()), file.read(len(self._header))
+                if status.st_size != self._size or not is_trusted(status):
+                    return False
+                if header != self._header:
+                    return False
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError:
+            return False
+        self.memory, self.filled = np.frombuffer(data, np.uint8)[HEADER_BYTES:], True
+        with suppress(OSError):  # a read-only cache is a cache
+            os.utime(self._path)
+        return True
 
     def _begin(self) -> None:
-        if recently_changed(self._checkpoint):
+        facts = [path.stat() for path in sources(self._checkpoint)]
+        latest = max(max(fact.st_mtime_ns, fact.st_ctime_ns) for fact in facts)
+        if latest > time.time_ns() - RECENT:
             raise NotCachedError("the file changed a moment ago, and may be changing")
-        size = HEADER_BYTES + self._packed.nbytes
-        make_room(size)
+        make_room(self._size)
         with self._part.open("w+b") as file:
             remove_write_permission(self._part)
-            reserve(file.fileno(), size)
-            self._map = mmap.mmap(file.fileno(), size)
+            reserve(file.fileno(), self._size)
+            self._map = mmap.mmap(file.fileno(), self._size)
         self.memory = np.frombuffer(self._map, np.uint8)[HEADER_BYTES:]
 
     def keep(self) -> None:
-        """Write to disk, then rename. A reason against it goes to the notes."""
-        try:
-            if digest(self._checkpoint, self._packed) != self._digest:
-                raise NotCachedError("the file changed while it was packed")
-            self._map.flush()
-            header = HEADER.pack(MAGIC, self._digest, self._packed.nbytes)
-            header += hashlib.sha256(header).digest()
-            self._map[: len(header)] = header
-            self._map.flush()
-            os.replace(self._part, self._path)
-            forget_others(self._path, entry_prefix(self._checkpoint, self._packed))
-        except NotCachedError as reason:
-            self._notes.append(NOT_CACHED.format(reason))
-        except OSError as error:
-            self._notes.append(NOT_CACHED.format(f"{self._path}: {error.strerror or error}"))
+        """Write a new entry to disk, then rename it. Raises NotCachedError, OSError."""
+        if self.filled:
+            return
+        if digest(self._checkpoint, self._packed) != self._digest:
+            raise NotCachedError("the file changed while it was packed")
+        self._map.flush()
+        self._map[: len(self._header)] = self._header
+        self._map.flush()
+        os.replace(self._part, self._path)
+        for other in folder().glob(f"{escape(self._prefix)}*.packed"):  # of the same model
+            if other != self._path:
+                other.unlink(missing_ok=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
+    def close(self) -> None:
         if self._lock.is_locked:
             with suppress(OSError):
                 self._part.unlink(missing_ok=True)
@@ -221,29 +216,6 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     return sorted({Path(checkpoint.info(name).path) for name in checkpoint.names})
 
 
-def recently_changed(checkpoint: Checkpoint) -> bool:
-    facts = [path.stat() for path in sources(checkpoint)]
-    latest = max(max(fact.st_mtime_ns, fact.st_ctime_ns) for fact in facts)
-    return latest > time.time_ns() - RECENT
-
-
-def mapped(path: Path, wanted: bytes, nbytes: int) -> NDArray[np.uint8] | None:
-    """The data of an entry, read-only; None if it is missing, incomplete or another user's."""
-    expected = HEADER.pack(MAGIC, wanted, nbytes)
-    expected += hashlib.sha256(expected).digest()
-    try:
-        with path.open("rb") as file:
-            whole = file.seek(0, os.SEEK_END) == HEADER_BYTES + nbytes
-            file.seek(0)
-            ours = is_trusted(os.fstat(file.fileno()))
-            if not (ours and whole) or file.read(HEADER.size + SUM_BYTES) != expected:
-                return None
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:
-        return None
-    return np.frombuffer(data, np.uint8)[HEADER_BYTES:]
-
-
 def make_room(size: int) -> None:
     """Delete unfinished files and, if necessary, old entries. The caller has the lock."""
     for part in folder().glob("*.part"):
@@ -272,10 +244,3 @@ def reserve(file: int, size: int) -> None:
     zeros = bytes(1 << 20)
     for start in range(0, size, len(zeros)):
         os.write(file, zeros[: size - start])
-
-
-def forget_others(path: Path, beginning: str) -> None:
-    """Delete older entries of the same model."""
-    for other in folder().glob(f"{escape(beginning)}*.packed"):
-        if other != path:
-            other.unlink(missing_ok=True)

@@ -129,15 +129,15 @@ def same_numbers(file: TensorFile, one: str, other: str) -> bool:
         return False
     if not {first.dtype, second.dtype} <= set(FLOATS):
         return False
-    step = max(1, COMPARED_NUMBERS // max(1, first.shape[1]))
-    same = True
-    for begin in range(0, first.shape[0], step):
-        a, b = (file.read(name, slice(begin, begin + step)) for name in (one, other))
+
+    def equal(rows: slice) -> bool:
+        a, b = file.read(one, rows), file.read(other, rows)
         if first.dtype != second.dtype:
             a, b = a.astype(np.float32), b.astype(np.float32)
-        same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
-        if not same:
-            break
+        return np.array_equal(a.view(np.uint8), b.view(np.uint8))
+
+    step = max(1, COMPARED_NUMBERS // max(1, first.shape[1]))
+    same = all(equal(slice(n, n + step)) for n in range(0, first.shape[0], step))
     file.release_pages(one)
     file.release_pages(other)
     return same

@@ -51,27 +51,25 @@ class TorchCache:
         self.get(sequence).truncate(0, length)
 
     def remove(self, sequence: int) -> None:
-        del self._caches[self._known(sequence)]
+        self.get(sequence)
+        del self._caches[sequence]
 
     def length(self, sequence: int) -> int:
         return self.get(sequence).lengths[0]
 
     def reused(self, sequence: int) -> int:
-        self._known(sequence)
+        self.get(sequence)
         return 0
 
     def get(self, sequence: int) -> KVCache:
-        return self._caches[self._known(sequence)]
+        if sequence not in self._caches:
+            raise GenerationError(f"no sequence {sequence} in this cache: it was removed, or never")
+        return self._caches[sequence]
 
     def _add(self, cache: KVCache) -> int:
         number = next(self._numbers)
         self._caches[number] = cache
         return number
-
-    def _known(self, sequence: int) -> int:
-        if sequence not in self._caches:
-            raise GenerationError(f"no sequence {sequence} in this cache: it was removed, or never")
-        return sequence
 
 
 class TorchExecutor:
@@ -114,9 +112,8 @@ class TorchExecutor:
             raise GenerationError(FOREIGN_CACHE)
         require_distinct(batch)
         new = [self._checked(tokens, cache) for tokens in batch]
-        logits = np.empty(
-            (sum(tokens.num_outputs for tokens in batch), self.config.vocab_size), np.float32
-        )
+        rows = sum(tokens.num_outputs for tokens in batch)
+        logits = np.empty((rows, self.config.vocab_size), np.float32)
         before, row = [cache.length(tokens.sequence) for tokens in batch], 0
         try:
             for tokens, ids in zip(batch, new, strict=True):

@@ -112,7 +112,7 @@ PACK: dict[WeightType, Callable[[Raw, Raw, Raw], None]] = {
 }  # fmt: skip
 
 
-def pack_plainly(matrix: Matrix, raw: Raw) -> None:
+def pack_with_numpy(matrix: Matrix, raw: Raw) -> None:
     """Pack all rows of a matrix from the file's blocks (rows, bytes of a row)."""
     padding = np.zeros((-len(raw) % GROUP, *raw.shape[1:]), raw.dtype)
     PACK[matrix.weight_type](np.concatenate([raw, padding]), matrix.values, matrix.scales)

@@ -15,7 +15,7 @@ import torch
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.native.engine.executor import CHUNKS, Engine
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
@@ -78,7 +78,7 @@ def test_every_weight_type(kind: str, tmp_path: Path) -> None:
     )
     checkpoint = open_checkpoint(path)
     assert checkpoint.config.rope_layout == "interleaved"
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference, eight_bit = (
         model(torch.tensor([IDS]))[0],
         eight_bit_error(model, torch.tensor([IDS])),
@@ -97,7 +97,7 @@ def test_qk_norm(tiny: Checkpoint) -> None:
     """RMSNorm without weights after RoPE, which transformers' Llama does not have."""
     checkpoint = replace(tiny, config=replace(tiny.config, qk_norm=True))
     ours = logits(pack(checkpoint, exact=True), IDS)
-    reference = logits(TorchExecutor(load_llama(checkpoint, dtype=torch.float32)), IDS)
+    reference = logits(TorchExecutor(load_model(checkpoint, dtype=torch.float32)), IDS)
     assert_logits(ours, reference, checkpoint.config)
     assert difference(ours, logits(pack(tiny, exact=True), IDS)) > 0.01
 

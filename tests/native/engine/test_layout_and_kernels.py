@@ -35,7 +35,7 @@ from glassllama.native.engine.layout import (
 )
 from glassllama.native.engine.repack import pack_matrix
 from glassllama.native.jit.intrinsics import call_kernel
-from native.engine.plain_packing import PACK, pack_plainly
+from native.engine.plain_packing import PACK, pack_with_numpy
 from native.engine.unpacked import read_rows
 from tolerances import sum_bound, unit
 
@@ -250,10 +250,10 @@ def faults(
     right = {
         "within rounding": (np.abs(out[:, :rows] - exact) <= sum_bound(terms, size)).all(),
         "padding adds nothing": (out[:, rows:] == 0).all(),
-        "the same to the bit alone, whichever tile it was in": all(
+        "bit-identical alone and in every tile": all(
             (run(inputs=inputs.alone(t), first=0)[0] == out[t]).all() for t in range(count)
         ),
-        "touches its groups only": np.isnan(last[:, : matrix.padded_rows - 16]).all(),
+        "writes its groups only": np.isnan(last[:, : matrix.padded_rows - 16]).all(),
     }
     return [claim for claim, holds in right.items() if not holds]
 
@@ -311,7 +311,7 @@ def test_nan_and_infinite_inputs_give_nan_or_infinite_scales(bad: float) -> None
 def test_packing_compiled_equals_packing_in_numpy(kind: str, rows: int, columns: int) -> None:
     raw, _ = stored(kind, rows, columns)
     compiled, plain = packed(kind, raw, columns), packed(kind, raw[:0], columns, rows)
-    pack_plainly(plain, raw)
+    pack_with_numpy(plain, raw)
     assert (compiled.values == plain.values).all()
     assert (compiled.scales == plain.scales).all()
 
@@ -322,7 +322,7 @@ def codes_of(matrix: Matrix) -> NDArray[np.uint8]:
     return lanes.reshape(matrix.padded_rows, -1)[: matrix.rows]
 
 
-def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
+def special_numbers(rows: int, columns: int) -> NDArray[np.float32]:
     """Normal numbers, zeros, equal magnitudes, steps that end in a half, very small and large
     ones."""
     chance = np.random.default_rng(rows)
@@ -341,7 +341,7 @@ def awkward_numbers(rows: int, columns: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("rows", [7, 16, 50])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_quantization_at_load_equals_the_gguf_package_and_plain_code(kind: str, rows: int) -> None:
-    numbers = awkward_numbers(rows, 96)
+    numbers = special_numbers(rows, 96)
     theirs = gguf.quants.quantize(numbers, getattr(gguf.GGMLQuantizationType, kind))
     assert (theirs == quantize(numbers, kind)).all()
     wanted, ours = packed(kind, theirs, 96), packed(kind, theirs[:0], 96, rows)

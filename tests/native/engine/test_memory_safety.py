@@ -187,7 +187,7 @@ def test_no_access_beyond_a_buffer() -> None:
     """All buffers, weights, pages and logits end at guard pages."""
     calls = "5000" if LONG else "48"
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("walls.py"), calls],
+        [sys.executable, Path(__file__).with_name("guard_pages.py"), calls],
         capture_output=True, text=True, timeout=3600 if LONG else 300,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip

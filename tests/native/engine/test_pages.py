@@ -166,7 +166,7 @@ def test_accumulate_values(count: int, width: int) -> None:
     assert (parts[count] == before[count]).all(), "written beyond the last query"
 
 
-def weigh_plainly(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
+def plain_softmax_page(scores: NDArray, visible: int, part: NDArray) -> tuple[NDArray, NDArray]:
     """Softmax with a running maximum, one more page, in float64."""
     sums, top, total = part[:-2].astype(np.float64), float(part[-2]), float(part[-1])
     weights = np.zeros(PAGE)
@@ -193,7 +193,7 @@ def test_softmax_page(kind: int, visible: int, first: bool) -> None:
     ours, ended = scores.copy(), part.copy()
     weigh(at(ours), visible, at(ended), width, at(scales), kind)
     scaled = scores * np.nan_to_num(scales[0])
-    weights, theirs = weigh_plainly(scaled, visible, part)
+    weights, theirs = plain_softmax_page(scaled, visible, part)
     weights *= np.nan_to_num(scales[1])
     assert (ours[visible:] == 0).all()
     # The error of a power: the rounding of its argument (a product and a difference), and 4 u.

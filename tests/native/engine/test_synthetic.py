@@ -16,7 +16,7 @@ from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
 from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_llama
+from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
@@ -48,7 +48,7 @@ def test_a_whole_model_from_file_to_logits(
     """Engine against reference. Exact mode: float32 rounding. Default: rounding of int8 inputs and
     int16 keys."""
     checkpoint = open_checkpoint(synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL))
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     assert 1 < reference.std() < 4  # of normal size: see `LOGIT_WIDTH`
     assert_logits(logits(pack(checkpoint, exact=True)), reference, CONFIG)
@@ -116,14 +116,14 @@ def test_nan_weights_end_generation_with_an_error(
     if tier == "plain":
         monkeypatch.setenv("GLASSLLAMA_TIER", "plain")
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, kind, pool=POOL)
-    spoil(path, "blk.3.ffn_up.weight")
+    set_nan(path, "blk.3.ffn_up.weight")
     engine = pack(open_checkpoint(path))
     settings = GenerationSettings(sampler=make_sampler(), max_tokens=4)
     with pytest.raises(GenerationError, match=r"(?i)nan"):
         list(generate(engine, [IDS], settings))
 
 
-def spoil(path: Path, name: str) -> None:
+def set_nan(path: Path, name: str) -> None:
     """Set the first scale, or number, of a tensor to NaN."""
     reader = gguf.GGUFReader(str(path), "r+")
     [tensor] = [tensor for tensor in reader.tensors if tensor.name == name]
@@ -134,7 +134,7 @@ def spoil(path: Path, name: str) -> None:
     reader.data.flush()
 
 
-def call_it(path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def change_type(path: Path, kind: gguf.GGMLQuantizationType) -> None:
     """Change the type of one tensor in the header."""
     data, name = path.read_bytes(), b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions, sizes
@@ -158,9 +158,9 @@ def test_padding_a_model_with_zeros_changes_no_logits(
 def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None:
     """IQ4_NL has the layout of Q4_0, but its codes are indexes into a table. A notice says so."""
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
-    call_it(path, gguf.GGMLQuantizationType.IQ4_NL)
+    change_type(path, gguf.GGMLQuantizationType.IQ4_NL)
     checkpoint = open_checkpoint(path)
-    model = load_llama(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     reference = logits(TorchExecutor(model))
     engine = pack(checkpoint)
     assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
@@ -171,6 +171,6 @@ def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None
 
 def test_an_unknown_type_is_a_clean_error(tmp_path: Path, synthetic: ModuleType) -> None:
     path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q8_0", pool=POOL)
-    call_it(path, gguf.GGMLQuantizationType.IQ3_S)
+    change_type(path, gguf.GGMLQuantizationType.IQ3_S)
     with pytest.raises(FormatError, match=r"IQ3_S.*cannot be read.*such as Q8_0"):
         open_checkpoint(path)

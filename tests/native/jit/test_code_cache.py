@@ -153,7 +153,7 @@ save_checksums()
 """
 
 
-class Trap:
+class ExecutesCode:
     """An object that executes foreign code when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
@@ -181,7 +181,7 @@ def test_code_in_a_folder_that_others_can_write_to_is_never_run(tmp_path: Path) 
     indexes = [*home.rglob("*.nbi")]
     assert len(indexes) == 2
     for index in indexes:
-        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(Trap(canary)))
+        index.write_bytes(pickle.dumps(numba.__version__) + pickle.dumps(ExecutesCode(canary)))
         (folder,) = (path for path in index.parents if path.parent.parent.parent == home)
         (folder / code_cache.CHECKSUM_FILE).unlink()
         code_cache.write_checksums(folder)  # like another user

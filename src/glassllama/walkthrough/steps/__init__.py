@@ -8,12 +8,10 @@ from fnmatch import fnmatchcase
 
 from glassllama.base.errors import GlassError
 from glassllama.walkthrough.step import Step, StepMismatchError
-from glassllama.walkthrough.steps import attention, costs, input, output
+from glassllama.walkthrough.steps import attention, input, output
 from glassllama.walkthrough.walkthrough import DamagedWeightsError, Walkthrough
 
-STEPS: tuple[Callable[[Walkthrough], Step], ...] = (
-    *input.STEPS, *attention.STEPS, *output.STEPS, *costs.STEPS
-)  # fmt: skip
+STEPS: list[Callable[[Walkthrough], Step]] = [*input.STEPS, *attention.STEPS, *output.STEPS]
 # Pattern of hook names -> the number of the step that explains them. The first match counts.
 STEP_OF_HOOK = (
     ("*embeddings", 4),

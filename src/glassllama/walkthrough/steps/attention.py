@@ -69,9 +69,11 @@ def norm(walk: Walkthrough) -> Step:
 
 
 def queries_keys_values(walk: Walkthrough) -> Step:
-    t, h, g = walk.manual, walk.head, walk.kv_head
+    t, h = walk.manual, walk.head
     q, k, v = (t[f"attention.{name}"] for name in "qkv")
     forward = walk.implementation(f"{walk.prefix}.attention").forward
+    heads = {"q": f"head {h}", "k": f"KV head {walk.kv_head}", "v": f"KV head {walk.kv_head}"}
+    shown = {f"{n}, {head}, last token": f"attention.{n}" for n, head in heads.items()}
     return Step(
         name="qkv",
         title="Queries, keys and values",
@@ -81,15 +83,9 @@ def queries_keys_values(walk: Walkthrough) -> Step:
         text="Three matrices, each read from the file. Queries are compared with keys to compute "
         "attention weights; values are what is added up with these weights. Each result is split "
         f"into heads of {walk.config.head_dim} numbers.",
-        numbers=walk.numbers(
-            {
-                f"q, head {h}, last token": "attention.q",
-                f"k, KV head {g}, last token": "attention.k",
-                f"v, KV head {g}, last token": "attention.v",
-            }
-        ),
+        numbers=walk.numbers(shown),
         pictures=[walk.heat_map(f"q of head {h}: one row per token", q[0, h])],
-        checks=walk.checks("attention.q", "attention.k", "attention.v"),
+        checks=walk.checks(*shown.values()),
         command=walk.command(f"--step 6 --head {walk.config.n_heads - 1}"),
         command_shows="the query of another head of the same layer",
     )
@@ -292,16 +288,16 @@ def attention_output(walk: Walkthrough) -> Step:
     total, bias = parts.sum(0)[None], walk.bias("attention.wo")
     total = total if bias is None else total + bias.float()
     lengths = parts[:, -1].norm(dim=-1).tolist()
-    wo, after, weights, v = (
-        t[name] for name in ("attention.wo", "after_attention", "attention.weights", "attention.v")
-    )
+    shown = {f"head {walk.head}": "attention.heads", "output of wo": "attention.wo",
+             "x + output": "after_attention"}  # fmt: skip
+    wo, after, weights = t["attention.wo"], t["after_attention"], t["attention.weights"]
     norms = [f"{float(x[0, -1].float().norm()):.3f}" for x in (walk.block_input, after)]
     rows = [(f"head {h}", length, f"{length:.3f}") for h, length in enumerate(lengths)]
     return Step(
         name="residual",
         title="Weighted sum, wo, residual",
         question="What does attention add to the residual stream?",
-        shapes=f"weights {shape(weights)}, v {shape(v)} → {shape(after)}",
+        shapes=f"weights {shape(weights)}, v {shape(t['attention.v'])} → {shape(after)}",
         sources=sources(
             (weighted_sum, "v =", "return"),
             (walk.implementation(f"{prefix}.attention").forward, "return"),
@@ -311,16 +307,10 @@ def attention_output(walk: Walkthrough) -> Step:
         "weights. The matrix wo maps the heads, joined to one vector, to the width of the model. "
         "The result is added to the residual stream, whose vector for the last token changes its "
         f"norm from {norms[0]} to {norms[1]}.",
-        numbers=walk.numbers(
-            {
-                f"head {walk.head}": "attention.heads",
-                "output of wo": "attention.wo",
-                "x + output": "after_attention",
-            }
-        ),
+        numbers=walk.numbers(shown),
         pictures=[Bars("what each head adds to the last token (L2 norm, after wo)", rows)],
         checks=[
-            *walk.checks("attention.heads", "attention.wo", "after_attention"),
+            *walk.checks(*shown.values()),
             walk.compare("contributions of all heads, added up", total.to(wo), wo),
         ],
         command=walk.command("--scale wrong"),

@@ -1,9 +1,15 @@
-"""Steps 11 to 15: feed-forward network, all layers, logits, sampling, the second token."""
+"""Steps 11 to 17: from the feed-forward network to the second token, and what they cost.
+
+Steps 16 and 17 are the costs: the accuracy lost by quantization, the time of every part.
+"""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +17,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassllama.base.machine import usable_cores
+from glassllama.formats.blocks import (
+    BLOCK,
+    BLOCKS,
+    dequantize,
+    pack_q4_0,
+    pack_q8_0,
+    quantize,
+    unpack_q4_0,
+    unpack_q8_0,
+)
 from glassllama.generation.sampler import (
     History,
     Temperature,
@@ -19,12 +36,19 @@ from glassllama.generation.sampler import (
     make_sampler,
     unscaled_probs,
 )
+from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm, rms_norm
-from glassllama.walkthrough.manual_block import layer_norm
+from glassllama.walkthrough.manual_block import Transformer, layer_norm
 from glassllama.walkthrough.step import Bars, Check, Drawing, Numbers, Step, Table, compare, sources
 from glassllama.walkthrough.steps.input import embedding_rows, parameters_in_file
-from glassllama.walkthrough.tracing import predictions, residual_norms, trace
+from glassllama.walkthrough.tracing import (
+    Intervention,
+    kl_divergence,
+    predictions,
+    residual_norms,
+    trace,
+)
 from glassllama.walkthrough.walkthrough import Walkthrough, shape
 
 SHOWN_FEATURES = 10
@@ -38,13 +62,29 @@ SEEDS = 8
 TIE = 1e-5  # relative difference of probabilities below which float32 may order ids differently
 DEPTH = 2  # sums in sequence: the softmax, and once more over the tokens that top-p keeps
 CACHE_WIDTH = 40  # tokens drawn
+WeightType = Literal["Q8_0", "Q4_0"]
+TYPES: tuple[WeightType, ...] = ("Q8_0", "Q4_0")
+QUANTIZED_ROWS = 512  # of a matrix, which may have a quarter of a gigabyte, at a time
+# Pattern of hook names -> the part that the time since the hook before it counts for. The first
+# match counts. Scores and weights are not among them: hooks there would replace the fused kernel.
+PARTS = (
+    ("*embeddings", "embedding"),
+    ("*norm", "norms"),
+    ("layers.*.attention.w[qkvo]", "wq wk wv wo"),
+    ("layers.*.attention.?_rope", "RoPE"),
+    ("layers.*.attention.heads", "attention"),
+    ("layers.*ated", "activation, additions"),  # gated, activated
+    ("layers.*.after_attention", "activation, additions"),
+    ("layers.*.feed_forward.*", "feed-forward matrices"),
+    ("last_logits", "logits"),
+)
 Probs = NDArray[np.float64]
 
 
 def feed_forward(walk: Walkthrough) -> Step:
     c, t, prefix = walk.config, walk.manual, f"{walk.prefix}.feed_forward"
     if walk.is_gated:
-        names = ("gate", "up", "gated", "down")
+        names: tuple[str, ...] = ("gate", "up", "gated", "down")
         activation = F.silu(t["feed_forward.gate"])[0, -1].float()  # (F,)
         title, label = "SwiGLU feed-forward network", "silu(gate)·up"
         text = (
@@ -52,7 +92,7 @@ def feed_forward(walk: Walkthrough) -> Step:
             "silu(z) = z / (1 + e^-z) is near 0 for negative z and near z for positive z."
         )
     else:
-        names = ("up", "activated", "down")  # type: ignore[assignment]
+        names = ("up", "activated", "down")
         activation, label = t["feed_forward.activated"][0, -1].float(), f"{c.activation}(up)"
         title = f"Feed-forward network with {c.activation.split('_')[0].upper()}"
         text = f"up computes the features and {c.activation} is applied to each: " + (
@@ -307,32 +347,30 @@ def candidate_bars(
     return Bars(title, rows, top=1.0)
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """A greedy token, its probability, and the number of tokens in the cache before it."""
-
-    id: int
-    probability: float
-    cached: int
-
-
-def next_token(logits: Tensor, cached: int) -> NextToken:
+def next_token(walk: Walkthrough, logits: Tensor, cached: int) -> dict[str, Any]:
+    """The greedy token, and the number of tokens in the cache before it."""
     best = predictions(logits)
-    return NextToken(int(best.ids[0]), float(best.probs[0]), cached)
+    id, p = int(best.ids[0]), float(best.probs[0])
+    return {"id": id, "probability": p, "cached": cached, "piece": walk.piece(id)}
 
 
 def kv_cache(walk: Walkthrough) -> Step:
     past, prefix, cache = len(walk.ids), walk.prefix, walk.cache
     cache.truncate(0, past)  # this step may have added tokens before
-    first = next_token(walk.logits[0, -1], past)
+    first = next_token(walk, walk.logits[0, -1], past)
     hooks = ("*embeddings", "layers.*", "last_logits")
-    recorded = trace(walk.model, [first.id], hooks=hooks, cache=cache)
-    again = trace(walk.model, [*walk.ids, first.id], hooks=()).logits[:, -1:]
+    recorded = trace(walk.model, [first["id"]], hooks=hooks, cache=cache)
+    again = trace(walk.model, [*walk.ids, first["id"]], hooks=()).logits[:, -1:]
     # The chosen layer for the new token alone, with the keys and values of the prompt.
     known = (walk.rotated[1], walk.manual["attention.v"])
     x, position = recorded[walk.block_input_hook], range(past, past + 1)
     manual = walk.compute_block(walk.layer, x, position, known)
-    tokens = [first, *greedy_tokens(walk, cache, recorded.logits[0, -1].cpu())]
+    tokens, last = [first], recorded
+    while True:  # generate until the cache is full, one token per forward pass
+        tokens.append(next_token(walk, last.logits[0, -1].cpu(), cache.lengths[0]))
+        if cache.lengths[0] == cache.max_len:
+            break
+        last = trace(walk.model, [tokens[-1]["id"]], hooks=(), cache=cache)
     hook, logits = f"{prefix}.attention.weights", recorded.logits.cpu()
     label = f"weights of the new token, head {walk.head}"
     forward = walk.implementation(f"{prefix}.attention").forward
@@ -345,12 +383,12 @@ def kv_cache(walk: Walkthrough) -> Step:
             (forward, "if context.cache", "k, v = context.cache"),
             (KVCache.extend, "cached[:, :, self.lengths"),
         ),
-        text=f"{walk.piece(first.id)} is appended and is the only input of this forward pass. The "
+        text=f"{first['piece']} is appended and is the only input of this forward pass. The "
         f"causal mask hides it from the {past} tokens before it, so their tensors do not change: "
         "their keys and values are in the KV cache, and their queries, feed-forward features and "
         f"logits are not needed again. {saved(walk)}",
         numbers=[Numbers(label, recorded[hook][0, walk.head, -1])],
-        pictures=[cache_drawing(walk, tokens)],
+        pictures=[cache_drawing(tokens)],
         checks=[
             walk.compare(f"{hook} of the new token", manual["attention.weights"], recorded[hook]),
             walk.compare(f"{prefix} of the new token", manual["output"], recorded[prefix]),
@@ -358,19 +396,8 @@ def kv_cache(walk: Walkthrough) -> Step:
         ],
         command=f"glassllama bench {walk.name} --prompt 64 --new 16",
         command_shows="tokens per second of the prompt, and of generation one token at a time",
-        data={
-            "continuation": [asdict(token) | {"piece": walk.piece(token.id)} for token in tokens]
-        },
+        data={"continuation": tokens},
     )
-
-
-def greedy_tokens(walk: Walkthrough, cache: KVCache, logits: Tensor) -> list[NextToken]:
-    """Generate until the cache is full, one token per forward pass."""
-    tokens = [next_token(logits, cache.lengths[0])]
-    while cache.lengths[0] < cache.max_len:
-        rows = trace(walk.model, [tokens[-1].id], hooks=(), cache=cache).logits
-        tokens.append(next_token(rows[0, -1].cpu(), cache.lengths[0]))
-    return tokens
 
 
 def saved(walk: Walkthrough) -> str:
@@ -383,16 +410,166 @@ def saved(walk: Walkthrough) -> str:
     return f"This takes {alone} million multiplications instead of {all_tokens} million."
 
 
-def cache_drawing(walk: Walkthrough, tokens: list[NextToken]) -> Drawing:
+def cache_drawing(tokens: list[dict[str, Any]]) -> Drawing:
     drawn = ["▒ in the cache   █ computed in this forward pass"]
     for token in tokens:
-        more = max(token.cached - CACHE_WIDTH, 0)
-        skipped = f"…{more} more " if more else ""
-        row = "▒" * min(token.cached - 1, CACHE_WIDTH) + "█"
+        cached = token["cached"]
+        skipped = f"…{cached - CACHE_WIDTH} more " if cached > CACHE_WIDTH else ""
+        row = "▒" * min(cached - 1, CACHE_WIDTH) + "█"
         if token is tokens[0]:
-            row = "█" * min(token.cached, CACHE_WIDTH)
-        drawn.append(f"{skipped}{row} → {walk.piece(token.id)}  {token.probability:.0%}")
+            row = "█" * min(cached, CACHE_WIDTH)
+        drawn.append(f"{skipped}{row} → {token['piece']}  {token['probability']:.0%}")
     return Drawing(drawn)
 
 
-STEPS = (feed_forward, all_layers, last_logits, sampling, kv_cache)
+@dataclass(frozen=True)
+class QuantizationError:
+    """Effect of one quantized matrix; errors of weights and output are relative L2 norms."""
+
+    type: WeightType
+    bits: float
+    weights: float
+    output: float
+    logits: float  # the largest change of any logit after the last token
+    divergence: float  # bits, of the next token's distribution (Kullback-Leibler)
+    predicts: int
+
+
+def quantization(walk: Walkthrough) -> Step:
+    name = f"{walk.prefix}.feed_forward.down"
+    matrix, stored = walk.parameter(f"{name}.weight"), walk.checkpoint.info(f"{name}.weight").dtype
+    unchanged = logits_with_output(walk, down_output(walk, matrix))
+    results = [quantization_error(walk, weight_type, matrix) for weight_type in TYPES]
+    columns = ("stored as", "bits>", "error of weights>", "of output>", "largest logit change>",
+               "KL bits>", "predicts")  # fmt: skip
+    rows = [
+        (e.type, f"{e.bits:.1f}", f"{e.weights:.3%}", f"{e.output:.3%}", f"{e.logits:.4f}",
+         f"{e.divergence:.2e}", walk.piece(e.predicts)) for e in results
+    ]  # fmt: skip
+    what = "logits with the same matrix, unchanged"
+    return Step(
+        name="quantization",
+        title="Quantization: the same with fewer bits",
+        question="How much do Q8_0 and Q4_0 change weights, outputs and logits?",
+        shapes=f"down {shape(matrix)}, stored as {stored} → blocks of 32 → {shape(matrix)}",
+        sources=sources(
+            (pack_q8_0, "scale =", "codes ="),
+            (unpack_q8_0,),
+            (pack_q4_0, "codes ="),
+            (unpack_q4_0, "out -=", "out *="),
+        ),
+        text=f"Only the matrix {name} is quantized: 32 numbers have a common scale, and each is a "
+        "small integer. The model runs again with the dequantized matrix.",
+        pictures=[Table(columns, rows)],
+        checks=[walk.compare_runs(what, unchanged, walk.plain_logits)],
+        command=walk.command(f"--step 16 --layer {walk.config.n_layers - 1}"),
+        command_shows="the error of a matrix in the last layer passes through no other layers",
+        data={"matrix": name, "stored": stored, "types": [*map(asdict, results)]},
+    )
+
+
+def quantization_error(
+    walk: Walkthrough, weight_type: WeightType, matrix: Tensor
+) -> QuantizationError:
+    """Run the model with the chosen layer's `down` quantized and dequantized."""
+    quantized = round_trip(matrix, weight_type)
+    weights, output = relative_error(quantized, matrix), down_output(walk, quantized)
+    del quantized  # the model run needs memory as well
+    logits = logits_with_output(walk, output)[0, -1]
+    correct = walk.plain_logits[0, -1]
+    return QuantizationError(
+        type=weight_type,
+        bits=8 * BLOCKS[weight_type].record.itemsize / BLOCK,
+        weights=weights,
+        output=relative_error(output, walk.trace[f"{walk.prefix}.feed_forward.down"]),
+        logits=float((logits - correct).abs().max()),
+        divergence=kl_divergence(correct, logits),
+        predicts=int(predictions(logits).ids[0]),
+    )
+
+
+def round_trip(matrix: Tensor, weight_type: WeightType) -> Tensor:
+    """The matrix quantized and dequantized; rows are padded to whole blocks."""
+    columns, result = matrix.shape[1], torch.empty_like(matrix)
+    for out, rows in zip(
+        torch.split(result, QUANTIZED_ROWS), torch.split(matrix, QUANTIZED_ROWS), strict=True
+    ):
+        padded = F.pad(rows.float(), (0, -columns % BLOCK)).numpy()
+        unpacked = dequantize(quantize(padded, weight_type), weight_type, padded.shape)
+        out.copy_(torch.from_numpy(unpacked)[:, :columns])
+    return result
+
+
+def relative_error(approximate: Tensor, exact: Tensor) -> float:
+    """L2 norm of the difference, divided by that of the exact matrix."""
+    pairs = zip(
+        torch.split(approximate, QUANTIZED_ROWS), torch.split(exact, QUANTIZED_ROWS), strict=True
+    )
+    differences = torch.stack([(a.float() - b.float()).norm() for a, b in pairs])
+    norms = torch.stack([b.float().norm() for b in torch.split(exact, QUANTIZED_ROWS)])
+    return float(differences.norm() / norms.norm().clamp(min=1e-30))
+
+
+def down_output(walk: Walkthrough, matrix: Tensor) -> Tensor:
+    """The output of the chosen layer's `down` with this matrix: (1, T, C)."""
+    features = "gated" if walk.is_gated else "activated"
+    x = walk.trace[f"{walk.prefix}.feed_forward.{features}"]
+    return F.linear(x, matrix, walk.bias("feed_forward.down"))
+
+
+def logits_with_output(walk: Walkthrough, output: Tensor) -> Tensor:
+    """Logits (1, T, V) of a run in which the chosen layer's `down` has this output."""
+    replaced = Intervention(f"{walk.prefix}.feed_forward.down", lambda out: output.to(out))
+    return trace(walk.model, walk.ids, hooks=(), interventions=[replaced]).logits.cpu()
+
+
+@torch.no_grad()
+def seconds_by_part(model: Transformer, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Run the model on (B, T) ids -> its logits, and the seconds of each part in all layers."""
+    hooks = [(name, part_of(name)) for name in hook_names(model)]
+    parts = {name: part for name, part in hooks if part is not None}
+    seconds = {part: 0.0 for _, part in PARTS if part in parts.values()}
+    last = 0.0
+
+    def end(name: str, _out: Tensor) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[parts[name]] += now - last
+        last = now
+
+    with add_hooks(model, [(name, end) for name in parts]):
+        last = time.perf_counter()
+        logits = model(ids)
+    return logits, seconds
+
+
+def part_of(hook: str) -> str | None:
+    return next((part for pattern, part in PARTS if fnmatchcase(hook, pattern)), None)
+
+
+def time_by_part(walk: Walkthrough) -> Step:
+    logits, seconds = seconds_by_part(walk.model, walk.id_tensor)
+    total = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    rows = [(part, s, f"{s * 1e3:8.1f} ms {s / total:4.0%}") for part, s in parts]
+    threads, cores = torch.get_num_threads(), usable_cores()
+    return Step(
+        name="time",
+        title="Time by part",
+        question="Which parts of the forward pass take how much time?",
+        shapes=f"ids (1, {len(walk.ids)}) → logits {shape(logits)} in {total:.3f} s",
+        sources=sources((walk.implementation().hidden, "for layer", "x = layer", "return")),
+        text=f"One forward pass of the prompt in PyTorch, {threads} threads on {cores} cores: "
+        f"{len(walk.ids) / total:,.0f} tokens per second. Products with weight matrices take most "
+        "of the time; attention itself takes little for a short text.",
+        pictures=[Bars("seconds", rows)],
+        checks=[walk.compare_runs("logits of the timed run", logits.cpu(), walk.plain_logits)],
+        command=f"glassllama bench {walk.name}",
+        command_shows="the speed of the same model in the engine, which keeps weights quantized",
+        data={"seconds": seconds, "threads": threads},
+    )
+
+
+STEPS = (
+    feed_forward, all_layers, last_logits, sampling, kv_cache, quantization, time_by_part
+)  # fmt: skip

@@ -14,11 +14,8 @@ from glassllama.weights.architectures.gpt2 import GPT2
 from glassllama.weights.architectures.llama import LLAMA
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, GPT2, BIGRAM)}
-HF_CLASSES = {
-    model_type: name
-    for architecture in ARCHITECTURES.values()
-    for model_type, name in architecture.hf_classes.items()
-}
+HF_CLASSES = {k: v for one in ARCHITECTURES.values() for k, v in one.hf_classes.items()}
+BY_CLASS = {name: one for one in ARCHITECTURES.values() for name in one.hf_classes.values()}
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -28,18 +25,13 @@ def architecture_of(config: Any) -> Architecture:
 
 def hf_architecture(values: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json names. Raises ConfigError: none, or two."""
-    chosen = _with_class(hf_class(values, HF_CLASSES))
-    names = values.get("architectures")
-    if names and _with_class(names[0]) is not chosen:
+    chosen, names = BY_CLASS[hf_class(values, HF_CLASSES)], values.get("architectures")
+    if names and BY_CLASS[names[0]] is not chosen:
         raise ConfigError(
             f"config.json: model_type is {quoted(values['model_type'])}, but architectures is "
             f"{quoted(names)}"
         )
     return chosen
-
-
-def _with_class(name: str) -> Architecture:
-    return next(one for one in ARCHITECTURES.values() if name in one.hf_classes.values())
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
@@ -56,21 +48,12 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
 def config_from_gguf(file: TensorFile) -> Resolved:
     """The configuration in a GGUF file. Raises ConfigError."""
     name = Fields("GGUF", file.metadata).text("general.architecture", None)
-    readers = {
-        known: architecture.config_from_gguf
-        for architecture in ARCHITECTURES.values()
-        for known in architecture.gguf_names
-    }
-    reader = readers.get(name or "")
-    if reader is None:
-        supported = ", ".join(map(repr, readers))
+    known = {name: one for one in ARCHITECTURES.values() for name in one.gguf_names}
+    if name not in known:
+        supported = ", ".join(map(repr, known))
         raise ConfigError(
             f"GGUF: general.architecture is {quoted(name)}, supported are {supported}"
         )
+    reader = known[name].config_from_gguf
+    assert reader is not None
     return reader(file)
-
-
-def config_from_meta(values: Mapping[str, Any], file: TensorFile) -> Resolved:
-    """The configuration in a params.json and the tensors beside it: always a Llama."""
-    assert LLAMA.config_from_meta is not None
-    return LLAMA.config_from_meta(values, file)

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 from glassllama.base.fields import Fields
 from glassllama.weights.architectures.description import (
     Architecture,
+    ReadKeys,
     Resolved,
     TensorRule,
-    unused_keys,
+    unused_note,
 )
 
 if TYPE_CHECKING:
     from glassllama.models.bigram import BigramConfig
 
 MODEL_TYPE, MODEL_CLASS = "glass_bigram", "GlassBigramForCausalLM"
-USED = frozenset(("vocab_size", "max_position_embeddings"))
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a bigram. Raises ConfigError naming the field; needs PyTorch."""
     from glassllama.models.bigram import BigramConfig
 
-    get = Fields("config.json", values)
+    get = Fields("config.json", values := ReadKeys(values))
     config = BigramConfig(
         vocab_size=get.whole("vocab_size"), max_seq_len=get.whole("max_position_embeddings")
     )
-    return Resolved(config, unused_keys(values, USED))
+    return Resolved(config, unused_note(values.unused()))
 
 
 def config_to_hf(config: BigramConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import UserDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -109,9 +110,6 @@ class Architecture:
     config_to_hf: Callable[[Any], dict[str, Any]]  # raises ConfigError if it cannot be said there
     gguf_names: tuple[str, ...] = ()  # general.architecture
     config_from_gguf: Callable[[TensorFile], Resolved] | None = None
-    config_from_meta: Callable[[Mapping[str, Any], TensorFile], Resolved] | None = (
-        None  # of params.json
-    )
     rules: tuple[TensorRule, ...]  # in the order of a forward pass: embeddings first
     optional_prefix: str = ""  # of names in Hugging Face's format: some writers leave it out
     extras: Mapping[FileFormat, tuple[ExtraTensors, ...]]
@@ -159,14 +157,11 @@ def apply(rule: TensorRule, config: Any, file_format: FileFormat, layer: int) ->
     rows = [size(part, config) for part in stored.parts]
     stored_shape = (sum(rows), *shape[1:]) if rows else shape
     return MappedTensor(
-        ours=rule.ours.format(layer),
-        theirs=stored.name.format(layer),
-        shape=shape,
+        ours=rule.ours.format(layer), theirs=stored.name.format(layer), shape=shape,
         stored_shape=stored_shape[::-1] if stored.transposed else stored_shape,
-        transposed=stored.transposed,
-        first_row=sum(rows[: stored.part]),
+        transposed=stored.transposed, first_row=sum(rows[: stored.part]),
         is_zero=bool(rule.zero_unless) and not getattr(config, rule.zero_unless),
-    )
+    )  # fmt: skip
 
 
 def size(product: str, config: Any) -> int:
@@ -174,7 +169,7 @@ def size(product: str, config: Any) -> int:
     return math.prod(getattr(config, LETTERS[letter]) for letter in product.split("*"))
 
 
-# --- helpers for readers of config.json -----------------------------------------------------
+# --- helpers for readers of configurations --------------------------------------------------
 
 # Keys that may be in a config.json and change nothing that a forward pass computes.
 HF_WITHOUT_EFFECT = frozenset(
@@ -185,6 +180,26 @@ HF_WITHOUT_EFFECT = frozenset(
     "chunk_size_feed_forward is_encoder_decoder _attn_implementation_autoset tokenizer_class "
     "unsloth_version unsloth_fixed rope_layout".split()
 )
+
+
+class ReadKeys(UserDict[str, Any]):
+    """Foreign values that record which keys were read, so that the others can be named."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.used = set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def unused(self, without_effect: Collection[str] = HF_WITHOUT_EFFECT) -> set[str]:
+        return self.keys() - self.used - set(without_effect)
+
+
+def unused_note(unused: Collection[str], file: str = "config.json") -> list[str]:
+    """A note that names the keys of a configuration that have no effect here, if there are any."""
+    return [f"{file}: no effect here: {listed(unused)}"] if unused else []
 
 
 def require_neutral(
@@ -201,12 +216,6 @@ def require_neutral(
             raise ConfigError(f"{file}: {key} is {quoted(value)}, only {expected!r} is supported")
 
 
-def unused_keys(values: Mapping[str, Any], used: Collection[str]) -> list[str]:
-    """A note that names the keys of a config.json that have no effect here, if there are any."""
-    unused = set(values) - HF_WITHOUT_EFFECT - set(used)
-    return [f"config.json: no effect here: {listed(unused)}"] if unused else []
-
-
 def hf_class(values: Mapping[str, Any], classes: Mapping[str, str]) -> str:
     """The model class that a config.json names, by `model_type` first, as transformers does.
 
@@ -215,15 +224,13 @@ def hf_class(values: Mapping[str, Any], classes: Mapping[str, str]) -> str:
     """
     get = Fields("config.json", values)
     model_type, names = get.text("model_type", None), get.items("architectures", (), of="text")
-    supported = ", ".join(f"{known} ({name})" for known, name in classes.items())
-    if model_type is not None and model_type not in classes:
-        raise ConfigError(
-            f"config.json: model_type is {quoted(model_type)}, supported are {supported}"
-        )
-    if names and names[0] not in classes.values():
-        raise ConfigError(
-            f"config.json: architectures is {quoted(names)}, supported are {supported}"
-        )
+    for key, came, unknown in (
+        ("model_type", model_type, model_type not in (None, *classes)),
+        ("architectures", names, names and names[0] not in classes.values()),
+    ):
+        if unknown:
+            supported = ", ".join(f"{known} ({name})" for known, name in classes.items())
+            raise ConfigError(f"config.json: {key} is {quoted(came)}, supported are {supported}")
     if model_type is None:
         return str(names[0]) if names else classes["llama"]
     return classes[model_type]

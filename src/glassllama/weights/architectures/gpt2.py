@@ -16,13 +16,15 @@ import numpy as np
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.weights.architectures.description import (
+    HF_WITHOUT_EFFECT,
     Architecture,
     ExtraTensors,
+    ReadKeys,
     Resolved,
     Stored,
     TensorRule,
     require_neutral,
-    unused_keys,
+    unused_note,
 )
 
 if TYPE_CHECKING:
@@ -108,54 +110,44 @@ HIDDEN_SCORES = ExtraTensors(
 
 # --- config.json ----------------------------------------------------------------------------
 
+# Ours -> theirs: whole numbers that a file must have.
+SIZES = {"dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "vocab_size": "vocab_size"}
 # Theirs -> ours; the first of several is written.
 ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-}
-USED = frozenset(
-    "n_embd n_layer n_head n_inner n_positions vocab_size layer_norm_epsilon activation_function "
-    "tie_word_embeddings bias".split()
-)
-WITHOUT_EFFECT = frozenset(
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu": "gelu", "relu": "relu",
+}  # fmt: skip
+WITHOUT_EFFECT = HF_WITHOUT_EFFECT | frozenset(
     "n_ctx attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_activation "
     "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj "
     "task_specific_params".split()
 )
 NEUTRAL = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
-}
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "quantization_config": None,
+}  # fmt: skip
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a GPT-2. Raises ConfigError naming the field; needs PyTorch."""
     from glassllama.models.gpt import GPTConfig
 
+    get = Fields("config.json", values := ReadKeys(values))
     require_neutral(values, NEUTRAL)
-    get = Fields("config.json", values)
     activation = get.text("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         get.refuse("activation_function", f"one of {', '.join(ACTIVATIONS)}")
-    dim = get.whole("n_embd")
+    sizes = {ours: get.whole(theirs) for ours, theirs in SIZES.items()}
     config = GPTConfig(
-        dim=dim,
-        n_layers=get.whole("n_layer"),
-        n_heads=get.whole("n_head"),
-        ffn_dim=get.whole("n_inner", 4 * dim),
-        vocab_size=get.whole("vocab_size"),
+        **sizes,
+        ffn_dim=get.whole("n_inner", 4 * sizes["dim"]),
         max_seq_len=get.whole("n_positions", 1024),  # the defaults of transformers
         activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
         norm_eps=get.number("layer_norm_epsilon", 1e-5),
         bias=get.boolean("bias", True),
         tie_embeddings=get.boolean("tie_word_embeddings", True),
     )
-    return Resolved(config, unused_keys(values, USED | WITHOUT_EFFECT | set(NEUTRAL)))
+    return Resolved(config, unused_note(values.unused(WITHOUT_EFFECT)))
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
@@ -166,12 +158,9 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_embd": config.dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "n_inner": config.ffn_dim,
         "n_positions": config.max_seq_len,
-        "vocab_size": config.vocab_size,
         "activation_function": next(t for t, o in ACTIVATIONS.items() if o == config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,

@@ -34,11 +34,12 @@ from glassllama.formats.blocks import FLOATS
 from glassllama.weights.architectures.description import (
     Architecture,
     ExtraTensors,
+    ReadKeys,
     Resolved,
     TensorRule,
     hf_class,
     require_neutral,
-    unused_keys,
+    unused_note,
 )
 
 OLD_THETA = 10_000.0  # the original base of RoPE; files before Llama 3 leave it out
@@ -56,23 +57,14 @@ def weight(
     ours: str, hf: str, gguf: str, meta: str, *shape: str, absent_if: str = ""
 ) -> TensorRule:
     return TensorRule(
-        ours=f"{ours}.weight",
-        shape=shape,
-        hf=f"{hf}.weight",
-        gguf=f"{gguf}.weight",
-        meta=f"{meta}.weight",
-        absent_if=absent_if,
-    )
+        ours=f"{ours}.weight", hf=f"{hf}.weight", gguf=f"{gguf}.weight", meta=f"{meta}.weight",
+        shape=shape, absent_if=absent_if,
+    )  # fmt: skip
 
 
 def in_layer(ours: str, hf: str, gguf: str, meta: str, *shape: str) -> TensorRule:
-    return weight(
-        f"layers.{{}}.{ours}",
-        f"model.layers.{{}}.{hf}",
-        f"blk.{{}}.{gguf}",
-        f"layers.{{}}.{meta}",
-        *shape,
-    )
+    hf, gguf, meta = f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", f"layers.{{}}.{meta}"
+    return weight(f"layers.{{}}.{ours}", hf, gguf, meta, *shape)
 
 
 RULES = (
@@ -121,46 +113,41 @@ def rope_tables(pattern: str) -> ExtraTensors:
 
 # --- Hugging Face: config.json --------------------------------------------------------------
 
-HF_USED = frozenset(
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "intermediate_size max_position_embeddings rms_norm_eps rope_theta rope_scaling "
-    "rope_parameters tie_word_embeddings qk_norm sliding_window layer_types "
-    "original_max_position_embeddings".split()
-)
+# Ours -> theirs: whole numbers that a file must have.
+HF_SIZES = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
+}  # fmt: skip
 # Keys that change the arithmetic -> the value at which they do not.
 HF_MUST_BE = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None,
     "partial_rotary_factor": 1.0,
-}
+}  # fmt: skip
+LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+ORIGINAL = "original_max_position_embeddings"
 FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types of transformers
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     """config.json of a Llama or Mistral. Raises ConfigError naming the field."""
-    name, get = hf_class(values, HF_CLASSES), Fields("config.json", values)
-    same = {"hidden_act": "silu"} if values.get("hidden_act") == "swish" else {}  # its old name
-    require_neutral({**values, **same}, HF_MUST_BE)
-    notes = unused_keys(values, HF_USED | set(HF_MUST_BE))
-    n_heads, dim = get.whole("num_attention_heads"), get.whole("hidden_size")
-    n_layers, qk_norm = get.whole("num_hidden_layers"), get.boolean("qk_norm", False)
+    name = hf_class(values, HF_CLASSES)
+    get = Fields("config.json", values := ReadKeys(values))
+    is_mistral, qk_norm = name == MISTRAL_CLASS, get.boolean("qk_norm", False)
+    swish = {"hidden_act": "swish"} if values.get("hidden_act") == "swish" else {}  # its old name
+    require_neutral(values, HF_MUST_BE | swish)
     if qk_norm and name != QK_NORM_CLASS:
         get.refuse("qk_norm", f"false in a {name}: other programs would ignore it")
+    sizes: dict[str, Any] = {ours: get.whole(theirs) for ours, theirs in HF_SIZES.items()}
+    dim, n_heads = sizes["dim"], sizes["n_heads"]
     # The defaults of transformers.
-    kv_heads = 8 if name == MISTRAL_CLASS and "num_key_value_heads" not in values else n_heads
-    context = get.whole("max_position_embeddings", 131_072 if name == MISTRAL_CLASS else 2048)
+    kv_heads = 8 if is_mistral and "num_key_value_heads" not in values else n_heads
+    context = get.whole("max_position_embeddings", 131_072 if is_mistral else 2048)
     theta, scaling, exact_up_to = rope_from_hf(get, context, qk_norm)
     window = window_from_hf(get, name)
     config = LlamaConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
+        **sizes,
         n_kv_heads=get.whole("num_key_value_heads", kv_heads),
         head_dim=get.whole("head_dim", quotient(dim, n_heads) or REQUIRED),
-        ffn_dim=get.whole("intermediate_size"),
-        vocab_size=get.whole("vocab_size"),
         max_seq_len=min(context, exact_up_to or context, window or context),
         norm_eps=get.number("rms_norm_eps", 1e-6),  # as transformers assumes
         rope_theta=theta,
@@ -169,6 +156,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
         tie_embeddings=get.boolean("tie_word_embeddings", False),
         qk_norm=qk_norm,
     )
+    notes = unused_note(values.unused() - {ORIGINAL})
     if exact_up_to is not None:
         notes.append(f"config.json: rope type 'dynamic': {context_ends_at(exact_up_to)}")
     if window is not None and window < context:
@@ -205,17 +193,12 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         raise ConfigError(
             "config.json: Hugging Face's Llama has rope_layout half, this one has interleaved"
         )
-    name = QK_NORM_CLASS if config.qk_norm else LLAMA_CLASS
     return {
-        "architectures": [name],
+        "architectures": [QK_NORM_CLASS if config.qk_norm else LLAMA_CLASS],
         "model_type": "glass_llama" if config.qk_norm else "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
@@ -229,13 +212,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 def rope_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
     scaling, norm = config.rope_scaling, QK_NORM_ROPE if config.qk_norm else ""
     if isinstance(scaling, Llama3Scaling):
-        return {
-            "rope_type": "llama3" + norm,
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
+        factors = {key: getattr(scaling, key) for key in LLAMA3_FACTORS}
+        return {"rope_type": "llama3" + norm, **factors, ORIGINAL: scaling.original_max_seq_len}
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear" + norm, "factor": scaling.factor}
     if scaling is not None:
@@ -267,16 +245,10 @@ def rope_from_hf(
         return theta, None, None
     if kind == "linear":
         return theta, LinearScaling(factor=rope.number("factor")), None
-    original_key = "original_max_position_embeddings"
-    original = get.whole(original_key, rope.whole(original_key, context))
+    original = get.whole(ORIGINAL, rope.whole(ORIGINAL, context))
     if kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=rope.number("factor"),
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-            original_max_seq_len=original,
-        )
-        return theta, scaling, None
+        factors = {key: rope.number(key) for key in LLAMA3_FACTORS}
+        return theta, Llama3Scaling(**factors, original_max_seq_len=original), None
     if kind == "dynamic":  # changes theta, but only for texts longer than the original context
         rope.number("factor")
         return theta, None, min(original, context)
@@ -288,12 +260,11 @@ def rope_from_hf(
 
 # --- GGUF: llama.* metadata -----------------------------------------------------------------
 
-GGUF_USED = frozenset(
-    "block_count context_length embedding_length feed_forward_length expert_count vocab_size "
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
-    "attention.layer_norm_rms_epsilon attention.sliding_window rope.dimension_count rope.freq_base "
-    "rope.scaling.type rope.scaling.factor rope.scale_linear".split()
-)
+# Ours -> theirs, after "llama.": whole numbers that a file must have.
+GGUF_SIZES = {
+    "dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
+    "ffn_dim": "feed_forward_length",
+}  # fmt: skip
 # Keys that llama.cpp reads for every architecture and that change the arithmetic.
 GGUF_MUST_BE = {"llama.rope.scaling.attn_factor": 1.0, "llama.attention.causal": True}
 # Numbers that may be lists, with one entry for each layer.
@@ -307,12 +278,13 @@ EMBEDDINGS, DIVISORS = "token_embd.weight", "rope_freqs.weight"
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     """The metadata of a `llama` GGUF, and its `rope_freqs.weight`. Raises ConfigError."""
-    get = Fields("GGUF", with_uniform_lists(file.metadata))
+    get = Fields("GGUF", values := ReadKeys(with_uniform_lists(file.metadata)))
     if get.whole("llama.expert_count", 0, least=0):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
-    require_neutral(file.metadata, GGUF_MUST_BE, "GGUF")
-    dim, n_heads = get.whole("llama.embedding_length"), get.whole("llama.attention.head_count")
-    head_dim = get.whole("llama.attention.key_length", quotient(dim, n_heads) or REQUIRED)
+    require_neutral(values, GGUF_MUST_BE, "GGUF")
+    sizes: dict[str, Any] = {our: get.whole(f"llama.{their}") for our, their in GGUF_SIZES.items()}
+    head_dim = quotient(sizes["dim"], sizes["n_heads"]) or REQUIRED
+    head_dim = get.whole("llama.attention.key_length", head_dim)
     rotary_dim = get.whole("llama.rope.dimension_count", head_dim)
     value_dim = get.whole("llama.attention.value_length", head_dim)
     if not rotary_dim == value_dim == head_dim:
@@ -326,12 +298,9 @@ def config_from_gguf(file: TensorFile) -> Resolved:
     context = get.whole("llama.context_length")
     window = get.whole("llama.attention.sliding_window", 0, least=0) or context  # 0: none
     config = LlamaConfig(
-        dim=dim,
-        n_layers=get.whole("llama.block_count"),
-        n_heads=n_heads,
-        n_kv_heads=get.whole("llama.attention.head_count_kv", n_heads),
+        **sizes,
+        n_kv_heads=get.whole("llama.attention.head_count_kv", sizes["n_heads"]),
         head_dim=head_dim,
-        ffn_dim=get.whole("llama.feed_forward_length"),
         vocab_size=get.whole("llama.vocab_size") if rows is None else rows,
         max_seq_len=min(context, window),
         norm_eps=get.number("llama.attention.layer_norm_rms_epsilon"),
@@ -340,7 +309,8 @@ def config_from_gguf(file: TensorFile) -> Resolved:
         rope_layout="interleaved",
         tie_embeddings="output.weight" not in names,
     )
-    notes = unused_metadata(file.metadata)
+    unused = {key.removeprefix("llama.") for key in values.unused() if key.startswith("llama.")}
+    notes = unused_note({f"llama.{key}" for key in unused - GGUF_WITHOUT_EFFECT}, "GGUF")
     if window < context:
         notes.append(f"GGUF: llama.attention.sliding_window {window}: {context_ends_at(window)}")
     if vocab_size not in (None, rows):
@@ -367,12 +337,6 @@ def embedding_rows(file: TensorFile, name: str) -> int:
     return shape[0]
 
 
-def unused_metadata(metadata: Mapping[str, Any]) -> list[str]:
-    used = {f"llama.{key}" for key in GGUF_USED | GGUF_WITHOUT_EFFECT} | {*GGUF_MUST_BE}
-    unused = {key for key in metadata if key.startswith("llama.")} - used
-    return [f"GGUF: no effect here: {listed(unused)}"] if unused else []
-
-
 def scaling_from_gguf(file: TensorFile, get: Fields, count: int) -> RopeScaling | None:
     """The divisors of the `count` frequencies: a factor for all, and `rope_freqs.weight`.
 
@@ -396,10 +360,7 @@ def scaling_from_gguf(file: TensorFile, get: Fields, count: int) -> RopeScaling 
 
 # --- Meta: params.json ----------------------------------------------------------------------
 
-META_KEYS = frozenset(
-    "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta "
-    "use_scaled_rope max_seq_len max_batch_size model_type".split()
-)
+META_WITHOUT_EFFECT = ("max_seq_len", "max_batch_size", "model_type")
 # params.json says only whether RoPE is scaled; the factor follows from the release.
 SMALL_LLAMA_32 = {(2048, 16), (3072, 28)}  # (dim, n_layers) of 3.2-1B and 3B: factor 32, else 8
 LLAMA_3_VOCABULARY = 128_256
@@ -419,15 +380,9 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
 
     Raises ConfigError naming the field. What the file leaves out is inferred, with a note.
     """
-    unknown = set(values) - META_KEYS
-    if unknown:
-        raise ConfigError(
-            f"params.json: {listed(unknown)}: not a plain Llama (quantized, adapted or "
-            "multimodal checkpoints are not supported)"
-        )
-    get = Fields("params.json", values)
-    dim, n_heads = get.whole("dim"), get.whole("n_heads")
-    n_layers, head_dim = get.whole("n_layers"), quotient(dim, n_heads)
+    get = Fields("params.json", values := ReadKeys(values))
+    dim, n_layers, n_heads = (get.whole(key) for key in ("dim", "n_layers", "n_heads"))
+    head_dim = quotient(dim, n_heads)
     if head_dim is None:
         raise ConfigError(f"params.json: dim {dim} is no multiple of n_heads {n_heads}")
     vocab_size = get.whole("vocab_size", -1, least=-1)
@@ -438,15 +393,14 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
     notes = [f"params.json: context length {context} inferred"]
     if scaled:
         notes.append(f"params.json: RoPE scaling factor {factor:g} inferred from the size")
+    multiple_of = get.whole("multiple_of", 256)  # the default of Meta's own code
     config = LlamaConfig(
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=get.whole("n_kv_heads", n_heads),
         head_dim=head_dim,
-        ffn_dim=meta_ffn_dim(
-            dim, get.whole("multiple_of", 256), get.number("ffn_dim_multiplier", None)
-        ),  # 256: the default of Meta's own code
+        ffn_dim=meta_ffn_dim(dim, multiple_of, get.number("ffn_dim_multiplier", None)),
         vocab_size=vocab_size,
         max_seq_len=context,
         norm_eps=get.number("norm_eps", 1e-5),
@@ -455,6 +409,11 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
         rope_layout="interleaved",
         tie_embeddings=tied,
     )
+    if unknown := values.unused(META_WITHOUT_EFFECT):
+        raise ConfigError(
+            f"params.json: {listed(unknown)}: not a plain Llama (quantized, adapted or "
+            "multimodal checkpoints are not supported)"
+        )
     return Resolved(config, notes)
 
 
@@ -478,7 +437,6 @@ LLAMA = Architecture(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     config_from_gguf=config_from_gguf,
-    config_from_meta=read_meta,
     rules=RULES,
     extras={
         "hf": (rope_tables(r"model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"),),

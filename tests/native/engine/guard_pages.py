@@ -1,7 +1,7 @@
 """Random calls of engines of unusual shapes whose memory ends at guard pages: see
 test_memory_safety.py.
 
-usage: python walls.py CALLS
+usage: python guard_pages.py CALLS
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from glassllama.native.engine import kv_cache as cache_module
 from glassllama.native.engine import workspace as workspace_module
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.layout import zeros as plain_zeros
-from handmade_engines import SMALL, handmade, walled, walled_engine
+from handmade_engines import SMALL, guarded_engine, handmade, with_guard_pages
 from rows import Rows
 
 NARROW = replace(SMALL, dim=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=33)
@@ -35,12 +35,12 @@ SHAPES = [
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513]
 
 
-def build_walls(engine: Engine) -> None:
+def add_guard_pages(engine: Engine) -> None:
     """Let pages and buffers of its caches, and its logits, end at guard pages, too."""
     new = engine._new_logits
-    engine._new_logits = lambda count: walled(new(count))  # type: ignore[method-assign]
+    engine._new_logits = lambda count: with_guard_pages(new(count))  # type: ignore[method-assign]
     for module in (cache_module, workspace_module):
-        module.zeros = lambda dtype, *shape: walled(plain_zeros(dtype, *shape))
+        module.zeros = lambda dtype, *shape: with_guard_pages(plain_zeros(dtype, *shape))
 
 
 def call(chance: np.random.Generator, engine: Engine, caches: list[Any]) -> None:
@@ -106,8 +106,8 @@ def main(calls: int) -> None:
     for config, kind, options in SHAPES:
         cache_module.zeros = workspace_module.zeros = plain_zeros
         want = handmade(config, kind, **options)
-        engine = walled_engine(config, kind, **options)
-        build_walls(engine)
+        engine = guarded_engine(config, kind, **options)
+        add_guard_pages(engine)
         text = [int(id) for id in chance.integers(0, config.vocab_size, 300)]
         same = Rows(engine).all_logits(text)
         assert (same == Rows(want).all_logits(text)).all()
