@@ -219,7 +219,7 @@ def speed_block() -> str:
     )
     text = f"\n{textwrap.fill(text, 96)}\n[All measurements and their commands]({LINK}).\n\n"
     columns = [""]
-    for what in ("prompt of 512", "answer"):
+    for what in ("reading 512 tokens", "generating"):
         columns += [f"{what}>", "× llama.cpp>", "× ik_llama.cpp>"]
     return text + table(columns, rows) + "\n"
 

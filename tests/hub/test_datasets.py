@@ -20,7 +20,7 @@ from glassllama.hub.datasets import DATASETS, read_plays, tidy
 if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn
 
-NAME = "tiny.txt.safetensors"  # the stand-in pauses files with the suffix of weights
+NAME = "tiny.txt.safetensors"  # the test server pauses files with the suffix of weights
 
 
 def cached_files(home: Path) -> list[str]:
@@ -30,7 +30,7 @@ def cached_files(home: Path) -> list[str]:
 
 @pytest.fixture
 def dataset(stand_in: StandIn, content: bytes) -> dict[str, Any]:
-    """A dataset that the stand-in serves."""
+    """A dataset that the test server serves."""
     stand_in.wheels[NAME] = content
     return {
         "name": "tiny",

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, against a stand-in of its HTTP API on loopback."""
+"""Models of the Hugging Face Hub, against a local test server with its HTTP API."""
 
 from __future__ import annotations
 

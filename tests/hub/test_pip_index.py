@@ -39,7 +39,7 @@ DATA = b"an archive" * 1000
 
 @dataclass
 class User:
-    """A user with an empty cache, whose pip is configured for the stand-in only."""
+    """A user with an empty cache, whose pip is configured for the test server only."""
 
     home: Path
     index: StandIn

@@ -67,7 +67,41 @@ class BPEBackend:
         Of equally frequent pairs the one with the smaller left id goes first, then the smaller
         right id. Ends earlier if no pair occurs MIN_COUNT times. TokenizerError: lone surrogates.
         """
-        return learn_merges(texts, split, num_tokens, progress)
+        # A merge updates only the pretokens with the pair.
+        counts = count_pretokens(texts, split)
+        words = sorted(counts, key=lambda word: (-counts[word], word))
+        tokens = list(BYTE_TOKENS)
+        ids = {token: id for id, token in enumerate(tokens)}
+        symbols = [[ids[bytes([value])] for value in word] for word in words]
+        pair_counts: Counter[Pair] = Counter()
+        words_with = defaultdict[Pair, set[int]](set)  # pair → pretokens that contain it, or did
+
+        def count(index: int, times: int) -> None:
+            for pair in pairwise(symbols[index]):
+                pair_counts[pair] += times
+                words_with[pair].add(index)
+
+        for index, word in enumerate(words):
+            count(index, counts[word])
+        merges: list[Merge] = []
+        while len(tokens) < num_tokens and pair_counts:
+            pair = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+            if pair_counts[pair] < MIN_COUNT:
+                break
+            token = tokens[pair[0]] + tokens[pair[1]]
+            joined = ids.setdefault(token, len(tokens))
+            if joined == len(tokens):
+                tokens.append(token)
+            found = sorted(i for i in words_with.pop(pair) if pair in pairwise(symbols[i]))
+            examples = tuple(words[index] for index in found[:NUM_EXAMPLES])
+            merges.append(Merge(*pair, joined, pair_counts[pair], examples))
+            for index in found:
+                count(index, -counts[words[index]])
+                symbols[index] = replace_pair(symbols[index], pair, joined)
+                count(index, counts[words[index]])
+            if progress is not None:
+                progress(len(tokens), num_tokens)
+        return merges
 
 
 PYTHON = BPEBackend()
@@ -107,46 +141,6 @@ def merge_with_heap(symbols: Ints, pairs: dict[Pair, tuple[int, int]]) -> Ints:
         push(before[at])
         push(at)
     return np.array([id for id in ids if id is not None], np.int32)
-
-
-def learn_merges(
-    texts: Iterable[str], split: Split, num_tokens: int, progress: Progress | None
-) -> list[Merge]:
-    """See `BPEBackend.learn_merges`. A merge updates only the pretokens with the pair."""
-    counts = count_pretokens(texts, split)
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    tokens = list(BYTE_TOKENS)
-    ids = {token: id for id, token in enumerate(tokens)}
-    symbols = [[ids[bytes([value])] for value in word] for word in words]
-    pair_counts: Counter[Pair] = Counter()
-    words_with = defaultdict[Pair, set[int]](set)  # pair → pretokens that contain it, or did
-
-    def count(index: int, times: int) -> None:
-        for pair in pairwise(symbols[index]):
-            pair_counts[pair] += times
-            words_with[pair].add(index)
-
-    for index, word in enumerate(words):
-        count(index, counts[word])
-    merges: list[Merge] = []
-    while len(tokens) < num_tokens and pair_counts:
-        pair = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
-        if pair_counts[pair] < MIN_COUNT:
-            break
-        token = tokens[pair[0]] + tokens[pair[1]]
-        joined = ids.setdefault(token, len(tokens))
-        if joined == len(tokens):
-            tokens.append(token)
-        found = sorted(i for i in words_with.pop(pair) if pair in pairwise(symbols[i]))
-        examples = tuple(words[index] for index in found[:NUM_EXAMPLES])
-        merges.append(Merge(*pair, joined, pair_counts[pair], examples))
-        for index in found:
-            count(index, -counts[words[index]])
-            symbols[index] = replace_pair(symbols[index], pair, joined)
-            count(index, counts[words[index]])
-        if progress is not None:
-            progress(len(tokens), num_tokens)
-    return merges
 
 
 def count_pretokens(texts: Iterable[str], split: Split) -> Counter[bytes]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.patterns import N_CODE_POINTS
-from glassllama.tokenizers.vocabulary import TokenizerBase, pattern_of
+from glassllama.tokenizers.vocabulary import TokenizerBase, pattern_of, split_stage, tokenizer_json
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>")
 REPLACEMENT = "\ufffd"
@@ -71,47 +71,36 @@ def is_surrogate(char: str) -> bool:
 
 def char_document(tokenizer: CharTokenizer) -> dict[str, Any]:
     """The tokenizer as the object of a tokenizer.json."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id, "content": text, **flags, "special": True}
-            for text, id in tokenizer.specials.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": EVERY_CHARACTER},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {
+    words = (*tokenizer.characters, *SPECIAL_TOKENS)
+    return tokenizer_json(
+        tokenizer.specials,
+        normalizer=None,
+        pre_tokenizer=split_stage(EVERY_CHARACTER),
+        post_processor=None,
+        decoder={"type": "Fuse"},
+        model={
             "type": MODEL,
-            "vocab": {w: id for id, w in enumerate((*tokenizer.characters, *SPECIAL_TOKENS))},
+            "vocab": {word: id for id, word in enumerate(words)},
             "unk_token": SPECIAL_TOKENS[-1],
         },
-    }
+    )
 
 
-def is_char_document(document: Mapping[str, Any]) -> bool:
+def chars_from_document(document: Mapping[str, Any]) -> CharTokenizer | None:
+    """The tokenizer of such an object; None: its model is another.
+
+    TokenizerError: it has anything that we do not write.
+    """
     model = document.get("model")
-    return isinstance(model, dict) and model.get("type") == MODEL
-
-
-def chars_from_document(document: Mapping[str, Any]) -> CharTokenizer:
-    """The tokenizer of such an object. TokenizerError: it has anything that we do not write."""
-    vocab = document["model"].get("vocab")
+    if not isinstance(model, dict) or model.get("type") != MODEL:
+        return None
+    vocab = model.get("vocab")
     if not isinstance(vocab, dict):
         raise TokenizerError("model.vocab must be an object of characters and ids")
     tokenizer = CharTokenizer(word for word in vocab if word not in SPECIAL_TOKENS)
     written = char_document(tokenizer)
-    if different := sorted(
-        key for key in {*document, *written} if document.get(key) != written.get(key)
-    ):
+    keys = {*document, *written}
+    if different := sorted(key for key in keys if document.get(key) != written.get(key)):
         raise TokenizerError(
             f"{', '.join(different)}: not as in a vocabulary of characters, the one kind of "
             f"{MODEL} that is supported"

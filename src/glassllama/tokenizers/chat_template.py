@@ -270,9 +270,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("formatting with % is not allowed")
         if operator == "**" and not (isinstance(right, int) and 0 <= right <= MAX_BITS):
             raise _Exceeded(f"an exponent that is not within 0 … {MAX_BITS}")
-        for many, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(many, str | list | tuple) and isinstance(times, int):
-                _within(len(many) * times)
+        for items, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(items, str | list | tuple) and isinstance(times, int):
+                _within(len(items) * times)
         return self.charge(super().call_binop(context, operator, left, right))
 
     def join(self, values: Iterable[Any], separator: str = "") -> str:
@@ -308,7 +308,11 @@ class _Guards(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        node.nodes = [_shown(part) for part in node.nodes]
+        for n, part in enumerate(node.nodes):
+            if isinstance(part, nodes.TemplateData):
+                node.nodes[n] = _filtered(nodes.Const(part.data), "literal")
+            else:
+                node.nodes[n] = _filtered(part, "shown")
         return node
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
@@ -341,12 +345,6 @@ class _Guards(NodeTransformer):
         raise SecurityError(f"{type(node).__name__.lower()} is not allowed in a chat template")
 
     visit_Block = visit_Extends = visit_Include = visit_Import = visit_FromImport = _refused
-
-
-def _shown(part: nodes.Expr) -> nodes.Expr:
-    if isinstance(part, nodes.TemplateData):
-        return _filtered(nodes.Const(part.data), "literal")
-    return _filtered(part, "shown")
 
 
 def _literals(tree: nodes.Template) -> Iterable[str]:
@@ -438,7 +436,7 @@ def _escape(value: Any) -> str:
 
 
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    text, size = _text(value), width if isinstance(width, int) else len(width)
+    text, size = str.__str__(_text(value)), width if isinstance(width, int) else len(width)
     _within(len(text) + (size + 1) * (len(text.splitlines()) + 1))
     return str(FILTERS["indent"](text, width, first, blank))
 
@@ -562,26 +560,19 @@ class TemplateText(str):
             at, limit = found + len(old), limit - 1
         return TemplateText(text, origin_of(new).join([*origins, self.origin[at:]]))
 
-    def upper(self) -> str:
-        return self.with_case(str.upper(self))
-
-    def lower(self) -> str:
-        return self.with_case(str.lower(self))
-
-    def title(self) -> str:
-        return self.with_case(str.title(self))
-
-    def capitalize(self) -> str:
-        return self.with_case(str.capitalize(self))
-
-    def swapcase(self) -> str:
-        return self.with_case(str.swapcase(self))
-
     def with_case(self, changed: str) -> str:
         """`changed` is this text in another case; it may be longer: ß becomes SS."""
         if len(changed) == len(self):
             return TemplateText(changed, self.origin)
         return changed if 0 in self.origin else from_template(changed)
+
+
+def _case_method(name: str) -> Callable[[TemplateText], str]:
+    return lambda text: text.with_case(getattr(str, name)(text))
+
+
+for _name in ("upper", "lower", "title", "capitalize", "swapcase"):
+    setattr(TemplateText, _name, _case_method(_name))
 
 
 @functools.lru_cache(2**10)

@@ -119,21 +119,14 @@ def _automaton(strings: Iterable[str]) -> _State:
         for character in string:
             state = state.following.setdefault(character, _State(depth=state.depth + 1))
         state.stop = string
-    _link(start)
-    return start
-
-
-def _link(start: _State) -> None:
-    """Set the fallback of every state, in order of depth."""
-    queue = deque([start])
+    queue = deque([start])  # set the fallback of every state, in order of depth
     while queue:
         state = queue.popleft()
         for character, after in state.following.items():
-            after.fallback = (
-                start if state is start else _advance(state.fallback or start, character)
-            )
+            after.fallback = _advance(state.fallback, character) if state.fallback else start
             after.stop = after.stop or after.fallback.stop
             queue.append(after)
+    return start
 
 
 def _advance(state: _State, character: str) -> _State:

@@ -2,9 +2,9 @@
 
 The file describes normalizer → pre_tokenizer → model → post_processor, and a decoder. A byte-level
 file with a known split (Llama 3, SmolLM, GPT-2, Qwen 2) becomes a `Vocabulary`; any other is run
-stage by stage. An unknown field or option is a TokenizerError that names
-it, because leaving it out would change ids. `truncation` and `padding` are not part of the
-pipeline: they are settings of the last call before the file was saved.
+stage by stage. An unknown field or option is a TokenizerError that names it, because leaving it out
+would change ids. `truncation` and `padding` are not part of the pipeline: they are settings of the
+last call before the file was saved.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from glassllama.tokenizers.bpe import (
 from glassllama.tokenizers.pretokenizer import DIGIT_RUNS, EACH_DIGIT, GPT2, LLAMA3, QWEN2, Split
 from glassllama.tokenizers.sentencepiece import BYTE_PIECE, SPACE_SYMBOL
 from glassllama.tokenizers.vocabulary import (
+    FLAGS,
     LARGEST_VOCABULARY,
     AddedToken,
     AddedTokens,
@@ -39,7 +40,6 @@ Json = Mapping[str, Any]
 FIELDS = (
     "normalizer pre_tokenizer model post_processor decoder version truncation padding added_tokens"
 ).split()
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 CLS_AND_SEP = ("RobertaProcessing", "BertProcessing")  # post-processors with both ends
 KNOWN_PATTERNS = (GPT2, LLAMA3, QWEN2)
 

@@ -7,10 +7,10 @@ at the start of a text and after a space. Neighbors merge as long as they make a
 vocabulary, the piece with the best score first, the leftmost of equals. A character that is not a
 piece becomes the pieces of its UTF-8 bytes. Source: Kudo and Richardson, SentencePiece (2018).
 
-The second half reads SentencePiece's tokenizer.model, a protobuf message: fields, each
-a number and a value, which is an integer with seven bits in a byte, four or eight raw bytes, or a
-length and that many bytes (text or a nested message). Sources: protobuf.dev, "Encoding";
-sentencepiece_model.proto.
+The second half reads SentencePiece's tokenizer.model, a protobuf message: fields that each have
+a number and a value. A value is an integer with seven bits in a byte, four or eight raw bytes,
+or a length and that many bytes (text or a nested message). Sources: protobuf.dev, "Encoding";
+sentencepiece_model.proto for the numbers of the fields.
 """
 
 from __future__ import annotations
@@ -320,19 +320,13 @@ def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
     byte_pieces = pieces.of_type(PieceType.BYTE)
     unknown = min(pieces.of_type(PieceType.UNKNOWN).values(), default=None)
     if byte_pieces:
-        ids = [byte_pieces.get(byte_text(value)) for value in range(256)]
-        if None in ids:
-            missing = byte_text(ids.index(None))
-            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing}")
-        return [id for id in ids if id is not None], -1
+        names = [f"<0x{value:02X}>" for value in range(256)]
+        if missing := [name for name in names if name not in byte_pieces]:
+            raise TokenizerError(f"vocabulary: has pieces for bytes, but none for {missing[0]}")
+        return [byte_pieces[name] for name in names], -1
     if unknown is None:
         raise TokenizerError("vocabulary: neither pieces for bytes nor one for the unknown")
     return None, unknown
-
-
-def byte_text(value: int) -> str:
-    """The text of the piece for a byte."""
-    return f"<0x{value:02X}>"
 
 
 # tokenizer.model

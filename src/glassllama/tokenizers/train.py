@@ -27,7 +27,7 @@ from glassllama.tokenizers.backend import MIN_COUNT, PYTHON, BPEBackend, Merge
 from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER, BytePairTokenizer, tokenizer_of_ranks
 from glassllama.tokenizers.pretokenizer import EACH_DIGIT, GPT2, SPLITS, Split
 from glassllama.tokenizers.tiktoken_file import special_token_names
-from glassllama.tokenizers.vocabulary import BYTE_TOKENS
+from glassllama.tokenizers.vocabulary import BYTE_TOKENS, split_stage, tokenizer_json
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 Form = Literal["hf", "meta", "both"]
@@ -156,27 +156,21 @@ def hf_document(trained: TrainedBPE) -> dict[str, Any]:
     tokenizer, split = trained.tokenizer, SPLITS[trained.split]
     texts = [characters(token) for token in trained.tokens]
     pairs = sorted((id, left, right) for left, right, _, id in tokenizer.vocabulary.pair_rows())
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
-            for name, id in tokenizer.specials.items()
-        ],
-        "normalizer": {"type": "NFC"} if split.normalize_nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers(split)},
-        "post_processor": post_processor(tokenizer),
-        "decoder": byte_level(use_regex=True),
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {text: id for id, text in enumerate(texts)},
-            "merges": [f"{texts[left]} {texts[right]}" for _, left, right in pairs],
-        },
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": {text: id for id, text in enumerate(texts)},
+        "merges": [f"{texts[left]} {texts[right]}" for _, left, right in pairs],
     }  # fmt: skip
+    return tokenizer_json(
+        tokenizer.specials,
+        normalizer={"type": "NFC"} if split.normalize_nfc else None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": pre_tokenizers(split)},
+        post_processor=post_processor(tokenizer),
+        decoder=byte_level(use_regex=True),
+        model=model,
+    )
 
 
 def characters(token: bytes) -> str:
@@ -190,11 +184,8 @@ def pre_tokenizers(split: Split) -> list[dict[str, Any]]:
     for pattern in split.patterns:
         if pattern == GPT2:
             return [*stages, byte_level(use_regex=True)]
-        if pattern == EACH_DIGIT:
-            stages.append({"type": "Digits", "individual_digits": True})
-        else:
-            split_stage = {"type": "Split", "pattern": {"Regex": pattern}}
-            stages.append({**split_stage, "behavior": "Isolated", "invert": False})
+        digits = {"type": "Digits", "individual_digits": True}
+        stages.append(digits if pattern == EACH_DIGIT else split_stage(pattern))
     return [*stages, byte_level(use_regex=False)]
 
 

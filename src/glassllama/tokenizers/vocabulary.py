@@ -44,12 +44,11 @@ END_OF_GENERATION = frozenset((
 # Files of fine-tuned models declare tokens such as <|im_end|> as plain additions. If they were read
 # from any text, a user could end a message with them and write as the system.
 LOOKS_SPECIAL = re.compile(r"<\|.+\|>")
-START_OF_TURN = "<start_of_turn>"  # the same in Gemma's files
 
 
 def is_special(text: str) -> bool:
     """Whether an added token with this text is special, even if its file says otherwise."""
-    is_named = text in END_OF_GENERATION or text == START_OF_TURN
+    is_named = text in END_OF_GENERATION or text == "<start_of_turn>"  # the same in Gemma's files
     return is_named or LOOKS_SPECIAL.fullmatch(text) is not None
 
 
@@ -73,6 +72,9 @@ def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
 def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     """Those of the tokens that occur in a text, in order of occurrence, each once."""
     return [*dict.fromkeys(pattern_of(tokens).findall(text))]
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token, besides `special`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,3 +371,16 @@ def size_of_vocabulary(ids: Collection[int]) -> int:
             f"for {len(ids)} tokens"
         )
     return size
+
+
+def tokenizer_json(specials: Mapping[str, int], **stages: Any) -> dict[str, Any]:
+    """The object of a tokenizer.json with these special tokens (text → id) and stages."""
+    flags = dict.fromkeys(FLAGS, False)
+    added = [{"id": id, "content": text, **flags, "special": True} for text, id in specials.items()]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **stages}
+
+
+def split_stage(pattern: str) -> dict[str, Any]:
+    """A pre-tokenizer of tokenizer.json that isolates the matches of a pattern."""
+    behavior = {"behavior": "Isolated", "invert": False}
+    return {"type": "Split", "pattern": {"Regex": pattern}, **behavior}

@@ -127,7 +127,9 @@ def train_step(run: Run) -> StepMetrics:
     """One optimizer step: batch, loss, gradients, weights."""
     s, progress, started = run.settings, run.progress, time.perf_counter()
     # Dropout is a function of seed, step, and rank, because ranks have different rows.
-    seed_dropout(s.run.seed << 32 | run.dist.rank << 24 | progress.step, s.run.device)
+    # torch.manual_seed looks for other devices every time, which takes milliseconds.
+    seed = torch.default_generator.manual_seed if s.run.device == "cpu" else torch.manual_seed
+    seed(s.run.seed << 32 | run.dist.rank << 24 | progress.step)
     factor = lr_factor(progress.step, s.schedule)
     batch = run.batches.at(progress.step, run.dist.rank, run.dist.world)
     loss = loss_and_gradients(run, batch)
@@ -148,15 +150,6 @@ def train_step(run: Run) -> StepMetrics:
         step=progress.step, loss=loss, lr=lr, grad_norm=norm, seconds=progress.seconds,
         tokens=progress.step * run.tokens_per_step, tok_s=run.tokens_per_step / took,
     )  # fmt: skip
-
-
-def seed_dropout(seed: int, device: str) -> None:
-    """Seed PyTorch's default generator. `torch.manual_seed` looks for other devices every time,
-    in milliseconds."""
-    if device == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def loss_and_gradients(run: Run, batch: Batch) -> float:

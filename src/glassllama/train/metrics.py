@@ -161,13 +161,13 @@ def read_log(folder: Path) -> list[LoggedMetrics]:
     ]
 
 
-def read_line(place: str, line: bytes) -> LoggedMetrics:
+def read_line(source: str, line: bytes) -> LoggedMetrics:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        raise TrainingError(f"{place}: not valid JSON, got {quoted(line)}; {REMEDY}") from None
+        raise TrainingError(f"{source}: not valid JSON, got {quoted(line)}; {REMEDY}") from None
     try:
-        get = Fields(place, values, TrainingError)
+        get = Fields(source, values, TrainingError)
         step, tokens = get.whole("step"), get.whole("tokens", least=0, most=MAX_TOKENS)
         numbers: dict[str, Any] = {name: get.number(name) for name in NUMBERS}
         numbers |= {name: get.number(name, None) for name in SCORES}
@@ -272,11 +272,13 @@ def plot_loss(
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps, losses = [r.step for r in records], [r.loss for r in records]
+    ends = range(1, len(losses) + 1)
+    means = [sum(losses[max(0, end - SMOOTH) : end]) / min(SMOOTH, end) for end in ends]
     if reference is not None:
         low, high = reference.low, reference.high
         axes.fill_between(reference.steps, low, high, color="#dddddd", label="usual")
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.5)
-    axes.plot(steps, moving_average(losses), color="#08519c", label="training")
+    axes.plot(steps, means, color="#08519c", label="training")
     scores = [(r.step, r.val_loss) for r in records if r.val_loss is not None]
     axes.plot(*zip(*scores, strict=True), "o-", color="#d94801", label="validation")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
@@ -286,11 +288,3 @@ def plot_loss(
     for path in paths:
         figure.savefig(path, dpi=150)
     return paths
-
-
-def moving_average(losses: Sequence[float]) -> list[float]:
-    """For each step the mean of the last SMOOTH losses, or of as many as there are."""
-    return [
-        sum(losses[max(0, end - SMOOTH) : end]) / min(SMOOTH, end)
-        for end in range(1, len(losses) + 1)
-    ]

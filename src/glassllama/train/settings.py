@@ -298,32 +298,32 @@ def read_tables(source: str) -> Tables:
         raise ConfigError(f"{source}: not UTF-8 at byte {error.start}") from None
 
 
-def parse(place: str, toml: str) -> Tables:
+def parse(source: str, toml: str) -> Tables:
     if DEEP_KEY.search(toml):
-        raise ConfigError(f"{place}: not valid TOML: a key of 50 parts or more")
+        raise ConfigError(f"{source}: not valid TOML: a key of 50 parts or more")
     try:
         found = tomllib.loads(toml)
     except (ValueError, RecursionError) as error:  # also numbers and nesting too large for Python
         reason = str(error)[:LONGEST_REASON]
-        raise ConfigError(f"{place}: not valid TOML: {reason}") from None
+        raise ConfigError(f"{source}: not valid TOML: {reason}") from None
     tables: Tables = {}
     for name, values in found.items():
-        table = tables.setdefault(table_name(place, name), {})
+        table = tables.setdefault(table_name(source, name), {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{place}: {name} must be a table [{name}], got {quoted(values)}")
+            raise ConfigError(f"{source}: {name} must be a table [{name}], got {quoted(values)}")
         for key, value in values.items():
             today = current_key(f"{name}.{key}").partition(".")[2]
             if today in table:
-                raise ConfigError(f"{place}: {name}.{today} is set twice, once by its old name")
+                raise ConfigError(f"{source}: {name}.{today} is set twice, once by its old name")
             table[today] = value
     return tables
 
 
-def table_name(place: str, name: str) -> str:
+def table_name(source: str, name: str) -> str:
     today = OLD_TABLES.get(name, name)
     if today not in TABLES:
         hint = suggestion(name, list(TABLES))
-        raise ConfigError(f"{place}: unknown table [{quoted_key(name)}]{hint}")
+        raise ConfigError(f"{source}: unknown table [{quoted_key(name)}]{hint}")
     return today
 
 
@@ -332,12 +332,12 @@ def apply_change(tables: Tables, change: str) -> str:
     out of text."""
     key, equals, typed = change.partition("=")
     table, dot, name = current_key(key.strip()).partition(".")
-    place = f"--set {quoted(change)}"
+    source = f"--set {quoted(change)}"
     if not (equals and dot and name):
-        raise ConfigError(f"{place}: expected table.field=value, e.g. schedule.steps=500")
-    table_name(place, table)
+        raise ConfigError(f"{source}: expected table.field=value, e.g. schedule.steps=500")
+    table_name(source, table)
     if len(change) > LONGEST_CHANGE:
-        raise ConfigError(f"{place}: more than {LONGEST_CHANGE:,} characters")
+        raise ConfigError(f"{source}: more than {LONGEST_CHANGE:,} characters")
     try:
         read = tomllib.loads(f"value = {typed}")
     except (ValueError, RecursionError):
@@ -449,7 +449,7 @@ def fingerprint(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def require_same_run(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def require_same_run(source: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Raise TrainingError unless both identities are equal, naming each difference.
 
     With more steps than before the schedule may differ -> its differences.
@@ -466,6 +466,6 @@ def require_same_run(place: str, before: Mapping[str, Any], now: Mapping[str, An
         shown = others if steps > 0 else list(differences.values())
         shorter = "; a run can be extended, not shortened" if steps < 0 else ""
         raise TrainingError(
-            f"{place}: another run: {'; '.join(shown[:5])}{shorter}; begin a new one with --out"
+            f"{source}: another run: {'; '.join(shown[:5])}{shorter}; begin a new one with --out"
         )
     return "; ".join(differences.values())

@@ -207,10 +207,10 @@ class Batches:
         """Positions in the corpus of `count` windows of the run, from window `first`, (count,)."""
         pieces: list[NDArray[np.int64]] = []
         while count > 0:
-            epoch, place = divmod(first, self.windows)
+            epoch, window = divmod(first, self.windows)
             if self._epoch is None or self._epoch[0] != epoch:
                 self._epoch = (epoch, self.shuffled(epoch))
-            pieces.append(self._epoch[1][place : place + count])
+            pieces.append(self._epoch[1][window : window + count])
             first, count = first + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 

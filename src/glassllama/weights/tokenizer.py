@@ -15,17 +15,13 @@ from glassllama.base.fields import is_whole
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.backend import BPEBackend
-from glassllama.tokenizers.bpe import BytePairTokenizer
-from glassllama.tokenizers.chars import CharTokenizer, chars_from_document, is_char_document
+from glassllama.tokenizers.chars import CharTokenizer, chars_from_document
 from glassllama.tokenizers.hf_json import tokenizer_from_json
-from glassllama.tokenizers.pipeline import PipelineTokenizer
 from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from glassllama.tokenizers.tiktoken_file import is_rank_file, read_meta_tokenizer
-from glassllama.tokenizers.vocabulary import read_bounded, read_json
+from glassllama.tokenizers.vocabulary import TokenizerBase, read_bounded, read_json
 from glassllama.weights import tokenizer_files as files
 from glassllama.weights.tokenizer_files import SideToken, TokenizerSettings, optional_json
-
-AnyTokenizer = BytePairTokenizer | PipelineTokenizer | SentencePieceTokenizer | CharTokenizer
 
 BACKEND: BPEBackend = COMPILED  # of all tokenizers that are read, and for learning vocabularies
 
@@ -81,7 +77,9 @@ def prefix_rule(settings: TokenizerSettings, folder: Path) -> dict[str, Any]:
     return rule
 
 
-def read_tokenizer(path: Path, tokens: Sequence[SideToken], prefix: dict[str, Any]) -> AnyTokenizer:
+def read_tokenizer(
+    path: Path, tokens: Sequence[SideToken], prefix: dict[str, Any]
+) -> TokenizerBase:
     """The tokenizer of one file, with the tokens that files beside it add.
 
     A tokenizer.model is recognized by its content; `prefix` applies to SentencePiece only.
@@ -92,14 +90,12 @@ def read_tokenizer(path: Path, tokens: Sequence[SideToken], prefix: dict[str, An
         return read_pieces(path, tokens, prefix)
     document = files.with_side_tokens(read_json(path), tokens)
     try:
-        if is_char_document(document):
-            return chars_from_document(document)
-        return tokenizer_from_json(document, BACKEND)
+        return chars_from_document(document) or tokenizer_from_json(document, BACKEND)
     except TokenizerError as fault:
         raise TokenizerError(f"{path}: {fault}") from fault
 
 
-def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
+def read_ranks(path: Path, tokens: Sequence[SideToken]) -> TokenizerBase:
     """Meta's tokenizer. TokenizerError: a file beside it names a token that it lacks."""
     tokenizer = read_meta_tokenizer(path, BACKEND)
     for token in tokens:
@@ -112,9 +108,7 @@ def read_ranks(path: Path, tokens: Sequence[SideToken]) -> BytePairTokenizer:
     return tokenizer
 
 
-def read_pieces(
-    path: Path, tokens: Sequence[SideToken], prefix: dict[str, Any]
-) -> SentencePieceTokenizer:
+def read_pieces(path: Path, tokens: Sequence[SideToken], prefix: files.Json) -> TokenizerBase:
     """A SentencePiece model with the tokens that files beside it add."""
     tokenizer = read_sentencepiece(path)
     pieces = replace(tokenizer.pieces, **prefix)
@@ -123,7 +117,7 @@ def read_pieces(
     return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=BACKEND)
 
 
-def set_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, is_model: bool) -> None:
+def set_bos(tokenizer: TokenizerBase, settings: TokenizerSettings, is_model: bool) -> None:
     """Set the begin-of-text token by `add_bos_token`, beside a tokenizer.model.
 
     Beside a tokenizer.json it has no effect: as in transformers 5 the post_processor decides.
@@ -141,7 +135,7 @@ def set_bos(tokenizer: AnyTokenizer, settings: TokenizerSettings, is_model: bool
         )
 
 
-def named_id(tokenizer: AnyTokenizer, settings: TokenizerSettings, name: str) -> int | None:
+def named_id(tokenizer: TokenizerBase, settings: TokenizerSettings, name: str) -> int | None:
     """The id of a token that the small files name by its text."""
     text = settings.named.get(name)
     if text is None:
@@ -153,7 +147,7 @@ def named_id(tokenizer: AnyTokenizer, settings: TokenizerSettings, name: str) ->
     return ids[0]
 
 
-def generation_stops(tokenizer: AnyTokenizer, folder: Path) -> set[int]:
+def generation_stops(tokenizer: TokenizerBase, folder: Path) -> set[int]:
     """`eos_token_id` of generation_config.json, or of config.json where there is none."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         named = optional_json(path).get("eos_token_id")

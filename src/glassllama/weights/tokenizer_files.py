@@ -20,10 +20,9 @@ from typing import Any
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields
 from glassllama.tokenizers.sentencepiece import Pieces, PieceType
-from glassllama.tokenizers.vocabulary import LARGEST_VOCABULARY, is_special, read_json
+from glassllama.tokenizers.vocabulary import FLAGS, LARGEST_VOCABULARY, is_special, read_json
 
 SMALL_FILE = 2**24  # bytes; real ones have up to 200,000
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer name first
 # Named tokens of every tokenizer, in the order in which transformers adds them; others follow.
 STANDARD = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
@@ -194,7 +193,7 @@ def with_side_tokens(document: Json, tokens: Iterable[SideToken]) -> dict[str, A
     ids = _Ids({**vocab, **{content: one.get("id") for content, one in added.items()}})
     new = set[str]()  # named without an id: the last flags count
     for token in tokens:
-        flags = token.flags or {name: not token.special and name == FLAGS[3] for name in FLAGS}
+        flags = token.flags or {name: not token.special and name == "normalized" for name in FLAGS}
         if (known := added.get(token.content)) is not None:
             if token.content in new or (token.id is not None and token.flags is not None):
                 known |= {**flags, "special": token.special}
