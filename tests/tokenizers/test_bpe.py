@@ -117,7 +117,7 @@ def test_heaps_equal_the_plain_loop_on_real_vocabularies(
             vocabulary = tokenizer.vocabulary
             parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
             plain = [vocabulary.ids[part] for part in merge(parts, vocabulary.rank)]
-            assert tokenizer._encode_long_word(word) == plain
+            assert tokenizer._encode_long_pretoken(word) == plain
 
 
 def test_no_folder_for_machine_code() -> None:
@@ -185,7 +185,7 @@ def test_bytes_without_a_token_are_dropped(smollm: BytePairTokenizer) -> None:
     lacking = [byte for byte in BYTES if byte not in smollm.vocabulary.ids and byte < b"\x80"]
     assert lacking == [b"\x04", b"\x06", b"\x13", b"\x14", b"\x16", b"\x1d"]
     assert smollm.encode("a\x04b") == [*smollm.encode("a"), *smollm.encode("b")]
-    assert smollm._encode_long_word(b"a\x04b") == smollm.encode("ab")
+    assert smollm._encode_long_pretoken(b"a\x04b") == smollm.encode("ab")
 
 
 @pytest.mark.parametrize("id", [-1, -128_256, 128_256, 2**31, 2**64])
@@ -229,7 +229,7 @@ def test_encode_array_gives_the_same_ids(smollm: BytePairTokenizer) -> None:
 
 def test_cache_is_bounded(smollm: BytePairTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = BytePairTokenizer(smollm.vocabulary, bos=None)
-    monkeypatch.setattr(bpe, "CACHED_WORDS", 100)
+    monkeypatch.setattr(bpe, "CACHED_PRETOKENS", 100)
     text = " ".join(f"{a}{b}" for a, b in pairwise(map(chr, range(0x4E00, 0x4F00))))
     assert tokenizer.encode(text) == smollm.encode(text)
     assert 0 < len(tokenizer._cache) <= 100

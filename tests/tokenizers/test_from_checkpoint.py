@@ -194,7 +194,7 @@ def test_a_note_counts_merges_of_unknown_tokens() -> None:
     tokenizer = tokenizer_from_gguf(small_gguf(merges=merges))
     assert isinstance(tokenizer, BytePairTokenizer)
     assert tokenizer.notes == [
-        "tokenizer: 5 merges name what is no token of the vocabulary; they make none"
+        "tokenizer: 5 merges have parts that are not tokens; these are split into bytes"
     ]
     assert tokenizer.encode("bc") == [4]
     assert tokenizer.encode("bca") == [1, 2, 0]  # merged to "bca", which is not a token

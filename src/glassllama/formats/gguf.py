@@ -65,7 +65,7 @@ UNREADABLE_TYPES = {  # only named, so that the error can say what came
     37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
 
-Value = Any  # int | float | bool | str | read-only array | StringArray | tuple of the last three
+Value = Any  # int, float, bool, str, a read-only array, a StringArray, or a tuple of such arrays
 
 # --- one file or several parts --------------------------------------------------------------
 

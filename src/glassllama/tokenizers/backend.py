@@ -1,7 +1,8 @@
-"""The loops of BPE that can be compiled, in plain Python.
+"""Plain-Python versions of the compiled BPE loops.
 
 `PYTHON` is the default of all tokenizers. native/tokenizers has the compiled backend; the functions
-of weights/tokenizer.py that read tokenizers pass it to them, and callers of `train_bpe` may.
+of weights/tokenizer.py and tokenizer_gguf.py that read tokenizers pass it to them, and callers of
+`train_bpe` may. Short texts do not need it: their pretokens are merged by `bpe.merge`.
 """
 
 from __future__ import annotations

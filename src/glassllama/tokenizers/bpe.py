@@ -38,11 +38,11 @@ from glassllama.tokenizers.vocabulary import (
     surrogate_error,
 )
 
-UNKNOWN_MERGES = "tokenizer: {} merges name what is no token of the vocabulary; they make none"
-LONG_WORD = 512  # bytes; the time of `merge` grows with the square of the length
+UNKNOWN_MERGES = "tokenizer: {} merges have parts that are not tokens; these are split into bytes"
+LONG_PRETOKEN = 512  # bytes; the time of `merge` grows with the square of the length
 MANY_IDS = 2**16  # from here on ids are decoded by the backend, which may take a moment to load
-CACHED_WORDS = 2**16  # a full cache is cleared: text repeats its words within a few pages
-CACHED_LENGTH = 64  # characters; longer words are seldom repeated
+CACHED_PRETOKENS = 2**16  # a full cache is cleared: text repeats its pretokens within a few pages
+CACHED_LENGTH = 64  # characters; longer pretokens are seldom repeated
 
 
 def merge(parts: list[AnyStr], rank: Callable[[AnyStr, AnyStr], int]) -> list[AnyStr]:
@@ -143,38 +143,38 @@ class BytePairTokenizer(TokenizerBase):
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in chain.from_iterable(self.vocabulary.split.pretoken_batches(text)):
-            known = self._cache.get(word)
+        for pretoken in chain.from_iterable(self.vocabulary.split.pretoken_batches(text)):
+            known = self._cache.get(pretoken)
             if known is None:
-                known = self._encode_word(word.encode())
-                if len(word) <= CACHED_LENGTH:
-                    if len(self._cache) >= CACHED_WORDS:
+                known = self._encode_pretoken(pretoken.encode())
+                if len(pretoken) <= CACHED_LENGTH:
+                    if len(self._cache) >= CACHED_PRETOKENS:
                         self._cache.clear()
-                    self._cache[word] = known
+                    self._cache[pretoken] = known
             ids += known
         return ids
 
-    def _encode_word(self, word: bytes) -> list[int]:
+    def _encode_pretoken(self, pretoken: bytes) -> list[int]:
         vocabulary = self.vocabulary
-        if vocabulary.ignore_merges and word in vocabulary.ids:
-            return [vocabulary.ids[word]]
-        if len(word) > LONG_WORD:
-            return self._encode_long_word(word)
-        parts = [byte for byte in map(BYTES.__getitem__, word) if byte in vocabulary.ids]
+        if vocabulary.ignore_merges and pretoken in vocabulary.ids:
+            return [vocabulary.ids[pretoken]]
+        if len(pretoken) > LONG_PRETOKEN:
+            return self._encode_long_pretoken(pretoken)
+        parts = [byte for byte in map(BYTES.__getitem__, pretoken) if byte in vocabulary.ids]
         merged = merge(parts, vocabulary.rank)
-        if not vocabulary.parts:
+        if not vocabulary.non_token_ids:
             return [vocabulary.ids[part] for part in merged]
         return [*chain.from_iterable(map(vocabulary.ids_of_part, merged))]
 
-    def _encode_long_word(self, word: bytes) -> list[int]:
-        """The same ids as by `merge`, in a time that hardly exceeds the length of the word."""
+    def _encode_long_pretoken(self, pretoken: bytes) -> list[int]:
+        """The same ids as by `merge`, in a time that hardly exceeds the length of the pretoken."""
         ids_of_bytes = np.array([self.vocabulary.ids.get(byte, -1) for byte in BYTES], np.int32)
-        symbols = ids_of_bytes[np.frombuffer(word, np.uint8)]
+        symbols = ids_of_bytes[np.frombuffer(pretoken, np.uint8)]
         merged: list[int] = self._merger(symbols[symbols >= 0]).tolist()
-        parts = {id: part for part, id in self.vocabulary.parts.items()}
-        if not parts:
+        others = {id: part for part, id in self.vocabulary.non_token_ids.items()}
+        if not others:
             return merged
-        split = (self.vocabulary.ids_of_part(parts[id]) if id in parts else [id] for id in merged)
+        split = (self.vocabulary.ids_of_part(others[id]) if id in others else [id] for id in merged)
         return [*chain.from_iterable(split)]
 
     @cached_property
@@ -301,7 +301,7 @@ def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
     Merges that are not in GPT-2's characters have no effect.
     """
     ranks: dict[tuple[bytes, bytes], int] = {}
-    parts: dict[bytes, int] = {}
+    non_tokens: dict[bytes, int] = {}
     num_unknown = 0
     bytes_of = cache(lambda part: to_bytes(part) if is_byte_level(part) else b"")
     for rank, line in enumerate(merges):
@@ -313,6 +313,8 @@ def with_merges(vocabulary: Vocabulary, merges: Iterable[str]) -> Vocabulary:
         unknown = [part for part in (*pair, pair[0] + pair[1]) if part not in vocabulary.ids]
         num_unknown += bool(unknown)
         for part in unknown:
-            parts.setdefault(part, len(vocabulary.tokens) + len(parts))
+            non_tokens.setdefault(part, len(vocabulary.tokens) + len(non_tokens))
         ranks.setdefault(pair, rank)
-    return replace(vocabulary, merges=ranks, num_unknown_merges=num_unknown, parts=parts)
+    return replace(
+        vocabulary, merges=ranks, num_unknown_merges=num_unknown, non_token_ids=non_tokens
+    )

@@ -32,7 +32,7 @@ import numpy as np
 
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.tokenizers.backend import PYTHON, BPEBackend, Merger
-from glassllama.tokenizers.bpe import CACHED_WORDS, merge
+from glassllama.tokenizers.bpe import CACHED_PRETOKENS, merge
 from glassllama.tokenizers.vocabulary import (
     END_OF_GENERATION,
     NEVER,
@@ -122,7 +122,7 @@ class SegmentEncoder:
         if known is None:
             known = self._encode(segment)
             if len(segment) <= SHORT:
-                if len(self._cache) >= CACHED_WORDS:
+                if len(self._cache) >= CACHED_PRETOKENS:
                     self._cache.clear()
                 self._cache[segment] = known
         return known

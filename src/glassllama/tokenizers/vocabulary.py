@@ -28,8 +28,8 @@ from glassllama.tokenizers.pretokenizer import Split
 WHITESPACE = "".join(chr(c) for first, last in WHITESPACE_RANGES for c in range(first, last + 1))
 WHITESPACE_RUN = re.compile(f"[{WHITESPACE}]*")
 
-# Tokens that end an answer by their name. Files often declare one end (of the text) and use two (of
-# a turn as well). As in llama.cpp a token of such a name is special, whatever the file declares.
+# Tokens whose name marks the end of an answer. Files often declare one end (of the text) and use
+# two (of a turn as well). As in llama.cpp such a token is special, whatever the file declares.
 END_OF_GENERATION = frozenset((
     # end of a turn or a text
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
@@ -53,7 +53,7 @@ def is_special(text: str) -> bool:
 
 
 def stop_ids_by_name(ids: Mapping[str, int]) -> set[int]:
-    """The ids of the tokens in `ids` (text → id) that end an answer by their name."""
+    """The ids of the tokens in `ids` (text → id) whose name marks the end of an answer."""
     stops = {name: ids[name] for name in END_OF_GENERATION if name in ids}
     calls = {"<|call|>", "<|calls|>"} & stops.keys()
     if calls and {"<|return|>", "<|flush|>"} & stops.keys():
@@ -180,7 +180,8 @@ class Vocabulary:
     `added_tokens`: found by their text before anything else; the special ones only on request.
     `text_chunks`: splits a long text before anything else.
     `num_unknown_merges`: merges that name or make something that is not a token.
-    `parts`: such parts → ids beyond all others. In the end they are split into their bytes.
+    `non_token_ids`: their parts that are not tokens → ids after all others; split into bytes at
+    the end.
     """
 
     tokens: tuple[bytes | None, ...]
@@ -191,7 +192,7 @@ class Vocabulary:
     added_tokens: tuple[AddedToken, ...] = field(repr=False)
     text_chunks: Callable[[str], Iterable[str]] | None = None
     num_unknown_merges: int = 0
-    parts: Mapping[bytes, int] = field(default_factory=dict, repr=False)
+    non_token_ids: Mapping[bytes, int] = field(default_factory=dict, repr=False)
 
     def added(self, *, is_special: bool) -> dict[str, int]:
         """Text → id of the added tokens, either the special ones or the others."""
@@ -216,7 +217,7 @@ class Vocabulary:
 
     def pair_rows(self) -> Iterator[PairRow]:
         """Every pair that merges: of the list of merges, or all ways to split a token in two."""
-        ids = {**self.ids, **self.parts}
+        ids = {**self.ids, **self.non_token_ids}
         if self.merges is not None:
             for (left, right), rank in self.merges.items():
                 yield ids[left], ids[right], rank, ids[left + right]

@@ -37,7 +37,7 @@ PRE_TOKENIZERS = {
     **{name: name for name in ("tekken", "falcon", "default", "viking")},
     **{name: name for name in ("deepseek-llm", "deepseek-coder", "deepseek-v3")},
 }
-# With these llama.cpp merges pretokens that are tokens, and starts texts without bos.
+# For these, llama.cpp merges even a pretoken that is itself a token, and adds no bos.
 NOT_LIKE_LLAMA3 = ("smaug-bpe", "dbrx")
 ID_KEYS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
 # What llama.cpp uses for SentencePiece where a file names no id, or one that it does not have.
@@ -107,7 +107,7 @@ def byte_level(
         raise TokenizerError("tokenizer.ggml: tokens: no byte has one: no byte-level vocabulary")
     vocabulary = bpe.byte_level_vocabulary(
         tokens={id: text for text, id in normal.items()},
-        merges=(),
+        merges=(),  # added by `with_merges`, which needs the ids
         added_tokens=added,
         unused={id: text for id, text in enumerate(texts) if id not in used},
         split={**SPLITS, **OTHER_SPLITS}[PRE_TOKENIZERS[pre]],
@@ -156,7 +156,7 @@ def sentencepiece(
 
 
 def with_named_specials(texts: Sequence[str], types: Sequence[int]) -> list[int]:
-    """The types, where tokens that end an answer by their name are special."""
+    """The types, where tokens whose name marks the end of an answer are special."""
     return [
         PieceType.CONTROL if text in END_OF_GENERATION else type
         for text, type in zip(texts, types, strict=True)
