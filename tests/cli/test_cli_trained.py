@@ -61,9 +61,7 @@ def test_generate(verb: Verb, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only"),
-    ],
+    [(("generate", "--backend", "engine", "abc", "-m"), "a {} runs on the torch backend only")],
 )
 def test_the_engine_backend_is_refused(
     verb: Verb, folder: Path, arguments: tuple[str, ...], message: str

@@ -305,9 +305,7 @@ def test_json_names_the_first_token_of_a_text(
     assert ours.stop_ids == {2}
 
 
-def test_a_special_token_between_texts(
-    json_pair: tuple[PipelineTokenizer, Tokenizer],
-) -> None:
+def test_a_special_token_between_texts(json_pair: tuple[PipelineTokenizer, Tokenizer]) -> None:
     """The space before a text depends on what comes before it: see ChatML on Llama 2."""
     ours, theirs = json_pair
     ids = ours.encode_parts([1, "[INST] hi [/INST]", 2, 1, " again", "<s>"])

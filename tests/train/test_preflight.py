@@ -328,9 +328,7 @@ def test_without_a_network_the_error_suggests_what_to_do(monkeypatch: Any, tmp_p
 # --- reference runs -------------------------------------------------------------------------
 
 
-def test_runs_outside_the_reference_get_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_runs_outside_the_reference_get_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from train_reference_runs import make_reference
 

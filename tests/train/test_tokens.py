@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from glassllama.base.errors import FormatError, GlassError
-from glassllama.train.tokens import (
-    Piece,
-    Tokens,
-    open_tokens,
-    write_tokens,
-)
+from glassllama.train.tokens import Piece, Tokens, open_tokens, write_tokens
 
 
 def written(path: Path, vocab_size: int = 300) -> Tokens:

@@ -23,32 +23,16 @@ from glassllama.walkthrough import manual_block
 from glassllama.walkthrough import step as step_module
 from glassllama.walkthrough.export import Layout, render
 from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
-from glassllama.walkthrough.step import (
-    LAYER_DEPTH,
-    StepMismatchError,
-    compare,
-    same,
-    source,
-)
+from glassllama.walkthrough.step import LAYER_DEPTH, StepMismatchError, compare, same, source
 from glassllama.walkthrough.steps import output, run_step, step_of_hook
 from glassllama.walkthrough.steps.output import round_trip
-from glassllama.walkthrough.walkthrough import (
-    DamagedWeightsError,
-    Walkthrough,
-    open_walkthrough,
-)
+from glassllama.walkthrough.walkthrough import DamagedWeightsError, Walkthrough, open_walkthrough
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.save import save_model
 from rows import Rows
 from tiny_models import VARIANTS
 from tolerances import assert_logits
-from walkthrough.conftest import (
-    IDS,
-    random_llama,
-    run_all_steps,
-    warned,
-    write_checkpoint,
-)
+from walkthrough.conftest import IDS, random_llama, run_all_steps, warned, write_checkpoint
 
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 

@@ -167,16 +167,16 @@ NEW_TOKENS: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {
             "extra_special_tokens": {"image": "<|x|>", "mark_token": "<mark>"},
             "additional_special_tokens": ["<tool>", "<extra>"],
-        },
+        }
     },
     "a bos token that no file adds leaves its id free": {
-        "tokenizer_config.json": {"bos_token": "<begin>", "pad_token": "[PAD]"},
+        "tokenizer_config.json": {"bos_token": "<begin>", "pad_token": "[PAD]"}
     },
     "the last flags of a token": {
         "tokenizer_config.json": {
             "mask_token": "<mark>",
             "extra_special_tokens": [{"__type": "AddedToken", **row("<mark>", True, rstrip=True)}],
-        },
+        }
     },
 }
 

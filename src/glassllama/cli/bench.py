@@ -13,15 +13,7 @@ import typer
 from glassllama.base.errors import quoted
 from glassllama.base.machine import gigabytes
 from glassllama.cli.console import naming, note, print_json, print_table, progress_bars
-from glassllama.cli.options import (
-    JSON,
-    MODEL,
-    OFFLINE,
-    PTH,
-    BackendOptions,
-    ModelOptions,
-    option,
-)
+from glassllama.cli.options import JSON, MODEL, OFFLINE, PTH, BackendOptions, ModelOptions, option
 
 if TYPE_CHECKING:
     from glassllama.benchmark import BenchmarkResult, CellResult

@@ -31,11 +31,7 @@ class CachedModel:
 
 
 def resolve(
-    name: str,
-    *,
-    offline: bool = False,
-    prefer_pth: bool = False,
-    progress: Progress | None = None,
+    name: str, *, offline: bool = False, prefer_pth: bool = False, progress: Progress | None = None
 ) -> Path:
     """The file or folder of the model called `name`, downloaded first if needed.
 

@@ -34,12 +34,7 @@ from glassllama.tokenizers.bpe import BYTE_TO_CHARACTER
 from glassllama.tokenizers.patterns import Match, Pattern, compiled
 from glassllama.tokenizers.pretokenizer import GPT2, OTHER_SPLITS, SPLITS
 from glassllama.tokenizers.sentencepiece import LONG, SHORT, SegmentEncoder
-from glassllama.tokenizers.vocabulary import (
-    NEVER,
-    WHITESPACE,
-    AddedTokens,
-    TokenizerBase,
-)
+from glassllama.tokenizers.vocabulary import NEVER, WHITESPACE, AddedTokens, TokenizerBase
 
 Merges = Mapping[tuple[int, int], tuple[int, int]]  # pair of ids → rank, id of the merged token
 NO_MERGE = (NEVER, 0)

@@ -26,12 +26,7 @@ from glassllama.base.interfaces import Progress
 from glassllama.walkthrough.mistakes import Comparison
 from glassllama.walkthrough.step import Check, Numbers, Picture, Source, Step, cut, pad
 from glassllama.walkthrough.steps import STEPS, run_step
-from glassllama.walkthrough.tracing import (
-    Predictions,
-    attention_entropy,
-    residual_norms,
-    trace,
-)
+from glassllama.walkthrough.tracing import Predictions, attention_entropy, residual_norms, trace
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token
 
 SCHEMA = "glassllama.walkthrough/2"

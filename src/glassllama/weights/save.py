@@ -37,11 +37,7 @@ UNFINISHED = ".unfinished-"
 
 
 def save_model(
-    folder: Path,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    *,
-    vocabulary: Path | None = None,
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, *, vocabulary: Path | None = None
 ) -> None:
     """Write weights, configuration and tokenizer into `folder`, which is created if necessary.
 

@@ -46,11 +46,7 @@ def twice(x):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     ("file", "text", "processors"),
-    [
-        ("cpu.max", "150000 100000\n", 1.5),
-        ("cpu.max", "max 100000\n", None),
-        ("nothing", "", None),
-    ],
+    [("cpu.max", "150000 100000\n", 1.5), ("cpu.max", "max 100000\n", None), ("nothing", "", None)],
 )
 def test_container_limits(tmp_path: Path, file: str, text: str, processors: float | None) -> None:
     (tmp_path / file).write_text(text)

@@ -166,8 +166,7 @@ def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"dim": 128}, {"ffn_dim": 192}, {"n_layers": 3}, {"n_heads": 8}, {"vocab_size": 204}],
+    "wrong", [{"dim": 128}, {"ffn_dim": 192}, {"n_layers": 3}, {"n_heads": 8}, {"vocab_size": 204}]
 )
 def test_weights_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(WeightsError, match="packed matrices"):

@@ -21,10 +21,7 @@ def read_rows(matrix: Matrix, rows: int | None = None) -> NDArray[np.float32]:
     count = matrix.rows if rows is None else rows
     out = np.full((count, matrix.columns), np.nan, np.float32)
     values, scales = matrix.values.ctypes.data, matrix.scales.ctypes.data
-    blocks, reader = (
-        matrix.weight_type.blocks(matrix.columns),
-        reader_address(matrix.weight_type),
-    )
+    blocks, reader = (matrix.weight_type.blocks(matrix.columns), reader_address(matrix.weight_type))
     for row in range(count):
         call(reader, (values, scales, blocks, row, out[row].ctypes.data))
     return out

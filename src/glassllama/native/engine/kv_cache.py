@@ -27,14 +27,7 @@ from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
 from glassllama.base.locks import NonReentrantLock, synchronized
-from glassllama.native.engine.layout import (
-    ITEM_BYTES,
-    KV_FLOAT32,
-    KV_INT8,
-    KV_INT16,
-    PAGE,
-    zeros,
-)
+from glassllama.native.engine.layout import ITEM_BYTES, KV_FLOAT32, KV_INT8, KV_INT16, PAGE, zeros
 
 T = TypeVar("T")
 

@@ -20,13 +20,7 @@ import numpy as np
 
 from glassllama.native.engine import workspace as ws
 from glassllama.native.engine.attention import attend, prepare_outputs, rope_and_store_all
-from glassllama.native.engine.elementwise import (
-    add_scaled_to,
-    add_to,
-    geglu,
-    scale_and_cap,
-    swiglu,
-)
+from glassllama.native.engine.elementwise import add_scaled_to, add_to, geglu, scale_and_cap, swiglu
 from glassllama.native.engine.layer_ops import (
     Step,
     add_bias,

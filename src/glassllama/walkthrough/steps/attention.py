@@ -8,12 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from glassllama.nn.attention import (
-    attention_scores,
-    attention_weights,
-    split_heads,
-    weighted_sum,
-)
+from glassllama.nn.attention import attention_scores, attention_weights, split_heads, weighted_sum
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex
 from glassllama.walkthrough.manual_block import layer_norm

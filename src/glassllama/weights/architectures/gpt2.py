@@ -98,9 +98,7 @@ def hides_scores(file: TensorFile, name: str, _config: GPTConfig) -> bool:
 
 # Masks that old writers stored beside the weights, and the number that replaced hidden scores.
 MASKS = ExtraTensors(
-    re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.bias"),
-    is_causal_mask,
-    "no causal masks, ignored",
+    re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.bias"), is_causal_mask, "no causal masks, ignored"
 )
 HIDDEN_SCORES = ExtraTensors(
     re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.masked_bias"),
