@@ -568,7 +568,11 @@ class TemplateText(str):
 
 
 def _case_method(name: str) -> Callable[[TemplateText], str]:
-    return lambda text: text.with_case(getattr(str, name)(text))
+    def method(text: TemplateText) -> str:
+        return text.with_case(getattr(str, name)(text))
+
+    method.__name__ = name  # the sandbox finds methods by it
+    return method
 
 
 for _name in ("upper", "lower", "title", "capitalize", "swapcase"):
