@@ -118,7 +118,7 @@ class Completion:
 
 
 @dataclass
-class Answer:
+class RowState:
     """One row on its way from ids to text."""
 
     prompt_ids: list[int]
@@ -162,7 +162,7 @@ class BatchStream(Iterator[tuple[int, str]]):
     """New text as it is generated, with the row of its prompt; `completions` holds all so far."""
 
     def __init__(
-        self, generation: Generation, answers: Sequence[Answer], with_logprobs: bool
+        self, generation: Generation, answers: Sequence[RowState], with_logprobs: bool
     ) -> None:
         self._generation, self._answers = generation, answers
         self._with_logprobs = with_logprobs
@@ -261,7 +261,7 @@ class LLM:
         under 1,024 tokens. Others were not trained on texts without a beginning.
         """
         folder = self.checkpoint.folder  # RUN, or RUN/checkpoints/step-N
-        run = any((place / RUN_FILE).is_file() for place in (folder, folder.parent.parent))
+        run = any((each / RUN_FILE).is_file() for each in (folder, folder.parent.parent))
         own = run or isinstance(self.tokenizer, CharTokenizer)
         return "shift" if own and self.executor.config.max_seq_len < SMALL_CONTEXT else "stop"
 
@@ -273,7 +273,7 @@ class LLM:
         no token of its own.
         """
         if not isinstance(prompt, str):
-            return listed("a prompt", prompt, "a text or a list of ids")
+            return as_list("a prompt", prompt, "a text or a list of ids")
         self._refuse_early(prompt, specials)
         ids = prompt_ids(self.tokenizer, prompt, specials)
         if not ids:
@@ -307,7 +307,7 @@ class LLM:
         if isinstance(messages, str):
             messages = [Message("user", messages)]
         else:
-            messages = listed("messages", messages, "a text or a list of messages")
+            messages = as_list("messages", messages, "a text or a list of messages")
         return self.chat_format.encode(messages, self.tokenizer)
 
     def stream(
@@ -353,12 +353,12 @@ class LLM:
         **options: Unpack[Options],
     ) -> BatchStream:
         """The same, piece by piece: yields (row of the prompt, new text)."""
-        prompts = listed("prompts", prompts, "a list of texts or of ids")
+        prompts = as_list("prompts", prompts, "a list of texts or of ids")
         return self._begin(prompts, options, progress, continues=True)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(T,) ids -> (T, V): how well every token would follow each of them."""
-        given = listed("logits", ids, "a list of ids")
+        given = as_list("logits", ids, "a list of ids")
         ids = checked_ids("logits", given, self.executor.config.vocab_size)
         return logits_of_text(self.executor, ids)
 
@@ -416,7 +416,7 @@ class LLM:
             first = ", ".join(map(named, unknown[:MOST_UNKNOWN]))
             raise GenerationError(f"unknown options: {first} (see llm.Options)")
         values: dict[str, Any] = dict(options)
-        stop = listed("stop", values.pop("stop", ()), "a list of texts")
+        stop = as_list("stop", values.pop("stop", ()), "a list of texts")
         if not all(isinstance(text, str) for text in stop):
             raise GenerationError(f"stop must be a list of texts, got {quoted(stop)}")
         specials = values.pop("specials", False)
@@ -432,7 +432,7 @@ class LLM:
         )  # fmt: skip
         rows = [self.encode(prompt, specials=specials) for prompt in prompts]
         answers = [
-            Answer(ids, Detokenizer(self.tokenizer, continues=continues), StopStrings(stop))
+            RowState(ids, Detokenizer(self.tokenizer, continues=continues), StopStrings(stop))
             for ids in rows
         ]
         requests = [
@@ -455,14 +455,14 @@ def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:
     return count, [id for id in (*tokenizer.gaps, *range(size, count)) if id not in ends]
 
 
-def listed(what: str, given: Any, wanted: str) -> list[Any]:
+def as_list(what: str, given: Any, expected: str) -> list[Any]:
     """What can be gone through, as a list; GenerationError for others.
 
     A text, bytes and a mapping are others, although they can be gone through.
     """
     single = isinstance(given, str | bytes | bytearray | memoryview | Mapping)
     if single or not isinstance(given, Iterable):
-        raise GenerationError(f"{what} must be {wanted}, got {quoted(given)}")
+        raise GenerationError(f"{what} must be {expected}, got {quoted(given)}")
     return list(given)
 
 
@@ -506,8 +506,10 @@ def load(
         executor: Executor = pack(checkpoint, exact=exact, quantize=quantize, cache=cache,
                                   threads=threads, progress=load_progress)  # fmt: skip
     else:
-        kept = "float32" if exact else dtype
-        executor = torch_executor(checkpoint, device, kept, threads, load_progress, stream_layers)
+        stored_dtype = "float32" if exact else dtype
+        executor = torch_executor(
+            checkpoint, device, stored_dtype, threads, load_progress, stream_layers
+        )
     checkpoint.notes.extend(executor.notes)
     return LLM(
         name=str(name),
@@ -537,8 +539,8 @@ def torch_executor(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = torch_device(device)
-    kept = None if dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    where = torch_device(device)
+    torch_dtype = None if dtype is None else getattr(torch, dtype)
     if stream_layers:
-        return TorchExecutor(StreamedLlama(checkpoint, device=place, dtype=kept))
-    return TorchExecutor(load_model(checkpoint, device=place, dtype=kept, progress=progress))
+        return TorchExecutor(StreamedLlama(checkpoint, device=where, dtype=torch_dtype))
+    return TorchExecutor(load_model(checkpoint, device=where, dtype=torch_dtype, progress=progress))

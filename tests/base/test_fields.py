@@ -14,9 +14,9 @@ STRANGE = [True, "3", [3], {"a": 3}, 10**400, -(10**400), math.nan, math.inf, 1e
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: quoted(value)[:20])
-def test_whole_refuses_other_types_and_numbers_outside_the_bounds(value: object) -> None:
+def test_integer_refuses_other_types_and_numbers_outside_the_bounds(value: object) -> None:
     with pytest.raises(ConfigError, match=r"file: n must be a whole number from 1"):
-        Fields("file", {"n": value}).whole("n")
+        Fields("file", {"n": value}).integer("n")
 
 
 @pytest.mark.parametrize("value", STRANGE[:-2], ids=lambda value: quoted(value)[:20])
@@ -27,7 +27,7 @@ def test_number_refuses_values_that_are_not_finite_in_float32(value: object) -> 
 
 def test_a_missing_key_and_null_give_the_default_or_an_error() -> None:
     get = Fields("file", {"null": None}, FormatError)
-    assert get.whole("null", 7) == 7
+    assert get.integer("null", 7) == 7
     assert get.text("absent", None) is None
     with pytest.raises(FormatError, match="file: absent is missing"):
         get.number("absent")
@@ -41,7 +41,7 @@ def test_other_types_are_refused() -> None:
     for read in (
         lambda: get.boolean("text"),
         lambda: get.text("flag"),
-        lambda: get.items("list", of="whole"),
+        lambda: get.items("list", of="integer"),
         lambda: get.items("none", of="text"),
         lambda: get.object("list"),
         lambda: Fields("file", ["no", "object"]),  # type: ignore[arg-type]
@@ -54,9 +54,13 @@ def test_numpy_arrays_are_lists_of_their_element_type() -> None:
     get = Fields(
         "file", {"ids": np.array([0, 5]), "signed": np.array([-1]), "nan": np.array([np.nan])}
     )
-    assert get.items("ids", of="whole") is get.values["ids"]
-    for key, kind in (("signed", "whole"), ("nan", "number"), ("ids", "text")):
-        with pytest.raises(ConfigError, match=f"file: {key} must be a list of {kind} items"):
+    assert get.items("ids", of="integer") is get.values["ids"]
+    for key, kind, expected in (
+        ("signed", "integer", "whole numbers"),
+        ("nan", "number", "finite numbers"),
+        ("ids", "text", "texts"),
+    ):
+        with pytest.raises(ConfigError, match=f"file: {key} must be a list of {expected}"):
             get.items(key, of=kind)
 
 

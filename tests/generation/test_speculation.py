@@ -48,9 +48,9 @@ def plain_lookup(ids: Sequence[int]) -> tuple[int, int]:
 @given(st.lists(st.integers(0, 3), max_size=40))
 def test_the_lookup_follows_its_definition(ids: list[int]) -> None:
     lookup = Lookup(ids)
-    assert (lookup.place, lookup.matched) == plain_lookup(ids)
+    assert (lookup.position, lookup.matched) == plain_lookup(ids)
     if lookup.matched:
-        matched, place = lookup.matched, lookup.place
+        matched, place = lookup.matched, lookup.position
         assert ids[place - matched : place] == ids[len(ids) - matched :]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import ConfigError, quoted
-from glassllama.base.fields import MAX_INTEGER, MAX_NUMBER, is_number, is_whole
+from glassllama.base.fields import MAX_INTEGER, MAX_NUMBER, is_integer, is_number
 
 RopeLayout = Literal["interleaved", "half"]
 Floats = NDArray[np.float64]
@@ -35,8 +35,8 @@ class Llama3Scaling:
 
     def divisors(self, frequencies: Floats) -> Floats:
         """The divisor of each frequency (radians per token): 1 … factor, same shape."""
-        turns = self.original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
-        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        rotations = self.original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
+        share = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         share = np.clip(share, 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
         return 1.0 / (share + (1.0 - share) / self.factor)
 
@@ -132,7 +132,7 @@ def require_sizes(config: object, *fields: str, part: str = "") -> None:
     for field in fields:
         value = getattr(config, field)
         if type(value) is not int or not 0 < value <= MAX_INTEGER:
-            limit = f" up to {MAX_INTEGER}" if is_whole(value) and value > 0 else ""
+            limit = f" up to {MAX_INTEGER}" if is_integer(value) and value > 0 else ""
             raise ConfigError(
                 f"{part}{field} must be a positive whole number{limit}, got {quoted(value)}"
             )

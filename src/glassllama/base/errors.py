@@ -91,7 +91,7 @@ def named(name: str) -> str:
     return name if plain else quoted(name)
 
 
-def listed(names: Collection[str], separator: str = ", ") -> str:
+def join_names(names: Collection[str], separator: str = ", ") -> str:
     """Foreign names for a message: the first twelve, and how many more there are."""
     shown = separator.join(named(name) for name in sorted(names)[:MOST_NAMES])
     more = len(names) - MOST_NAMES

@@ -26,38 +26,45 @@ V = TypeVar("V")
 
 
 class Fields:
-    """The values of one object in a file. `place` is the file and object in error messages.
+    """The values of one object in a file. `source` is the file and object in error messages.
 
     Every method takes a key and a default. A missing key or a null value returns the default
     unchanged; without a default it is an error. Errors have the class `error`.
     """
 
     def __init__(
-        self, place: str, values: Mapping[str, Any], error: type[GlassError] = ConfigError
+        self, source: str, values: Mapping[str, Any], error: type[GlassError] = ConfigError
     ) -> None:
         if not isinstance(values, Mapping):
-            raise error(f"{place}: expected an object, got {quoted(values)}")
-        self.place, self.values, self.error = place, values, error
+            raise error(f"{source}: expected an object, got {quoted(values)}")
+        self.source, self.values, self.error = source, values, error
 
-    def whole(
-        self, key: str, default: T = REQUIRED, *, least: int = 1, most: int = MAX_INTEGER
+    def integer(
+        self, key: str, default: T = REQUIRED, *, minimum: int = 1, maximum: int = MAX_INTEGER
     ) -> int | T:
-        """A whole number from `least` to `most`, inclusive."""
+        """A whole number from `minimum` to `maximum`, inclusive."""
 
         def fits(value: Any) -> bool:
-            return is_whole(value) and least <= value <= most
+            return is_integer(value) and minimum <= value <= maximum
 
-        return self._get(key, default, fits, f"a whole number from {least} to {most}", int)
+        return self._get(key, default, fits, f"a whole number from {minimum} to {maximum}", int)
 
     def number(
-        self, key: str, default: T = REQUIRED, *, least: float = -math.inf, most: float = math.inf
+        self,
+        key: str,
+        default: T = REQUIRED,
+        *,
+        minimum: float = -math.inf,
+        maximum: float = math.inf,
     ) -> float | T:
-        """A number from `least` to `most` that is finite in float32."""
-        limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
-        expected = "a finite number" if least == -math.inf else f"a finite number {limits}"
+        """A number from `minimum` to `maximum` that is finite in float32."""
+        limits = (
+            f"from {minimum:g} to {maximum:g}" if maximum < math.inf else f"of at least {minimum:g}"
+        )
+        expected = "a finite number" if minimum == -math.inf else f"a finite number {limits}"
 
         def fits(value: Any) -> bool:
-            return is_number(value) and bool(least <= value <= most)
+            return is_number(value) and bool(minimum <= value <= maximum)
 
         return self._get(key, default, fits, expected, float)
 
@@ -69,7 +76,7 @@ class Fields:
         return self._get(key, default, (str,), "text", str)
 
     def items(self, key: str, default: T = REQUIRED, *, of: str = "any") -> Sequence[Any] | T:
-        """A list. `of`: "any", "whole" (0 … MAX_INTEGER), "number" (finite) or "text" items.
+        """A list. `of`: "any", "integer" (0 … MAX_INTEGER), "number" (finite) or "text" items.
 
         A one-dimensional NumPy array or an array of strings, as GGUF metadata has them, is
         returned as it is.
@@ -80,18 +87,18 @@ class Fields:
                 return value.ndim == 1 and _array_holds(value, of)
             return _is_list(value) and _sequence_holds(value, of)
 
-        expected = f"a list of {of} items" if of != "any" else "a list"
+        expected = f"a list of {ITEM_NAMES[of]}" if of != "any" else "a list"
         return self._get(key, default, fits, expected, lambda value: value)
 
     def object(self, key: str, default: T = REQUIRED) -> Fields | T:
         """A nested object, as Fields."""
-        place = f"{self.place}: {named(key)}"
-        return self._get(key, default, (object,), "", lambda v: Fields(place, v, self.error))
+        inner = f"{self.source}: {named(key)}"
+        return self._get(key, default, (object,), "", lambda v: Fields(inner, v, self.error))
 
     def refuse(self, key: str, expected: str) -> None:
         """Raise the error that the value of `key` is not `expected`."""
         raise self.error(
-            f"{self.place}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
+            f"{self.source}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
         )
 
     def _get(
@@ -106,7 +113,7 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             if default is REQUIRED:
-                raise self.error(f"{self.place}: {named(key)} is missing")
+                raise self.error(f"{self.source}: {named(key)} is missing")
             return default
         if not (isinstance(value, fits) if isinstance(fits, tuple) else fits(value)):
             self.refuse(key, expected)
@@ -123,7 +130,7 @@ def relative_path(name: object) -> str | None:
     return path.as_posix() if max(map(len, path.parts)) <= MAX_NAME_LENGTH else None
 
 
-def is_whole(value: object) -> bool:
+def is_integer(value: object) -> bool:
     """Whether a value is a whole number; booleans are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -147,16 +154,17 @@ def _sequence_holds(values: Sequence[Any], of: str) -> bool:
 def _array_holds(array: Any, of: str) -> bool:
     if of == "any":
         return True
-    if of == "whole":
+    if of == "integer":
         return array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array <= MAX_INTEGER)))
     if of == "number":
         return array.dtype.kind in "iuf" and bool(np.all(np.abs(array) <= MAX_NUMBER))
     return False
 
 
+ITEM_NAMES = {"integer": "whole numbers", "number": "finite numbers", "text": "texts"}
 ITEM_CHECKS = {
     "any": lambda item: True,
-    "whole": lambda item: is_whole(item) and 0 <= item <= MAX_INTEGER,
+    "integer": lambda item: is_integer(item) and 0 <= item <= MAX_INTEGER,
     "number": is_number,
     "text": lambda item: isinstance(item, str),
 }

@@ -81,7 +81,7 @@ class Part:
     def number(self, key: str, default: Any) -> Any:
         """A number of parts or tensors in the metadata. Raises FormatError for anything else."""
         get = Fields(str(self.mapped.path), self.metadata, FormatError)
-        return get.whole(key, default, least=0)
+        return get.integer(key, default, minimum=0)
 
 
 def open_gguf(path: Path) -> MappedTensors:
@@ -300,7 +300,7 @@ def read_header(cursor: Cursor) -> tuple[dict[str, Value], list[TensorInfo]]:
     tensor_count = cursor.u64("the number of tensors")
     metadata = read_metadata(cursor, cursor.u64("the number of metadata pairs"))
     key, get = "general.alignment", Fields(cursor.path, metadata, FormatError)
-    alignment = get.whole(key, DEFAULT_ALIGNMENT, least=0)
+    alignment = get.integer(key, DEFAULT_ALIGNMENT, minimum=0)
     if alignment < LEAST_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.error(
             f"{key} must be a power of two and at least {LEAST_ALIGNMENT}, got {alignment}"

@@ -82,12 +82,12 @@ def passes(
     length: int, window: int, stride: int, *, has_bos: bool
 ) -> Iterator[tuple[int, int, int]]:
     """(start, first, end) of each pass: ids[start:first] are seen, ids[first:end] are scored."""
-    room = window - 1 if has_bos else window  # for ids of the text
-    start, first, end = 0, 0 if has_bos else 1, min(room, length)
+    capacity = window - 1 if has_bos else window  # for ids of the text
+    start, first, end = 0, 0 if has_bos else 1, min(capacity, length)
     while first < end:
         yield start, first, end
         first, end = end, min(end + stride, length)
-        start = max(0, end - room)
+        start = max(0, end - capacity)
 
 
 def cost(executor: Executor, seen: Sequence[int], scored: Sequence[int]) -> float:

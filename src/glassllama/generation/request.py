@@ -182,7 +182,7 @@ class Request:
         return self.owner is not None and self.owner() is None
 
     @property
-    def room(self) -> int:
+    def num_left(self) -> int:
         """How many ids may still follow before it ends or its window is full."""
         return min(self.limit - self.num_new, self.context - len(self.window))
 
@@ -237,8 +237,8 @@ def sizes(
     context = longest if context is None else context
     if context > longest:
         raise GenerationError(f"context {quoted(context)} is more than the model's {longest}")
-    room = context - length
-    if room < 1:
+    free = context - length
+    if free < 1:
         advice = f"shorten it to at most {context - 1}"
         if length < longest:
             advice += f", or allow a context of up to {longest}"
@@ -247,6 +247,6 @@ def sizes(
             f"{advice}"
         )
     if settings.max_tokens is None:
-        return room, context
+        return free, context
     shifts = settings.on_overflow == "shift"
-    return settings.max_tokens if shifts else min(settings.max_tokens, room), context
+    return settings.max_tokens if shifts else min(settings.max_tokens, free), context

@@ -8,8 +8,8 @@ order, which is also transformers':
 
 Letters: V vocabulary. Steps compute in float32, as the logits come. Where probabilities are added
 up, in top-p and the draw, they are whole numbers (`weights_of`), so that a sum is the same in any
-order, and a seed draws the same ids on every processor. Ties at the border of top-k and top-p are
-kept: no id is preferred for its number.
+order, and a seed draws the same ids on every processor. Ties at the threshold of top-k and top-p
+stay: no id is preferred for its number.
 
 The engine has the same in compiled loops, native/engine/sampling.py, the same to the id.
 """
@@ -160,8 +160,8 @@ class TopK(LogitsStep):
     def __call__(self, logits: Logits, history: History) -> Logits:
         if self.value >= len(logits):
             return logits
-        border = np.partition(logits, -self.value)[-self.value]  # a selection, no sort
-        return keep(logits, logits >= border)
+        threshold = np.partition(logits, -self.value)[-self.value]  # a selection, no sort
+        return keep(logits, logits >= threshold)
 
 
 class TopP(LogitsStep):
@@ -183,8 +183,8 @@ class TopP(LogitsStep):
         # the few above it are sorted.
         needless = (1 - p) * total / len(weights)
         ordered = np.sort(np.compress(weights >= needless, weights))[::-1]
-        border = ordered[min(np.searchsorted(ordered.cumsum(), p * total), len(ordered) - 1)]
-        return keep(logits, weights >= border)
+        threshold = ordered[min(np.searchsorted(ordered.cumsum(), p * total), len(ordered) - 1)]
+        return keep(logits, weights >= threshold)
 
 
 class MinP(LogitsStep):
@@ -247,8 +247,8 @@ def masked(logits: Logits, gaps: Sequence[int]) -> Logits:
     return logits
 
 
-def keep(logits: Logits, kept: NDArray[np.bool_]) -> Logits:
-    ids = np.flatnonzero(kept)  # few, mostly: writing them costs less than np.where
+def keep(logits: Logits, is_chosen: NDArray[np.bool_]) -> Logits:
+    ids = np.flatnonzero(is_chosen)  # few, mostly: writing them costs less than np.where
     out = np.full_like(logits, -np.inf)
     out[ids] = logits[ids]
     return out
@@ -393,6 +393,6 @@ def likeliest(logits: Logits, n: int) -> list[int]:
     n = min(operator.index(n), len(logits))
     if n == 0:
         return []
-    border = np.partition(logits, -n)[-n]
-    ids = np.flatnonzero(logits >= border)
+    threshold = np.partition(logits, -n)[-n]
+    ids = np.flatnonzero(logits >= threshold)
     return [int(id) for id in ids[np.argsort(-logits[ids], kind="stable")][:n]]

@@ -27,7 +27,7 @@ from glassllama.base.locks import REENTRANT_CALL, NonReentrantLock, synchronized
 from glassllama.generation.request import GenerationSettings, Request, Timings, TokenEvent
 from glassllama.generation.speculation import Lookup, Speculation
 
-KEPT_SEQUENCES = 1  # of finished requests whose keys and values stay for what begins alike
+CACHED_SEQUENCES = 1  # of finished requests whose keys and values stay for what begins alike
 INTERRUPTED = "an exception came while the next id was chosen; ask again"
 
 
@@ -55,7 +55,7 @@ class Scheduler:
         self._cache = executor.new_cache()
         self._requests: dict[int, Request] = {}  # in the order of their arrival
         self._numbers = itertools.count()
-        self._kept: deque[int] = deque()  # sequences of finished requests
+        self._cached: deque[int] = deque()  # sequences of finished requests
         self._returned: list[TokenEvent] = []  # by the next step
 
     def add(self, request: Request) -> int:
@@ -159,7 +159,7 @@ class Scheduler:
             return []
         if request.speculation is None:
             request.speculation = Speculation(Lookup(request.window))
-        return request.speculation.guess(request.room - 1)
+        return request.speculation.guess(request.num_left - 1)
 
     def _forward(self, plan: list[Planned]) -> None:
         """Compute the planned tokens, and choose the next ids where a prompt is read to its end."""
@@ -209,11 +209,11 @@ class Scheduler:
         if request.sequence < 0:
             return
         if request.keep and self.executor.capabilities.shares_prefixes:
-            self._kept.append(request.sequence)
+            self._cached.append(request.sequence)
         else:
             self._cache.remove(request.sequence)
-        while len(self._kept) > KEPT_SEQUENCES:
-            self._cache.remove(self._kept.popleft())
+        while len(self._cached) > CACHED_SEQUENCES:
+            self._cache.remove(self._cached.popleft())
 
 
 def measure(plan: list[Planned], seconds: float) -> None:

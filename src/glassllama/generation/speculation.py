@@ -36,28 +36,28 @@ class Lookup:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids: list[int] = []
-        self.place = self.matched = 0
+        self.position = self.matched = 0
         self._after: dict[tuple[int, ...], int] = {}  # ids -> where the latest such gram ends
         for id in ids:
             self.add(id)
 
     def add(self, id: int) -> None:
-        went_on = self.matched > 0 and self.ids[self.place] == id
+        went_on = self.matched > 0 and self.ids[self.position] == id
         self.ids.append(id)
-        self.place, self.matched = (self.place + 1, self.matched + 1) if went_on else (0, 0)
+        self.position, self.matched = (self.position + 1, self.matched + 1) if went_on else (0, 0)
         end = len(self.ids)
         for size in GRAMS:
             if size > end:
                 continue
             gram = tuple(self.ids[-size:])
             if self.matched < size and gram in self._after:
-                self.place, self.matched = self._after[gram], size
+                self.position, self.matched = self._after[gram], size
             self._after[gram] = end
 
     def following(self, count: int) -> list[int]:
         """The ids after `place`; where they reach the end of the text, they go round."""
-        round_trip = len(self.ids) - self.place
-        return [self.ids[self.place + n % round_trip] for n in range(count)]
+        round_trip = len(self.ids) - self.position
+        return [self.ids[self.position + n % round_trip] for n in range(count)]
 
 
 @dataclass
@@ -69,16 +69,16 @@ class Speculation:
     times: dict[int, float] = field(default_factory=lambda: dict(TIMES))
     single: float = 0.0  # seconds of a step of one id
 
-    def guess(self, room: int) -> list[int]:
-        """The ids that may follow, at most `room`; none where none promise a gain.
+    def guess(self, limit: int) -> list[int]:
+        """The ids that may follow, at most `limit`; none where none promise a gain.
 
         None either before the first step of one id, which all others are compared with.
         """
         if not self.single or not self.lookup.matched:
             return []
-        return self.lookup.following(self.length(room))
+        return self.lookup.following(self.length(limit))
 
-    def length(self, room: int) -> int:
+    def length(self, limit: int) -> int:
         """How many ids to guess: as many as give most ids per second, by what was seen so far."""
         best, most = 0, GAIN
         share, expected, read = 1.0, 1.0, 1
@@ -87,7 +87,7 @@ class Speculation:
                 share *= self.shares[min(self.lookup.matched + read - 1, MOST)]
                 expected += share
                 read += 1
-            if ids - 1 <= room and expected / time > most:
+            if ids - 1 <= limit and expected / time > most:
                 best, most = ids - 1, expected / time
         return best
 
@@ -106,6 +106,6 @@ class Speculation:
 
     def _compare(self, id: int) -> None:
         if self.lookup.matched:
-            right = self.lookup.ids[self.lookup.place] == id
+            right = self.lookup.ids[self.lookup.position] == id
             matched = min(self.lookup.matched, MOST)
             self.shares[matched] += MEMORY * (right - self.shares[matched])

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from glassllama.base.errors import DownloadError, GlassError, listed, named, quoted
+from glassllama.base.errors import DownloadError, GlassError, join_names, named, quoted
 from glassllama.base.fields import relative_path
 from glassllama.base.interfaces import Progress
 from glassllama.hub.cached_file import require_space, write_error
@@ -70,10 +70,12 @@ def choose(names: list[str], id: HubId, prefer_pth: bool, index: bytes | None) -
         hint = f"; name one of its GGUF files, as in {id}:{named(ggufs[0])}" if ggufs else ""
         raise DownloadError(
             f"{id}: expected {expected}consolidated.*.pth with params.json, found "
-            f"{listed(names) or 'no files'}{hint}"
+            f"{join_names(names) or 'no files'}{hint}"
         )
     if missing is not None:
-        raise DownloadError(f"{id}: incomplete model: {missing} is missing; found {listed(names)}")
+        raise DownloadError(
+            f"{id}: incomplete model: {missing} is missing; found {join_names(names)}"
+        )
     return chosen
 
 
@@ -132,7 +134,7 @@ def choose_gguf(names: list[str], id: HubId) -> list[str]:
     models = {GGUF_PART.sub("", name) for name in found}
     if len(models) != 1:
         came = f"{len(models)} files match" if models else "no file matches"
-        there = f"expected one of {listed(found or ggufs)}" if ggufs else "it has no GGUF files"
+        there = f"expected one of {join_names(found or ggufs)}" if ggufs else "it has no GGUF files"
         raise DownloadError(f"{id}: {came}; {there}")
     return [name for name in ggufs if GGUF_PART.sub("", name) in models]
 

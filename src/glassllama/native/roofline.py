@@ -63,9 +63,9 @@ def sum_of_words(v: Vectors, address: Any, stream: Any) -> Any:
 
     def some(index: Any, sums: list[Any]) -> list[Any]:
         lines = []
-        for place in [v.step(start, index, size) for start in starts]:
-            v.prefetch(v.at(place, SOON), size)
-            lines += [v.load(v.at(place, LINE * n), WORDS, LINE) for n in range(LINES)]
+        for location in [v.step(start, index, size) for start in starts]:
+            v.prefetch(v.at(location, SOON), size)
+            lines += [v.load(v.at(location, LINE * n), WORDS, LINE) for n in range(LINES)]
         return [b.add(s, line) for s, line in zip(sums, lines, strict=True)]
 
     rounds = b.udiv(stream, number(size))
@@ -220,8 +220,8 @@ def multiply_vectors(v: Vectors, name: str, rounds: Any, ones: Any, sums: Any) -
         return v.fused(weights, inputs, sum)
 
     def some(index: Any, sums: list[Any]) -> list[Any]:
-        turn = v.step(ones, v.builder.and_(index, number(1)), LINE * WEIGHTS)
-        weights = [v.load(v.at(turn, LINE * n), kind, size) for n in range(WEIGHTS)]
+        start = v.step(ones, v.builder.and_(index, number(1)), LINE * WEIGHTS)
+        weights = [v.load(v.at(start, LINE * n), kind, size) for n in range(WEIGHTS)]
         pairs = [(w, x) for w in weights for x in inputs]
         return [product(s, w, x) for s, (w, x) in zip(sums, pairs, strict=True)]
 
@@ -235,9 +235,9 @@ def multiply_vectors(v: Vectors, name: str, rounds: Any, ones: Any, sums: Any) -
 def multiply_tiles(v: Vectors, name: str, rounds: Any, ones: Any, sums: Any) -> None:
     """Four tiles of sums; weights and inputs are loaded again for every four products."""
     size = TILE_ROWS * LINE
-    place = cgutils.alloca_once(v.builder, vector(I32, 16))
-    v.builder.store(configuration(SHAPES["floats"]), place)
-    tile_call(v, "ldtilecfg", v.builder.bitcast(place, I8.as_pointer()))
+    location = cgutils.alloca_once(v.builder, vector(I32, 16))
+    v.builder.store(configuration(SHAPES["floats"]), location)
+    tile_call(v, "ldtilecfg", v.builder.bitcast(location, I8.as_pointer()))
     for t in range(TILES**2):
         tile_call(v, "tilezero", t)
 

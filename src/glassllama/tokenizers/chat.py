@@ -210,19 +210,19 @@ def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Me
 
 
 def _checked_message(message: object, n: int) -> Message:
-    place = f"messages[{n}]"
+    where = f"messages[{n}]"
     if isinstance(message, Mapping):
         if set(message) != {"role", "content"}:
             fields = named(", ".join(map(str, message)) or "nothing")
-            raise TokenizerError(f"{place}: want role and content, got {fields}")
+            raise TokenizerError(f"{where}: want role and content, got {fields}")
         message = Message(message["role"], message["content"])
     if not isinstance(message, Message):
-        raise TokenizerError(f"{place}: want role and content, got {quoted(message)}")
+        raise TokenizerError(f"{where}: want role and content, got {quoted(message)}")
     if message.role not in ROLES:
         came = quoted(message.role)
-        raise TokenizerError(f"{place}.role: want {' '.join(ROLES)}, got {came}")
+        raise TokenizerError(f"{where}.role: want {' '.join(ROLES)}, got {came}")
     if not isinstance(message.content, str):
-        raise TokenizerError(f"{place}.content: want text, got {type(message.content).__name__}")
+        raise TokenizerError(f"{where}.content: want text, got {type(message.content).__name__}")
     if n > 0 and message.role == SYSTEM:
-        raise TokenizerError(f"{place}: a system message can only be the first")
+        raise TokenizerError(f"{where}: a system message can only be the first")
     return message

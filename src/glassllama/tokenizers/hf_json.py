@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import Fields, is_whole
+from glassllama.base.fields import Fields, is_integer
 from glassllama.tokenizers import pipeline
 from glassllama.tokenizers.backend import PYTHON, BPEBackend
 from glassllama.tokenizers.bpe import (
@@ -75,7 +75,7 @@ class _TokenizerJson:
             self.model.refuse("dropout", "null")
         vocab = self.model.object("vocab")
         for text, id in vocab.values.items():
-            if not is_whole(id) or not 0 <= id < LARGEST_VOCABULARY:
+            if not is_integer(id) or not 0 <= id < LARGEST_VOCABULARY:
                 vocab.refuse(text, f"an id from 0 to {LARGEST_VOCABULARY - 1}")
         self.vocab: dict[str, int] = dict(vocab.values)
         if len({*self.vocab.values()}) < len(self.vocab):
@@ -93,7 +93,7 @@ class _TokenizerJson:
         for number, value in enumerate(self.fields.items("added_tokens", ())):
             token = Fields(f"tokenizer.json: added_tokens[{number}]", value, TokenizerError)
             text = token.text("content")
-            id = token.whole("id", least=0, most=LARGEST_VOCABULARY - 1)
+            id = token.integer("id", minimum=0, maximum=LARGEST_VOCABULARY - 1)
             special = token.boolean("special") or is_special(text)
             if not text:
                 token.refuse("content", "a text of at least one character")
@@ -305,13 +305,13 @@ def _known_pattern(stage: Fields) -> str | None:
 def _named_end(stage: Fields, name: str) -> int:
     """The id of a pair ["<s>", 0]."""
     pair = [*stage.items(name)]
-    if len(pair) != 2 or not is_whole(pair[1]) or not 0 <= pair[1] < LARGEST_VOCABULARY:
+    if len(pair) != 2 or not is_integer(pair[1]) or not 0 <= pair[1] < LARGEST_VOCABULARY:
         stage.refuse(name, "a token and its id")
     return int(pair[1])
 
 
 def _template_id(template: Fields, name: str) -> int:
-    ids = template.object("special_tokens").object(name).items("ids", of="whole")
+    ids = template.object("special_tokens").object(name).items("ids", of="integer")
     if len(ids) != 1:
         template.refuse("special_tokens", f"objects with one id each, also for {quoted(name)}")
     return int(ids[0])

@@ -224,9 +224,9 @@ def stage_list(document: Fields, name: str, inner: str) -> list[Fields]:
         return [stage]
     found: list[Fields] = []
     for value in stage.items(inner):
-        found += stage_list(Fields(stage.place, {inner: value}, TokenizerError), inner, inner)
+        found += stage_list(Fields(stage.source, {inner: value}, TokenizerError), inner, inner)
     if len(found) > MAX_STAGES:
-        raise TokenizerError(f"{stage.place}: {len(found)} stages, at most {MAX_STAGES}")
+        raise TokenizerError(f"{stage.source}: {len(found)} stages, at most {MAX_STAGES}")
     return found
 
 

@@ -314,16 +314,16 @@ def read_state(checkpoint: Path) -> tuple[Progress, Mapping[str, Any]]:
         if checkpoint.name.removeprefix("step-") != f"{progress.step:06d}":
             raise TrainingError(f"{path}: progress: step is {progress.step}, not the folder's")
         identity = get.object("identity")
-        identity.whole("schedule.steps")
+        identity.integer("schedule.steps")
     except TrainingError as error:
         raise TrainingError(f"{error}: {REMEDY}") from None
     return progress, identity.values
 
 
 def read_progress(get: Fields) -> Progress:
-    step, seconds = get.whole("step", least=0), get.number("seconds", least=0.0)
-    best_step = get.whole("best_step", None, least=0, most=step)
+    step, seconds = get.integer("step", minimum=0), get.number("seconds", minimum=0.0)
+    best_step = get.integer("best_step", None, minimum=0, maximum=step)
     best_loss = get.number("best_loss", None)
     if (best_step is None) != (best_loss is None):
-        raise TrainingError(f"{get.place}: best_step and best_loss belong together")
+        raise TrainingError(f"{get.source}: best_step and best_loss belong together")
     return Progress(step=step, seconds=seconds, best_step=best_step, best_loss=best_loss)

@@ -168,7 +168,7 @@ def read_line(source: str, line: bytes) -> LoggedMetrics:
         raise TrainingError(f"{source}: not valid JSON, got {quoted(line)}; {REMEDY}") from None
     try:
         get = Fields(source, values, TrainingError)
-        step, tokens = get.whole("step"), get.whole("tokens", least=0, most=MAX_TOKENS)
+        step, tokens = get.integer("step"), get.integer("tokens", minimum=0, maximum=MAX_TOKENS)
         numbers: dict[str, Any] = {name: get.number(name) for name in NUMBERS}
         numbers |= {name: get.number(name, None) for name in SCORES}
     except TrainingError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from glassllama.base.errors import ConfigError, TrainingError, named, quoted
-from glassllama.base.fields import MAX_INTEGER, is_number, is_whole
+from glassllama.base.fields import MAX_INTEGER, is_integer, is_number
 
 KINDS = ("bigram", "gpt", "llama")
 CHARACTERS, BPE = "characters", "bpe:"
@@ -197,7 +197,7 @@ def check_value(
     """The value of setting `key`, if it is of that type and in range. Raises ConfigError."""
     if kind is int:
         expected = f"a whole number in {interval or WHOLE}"
-        fits = is_whole(value) and inside(value, interval or WHOLE)
+        fits = is_integer(value) and inside(value, interval or WHOLE)
     elif kind is float:
         expected = f"a finite number in {interval}" if interval else "a finite number"
         fits = is_number(value) and (not interval or inside(value, interval))
@@ -271,7 +271,7 @@ def load_settings(source: str, changes: Sequence[str] = ()) -> Settings:
     schedule, model, data = (tables.get(name, {}) for name in ("schedule", "model", "data"))
     steps, warmup = schedule.get("steps", 0), schedule.get("warmup", 0)
     steps_only = "schedule.steps" in changed and "schedule.warmup" not in changed
-    if steps_only and is_whole(steps) and is_whole(warmup) and 0 < steps <= warmup:
+    if steps_only and is_integer(steps) and is_integer(warmup) and 0 < steps <= warmup:
         schedule["warmup"] = steps // 10
     new_model = "model.init_from" in changed or "tokenizer" not in data
     if model.get("init_from") and new_model and "data.tokenizer" not in changed:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import QUOTED_CHARACTERS, ConfigError, FormatError, GlassError
-from glassllama.base.fields import Fields, is_whole
+from glassllama.base.fields import Fields, is_integer
 
 FORMAT = "glassllama tokens 1"
 MAX_IDS = 2**62  # of a file
@@ -130,11 +130,15 @@ def open_tokens(path: Path) -> Tokens:
 
 def checked_tokens(path: Path) -> Tokens:
     get = read_description(path.with_suffix(".json"))
-    name, count, sha256 = get.text("dtype"), get.whole("count", most=MAX_IDS), get.text("sha256")
+    name, count, sha256 = (
+        get.text("dtype"),
+        get.integer("count", maximum=MAX_IDS),
+        get.text("sha256"),
+    )
     if name not in DTYPES:
         get.refuse("dtype", " or ".join(DTYPES))
     starts, dtype = get.items("starts"), DTYPES[name]
-    if not (starts and starts[0] == 0 and all(map(is_whole, starts))):
+    if not (starts and starts[0] == 0 and all(map(is_integer, starts))):
         get.refuse("starts", "whole numbers that begin with 0")
     if starts[-1] >= count or not all(a < b for a, b in pairwise(starts)):
         get.refuse("starts", f"increasing numbers below the number of ids, {count}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import ConfigError, GlassError, WeightsError, listed, named, quoted
+from glassllama.base.errors import ConfigError, GlassError, WeightsError, join_names, named, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import Progress, TensorFile, TensorInfo
 from glassllama.formats.gguf import open_gguf
@@ -228,7 +228,7 @@ def _meta_files(folder: Path) -> list[Path]:
 def open_meta(path: Path) -> TensorFile:
     """A .pth file, or all slices of a model as one file. Raises GlassError."""
     folder = path if path.is_dir() else path.parent
-    dim = Fields("params.json", read_json(folder / "params.json")).whole("dim", 0)
+    dim = Fields("params.json", read_json(folder / "params.json")).integer("dim", 0)
     paths = _meta_files(folder)
     if path.is_file() and not (SHARD.fullmatch(path.name) and path in paths):
         paths = [path]  # one shard stands for all
@@ -262,7 +262,7 @@ class MergedShards:
         names = [set(file.names()) for file in files]
         if any(other != names[0] for other in names):
             apart = set[str]().union(*names) - names[0].intersection(*names)
-            raise WeightsError(f"shards hold different tensors: {listed(apart)}")
+            raise WeightsError(f"shards hold different tensors: {join_names(apart)}")
 
     def names(self) -> list[str]:
         return self.files[0].names()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glassllama.base.errors import WeightsError, listed, named
+from glassllama.base.errors import WeightsError, join_names, named
 from glassllama.base.interfaces import TensorFile
 from glassllama.formats.blocks import FLOATS, SUPPORTED
 from glassllama.weights.architectures.description import Architecture, FileFormat, MappedTensor
@@ -63,14 +63,14 @@ def match_tensors(
         raise WeightsError(summary(problems))
 
     if ignored := [name for name in others if NOT_OF_A_LANGUAGE_MODEL.fullmatch(name)]:
-        notes.append(f"no part of a language model, ignored: {listed(ignored)}")
+        notes.append(f"no part of a language model, ignored: {join_names(ignored)}")
     for extra in extras:
         found = [name for name in others if extra.names.fullmatch(name)]
         if wrong := [name for name in found if not extra.as_expected(file, name, config)]:
-            notes.append(f"{extra.note}: {listed(wrong)}")
+            notes.append(f"{extra.note}: {join_names(wrong)}")
     zeros = [tensor.theirs for tensor in tensors if tensor.is_zero]
     if bad := [name for name in zeros if file.read(name).any()]:
-        raise WeightsError(f"{listed(bad)}: not zero, but the configuration says no bias")
+        raise WeightsError(f"{join_names(bad)}: not zero, but the configuration says no bias")
     return Match(config, {t.ours: t for t in tensors if not t.is_zero}, notes)
 
 

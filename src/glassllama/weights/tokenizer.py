@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import is_whole
+from glassllama.base.fields import is_integer
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers.backend import BPEBackend
@@ -142,8 +142,8 @@ def named_id(tokenizer: TokenizerBase, settings: TokenizerSettings, name: str) -
         return None
     ids = tokenizer.encode(text, specials=True)
     if len(ids) != 1:
-        place = f"{settings.fields.place}: {name}"
-        raise TokenizerError(f"{place} is {quoted(text)}, which is no token of the vocabulary")
+        where = f"{settings.fields.source}: {name}"
+        raise TokenizerError(f"{where} is {quoted(text)}, which is no token of the vocabulary")
     return ids[0]
 
 
@@ -155,8 +155,8 @@ def generation_stops(tokenizer: TokenizerBase, folder: Path) -> set[int]:
             continue
         ids = named if isinstance(named, list) else [named]
         rows: Any = optional_json(folder / "config.json").get("vocab_size")  # may be more
-        size = max(tokenizer.vocab_size, int(rows) if is_whole(rows) else 0)
-        if not all(is_whole(id) and 0 <= id < size for id in ids):
+        size = max(tokenizer.vocab_size, int(rows) if is_integer(rows) else 0)
+        if not all(is_integer(id) and 0 <= id < size for id in ids):
             raise TokenizerError(
                 f"{path}: eos_token_id is {quoted(named)}; expected ids from 0 to {size - 1}, "
                 "the vocabulary's last"

@@ -69,16 +69,16 @@ def read_settings(folder: Path) -> TokenizerSettings:
     for fields in (config, old) if decoder is None else ():
         list(_special_tokens(fields))  # errors name their own file
     named, more = _named_and_more(config.values, old.values)
-    fields = Fields(config.place, named, TokenizerError)
+    fields = Fields(config.source, named, TokenizerError)
     found = [(name, token) for name in named for token in _special_token(fields, name)]
     special = [token for _, token in found]
-    special += _special_tokens(Fields(config.place, {EXTRA[0]: more}, TokenizerError))
+    special += _special_tokens(Fields(config.source, {EXTRA[0]: more}, TokenizerError))
     if decoder is None:
         tokens = _added_tokens(folder / "added_tokens.json", {token.content for token in special})
     else:
         tokens = _decoder_tokens(decoder)
     return TokenizerSettings(
-        fields=Fields(config.place, {**config.values, **old.values}, TokenizerError),
+        fields=Fields(config.source, {**config.values, **old.values}, TokenizerError),
         tokens=(*tokens, *special),
         named={name: token.content for name, token in found},
     )
@@ -121,17 +121,20 @@ def _decoder_tokens(decoder: Fields) -> Iterator[SideToken]:
     """`added_tokens_decoder`, in the order of ids."""
     for key in decoder.values:
         if not (key.isascii() and key.isdecimal() and len(key) < 9):
-            raise TokenizerError(f"{decoder.place}: keys must be ids, got {quoted(key)}")
+            raise TokenizerError(f"{decoder.source}: keys must be ids, got {quoted(key)}")
     for key in sorted(decoder.values, key=int):
         token = decoder.object(key)
         content, special = _filled(token, "content"), token.boolean("special", False)
-        yield SideToken(content, decoder.place, int(key), special, _flags(token, not special))
+        yield SideToken(content, decoder.source, int(key), special, _flags(token, not special))
 
 
 def _added_tokens(path: Path, special: set[str]) -> Iterator[SideToken]:
     """`added_tokens.json`: text → id. `special`: those that another file declares special."""
     fields = _fields(path)
-    ids = {text: fields.whole(text, least=0, most=LARGEST_VOCABULARY - 1) for text in fields.values}
+    ids = {
+        text: fields.integer(text, minimum=0, maximum=LARGEST_VOCABULARY - 1)
+        for text in fields.values
+    }
     if "" in ids:
         raise TokenizerError(f"{path}: a token is empty")
     for text in sorted(ids, key=ids.__getitem__):
@@ -149,7 +152,7 @@ def _special_tokens(fields: Fields) -> Iterator[SideToken]:
             continue
         if not isinstance(more, Mapping):
             more = {str(n): one for n, one in enumerate(fields.items(key))}
-        inner = Fields(f"{fields.place}: {key}", more, fields.error)
+        inner = Fields(f"{fields.source}: {key}", more, fields.error)
         for name in more:
             yield from _special_token(inner, name)
 
@@ -162,7 +165,7 @@ def _special_token(fields: Fields, name: str) -> Iterator[SideToken]:
     inner = fields.object(name) if isinstance(value, Mapping) else None
     content = _filled(fields, name) if inner is None else _filled(inner, "content")
     flags = None if inner is None else _flags(inner, False)
-    source, is_end = f"{fields.place}: {name}", name in ("bos_token", "eos_token")
+    source, is_end = f"{fields.source}: {name}", name in ("bos_token", "eos_token")
     yield SideToken(content, source, flags=flags, is_end=is_end)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 from glassllama.base.errors import TokenizerError, quoted
-from glassllama.base.fields import Fields, is_whole
+from glassllama.base.fields import Fields, is_integer
 from glassllama.base.interfaces import Tokenizer
 from glassllama.native.tokenizers import COMPILED
 from glassllama.tokenizers import bpe
@@ -58,7 +58,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     notes: list[str] = []
     defaults = DEFAULT_IDS if model == "llama" else {}
     ids = {key: named_id(fields, key, len(texts), defaults.get(key), notes) for key in ID_KEYS}
-    types = per_token(fields, "token_type", texts, "whole")
+    types = per_token(fields, "token_type", texts, "integer")
     make = sentencepiece if model == "llama" else byte_level
     tokenizer = make(fields, texts, None if types is None else [int(type) for type in types], ids)
     ends = {id for key, id in ids.items() if key != "bos_token_id" and id is not None}
@@ -176,9 +176,9 @@ def per_token(fields: Fields, key: str, texts: Sequence[str], of: str) -> Sequen
 def token_id(fields: Fields, key: str, default: int | None = None) -> int | None:
     """An id that the file names, or None: files write 2^32 - 1 or -1 for no id."""
     value = fields.values.get(key)
-    if is_whole(value) and value in (-1, NO_ID):
+    if is_integer(value) and value in (-1, NO_ID):
         return None
-    return fields.whole(key, default, least=0)
+    return fields.integer(key, default, minimum=0)
 
 
 def named_id(

@@ -68,16 +68,16 @@ def tile_at(v: Vectors, name: str, tile: int, address: Any, stride: Any = LINE) 
 @instruction(constants=1, returns=types.int64)
 def scratch(v: Vectors, lines: int) -> Any:
     """So many cache lines of the caller's own stack -> their address."""
-    place = cgutils.alloca_once(v.builder, vector(I8, LINE), size=lines)
-    return v.builder.ptrtoint(place, number(0).type)
+    location = cgutils.alloca_once(v.builder, vector(I8, LINE), size=lines)
+    return v.builder.ptrtoint(location, number(0).type)
 
 
 @instruction(constants=1)
 def begin_tiles(v: Vectors, name: str, tokens: Any) -> None:
     """Give the tiles the shapes of this name."""
-    place = cgutils.alloca_once(v.builder, vector(I32, 16))
-    v.builder.store(configuration(SHAPES[name]), place)
-    start = v.builder.bitcast(place, I8.as_pointer())
+    location = cgutils.alloca_once(v.builder, vector(I32, 16))
+    v.builder.store(configuration(SHAPES[name]), location)
+    start = v.builder.bitcast(location, I8.as_pointer())
     for tile, (rows, _) in enumerate(SHAPES[name]):
         if rows == 0:
             own = v.builder.gep(start, [ir.Constant(I32, ROWS_OFFSET + tile)])

@@ -401,7 +401,7 @@ def score_tile(
     """
     b, parts, size = v.builder, tokens // LANES, ITEM_BYTES[kv_type]
     row = b.mul(width, number(4))
-    places = [b.add(query, b.mul(row, number(n))) for n in range(queries)]
+    locations = [b.add(query, b.mul(row, number(n))) for n in range(queries)]
 
     def coordinate(i: Any, sums: list[Any]) -> list[Any]:
         line = v.step(keys, i, size * PAGE)
@@ -410,7 +410,7 @@ def score_tile(
         k = [load_f32(v, v.at(line, size * LANES * p), kv_type) for p in range(parts)]
         results = []
         for n in range(queries):
-            q = v.splat(v.load(v.step(places[n], i, 4), F32, 4), LANES)
+            q = v.splat(v.load(v.step(locations[n], i, 4), F32, 4), LANES)
             results += [v.fused(q, k[p], sums[n * parts + p]) for p in range(parts)]
         return results
 
@@ -431,7 +431,7 @@ def accumulate_tile(
     b, vectors, size = v.builder, columns // LANES, ITEM_BYTES[kv_type]
     row = b.mul(b.add(width, number(2)), number(4))
     stride = b.mul(width, number(size))
-    places = [
+    locations = [
         v.at(b.add(accumulators, b.mul(row, number(n))), LINE * c)
         for n in range(queries)
         for c in range(vectors)
@@ -448,6 +448,6 @@ def accumulate_tile(
             results += [v.fused(weight, value[c], sums[n * vectors + c]) for c in range(vectors)]
         return results
 
-    start = [v.load(address, FLOATS, 4) for address in places]
-    for total, address in zip(v.count_up(number(PAGE), start, token), places, strict=True):
+    start = [v.load(address, FLOATS, 4) for address in locations]
+    for total, address in zip(v.count_up(number(PAGE), start, token), locations, strict=True):
         v.store(total, address, 4)

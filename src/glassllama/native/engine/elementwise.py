@@ -215,11 +215,11 @@ def quantize_block(v: Vectors, address: Any, codes: Any, factors: Any, correctio
     total = b.add(low, high)
     v.store(scale, v.at(factors, 4 * layout.SCALE), 4)
     v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, 4 * layout.TOTAL), 4)
-    for place, some, times in (
+    for location, some, times in (
         (layout.CORRECTION_128, total, 128), (layout.CORRECTION_8, total, 8),
         (layout.CORRECTION_32_LOW, low, 32), (layout.CORRECTION_32_HIGH, high, 32),
     ):  # fmt: skip
-        v.store(b.mul(some, ir.Constant(I32, -times)), v.at(corrections, 4 * place), 4)
+        v.store(b.mul(some, ir.Constant(I32, -times)), v.at(corrections, 4 * location), 4)
 
 
 def scale_of(v: Vectors, largest: Any, max_code: int) -> tuple[Any, Any]:
@@ -257,10 +257,10 @@ def quantize_superblock(v: Vectors, address: Any, out: Any) -> None:
         for k, total in enumerate(sums_of_halves(v, q)):
             half = 2 * n + k
             v.store(b.trunc(total, I16), v.at(out, layout.Q11_TOTALS + 2 * half), 2)
-            v.store(two_bfloats(b, total), v.at(out, layout.Q11_SUMS + 4 * half), 4)
+            v.store(two_bf16(b, total), v.at(out, layout.Q11_SUMS + 4 * half), 4)
 
 
-def two_bfloats(b: Any, whole: Any) -> Any:
+def two_bf16(b: Any, whole: Any) -> Any:
     """A whole number of up to 16 bits as two bfloat16 in a word, which add up to it."""
     lower = b.and_(whole, ir.Constant(I32, 255))
     upper = b.sub(whole, lower)

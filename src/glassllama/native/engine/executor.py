@@ -267,10 +267,10 @@ class Engine:
         tables["output_rows"][: len(output_rows)] = output_rows
         self._workspace.reserve_partials(spans)
         tiles = model.prepare_step(self._workspace.record, count)
-        places = (page_table.ctypes.data, page_table.shape[1], spans, cache.kv_type)
+        locations = (page_table.ctypes.data, page_table.shape[1], spans, cache.kv_type)
         for layers in self._calls(count):
             started = time.perf_counter()
-            self._run(count, tiles, len(output_rows), *layers, *places, logits.ctypes.data)
+            self._run(count, tiles, len(output_rows), *layers, *locations, logits.ctypes.data)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * count)
 

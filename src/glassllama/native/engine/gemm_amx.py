@@ -115,9 +115,9 @@ def add_block(
 ) -> list[Any]:  # fmt: skip
     """The sums of block n, scaled and added to some tokens' ys."""
     whole, real = vector(I32, ROWS), vector(F32, ROWS)
-    own, place = v.step(sums, n, SUM_BYTES), v.step(scales, n, SCALES)
+    own, location = v.step(sums, n, SUM_BYTES), v.step(scales, n, SCALES)
     count = 2 if weight_type.has_minima else 1
-    d, results = [v.load(v.at(place, LINE * k), real, LINE) for k in range(count)], []
+    d, results = [v.load(v.at(location, LINE * k), real, LINE) for k in range(count)], []
     for t, y in enumerate(ys):
         factor = factors_at(v, v.step(factors[t], n, SCALE_BYTES), ROWS)
         total = v.load(v.at(own, LINE * t), whole, LINE)
@@ -141,14 +141,14 @@ def multiply_sixteen(
 
     v.count_up(count, [], products)
     factors = [builder.add(f, builder.mul(f_stride, number(t))) for t in range(TOKENS)]
-    places = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(TOKENS)]
+    locations = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(TOKENS)]
 
     def scaled(n: Any, ys: list[Any]) -> list[Any]:
         return add_block(v, weight_type, n, sums, scales, factors, ys)
 
-    ys = v.count_up(count, [v.load(place, floats, 4) for place in places], scaled)
-    for total, place in zip(ys, places, strict=True):
-        v.store(total, place, 4)
+    ys = v.count_up(count, [v.load(location, floats, 4) for location in locations], scaled)
+    for total, location in zip(ys, locations, strict=True):
+        v.store(total, location, 4)
 
 
 @inlined
@@ -217,7 +217,7 @@ def bytes_ahead(v: Vectors, n: Any, steps: Any, group_bytes: Any) -> Any:
 
 
 @instruction(constants=2)
-def multiply_bfloats(
+def multiply_bf16(
     v: Vectors, tiles: int, groups: int, values: Any, group_bytes: Any, steps: Any, x: Any,
     x_stride: Any, y: Any, y_stride: Any,
 ) -> None:  # fmt: skip
@@ -267,15 +267,15 @@ def run_bfloat_groups(
     """All groups for one or two tiles of tokens: in twos, and one that is left; or in fours."""
     group = first
     while tiles == 1 and steps >= LONG and group + MANY <= last:
-        multiply_bfloats(1, MANY, values + group * size, size, steps, x, x_stride,
+        multiply_bf16(1, MANY, values + group * size, size, steps, x, x_stride,
                          y + group * LINE, y_stride)  # fmt: skip
         group += MANY
     while group + 2 <= last:
-        multiply_bfloats(tiles, 2, values + group * size, size, steps, x, x_stride,
+        multiply_bf16(tiles, 2, values + group * size, size, steps, x, x_stride,
                          y + group * LINE, y_stride)  # fmt: skip
         group += 2
     if group < last:
-        multiply_bfloats(tiles, 1, values + group * size, size, steps, x, x_stride,
+        multiply_bf16(tiles, 1, values + group * size, size, steps, x, x_stride,
                          y + group * LINE, y_stride)  # fmt: skip
 
 

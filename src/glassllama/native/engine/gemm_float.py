@@ -32,7 +32,7 @@ CHAINS = 4
 F32_ZERO = np.float32(0)
 
 
-def widen_bfloats(v: Vectors, address: Any, ways: int) -> list[Any]:
+def widen_bf16(v: Vectors, address: Any, ways: int) -> list[Any]:
     """Bfloat16 are the upper halves of float32: pairs are a mask and a shift away."""
     b, words = v.builder, vector(I32, 16)
     if ways == 1:
@@ -47,8 +47,10 @@ def widen_bfloats(v: Vectors, address: Any, ways: int) -> list[Any]:
 
 
 def widen_halves(v: Vectors, address: Any, ways: int) -> list[Any]:
-    places = [v.at(address, 32 * way) for way in range(ways)]
-    return [v.builder.fpext(v.load(place, vector(F16, 16), 32), FLOATS) for place in places]
+    locations = [v.at(address, 32 * way) for way in range(ways)]
+    return [
+        v.builder.fpext(v.load(location, vector(F16, 16), 32), FLOATS) for location in locations
+    ]
 
 
 def as_they_are(v: Vectors, address: Any, ways: int) -> list[Any]:
@@ -57,7 +59,7 @@ def as_they_are(v: Vectors, address: Any, ways: int) -> list[Any]:
 
 # The weights of the next inputs, `ways` of them: one (the last) or an even number.
 WIDEN: dict[str, Callable[[Vectors, Any, int], list[Any]]] = {
-    "F32": as_they_are, "BF16": widen_bfloats, "F16": widen_halves,
+    "F32": as_they_are, "BF16": widen_bf16, "F16": widen_halves,
 }  # fmt: skip
 
 
@@ -72,9 +74,9 @@ def tile(
     outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
 
     def some(index: Any, sums: list[Any]) -> list[Any]:
-        results, place = list(sums), v.step(values, index, width * ways)
-        v.prefetch(v.at(place, AHEAD), width * ways)
-        for way, w in enumerate(WIDEN[kind](v, place, ways)):
+        results, location = list(sums), v.step(values, index, width * ways)
+        v.prefetch(v.at(location, AHEAD), width * ways)
+        for way, w in enumerate(WIDEN[kind](v, location, ways)):
             for t, address in enumerate(inputs):
                 one = v.load(v.at(v.step(address, index, 4 * ways), 4 * way), F32, 4)
                 chain = t * ways + way

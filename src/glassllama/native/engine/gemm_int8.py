@@ -114,8 +114,8 @@ def scales_of_bytes(v: Vectors, target: str, scales: Any, block: Any, row: int) 
 
 def scale_and_minimum(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
     """d and m of Q4_1."""
-    place = v.at(v.step(scales, block, 64), 2 * row)
-    return [v.halves(v.at(place, n), LANES[target]) for n in (0, 2 * ROWS)]
+    location = v.at(v.step(scales, block, 64), 2 * row)
+    return [v.halves(v.at(location, n), LANES[target]) for n in (0, 2 * ROWS)]
 
 
 def in_superblock(v: Vectors, scales: Any, block: Any, size: int, own: int) -> tuple[Any, Any]:
@@ -291,10 +291,10 @@ def write_tile(
               builder.add(f, before_corrections))  # fmt: skip
     outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
     sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
-    places = [v.at(row, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
+    locations = [v.at(row, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)
               for row in outputs]  # fmt: skip
-    for total, place in zip(sums, places, strict=True):
-        v.store(total, place, 4)
+    for total, location in zip(sums, locations, strict=True):
+        v.store(total, location, 4)
 
 
 @inlined

@@ -85,11 +85,11 @@ def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
         scale = small(v, own, signed=False)
         parts = (b.lshr(scale, v.same(INTS, 3)), b.and_(scale, v.same(INTS, 7)))
         pairs = [twice(v, part) for part in parts]
-        place = v.step(out, j, 8 * LINE)
+        location = v.step(out, j, 8 * LINE)
         for q, codes in quads_of_nibbles(v, "amx", v.step(values, j, 4 * LINE)):
             for n, part in enumerate(pairs):
                 product = b.mul(b.bitcast(codes, WORDS), part)
-                v.store(product, v.at(place, PART_BYTES * n + LINE * q), LINE)
+                v.store(product, v.at(location, PART_BYTES * n + LINE * q), LINE)
         minimum = b.bitcast(v.whole(v.at(own, ROWS), ROWS, signed=False), INTS)
         both = b.or_(minimum, b.lshr(minimum, v.same(INTS, 16)))  # as bfloat16, twice
         for half in (0, 1):
@@ -109,7 +109,7 @@ def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
     def block(j: Any, nothing: list[Any]) -> list[Any]:
         own = v.step(v.at(scales, 2 * ROWS), j, 2 * ROWS)
         pairs = [twice(v, small(v, v.at(own, ROWS * n), signed=True)) for n in (0, 1)]
-        place = v.step(out, j, 8 * LINE)
+        location = v.step(out, j, 8 * LINE)
         for q, codes in quads_of_six_bits(v, "amx", v.step(values, j, 6 * LINE)):
             words = b.bitcast(codes, WORDS)
             both = (b.ashr(b.shl(words, byte), byte), b.ashr(words, byte))
@@ -117,7 +117,7 @@ def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
             lower = (b.and_(w, v.same(WORDS, 127)) for w in (even, odd))
             upper = (b.ashr(w, seven) for w in (even, odd))
             for n, parts in enumerate((upper, lower)):
-                v.store(joined(*parts), v.at(place, PART_BYTES * n + LINE * q), LINE)
+                v.store(joined(*parts), v.at(location, PART_BYTES * n + LINE * q), LINE)
         return nothing
 
     v.count_up(number(BLOCKS), [], block)
@@ -149,8 +149,8 @@ def multiply(v: Vectors, groups: int, scratch_address: Any, x: Any) -> None:
     `scratch_address`, or one tile times two groups."""
 
     def tokens(tile: int) -> None:
-        place = v.at(x, Q11_HI + tile * TILE * Q11_BYTES)
-        tile_at(v, "tileloadd64", INPUTS + tile, place, Q11_LO - Q11_HI)
+        location = v.at(x, Q11_HI + tile * TILE * Q11_BYTES)
+        tile_at(v, "tileloadd64", INPUTS + tile, location, Q11_LO - Q11_HI)
 
     tokens(0)
     for n in range(2 * groups):  # of each group H, then L
@@ -167,7 +167,7 @@ def multiply(v: Vectors, groups: int, scratch_address: Any, x: Any) -> None:
 @instruction(constants=2)
 def end_sums(v: Vectors, kind: str, groups: int, scratch_address: Any, x: Any, sums: Any) -> None:
     """Sums go to memory, with those of the minima."""
-    places = {tile: tile * TILE_BYTES for tile in range(SUMS)}
+    locations = {tile: tile * TILE_BYTES for tile in range(SUMS)}
     if WeightType[kind].has_minima:
         tile_at(v, "tileloadd64", INPUTS, v.at(x, Q11_SUMS), Q11_BYTES)
         for g in range(groups):
@@ -176,9 +176,9 @@ def end_sums(v: Vectors, kind: str, groups: int, scratch_address: Any, x: Any, s
             minima = v.at(scratch_address, g * GROUP_BYTES + MINIMA_AT)
             tile_at(v, "tileloadd64", WEIGHTS, minima)
             tile_call(v, "tdpbf16ps", own, INPUTS, WEIGHTS)
-            places[own] = MINIMA_SUMS + g * HALF  # of two groups eight tokens count
-    for tile, place in places.items():
-        tile_at(v, "tilestored64", tile, v.at(sums, place))
+            locations[own] = MINIMA_SUMS + g * HALF  # of two groups eight tokens count
+    for tile, location in locations.items():
+        tile_at(v, "tilestored64", tile, v.at(sums, location))
 
 
 def whole_sum(v: Vectors, base: int, sums: Any) -> Any:
@@ -227,9 +227,12 @@ def prefetch_part(
     weight_type, b = WeightType[kind], v.builder
     for g in range(groups):
         own = b.add(cell, b.mul(blocks, number(g)))
-        for place, block in ((values, weight_type.value_bytes), (scales, weight_type.scale_bytes)):
+        for location, block in (
+            (values, weight_type.value_bytes),
+            (scales, weight_type.scale_bytes),
+        ):
             part = BLOCKS * block // STEPS
-            v.prefetch(v.step(v.step(place, own, block), k, part), part)
+            v.prefetch(v.step(v.step(location, own, block), k, part), part)
 
 
 # --- all groups and tokens ------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def multiply(
     def superblock(n: Any, ys: list[Any]) -> list[Any]:
         start, first = b.add(x, b.mul(n, x_next)), b.mul(n, number(BLOCKS))
         inputs = [v.at(start, t * Q11_BYTES) for t in range(tokens)]
-        places = [v.step(own, first, scale_bytes) for own in own_scales]
+        locations = [v.step(own, first, scale_bytes) for own in own_scales]
 
         def block(j: Any, sums: list[Any]) -> list[Any]:
             at, found = b.add(first, j), list[Any]()
@@ -170,14 +170,14 @@ def multiply(
                 v.prefetch(v.step(own_values[g], later, value_bytes), value_bytes)
                 v.prefetch(v.step(own_scales[g], later, scale_bytes), scale_bytes)
                 some = v.step(own_values[g], at, value_bytes)
-                found += BLOCK_OF[weight_type](v, some, places[g], j, inputs)
+                found += BLOCK_OF[weight_type](v, some, locations[g], j, inputs)
             return [b.add(*pair) for pair in zip(sums, found, strict=True)]
 
         zeros = [v.same(INTS, 0)] * (sums_per_token * len(ys))
         sums = v.count_up(number(BLOCKS), zeros, block)
         results = []
         for n, y in enumerate(ys):
-            d = scales_of_superblock(v, weight_type, places[n // tokens])
+            d = scales_of_superblock(v, weight_type, locations[n // tokens])
             own = sums[n * sums_per_token : (n + 1) * sums_per_token]
             real = [b.sitofp(total, FLOATS) for total in own]
             results.append(add_scaled(v, d, real, scale_of_token(v, inputs[n % tokens]), y))

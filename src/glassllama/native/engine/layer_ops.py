@@ -166,9 +166,9 @@ def quantize_inputs(
         scales = floats(inputs.act_scales + t * blocks * FACTORS * 4, (blocks, FACTORS))
         quantize_blocks(numbers, first // BLOCK, last // BLOCK, codes, scales)
     if input_format & IN_BF16:
-        bfloats = words16(inputs.act_bf16 + t * inputs.width * 2, inputs.width)
+        act_bf16 = words16(inputs.act_bf16 + t * inputs.width * 2, inputs.width)
         for i in range(first, last):
-            bfloats[i] = bfloat_from_float(numbers[i])
+            act_bf16[i] = bfloat_from_float(numbers[i])
     if input_format & IN_Q11:
         for n in range(first // SUPERBLOCK, last // SUPERBLOCK):
             out = inputs.act_q11 + n * inputs.q11_next + t * Q11_BYTES

@@ -204,7 +204,7 @@ def allocate_matrices(
         sum(packed_bytes(*of_matrix) for of_matrix in types.values())
     )  # fmt: skip
 
-    def take(*shape: int) -> NDArray[np.uint8]:
+    def allocate(*shape: int) -> NDArray[np.uint8]:
         nonlocal free
         size = int(np.prod(shape, dtype=np.int64))
         taken, free = free[:size].reshape(shape), free[aligned(size) :]
@@ -213,6 +213,9 @@ def allocate_matrices(
     matrices = {}
     for name, (weight_type, rows, columns) in types.items():
         cells = (-(-rows // GROUP), weight_type.blocks(columns))
-        parts = [take(*cells, weight_type.value_bytes), take(*cells, weight_type.scale_bytes)]
+        parts = [
+            allocate(*cells, weight_type.value_bytes),
+            allocate(*cells, weight_type.scale_bytes),
+        ]
         matrices[name] = Matrix(weight_type, rows, columns, *parts)
     return matrices

@@ -77,14 +77,14 @@ def layout_digest() -> bytes:
 
 def interleave_floats(rows: NDArray[Any], values: NDArray[np.uint8]) -> None:
     """Columns of sixteen rows; of bfloat16 pairs of columns, and an odd last one by itself."""
-    place = values.view(rows.dtype)  # (G, columns, 16)
+    location = values.view(rows.dtype)  # (G, columns, 16)
     if rows.dtype != WeightType.BF16.dtype:
-        place[:] = rows.reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+        location[:] = rows.reshape(len(values), GROUP, -1).transpose(0, 2, 1)
         return
     even = rows.shape[1] // 2 * 2
     pairs = rows[:, :even].reshape(len(values), GROUP, -1, 2).transpose(0, 2, 1, 3)
-    place[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
-    place[:, even:] = rows[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
+    location[:, :even].reshape(len(values), -1, GROUP, 2)[:] = pairs
+    location[:, even:] = rows[:, even:].reshape(len(values), GROUP, -1).transpose(0, 2, 1)
 
 
 def move_blocks(
@@ -216,18 +216,18 @@ def move_q4_k(raw: int, values: int, scales: int, row: int, groups: int, blocks:
             for n in range(4):
                 scale, minimum = load8(block + 4 + n), load8(block + 8 + n)
                 both = load8(block + 12 + n)
-                place = own + 4 * LANES + n * 2 * LANES + lane
-                store8(place, scale & 63)
-                store8(place + LANES, minimum & 63)
-                store8(place + 8 * LANES, both & 15 | scale >> 6 << 4)
-                store8(place + 9 * LANES, both >> 4 | minimum >> 6 << 4)
+                location = own + 4 * LANES + n * 2 * LANES + lane
+                store8(location, scale & 63)
+                store8(location + LANES, minimum & 63)
+                store8(location + 8 * LANES, both & 15 | scale >> 6 << 4)
+                store8(location + 9 * LANES, both >> 4 | minimum >> 6 << 4)
             for run in range(4):
                 for w in range(4):
-                    place = word_place(values, cell * 8 + 2 * run, 4, w, lane)
+                    location = word_place(values, cell * 8 + 2 * run, 4, w, lane)
                     left = load32(block + 16 + run * 32 + 4 * w)
                     right = load32(block + 32 + run * 32 + 4 * w)
-                    store32(place, left & LOW | (right & LOW) << 4)
-                    store32(place + 16 * LANES, (left & HIGH) >> 4 | right & HIGH)
+                    store32(location, left & LOW | (right & LOW) << 4)
+                    store32(location + 16 * LANES, (left & HIGH) >> 4 | right & HIGH)
 
 
 @entry

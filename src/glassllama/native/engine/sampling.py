@@ -124,10 +124,10 @@ def gather(
             below[i] = (some[i] - top) / temperature
             weight[i] = softmax_weight(below[i])
         for i in range(len(some)):  # moved together: `count` is never above first + i
-            wanted = I32(weight[i] > 0) & I32(below[i] >= lowest)
+            fits = I32(weight[i] > 0) & I32(below[i] >= lowest)
             ids[count], weights[count] = first + i, weight[i]
             values[count] = some[i] if temperature == F32(1) else below[i]
-            count += int(wanted)
+            count += int(fits)
     return count
 
 

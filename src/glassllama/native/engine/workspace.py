@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import ConfigError, WeightsError, listed, quoted
+from glassllama.base.errors import ConfigError, WeightsError, join_names, quoted
 from glassllama.base.layer_plan import NORM_NAMES, BlockPlan, ModelPlan, RopePlan
 from glassllama.native.engine.dispatch import choose, kernel_address, tier
 from glassllama.native.engine.get_rows import reader_address
@@ -273,17 +273,17 @@ def require_shapes(plan: ModelPlan, weights: Weights) -> None:
     expected, every = [*layers, table, table], (*weights.matrices, weights.embeddings)
     came = [(matrix.rows, matrix.columns) for matrix in every]
     vectors = {name: vector.shape for name, vector in weights.vectors.items()}
-    wanted = {name: (size,) for name, size in vector_shapes(plan).items()}
+    planned = {name: (size,) for name, size in vector_shapes(plan).items()}
     if came != expected:
         wrong = [pair for pair in zip(came, expected, strict=False) if pair[0] != pair[1]]
         raise WeightsError(
             f"{len(came)} packed matrices, expected {len(expected)}; shapes that differ (came, "
             f"expected): {quoted(wrong)}"
         )
-    if wrong_names := sorted({n for n, _ in set(vectors.items()) ^ set(wanted.items())}):
+    if wrong_names := sorted({n for n, _ in set(vectors.items()) ^ set(planned.items())}):
         raise WeightsError(
             f"norms and biases that are missing, unexpected or of another length: "
-            f"{listed(wrong_names)}"
+            f"{join_names(wrong_names)}"
         )
     for matrix in every:
         cells = (-(-matrix.rows // LANES), matrix.weight_type.blocks(matrix.columns))

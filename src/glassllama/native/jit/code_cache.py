@@ -118,7 +118,7 @@ def discard_damaged(folder: Path) -> int:
     """
     known, damaged = read_checksums(folder), 0
 
-    def listed(name: str, path: Path) -> bool:
+    def is_listed(name: str, path: Path) -> bool:
         return name in known and known[name][0] == digest(path)
 
     for name, path in contents(folder):
@@ -130,7 +130,7 @@ def discard_damaged(folder: Path) -> int:
         if stat.S_ISDIR(facts.st_mode):
             if not sound:
                 shutil.rmtree(path)
-        elif not (sound and stat.S_ISREG(facts.st_mode) and listed(name, path)):
+        elif not (sound and stat.S_ISREG(facts.st_mode) and is_listed(name, path)):
             path.unlink(missing_ok=True)
             damaged += name in known
     return damaged

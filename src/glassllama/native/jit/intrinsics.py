@@ -131,8 +131,8 @@ class Vectors:
         function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
         read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
         for line in range(0, nbytes, LINE):
-            place = b.inttoptr(self.at(address, line), byte)
-            b.call(function, [place, read, second_level, data])
+            location = b.inttoptr(self.at(address, line), byte)
+            b.call(function, [location, read, second_level, data])
 
     def store(self, value: Any, address: Any, align: int) -> None:
         stored = self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()))

@@ -151,11 +151,11 @@ def slot_of_key(v: Vectors, slots: Any, line: Any, key: Any, shift: Any) -> Any:
 @instruction(ARRAY, types.int64)
 def fetch_soon(v: Vectors, array: Any, row: Any) -> None:
     """fetch_soon(array, row): prefetch array[row] of a C-contiguous array."""
-    b, place = v.builder, row
+    b, location = v.builder, row
     for columns in cgutils.unpack_tuple(b, array.shape)[1:]:
-        place = b.mul(place, columns)
+        location = b.mul(location, columns)
     to_read, nearest, is_data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    pointer = place_at(v, array, place, I8)
+    pointer = place_at(v, array, location, I8)
     v.call("llvm.prefetch.p0", ir.VoidType(), pointer, to_read, nearest, is_data)
 
 

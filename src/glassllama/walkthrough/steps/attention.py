@@ -131,12 +131,12 @@ def group_drawing(n_heads: int, n_kv_heads: int, chosen: int) -> list[str]:
         top = "".join(c.center(width) for c in cells[group * size : (group + 1) * size])
         mark = f"[{group}]" if group == chosen // size else f"{group}"
         blocks.append((top, line, mark.center(len(top))))
-    fit = max((DRAWING_WIDTH - 8) // (size * width + 1), 1)
+    per_line = max((DRAWING_WIDTH - 8) // (size * width + 1), 1)
     return [
         f"{name:<7} {' '.join(row)}".rstrip()
-        for start in range(0, len(blocks), fit)
-        for name, row in zip(("query", "", "KV"), zip(*blocks[start : start + fit], strict=True),
-                             strict=True)
+        for start in range(0, len(blocks), per_line)
+        for name, row in zip(
+            ("query", "", "KV"), zip(*blocks[start : start + per_line], strict=True), strict=True)
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
 
     get = Fields("config.json", values := ReadKeys(values))
     config = BigramConfig(
-        vocab_size=get.whole("vocab_size"), max_seq_len=get.whole("max_position_embeddings")
+        vocab_size=get.integer("vocab_size"), max_seq_len=get.integer("max_position_embeddings")
     )
     return Resolved(config, unused_note(values.unused()))
 

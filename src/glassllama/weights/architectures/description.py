@@ -15,7 +15,7 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from glassllama.base.errors import ConfigError, listed, quoted
+from glassllama.base.errors import ConfigError, join_names, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.base.layer_plan import ModelPlan
@@ -199,7 +199,7 @@ class ReadKeys(UserDict[str, Any]):
 
 def unused_note(unused: Collection[str], file: str = "config.json") -> list[str]:
     """A note that names the keys of a configuration that have no effect here, if there are any."""
-    return [f"{file}: no effect here: {listed(unused)}"] if unused else []
+    return [f"{file}: no effect here: {join_names(unused)}"] if unused else []
 
 
 def require_neutral(

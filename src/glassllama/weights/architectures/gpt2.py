@@ -135,11 +135,11 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     activation = get.text("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         get.refuse("activation_function", f"one of {', '.join(ACTIVATIONS)}")
-    sizes = {ours: get.whole(theirs) for ours, theirs in SIZES.items()}
+    sizes = {ours: get.integer(theirs) for ours, theirs in SIZES.items()}
     config = GPTConfig(
         **sizes,
-        ffn_dim=get.whole("n_inner", 4 * sizes["dim"]),
-        max_seq_len=get.whole("n_positions", 1024),  # the defaults of transformers
+        ffn_dim=get.integer("n_inner", 4 * sizes["dim"]),
+        max_seq_len=get.integer("n_positions", 1024),  # the defaults of transformers
         activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
         norm_eps=get.number("layer_norm_epsilon", 1e-5),
         bias=get.boolean("bias", True),

@@ -26,7 +26,7 @@ from glassllama.base.config import (
     RopeScaling,
     rope_frequencies,
 )
-from glassllama.base.errors import ConfigError, listed, quoted
+from glassllama.base.errors import ConfigError, join_names, quoted
 from glassllama.base.fields import REQUIRED, Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.base.layer_plan import llama_plan
@@ -137,17 +137,17 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     require_neutral(values, HF_MUST_BE | swish)
     if qk_norm and name != QK_NORM_CLASS:
         get.refuse("qk_norm", f"false in a {name}: other programs would ignore it")
-    sizes: dict[str, Any] = {ours: get.whole(theirs) for ours, theirs in HF_SIZES.items()}
+    sizes: dict[str, Any] = {ours: get.integer(theirs) for ours, theirs in HF_SIZES.items()}
     dim, n_heads = sizes["dim"], sizes["n_heads"]
     # The defaults of transformers.
     kv_heads = 8 if is_mistral and "num_key_value_heads" not in values else n_heads
-    context = get.whole("max_position_embeddings", 131_072 if is_mistral else 2048)
+    context = get.integer("max_position_embeddings", 131_072 if is_mistral else 2048)
     theta, scaling, exact_up_to = rope_from_hf(get, context, qk_norm)
     window = window_from_hf(get, name)
     config = LlamaConfig(
         **sizes,
-        n_kv_heads=get.whole("num_key_value_heads", kv_heads),
-        head_dim=get.whole("head_dim", quotient(dim, n_heads) or REQUIRED),
+        n_kv_heads=get.integer("num_key_value_heads", kv_heads),
+        head_dim=get.integer("head_dim", quotient(dim, n_heads) or REQUIRED),
         max_seq_len=min(context, exact_up_to or context, window or context),
         norm_eps=get.number("rms_norm_eps", 1e-6),  # as transformers assumes
         rope_theta=theta,
@@ -178,7 +178,7 @@ def window_from_hf(get: Fields, name: str) -> int | None:
     layers with a window.
     """
     left_out = name == MISTRAL_CLASS and "sliding_window" not in get.values
-    window = get.whole("sliding_window", 4096 if left_out else None)
+    window = get.integer("sliding_window", 4096 if left_out else None)
     kinds = get.items("layer_types", None, of="text")
     if kinds is not None and set(kinds) - {FULL, SLIDING}:
         get.refuse("layer_types", f"a list of {FULL} and {SLIDING}")
@@ -235,7 +235,8 @@ def rope_from_hf(
     rope = Fields(f"config.json: {key}", values, get.error)
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
         raise ConfigError(
-            f"{rope.place}: one per type of layer ({listed(nested)}), only one for all is supported"
+            f"{rope.source}: one per type of layer ({join_names(nested)}), only one for all is "
+            "supported"
         )
     require_neutral(values, {"partial_rotary_factor": 1.0})
     theta = rope.number("rope_theta", get.number("rope_theta", OLD_THETA))
@@ -245,7 +246,7 @@ def rope_from_hf(
         return theta, None, None
     if kind == "linear":
         return theta, LinearScaling(factor=rope.number("factor")), None
-    original = get.whole(ORIGINAL, rope.whole(ORIGINAL, context))
+    original = get.integer(ORIGINAL, rope.integer(ORIGINAL, context))
     if kind == "llama3":
         factors = {key: rope.number(key) for key in LLAMA3_FACTORS}
         return theta, Llama3Scaling(**factors, original_max_seq_len=original), None
@@ -279,29 +280,31 @@ EMBEDDINGS, DIVISORS = "token_embd.weight", "rope_freqs.weight"
 def config_from_gguf(file: TensorFile) -> Resolved:
     """The metadata of a `llama` GGUF, and its `rope_freqs.weight`. Raises ConfigError."""
     get = Fields("GGUF", values := ReadKeys(with_uniform_lists(file.metadata)))
-    if get.whole("llama.expert_count", 0, least=0):
+    if get.integer("llama.expert_count", 0, minimum=0):
         raise ConfigError("GGUF: llama.expert_count: mixtures of experts are not supported")
     require_neutral(values, GGUF_MUST_BE, "GGUF")
-    sizes: dict[str, Any] = {our: get.whole(f"llama.{their}") for our, their in GGUF_SIZES.items()}
+    sizes: dict[str, Any] = {
+        our: get.integer(f"llama.{their}") for our, their in GGUF_SIZES.items()
+    }
     head_dim = quotient(sizes["dim"], sizes["n_heads"]) or REQUIRED
-    head_dim = get.whole("llama.attention.key_length", head_dim)
-    rotary_dim = get.whole("llama.rope.dimension_count", head_dim)
-    value_dim = get.whole("llama.attention.value_length", head_dim)
+    head_dim = get.integer("llama.attention.key_length", head_dim)
+    rotary_dim = get.integer("llama.rope.dimension_count", head_dim)
+    value_dim = get.integer("llama.attention.value_length", head_dim)
     if not rotary_dim == value_dim == head_dim:
         raise ConfigError(
             f"GGUF: heads of {head_dim} with {rotary_dim} rotary dimensions and values of "
             f"{value_dim} are not supported: all three must be equal"
         )
     names = set(file.names())
-    vocab_size = get.whole("llama.vocab_size", None)
+    vocab_size = get.integer("llama.vocab_size", None)
     rows = embedding_rows(file, EMBEDDINGS) if EMBEDDINGS in names else vocab_size
-    context = get.whole("llama.context_length")
-    window = get.whole("llama.attention.sliding_window", 0, least=0) or context  # 0: none
+    context = get.integer("llama.context_length")
+    window = get.integer("llama.attention.sliding_window", 0, minimum=0) or context  # 0: none
     config = LlamaConfig(
         **sizes,
-        n_kv_heads=get.whole("llama.attention.head_count_kv", sizes["n_heads"]),
+        n_kv_heads=get.integer("llama.attention.head_count_kv", sizes["n_heads"]),
         head_dim=head_dim,
-        vocab_size=get.whole("llama.vocab_size") if rows is None else rows,
+        vocab_size=get.integer("llama.vocab_size") if rows is None else rows,
         max_seq_len=min(context, window),
         norm_eps=get.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=get.number("llama.rope.freq_base", OLD_THETA),
@@ -343,8 +346,8 @@ def scaling_from_gguf(file: TensorFile, get: Fields, count: int) -> RopeScaling 
     That tensor holds what Llama 3.1's rule gives. If a file has both, both apply, as in llama.cpp.
     """
     kind = get.text("llama.rope.scaling.type", None)
-    old = get.number("llama.rope.scale_linear", 0.0, least=0.0)
-    factor = get.number("llama.rope.scaling.factor", old, least=0.0)
+    old = get.number("llama.rope.scale_linear", 0.0, minimum=0.0)
+    factor = get.number("llama.rope.scaling.factor", old, minimum=0.0)
     if kind not in (None, "none", "linear"):
         raise ConfigError(f"GGUF: llama.rope.scaling.type {quoted(kind)} is not supported")
     factor = factor if factor and kind != "none" else 1.0  # 0 means none in llama.cpp
@@ -381,11 +384,11 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
     Raises ConfigError naming the field. What the file leaves out is inferred, with a note.
     """
     get = Fields("params.json", values := ReadKeys(values))
-    dim, n_layers, n_heads = (get.whole(key) for key in ("dim", "n_layers", "n_heads"))
+    dim, n_layers, n_heads = (get.integer(key) for key in ("dim", "n_layers", "n_heads"))
     head_dim = quotient(dim, n_heads)
     if head_dim is None:
         raise ConfigError(f"params.json: dim {dim} is no multiple of n_heads {n_heads}")
-    vocab_size = get.whole("vocab_size", -1, least=-1)
+    vocab_size = get.integer("vocab_size", -1, minimum=-1)
     vocab_size = vocab_rows if vocab_size == -1 else vocab_size
     scaled = get.boolean("use_scaled_rope", False)
     factor = 32.0 if (dim, n_layers) in SMALL_LLAMA_32 else 8.0
@@ -393,12 +396,12 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
     notes = [f"params.json: context length {context} inferred"]
     if scaled:
         notes.append(f"params.json: RoPE scaling factor {factor:g} inferred from the size")
-    multiple_of = get.whole("multiple_of", 256)  # the default of Meta's own code
+    multiple_of = get.integer("multiple_of", 256)  # the default of Meta's own code
     config = LlamaConfig(
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=get.whole("n_kv_heads", n_heads),
+        n_kv_heads=get.integer("n_kv_heads", n_heads),
         head_dim=head_dim,
         ffn_dim=meta_ffn_dim(dim, multiple_of, get.number("ffn_dim_multiplier", None)),
         vocab_size=vocab_size,
@@ -411,7 +414,7 @@ def config_from_meta(values: Mapping[str, Any], vocab_rows: int, tied: bool) -> 
     )
     if unknown := values.unused(META_WITHOUT_EFFECT):
         raise ConfigError(
-            f"params.json: {listed(unknown)}: not a plain Llama (quantized, adapted or "
+            f"params.json: {join_names(unknown)}: not a plain Llama (quantized, adapted or "
             "multimodal checkpoints are not supported)"
         )
     return Resolved(config, notes)
