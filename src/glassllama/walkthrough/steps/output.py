@@ -274,7 +274,7 @@ def sampling(walk: Walkthrough) -> Step:
         sources=sources(
             (Temperature.__call__, "out:"),
             (below_largest, "out:"),
-            (TopP.__call__, "ordered", "border", "return keep"),
+            (TopP.__call__, "ordered", "threshold", "return keep"),
         ),
         text=f"Logits are divided by the temperature {TEMPERATURE}, which makes probable tokens "
         "more probable. Top-p keeps the most probable tokens with a total probability of "
