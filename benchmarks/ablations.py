@@ -34,10 +34,10 @@ from ablations_page import RESULTS, SEEDS, read_lines, render
 
 from glassllama import __version__
 from glassllama.models.bigram import Bigram, BigramConfig
+from glassllama.train.checkpoint import Run
 from glassllama.train.corpus import Data, open_data
 from glassllama.train.loop import evaluate_run, train_step
 from glassllama.train.optimizers import Optimizers
-from glassllama.train.run import Run
 from glassllama.train.settings import (
     DataSettings,
     ModelSettings,

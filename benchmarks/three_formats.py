@@ -68,8 +68,7 @@ def continue_one(path: Path, backend: str) -> dict[str, Any]:
     else:
         import torch
 
-        from glassllama.weights.load import load_model
-        from glassllama.weights.torch_executor import TorchExecutor
+        from glassllama.weights.load import TorchExecutor, load_model
 
         executor = TorchExecutor(load_model(checkpoint, dtype=torch.float32))
     load_s = time.perf_counter() - start

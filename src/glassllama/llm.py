@@ -370,8 +370,7 @@ class LLM:
         PyTorch, MemoryShortError.
         """
         try:
-            from glassllama.weights.load import load_model
-            from glassllama.weights.torch_executor import TorchExecutor
+            from glassllama.weights.load import TorchExecutor, load_model
         except ImportError:
             raise MissingExtraError("the PyTorch reference model", "torch") from None
         if isinstance(self.executor, TorchExecutor):
@@ -534,8 +533,7 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import StreamedLlama, load_model, torch_device
-    from glassllama.weights.torch_executor import TorchExecutor
+    from glassllama.weights.load import StreamedLlama, TorchExecutor, load_model, torch_device
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -18,9 +18,8 @@ from glassllama.llm import LLM
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.save import save_model
-from glassllama.weights.torch_executor import TorchExecutor
 from tiny_models import META_SHAPE, hf_model, write_hf
 
 IDS = np.random.default_rng(3).integers(2, META_SHAPE["vocab_size"], 83).tolist()

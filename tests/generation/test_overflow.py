@@ -15,9 +15,8 @@ import pytest
 from glassllama.base.interfaces import Executor
 from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
-from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 

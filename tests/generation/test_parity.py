@@ -21,8 +21,7 @@ from glassllama.base.interfaces import Executor
 from glassllama.generation import GenerationSettings, TokenEvent, generate, make_sampler
 from glassllama.generation.sampler import History
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_model
-from glassllama.weights.torch_executor import TorchExecutor
+from glassllama.weights.load import TorchExecutor, load_model
 from tiny_models import hf_model, write_hf
 from tolerances import assert_same_greedy, logits_tolerance
 

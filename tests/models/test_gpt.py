@@ -13,7 +13,7 @@ from glassllama.models.bigram import Bigram, BigramConfig
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
 from glassllama.nn.attention import positions_in_segments
-from glassllama.nn.dropout import add_dropout
+from glassllama.nn.init import add_dropout
 from tolerances import assert_logits, difference, unit
 
 V, CONTEXT = 37, 30

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassllama.base.interfaces import Executor
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
-from glassllama.weights.torch_executor import TorchExecutor
 from long_mode import LONG
 from rows import Rows
 from tolerances import count_near_ties, difference, float64_logits, logits_tolerance

@@ -16,9 +16,8 @@ from transformers import GPT2LMHeadModel
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.save import save_model
-from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from tolerances import difference, logits_tolerance
 

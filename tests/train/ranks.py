@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from glassllama.train.api import prepare
-from glassllama.train.checkpoint import maybe_resume, training_state
+from glassllama.train.checkpoint import Run, maybe_resume, training_state
 from glassllama.train.corpus import open_data
 from glassllama.train.distributed import DistContext, connect_ranks, full_tensor
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics
-from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
 from train.recipes import PRESET, Listener, changes
 

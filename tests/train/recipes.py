@@ -11,11 +11,10 @@ import torch
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
 from glassllama.train.api import prepare
-from glassllama.train.checkpoint import maybe_resume
+from glassllama.train.checkpoint import Run, maybe_resume
 from glassllama.train.corpus import open_data
 from glassllama.train.loop import StopRequest, train_steps
 from glassllama.train.metrics import LoggedMetrics, MetricsLog, NullListener
-from glassllama.train.run import Run
 from glassllama.train.settings import load_settings
 
 TINY = {

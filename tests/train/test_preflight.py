@@ -25,7 +25,7 @@ from glassllama.nn import attention
 from glassllama.train import loop
 from glassllama.train import preflight as preflight_module
 from glassllama.train.api import prepare
-from glassllama.train.checkpoint import complete_steps
+from glassllama.train.checkpoint import Run, complete_steps
 from glassllama.train.corpus import find_text, open_data
 from glassllama.train.metrics import (
     REFERENCE_RUNS,
@@ -39,7 +39,6 @@ from glassllama.train.metrics import (
 )
 from glassllama.train.optimizers import AdamW
 from glassllama.train.preflight import check_targets, preflight
-from glassllama.train.run import Run
 from glassllama.train.settings import DataSettings, load_settings
 from glassllama.train.tokens import Batch, Batches, bytes_of_batch
 from train.recipes import make_steps, new_run, write_text

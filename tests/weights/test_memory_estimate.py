@@ -56,12 +56,12 @@ if way in ("engine", "q8_0", "q4_0"):
     executor = pack(checkpoint, quantize="none" if way == "engine" else way)
 elif way == "streamed":
     from glassllama.weights.load import StreamedLlama
-    from glassllama.weights.torch_executor import TorchExecutor
+    from glassllama.weights.load import TorchExecutor
     executor = TorchExecutor(StreamedLlama(checkpoint))
 else:
     import torch
     from glassllama.weights.load import load_model
-    from glassllama.weights.torch_executor import TorchExecutor
+    from glassllama.weights.load import TorchExecutor
     executor = TorchExecutor(load_model(checkpoint, dtype=getattr(torch, way)))
 cache = executor.new_cache()
 sequence = cache.add()

@@ -159,7 +159,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 def test_dropout_and_training_mode_are_not_saved(tmp_path: Path) -> None:
-    from glassllama.nn.dropout import add_dropout
+    from glassllama.nn.init import add_dropout
 
     model = models()["GPT"]
     save_model(tmp_path / "without", model, TOKENIZER)

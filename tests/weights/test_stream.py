@@ -18,8 +18,7 @@ from glassllama.models.llama import Llama
 from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.weights import load
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import StreamedLlama, load_model
-from glassllama.weights.torch_executor import TorchExecutor
+from glassllama.weights.load import StreamedLlama, TorchExecutor, load_model
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
 from tolerances import assert_logits
 

@@ -1,4 +1,4 @@
-"""Initial weights: small random numbers that depend only on the seed.
+"""Initial weights, the same for the same seed; and dropout, which training adds to a model.
 
 Source: GPT-2 (Radford et al., 2019), section 2.3. Matrices are normal with standard deviation 0.02;
 those that write into the residual stream, two per layer, are divided by √(2 · layers), so that
@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from glassllama.base.errors import ConfigError
 
 DEVIATION = 0.02
 RANDOM_INITS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # by PyTorch's modules
@@ -61,3 +64,36 @@ def initialize(model: nn.Module, generator: torch.Generator, n_layers: int) -> N
         deviation = DEVIATION / (math.sqrt(2 * n_layers) if name.endswith(RESIDUAL) else 1.0)
         numbers = torch.randn(weight.shape, generator=generator, device=generator.device)
         weight.copy_(numbers * deviation)
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+PARTS = ("attention", "feed_forward")  # the modules that add to the residual stream
+
+
+def add_dropout(model: nn.Module, probability: float) -> None:
+    """Add dropout with this probability to `model`; the other activations are scaled up.
+
+    Call it once. It draws from PyTorch's default generator of the device. Raises ConfigError: no
+    probability, or a model without layers.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise ConfigError(f"dropout must be at least 0 and less than 1, got {probability}")
+    if probability == 0.0:
+        return
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"dropout: a {type(model).__name__} has no layers")
+
+    def drop_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = inputs
+        return (F.dropout(x, probability, training=layer.training), *rest)
+
+    def drop_output(part: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        return F.dropout(out, probability, training=part.training)
+
+    layers[0].register_forward_pre_hook(drop_input)  # the embeddings
+    for name, part in layers.named_modules():
+        if name.rpartition(".")[2] in PARTS:
+            part.register_forward_hook(drop_output)

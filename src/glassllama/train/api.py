@@ -21,7 +21,7 @@ from glassllama.base.errors import MissingExtraError, TrainingError
 from glassllama.hub.names import RUNS
 from glassllama.models.language_model import LanguageModel
 from glassllama.nn.init import shapes_only
-from glassllama.train.checkpoint import complete_steps, maybe_resume, read_state
+from glassllama.train.checkpoint import TEXTS, Run, complete_steps, maybe_resume, read_state
 from glassllama.train.corpus import Data, open_data
 from glassllama.train.distributed import SINGLE_PROCESS, DistContext, connect_ranks
 from glassllama.train.loop import sample_text, stop_on_signals, train_steps
@@ -47,7 +47,6 @@ from glassllama.train.model import (
 )
 from glassllama.train.optimizers import EMA, Optimizers, lr_factor
 from glassllama.train.preflight import preflight, require_memory_for, require_step_fits
-from glassllama.train.run import TEXTS, Run
 from glassllama.train.settings import Settings, fingerprint, require_same_run, to_toml
 from glassllama.train.tokens import Batches, require_window
 

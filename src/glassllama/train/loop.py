@@ -25,13 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from glassllama.base.errors import TrainingError
 from glassllama.generation.sampler import make_sampler
 from glassllama.models.language_model import LanguageModel
-from glassllama.train.checkpoint import eval_weights, save
+from glassllama.train.checkpoint import Run, eval_weights, save
 from glassllama.train.corpus import Data
 from glassllama.train.distributed import DistContext, full_tensor
 from glassllama.train.metrics import Listener, LoggedMetrics, LossMonitor, MetricsLog, StepMetrics
 from glassllama.train.model import autocast
 from glassllama.train.optimizers import lr_factor
-from glassllama.train.run import Run
 from glassllama.train.tokens import IGNORED, Batch, every_window
 
 EVAL_POSITIONS = 8192  # positions of a batch of validation windows

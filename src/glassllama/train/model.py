@@ -28,7 +28,7 @@ from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.native.jit import code_cache
 from glassllama.native.training.blocks import FusedBlock, can_fuse, fuse_blocks
-from glassllama.nn.dropout import add_dropout
+from glassllama.nn.init import add_dropout
 from glassllama.train.distributed import accept_full_tensors, is_sharded
 from glassllama.train.settings import RunSettings, Settings, check_value, quoted_key, suggestion
 from glassllama.weights.architectures import ARCHITECTURES, architecture_of

@@ -21,12 +21,12 @@ from torch import Tensor
 from glassllama.base.errors import QUOTED_CHARACTERS, PreflightError
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.models.language_model import LanguageModel
+from glassllama.train.checkpoint import Progress, Run
 from glassllama.train.corpus import Data
 from glassllama.train.distributed import SINGLE_PROCESS, DistContext
 from glassllama.train.loop import microbatches, summed_loss, train_step
 from glassllama.train.model import count_parameters, planned_parameters
 from glassllama.train.optimizers import AdamW, Optimizers
-from glassllama.train.run import Progress, Run
 from glassllama.train.settings import Settings
 from glassllama.train.tokens import IGNORED, Batch, bytes_of_batch
 

@@ -15,9 +15,8 @@ import torch
 from glassllama.base.errors import GenerationError, GlassError
 from glassllama.native.engine.executor import CHUNKS, Engine
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
-from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from tiny_models import META_SHAPE, VARIANTS, hf_model, write_gguf, write_hf
 from tolerances import (

@@ -36,7 +36,7 @@ def engine() -> Engine:
 def torch_executor() -> Any:
 
     from glassllama.models.llama import Llama
-    from glassllama.weights.torch_executor import TorchExecutor
+    from glassllama.weights.load import TorchExecutor
 
     return TorchExecutor(Llama(SMALL).requires_grad_(False).eval())
 

@@ -16,9 +16,8 @@ from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
 from glassllama.generation import GenerationSettings, generate, make_sampler
 from glassllama.weights.checkpoint import open_checkpoint
-from glassllama.weights.load import load_model
+from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
-from glassllama.weights.torch_executor import TorchExecutor
 from rows import Rows
 from synthetic_models import padded_module, synthetic_module
 from tolerances import assert_logits, eight_bit_error, rms_difference

@@ -15,7 +15,7 @@ from glassllama.base.layer_plan import llama_plan
 from glassllama.models.llama import Llama
 from glassllama.native.training import kernels
 from glassllama.native.training.blocks import can_fuse, fuse_blocks
-from glassllama.nn.dropout import add_dropout
+from glassllama.nn.init import add_dropout
 from tolerances import logits_tolerance, unit
 from train.recipes import small_llama
 

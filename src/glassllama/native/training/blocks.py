@@ -42,7 +42,7 @@ def fuse_blocks(model: Llama, dropout: float = 0.0, dtype: torch.dtype = BF16) -
     """Let the model's blocks compute this way; its weights stay as they are.
 
     `dtype` is that of matrix products. `dropout` is applied here, because the modules to which
-    nn/dropout.py adds it are not called.
+    nn/init.py adds it are not called.
     """
     for layer in model.layers:
         layer.__class__ = FusedBlock
