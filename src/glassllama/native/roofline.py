@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.native.engine.amx import SHAPES, configuration, tile_at, tile_call
 from glassllama.native.engine.dispatch import features, tier
+from glassllama.native.engine.gemm_amx import SHAPES, configuration, tile_at, tile_call
 from glassllama.native.engine.gemm_int8 import LANES, dot
 from glassllama.native.jit.code_cache import save_checksums
 from glassllama.native.jit.compile import entry

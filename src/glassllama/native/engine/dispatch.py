@@ -19,14 +19,7 @@ import llvmlite.binding as llvm
 import numba
 
 from glassllama.base.errors import GlassError
-from glassllama.native.engine import (
-    amx,
-    gemm_amx,
-    gemm_float,
-    gemm_int8,
-    gemm_kquant_amx,
-    gemm_plain,
-)
+from glassllama.native.engine import gemm_amx, gemm_float, gemm_int8, gemm_kquant_amx, gemm_plain
 from glassllama.native.engine.layout import InputFormat, WeightType
 from glassllama.native.jit.compile import LOOSE, STRICT, callback_address
 from glassllama.native.jit.intrinsics import types
@@ -53,7 +46,7 @@ def features() -> frozenset[str]:
         able = {name[1:] for name in forced.split(",") if name.startswith("+")}
     else:
         able = {name for name, there in llvm.get_host_cpu_features().items() if there}
-    if able & AMX and not amx.permitted():
+    if able & AMX and not gemm_amx.permitted():
         able -= AMX
     return frozenset(able)
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from glassllama.native.engine.amx import begin_tiles, end_tiles, scratch, tile_at, tile_call
+from glassllama.native.engine.gemm_amx import begin_tiles, end_tiles, scratch, tile_at, tile_call
 from glassllama.native.engine.gemm_float import clear
 from glassllama.native.engine.gemm_int8 import ROWS, quads_of_nibbles, quads_of_six_bits
 from glassllama.native.engine.gemm_kquant_vnni import (

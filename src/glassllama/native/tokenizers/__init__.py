@@ -28,7 +28,7 @@ class CompiledBackend(BPEBackend):
         return CorpusEncoder(vocabulary) if is_supported(vocabulary) else None
 
     def corpus_decoder(self, vocabulary: Vocabulary) -> CorpusDecoder:
-        from glassllama.native.tokenizers.corpus_encoder import CorpusDecoder
+        from glassllama.native.tokenizers.corpus_decoder import CorpusDecoder
 
         return CorpusDecoder(vocabulary)
 

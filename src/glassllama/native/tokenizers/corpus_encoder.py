@@ -1,4 +1,4 @@
-"""Encoder and decoder for corpora in compiled code. Words (pretokens) are cached.
+"""Encoder for corpora in compiled code: text → ids, with a cache of words (pretokens).
 
 Text repeats its words. The ids of a word are cached in a hash table whose keys are the bytes of the
 word (word_table.py); only words that are not in the cache are merged (pair_table.py). A full cache
@@ -12,8 +12,6 @@ waits for the memory of this one.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from typing import NamedTuple
 from unicodedata import normalize
 
@@ -22,14 +20,7 @@ from numpy.typing import NDArray
 
 from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
-from glassllama.native.jit.memory import (
-    PADDING,
-    WINDOW,
-    eight_bytes,
-    fetch_soon,
-    padded,
-    put_eight_bytes,
-)
+from glassllama.native.jit.memory import PADDING, WINDOW, fetch_soon, padded
 from glassllama.native.tokenizers import pair_table, word_table
 from glassllama.native.tokenizers.pair_table import EMPTY, SHORT_WORD
 from glassllama.native.tokenizers.pretokenizer import (
@@ -399,56 +390,3 @@ def encode_words(
         encode_new_words(text, new, tables, cache, buffers, n)
         n = write_ids(text, words, tables, cache, buffers, n)
     return n
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-NO_TOKEN = -1  # the size of an id without a token
-
-
-class CorpusDecoder:
-    """Ids → bytes."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        tokens = vocabulary.tokens
-        text = b"".join([*(token or b"" for token in tokens), bytes(PADDING)])
-        self._text = np.frombuffer(text, np.uint8)
-        sizes = [NO_TOKEN if token is None else len(token) for token in tokens]
-        self._sizes = np.array(sizes, np.int64)
-        self._begins = np.cumsum(np.maximum(self._sizes, 0)) - np.maximum(self._sizes, 0)
-
-    def __call__(self, ids: Sequence[int]) -> bytes | None:
-        """The bytes of ids; None if one of them is not in the vocabulary."""
-        try:
-            is_array = isinstance(ids, np.ndarray) and ids.dtype == np.uint32
-            numbers = np.asarray(ids) if is_array else np.frombuffer(array("I", ids), np.uint32)
-        except OverflowError:  # negative, or 2^32 or more
-            return None
-        size = total_size(numbers, self._sizes)
-        if size == NO_TOKEN:
-            return None
-        out = np.empty(size + PADDING, np.uint8)
-        copy_tokens(numbers, self._text, self._begins, self._sizes, out)
-        return out[:size].tobytes()
-
-
-@raw_entry
-def total_size(ids: Ids, sizes: Longs) -> Int:
-    """The number of bytes of all ids, or NO_TOKEN."""
-    total = 0
-    for id in ids:
-        if id >= len(sizes) or sizes[id] == NO_TOKEN:
-            return NO_TOKEN
-        total += sizes[id]
-    return total
-
-
-@raw_entry
-def copy_tokens(ids: Ids, text: Bytes, begins: Longs, sizes: Longs, out: Bytes) -> None:
-    """Copy eight bytes at a time; the next token overwrites the excess."""
-    at = 0
-    for id in ids:
-        begin, size = begins[id], sizes[id]
-        for k in range(0, size, 8):
-            put_eight_bytes(out, at + k, eight_bytes(text, begin + k))
-        at += size

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from glassllama.native.jit.compile import Int, raw_compiled, raw_entry, raw_inlined
 from glassllama.native.jit.memory import PADDING, eight_bytes, put_eight_bytes, table_of_zeros
-from glassllama.native.tokenizers.corpus_encoder import copy_tokens
+from glassllama.native.tokenizers.corpus_decoder import copy_tokens
 from glassllama.native.tokenizers.pretokenizer import (
     RULES,
     character_classes,
