@@ -123,7 +123,7 @@ def test_heaps_equal_the_plain_loop_on_real_vocabularies(
 def test_no_folder_for_machine_code() -> None:
     """A read-only installation and home: long words compile in memory."""
     script = (
-        "from glassllama.native.tokenizers.corpus_encoder import total_size\n"
+        "from glassllama.native.tokenizers.corpus_decoder import total_size\n"
         "import numpy\n"
         "assert total_size(numpy.uint32([1, 1]), numpy.int64([5, 3])) == 6\n"
     )
