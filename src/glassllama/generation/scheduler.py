@@ -282,8 +282,10 @@ class Generation(Iterator[TokenEvent]):
             self._step()
 
     def cancel(self, row: int) -> None:
-        self.requests[row].cancelled = True
-        self._scheduler.cancel(self.requests[row])
+        request = self.requests[row]
+        if request.live or not request.cancelled:  # once is enough, unless it was interrupted
+            request.cancelled = True
+            self._scheduler.cancel(request)
 
     def close(self) -> None:
         for row in range(len(self.requests)):
