@@ -230,7 +230,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the engine's threads and let go of the files. Further calls raise GenerationError."""
+        """Stop the engine's threads and close the files. Further calls raise GenerationError."""
         self.executor.close()
         self.checkpoint.close()
 

@@ -72,7 +72,7 @@ class PthFile(MappedTensors):
     ) -> None:  # fmt: skip
         super().__init__([file], {name: view[0] for name, view in views.items()}, metadata)
         self._entries, self._views, self._big_endian = entries, views, big_endian
-        # False where torch was told to leave them out (`set_crc32_options(False)`):
+        # False if PyTorch wrote none (`set_crc32_options(False)`):
         self.has_checksums = _have_checksums(entries)
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:

@@ -123,7 +123,7 @@ class Request:
 
     `events` receives its events; without it `Scheduler.step` returns them. While events wait there,
     the request waits too: nothing is computed ahead of what is asked for. `owner` is a weak
-    reference: where it is dead nobody wants the answer any more.
+    reference: if that object is gone, the answer is not needed any more.
     """
 
     prompt: list[int]

@@ -76,7 +76,7 @@ class Scheduler:
 
     @synchronized
     def _free(self) -> None:
-        """Forget requests that have ended or that nobody waits for."""
+        """Forget requests that have ended or whose owner is gone."""
         for request in [*self._requests.values()]:
             if not request.live or request.is_abandoned:
                 self._end(request)
@@ -327,7 +327,7 @@ def generate(
 ) -> Generation:
     """Continue every prompt (ids), with a scheduler of its own -> the events.
 
-    `settings` are for all prompts, or one for each. `progress` is told the prompt ids read, of all.
+    `settings` are for all prompts, or one for each. `progress` gets the number of prompt ids read, and of all.
     Raises GenerationError at once: no prompt, or what `Request.new` refuses.
     """
     if not prompts:
