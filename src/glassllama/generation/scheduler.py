@@ -327,8 +327,8 @@ def generate(
 ) -> Generation:
     """Continue every prompt (ids), with a scheduler of its own -> the events.
 
-    `settings` are for all prompts, or one for each. `progress` gets the numbers
-    of prompt ids read and of all. Raises GenerationError at once: no prompt, or what `Request.new` refuses.
+    `settings` are for all prompts, or one for each. `progress` gets the numbers of prompt ids read
+    and of all. Raises GenerationError at once: no prompt, or what `Request.new` refuses.
     """
     if not prompts:
         raise GenerationError("no prompts: expected at least one")
