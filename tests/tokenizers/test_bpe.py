@@ -138,18 +138,12 @@ def test_no_folder_for_machine_code() -> None:
 def test_a_million_of_the_same_character(
     name: str, char: str, request: pytest.FixtureRequest
 ) -> None:
-    """Round trip, at most 5 s, and the time is linear in the text.
-
-    Four times the text may take eight times as long, because of the processor's cache; quadratic
-    time would be sixteen times.
-    """
+    """Round trip, at most 5 s: quadratic time would be minutes."""
     tokenizer = request.getfixturevalue(name)
     tokenizer.encode("a" * 2000)  # compiled once
-    part, whole = char * 250_000, char * 1_000_000
-    for text in (part, whole):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    limit = min(5, 8 * seconds(partial(tokenizer.encode, part)))
-    assert seconds(partial(tokenizer.encode, whole), enough=limit) <= limit
+    text = char * 1_000_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert seconds(partial(tokenizer.encode, text), enough=5) <= 5
 
 
 @pytest.mark.parametrize("name", SPLITS)
