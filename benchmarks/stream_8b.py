@@ -190,10 +190,10 @@ def forward(path: Path) -> dict[str, Any]:
     import torch
 
     from glassllama.weights.checkpoint import open_checkpoint
-    from glassllama.weights.load import StreamedLlama
+    from glassllama.weights.load import streamed_model
 
     imported = peak_memory()
-    model = StreamedLlama(open_checkpoint(path))
+    model = streamed_model(open_checkpoint(path))
     started = time.perf_counter()
     with torch.inference_mode():
         h = model.hidden(torch.tensor([PROMPT]))  # (1, T, C)

@@ -313,8 +313,10 @@ def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
     """`rope_freqs.weight`: the divisor of each frequency."""
     if config.rope_scaling is None:
         return None
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    return config.rope_scaling.divisors(config.rope_theta**-exponents).astype(np.float32)
+    np.arange(0, config.head_dim, 2) / config.head_dim
+    pairs = np.arange(config.head_dim // 2)
+    plain = config.rope_theta ** -(2 * pairs / config.head_dim)
+    return config.rope_scaling.divisors(plain, pairs, config).astype(np.float32)
 
 
 def main() -> None:

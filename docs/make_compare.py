@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from glassllama.base.config import Llama3Scaling, LlamaConfig, kv_bytes
+from glassllama.base.config import Llama3Scaling, LlamaConfig
+from glassllama.base.layer_plan import llama_plan
 from llama_generations import GENERATIONS, Generation, parameters, weight_bytes
 
 PAGE = Path(__file__).parent / "compare.md"
@@ -159,7 +160,8 @@ def sizes() -> str:
 def memory() -> str:
     rows = []
     for name, c in models():
-        cache = [f"{kv_bytes(c, 2) / KIB:,.0f} KiB", f"{c.max_seq_len * kv_bytes(c, 2) / GB:.1f}"]
+        token = llama_plan(c).kv_bytes(2)
+        cache = [f"{token / KIB:,.0f} KiB", f"{c.max_seq_len * token / GB:.1f}"]
         weights = [f"{weight_bytes(c, dtype) / GB:.1f}" for dtype in STORED]
         rows.append([name, *cache, *weights])
     weights_in = [f"weights in {dtype}" for dtype in STORED]

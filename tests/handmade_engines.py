@@ -42,7 +42,7 @@ def weights(config: LlamaConfig | ModelPlan, kind: str = "F32") -> Weights:
 
 
 def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> Engine:
-    return Engine(config, weights(config, kind), **options)
+    return Engine(config, weights(config, kind), plan=llama_plan(config), **options)
 
 
 def with_guard_pages(array: NDArray[Any]) -> NDArray[Any]:
@@ -73,7 +73,8 @@ def guarded_engine(config: LlamaConfig, kind: str, **options: Any) -> Engine:
         for m in plain.matrices
     ]
     vectors = {name: with_guard_pages(vector) for name, vector in plain.vectors.items()}
-    engine = Engine(config, Weights(matrices, matrices[-1], vectors), **options)
+    packed = Weights(matrices, matrices[-1], vectors)
+    engine = Engine(config, packed, plan=llama_plan(config), **options)
     workspace = engine._workspace
     for name, table in workspace.tables.items():
         workspace.tables[name] = with_guard_pages(table)

@@ -284,7 +284,7 @@ class Roofline:
             bytes=sum(matrix.nbytes for matrix in matrices),
             ops=2 * sum(matrix.rows * matrix.columns for matrix in matrices),
             output_ops=2 * matrices[-1].rows * matrices[-1].columns,
-            cache_bytes=bytes_per_token(config, engine.cache_kind),
+            cache_bytes=bytes_per_token(engine.plan, engine.cache_kind),
             numbers=floats if largest.weight_type.is_float else "int8",
             vocab_size=config.vocab_size,
         )

@@ -483,8 +483,8 @@ def load(
 ) -> LLM:
     """Open a model by short name, path or Hub id (see hub.resolve), and make it ready.
 
-    "auto" is the engine on a CPU and PyTorch elsewhere, for models that are no Llama, or where a
-    `dtype` is asked for. `exact` is float32 arithmetic on dequantized weights. `quantize` is what
+    "auto" is the engine on a CPU and PyTorch elsewhere, for models without a layer plan, or where
+    a `dtype` is asked for. `exact` is float32 arithmetic on dequantized weights. `quantize` is what
     the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
     say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory
@@ -533,12 +533,12 @@ def torch_executor(
         import torch
     except ImportError:
         raise MissingExtraError("the torch backend", "torch") from None
-    from glassllama.weights.load import StreamedLlama, TorchExecutor, load_model, torch_device
+    from glassllama.weights.load import TorchExecutor, load_model, streamed_model, torch_device
 
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch_device(device)
     torch_dtype = None if dtype is None else getattr(torch, dtype)
     if stream_layers:
-        return TorchExecutor(StreamedLlama(checkpoint, device=where, dtype=torch_dtype))
+        return TorchExecutor(streamed_model(checkpoint, device=where, dtype=torch_dtype))
     return TorchExecutor(load_model(checkpoint, device=where, dtype=torch_dtype, progress=progress))

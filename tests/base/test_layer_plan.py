@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassllama.base.config import Llama3Scaling, LlamaConfig, kv_bytes, rope_frequencies
+from glassllama.base.config import Llama3Scaling, LlamaConfig, rope_frequencies
 from glassllama.base.errors import ConfigError
 from glassllama.base.layer_plan import (
     AttentionPlan,
@@ -41,7 +41,8 @@ def test_llama_plan_has_the_sizes_of_the_configuration(tied: bool) -> None:
     assert plan.matrices() == {name: s for name, s in shapes.items() if len(s) == 2}
     assert plan.norms() == [name for name, s in shapes.items() if len(s) == 1]
     assert list(plan.matrices())[-1] == ("tok_embeddings.weight" if tied else "output.weight")
-    assert plan.kv_bytes(2, 4) == kv_bytes(config, 2, 4)
+    numbers = 2 * config.n_layers * config.n_kv_heads
+    assert plan.kv_bytes(2, 4) == numbers * (config.head_dim * 2 + 4)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -53,41 +53,26 @@ def mistral(folder: Path, remove: tuple[str, ...] = (), **fields: Any) -> Path:
     return edit(model, remove, **(named | fields))
 
 
-def test_a_sliding_window_limits_the_context_to_the_part_without_effect(tmp_path: Path) -> None:
-    folder = mistral(tmp_path, sliding_window=40)
-    checkpoint = check_as_transformers(folder, 40)
-    assert checkpoint.config.max_seq_len == 40
-    assert "sliding_window 40" in checkpoint.notes[0]
-    with pytest.raises(AssertionError):  # with one more token it would have an effect
-        check_as_transformers(folder, 41)
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @pytest.mark.parametrize(
-    ("fields", "context"),
+    ("fields", "windows"),
     [
-        ({"sliding_window": None}, 131_072),
-        ({"sliding_window": 2**20}, 131_072),
-        ({"sliding_window": 40, "use_sliding_window": False}, 40),  # Qwen's, not Mistral's
-        ({"sliding_window": 40, "max_window_layers": 3}, 40),
-        ({"sliding_window": 40, "layer_types": ["full_attention"] * 3}, 131_072),
-        ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, 40),
+        ({"sliding_window": None}, [None] * 3),
+        ({"sliding_window": 40}, [40] * 3),
+        ({"sliding_window": 40, "use_sliding_window": False}, [40] * 3),  # Qwen's, not Mistral's
+        ({"sliding_window": 40, "max_window_layers": 3}, [40] * 3),
+        ({"sliding_window": 40, "layer_types": [FULL] * 3}, [None] * 3),
+        ({"sliding_window": 40, "layer_types": [FULL, SLIDING, FULL]}, [None, 40, None]),
     ],
 )
-def test_windows_without_effect_do_not_limit_the_context(
-    fields: dict[str, Any], context: int, tmp_path: Path
+def test_windows_of_a_mistral(
+    fields: dict[str, Any], windows: list[int | None], tmp_path: Path
 ) -> None:
-    assert open_checkpoint(mistral(tmp_path, **fields)).config.max_seq_len == context
-
-
-@pytest.mark.parametrize("key", [{"use_sliding_window": False}, {"max_window_layers": 3}])
-def test_window_keys_of_other_families_do_not_affect_mistral(
-    key: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = mistral(tmp_path, sliding_window=40, **key)
-    check_as_transformers(folder, 40)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    free = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, sliding_window=None)
-    assert not torch.allclose(theirs(IDS).logits, free(IDS).logits), "transformers has a window"
+    config = check_as_transformers(mistral(tmp_path, **fields), 96).config
+    assert [config.window(n) for n in range(3)] == windows
+    assert config.max_seq_len == 131_072
 
 
 @pytest.mark.parametrize(
@@ -113,15 +98,15 @@ def test_rope_scaling_and_rope_parameters_in_one_file(scaling: Any, tmp_path: Pa
 def test_an_unsupported_rope_scaling_next_to_rope_parameters(tmp_path: Path) -> None:
     folder = edit(
         write_hf(hf_model(**PLAIN), tmp_path), rope_parameters={"rope_type": "default"},
-        rope_scaling={"rope_type": "yarn", "factor": 2.0},
+        rope_scaling={"rope_type": "spiral", "factor": 2.0},
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="yarn"):
+    with pytest.raises(ConfigError, match="spiral"):
         open_checkpoint(folder)
 
 
 def test_a_mistral_without_the_key_has_the_default_window_of_transformers(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(mistral(tmp_path, remove=("sliding_window",)))
-    assert checkpoint.config.max_seq_len == 4096
+    assert checkpoint.config.window(0) == 4096
 
 
 def test_a_llama_of_transformers_has_no_window(tmp_path: Path) -> None:
@@ -168,14 +153,15 @@ def test_dynamic_rope_is_exact_up_to_its_original_context(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear"),
+        ({"rope_parameters": {"rope_type": "spiral", "factor": 4.0}}, "'spiral'.*default, linear"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one per type of layer"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"layer_types": ["chunked_attention"]}, "layer_types"),
-        ({"model_type": "granite"}, r"model_type is 'granite'.*llama \(Llama.*mistral.*gpt2"),
-        ({"model_type": "granite", "architectures": None}, r"'granite', supported are llama"),
+        ({"model_type": "bloom"}, r"model_type is 'bloom'.*llama \(Llama.*mistral.*gpt2"),
+        ({"model_type": "bloom", "architectures": None}, r"'bloom', supported are llama"),
+        ({"model_type": "granite"}, "model_type is 'granite', but architectures is"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2', but architectures is"),
     ],
 )
@@ -190,7 +176,7 @@ def test_configurations_with_other_arithmetic_are_refused(
 
 def test_without_architectures_the_model_type_decides(tmp_path: Path) -> None:
     folder = mistral(tmp_path, architectures=None, sliding_window=40)
-    assert check_as_transformers(folder, 40).config.max_seq_len == 40
+    assert check_as_transformers(folder, 96).config.window(2) == 40
 
 
 def test_a_notice_names_an_unused_value_head(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_targets_not_shifted_or_of_other_rows(run: Run) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt"])
 def test_no_causal_mask(kind: str, tmp_path: Path, text: Path, monkeypatch: Any) -> None:
-    def seeing_all(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    def seeing_all(q: Any, k: Any, v: Any, mask: Any, scale: Any = None) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     run = new_run(tmp_path / "run", text, kind)

@@ -96,7 +96,7 @@ def test_a_bigram_is_refused_before_loading(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abc")
     model = Bigram(BigramConfig(vocab_size=tokenizer.vocab_size, max_seq_len=8))
     save_model(tmp_path, model, tokenizer)
-    with pytest.raises(ConfigError, match=r"is for transformers .* and this is a bigram"):
+    with pytest.raises(ConfigError, match=r"explains Llama and GPT-2, and this is a bigram"):
         open_walkthrough(tmp_path, "abc")
 
 

@@ -15,7 +15,7 @@ from glassllama.base.errors import MemoryShortError
 from glassllama.weights import backend, load
 from glassllama.weights.backend import MemoryEstimate, RunMode, estimate_memory
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import StreamedLlama
+from glassllama.weights.load import streamed_model
 from tiny_models import hf_model, write_gguf, write_hf
 
 # 75 M numbers: large enough that a layer, the model and the model in float32 differ clearly.
@@ -55,9 +55,9 @@ if way in ("engine", "q8_0", "q4_0"):
     from glassllama.weights.pack import pack
     executor = pack(checkpoint, quantize="none" if way == "engine" else way)
 elif way == "streamed":
-    from glassllama.weights.load import StreamedLlama
+    from glassllama.weights.load import streamed_model
     from glassllama.weights.load import TorchExecutor
-    executor = TorchExecutor(StreamedLlama(checkpoint))
+    executor = TorchExecutor(streamed_model(checkpoint))
 else:
     import torch
     from glassllama.weights.load import load_model
@@ -126,7 +126,7 @@ def test_streaming_checks_memory_before_it_allocates(
     with pytest.raises(
         MemoryShortError, match=r"^one layer of hf in bfloat16 needs .* 50\.0 MB are"
     ):
-        StreamedLlama(checkpoint)
+        streamed_model(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -373,10 +373,10 @@ def test_the_error_for_pickle_files_contains_two_lines_to_convert_them(
 
 def test_the_error_names_an_unsupported_model_and_its_folder(tmp_path: Path) -> None:
     """Also if its tensors could not be read either."""
-    folder = folder_with(tmp_path / "m", "config.json", '{"model_type": "granite"}')
+    folder = folder_with(tmp_path / "m", "config.json", '{"model_type": "bloom"}')
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"?")
-        with pytest.raises(ConfigError, match=r"granite.*llama \(LlamaForCausalLM\)") as caught:
+        with pytest.raises(ConfigError, match=r"bloom.*llama \(LlamaForCausalLM\)") as caught:
             open_checkpoint(folder)
         assert str(caught.value).startswith(f"{folder}: config.json: ")
         (folder / name).unlink()

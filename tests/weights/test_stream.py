@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forks import run_script
 from glassllama.base.errors import GenerationError
 from glassllama.generation import GenerationSettings, generate
+from glassllama.models.language_model import LanguageModel
 from glassllama.models.llama import Llama
 from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.weights import load
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import StreamedLlama, TorchExecutor, load_model
+from glassllama.weights.load import TorchExecutor, load_model, streamed_model
 from tiny_models import VARIANTS, hf_model, write_gguf, write_hf, write_meta
 from tolerances import assert_logits
 
@@ -51,7 +52,7 @@ def checkpoint(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterat
     opened.close()
 
 
-def in_memory(model: StreamedLlama) -> list[str]:
+def in_memory(model: LanguageModel) -> list[str]:
     """The parameters that have data."""
     return [name for name, p in model.named_parameters() if not p.is_meta and p.numel() > 0]
 
@@ -60,7 +61,7 @@ def in_memory(model: StreamedLlama) -> list[str]:
 def test_logits_and_cached_steps_equal_those_of_the_loaded_model(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
-    loaded, streamed = load_model(checkpoint, dtype=dtype), StreamedLlama(checkpoint, dtype=dtype)
+    loaded, streamed = load_model(checkpoint, dtype=dtype), streamed_model(checkpoint, dtype=dtype)
     assert torch.equal(streamed(IDS), loaded(IDS))
     caches = streamed.new_cache(2, 30), loaded.new_cache(2, 30)
     assert caches[0].keys.dtype == dtype
@@ -73,12 +74,12 @@ def test_logits_and_cached_steps_equal_those_of_the_loaded_model(
 def test_the_output_in_many_blocks(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     # Close, not equal: the kernel for a narrower matrix may add in another order.
     monkeypatch.setattr(load, "BLOCK_NUMBERS", 7 * checkpoint.config.dim)
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), streamed_model(checkpoint)
     assert_logits(streamed(IDS), loaded(IDS), checkpoint.config)
 
 
 def test_rows_of_different_length(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), streamed_model(checkpoint)
     caches = streamed.new_cache(3, 40), loaded.new_cache(3, 40)
     ids = torch.cat((IDS, IDS[:1]))
     for start, lengths in ((0, [3, 9, 6]), (9, [1, 0, 1]), (10, [5, 12, 1])):
@@ -97,13 +98,13 @@ def test_generation(checkpoint: Checkpoint) -> None:
     def ids(executor: TorchExecutor) -> list[tuple[int, int]]:
         return [(step.row, step.id) for step in generate(executor, prompts, settings)]
 
-    assert ids(TorchExecutor(StreamedLlama(checkpoint))) == ids(
+    assert ids(TorchExecutor(streamed_model(checkpoint))) == ids(
         TorchExecutor(load_model(checkpoint))
     )
 
 
 def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), streamed_model(checkpoint)
     assert hook_names(streamed) == hook_names(loaded)
 
     def seen_in(model: Llama) -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def test_hooks_receive_every_intermediate_tensor(checkpoint: Checkpoint) -> None
 
 
 def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
-    loaded, streamed = load_model(checkpoint), StreamedLlama(checkpoint)
+    loaded, streamed = load_model(checkpoint), streamed_model(checkpoint)
     with streamed.layers[1].filled() as layer:
         assert torch.equal(layer.attention.wq.weight, loaded.layers[1].attention.wq.weight)
         logits = streamed(IDS)  # a pass in between keeps it loaded
@@ -129,7 +130,7 @@ def test_a_layer_can_be_loaded_for_inspection(checkpoint: Checkpoint) -> None:
 
 
 def test_a_layer_is_unloaded_after_an_error(checkpoint: Checkpoint) -> None:
-    streamed = StreamedLlama(checkpoint)
+    streamed = streamed_model(checkpoint)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -145,7 +146,7 @@ def test_a_layer_is_unloaded_after_an_error(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("id", [-1, V, 2**40])
 def test_an_id_outside_the_vocabulary_reads_nothing(checkpoint: Checkpoint, id: int) -> None:
     with pytest.raises(GenerationError, match=f"id {id} is outside the vocabulary of {V}"):
-        StreamedLlama(checkpoint)(torch.tensor([[3, id, 4]]))
+        streamed_model(checkpoint)(torch.tensor([[3, id, 4]]))
 
 
 SHAPE = {
@@ -171,7 +172,7 @@ torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=torch.bfloat16))
 with torch.device("meta"):  # a part of PyTorch that is imported at its first use: 77 MB
     torch.nn.Embedding(2, 2)
 before = high_water()
-model = load.StreamedLlama(open_checkpoint(sys.argv[1]))
+model = load.streamed_model(open_checkpoint(sys.argv[1]))
 assert model(torch.arange(17)[None]).isfinite().all()
 print(high_water() - before)
 """

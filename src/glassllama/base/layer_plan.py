@@ -16,14 +16,17 @@ Letters: C model width, H query heads, K KV heads, D head width, F feed-forward 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from glassllama.base.config import (
+    DecoderConfig,
     LlamaConfig,
     RopeLayout,
+    attention_factor,
     require_choice,
     require_positive,
     require_sizes,
@@ -230,18 +233,49 @@ def usual_scale(head_dim: int) -> float:
     return float(np.float32(1) / np.sqrt(np.float32(head_dim)))
 
 
-def llama_plan(config: LlamaConfig) -> ModelPlan:
-    """The plan of a Llama, whose blocks are all the same."""
-    frequencies = tuple(rope_frequencies(config).tolist())
-    attention = AttentionPlan(
-        n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim,
-        scale=usual_scale(config.head_dim),
-        rope=RopePlan(frequencies=frequencies, layout=config.rope_layout),
-        qk_norm="unweighted" if config.qk_norm else "none", qk_norm_after_rope=True,
+def rope_plan(config: DecoderConfig) -> RopePlan:
+    """The RoPE of a configuration."""
+    return RopePlan(
+        frequencies=tuple(rope_frequencies(config).tolist()),
+        layout=config.rope_layout,
+        attention_factor=attention_factor(config),
+    )
+
+
+def attention_plan(config: DecoderConfig, **changes: Any) -> AttentionPlan:
+    """The attention of a Llama with these sizes, with changes to its fields."""
+    plan: dict[str, Any] = {
+        "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "scale": usual_scale(config.head_dim),
+    }  # fmt: skip
+    if "rope" not in changes:
+        plan["rope"] = rope_plan(config)
+    return AttentionPlan(**plan | changes)
+
+
+def decoder_plan(
+    config: DecoderConfig, attention: Sequence[AttentionPlan], *,
+    activation: Activation = "silu", norms: Collection[Norm] = ("pre_attention", "pre_ffn"),
+    residual_multiplier: float = 1.0, **model: Any,
+) -> ModelPlan:  # fmt: skip
+    """A model of blocks that differ in their attention only; `model` are fields of ModelPlan."""
+    feed_forward = FeedForwardPlan(ffn_dim=config.ffn_dim, activation=activation)
+    blocks = (
+        BlockPlan(
+            attention=one, feed_forward=feed_forward, norms=frozenset(norms),
+            residual_multiplier=residual_multiplier,
+        )
+        for one in attention
     )  # fmt: skip
-    block = BlockPlan(attention=attention, feed_forward=FeedForwardPlan(ffn_dim=config.ffn_dim))
     return ModelPlan(
         dim=config.dim, vocab_size=config.vocab_size, max_seq_len=config.max_seq_len,
-        norm_eps=config.norm_eps, blocks=(block,) * config.n_layers,
-        tie_embeddings=config.tie_embeddings,
+        norm_eps=config.norm_eps, blocks=tuple(blocks), tie_embeddings=config.tie_embeddings,
+        **model,
     )  # fmt: skip
+
+
+def llama_plan(config: LlamaConfig) -> ModelPlan:
+    """The plan of a Llama, whose blocks are all the same."""
+    qk_norm: QKNorm = "unweighted" if config.qk_norm else "none"
+    attention = attention_plan(config, qk_norm=qk_norm, qk_norm_after_rope=True)
+    return decoder_plan(config, [attention] * config.n_layers)

@@ -68,11 +68,18 @@ class LanguageModel(nn.Module):
 
         Separate from `hidden`, so that a loss can be computed in chunks.
         """
+        return self.last_logits(self.cap_logits(self.multiply_output(h).float()))  # (…, V)
+
+    def multiply_output(self, h: Tensor) -> Tensor:
+        """h times the output matrix, which may be the embeddings. (…, C) -> (…, V)."""
         if self.config.tie_embeddings:
-            logits = F.linear(h, self.tok_embeddings.weight)
-        else:
-            logits = self.output(h)
-        return self.last_logits(logits.float())  # (…, V)
+            return F.linear(h, self.tok_embeddings.weight)
+        product: Tensor = self.output(h)
+        return product
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
+        """What a family does with the products; here nothing. (…, V) float32 -> same."""
+        return logits
 
     def forward(
         self,

@@ -14,14 +14,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from glassllama.base.config import LlamaConfig, rope_frequencies
+from glassllama.base.config import LlamaConfig, attention_factor, rope_frequencies
 from glassllama.models.language_model import LanguageModel
-from glassllama.nn.attention import Attention, ForwardContext, positions_and_mask
+from glassllama.nn.attention import Attention as GroupedAttention
+from glassllama.nn.attention import ForwardContext, positions_and_mask
 from glassllama.nn.feed_forward import FeedForward
 from glassllama.nn.hooks import HookPoint
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.norm import RMSNorm
-from glassllama.nn.rope import rope_angles, rope_table
+from glassllama.nn.norm import RMSNorm, rms_norm
+from glassllama.nn.rope import RopeTable, rope_angles, rope_table
+
+
+class Attention(GroupedAttention):
+    """Grouped-query attention; with `qk_norm`, RMSNorm without weights of q and k after RoPE."""
+
+    config: LlamaConfig
+
+    def encode_positions(
+        self, q: Tensor, k: Tensor, rope: RopeTable | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k = super().encode_positions(q, k, rope)  # (B, H, T, D), (B, K, T, D)
+        if self.config.qk_norm:
+            return rms_norm(q, self.config.norm_eps), rms_norm(k, self.config.norm_eps)
+        return q, k
 
 
 class Block(nn.Module):
@@ -66,7 +81,8 @@ class Llama(LanguageModel):
         """(B, T) ids -> (B, T, C); see LanguageModel.hidden."""
         new = [ids.shape[1]] * ids.shape[0] if lengths is None else lengths
         positions, mask = positions_and_mask(ids, cache, new, segments)  # (B, T), (B or 1, 1, T, S)
-        rope = rope_table(rope_angles(positions, self.frequencies.to(ids.device)))
+        angles = rope_angles(positions, self.frequencies.to(ids.device))  # (B, T, D/2)
+        rope = rope_table(angles, attention_factor(self.config))
 
         x = self.tok_embeddings(ids)  # (B, T, C)
         context = ForwardContext(rope, mask, cache, new)

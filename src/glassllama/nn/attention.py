@@ -18,18 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassllama.base.config import LlamaConfig
+from glassllama.base.config import DecoderConfig
 from glassllama.nn.hooks import HookPoint
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.norm import rms_norm
-from glassllama.nn.rope import ROTATE, RopeTable
+from glassllama.nn.rope import RopeTable, rotate_part
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """Values that all blocks share in one forward pass."""
 
-    rope: RopeTable
+    rope: RopeTable | None  # None: no positional encoding
     mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal, without past tokens
     cache: KVCache | None
     new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
@@ -80,10 +79,32 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H·D)
 
 
-def attention_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q·k/√D for every pair of positions, float32; query head h uses KV head h // (H/K)."""
+def window_mask(positions: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """The mask of a sliding window: (B, T) positions, mask as in ForwardContext -> (B, 1, T, S).
+
+    A query sees itself and the `window` - 1 tokens before it. In packed rows positions restart, but
+    so do the visible tokens: there a token's place in the row is the last one that it sees.
+    """
+    if mask is None:
+        mask = causal_mask(positions, positions.shape[1])
+    where = torch.arange(mask.shape[-1], device=mask.device)  # (S,)
+    last = (mask * where).amax(-1, keepdim=True)  # (B, 1, T, 1), the query itself
+    return mask & (where > last - window)
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """q·k·scale for every pair of positions, float32; query head h uses KV head h // (H/K).
+
+    The usual scale is 1/√D.
+    """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, K, S, D) -> (B, H, S, D)
-    return q.float() / math.sqrt(q.shape[-1]) @ k.float().mT  # (B, H, T, S)
+    scaled = q.float() / math.sqrt(q.shape[-1]) if scale is None else q.float() * scale
+    return scaled @ k.float().mT  # (B, H, T, S)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap): as x near zero, never beyond ± cap (Gemma 2, 2024, section 2)."""
+    return torch.tanh(x / cap) * cap
 
 
 def attention_weights(scores: Tensor, mask: Tensor) -> Tensor:
@@ -99,35 +120,45 @@ def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
     return (weights @ v.float()).type_as(v)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """The same three steps in one kernel; no mask means causal, with T = S. -> (B, H, T, D)."""
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
     )
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: HookPoint, weights: HookPoint
-) -> Tensor:
-    """The fused kernel, or the formula if `scores` or `weights` has a hook. -> (B, H, T, D)."""
-    if not (scores.is_hooked or weights.is_hooked):
-        return fused_attention(q, k, v, mask)
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: HookPoint, weights: HookPoint,
+    *, scale: float | None = None, cap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The fused kernel, or the formula. -> (B, H, T, D).
+
+    The formula is used if `scores` or `weights` has a hook, or if the scores have a soft cap.
+    """
+    if not (scores.is_hooked or weights.is_hooked or cap):
+        return fused_attention(q, k, v, mask, scale)
     if mask is None:
         mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2])
-    return weighted_sum(weights(attention_weights(scores(attention_scores(q, k)), mask)), v)
+    found = attention_scores(q, k, scale)
+    found = soft_cap(found, cap) if cap else found
+    return weighted_sum(weights(attention_weights(scores(found), mask)), v)
 
 
 class Attention(nn.Module):
-    """Project to heads, apply RoPE, attend, project back."""
+    """Project to heads, apply RoPE, attend, project back. Families change single steps of it."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, *, bias: bool = False) -> None:
+        """`bias`: q, k and v have biases."""
         super().__init__()
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.config, self.layer = config, layer
-        self.rotate = ROTATE[config.rope_layout]
-        self.wq = nn.Linear(config.dim, queries, bias=False)
-        self.wk = nn.Linear(config.dim, keys, bias=False)
-        self.wv = nn.Linear(config.dim, keys, bias=False)
+        self.config, self.layer, self.rope_layout = config, layer, config.rope_layout
+        self.scale: float | None = None  # of the scores, if not 1/√D
+        self.cap: float | None = None  # soft cap of the scores
+        self.wq = nn.Linear(config.dim, queries, bias=bias)
+        self.wk = nn.Linear(config.dim, keys, bias=bias)
+        self.wv = nn.Linear(config.dim, keys, bias=bias)
         self.wo = nn.Linear(queries, config.dim, bias=False)
         self.q, self.k, self.v = HookPoint(), HookPoint(), HookPoint()  # per head, before RoPE
         self.q_rope, self.k_rope = HookPoint(), HookPoint()  # after RoPE and QK-norm
@@ -137,17 +168,23 @@ class Attention(nn.Module):
         q = self.q(split_heads(self.wq(x), self.config.n_heads))  # (B, H, T, D)
         k = self.k(split_heads(self.wk(x), self.config.n_kv_heads))  # (B, K, T, D)
         v = self.v(split_heads(self.wv(x), self.config.n_kv_heads))  # (B, K, T, D)
-        q, k = self.apply_rope(q, context.rope), self.apply_rope(k, context.rope)
+        q, k = self.encode_positions(q, k, context.rope)
         q, k = self.q_rope(q), self.k_rope(k)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v, context.new)  # (B, K, S, D)
         heads = self.heads(self.attend(q, k, v, context.mask))  # (B, H, T, D)
         return self.wo(join_heads(heads))  # (B, T, C)
 
-    def apply_rope(self, x: Tensor, rope: RopeTable) -> Tensor:
-        """Apply RoPE, then the weightless QK-norm if configured. (B, H, T, D) -> same."""
-        rotated = self.rotate(x, rope)
-        return rms_norm(rotated, self.config.norm_eps) if self.config.qk_norm else rotated
+    def encode_positions(
+        self, q: Tensor, k: Tensor, rope: RopeTable | None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply RoPE to queries and keys. (B, H, T, D), (B, K, T, D) -> same."""
+        if rope is None:
+            return q, k
+        q, k = rotate_part(q, rope, self.rope_layout), rotate_part(k, rope, self.rope_layout)
+        return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(q, k, v, mask, self.scores, self.weights)  # (B, H, T, D)
+        return attend(
+            q, k, v, mask, self.scores, self.weights, scale=self.scale, cap=self.cap
+        )  # (B, H, T, D)

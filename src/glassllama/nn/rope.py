@@ -17,7 +17,10 @@ from glassllama.base.config import RopeLayout
 
 
 class RopeTable(NamedTuple):
-    """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32; broadcast over heads."""
+    """Cosine and sine of every angle, (B or 1, 1, T, D/2) float32; broadcast over heads.
+
+    Fewer than D/2 angles rotate the first coordinates of a head only.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -28,10 +31,10 @@ def rope_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     return positions.float().unsqueeze(-1) * frequencies
 
 
-def rope_table(angles: Tensor) -> RopeTable:
-    """(B, T, D/2) angles -> their cosines and sines."""
+def rope_table(angles: Tensor, factor: float = 1.0) -> RopeTable:
+    """(B, T, D/2) angles -> their cosines and sines, times a factor (YaRN, LongRoPE)."""
     angles = angles.unsqueeze(1)  # (B, 1, T, D/2)
-    return RopeTable(angles.cos(), angles.sin())
+    return RopeTable(angles.cos() * factor, angles.sin() * factor)
 
 
 def rotate_interleaved(x: Tensor, rope: RopeTable) -> Tensor:
@@ -49,6 +52,14 @@ def rotate_half(x: Tensor, rope: RopeTable) -> Tensor:
 
 
 ROTATE = {"interleaved": rotate_interleaved, "half": rotate_half}
+
+
+def rotate_part(x: Tensor, rope: RopeTable, layout: RopeLayout) -> Tensor:
+    """Rotate the first R = 2 · (number of angles) coordinates. (B, H, T, D) -> same."""
+    width = 2 * rope.cos.shape[-1]
+    if width == x.shape[-1]:
+        return ROTATE[layout](x, rope)
+    return torch.cat((ROTATE[layout](x[..., :width], rope), x[..., width:]), dim=-1)
 
 
 def rotate_complex(x: Tensor, angles: Tensor, layout: RopeLayout) -> Tensor:

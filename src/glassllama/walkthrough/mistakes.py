@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from glassllama.base.errors import GlassError
-from glassllama.nn.rope import ROTATE
 from glassllama.walkthrough.step import Check, HeatMap, Picture, Source, Table, source
 from glassllama.walkthrough.tracing import Predictions, kl_divergence, predictions_by_row, trace
 from glassllama.walkthrough.walkthrough import Walkthrough
@@ -46,8 +45,8 @@ def without_mask(attention: Any) -> None:
 
 
 def other_rope_layout(attention: Any) -> None:
-    layouts = ROTATE.values()
-    attention.rotate = next(f for f in layouts if f is not attention.rotate)
+    other = {"half": "interleaved", "interleaved": "half"}
+    attention.rope_layout = other[attention.rope_layout]
 
 
 def without_scale(attention: Any) -> None:
@@ -89,7 +88,7 @@ MISTAKES = {mistake.name: mistake for mistake in (NO_MASK, ROPE_LAYOUT, SCALE)}
 def with_mistake(model: nn.Module, mistake: Mistake) -> Iterator[None]:
     """Inside the `with` all layers make this mistake. Raises GlassError if there is no RoPE."""
     attentions: list[Any] = [m for name, m in model.named_modules() if name.endswith(".attention")]
-    if mistake is ROPE_LAYOUT and not hasattr(attentions[0], "rotate"):
+    if mistake is ROPE_LAYOUT and not hasattr(attentions[0], "rope_layout"):
         raise GlassError(f"{mistake.name}: this {type(model).__name__} has no RoPE")
     unchanged = [dict(attention.__dict__) for attention in attentions]
     try:

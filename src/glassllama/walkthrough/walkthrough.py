@@ -14,6 +14,7 @@ import torch
 from rich.cells import cell_len
 from torch import Tensor, nn
 
+from glassllama.base.config import attention_factor
 from glassllama.base.errors import (
     ConfigError,
     GenerationError,
@@ -39,8 +40,9 @@ from glassllama.walkthrough.tracing import (
     trace,
 )
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
-from glassllama.weights.load import StreamedBlock, StreamedLlama, as_tensor, load_model
+from glassllama.weights.load import StreamedBlock, as_tensor, load_model, streamed_model
 
+EXPLAINED = ("llama", "gpt2")  # the architectures of manual_block.py
 # Attention weights of all layers are recorded up to this length: they grow with its square.
 MAX_TOKENS_FOR_ALL_MAPS = 64
 SHOWN_TOKENS = 24
@@ -219,7 +221,9 @@ class Walkthrough:
         return rope_angles(torch.tensor([positions]), self.frequencies)
 
     def rope(self, positions: range) -> RopeTable | None:
-        return rope_table(self.angles(positions)) if self.has_rope else None
+        if not self.has_rope:
+            return None
+        return rope_table(self.angles(positions), attention_factor(self.checkpoint.config))
 
     def parameter(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
@@ -343,10 +347,10 @@ def open_walkthrough(
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config: Any = checkpoint.config
-    if not hasattr(config, "n_heads"):
+    if checkpoint.architecture.name not in EXPLAINED:
         raise ConfigError(
-            f"{checkpoint.path}: the walkthrough is for transformers (Llama, GPT-2) and this is a "
-            f"{checkpoint.architecture.title}"
+            f"{checkpoint.path}: the walkthrough explains Llama and GPT-2, and this is a "
+            f"{checkpoint.architecture.title}; LLM.trace reads the tensors of every model"
         )
     for option, value, count in (("layer", layer, config.n_layers), ("head", head, config.n_heads)):
         if not 0 <= value < count:
@@ -355,7 +359,8 @@ def open_walkthrough(
     tokenizer, ids = encode(checkpoint, prompt, specials)
     require_prompt(ids, config)
     if model is None and stream_layers:
-        model = StreamedLlama(checkpoint)
+        streamed: Any = streamed_model(checkpoint)
+        model = streamed
     elif model is None:
         loaded: Any = load_model(checkpoint, progress=progress)
         model = loaded

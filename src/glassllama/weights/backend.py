@@ -3,7 +3,7 @@
 Options are checked before anything is opened, and memory is computed before it is allocated. The
 ways to run a model: the CPU engine with packed weights, float weights quantized on the way or not;
 the reference model with all weights in bfloat16 or float32; and the same model streamed, with the
-weights of one layer in memory at a time (`StreamedLlama` of weights/load.py). Needs no PyTorch.
+weights of one layer in memory at a time (`streamed_model` of weights/load.py). Needs no PyTorch.
 """
 
 from __future__ import annotations

@@ -63,14 +63,22 @@ class Checkpoint:
             return info
         stored_rows = tensor.stored_shape[-1 if tensor.transposed else 0]
         nbytes = info.nbytes // stored_rows * tensor.shape[0]
-        return replace(info, name=ours, shape=tensor.shape, nbytes=nbytes)
+        dtype = "F32" if tensor.less_one else info.dtype  # 1 + w is computed in float32
+        return replace(info, name=ours, shape=tensor.shape, nbytes=nbytes, dtype=dtype)
 
     def read(self, ours: str, rows: slice | None = None) -> NDArray[Any]:
         """The tensor, or some of its rows, as stored (see TensorFile.read)."""
         tensor = self.tensors[ours]
         if tensor.as_stored:
             return self.file.read(tensor.theirs, rows)
+        if tensor.is_slice:
+            start, stop, _ = (rows or slice(None)).indices(tensor.shape[0])
+            first = tensor.first_row
+            return self.file.read(tensor.theirs, slice(first + start, first + stop))
         stored = self.file.read(tensor.theirs)
+        if tensor.less_one:
+            info = self.file.info(tensor.theirs)
+            stored = dequantize(stored, info.dtype, info.shape) + np.float32(1)
         stored = stored.T if tensor.transposed else stored
         matrix = stored[tensor.first_row : tensor.first_row + tensor.shape[0]]
         return np.ascontiguousarray(matrix if rows is None else matrix[rows])

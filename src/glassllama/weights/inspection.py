@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glassllama.base.config import kv_bytes
 from glassllama.base.errors import GlassError, TokenizerError
 from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE, Progress, Tokenizer
 from glassllama.base.machine import available_memory
@@ -98,7 +97,7 @@ def memory_needed(checkpoint: Checkpoint) -> list[dict[str, int]]:
         return []
     config = checkpoint.config
     weights = packing_plan(checkpoint, exact=False, quantize="none").nbytes
-    per_token = kv_bytes(config, CACHE_NUMBER["int16"], CACHE_SCALE)
+    per_token = checkpoint.layer_plan.kv_bytes(CACHE_NUMBER["int16"], CACHE_SCALE)
     contexts = [min(FIRST_CONTEXT, config.max_seq_len)]
     while contexts[-1] < config.max_seq_len:
         contexts.append(min(contexts[-1] * CONTEXT_FACTOR, config.max_seq_len))

@@ -1,8 +1,8 @@
 """A checkpoint → the PyTorch model, whole in memory or with the weights of one layer at a time.
 
 `load_model` builds the reference model without memory and fills it one tensor at a time.
-`StreamedLlama`, for models larger than memory, is the Llama of models/llama.py built on the meta
-device, where a weight is a shape without data. A layer is filled from the file when it is called
+`streamed_model`, for models larger than memory, leaves the weights of blocks on the meta device,
+where a weight is a shape without data. A layer is filled from the file when it is called
 and emptied afterwards; embeddings are read row by row, the output matrix in blocks of rows. After
 reading, both our memory and the mapped pages of the file are released. Every forward pass reads the
 whole file, so it is slow.
@@ -19,6 +19,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,6 @@ from glassllama.base.interfaces import KVCache as Cache
 from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.base.machine import available_memory, gigabytes, require_memory
 from glassllama.models.language_model import LanguageModel
-from glassllama.models.llama import Block, Llama
 from glassllama.nn.attention import ForwardContext
 from glassllama.nn.init import shapes_only
 from glassllama.nn.kv_cache import KVCache
@@ -209,17 +210,16 @@ class StreamedOutput(nn.Module):
         return self.source.linear(OUTPUT, h)  # (…, V)
 
 
-class StreamedBlock(Block):
-    """A block whose weights are in memory during its forward pass."""
+class StreamedBlock(nn.Module):
+    """Before the class of a block: its weights are in memory during its forward pass."""
 
-    def __init__(self, source: Source, layer: int) -> None:
-        super().__init__(source.checkpoint.config, layer)
-        self.source, self.number = source, layer
+    source: Source
+    number: int
 
     @contextmanager
     def filled(self) -> Iterator[StreamedBlock]:
         """Inside this `with` the weights have data."""
-        if not self.attention_norm.weight.is_meta:  # filled by an outer `with`, which empties it
+        if not next(self.parameters()).is_meta:  # filled by an outer `with`, which empties it
             yield self
             return
         shapes = dict(self.named_parameters())
@@ -233,49 +233,58 @@ class StreamedBlock(Block):
 
     def forward(self, x: Tensor, step: ForwardContext) -> Tensor:
         with self.filled():
-            return super().forward(x, step)  # (B, T, C)
+            out: Tensor = super().forward(x, step)  # (B, T, C)
+            return out
 
 
-class StreamedLlama(Llama):
-    """Used like Llama, with the same hook points; `layers[n].filled()` gives access to weights.
+class StreamedModel(LanguageModel):
+    """Before the class of a model: no weights but those of the last norm stay in memory."""
+
+    source: Source
+
+    def multiply_output(self, h: Tensor) -> Tensor:
+        if self.config.tie_embeddings:
+            return self.source.linear(EMBEDDINGS, h)  # (…, V)
+        return super().multiply_output(h)  # (…, V)
+
+
+@cache
+def streamed_class(before: Any, original: Any) -> Any:
+    """A class that is `original`, with the methods of `before`."""
+    return type(f"Streamed{original.__name__}", (before, original), {})
+
+
+def streamed_model(
+    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A model that is used like any other; `layers[n].filled()` gives access to weights.
 
     `dtype` None leaves bfloat16 files as they are and makes everything else float32. The checkpoint
-    stays open as long as the model is used. Raises ConfigError for a model that is no Llama, and
-    MemoryShortError before it allocates.
+    stays open as long as the model is used. Raises ConfigError for a model that only runs whole in
+    memory, and MemoryShortError before it allocates.
     """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        _ = checkpoint.layer_plan  # raises ConfigError if only PyTorch, in memory, runs the model
-        config, dtype = checkpoint.config, default_dtype(checkpoint) if dtype is None else dtype
-        source = Source(checkpoint, dtype, torch.device(device))
-        if source.device.type == "cpu":
-            require_memory(
-                streamed_memory(checkpoint, 0, dtype.itemsize) - PYTORCH_ITSELF,
-                what=f"one layer of {checkpoint.path.name} in {str(dtype).removeprefix('torch.')}",
-                instead="close other programs, or use a smaller model",
-            )
-        with shapes_only():
-            super().__init__(config)
-            self.layers = nn.ModuleList(StreamedBlock(source, n) for n in range(config.n_layers))
-        self.to(dtype)
-        self.tok_embeddings = StreamedEmbedding(source)
-        set_parameter(self, "norm.weight", source.tensor("norm.weight"))
-        self.source = source
-        if not config.tie_embeddings:
-            self.add_module("output", StreamedOutput(source))
-        self.requires_grad_(False).eval()
-
-    def logits(self, h: Tensor) -> Tensor:
-        """(…, C) -> (…, V) float32, as Llama's."""
-        tied = self.config.tie_embeddings
-        logits: Tensor = self.source.linear(EMBEDDINGS, h) if tied else self.output(h)
-        return self.last_logits(logits.float())  # (…, V)
+    _ = checkpoint.layer_plan  # raises ConfigError if only PyTorch, in memory, runs the model
+    dtype = default_dtype(checkpoint) if dtype is None else dtype
+    source = Source(checkpoint, dtype, torch.device(device))
+    if source.device.type == "cpu":
+        require_memory(
+            streamed_memory(checkpoint, 0, dtype.itemsize) - PYTORCH_ITSELF,
+            what=f"one layer of {checkpoint.path.name} in {str(dtype).removeprefix('torch.')}",
+            instead="close other programs, or use a smaller model",
+        )
+    with shapes_only():
+        model: Any = checkpoint.architecture.model_class()(checkpoint.config).to(dtype)
+    model.__class__ = streamed_class(StreamedModel, model.__class__)
+    for n, block in enumerate(model.layers):
+        block.__class__ = streamed_class(StreamedBlock, block.__class__)
+        block.source, block.number = source, n
+    model.tok_embeddings = StreamedEmbedding(source)
+    set_parameter(model, "norm.weight", source.tensor("norm.weight"))
+    model.source = source
+    if not checkpoint.config.tie_embeddings:
+        model.output = StreamedOutput(source)
+    streamed: LanguageModel = model.requires_grad_(False).eval()
+    return streamed
 
 
 # --- a PyTorch model as an executor ---------------------------------------------------------------

@@ -126,6 +126,7 @@ def hf_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
             for tensor in tensors
         ]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        whole = (whole.float() - 1).to(dtype) if tensors[0].less_one else whole
         yield theirs, (whole.T if tensors[0].transposed else whole).contiguous()
 
 

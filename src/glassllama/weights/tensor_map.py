@@ -108,7 +108,7 @@ def differences(
         info, shape = file.info(name), tensor.stored_shape
         if info.shape != shape:
             yield f"{name} is {written(info.shape)}, the configuration says {written(shape)}"
-        if info.dtype not in (SUPPORTED if tensor.as_stored else FLOATS):
+        if info.dtype not in (SUPPORTED if tensor.is_slice else FLOATS):
             yield f"{name} is of type {info.dtype}, which no weight is"
 
 

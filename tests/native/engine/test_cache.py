@@ -81,7 +81,7 @@ def test_results_are_bit_identical_with_and_without_sharing(engine: Engine, name
 def test_equal_beginnings_are_computed_and_stored_once(engine: Engine) -> None:
     cache = Rows(engine, 5)
     cache.next_logits([SAME] * 5)  # four whole pages and 44 tokens
-    page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
+    page = PAGE * bytes_per_token(engine.plan, engine.cache_kind)
     assert cache.reused == 4 * (len(SAME) - 1)
     assert cache.nbytes == (4 + 5) * page
     for row in range(1, 5):
@@ -98,7 +98,7 @@ def test_prompts_in_chunks_are_shared_completely(engine: Engine, piece: int) -> 
     for start in range(0, 700, piece):
         logits = cache.next_logits([IDS[start : start + piece]] * 3)
     assert logits is not None
-    page = PAGE * bytes_per_token(engine.config, engine.cache_kind)
+    page = PAGE * bytes_per_token(engine.plan, engine.cache_kind)
     assert cache.nbytes == (700 // PAGE + 3) * page
     assert cache.reused == 2 * (700 - -(-700 // piece))  # all but the last of each chunk
     del cache
@@ -182,9 +182,9 @@ def test_bytes_per_token(engine: Engine) -> None:
     config = engine.config
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     scales = 4 * numbers // config.head_dim
-    assert bytes_per_token(config, KVType.FLOAT32) == 4 * numbers
-    assert bytes_per_token(config, KVType.INT16) == 2 * numbers + scales
-    assert bytes_per_token(config, KVType.INT8) == numbers + scales
+    assert bytes_per_token(engine.plan, KVType.FLOAT32) == 4 * numbers
+    assert bytes_per_token(engine.plan, KVType.INT16) == 2 * numbers + scales
+    assert bytes_per_token(engine.plan, KVType.INT8) == numbers + scales
 
 
 def test_the_error_of_integer_caches(tmp_path: Path) -> None:

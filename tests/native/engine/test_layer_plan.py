@@ -273,6 +273,6 @@ def test_missing_and_unexpected_biases_are_refused() -> None:
     plan = PLANS["biases of q, k and v"]
     weights = random_weights(plan)
     with pytest.raises(WeightsError, match=r"layers\.0\.attention\.wk\.bias"):
-        Engine(SMALL, weights)
+        Engine(SMALL, weights, plan=PLAN)
     with pytest.raises(WeightsError, match=r"layers\.0\.attention\.wk\.bias"):
         Engine(SMALL, random_weights(PLAN), plan=plan)

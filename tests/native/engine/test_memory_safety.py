@@ -15,6 +15,7 @@ import pytest
 
 from glassllama.base.errors import GenerationError, WeightsError
 from glassllama.base.interfaces import NewTokens
+from glassllama.base.layer_plan import llama_plan
 from glassllama.generation import GenerationSettings, generate
 from glassllama.native.engine.attention import SPAN
 from glassllama.native.engine.executor import Engine, Weights
@@ -152,12 +153,13 @@ def test_scratch_for_spans_grows_with_the_row(engine: Engine, length: int) -> No
 
 def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
     packed = weights(SMALL)
-    Engine(SMALL, packed)  # compile before memory is measured
+    Engine(SMALL, packed, plan=llama_plan(SMALL))  # compile before memory is measured
     peaks = []
     for context in (2048, 2**31 - 1):
         tracemalloc.start()
         try:
-            engine = Engine(replace(SMALL, max_seq_len=context), packed)
+            config = replace(SMALL, max_seq_len=context)
+            engine = Engine(config, packed, plan=llama_plan(config))
             Rows(engine).next_logits([[1, 2, 3]])
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
@@ -169,8 +171,9 @@ def test_a_long_context_takes_no_memory_before_it_is_used() -> None:
     "wrong", [{"dim": 128}, {"ffn_dim": 192}, {"n_layers": 3}, {"n_heads": 8}, {"vocab_size": 204}]
 )
 def test_weights_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
+    config = replace(SMALL, **wrong)
     with pytest.raises(WeightsError, match="packed matrices"):
-        Engine(replace(SMALL, **wrong), weights(SMALL))
+        Engine(config, weights(SMALL), plan=llama_plan(config))
 
 
 def test_one_matrix_of_another_shape_is_refused() -> None:
@@ -178,7 +181,7 @@ def test_one_matrix_of_another_shape_is_refused() -> None:
     good, wide = weights(SMALL), weights(replace(SMALL, ffn_dim=192))
     matrices = [*good.matrices[:7], *wide.matrices[7:14], good.matrices[-1]]
     with pytest.raises(WeightsError, match="192"):
-        Engine(SMALL, Weights(matrices, good.embeddings, good.vectors))
+        Engine(SMALL, Weights(matrices, good.embeddings, good.vectors), plan=llama_plan(SMALL))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are implemented for Linux only")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig
+from glassllama.base.config import DecoderConfig
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import (
     CLOSED,
@@ -25,7 +25,7 @@ from glassllama.base.interfaces import (
     context_full,
     require_distinct,
 )
-from glassllama.base.layer_plan import ModelPlan, llama_plan
+from glassllama.base.layer_plan import ModelPlan
 from glassllama.base.locks import synchronized
 from glassllama.native.engine import model
 from glassllama.native.engine.attention import SPAN
@@ -93,24 +93,25 @@ def make_native_sampler(*, vocab_size: int, **settings: float) -> NativeSampler:
 
 
 class Engine:
-    """A Llama on the CPU. Calls of several threads wait for each other."""
+    """A decoder on the CPU. Calls of several threads wait for each other."""
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         weights: Weights,
         *,
+        plan: ModelPlan,
         exact: bool = False,
         cache: CacheType = "int16",
         threads: int | None = None,
         notes: Sequence[str] = (),
-        plan: ModelPlan | None = None,
     ) -> None:
         """`exact` stores keys and values in float32, else `cache` says how.
 
         `threads` is how many processors to use; None: all that this process may use.
         """
         self.config = config
+        self.plan = plan
         self.weights = weights
         self.exact = exact
         self.cache_kind = KV_FLOAT32 if exact else CACHE_KINDS[cache]
@@ -119,11 +120,9 @@ class Engine:
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
-        self._pages = Pages(PAGE * bytes_per_token(config, self.cache_kind))
+        self._pages = Pages(PAGE * bytes_per_token(plan, self.cache_kind))
         self.lock = self._pages.lock
-        self._workspace = Workspace(
-            plan or llama_plan(config), weights, max_tokens=CHUNKS[0], threads=self.threads
-        )
+        self._workspace = Workspace(plan, weights, max_tokens=CHUNKS[0], threads=self.threads)
         self._closed = False
         self._layer_seconds = weights.nbytes / config.n_layers / FIRST_SPEED
         self._compile()

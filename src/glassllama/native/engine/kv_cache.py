@@ -23,9 +23,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import LlamaConfig, kv_bytes
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_SCALE, CacheType
+from glassllama.base.layer_plan import ModelPlan
 from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.engine.layout import ITEM_BYTES, KV_FLOAT32, KV_INT8, KV_INT16, PAGE, zeros
 
@@ -35,9 +35,9 @@ CACHE_KINDS: dict[CacheType, int] = {"int16": KV_INT16, "int8": KV_INT8}
 MIN_SHARED = 32  # ids in common with another sequence of a batch: that one is fed first, for both
 
 
-def bytes_per_token(config: LlamaConfig, kv_type: int) -> int:
+def bytes_per_token(plan: ModelPlan, kv_type: int) -> int:
     """Memory of one token's keys and values in all layers; integers have scales besides."""
-    return kv_bytes(config, ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != KV_FLOAT32 else 0)
+    return plan.kv_bytes(ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != KV_FLOAT32 else 0)
 
 
 def living(references: Iterable[weakref.ref[T]]) -> list[T]:

@@ -101,6 +101,7 @@ def product(x: Tensor, scale: Tensor | None, *linears: torch.nn.Linear) -> Tenso
 def attend(qkv: Tensor, context: ForwardContext, config: Any) -> Tensor:
     """RoPE and attention in float32. (B, T, (H+K+K)·D) -> (B, T, H·D), both in the dtype."""
     heads = qkv.unflatten(-1, (-1, config.head_dim))  # (B, T, H+K+K, D)
+    assert context.rope is not None
     angles = [each.expand(len(qkv), -1, -1, -1).flatten(0, 2) for each in context.rope]  # (N, D/2)
     eps = config.norm_eps if config.qk_norm else NO_NORM
     q, k, v = RopeNorm.apply(heads, *angles, (config.n_heads, config.n_kv_heads), eps)

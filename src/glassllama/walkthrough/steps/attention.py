@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from glassllama.base.config import attention_factor
 from glassllama.nn.attention import attention_scores, attention_weights, split_heads, weighted_sum
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex
@@ -147,7 +148,7 @@ def positions(walk: Walkthrough) -> Step:
 def rope(walk: Walkthrough) -> Step:
     c, attention, angles = walk.config, f"{walk.prefix}.attention", walk.angles(walk.positions)
     q, q_rope = walk.manual["attention.q"], walk.manual["attention.q_rope"]
-    complex_q = rotate_complex(q, angles, c.rope_layout)
+    complex_q = rotate_complex(q, angles, c.rope_layout) * attention_factor(c)
     complex_q = rms_norm(complex_q, c.norm_eps) if c.qk_norm else complex_q
     scaled = "" if c.rope_scaling is None else ", changed by the configuration's rope_scaling"
     normed = " Then the whole head is divided by its RMS (qk_norm)." if c.qk_norm else ""

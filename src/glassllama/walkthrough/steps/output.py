@@ -206,7 +206,7 @@ def last_logits(walk: Walkthrough) -> Step:
     top = [*zip(*map(Tensor.tolist, predictions(last, TOP)), strict=True)]
     rows = [(walk.piece(i), p, f"{p:6.1%}  logit {float(last[i]):7.3f}") for i, p in top]
     matrix = "the embedding matrix, used again" if c.tie_embeddings else "the output matrix"
-    statement = f"logits = {'F.linear' if c.tie_embeddings else 'self.output'}"
+    statement = "return F.linear" if c.tie_embeddings else "product: Tensor = self.output"
     return Step(
         name="logits",
         title="Last norm, logits, top ten",
@@ -214,7 +214,7 @@ def last_logits(walk: Walkthrough) -> Step:
         shapes=f"x {shape(normed)} → norm {shape(normed)} → logits {shape(logits)}",
         sources=sources(
             (RMSNorm.forward, "return") if walk.is_rms_norm else (layer_norm,),
-            (walk.implementation().logits, statement),
+            (walk.implementation().multiply_output, statement),
         ),
         text=f"The logits are the products of the vector with the {c.vocab_size:,} rows of "
         f"{matrix}; softmax makes them probabilities. The model predicts the next token after "

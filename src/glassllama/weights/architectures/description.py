@@ -41,11 +41,13 @@ class Stored:
     """How a file stores one of our tensors, if not under a name of its own and as it is.
 
     With `parts`, several matrices are stored as one, stacked along their output axis: ours is the
-    one number `part`. If `transposed`, the file has (in, out) instead of (out, in).
+    one number `part`. If `transposed`, the file has (in, out) instead of (out, in). If `less_one`,
+    the file has w where ours is 1 + w.
     """
 
     name: str
     transposed: bool = False
+    less_one: bool = False
     parts: tuple[str, ...] = ()  # rows of each matrix, products of letters
     part: int = 0
 
@@ -75,13 +77,19 @@ class MappedTensor:
     shape: tuple[int, ...]  # of ours
     stored_shape: tuple[int, ...]  # of the file's
     transposed: bool
+    less_one: bool
     first_row: int  # of ours among the rows of a stored tensor that holds several
     is_zero: bool  # the file must hold zeros; not a parameter of ours
 
     @property
     def as_stored(self) -> bool:
         """Whether the file's tensor is ours, as it is."""
-        return self.shape == self.stored_shape and not self.transposed
+        return self.shape == self.stored_shape and self.is_slice
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether ours is a range of the rows of the file's tensor, number by number."""
+        return not self.transposed and not self.less_one
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,8 @@ def apply(rule: TensorRule, config: Any, file_format: FileFormat, layer: int) ->
     return MappedTensor(
         ours=rule.ours.format(layer), theirs=stored.name.format(layer), shape=shape,
         stored_shape=stored_shape[::-1] if stored.transposed else stored_shape,
-        transposed=stored.transposed, first_row=sum(rows[: stored.part]),
+        transposed=stored.transposed, less_one=stored.less_one,
+        first_row=sum(rows[: stored.part]),
         is_zero=bool(rule.zero_unless) and not getattr(config, rule.zero_unless),
     )  # fmt: skip
 

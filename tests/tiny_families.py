@@ -1,0 +1,192 @@
+"""Tiny random decoders of all families, written by transformers and by the gguf package.
+
+Every option of a family is on: windows shorter than the prompts, soft caps that matter, contexts
+beyond the original one. All sizes differ, so that swapped axes are detected.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from tiny_models import hf_model, to_pairs
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 140,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 10,
+    "tie_word_embeddings": False,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    "rope_theta": 10_000.0,
+}  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0],
+    "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "rope_parameters": DEFAULT},
+    "mistral nemo": {"model_type": "mistral", "sliding_window": None, "rope_parameters": DEFAULT},
+    "qwen2": {"model_type": "qwen2", "rope_parameters": DEFAULT, "head_dim": 8},
+    "qwen2 yarn": {"model_type": "qwen2", "rope_parameters": YARN, "head_dim": 8},
+    "qwen2 windows": {
+        "model_type": "qwen2", "rope_parameters": DEFAULT, "head_dim": 8,
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "rope_parameters": DEFAULT},
+    "qwen3 tied": {
+        "model_type": "qwen3", "rope_parameters": DEFAULT, "tie_word_embeddings": True
+    },
+    "gemma": {
+        "model_type": "gemma", "rope_parameters": DEFAULT, "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "rope_parameters": DEFAULT, "tie_word_embeddings": True,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 6,
+        "query_pre_attn_scalar": 17,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "tie_word_embeddings": True, "num_hidden_layers": 7,
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, SLIDING: DEFAULT,
+        },
+        "sliding_window": 6, "query_pre_attn_scalar": 17,
+    },
+    "smollm3": {
+        "model_type": "smollm3", "rope_parameters": DEFAULT, "head_dim": 8, "pad_token_id": 0,
+    },
+    "phi3": {
+        "model_type": "phi3", "rope_parameters": DEFAULT, "sliding_window": 9, "head_dim": 8,
+        "pad_token_id": 0,
+    },
+    "phi3 longrope": {
+        "model_type": "phi3", "rope_parameters": LONG, "head_dim": 8, "pad_token_id": 0,
+        "original_max_position_embeddings": 256,
+    },
+    "olmo2": {"model_type": "olmo2", "rope_parameters": DEFAULT, "head_dim": 8},
+    "granite": {
+        "model_type": "granite", "rope_parameters": DEFAULT, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
+        "head_dim": 8,
+    },
+    "llama yarn": {"model_type": "llama", "rope_parameters": YARN},
+}  # fmt: skip
+ADDS_ONE = ("gemma", "gemma2", "gemma3")  # stored as w for 1 + w in Hugging Face's files
+PERMUTED = ("smollm3", "granite")  # q and k rows in pairs in GGUF files
+
+
+def family_model(name: str, **changes: Any) -> Any:
+    """A random model of transformers in float32."""
+    model = hf_model(**{**SHAPE, **FAMILIES[name], **changes})
+    if FAMILIES[name]["model_type"].startswith("gemma"):
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data -= 1.0
+    return model
+
+
+GGUF_TENSORS = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def gguf_tensors(model: Any, architecture: str) -> dict[str, np.ndarray]:
+    """The tensors as llama.cpp's converter writes them."""
+    names = dict(GGUF_TENSORS)
+    if architecture in ("gemma2", "gemma3", "olmo2"):
+        names |= FOUR_NORMS
+    heads = {
+        "attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads
+    }  # fmt: skip
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            _, _, layer, part = stem.split(".", 3)
+            theirs = f"blk.{layer}.{names[part]}"
+        else:
+            theirs = names[stem]
+        own = theirs.rpartition(".")[2]
+        if architecture in PERMUTED and own in heads:
+            tensor = to_pairs(tensor, heads[own])
+        if architecture in ADDS_ONE and own.endswith("norm"):
+            tensor = tensor + 1
+        out[f"{theirs}.{kind}"] = tensor.float().numpy()
+    return out
+
+
+def write_family_gguf(
+    model: Any, architecture: str, path: Path, kind: Any = gguf.GGMLQuantizationType.F32
+) -> Path:
+    c, writer = model.config, gguf.GGUFWriter(str(path), architecture)
+    rope = c.rope_parameters
+    own = rope.get(FULL, rope)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(own["rope_theta"])
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * own.get("partial_rotary_factor", 1.0)))
+    if own["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(own["factor"])
+    if own["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(own["factor"])
+        writer.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
+    if own["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
+        for size in ("short", "long"):
+            factors = np.array(own[f"{size}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{size}.weight", factors)
+    if architecture in ("gemma2", "gemma3", "phi3") and c.sliding_window:
+        writer.add_sliding_window(c.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(c.final_logit_softcapping)
+    if architecture == "granite":
+        writer.add_residual_scale(c.residual_multiplier)
+        writer.add_embedding_scale(c.embedding_multiplier)
+        writer.add_logit_scale(c.logits_scaling)
+        writer.add_attention_scale(c.attention_multiplier)
+    for name, values in gguf_tensors(model, architecture).items():
+        stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
+        writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
