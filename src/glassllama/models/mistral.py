@@ -1,5 +1,7 @@
-"""Mistral: a Llama with a sliding window (Jiang et al., 2023). Its configuration is in
-weights/architectures/mistral.py."""
+"""Mistral: a Llama with a sliding window.
+
+Source: Mistral 7B (Jiang et al., 2023). Its configuration is in weights/architectures/mistral.py.
+"""
 
 from __future__ import annotations
 

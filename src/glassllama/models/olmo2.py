@@ -1,5 +1,7 @@
-"""OLMo 2: norms after attention and feed-forward network only; all heads of q, and of k, are
-normalized together. Its configuration is in weights/architectures/olmo2.py."""
+"""OLMo 2: norms after attention and feed-forward network, and one norm for all heads of q and of k.
+
+Its configuration is in weights/architectures/olmo2.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama and its relatives: LLaMA, Llama 2, 3 and Mistral; a Llama with QK-norm of our own.
+"""Llama: LLaMA, Llama 2 and 3, GGUF files of Mistrals; a Llama with QK-norm of our own.
 
 Tensor names of Hugging Face, GGUF and Meta; configurations of config.json, GGUF metadata and
 params.json → one LlamaConfig. Sizes that a file leaves out follow from rules that its format
