@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3: √dim · embeddings, GELU, norms after attention and feed-forward, soft caps, windows.
+"""Gemma 1, 2 and 3: scaled embeddings, GELU, norms after the sublayers, soft caps, windows.
 
 Our weights of norms are 1 + w of Hugging Face's files. The configurations are in
 weights/architectures/gemma.py.
