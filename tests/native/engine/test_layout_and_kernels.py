@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from numba import njit
 from numpy.typing import NDArray
 
 from glassllama.formats.blocks import quantize
-from glassllama.native.engine.dispatch import TIERS, features, kernel_address
+from glassllama.native.engine.dispatch import (
+    SIGNATURE,
+    TIERS,
+    features,
+    kernel,
+    kernel_address,
+    tier,
+)
 from glassllama.native.engine.elementwise import (
     exponential,
     quantize_blocks,
@@ -424,3 +432,12 @@ def test_bfloat_tiles_against_float64() -> None:
             inputs = Inputs(narrow, narrow, narrow.astype(np.float64))
             run = partial(multiply, matrix, "amx", last=matrix.groups, form=InputFormat.BF16)
             assert faults(matrix, numbers, inputs, columns, run) == []
+
+
+@pytest.mark.skipif(tier() == "plain", reason="the kernels of tier plain are ordinary loops")
+def test_vectors_on_the_stack_do_not_cross_cache_lines() -> None:
+    """With many registers in use kernels keep vectors on the stack: its frame is aligned."""
+    kind = WeightType.Q4_1
+    function = kernel(kind, tier(), kind.input_format)
+    compiled: Any = numba.cfunc(SIGNATURE, error_model="numpy")(function)
+    assert "alignstack=64" in compiled._library.get_llvm_str()

@@ -63,6 +63,8 @@ def instruction(
                     context.make_array(own)(context, builder, value) if kind is ARRAY else value
                     for own, kind, value in zip(others, formal, values[constants:], strict=True)
                 ]
+                if constants:  # part of a kernel
+                    align_stack(builder.function)
                 result = function(Vectors(builder), *literals, *given)
                 return context.get_dummy_value() if returns is types.void else result
 
@@ -75,6 +77,16 @@ def instruction(
         return made
 
     return decorate
+
+
+def align_stack(function: Any) -> None:
+    """Let a function begin its stack frame at a cache line.
+
+    A kernel keeps vectors on the stack that do not fit into registers. At an address that is only a
+    multiple of 16 every second one of 32 bytes would lie in two cache lines.
+    """
+    function.attributes.alignstack = LINE
+    function.attributes.add("nounwind")  # llvmlite writes no attributes if this set is empty
 
 
 def vector(kind: Any, lanes: int) -> Any:
