@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 import transformers
 
+from glassllama.base.errors import GlassError
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.save import save_model
 from rows import Rows
-from tiny_families import FAMILIES, family_model, write_family_gguf
+from tiny_families import FAMILIES, LONG, family_model, write_family_gguf
 from tolerances import difference, logits_tolerance
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(200, 200 + 127))))
@@ -95,3 +97,32 @@ def test_transformers_reads_what_we_save(name: str, tmp_path: Path) -> None:
     bar = logits_tolerance(checkpoint.config)
     assert difference(again(IDS).logits, model(IDS).logits) <= bar
     assert open_checkpoint(tmp_path / "ours").config == checkpoint.config
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+    ("gemma2", {"attn_logit_softcapping": 0.0}, "score_cap"),
+    ("gemma2", {"final_logit_softcapping": float("nan")}, "final_logit_softcapping"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_scale"),
+    ("gemma3", {"layer_types": ["full_attention"]}, "layer_types"),
+    ("smollm3", {"no_rope_layers": [1]}, "rope_layers"),
+    ("granite", {"logits_scaling": 0.0}, "logit_divisor"),
+    ("phi3", {"num_key_value_heads": 3}, "qkv_proj"),
+    ("phi3 longrope", {"rope_parameters": {**LONG, "short_factor": [1.0]}}, "1 short and 3 long"),
+    ("qwen3", {"num_hidden_layers": 3}, "layer_types"),
+    ("olmo2", {"num_hidden_layers": 3}, "unexpected model.layers.3"),
+    ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "words"), BAD)
+def test_wrong_fields_are_refused(
+    name: str, fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    family_model(name).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | fields))
+    with pytest.raises(GlassError, match=words) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)

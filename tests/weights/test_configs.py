@@ -74,6 +74,7 @@ def test_notices_name_keys_without_effect() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "spiral"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "long_factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"hidden_size": "big"}, "hidden_size.*'big'"),

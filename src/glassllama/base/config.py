@@ -118,6 +118,8 @@ class YarnScaling:
 
     def divisors(self, frequencies: Floats, pairs: Pairs, config: DecoderConfig) -> Floats:
         dim, theta = config.rotary_dim, config.rope_theta
+        if theta == 1:
+            raise ConfigError("rope_scaling: YaRN needs a rope_theta other than 1")
 
         def pair_that_turns(times: float) -> float:
             ratio = self.original_max_seq_len / (times * 2 * math.pi)

@@ -5,7 +5,6 @@ Sources: Phi-3 Technical Report (2024), Phi-4-Mini Technical Report (2025).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from glassllama.weights.architectures.rope import (
     context_ends_at,
     divisors_of,
     expected,
+    long_rope_scale,
     rope_from_hf,
 )
 
@@ -90,8 +90,7 @@ def gguf_keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]
         return found
     context, count = fields["max_seq_len"], fields["rotary_width"] // 2
     original = get.integer("rope.scaling.original_context_length", context)
-    factor = context / original
-    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    usual = long_rope_scale(context / original, original)
     scaling = LongRopeScaling(
         short=divisors_of(get.file, SHORT, count),
         long=divisors_of(get.file, LONG, count),

@@ -103,7 +103,7 @@ def scaling_from_hf(
         return yarn, max(context, int(yarn.factor * original)), notes
     if kind == "longrope":
         factor = rope.number("factor", context / original)
-        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        usual = long_rope_scale(factor, original)
         lists = {
             name: tuple(map(float, rope.items(f"{name}_factor", of="number")))
             for name in ("short", "long")
@@ -142,6 +142,13 @@ def yarn_from_hf(rope: Fields, context: int, original: int) -> YarnScaling:
 def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
     """YaRN's factor of cosines and sines (Peng et al., 2023, section 3.4)."""
     return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def long_rope_scale(factor: float, original: int) -> float:
+    """LongRoPE's factor of cosines and sines, for a context longer by `factor`."""
+    if factor <= 1 or original <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def rope_to_hf(scaling: RopeScaling | None, suffix: str = "") -> dict[str, Any] | None:
@@ -197,6 +204,8 @@ def scaling_from_gguf(file: TensorFile, get: Fields, name: str, count: int) -> R
 
 def divisors_of(file: TensorFile, name: str, count: int) -> tuple[float, ...]:
     """A tensor of a GGUF with a divisor for each of `count` frequencies. Raises ConfigError."""
+    if name not in file.names():
+        raise ConfigError(f"GGUF: {name} is missing")
     info = file.info(name)
     if info.shape != (count,) or info.dtype != "F32":
         raise ConfigError(
