@@ -211,7 +211,7 @@ class StreamedOutput(nn.Module):
 
 
 class StreamedBlock(nn.Module):
-    """Before the class of a block: its weights are in memory during its forward pass."""
+    """Mixin for the class of a block: its weights are in memory during its forward pass."""
 
     source: Source
     number: int
@@ -238,7 +238,7 @@ class StreamedBlock(nn.Module):
 
 
 class StreamedModel(LanguageModel):
-    """Before the class of a model: no weights but those of the last norm stay in memory."""
+    """Mixin for the class of a model: only the weights of the last norm stay in memory."""
 
     source: Source
 
@@ -249,9 +249,9 @@ class StreamedModel(LanguageModel):
 
 
 @cache
-def streamed_class(before: Any, original: Any) -> Any:
-    """A class that is `original`, with the methods of `before`."""
-    return type(f"Streamed{original.__name__}", (before, original), {})
+def streamed_class(mixin: Any, original: Any) -> Any:
+    """A subclass of `original` whose methods are first searched in the mixin."""
+    return type(f"Streamed{original.__name__}", (mixin, original), {})
 
 
 def streamed_model(
