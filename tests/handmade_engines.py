@@ -45,6 +45,14 @@ def handmade(config: LlamaConfig = SMALL, kind: str = "F32", **options: Any) -> 
     return Engine(config, weights(config, kind), plan=llama_plan(config), **options)
 
 
+def with_windows(window: int, **options: Any) -> Engine:
+    """Of three layers; the first and the last have a sliding window."""
+    whole = llama_plan(SMALL)
+    local = replace(whole.blocks[0], attention=replace(whole.blocks[0].attention, window=window))
+    plan = replace(whole, blocks=(local, whole.blocks[1], local))
+    return Engine(replace(SMALL, n_layers=3), weights(plan), plan=plan, **options)
+
+
 def with_guard_pages(array: NDArray[Any]) -> NDArray[Any]:
     """A copy between two guard pages (no access), ending at the second one.
 

@@ -16,8 +16,9 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -264,7 +265,7 @@ class Roofline:
     bytes: int  # of the matrices that every token is multiplied with
     ops: int  # two per weight
     output_ops: int  # those of the output matrix: once per prefill
-    cache_bytes: int  # per token of context and sequence
+    cache_bytes: Callable[[int], int]  # of one sequence with a context of so many tokens
     numbers: Number  # format of most products
     vocab_size: int
 
@@ -274,7 +275,7 @@ class Roofline:
 
     @classmethod
     def of_engine(cls, llm: LLM) -> Roofline:
-        from glassllama.native.engine.kv_cache import bytes_per_token
+        from glassllama.native.engine.kv_cache import number_bytes
 
         engine: Any = llm.executor
         matrices, config = engine.weights.matrices, engine.config
@@ -284,7 +285,7 @@ class Roofline:
             bytes=sum(matrix.nbytes for matrix in matrices),
             ops=2 * sum(matrix.rows * matrix.columns for matrix in matrices),
             output_ops=2 * matrices[-1].rows * matrices[-1].columns,
-            cache_bytes=bytes_per_token(engine.plan, engine.cache_kind),
+            cache_bytes=partial(engine.plan.kv_bytes, *number_bytes(engine.cache_kind)),
             numbers=floats if largest.weight_type.is_float else "int8",
             vocab_size=config.vocab_size,
         )
@@ -299,7 +300,7 @@ class Roofline:
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
             ops=2 * sum(tensor.numel() for tensor in tensors.values()),
             output_ops=2 * tensors[output].numel() if output in tensors else 0,
-            cache_bytes=0,
+            cache_bytes=lambda context: 0,
             numbers="float32" if next(iter(tensors.values())).itemsize == 4 else "bfloat16",
             vocab_size=llm.executor.config.vocab_size,
         )
@@ -307,8 +308,8 @@ class Roofline:
     def result(self, cell: Cell, tok_s: float, peers: list[float]) -> CellResult:
         bytes_s, ops = None, float(self.ops)
         if cell.what == "decode":
-            context = cell.context + cell.tokens / 2  # on average
-            bytes_s = tok_s * (self.bytes / cell.batch + context * self.cache_bytes)
+            context = cell.context + cell.tokens // 2  # on average
+            bytes_s = tok_s * (self.bytes / cell.batch + self.cache_bytes(context))
         else:
             ops -= self.output_ops * (1 - 1 / cell.tokens)
         return CellResult(

@@ -200,9 +200,20 @@ class ModelPlan:
     def n_layers(self) -> int:
         return len(self.blocks)
 
-    def kv_bytes(self, number: int, scale: int = 0) -> int:
-        """Bytes of one token's keys and values in all blocks, as in `AttentionPlan.kv_bytes`."""
-        return sum(block.attention.kv_bytes(number, scale) for block in self.blocks)
+    def windows(self) -> list[int]:
+        """The sliding window of each block; 0 for none, also if it is as long as the context."""
+        windows = (block.attention.window or 0 for block in self.blocks)
+        return [window if window < self.max_seq_len else 0 for window in windows]
+
+    def kv_bytes(self, number: int, scale: int = 0, tokens: int = 1) -> int:
+        """Bytes of the keys and values of a text in all blocks, as in `AttentionPlan.kv_bytes`.
+
+        Blocks with a window keep only those of its last tokens.
+        """
+        return sum(
+            min(tokens, window or tokens) * block.attention.kv_bytes(number, scale)
+            for window, block in zip(self.windows(), self.blocks, strict=True)
+        )
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Parameter names of all matrices -> (rows, columns), in the order of use.

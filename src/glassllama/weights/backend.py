@@ -203,7 +203,7 @@ def estimate_memory(
 
 def engine_memory(checkpoint: Checkpoint, tokens: int) -> Iterator[tuple[RunMode, int]]:
     """Packed weights (weights/pack.py), with the default KV cache."""
-    cache = tokens * checkpoint.layer_plan.kv_bytes(CACHE_NUMBER["int16"], CACHE_SCALE)
+    cache = checkpoint.layer_plan.kv_bytes(CACHE_NUMBER["int16"], CACHE_SCALE, tokens)
     last = 0
     for quantize in CHOICES:
         size = packing_plan(checkpoint, exact=False, quantize=quantize).nbytes

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +98,11 @@ def memory_needed(checkpoint: Checkpoint) -> list[dict[str, int]]:
         return []
     config = checkpoint.config
     weights = packing_plan(checkpoint, exact=False, quantize="none").nbytes
-    per_token = checkpoint.layer_plan.kv_bytes(CACHE_NUMBER["int16"], CACHE_SCALE)
+    cache = partial(checkpoint.layer_plan.kv_bytes, CACHE_NUMBER["int16"], CACHE_SCALE)
     contexts = [min(FIRST_CONTEXT, config.max_seq_len)]
     while contexts[-1] < config.max_seq_len:
         contexts.append(min(contexts[-1] * CONTEXT_FACTOR, config.max_seq_len))
-    return [{"context": n, "weights": weights, "cache": n * per_token} for n in contexts]
+    return [{"context": n, "weights": weights, "cache": cache(n)} for n in contexts]
 
 
 # --- validation -----------------------------------------------------------------------------

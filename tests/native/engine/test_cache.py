@@ -13,10 +13,11 @@ import pytest
 from glassllama.base.errors import GenerationError
 from glassllama.base.interfaces import CACHE_NUMBER
 from glassllama.native.engine.executor import Engine
-from glassllama.native.engine.kv_cache import bytes_per_token
+from glassllama.native.engine.kv_cache import number_bytes
 from glassllama.native.engine.layout import ITEM_BYTES, PAGE, KVType
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.pack import pack
+from handmade_engines import SMALL, with_windows
 from rows import Rows
 from tiny_models import META_SHAPE, hf_model, write_gguf
 
@@ -25,6 +26,7 @@ SHAPE = {
     "head_dim": 40, "intermediate_size": 160, "vocab_size": 203,
 }  # fmt: skip
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 203, 700)]
+WINDOW = 100
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(write_gguf(hf_model(**SHAPE), path, gguf.GGMLQuantizationType.Q8_0))
 
 
-@pytest.fixture(scope="module", params=["int16", "int8"])
-def engine(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Engine:
-    return pack(checkpoint, cache=request.param)
+@pytest.fixture(scope="module")
+def engines(checkpoint: Checkpoint) -> dict[str, Engine]:
+    """Two without windows, and one whose first and last layers have windows."""
+    return {
+        "int16": pack(checkpoint, cache="int16"), "int8": pack(checkpoint, cache="int8"),
+        "windows": with_windows(WINDOW),
+    }  # fmt: skip
+
+
+@pytest.fixture(params=["int16", "int8", "windows"])
+def engine(engines: dict[str, Engine], request: pytest.FixtureRequest) -> Engine:
+    return engines[request.param]
+
+
+@pytest.fixture(params=["int16", "int8"])
+def without_windows(engines: dict[str, Engine], request: pytest.FixtureRequest) -> Engine:
+    return engines[request.param]
+
+
+def page_bytes(engine: Engine) -> int:
+    return PAGE * engine.plan.kv_bytes(*number_bytes(engine.cache_kind))
 
 
 KNOWN: dict[tuple[int, tuple[int, ...]], Any] = {}
@@ -43,7 +63,7 @@ KNOWN: dict[tuple[int, tuple[int, ...]], Any] = {}
 
 def alone(engine: Engine, ids: list[int]) -> Any:
     """Logits after the last of these ids, from an engine with an empty cache."""
-    text = (engine.cache_kind, tuple(ids))
+    text = (id(engine), tuple(ids))
     if text not in KNOWN:
         gc.collect()
         assert not engine._pages.root.children, "memory of another test is still allocated"
@@ -78,10 +98,9 @@ def test_results_are_bit_identical_with_and_without_sharing(engine: Engine, name
         assert (second[row] == alone(engine, ids + new[row])).all()
 
 
-def test_equal_beginnings_are_computed_and_stored_once(engine: Engine) -> None:
-    cache = Rows(engine, 5)
+def test_equal_beginnings_are_computed_and_stored_once(without_windows: Engine) -> None:
+    cache, page = Rows(without_windows, 5), page_bytes(without_windows)
     cache.next_logits([SAME] * 5)  # four whole pages and 44 tokens
-    page = PAGE * bytes_per_token(engine.plan, engine.cache_kind)
     assert cache.reused == 4 * (len(SAME) - 1)
     assert cache.nbytes == (4 + 5) * page
     for row in range(1, 5):
@@ -92,14 +111,14 @@ def test_equal_beginnings_are_computed_and_stored_once(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("piece", [100, 128])
-def test_prompts_in_chunks_are_shared_completely(engine: Engine, piece: int) -> None:
+def test_prompts_in_chunks_are_shared_completely(without_windows: Engine, piece: int) -> None:
     """Each row computes the last id of a chunk itself; its page is then merged with equal ones."""
-    cache, logits = Rows(engine, 3), None
+    engine, logits = without_windows, None
+    cache = Rows(engine, 3)
     for start in range(0, 700, piece):
         logits = cache.next_logits([IDS[start : start + piece]] * 3)
     assert logits is not None
-    page = PAGE * bytes_per_token(engine.plan, engine.cache_kind)
-    assert cache.nbytes == (700 // PAGE + 3) * page
+    assert cache.nbytes == (700 // PAGE + 3) * page_bytes(engine)
     assert cache.reused == 2 * (700 - -(-700 // piece))  # all but the last of each chunk
     del cache
     assert (logits == alone(engine, IDS)).all()
@@ -177,14 +196,99 @@ def test_a_refused_call_does_not_change_the_cache(engine: Engine) -> None:
         assert cache.lengths == [90, 90]
 
 
-def test_bytes_per_token(engine: Engine) -> None:
-    """Keys and values of two layers, as stored in a page."""
-    config = engine.config
+def test_bytes_of_a_text(engines: dict[str, Engine]) -> None:
+    """Keys and values of all layers, as stored in a page; of a window only the last ones."""
+    plan, sizes = engines["int16"].plan, {KVType.FLOAT32: 4, KVType.INT16: 2, KVType.INT8: 1}
+    config = engines["int16"].config
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     scales = 4 * numbers // config.head_dim
-    assert bytes_per_token(engine.plan, KVType.FLOAT32) == 4 * numbers
-    assert bytes_per_token(engine.plan, KVType.INT16) == 2 * numbers + scales
-    assert bytes_per_token(engine.plan, KVType.INT8) == numbers + scales
+    for kind, size in sizes.items():
+        of_token = size * numbers + (scales if size < 4 else 0)
+        assert plan.kv_bytes(*number_bytes(kind), 7) == 7 * of_token
+    local, of_layer = engines["windows"].plan, 2 * SMALL.n_kv_heads * (2 * SMALL.head_dim + 4)
+    assert local.kv_bytes(2, 4, WINDOW - 1) == 3 * (WINDOW - 1) * of_layer
+    assert local.kv_bytes(2, 4, 1000) == (1000 + 2 * WINDOW) * of_layer
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+def local_pages(rows: Rows) -> int:
+    """Pages that have memory for the layers with a window."""
+    cache: Any = rows.cache
+    pages = {id(page): page for row in rows.sequences for page in cache.get(row)}
+    return sum(page.local is not None for page in pages.values())
+
+
+def local_pages_during_steps(engine: Engine, rows: Rows) -> list[int]:
+    """Of a prompt in several chunks, after each of them."""
+    step, used = engine._step, list[int]()
+
+    def counted(*arguments: Any) -> None:
+        step(*arguments)
+        used.append(local_pages(rows))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_step", counted)
+        rows.next_logits([IDS])
+    return used
+
+
+# The most pages that WINDOW tokens reach into, and one more for texts that are cut back a little.
+KEPT = -(-(WINDOW - 1) // PAGE) + 1 + 1
+
+
+def test_memory_that_no_window_reaches_is_freed(engines: dict[str, Engine]) -> None:
+    """During a long prompt, too: only what one chunk of it needs is there at a time."""
+    engine = engines["windows"]
+    rows = Rows(engine)
+    used = local_pages_during_steps(engine, rows)
+    assert len(used) > 2
+    assert max(used) <= KEPT + engine.capabilities.prefill_chunk // PAGE
+    assert local_pages(rows) <= KEPT
+    for n in range(3 * PAGE):
+        logits = rows.next_logits([[n]])
+        assert local_pages(rows) <= KEPT
+    page, pages = page_bytes(engine), -(-(len(IDS) + 3 * PAGE) // PAGE)
+    assert rows.nbytes <= page // 3 * (pages + 2 * KEPT)
+    del rows
+    assert (logits[0] == alone(engine, [*IDS, *range(3 * PAGE)])).all()
+
+
+@pytest.mark.parametrize("back", [1, PAGE, 2 * PAGE, 200, 500, 650, 699])
+def test_a_text_that_is_cut_back_is_computed_again_where_its_window_was_freed(
+    engines: dict[str, Engine], back: int
+) -> None:
+    engine = engines["windows"]
+    rows, before = Rows(engine, 2), len(IDS) - back
+    rows.next_logits([IDS, []])
+    rows.truncate(0, before)
+    cache: Any = rows.cache
+    assert cache.can_continue(cache.get(rows.sequences[0])) == (back <= PAGE)
+    rows.sequences[1] = cache.fork(rows.sequences[0])
+    logits = rows.next_logits([[7, 8], [9]])
+    assert rows.lengths == [before + 2, before + 1]
+    del rows, cache
+    assert (logits[0] == alone(engine, [*IDS[:before], 7, 8])).all()
+    assert (logits[1] == alone(engine, [*IDS[:before], 9])).all()
+
+
+def test_a_beginning_whose_window_was_freed_is_not_shared(engines: dict[str, Engine]) -> None:
+    """At the same time it is: the memory is kept until the other text of the batch has begun."""
+    engine, texts = engines["windows"], [IDS, [*IDS[:333], 5, 6], [*IDS[:333], 7, 8]]
+    rows = Rows(engine, 4)
+    together = rows.next_logits([texts[0], texts[1], [], []])
+    assert rows.reused == 333
+    rows.truncate(1, 0)
+    rows.next_logits([[1] * PAGE, [], [], []])  # memory is freed at the end of a page
+    later = rows.next_logits([[], [], texts[2], []])
+    assert rows.reused == 0
+    again = rows.next_logits([[], [], [], texts[1]])
+    assert rows.reused == 333, "now the third text has a window there"
+    del rows
+    for logits, text in zip([*together[:2], later[2], again[3]], [*texts[:2], texts[2], texts[1]],
+                            strict=True):  # fmt: skip
+        assert (logits == alone(engine, text)).all()
 
 
 def test_the_error_of_integer_caches(tmp_path: Path) -> None:

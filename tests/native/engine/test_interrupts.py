@@ -23,7 +23,7 @@ from glassllama.base.errors import GenerationError
 from glassllama.generation import Generation, GenerationSettings, Request, Scheduler, generate
 from glassllama.native.engine.executor import Engine
 from glassllama.native.engine.thread_pool import ASLEEP
-from handmade_engines import SMALL, handmade
+from handmade_engines import SMALL, handmade, with_windows
 from interrupting import Interruption
 from long_mode import LONG
 from rows import Rows
@@ -36,6 +36,11 @@ MOMENTS = 1 if LONG else 59  # every moment, or one of so many
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return handmade()
+
+
+@pytest.fixture(scope="module", params=["no window", "windows"])
+def any_engine(request: pytest.FixtureRequest) -> Engine:
+    return handmade() if request.param == "no window" else with_windows(30)
 
 
 def history(engine: Engine, cache: Any) -> list[Callable[[], Any]]:
@@ -54,8 +59,9 @@ def moments(first: int) -> range:
     return range(first, 100_000, MOMENTS)
 
 
-def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(engine: Engine) -> None:
+def test_a_call_interrupted_at_any_moment_is_complete_or_has_no_effect(any_engine: Engine) -> None:
     """Other caches that share its pages are unchanged."""
+    engine = any_engine
     other = Rows(engine)
     other.next_logits([IDS[:120]])
     cache = Rows(engine, 3)

@@ -61,16 +61,18 @@ class Scratch(NamedTuple):
 @compiled
 def page_offsets(workspace: Any, layer: int, kv_head: int, kv_type: int) -> Any:
     """Where keys, values and scales of a layer and KV head begin in a page."""
-    heads, head = workspace.layers * workspace.kv_heads, layer * workspace.kv_heads + kv_head
+    heads = layer_field(workspace, layer, ws.KV_LAYERS) * workspace.kv_heads
+    head = layer_field(workspace, layer, ws.KV_LAYER) * workspace.kv_heads + kv_head
     size = workspace.head_dim * PAGE * item_bytes(kv_type)
     return PageOffsets(head * size, (heads + head) * size, 2 * heads * size + head * 2 * PAGE * 4)
 
 
 @compiled
-def pages_of(workspace: Any, step: Any, t: int) -> Any:
-    """Addresses of the pages of a token's sequence."""
-    sequence = token_fields(workspace, t)[ws.SEQUENCE]
-    return integers64(step.page_table + sequence * step.table_columns * 8, step.table_columns)
+def pages_of(workspace: Any, layer: int, step: Any, t: int) -> Any:
+    """Addresses of the pages of a token's sequence, in the page pool of the layer."""
+    has_window = layer_field(workspace, layer, ws.WINDOW) > 0
+    row_of_table = 2 * token_fields(workspace, t)[ws.SEQUENCE] + has_window
+    return integers64(step.page_table + row_of_table * step.table_columns * 8, step.table_columns)
 
 
 @compiled
@@ -126,7 +128,7 @@ def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) 
     key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
     rope_and_norm(workspace, layer, t, key, k_norm)
     position = position_of(workspace, t)
-    page, slot = pages_of(workspace, step, t)[position // PAGE], position % PAGE
+    page, slot = pages_of(workspace, layer, step, t)[position // PAGE], position % PAGE
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
     store_kv(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kv_type)
 
@@ -196,16 +198,15 @@ def attend_page(workspace: Any, scratch: Any, layer: int, page: int, ahead: int,
         keys, values, form = scratch.kv_f32, scratch.kv_f32, KV_FLOAT32
     score_page(scratch.queries, count * group, keys, width, scores, ahead, form)
     cap = layer_number(workspace, layer, ws.SOFTCAP)
-    plain = cap == 0 and layer_field(workspace, layer, ws.WINDOW) == 0
     for n in range(count):
         position = position_of(workspace, t + n)
-        visible = min(PAGE, position + 1 - past)
+        first, visible = first_visible(workspace, layer, position) - past, position + 1 - past
+        first, visible = max(0, first), min(PAGE, visible)
         for g in range(n * group, (n + 1) * group):
             own, accumulator = scores + g * PAGE * 4, accumulators + g * (width + 2) * 4
-            if plain:
+            if cap == 0 and first == 0:
                 softmax_page(own, visible, accumulator, width, page + at.scales, kv_type)
             else:
-                first = max(0, first_visible(workspace, layer, position) - past)
                 softmax_capped_page(
                     own, first, visible, accumulator, width, page + at.scales, kv_type, cap
                 )
@@ -242,7 +243,8 @@ def attend_span(
                 scale,
             )
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
-    pages, last = pages_of(workspace, step, t), position_of(workspace, t + count - 1) // PAGE
+    pages = pages_of(workspace, layer, step, t)
+    last = position_of(workspace, t + count - 1) // PAGE
     first = first_visible(workspace, layer, position_of(workspace, t)) // PAGE
     for page in range(max(first, span * SPAN // PAGE), min((span + 1) * SPAN // PAGE, last + 1)):
         ahead = pages[min(page + 1, last)] - pages[page]
@@ -280,17 +282,19 @@ def attend_sequence(
 
 @compiled
 def attend_range(
-    first: int, last: int, worker: Any, workspace: Any, layer: int, step: Any, spans: int
-) -> None:
-    """Items: every span of every KV head of every tile."""
+    first: int, last: int, worker: Any, workspace: Any, layer: int, step: Any, first_span: int,
+    spans: int,
+) -> None:  # fmt: skip
+    """Items: every visible span of every KV head of every tile."""
     kv_heads, group = workspace.kv_heads, workspace.group_size
     for item in range(first, last):
         tile, kv_head, span = item // (kv_heads * spans), item // spans % kv_heads, item % spans
-        if spans == 1:
+        if not shares_spans(workspace, step):
             if stores_in_attend(workspace, layer, step):
                 rope_and_store(workspace, layer, step, 0, kv_head)
             attend_sequence(worker, workspace, layer, step, tile, kv_head)
         else:
+            span += first_span
             first_head = (span * kv_heads + kv_head) * group
             partial = workspace.partials + first_head * (workspace.head_dim + 2) * 4
             attend_span(worker, workspace, layer, step, tile, kv_head, span, partial)
@@ -299,9 +303,12 @@ def attend_range(
 @compiled
 def attend(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> None:
     """Attention of all query heads and tokens over the keys up to each token's position."""
-    spans = step.num_spans if shares_spans(workspace, step) else 1
+    first_span, spans = 0, 1
+    if shares_spans(workspace, step):
+        first_span = first_visible(workspace, layer, position_of(workspace, 0)) // SPAN
+        spans = step.num_spans - first_span
     items = step.num_tiles * workspace.kv_heads * spans
-    arguments = (worker, workspace, layer, step, spans)
+    arguments = (worker, workspace, layer, step, first_span, spans)
     parallel_for(worker, phase, items, 1, attend_range, arguments)
 
 

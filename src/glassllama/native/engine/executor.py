@@ -35,7 +35,7 @@ from glassllama.native.engine.kv_cache import (
     CachedSequence,
     PagedCache,
     Pages,
-    bytes_per_token,
+    shared_prefix,
 )
 from glassllama.native.engine.layer_ops import Step
 from glassllama.native.engine.layout import KV_FLOAT32, PAGE
@@ -77,11 +77,32 @@ class Part:
         """Whether ids that another sequence has computed may be skipped."""
         return self.tokens.output != "all"
 
+    def will_share(self, other: Part, cache: PagedCache) -> bool:
+        """Whether it can go on from tokens that the other one computes first."""
+        both = (self.sequence, self.ids, other.sequence, other.ids)
+        return self.may_reuse and cache.will_share(*both)
+
     def skip_known(self, cache: PagedCache) -> None:
         """Take over what the cache knows of the ids; the last one's logits must be computed."""
         if self.may_reuse:
             most = len(self.ids) - (self.tokens.output == "last")
             del self.ids[: cache.match_prefix(self.sequence, self.ids[:most])]
+
+
+def new_lengths(
+    parts: Sequence[Part], first: int, last: int
+) -> Iterator[tuple[CachedSequence, int, int]]:
+    """Of the sequences with new tokens `first` … last-1, all parts counted through -> lengths.
+
+    Each is a sequence, and its length before and after these tokens.
+    """
+    start = 0
+    for part in parts:
+        low, high = max(start, first), min(start + len(part.ids), last)
+        if low < high:
+            past = part.sequence.length - start
+            yield part.sequence, past + low, past + high
+        start += len(part.ids)
 
 
 def make_native_sampler(*, vocab_size: int, **settings: float) -> NativeSampler:
@@ -120,7 +141,7 @@ class Engine:
         self.notes = list(notes)
         if threads is not None and threads > available:
             self.notes.append(f"{threads} threads asked for, {available} processors: using those")
-        self._pages = Pages(PAGE * bytes_per_token(plan, self.cache_kind))
+        self._pages = Pages(plan, self.cache_kind)
         self.lock = self._pages.lock
         self._workspace = Workspace(plan, weights, max_tokens=CHUNKS[0], threads=self.threads)
         self._closed = False
@@ -166,12 +187,29 @@ class Engine:
         logits = self._new_logits(rows)
         before = [part.sequence.length for part in new]
         try:
+            for part in new:
+                if not cache.can_continue(part.sequence):
+                    self._compute_again(part.sequence, cache)
+                part.sequence.continued_from = [part.sequence.length]
             self._forward(new, cache, logits)
+            for part, length in zip(new, before, strict=True):
+                part.sequence.continued_from = []
+                cache.free_unseen(part.sequence, length, part.sequence.length)
         except BaseException:
             for part, length in zip(new, before, strict=True):
                 cache.set_length(part.sequence, length)
             raise
         return logits[:, : self.config.vocab_size]
+
+    def _compute_again(self, sequence: CachedSequence, cache: PagedCache) -> None:
+        """Replace the pages of a sequence, without a window's memory, by those of a new one."""
+        number, other = cache.new_sequence()
+        try:
+            same = Part(NewTokens(number, [], "none"), other, sequence.ids(), first_row=0)
+            self._forward([same], cache, self._new_logits(0))
+            cache.take_pages(sequence, other)
+        finally:
+            cache.drop(number)
 
     def _forward(self, waiting: list[Part], cache: PagedCache, logits: NDArray[np.float32]) -> None:
         """Compute the new tokens of all parts; where two begin alike, the second waits."""
@@ -183,12 +221,11 @@ class Engine:
         while waiting:
             now, later = list[Part](), list[Part]()
             for part in waiting:
-                shares = any(
-                    cache.will_share(part.sequence, part.ids, other.sequence, other.ids)
-                    for other in now
-                    if part.may_reuse
-                )
-                (later if shares else now).append(part)
+                first = next((other for other in now if part.will_share(other, cache)), None)
+                (later if first else now).append(part)
+                if first:
+                    shared = first.sequence.length + shared_prefix(part.ids, first.ids)
+                    first.sequence.continued_from.append(shared)
             self._feed([part for part in now if part.ids], cache, logits)
             for part in later:
                 part.skip_known(cache)
@@ -233,7 +270,12 @@ class Engine:
         while first < len(tokens):
             last = first + self.capabilities.prefill_chunk
             some = [token - first for token, _ in outputs if first <= token < last]
+            new = [*new_lengths(parts, first, last)]
+            for lengths in new:
+                cache.open_window(*lengths)
             self._step(tokens[first:last], some, cache, out[done:])
+            for lengths in new:
+                cache.free_unseen(*lengths)
             first, done = last, done + len(some)
         if not in_order:
             logits[[row for _, row in outputs]] = out
@@ -261,12 +303,12 @@ class Engine:
         spans = position // SPAN + 1
         assert count <= CHUNKS[0]
         assert len(output_rows) <= min(count, len(logits))
-        assert position < page_table.shape[1] * PAGE
+        assert position < page_table.shape[2] * PAGE
         tables["tokens"][:count] = tokens
         tables["output_rows"][: len(output_rows)] = output_rows
         self._workspace.reserve_partials(spans)
         tiles = model.prepare_step(self._workspace.record, count)
-        locations = (page_table.ctypes.data, page_table.shape[1], spans, cache.kv_type)
+        locations = (page_table.ctypes.data, page_table.shape[2], spans, cache.kv_type)
         for layers in self._calls(count):
             started = time.perf_counter()
             self._run(count, tiles, len(output_rows), *layers, *locations, logits.ctypes.data)

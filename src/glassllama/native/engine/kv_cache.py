@@ -6,6 +6,10 @@ of the page in which the two texts part, it gets a copy. Pages that no sequence 
 once: the tree refers to its pages weakly, so that no Python code runs when a cache is freed, in
 which a KeyboardInterrupt would be lost.
 
+Layers with a sliding window have a memory of their own in each page. It is freed as soon as all
+texts of the page have gone on so far that the window does not reach it. A text that is cut back to
+such a place is computed again from its beginning, and so is one that shares its pages up to there.
+
 An exception may come between any two steps of Python's interpreter. So the state of a sequence is
 its list of pages and its length; each changes in a single step, and everything else follows from
 them: which sequences use a page, the page table. Pages after the length, and ids in the last page
@@ -35,9 +39,9 @@ CACHE_KINDS: dict[CacheType, int] = {"int16": KV_INT16, "int8": KV_INT8}
 MIN_SHARED = 32  # ids in common with another sequence of a batch: that one is fed first, for both
 
 
-def bytes_per_token(plan: ModelPlan, kv_type: int) -> int:
-    """Memory of one token's keys and values in all layers; integers have scales besides."""
-    return plan.kv_bytes(ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != KV_FLOAT32 else 0)
+def number_bytes(kv_type: int) -> tuple[int, int]:
+    """Bytes of a number, and of the scale of a head's key or value, which integers have."""
+    return ITEM_BYTES[kv_type], CACHE_SCALE if kv_type != KV_FLOAT32 else 0
 
 
 def living(references: Iterable[weakref.ref[T]]) -> list[T]:
@@ -52,21 +56,36 @@ class CachedSequence(list["Page"]):
         self.slot = slot  # its row of the page table
         self.length = 0
         self.reused = 0  # tokens that were found in the tree instead of computed
+        self.continued_from: list[int] = []  # lengths, besides its own, that keep their windows
+
+    def ids(self) -> list[int]:
+        return [id for page in self for id in page.ids][: self.length]
+
+
+class Memory:
+    """All zeros: weight 0 times a value that was never written must be 0."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes: NDArray[np.uint8] = zeros(np.uint8, nbytes)
+        self.address: int = self.bytes.ctypes.data
+
+    def copy(self) -> Memory:
+        copy = Memory(self.bytes.nbytes)
+        copy.bytes[:] = self.bytes
+        return copy
 
 
 @dataclass(eq=False)
 class Page:
     """Up to 64 tokens that follow those of the parent page. Full pages may belong to many texts."""
 
-    memory: NDArray[np.uint8]
+    memory: Memory  # of layers without a window
     parent: Page | None = None
     number: int = -1  # in its sequences
     ids: list[int] = field(default_factory=list)
     _users: list[weakref.ref[CachedSequence]] = field(default_factory=list)  # now or once
     _children: list[weakref.ref[Page]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.address: int = self.memory.ctypes.data
+    local: Memory | None = None  # of layers with a window; None: not needed yet, or not any more
 
     @property
     def children(self) -> list[Page]:
@@ -87,29 +106,50 @@ class Page:
 class Pages:
     """The pages of all caches of one engine. `root` is the empty beginning of every text."""
 
-    def __init__(self, page_bytes: int) -> None:
-        self.page_bytes = page_bytes
-        self.root = Page(zeros(np.uint8, 0))
+    def __init__(self, plan: ModelPlan, kv_type: int) -> None:
+        windows, numbers = plan.windows(), number_bytes(kv_type)
+        of_layers = [PAGE * block.attention.kv_bytes(*numbers) for block in plan.blocks]
+        self.window = max(windows)  # 0 if no layer has one
+        self.local_bytes = sum(n for n, w in zip(of_layers, windows, strict=True) if w > 0)
+        self.page_bytes = sum(of_layers) - self.local_bytes
+        self.root = Page(Memory(0))
         self.lock = NonReentrantLock()  # taken while pages or sequences change, and during steps
 
     def new(self, parent: Page) -> Page:
-        """An empty page. All zeros: weight 0 times a value that was never written must be 0."""
-        page = Page(zeros(np.uint8, self.page_bytes), parent, parent.number + 1)
+        """An empty page; `PagedCache.open_window` adds the memory of layers with a window."""
+        page = Page(Memory(self.page_bytes), parent, parent.number + 1)
         parent.add_child(page)
         return page
 
     def copy(self, page: Page, count: int) -> Page:
         """A new page with the first `count` tokens of another one."""
         assert page.parent is not None
-        fresh = self.new(page.parent)
-        fresh.memory[:] = page.memory
-        fresh.ids = page.ids[:count]
+        fresh = Page(page.memory.copy(), page.parent, page.number, page.ids[:count])
+        fresh.local = page.local and page.local.copy()
+        page.parent.add_child(fresh)
         return fresh
+
+    def in_window(self, length: int) -> slice:
+        """The pages of a text of this length that the window of its next token reaches."""
+        return slice(max(0, length + 1 - self.window) // PAGE, -(-length // PAGE))
+
+    def is_needed(self, page: Page) -> bool:
+        """Whether the window of any text with this page reaches it.
+
+        Texts may be cut back by up to a page's tokens, as guesses of tokens are, and lose nothing.
+        """
+        return any(
+            self.in_window(length).start - 1 <= page.number < self.in_window(length).stop
+            for user in page.users()
+            for length in (user.length, *user.continued_from)
+        )
 
 
 class PagedCache:
-    """The engine's cache: `table` (slots, pages) int64 holds the addresses of the pages.
+    """The engine's cache: `table` (slots, 2, pages) int64 holds the addresses of the pages.
 
+    For each sequence first those of the layers without a window, then those of the others, which
+    are written before each step for the pages that it uses.
     Memory is allocated page by page, so that a long context costs nothing until it is used.
     """
 
@@ -119,26 +159,27 @@ class PagedCache:
         self._all = pages
         self._sequences: dict[int, CachedSequence] = {}
         self._numbers = itertools.count()
-        self.table = zeros(np.int64, 1, 1)  # as large as was needed so far, or up to twice
+        self.table = zeros(np.int64, 1, 2, 1)  # as large as was needed so far, or up to twice
         self._table_is_good = True
 
     @property
     def nbytes(self) -> int:
         """Memory allocated so far; shared pages count once."""
         pages = {id(page): page for pages in self._sequences.values() for page in pages}
-        return sum(page.memory.nbytes for page in pages.values())
+        every = [memory for page in pages.values() for memory in (page.memory, page.local)]
+        return sum(memory.bytes.nbytes for memory in every if memory is not None)
 
     @synchronized
     def add(self) -> int:
         """A new, empty sequence -> its number."""
-        return self._add()[0]
+        return self.new_sequence()[0]
 
     @synchronized
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens -> its number. Whole pages are shared."""
         source = self.get(sequence)
         self._cut(source)
-        number, fork = self._add()
+        number, fork = self.new_sequence()
         pages, used = list(source), source.length % PAGE
         if used:
             pages[-1] = self._all.copy(pages[-1], used)
@@ -159,7 +200,7 @@ class PagedCache:
     @synchronized
     def remove(self, sequence: int) -> None:
         self.get(sequence)
-        del self._sequences[sequence]
+        self.drop(sequence)
 
     def length(self, sequence: int) -> int:
         return self.get(sequence).length
@@ -173,16 +214,19 @@ class PagedCache:
             raise GenerationError(f"no sequence {sequence} in this cache: it was removed, or never")
         return found
 
-    def _add(self) -> tuple[int, CachedSequence]:
+    # --- for the executor, which holds the lock --------------------------------------------------
+
+    def new_sequence(self) -> tuple[int, CachedSequence]:
         taken = {sequence.slot for sequence in self._sequences.values()}
         slot = next(n for n in itertools.count() if n not in taken)
         if slot >= len(self.table):
-            self._grow(2 * len(self.table), self.table.shape[1])
+            self._grow(2 * len(self.table), self.table.shape[2])
         number, sequence = next(self._numbers), CachedSequence(slot)
         self._sequences[number] = sequence
         return number, sequence
 
-    # --- for the executor, which holds the lock --------------------------------------------------
+    def drop(self, number: int) -> None:
+        del self._sequences[number]
 
     def set_length(self, sequence: CachedSequence, length: int) -> None:
         """Forget what follows the first `length` tokens."""
@@ -221,6 +265,12 @@ class PagedCache:
         own = sequence[-1:] if used else []  # not full: another page may continue it
         text = [*own[0].ids[:used], *ids] if own else ids
         found = find_prefix(own[0].parent if own else self._last(sequence), text)
+        before = sequence[: len(sequence) - len(own)]
+        while found and not self._can_continue(
+            [*before, *(page for page, _ in found)],
+            len(before) * PAGE + sum(count for _, count in found),
+        ):
+            found.pop()
         known = sum(count for _, count in found) - used
         if known <= 0:
             return 0
@@ -229,6 +279,34 @@ class PagedCache:
         sequence.length += known
         sequence.reused += known
         return known
+
+    def can_continue(self, sequence: CachedSequence) -> bool:
+        """Whether the memory of its window is there; if not, it has to be computed again."""
+        return self._can_continue(sequence, sequence.length)
+
+    def _can_continue(self, pages: list[Page], length: int) -> bool:
+        reached = pages[self._all.in_window(length)] if self._all.window else []
+        return all(page.local is not None for page in reached)
+
+    def open_window(self, sequence: CachedSequence, first: int, length: int) -> None:
+        """Before tokens `first` … length-1: the memory of their windows, also in the table."""
+        if not self._all.window:
+            return
+        start, stop = self._all.in_window(first).start, -(-length // PAGE)
+        for n, page in enumerate(sequence[start:stop], start):
+            page.local = page.local or Memory(self._all.local_bytes)
+            self.table[sequence.slot, 1, n] = page.local.address
+
+    def free_unseen(self, sequence: CachedSequence, first: int, length: int) -> None:
+        """After tokens `first` … length-1: free memory that later tokens do not need."""
+        if self._all.window and first // PAGE < length // PAGE:
+            for page in sequence[: max(0, self._all.in_window(length).start - 1)]:
+                if page.local is not None and not self._all.is_needed(page):
+                    page.local = None
+
+    def take_pages(self, sequence: CachedSequence, other: CachedSequence) -> None:
+        """Use the pages of another sequence, which has the same tokens."""
+        self._replace(sequence, 0, [*other])
 
     def will_share(
         self, sequence: CachedSequence, ids: list[int], other: CachedSequence, others: list[int]
@@ -250,6 +328,7 @@ class PagedCache:
         twin = next((p for p in equal if p is not page), None)
         if twin is None:
             return
+        twin.local = twin.local or page.local
         for following in sequence[n + 1 : n + 2]:  # reserved already
             following.parent = twin
             twin.add_child(following)
@@ -266,15 +345,15 @@ class PagedCache:
 
     def _write_table(self, sequence: CachedSequence, first: int = 0) -> None:
         """Write the addresses of the pages from number `first` on."""
-        slots, columns = self.table.shape
+        slots, _, columns = self.table.shape
         if len(sequence) > columns:
             self._grow(slots, max(len(sequence), 2 * columns))
-        addresses = [page.address for page in sequence[first:]]
-        self.table[sequence.slot, first : len(sequence)] = addresses
+        addresses = [page.memory.address for page in sequence[first:]]
+        self.table[sequence.slot, 0, first : len(sequence)] = addresses
 
     def _grow(self, slots: int, columns: int) -> None:
-        larger = zeros(np.int64, slots, columns)
-        larger[: len(self.table), : self.table.shape[1]] = self.table
+        larger = zeros(np.int64, slots, 2, columns)
+        larger[: len(self.table), :, : self.table.shape[2]] = self.table
         self.table = larger
 
     def _cut(self, sequence: CachedSequence) -> None:
@@ -301,7 +380,8 @@ def find_prefix(parent: Page | None, text: list[int]) -> list[tuple[Page, int]]:
     while parent is not None:
         ids = text[len(found) * PAGE :][:PAGE]
         counts = {page: shared_prefix(ids, page.ids) for page in [*parent.children]}
-        parent, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+        best = max(counts, key=lambda page: (counts[page], page.local is not None), default=None)
+        parent, count = best, counts.get(best, 0)
         if parent is None or count == 0:
             break
         found.append((parent, count))

@@ -47,8 +47,8 @@ class Step(NamedTuple):
     num_outputs: int  # tokens whose logits are computed
     first: int  # layers first … last-1; the logits follow the last layer
     last: int
-    page_table: int  # address of the cache's page table
-    table_columns: int  # columns of that table
+    page_table: int  # address of the cache's page table (sequences, 2, pages)
+    table_columns: int  # pages in a row of that table
     num_spans: int  # of the longest sequence, SPAN tokens each
     kv_type: int  # how keys and values are stored: layout.KVType
     logits: int  # address of the output buffer (num_outputs, padded V)

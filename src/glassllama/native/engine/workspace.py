@@ -43,10 +43,11 @@ LANES = 16  # rows of a group
     ROPE_TABLE, ROTARY_PAIRS,  # which tables of cosines and sines, and how many of a head's pairs
     INTERLEAVED,  # which coordinates are a pair: (0, 1), (2, 3), … or halves
     WINDOW,  # tokens that a query sees; 0: all before it
+    KV_LAYER, KV_LAYERS,  # its number among the layers of its page pool (kv_cache.py), and how many
     QKV_BIAS, O_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS,  # addresses of padded rows
     ACTIVATION,  # SILU, GELU_TANH
-) = range(18)  # fmt: skip
-LAYER_FIELDS = 18
+) = range(20)  # fmt: skip
+LAYER_FIELDS = 20
 NO_NORM, PER_HEAD, FULL_WIDTH, UNWEIGHTED = range(4)
 SILU, GELU_TANH = range(2)
 QK_NORMS = {"none": NO_NORM, "per_head": PER_HEAD, "full_width": FULL_WIDTH,
@@ -142,7 +143,7 @@ class Workspace:
             **attention_tables(plan, threads),
         }
         self.tables["layer_fields"] = np.array(
-            [self._layer_fields(n, block, weights, ropes) for n, block in enumerate(plan.blocks)]
+            [self._layer_fields(plan, n, weights, ropes) for n in range(plan.n_layers)]
         )
         self.tables["layer_numbers"] = np.array(
             [
@@ -164,10 +165,11 @@ class Workspace:
         self._replaced: list[NDArray[Any]] = []
 
     def _layer_fields(
-        self, layer: int, block: BlockPlan, weights: Weights, ropes: list[RopePlan]
+        self, plan: ModelPlan, layer: int, weights: Weights, ropes: list[RopePlan]
     ) -> list[int]:
         """The row of a layer in the table `layer_fields`."""
-        a, prefix = block.attention, f"layers.{layer}"
+        block, prefix = plan.blocks[layer], f"layers.{layer}"
+        a = block.attention
 
         def address(name: str) -> int:
             return weights.vectors[name].ctypes.data if name in names else 0
@@ -187,11 +189,13 @@ class Workspace:
         names = vector_shapes_of_block(block, prefix, 0)
         norms = [address(f"{prefix}.{name}.weight") for name in NORM_NAMES.values()]
         qk_norms = [address(f"{prefix}.attention.{q}_norm.weight") for q in "qk"]
-        rope, ffn_bias = a.rope, block.feed_forward.bias
+        rope, ffn_bias, windows = a.rope, block.feed_forward.bias, plan.windows()
+        pool = [(window > 0) == (windows[layer] > 0) for window in windows]
         return [
             *norms, *qk_norms, QK_NORMS[a.qk_norm], a.qk_norm_after_rope,
             ropes.index(rope) if rope else 0, len(rope.frequencies) if rope else 0,
-            rope is not None and rope.layout == "interleaved", a.window or 0,
+            rope is not None and rope.layout == "interleaved",
+            windows[layer], pool[:layer].count(True), pool.count(True),
             bias(WQ, WK, WV) if a.biases & {"q", "k", "v"} else 0,
             bias(WO) if "o" in a.biases else 0,
             *(bias(m) if ffn_bias else 0 for m in (GATE, UP, DOWN)),
