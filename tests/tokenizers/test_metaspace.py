@@ -20,8 +20,8 @@ from glassllama.tokenizers.hf_json import tokenizer_from_json
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT = "".join(mixed_text(seed) for seed in range(20))
-WORDS = ["the", " the", " ", "  ", "▁", "▁▁", "\n", "\n\n", "\t", "café", "é", "日本語", "😀", "I'm",
-         "123", "<unk>", "<s>", "ab", "Word", "§"]  # fmt: skip
+WORDS = ["the", " the", " ", "  ", "▁", "▁▁", "\n", "\n\n", "\t", "café", "é", "日本語", "😀",
+         "123", "<unk>", "<s>", "ab", "Word", "§", "I'm"]  # fmt: skip
 N, P, D = normalizers, pre_tokenizers, decoders
 BYTES_TO_TEXT = [D.Replace("▁", " "), D.ByteFallback(), D.Fuse()]
 SCHEMES = [*product(("always", "first", "never"), (True, False))]

@@ -169,6 +169,7 @@ class HFKeys:
     norm_eps: float = 1e-6
     rope_theta: float = OLD_THETA
     tied: bool = False
+    rope_keys: tuple[str, ...] = ()  # keys of rope_parameters that the family reads
     partial: bool = False  # whether a part of each head may be rotated
     neutral: Mapping[str, Any] = field(default_factory=dict)  # keys -> the only value supported
 
@@ -195,7 +196,7 @@ def config_from_hf(
     notes: list[str] = []
     if not own_rope:
         context = get.integer("max_position_embeddings", keys.context)
-        rope = rope_from_hf(get, context, keys.rope_theta)
+        rope = rope_from_hf(get, context, keys.rope_theta, own_keys=keys.rope_keys)
         if rope.partial != 1 and not keys.partial:
             get.refuse("partial_rotary_factor", "1")
         fields |= {
@@ -203,6 +204,7 @@ def config_from_hf(
         }  # fmt: skip
         notes = rope.notes
     fields |= more(get, fields)
+    notes = [*notes, *fields.pop("notes", [])]
     config = make(**fields)
     unused = values.unused(HF_WITHOUT_EFFECT | {ORIGINAL, *without_effect})
     return Resolved(config, [*unused_note(unused), *notes])
@@ -299,6 +301,7 @@ def config_from_gguf(
         raise ConfigError(f"GGUF: {name}.expert_count: mixtures of experts are not supported")
     # Keys that llama.cpp reads for every architecture and that change the arithmetic.
     only = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, **(neutral or {})}
+    only["rope.scaling.yarn_ext_factor"] = 1.0
     require_neutral(get.values, {f"{name}.{key}": value for key, value in only.items()}, "GGUF")
     fields: dict[str, Any] = {our: get.integer(their) for our, their in GGUF_SIZES.items()}
     head_dim = quotient(fields["dim"], fields["n_heads"]) or REQUIRED
