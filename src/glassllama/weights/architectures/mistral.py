@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from glassllama.base.config import WindowedConfig
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.base.layer_plan import ModelPlan, attention_plan, decoder_plan
 from glassllama.weights.architectures import decoder
 from glassllama.weights.architectures.decoder import HFKeys, hf_values
-from glassllama.weights.architectures.description import Architecture, Resolved
+from glassllama.weights.architectures.description import Architecture, Resolved, hf_class
 from glassllama.weights.architectures.rope import ORIGINAL, context_ends_at
 
+HF_CLASSES = {
+    "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+}  # fmt: skip
 BETA = "llama_4_scaling_beta"  # temperature_scale in Hugging Face's files
 
 
@@ -40,8 +44,8 @@ class MistralConfig(WindowedConfig):
         original = getattr(self.rope_scaling, "original_max_seq_len", 0)
         if self.temperature_scale and self.max_seq_len > original:
             raise ConfigError(
-                f"temperature_scale: needs a context of at most the original one, {original}, got "
-                f"{self.max_seq_len}"
+                f"temperature_scale: needs a RoPE scaling whose original context has at least "
+                f"{self.max_seq_len} tokens, got {quoted(self.rope_scaling)}"
             )
 
 
@@ -65,7 +69,7 @@ def ministral3(get: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     rope, layers = get.object("rope_parameters"), fields["n_layers"]
     window = get.integer("sliding_window", None)
     used = {} if window is None else {"sliding_window": window, "window_layers": (True,) * layers}
-    scale, original = rope.number(BETA), rope.integer(ORIGINAL)
+    scale, original = rope.number(BETA, minimum=0.0), rope.integer(ORIGINAL)
     return used | with_temperature(fields, scale, original, f"config.json: {BETA}")
 
 
@@ -87,7 +91,7 @@ HF_KEYS = HFKeys(
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
-    if values.get("model_type") == "ministral3":
+    if hf_class(values, HF_CLASSES) == HF_CLASSES["ministral3"]:
         keys = replace(
             HF_KEYS, head_dim=128, context=262_144, norm_eps=1e-5, rope_theta=1e6,
             rope_keys=(BETA,),
@@ -113,7 +117,7 @@ def config_to_hf(config: MistralConfig) -> dict[str, Any]:
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     def keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]:
-        scale = get.number("attention.temperature_scale", 0.0)
+        scale = get.number("attention.temperature_scale", 0.0, minimum=0.0)
         context = fields["max_seq_len"]
         original = get.integer("rope.scaling.original_context_length", context)
         source = "GGUF: mistral3.attention.temperature_scale"
@@ -128,11 +132,7 @@ def config_from_gguf(file: TensorFile) -> Resolved:
 MISTRAL = Architecture(
     name="mistral",
     title="Mistral",
-    hf_classes={
-        "mistral": "MistralForCausalLM",
-        "ministral": "MinistralForCausalLM",
-        "ministral3": "Ministral3ForCausalLM",
-    },
+    hf_classes=HF_CLASSES,
     gguf_names=("mistral3",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,

@@ -37,6 +37,7 @@ ORIGINAL = "original_max_position_embeddings"
 ROPE_WITHOUT_EFFECT = (ORIGINAL, "type", "rope_type", "finetuned", "max_position_embeddings")
 LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 DIVISORS = "rope_freqs.weight"
+LONG = "rope_factors_long.weight"
 
 
 # --- Hugging Face ---
@@ -50,6 +51,12 @@ class Rope(NamedTuple):
     context: int
     notes: list[str]
     partial: float = 1.0  # the share of a head's coordinates that are rotated
+
+    def require_whole_heads(self) -> None:
+        if self.partial != 1:
+            raise ConfigError(
+                f"config.json: partial_rotary_factor is {self.partial:g}, only 1 is supported here"
+            )
 
 
 def context_ends_at(tokens: int) -> str:
@@ -202,6 +209,8 @@ def scaling_from_gguf(file: TensorFile, get: Fields, name: str, count: int) -> R
             beta_slow=get.number("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=get.number("rope.scaling.yarn_attn_factor", usual),
         )
+    if kind == "longrope" and LONG not in file.names():
+        raise ConfigError(f"GGUF: {name}.rope.scaling.type is 'longrope', but {LONG} is missing")
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise ConfigError(f"GGUF: {name}.rope.scaling.type {quoted(kind)} is not supported")
     factor = factor if factor and kind in (None, "linear") else 1.0  # 0 means none in llama.cpp
