@@ -246,6 +246,8 @@ def test_rope_scalings(number: int, tmp_path: Path) -> None:
         ({"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, only 1.0"),
         ({"attention.head_count": [6, 5, 6, 6]}, "attention.head_count must be a whole number"),
         ({"context_length": 0}, "context_length must be a whole number"),
+        ({"block_count": [4, 4]}, "block_count must be a whole number"),
+        ({"block_count": [4, 4], "attention.head_count": [6, 6]}, "block_count must be a whole"),
     ],
 )  # fmt: skip
 def test_gguf_keys_that_change_the_arithmetic(

@@ -14,7 +14,7 @@ import numpy as np
 
 from glassllama.base.config import DecoderConfig, RopeLayout
 from glassllama.base.errors import ConfigError
-from glassllama.base.fields import MAX_INTEGER, REQUIRED, Fields
+from glassllama.base.fields import MAX_INTEGER, REQUIRED, Fields, is_integer
 from glassllama.base.interfaces import TensorFile
 from glassllama.weights.architectures.description import (
     HF_WITHOUT_EFFECT,
@@ -352,10 +352,10 @@ def config_from_gguf(
 
 def with_uniform_lists(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The metadata, with a number instead of a list that has the same number for each layer."""
-    values = dict(metadata)
+    values, layers = dict(metadata), metadata.get(f"{name}.block_count")
     for key in (f"{name}.{key}" for key in GGUF_BY_LAYER):
         numbers = values.get(key)
-        if isinstance(numbers, np.ndarray) and len(numbers) == values.get(f"{name}.block_count"):
+        if isinstance(numbers, np.ndarray) and is_integer(layers) and len(numbers) == layers:
             different = {*numbers.tolist()}
             values[key] = different.pop() if len(different) == 1 else numbers
     return values
