@@ -157,9 +157,9 @@ HF_SIZES = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
 }  # fmt: skip
-# Lists with an entry for each layer are made before the file's tensors are counted. The largest
-# published models have some 130 layers.
-MAX_LAYERS = 10_000
+# Lists with an entry for each layer are made before the tensors of the file are counted: a claimed
+# number must not make them huge.
+MAX_LAYERS = 1_000_000
 
 
 def read_sizes(get: Fields, names: Mapping[str, str]) -> dict[str, int]:
