@@ -43,7 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {
         "model_type": "ministral3", "rope_parameters": {
             **YARN, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
-            "beta_fast": 4.0, "beta_slow": 0.5, "llama_4_scaling_beta": 0.1,
+            "beta_fast": 0.5, "beta_slow": 0.05, "llama_4_scaling_beta": 0.1,
         },
     },
     "qwen2": {"model_type": "qwen2", "rope_parameters": DEFAULT, "head_dim": 8},
