@@ -40,6 +40,12 @@ LONG = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 7, "rope_parameters": DEFAULT},
     "mistral nemo": {"model_type": "mistral", "sliding_window": None, "rope_parameters": DEFAULT},
+    "ministral3": {
+        "model_type": "ministral3", "rope_parameters": {
+            **YARN, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "beta_fast": 0.5, "beta_slow": 0.05, "llama_4_scaling_beta": 0.1,
+        },
+    },
     "qwen2": {"model_type": "qwen2", "rope_parameters": DEFAULT, "head_dim": 8},
     "qwen2 yarn": {"model_type": "qwen2", "rope_parameters": YARN, "head_dim": 8},
     "qwen2 windows": {
@@ -85,8 +91,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama yarn": {"model_type": "llama", "rope_parameters": YARN},
 }  # fmt: skip
+GGUF_NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3"}  # where they differ
 ADDS_ONE = ("gemma", "gemma2", "gemma3")  # stored as w for 1 + w in Hugging Face's files
-PERMUTED = ("smollm3", "granite")  # q and k rows in pairs in GGUF files
+PERMUTED = ("smollm3", "granite", "mistral3")  # q and k rows in pairs in GGUF files
 
 
 def family_model(name: str, **changes: Any) -> Any:
@@ -167,6 +174,12 @@ def write_family_gguf(
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(own["factor"])
         writer.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
+        if "beta_fast" in own:
+            writer.add_rope_scaling_yarn_beta_fast(own["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(own["beta_slow"])
+    if architecture == "mistral3":
+        writer.add_rope_scaling_yarn_log_mul(own["mscale_all_dim"])
+        writer.add_attn_temperature_scale(own["llama_4_scaling_beta"])
     if own["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
         for size in ("short", "long"):

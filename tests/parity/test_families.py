@@ -18,7 +18,7 @@ from glassllama.weights.load import load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.save import save_model
 from rows import Rows
-from tiny_families import FAMILIES, LONG, family_model, write_family_gguf
+from tiny_families import FAMILIES, GGUF_NAMES, LONG, family_model, write_family_gguf
 from tolerances import difference, logits_tolerance
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(200, 200 + 127))))
@@ -67,7 +67,8 @@ def test_logits_of_a_folder_equal_transformers(name: str, tmp_path: Path, parity
 @pytest.mark.parametrize("name", GGUF)
 def test_logits_of_a_gguf_equal_transformers(name: str, tmp_path: Path, parity: Any) -> None:
     model = family_model(name, **GGUF[name])
-    architecture = FAMILIES[name]["model_type"].removesuffix("_text")
+    architecture = FAMILIES[name]["model_type"]
+    architecture = GGUF_NAMES.get(architecture, architecture)
     path = write_family_gguf(model, architecture, tmp_path / "tiny.gguf")
     compare(open_checkpoint(path), model(IDS).logits, parity, "gguf", name)
 

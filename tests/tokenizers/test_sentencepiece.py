@@ -24,7 +24,13 @@ from glassllama.tokenizers.chat import Message, TemplateChat
 from glassllama.tokenizers.detokenizer import Detokenizer
 from glassllama.tokenizers.hf_json import pipeline_from_json
 from glassllama.tokenizers.pipeline import PipelineTokenizer
-from glassllama.tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
+from glassllama.tokenizers.sentencepiece import (
+    Pieces,
+    PieceType,
+    SentencePieceTokenizer,
+    piece_types,
+    read_sentencepiece,
+)
 from glassllama.weights.tokenizer_gguf import tokenizer_from_gguf
 from long_mode import LONG, SEEDS
 from processor_time import seconds
@@ -457,6 +463,47 @@ def test_gguf_empty_and_equal_pieces(metadata: dict[str, Any]) -> None:
         assert ours.decode([plain.vocab_size]) == ""
     ours = tokenizer_from_gguf(with_piece(metadata, "e", 1))
     assert ours.encode("▁e")[-1:] == [plain.vocab_size]
+
+
+@pytest.fixture(scope="module")
+def many_added(
+    trained: dict[str, Path],
+) -> tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor, list[str]]:
+    """As in Gemma's files: thousands of user-defined pieces that begin alike, and runs."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(trained["gemma"].read_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    texts = [f"<unused{n}>" for n in range(5000)] + [
+        char * n for char in "\n▁=" for n in range(2, 32)
+    ]
+    texts = [text for text in texts if text not in known]
+    for text in texts:
+        proto.pieces.add(piece=text, score=0.0, type=int(PieceType.USER_DEFINED))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    pieces, numbers = zip(*((piece.piece, piece.type) for piece in proto.pieces), strict=True)
+    settings = {"add_prefix": False, "drop_prefix": False}
+    scores = tuple(piece.score for piece in proto.pieces)
+    types = piece_types(pieces, numbers)
+    ours = SentencePieceTokenizer(Pieces(texts=pieces, types=types, scores=scores, **settings))
+    return ours, theirs, texts
+
+
+@pytest.mark.identical("SentencePiece: thousands of user-defined pieces", "sentencepiece")
+def test_thousands_of_user_defined_pieces(many_added: Any) -> None:
+    ours, theirs, texts = many_added
+    choice = random.Random(3)
+    parts = [*texts, *texts[-90:] * 50, "<", "<unused", "a", " ", "▁", "\n", "<unused1", "é", "="]
+    for _ in range(300):
+        text = "".join(choice.choices(parts, k=30))
+        assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("part", ["<", "<unused", "<unused499", "<unused4999>", "=", "\n "])
+def test_a_million_characters_of_user_defined_pieces(many_added: Any, part: str) -> None:
+    """With thousands of alternatives at every `<`, a regular expression takes minutes."""
+    ours, _, _ = many_added
+    text = (part * 1_000_000)[:1_000_000]
+    ours.encode("<" * 1000)  # compiles the code for long words
+    assert seconds(lambda: ours.encode(text), enough=5) <= 5
 
 
 # Faults

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from family_files import BOTH, family_file
 from glassllama.base.errors import GlassError
 from glassllama.formats.gguf import open_gguf
 from glassllama.models.bigram import Bigram, BigramConfig
@@ -349,6 +351,15 @@ def settings_target(home: Path) -> Target:
     )
 
 
+def family_target(home: Path, name: str, format: str) -> Target:
+    file = family_file(name, format)
+    path = file.write(home, file.values)
+    return Target(
+        file.values, lambda values: file.write(home, values), lambda: use_model(path),
+        [*USUAL, "yarn", "longrope", "gelu", *([HALF_CHARACTER] if format == "hf" else [])],
+    )  # fmt: skip
+
+
 def state_target(home: Path) -> Target:
     folder = home / "step-000003"
     folder.mkdir()
@@ -373,7 +384,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "files next to a tokenizer": side_files_target,
     "training settings": settings_target,
     "training state": state_target,
-}
+} | {
+    f"{name} in {format}": partial(family_target, name=name, format=format)
+    for name, format in BOTH
+}  # fmt: skip
 
 
 def edit(path: Path, **fields: Any) -> None:

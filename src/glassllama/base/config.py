@@ -131,7 +131,7 @@ class YarnScaling:
         low, high = max(low, 0), min(high, dim - 1)
         high += 0.001 * (low == high)
         share = np.clip((pairs - low) / (high - low), 0.0, 1.0)  # 1: divided by the factor
-        divisors: Floats = 1.0 / (share / self.factor + 1.0 - share)
+        divisors: Floats = 1.0 / (share / self.factor + (1.0 - share))
         return divisors
 
 

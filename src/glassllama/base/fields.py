@@ -98,7 +98,7 @@ class Fields:
     def refuse(self, key: str, expected: str) -> None:
         """Raise the error that the value of `key` is not `expected`."""
         raise self.error(
-            f"{self.source}: {named(key)} must be {expected}, got {quoted(self.values[key])}"
+            f"{self.source}: {named(key)} must be {expected}, got {quoted(self.values.get(key))}"
         )
 
     def _get(

@@ -237,10 +237,8 @@ class StringArray(Sequence[str]):
         return self._decode(i, start, int(self._ends[i]))
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
-        for i, end in enumerate(self._ends.tolist()):
-            yield self._decode(i, start, end)
-            start = end
+        ends = self._ends.tolist()
+        return map(self._decode, range(len(ends)), [0, *ends[:-1]], ends)
 
     def _decode(self, i: int, start: int, end: int) -> str:
         try:

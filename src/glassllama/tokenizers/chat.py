@@ -6,7 +6,6 @@ so that `<|eot_id|>` typed by a user never ends a turn.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from glassllama.base.errors import TokenizerError, named, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.patterns import with_gaps
-from glassllama.tokenizers.vocabulary import pattern_of
+from glassllama.tokenizers.vocabulary import TokenTrie, pattern_of
 
 if TYPE_CHECKING:
     from glassllama.tokenizers.chat_template import TemplateText  # imports jinja2
@@ -155,7 +154,7 @@ def _unused_character(texts: Iterable[str]) -> str:
     return next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in used)
 
 
-def _has_special_from_message(pattern: re.Pattern[str], text: TemplateText) -> bool:
+def _has_special_from_message(pattern: TokenTrie, text: TemplateText) -> bool:
     """Whether a text that looks like a special token has a character of a message in it."""
     at = 0
     while (match := pattern.search(text, at)) is not None:

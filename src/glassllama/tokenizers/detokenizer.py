@@ -50,8 +50,8 @@ class Detokenizer:
             return data
         # One id without text before this one stands for any number of them.
         self._first_ids = [*self._first_ids[:1], id]
-        is_whole = self._tokenizer.decode(self._first_ids) == data.decode("utf-8", "replace")
-        return data if is_whole else data[1:]
+        text = self._tokenizer.decode(self._first_ids)
+        return data if text == data.decode("utf-8", "replace") else text.encode()
 
 
 @dataclass(slots=True, eq=False)

@@ -215,6 +215,7 @@ class _TokenizerJson:
         is_byte_level = any(stage.text("type") == "ByteLevel" for stage in stages)
         if is_byte_level:
             self.check_byte_level_decoder()
+        drops = "" if is_byte_level else self._drops()
         bpe = self._character_bpe(is_byte_level, backend)
         bos, eos = self.text_ends()
         return pipeline.PipelineTokenizer(
@@ -223,7 +224,8 @@ class _TokenizerJson:
             pipeline.pre_tokenizer(self.pre_tokenizers),
             bpe,
             hides_specials=not is_byte_level,
-            drops_prefix=not is_byte_level and self._drops_prefix(),
+            drops_prefix=drops == "prefix",
+            drops_spaces=drops == "spaces",
             bos=bos,
             stop_ids=self.stop_ids | ({eos} if eos is not None else set()),
         )
@@ -271,17 +273,21 @@ class _TokenizerJson:
             found[token.id] = _utf8(token.text)
         return found
 
-    def _drops_prefix(self) -> bool:
-        """Whether decoding drops a space at the start; refuses decoders that do anything else."""
+    def _drops(self) -> str:
+        """What decoding drops at the start: "prefix", a space; "spaces", those of the first token.
+
+        Refuses decoders that do anything else.
+        """
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         spaces = {"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}
-        drops = False
+        drops = ""
         for decoder in self.decoders:
             type = decoder.text("type")
             if decoder.values == strip:
-                drops = True
+                drops = "prefix"
             elif type == "Metaspace":
-                drops = decoder.text("prepend_scheme", "always") != "never"
+                adds = pipeline.prepend_scheme(decoder) != "never"
+                drops = "spaces" if adds else ""
             elif decoder.values != spaces and type not in ("ByteFallback", "Fuse"):
                 decoder.refuse("type", f"one of ByteFallback, Fuse, Metaspace, {strip}, {spaces}")
         if not self.decoders:

@@ -153,17 +153,19 @@ class PipelineTokenizer(TokenizerBase):
         *,
         hides_specials: bool,
         drops_prefix: bool,
+        drops_spaces: bool,
         bos: int | None,
         stop_ids: Iterable[int],
     ) -> None:
         """`bpe` makes ids of a pretoken. `hides_specials`: decoding leaves out special tokens, and
-        with `drops_prefix` the space that a text starts with, as in SentencePiece."""
+        with `drops_prefix` the space that a text starts with, as in SentencePiece; with
+        `drops_spaces` all spaces of the first token, as the decoder Metaspace."""
         super().__init__(tokens, bos=bos, stop_ids=stop_ids)
         self.specials = MappingProxyType({t.text: t.id for t in added.tokens if t.is_special})
         self._added, self._pre_tokenizer, self._bpe = added, pre_tokenizer, bpe
         self._bpe_without_specials = bpe.without({*self.specials.values()})
         self._hidden = frozenset(self.specials.values()) if hides_specials else frozenset()
-        self._drops_prefix = drops_prefix
+        self._drops_prefix, self._drops_spaces = drops_prefix, drops_spaces
 
     @property
     def added(self) -> Mapping[str, int]:
@@ -189,7 +191,10 @@ class PipelineTokenizer(TokenizerBase):
             at_start = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        data = b"".join([self.token_bytes(id) for id in ids if id not in self._hidden])
+        tokens = [self.token_bytes(id) for id in ids if id not in self._hidden]
+        if self._drops_spaces and tokens:
+            tokens[0] = tokens[0].replace(b" ", b"")
+        data = b"".join(tokens)
         has_prefix = data.startswith(b" ") and self._drops_prefix
         return data[has_prefix:].decode("utf-8", "replace")
 
@@ -383,12 +388,20 @@ def _whitespace(stage: Fields) -> PreTokenizer:
     return _splitter(Pattern("Whitespace", parts), "Removed", invert=True)
 
 
+def prepend_scheme(stage: Fields) -> str:
+    """Where Metaspace adds a space: "always", "first" or "never". Old files have a boolean."""
+    old_name = "always" if stage.boolean("add_prefix_space", True) else "never"
+    scheme = _choice(stage, "prepend_scheme", ("always", "first", "never"), old_name)
+    if old_name == "never" != scheme:
+        stage.refuse("add_prefix_space", f"true with the prepend_scheme {scheme}")
+    return scheme
+
+
 def _metaspace(stage: Fields) -> PreTokenizer:
     symbol = stage.text("replacement")
     if len(symbol) != 1:
         stage.refuse("replacement", "one character")
-    old_name = "always" if stage.boolean("add_prefix_space", True) else "never"
-    scheme = _choice(stage, "prepend_scheme", ("always", "first", "never"), old_name)
+    scheme = prepend_scheme(stage)
 
     def with_symbol(parts: Iterable[Part]) -> Iterator[Part]:
         for part, is_first in parts:

@@ -38,8 +38,8 @@ from glassllama.tokenizers.vocabulary import (
     NEVER,
     PairRow,
     TokenizerBase,
+    TokenTrie,
     is_special,
-    pattern_of,
     read_bounded,
     stop_ids_by_name,
 )
@@ -89,8 +89,13 @@ class Pieces:
 
     def of_type(self, *types: PieceType) -> dict[str, int]:
         """Text → id of the pieces of these types; of equal texts the last id."""
-        pieces = zip(self.texts, self.types, strict=True)
-        return {text: id for id, (text, type) in enumerate(pieces) if type in types}
+        all_ids = range(len(self.texts)) if PieceType.NORMAL in types else self.other_ids
+        return {self.texts[id]: id for id in all_ids if self.types[id] in types}
+
+    @cached_property
+    def other_ids(self) -> list[int]:
+        """The ids of the pieces that are not normal ones: a small part of all."""
+        return [id for id, type in enumerate(self.types) if type is not PieceType.NORMAL]
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of a piece, ▁ as a space; of a special token its text."""
@@ -181,14 +186,16 @@ class SentencePieceTokenizer(TokenizerBase):
         stop_ids: Iterable[int] = (),
         backend: BPEBackend = PYTHON,
     ) -> None:
-        tokens = [pieces.token_bytes(id) for id in range(len(pieces.texts))]
+        tokens = [text.replace(SPACE_SYMBOL, " ").encode() for text in pieces.texts]
+        for id in pieces.other_ids:
+            tokens[id] = pieces.token_bytes(id)
         ids = {text: id for id, text in enumerate(pieces.texts) if text in END_OF_GENERATION}
         super().__init__(tokens, bos=bos, stop_ids={*stop_ids, *stop_ids_by_name(ids)})
         self.pieces = pieces
         self.specials = MappingProxyType(pieces.of_type(PieceType.CONTROL))
         self._backend = backend
         self._special_ids = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
-        self._special_pattern = pattern_of(self._special_ids)
+        self._special_trie = TokenTrie(self._special_ids)
         self._set_added(pieces.of_type(PieceType.USER_DEFINED))
         self._ids = pieces.of_type(PieceType.NORMAL)
         self._ranks = _ranks(pieces, self._ids)
@@ -203,8 +210,8 @@ class SentencePieceTokenizer(TokenizerBase):
     def _set_added(self, added: dict[str, int]) -> None:
         self._added = added
         first = {text for text in added if self.pieces.added_first and SPACE_SYMBOL not in text}
-        self._first_pattern = pattern_of(first)
-        self._added_pattern = pattern_of(added.keys() - first)
+        self._first_trie = TokenTrie(first)
+        self._added_trie = TokenTrie(added.keys() - first)
 
     def without_added(self, texts: Iterable[str]) -> SentencePieceTokenizer:
         other, removed = copy.copy(self), {*texts}
@@ -212,19 +219,19 @@ class SentencePieceTokenizer(TokenizerBase):
         return other
 
     def _id_lists(self, text: str, specials: bool, at_start: bool) -> Iterator[list[int]]:
-        parts = self._special_pattern.split(text) if specials else [text]  # text, token, text, …
+        parts = self._special_trie.split(text) if specials else [text]  # text, token, text, …
         for n, part in enumerate(parts):
             if n % 2:
                 yield [self._special_ids[part]]
                 continue
-            for m, inner in enumerate(self._first_pattern.split(part)):
+            for m, inner in enumerate(self._first_trie.split(part)):
                 is_first = at_start and n == m == 0
                 yield [self._added[inner]] if m % 2 else self._encode_text(inner, is_first)
 
     def _encode_text(self, text: str, is_first: bool) -> list[int]:
         text.encode()  # UnicodeEncodeError: a lone surrogate
         ids: list[int] = []
-        for n, part in enumerate(self._added_pattern.split(self._with_spaces(text, is_first))):
+        for n, part in enumerate(self._added_trie.split(self._with_spaces(text, is_first))):
             if n % 2:
                 ids.append(self._added[part])
             else:
@@ -273,7 +280,7 @@ class SentencePieceTokenizer(TokenizerBase):
     @cached_property
     def _numbers(self) -> dict[str, int]:
         """Numbers for all parts of pairs: pieces, and the characters in them."""
-        texts = dict.fromkeys([*self._ids, *(character for key in self._ids for character in key)])
+        texts = dict.fromkeys(self._ids) | dict.fromkeys(chain.from_iterable(self._ids))
         return {text: number for number, text in enumerate(texts)}
 
     @cached_property
@@ -310,9 +317,9 @@ def _ranks(pieces: Pieces, ids: Mapping[str, int]) -> dict[str, int]:
     """Text → rank of the merges that make it, 0 for the best score."""
     if not all(map(math.isfinite, pieces.scores)):
         raise TokenizerError("vocabulary: a score is no finite number; the file is damaged")
-    best_first = sorted({pieces.scores[id] for id in ids.values()}, reverse=True)
-    rank_of_score = {score: rank for rank, score in enumerate(best_first)}
-    return {text: rank_of_score[pieces.scores[id]] for text, id in ids.items()}
+    scores = np.array([pieces.scores[id] for id in ids.values()])
+    _, ranks = np.unique(-scores, return_inverse=True)
+    return dict(zip(ids, ranks.tolist(), strict=True))
 
 
 def _fallback(pieces: Pieces) -> tuple[list[int] | None, int]:
@@ -381,15 +388,18 @@ def piece_types(texts: Sequence[str], numbers: Sequence[int]) -> tuple[PieceType
         raise TokenizerError(
             f"vocabulary: type {min(wrong)} of a token is not known, only 1 … 6 are"
         )
-    types = list(map(PieceType, numbers))
+    by_number = {type.value: type for type in PieceType}
+    types = [by_number[number] for number in numbers]
     for id, (text, type) in enumerate(zip(texts, types, strict=True)):
-        if type == PieceType.BYTE and not BYTE_PIECE.fullmatch(text):
+        if type is PieceType.NORMAL and text:
+            continue  # nearly all are
+        if type is PieceType.BYTE and not BYTE_PIECE.fullmatch(text):
             raise TokenizerError(
                 f"piece {id}: a byte is written <0x00> … <0xFF>, got {quoted(text)}"
             )
         if not text:
             types[id] = PieceType.UNUSED
-        elif type == PieceType.USER_DEFINED and is_special(text):
+        elif type is PieceType.USER_DEFINED and is_special(text):
             types[id] = PieceType.CONTROL
     return tuple(types)
 

@@ -27,6 +27,9 @@ from glassllama.tokenizers.pretokenizer import Split
 
 WHITESPACE = "".join(chr(c) for first, last in WHITESPACE_RANGES for c in range(first, last + 1))
 WHITESPACE_RUN = re.compile(f"[{WHITESPACE}]*")
+ANYTHING = re.compile("(?s:.*)")
+Trie = dict[str, "Trie"]  # the next character → the trie of what follows it
+END = ""  # instead of a character: a text ends here
 
 # Tokens whose name marks the end of an answer. Files often declare one end (of the text) and use
 # two (of a turn as well). As in llama.cpp such a token is special, whatever the file declares.
@@ -63,15 +66,72 @@ def stop_ids_by_name(ids: Mapping[str, int]) -> set[int]:
     return {*stops.values()}
 
 
-def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the texts, the longest where several start."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+class TokenTrie:
+    """Finds any of some texts in a text: the leftmost first, the longest where several start.
+
+    A regular expression would try thousands of alternatives one by one at every `<`. Here they are
+    a trie, nested tables by character, and one step down the trie excludes all texts that go on
+    with another character. The methods are those of `re.Pattern`.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._root: Trie = {}
+        for text in filter(None, texts):
+            node = self._root
+            for char in text:
+                node = node.setdefault(char, {})
+            node[END] = {}
+        # Where a text may start, by its first two characters: found in compiled code.
+        starts = (
+            re.escape(char) + ("" if END in node else f"[{''.join(map(re.escape, node))}]")
+            for char, node in self._root.items()
+        )
+        self._start = re.compile("|".join(starts) or "(?!)")
+
+    def search(self, text: str, at: int = 0) -> re.Match[str] | None:
+        """The first match that starts at this position or later."""
+        while (start := self._start.search(text, at)) is not None:
+            at = start.start()
+            if (end := self._end(text, at)) > at:
+                return ANYTHING.fullmatch(text, at, end)
+            at += 1
+        return None
+
+    def _end(self, text: str, at: int) -> int:
+        """The end of the longest of the texts that start here; `at` if none does."""
+        node, end = self._root, at
+        for position in range(at, len(text)):
+            below = node.get(str.__getitem__(text, position))  # also of subclasses of str
+            if below is None:
+                break
+            node = below
+            end = position + 1 if END in node else end
+        return end
+
+    def finditer(self, text: str) -> Iterator[re.Match[str]]:
+        """The matches, which do not overlap."""
+        at = 0
+        while (found := self.search(text, at)) is not None:
+            yield found
+            at = found.end()
+
+    def split(self, text: str) -> list[str]:
+        """The text in parts: text, match, text, …, match, text."""
+        parts, at = list[str](), 0
+        for found in self.finditer(text):
+            parts += [text[at : found.start()], found[0]]
+            at = found.end()
+        return [*parts, text[at:]]
+
+
+def pattern_of(texts: Iterable[str]) -> TokenTrie:
+    """Finds any of the texts, the longest where several start."""
+    return TokenTrie(texts)
 
 
 def find_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     """Those of the tokens that occur in a text, in order of occurrence, each once."""
-    return [*dict.fromkeys(pattern_of(tokens).findall(text))]
+    return [*dict.fromkeys(found[0] for found in TokenTrie(tokens).finditer(text))]
 
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token, besides `special`
@@ -124,15 +184,14 @@ class _Finder:
     """Finds tokens by their text: the leftmost first, the longest of those."""
 
     def __init__(self, tokens: dict[str, AddedToken]) -> None:
-        tokens.pop("", None)
         self._tokens = tokens
-        self._pattern = pattern_of(tokens)
+        self._trie = TokenTrie(tokens)
         self._only_special = all(token.is_special for token in tokens.values())
 
     def split(self, text: str, specials: bool) -> Iterator[str | int]:
         begin = 0
         skip = self._only_special and not specials
-        for found in () if skip else self._pattern.finditer(text):
+        for found in () if skip else self._trie.finditer(text):
             token = self._tokens[found[0]]
             start, stop = found.span()
             if token.is_special and not specials:

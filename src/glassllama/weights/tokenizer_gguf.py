@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
+
 from glassllama.base.errors import TokenizerError, quoted
 from glassllama.base.fields import Fields, is_integer
 from glassllama.base.interfaces import Tokenizer
@@ -32,7 +34,8 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "smollm"),
     **dict.fromkeys(("exaone", "minerva-7b"), "smollm"),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum"), "gpt2"),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
+    **dict.fromkeys(("trillion", "granite-docling", "a.x-4.0"), "gpt2"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), "qwen2"),
     **dict.fromkeys(("gpt-4o", "llama4"), "gpt-4o"),
     **{name: name for name in ("tekken", "falcon", "default", "viking")},
     **{name: name for name in ("deepseek-llm", "deepseek-coder", "deepseek-v3")},
@@ -54,15 +57,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     model = fields.text("model")
     if model not in ("gpt2", "llama"):
         fields.refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)")
-    texts = [str(text) for text in fields.items("tokens", of="text")]
+    texts = list[str](fields.items("tokens", of="text"))
     notes: list[str] = []
     defaults = DEFAULT_IDS if model == "llama" else {}
     ids = {key: named_id(fields, key, len(texts), defaults.get(key), notes) for key in ID_KEYS}
     types = per_token(fields, "token_type", texts, "integer")
     make = sentencepiece if model == "llama" else byte_level
-    tokenizer = make(fields, texts, None if types is None else [int(type) for type in types], ids)
+    tokenizer = make(fields, texts, None if types is None else np.asarray(types).tolist(), ids)
     ends = {id for key, id in ids.items() if key != "bos_token_id" and id is not None}
-    tokenizer.stop_ids |= stop_ids_by_name({text: id for id, text in enumerate(texts)}) | ends
+    named = {text: id for id, text in enumerate(texts) if text in END_OF_GENERATION}
+    tokenizer.stop_ids |= stop_ids_by_name(named) | ends
     tokenizer.notes += notes
     return tokenizer
 
@@ -138,7 +142,8 @@ def sentencepiece(
             PieceType.BYTE if BYTE_PIECE.fullmatch(text) else type
             for text, type in zip(texts, types, strict=True)
         ]
-    scores = per_token(fields, "scores", texts, "number")
+    given = per_token(fields, "scores", texts, "number")
+    scores = np.zeros(len(texts)) if given is None else np.asarray(given, np.float64)
     char_map = fields.values.get("precompiled_charsmap")  # bytes, as a list of numbers or as text
     if char_map is not None and (not isinstance(char_map, Sized) or len(char_map)):
         fields.refuse("precompiled_charsmap", "none: only the identity is supported")
@@ -146,7 +151,7 @@ def sentencepiece(
     pieces = Pieces(
         texts=tuple(texts),
         types=piece_types(texts, with_named_specials(texts, types)),
-        scores=(0.0,) * len(texts) if scores is None else tuple(map(float, scores)),
+        scores=tuple(scores.tolist()),
         add_prefix=add_prefix,
         drop_prefix=add_prefix,
         added_first=True,

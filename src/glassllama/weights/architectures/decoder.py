@@ -14,7 +14,7 @@ import numpy as np
 
 from glassllama.base.config import DecoderConfig, RopeLayout
 from glassllama.base.errors import ConfigError
-from glassllama.base.fields import REQUIRED, Fields
+from glassllama.base.fields import MAX_INTEGER, REQUIRED, Fields, is_integer
 from glassllama.base.interfaces import TensorFile
 from glassllama.weights.architectures.description import (
     HF_WITHOUT_EFFECT,
@@ -157,6 +157,18 @@ HF_SIZES = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
 }  # fmt: skip
+# Lists with an entry for each layer are made before the tensors of the file are counted: a claimed
+# number must not make them huge.
+MAX_LAYERS = 1_000_000
+
+
+def read_sizes(get: Fields, names: Mapping[str, str]) -> dict[str, int]:
+    """The whole numbers of HF_SIZES or GGUF_SIZES."""
+    largest = {"n_layers": MAX_LAYERS}
+    return {
+        ours: get.integer(theirs, maximum=largest.get(ours, MAX_INTEGER))
+        for ours, theirs in names.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +181,7 @@ class HFKeys:
     norm_eps: float = 1e-6
     rope_theta: float = OLD_THETA
     tied: bool = False
+    rope_keys: tuple[str, ...] = ()  # keys of rope_parameters that the family reads
     partial: bool = False  # whether a part of each head may be rotated
     neutral: Mapping[str, Any] = field(default_factory=dict)  # keys -> the only value supported
 
@@ -185,7 +198,7 @@ def config_from_hf(
     """
     get = Fields("config.json", values := ReadKeys(values))
     require_neutral(values, {"quantization_config": None, **keys.neutral})
-    fields: dict[str, Any] = {ours: get.integer(theirs) for ours, theirs in HF_SIZES.items()}
+    fields: dict[str, Any] = read_sizes(get, HF_SIZES)
     dim, n_heads = fields["dim"], fields["n_heads"]
     fields["n_kv_heads"] = get.integer("num_key_value_heads", keys.n_kv_heads or n_heads)
     head_dim = keys.head_dim or quotient(dim, n_heads) or REQUIRED
@@ -195,14 +208,15 @@ def config_from_hf(
     notes: list[str] = []
     if not own_rope:
         context = get.integer("max_position_embeddings", keys.context)
-        rope = rope_from_hf(get, context, keys.rope_theta)
-        if rope.partial != 1 and not keys.partial:
-            get.refuse("partial_rotary_factor", "1")
+        rope = rope_from_hf(get, context, keys.rope_theta, own_keys=keys.rope_keys)
+        if not keys.partial:
+            rope.require_whole_heads()
         fields |= {
             "rope_theta": rope.theta, "rope_scaling": rope.scaling, "max_seq_len": rope.context,
         }  # fmt: skip
         notes = rope.notes
     fields |= more(get, fields)
+    notes = [*notes, *fields.pop("notes", [])]
     config = make(**fields)
     unused = values.unused(HF_WITHOUT_EFFECT | {ORIGINAL, *without_effect})
     return Resolved(config, [*unused_note(unused), *notes])
@@ -299,8 +313,9 @@ def config_from_gguf(
         raise ConfigError(f"GGUF: {name}.expert_count: mixtures of experts are not supported")
     # Keys that llama.cpp reads for every architecture and that change the arithmetic.
     only = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, **(neutral or {})}
+    only["rope.scaling.yarn_ext_factor"] = 1.0
     require_neutral(get.values, {f"{name}.{key}": value for key, value in only.items()}, "GGUF")
-    fields: dict[str, Any] = {our: get.integer(their) for our, their in GGUF_SIZES.items()}
+    fields: dict[str, Any] = read_sizes(get, GGUF_SIZES)
     head_dim = quotient(fields["dim"], fields["n_heads"]) or REQUIRED
     head_dim = get.integer("attention.key_length", head_dim)
     value_dim = get.integer("attention.value_length", head_dim)
@@ -337,10 +352,10 @@ def config_from_gguf(
 
 def with_uniform_lists(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The metadata, with a number instead of a list that has the same number for each layer."""
-    values = dict(metadata)
+    values, layers = dict(metadata), metadata.get(f"{name}.block_count")
     for key in (f"{name}.{key}" for key in GGUF_BY_LAYER):
         numbers = values.get(key)
-        if isinstance(numbers, np.ndarray) and len(numbers) == values.get(f"{name}.block_count"):
+        if isinstance(numbers, np.ndarray) and is_integer(layers) and len(numbers) == layers:
             different = {*numbers.tolist()}
             values[key] = different.pop() if len(different) == 1 else numbers
     return values

@@ -140,6 +140,7 @@ def gemma3_keys(get: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     by_default = [(n + 1) % pattern != 0 for n in range(layers)]
     context = get.integer("max_position_embeddings", 131_072)
     rope = rope_from_hf(get, context, 1e6, part=FULL)
+    rope.require_whole_heads()
     old = get.number("rope_local_base_freq", LOCAL_THETA)
     parameters = get.object("rope_parameters", None)
     is_nested = parameters is not None and SLIDING in parameters.values
@@ -148,7 +149,7 @@ def gemma3_keys(get: Fields, fields: dict[str, Any]) -> dict[str, Any]:
         get.refuse("rope_parameters", "no scaling in the layers with a window")
     return {
         "rope_theta": rope.theta, "rope_scaling": rope.scaling, "max_seq_len": rope.context,
-        "local_theta": old if local is None else local.theta,
+        "local_theta": old if local is None else local.theta, "notes": rope.notes,
         "query_scale": get.number("query_pre_attn_scalar", 256.0),
         "sliding_window": get.integer("sliding_window", 4096),
         "window_layers": decoder.layer_types(get, layers, by_default),

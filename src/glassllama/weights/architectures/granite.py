@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from glassllama.base.config import DecoderConfig, require_positive
-from glassllama.base.fields import Fields
+from glassllama.base.fields import REQUIRED, Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.base.layer_plan import ModelPlan, attention_plan, decoder_plan
 from glassllama.weights.architectures import decoder
@@ -68,7 +68,7 @@ def config_to_hf(config: GraniteConfig) -> dict[str, Any]:
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     def keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]:
-        usual = {"score_scale": fields["head_dim"] ** -0.5}
+        usual = {"score_scale": fields["head_dim"] ** -0.5, "logit_divisor": REQUIRED}
         return {
             ours: get.number(theirs, usual.get(ours, 1.0))
             for ours, (_, theirs) in MULTIPLIERS.items()

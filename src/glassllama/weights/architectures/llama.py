@@ -28,6 +28,7 @@ from glassllama.weights.architectures.decoder import (
     hf_values,
     in_layer,
     quotient,
+    read_sizes,
     weight,
 )
 from glassllama.weights.architectures.description import (
@@ -90,12 +91,11 @@ def config_from_hf(values: Mapping[str, Any]) -> Resolved:
     require_neutral(values, HF_MUST_BE | swish)
     if qk_norm and name != QK_NORM_CLASS:
         get.refuse("qk_norm", f"false in a {name}: other programs would ignore it")
-    sizes: dict[str, Any] = {ours: get.integer(theirs) for ours, theirs in HF_SIZES.items()}
+    sizes: dict[str, Any] = read_sizes(get, HF_SIZES)
     dim, n_heads = sizes["dim"], sizes["n_heads"]
     context = get.integer("max_position_embeddings", 2048)  # as transformers assumes
     rope = rope_from_hf(get, context, suffix=QK_NORM_ROPE if qk_norm else "")
-    if rope.partial != 1:
-        get.refuse("partial_rotary_factor", "1")
+    rope.require_whole_heads()
     window = window_from_hf(get)
     config = LlamaConfig(
         **sizes,

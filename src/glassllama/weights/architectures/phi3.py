@@ -17,6 +17,7 @@ from glassllama.weights.architectures import decoder
 from glassllama.weights.architectures.decoder import HFKeys, hf_values
 from glassllama.weights.architectures.description import Architecture, Resolved
 from glassllama.weights.architectures.rope import (
+    LONG,
     context_ends_at,
     divisors_of,
     expected,
@@ -28,7 +29,7 @@ FUSED: decoder.Fused = {
     ("attention.wq", "attention.wk", "attention.wv"): ("self_attn.qkv_proj", "attn_qkv"),
     ("feed_forward.gate", "feed_forward.up"): ("mlp.gate_up_proj", "ffn_up"),
 }
-LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+SHORT = "rope_factors_short.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def config_to_hf(config: Phi3Config) -> dict[str, Any]:
 def gguf_keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]:
     window = get.integer("attention.sliding_window", 0, minimum=0) or None
     found = windows(window, fields["n_layers"])
-    if LONG not in get.file.names():
+    if {LONG, SHORT}.isdisjoint(get.file.names()):
         return found
     context, count = fields["max_seq_len"], fields["rotary_width"] // 2
     original = get.integer("rope.scaling.original_context_length", context)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,12 +29,15 @@ from glassllama.base.errors import ConfigError, join_names, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.formats.blocks import FLOATS
-from glassllama.weights.architectures.description import ExtraTensors
+from glassllama.weights.architectures.description import ExtraTensors, ReadKeys, unused_note
 
 OLD_THETA = 10_000.0  # the original base of RoPE; files before Llama 3 leave it out
 ORIGINAL = "original_max_position_embeddings"
+# Keys of rope_parameters that may be there whatever the rule.
+ROPE_WITHOUT_EFFECT = (ORIGINAL, "type", "rope_type", "finetuned", "max_position_embeddings")
 LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 DIVISORS = "rope_freqs.weight"
+LONG = "rope_factors_long.weight"
 
 
 # --- Hugging Face ---
@@ -49,26 +52,33 @@ class Rope(NamedTuple):
     notes: list[str]
     partial: float = 1.0  # the share of a head's coordinates that are rotated
 
+    def require_whole_heads(self) -> None:
+        if self.partial != 1:
+            raise ConfigError(
+                f"config.json: partial_rotary_factor is {self.partial:g}, only 1 is supported here"
+            )
+
 
 def context_ends_at(tokens: int) -> str:
     return f"exact up to {tokens} tokens, so the context ends there"
 
 
 def rope_from_hf(
-    get: Fields, context: int, theta: float = OLD_THETA, suffix: str = "", part: str = ""
-) -> Rope:
+    get: Fields, context: int, theta: float = OLD_THETA, suffix: str = "", part: str = "",
+    own_keys: Collection[str] = (),
+) -> Rope:  # fmt: skip
     """RoPE of a config.json with this context, and this theta if the file has none.
 
     transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`, which
     is used if a file has both. `part`: the type of layer, if each has its own. `suffix` may follow
-    the name of the rule.
+    the name of the rule. `own_keys` are read by the caller; a note names others without effect.
     """
     objects = {key: get.object(key, None) for key in ("rope_scaling", "rope_parameters")}
     key = next((key for key, found in objects.items() if found and found.values), "rope_parameters")
     values = found.values if (found := objects[key]) else {}
     if part and isinstance(values.get(part), Mapping):
         values, key = values[part], f"{key}: {part}"
-    rope = Fields(f"config.json: {key}", values, get.error)
+    rope = Fields(f"config.json: {key}", read := ReadKeys(values), get.error)
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
         raise ConfigError(
             f"{rope.source}: one per type of layer ({join_names(nested)}), only one for all is "
@@ -78,9 +88,11 @@ def rope_from_hf(
     partial = rope.number("partial_rotary_factor", get.number("partial_rotary_factor", 1.0))
     kind = rope.text("rope_type", rope.text("type", "default")).removesuffix(suffix)
     if kind == "default":
-        return Rope(theta, None, context, [], partial)
+        notes = unused_note(read.unused({*ROPE_WITHOUT_EFFECT, *own_keys}), rope.source)
+        return Rope(theta, None, context, notes, partial)
     original = get.integer(ORIGINAL, rope.integer(ORIGINAL, context))
     scaling, context, notes = scaling_from_hf(rope, kind, context, original)
+    notes += unused_note(read.unused({*ROPE_WITHOUT_EFFECT, *own_keys}), rope.source)
     return Rope(theta, scaling, context, notes, partial)
 
 
@@ -188,11 +200,17 @@ def scaling_from_gguf(file: TensorFile, get: Fields, name: str, count: int) -> R
     old = get.number("rope.scale_linear", 0.0, minimum=0.0)
     factor = get.number("rope.scaling.factor", old, minimum=0.0)
     if kind == "yarn" and factor > 1:
+        multiplier = get.number("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0)
+        usual = yarn_scale(factor) / yarn_scale(factor, multiplier)
         return YarnScaling(
             factor=factor,
             original_max_seq_len=get.integer("rope.scaling.original_context_length"),
-            attention_factor=yarn_scale(factor),
+            beta_fast=get.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=get.number("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=get.number("rope.scaling.yarn_attn_factor", usual),
         )
+    if kind == "longrope" and LONG not in file.names():
+        raise ConfigError(f"GGUF: {name}.rope.scaling.type is 'longrope', but {LONG} is missing")
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise ConfigError(f"GGUF: {name}.rope.scaling.type {quoted(kind)} is not supported")
     factor = factor if factor and kind in (None, "linear") else 1.0  # 0 means none in llama.cpp

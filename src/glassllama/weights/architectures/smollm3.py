@@ -15,7 +15,7 @@ from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.base.layer_plan import ModelPlan, attention_plan, decoder_plan
 from glassllama.weights.architectures import decoder
-from glassllama.weights.architectures.decoder import HFKeys, hf_values
+from glassllama.weights.architectures.decoder import FULL, HFKeys, hf_values
 from glassllama.weights.architectures.description import Architecture, Resolved
 
 INTERVAL = 4  # every fourth layer has no RoPE
@@ -50,6 +50,8 @@ def rope_layers(layers: int, interval: int) -> tuple[bool, ...]:
 def keys(get: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     """`no_rope_layers` has 1 for a layer with RoPE and 0 for one without."""
     get.boolean("use_sliding_window", False)
+    if any(decoder.layer_types(get, fields["n_layers"], ())):
+        get.refuse("layer_types", f"{FULL} everywhere: windows are not supported in a SmolLM3")
     given = get.items("no_rope_layers", None, of="integer")
     by_default = rope_layers(fields["n_layers"], get.integer("no_rope_layer_interval", INTERVAL))
     return {"rope_layers": by_default if given is None else tuple(map(bool, given))}
@@ -65,7 +67,7 @@ HF_KEYS = HFKeys(
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Resolved:
-    unused = ("layer_types", "sliding_window", "max_window_layers")
+    unused = ("sliding_window", "max_window_layers")
     return decoder.config_from_hf(values, SmolLM3Config, HF_KEYS, keys, unused)
 
 
