@@ -75,6 +75,18 @@ class RopePlan:
     def rotary_dim(self) -> int:
         return 2 * len(self.frequencies)
 
+    @property
+    def base(self) -> float | None:
+        """θ, to six digits, if the frequencies are c · θ^(-2i/R) with any c; None if not."""
+        first, last, pairs = self.frequencies[0], self.frequencies[-1], len(self.frequencies)
+        if pairs == 1 or not last:
+            return None
+        base = (first / last) ** (pairs / (pairs - 1))
+        series = first * np.float64(base) ** -(np.arange(pairs) / pairs)
+        if not np.allclose(series, self.frequencies, rtol=1e-5, atol=0):
+            return None
+        return float(f"{base:.6g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:

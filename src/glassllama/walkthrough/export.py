@@ -185,7 +185,7 @@ def to_json(
         "logit_lens": lens_to_json(walk),
         "predictions": predictions_to_json(walk, walk.predictions),
         "probabilities": candidates_to_json(walk),
-        "angles": array(walk.angles(walk.positions)[0]) if walk.has_rope else None,
+        "angles": array(walk.angles(walk.positions)[0]) if walk.rope is not None else None,
         "layers": layers_to_json(walk, [walk.layer] if layers is None else layers),
         "mistakes": [comparison_to_json(each) for each in mistakes],
     }

@@ -250,7 +250,7 @@ def configuration(walk: Walkthrough) -> Step:
         shapes=f"{len(values)} settings → {in_file:,} parameters",
         sources=sources((walk.implementation(walk.prefix).__init__,)),
         text="\n".join([f"Number of parameters: {formula} = {count:,}.", *walk.checkpoint.notes]),
-        numbers=[Numbers(label, walk.frequencies)] if walk.has_rope else [],
+        numbers=[Numbers(label, walk.frequencies)] if walk.rope is not None else [],
         pictures=[Table(["setting", "value", "letter in shapes"], rows)],
         checks=[same("parameters in the file", count, in_file)],
         command="glassllama show MODEL",
@@ -261,22 +261,27 @@ def configuration(walk: Walkthrough) -> Step:
 
 def parameter_count(walk: Walkthrough) -> tuple[str, int]:
     """The formula in letters, and its value."""
-    c, last = walk.config, walk.config.dim
-    tables = 1 if c.tie_embeddings else 2
-    rows, table_text = tables * c.vocab_size, f"{tables} × V·C"
-    if walk.is_gated:
-        heads = 2 * (c.n_heads + c.n_kv_heads) * c.head_dim * c.dim
-        layer = heads + 3 * c.dim * c.ffn_dim + 2 * c.dim
-        layer_text = "2·H·D·C + 2·K·D·C + 3·C·F + 2·C"
-    else:
-        layer, layer_text = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, "4·C² + 2·C·F + 2·C"
-        rows, table_text = rows + c.max_seq_len, f"({tables} × V + P)·C"
+    c, tables = walk.config, 1 if walk.config.tie_embeddings else 2
+    if walk.plan is None:  # GPT-2
+        layer, last = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, c.dim
+        layer_text, rows = "4·C² + 2·C·F + 2·C", tables * c.vocab_size + c.max_seq_len
         if c.bias:
             layer, last = layer + 7 * c.dim + c.ffn_dim, 2 * c.dim
             layer_text += " + biases 7·C + F"
-    last_text = "C" if last == c.dim else "2·C"
-    count = rows * c.dim + c.n_layers * layer + last
-    return f"{table_text} + {c.n_layers} layers × ({layer_text}) + {last_text}", count
+        last_text = "C" if last == c.dim else "2·C"
+        count = rows * c.dim + c.n_layers * layer + last
+        text = f"({tables} × V + P)·C + {c.n_layers} layers × ({layer_text}) + {last_text}"
+        return text, count
+    block, a = walk.plan.blocks[0], walk.plan.blocks[0].attention
+    widths = {"q": "H·D", "k": "K·D", "v": "K·D", "o": "C"}
+    letters = {"H": c.n_heads, "K": c.n_kv_heads, "D": c.head_dim, "C": c.dim, "F": c.ffn_dim}
+    parts = ["2·H·D·C", "2·K·D·C", "3·C·F", f"{len(block.norms)}·C"]
+    parts += [f"{widths[name]}" for name in "qkvo" if name in a.biases]
+    parts += {"per_head": ["2·D"], "full_width": ["H·D", "K·D"]}.get(a.qk_norm, [])
+    parts += ["2·F", "C"] if block.feed_forward.bias else []
+    layer = sum(math.prod(letters.get(f) or int(f) for f in part.split("·")) for part in parts)
+    count = tables * c.vocab_size * c.dim + c.n_layers * layer + c.dim
+    return f"{tables} × V·C + {c.n_layers} layers × ({' + '.join(parts)}) + C", count
 
 
 def parameters_in_file(checkpoint: Checkpoint) -> int:
@@ -291,6 +296,8 @@ def short(value: object) -> str:
 def embedding_rows(walk: Walkthrough) -> dict[str, Tensor]:
     """Hook -> what the embeddings are there, read from the file: (1, T, C) each."""
     rows = {"tok_embeddings": rows_from_file(walk, "tok_embeddings.weight", walk.ids)}
+    if "embeddings" in walk.hooks and walk.plan is not None:
+        rows["embeddings"] = rows["tok_embeddings"] * walk.plan.embedding_multiplier
     if "pos_embeddings" in walk.hooks:
         rows["pos_embeddings"] = rows_from_file(walk, "pos_embeddings.weight", walk.positions)
         rows["embeddings"] = rows["tok_embeddings"] + rows["pos_embeddings"]
@@ -306,7 +313,8 @@ def rows_from_file(walk: Walkthrough, name: str, indices: range | tuple[int, ...
 
 def embedding_numbers(rows: dict[str, Tensor], first_label: str) -> list[Numbers]:
     """The last token's numbers in each of `embedding_rows`."""
-    labels = {"tok_embeddings": first_label, "embeddings": "sum"}
+    with_positions = "pos_embeddings" in rows
+    labels = {"tok_embeddings": first_label, "embeddings": "sum" if with_positions else "x"}
     position = f"position {rows['tok_embeddings'].shape[1] - 1}"
     return [Numbers(labels.get(hook, position), x[0, -1], hook) for hook, x in rows.items()]
 
@@ -320,13 +328,16 @@ def embedding(walk: Walkthrough) -> Step:
     )
     if "pos_embeddings" in rows:
         text += f" Row {end} of pos_embeddings is added, the learned vector of position {end}."
+    multiplier = 1.0 if walk.plan is None else walk.plan.embedding_multiplier
+    if multiplier != 1:
+        text += f" It is multiplied by {multiplier:g} before the first layer."
     title, tokens = "tok_embeddings: the first 64 channels of every token", rows["tok_embeddings"]
     return Step(
         name="embedding",
         title="Embedding: one row of a matrix for each token",
         question="How does a token id become a vector?",
         shapes=f"ids (1, {len(walk.ids)}) → x {shape(tokens)}",
-        sources=sources((walk.implementation().hidden, "x = self.")),
+        sources=walk.calls("", "tok_embeddings"),
         text=text,
         numbers=embedding_numbers(rows, f"row of {last}"),
         pictures=[walk.heat_map(title, tokens[0, :, :64])],
