@@ -236,7 +236,7 @@ def calls(cls: type, *names: str) -> tuple[Source, ...]:
         if method is None:
             raise LookupError(f"no method of {cls.__name__} calls {name}")
         found.setdefault(method, []).append(call)
-    return sources(*((method, *parts) for method, parts in found.items()))
+    return tuple(source(method, *parts) for method, parts in found.items())
 
 
 def source(function: Callable[..., Any], *starts: str) -> Source:

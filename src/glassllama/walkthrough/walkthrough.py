@@ -136,10 +136,11 @@ class Walkthrough:
 
     def before_adding(self, *norms: str) -> str:
         """What happens to the output of a sublayer before it is added to the residual stream."""
-        parts = [f"normalized by {name}, an extra norm" for name in norms]
+        extra = " (an extra norm)" if len(self.norms) > 2 else ""
+        parts = [f"normalized by {name}{extra}" for name in norms]
         if self.residual_multiplier != 1:
             parts.append(f"multiplied by {self.residual_multiplier:g}")
-        return f"{' and '.join(parts)}, and then " if parts else ""
+        return f"{' and '.join(parts)} and then " if parts else ""
 
     @property
     def norms(self) -> list[str]:

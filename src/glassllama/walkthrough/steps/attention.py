@@ -82,7 +82,14 @@ def norm(walk: Walkthrough) -> Step:
         ],
         command=walk.command(f"--step 5 --layer {walk.config.n_layers - 1}"),
         command_shows="the root is much larger in the last layer: the residual stream grows",
-        data={"mean": mean, "mean_square": mean_square, "root": root, "eps": eps},
+        data={
+            "norm": name,
+            "input": hook or "input",
+            "mean": mean,
+            "mean_square": mean_square,
+            "root": root,
+            "eps": eps,
+        },
     )
 
 
@@ -255,12 +262,12 @@ def no_positions(walk: Walkthrough) -> Step:
         shapes=f"q {shape(q)} → q_rope {shape(q)}, unchanged",
         sources=walk.calls(f"{walk.prefix}.attention", "encode_positions") + walk.layer_source,
         text=f"Layer {walk.layer} has no positional encoding: queries and keys are not rotated. "
-        "Only the causal mask distinguishes the order of the tokens. RoPE is in the layers "
-        f"{', '.join(map(str, rotated)) or 'of no number'}.",
+        "Only the causal mask distinguishes the order of the tokens. RoPE is in "
+        + (f"layers {', '.join(map(str, rotated))}." if rotated else "no layer."),
         numbers=walk.numbers({"q": "attention.q", "q_rope, the same": "attention.q_rope"}),
         checks=[
             *walk.checks("attention.q_rope", "attention.k_rope"),
-            walk.check(f"{walk.prefix}.attention.q_rope", q),
+            walk.compare("q_rope is q, unchanged", q, walk.manual["attention.q_rope"]),
         ],
         command=walk.command(f"--step 8 --layer {(rotated or [0])[0]}"),
         command_shows="a layer with RoPE" if rotated else "the first layer",
@@ -284,8 +291,8 @@ def one_pair(walk: Walkthrough, plan: RopePlan, angles: Tensor) -> str:
 def layout_drawing(width: int, layout: str) -> list[str]:
     """Which of the rotated coordinates of a head form a pair, in both layouts."""
     half = width // 2
-    first = range(min(4, half))
-    more = "  …  " if half > len(first) else "  "
+    first = range(min(4, half - 1))
+    more = "  …  " if half - 1 > len(first) else "  " * bool(first)
     drawn = []
     for name in ("interleaved", "half"):
         step, distance = (2, 1) if name == "interleaved" else (1, half)
@@ -349,6 +356,7 @@ def attention_weights_step(walk: Walkthrough) -> Step:
     if plan.softcap is not None:
         excerpts.append((soft_cap, "return"))
     if plan.window is not None:
+        title += "; × is hidden by the mask"
         hidden = ~visible_mask(plan, len(walk.ids), len(walk.ids))[0, 0].numpy()
         excerpts.append((window_mask, "where =", "last =", "return"))
     return Step(
@@ -397,9 +405,7 @@ def window_text(walk: Walkthrough) -> str:
     text += f"{window - 1:,} tokens before it. "
     if first == 0:
         return text + "This prompt is not longer, so that nothing is hidden."
-    return (
-        text + f"For the last token the positions 0 to {first - 1} are hidden (× in the picture)."
-    )
+    return text + f"For the last token the positions 0 to {first - 1} are hidden."
 
 
 def head_contributions(walk: Walkthrough) -> Tensor:

@@ -400,7 +400,7 @@ def kv_cache(walk: Walkthrough) -> Step:
     forward, window = walk.implementation(f"{prefix}.attention").forward, ""
     if walk.attention.window is not None:
         window = f" With its window of {walk.attention.window:,} tokens this layer uses only the "
-        window += "last of the cached keys and values."
+        window += f"last {walk.attention.window - 1:,} cached keys and values."
     return Step(
         name="cache",
         title="The second token, with the KV cache",
