@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
 from tiny_models import hf_model, to_pairs
 
@@ -190,3 +191,16 @@ def write_family_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_family(
+    name: str, folder: Path, file_format: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """The model as a Hugging Face folder ("hf"), or as a GGUF file in the folder ("gguf")."""
+    model = family_model(name, **changes).to(dtype)
+    if file_format == "hf":
+        model.save_pretrained(folder)
+        return folder
+    architecture = FAMILIES[name]["model_type"].removesuffix("_text")
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_family_gguf(model, architecture, folder / "tiny.gguf")

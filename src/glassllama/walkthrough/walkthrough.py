@@ -22,14 +22,7 @@ from glassllama.base.errors import (
     WeightsError,
 )
 from glassllama.base.interfaces import Progress, Tokenizer
-from glassllama.base.layer_plan import (
-    NORM_NAMES,
-    AttentionPlan,
-    BlockPlan,
-    ModelPlan,
-    RopePlan,
-    attention_plan,
-)
+from glassllama.base.layer_plan import AttentionPlan, BlockPlan, ModelPlan, RopePlan, attention_plan
 from glassllama.base.machine import require_memory
 from glassllama.models.language_model import LanguageModel
 from glassllama.nn.hooks import hook_names
@@ -145,13 +138,13 @@ class Walkthrough:
     @property
     def norms(self) -> list[str]:
         """The norms of the chosen layer, in the order of use."""
-        return [name for name in NORM_NAMES.values() if f"{self.prefix}.{name}" in self.hooks]
+        return ["attention_norm", "ffn_norm"] if self.block is None else self.block.norm_names()
 
     @property
     def qk_norms(self) -> list[str]:
         """The norms with weights of queries and keys."""
-        names = ("attention.q_norm", "attention.k_norm")
-        return [name for name in names if f"{self.prefix}.{name}" in self.hooks]
+        has_weights = self.attention.qk_norm in ("per_head", "full_width")
+        return ["attention.q_norm", "attention.k_norm"] if has_weights else []
 
     @property
     def is_rms_norm(self) -> bool:

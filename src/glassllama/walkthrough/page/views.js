@@ -34,6 +34,10 @@ const showConfig = ({ data }) => [
   heading('All settings'),
   picture(table(['setting', 'value'], Object.entries(data.config).map(([name, value]) => [
     name, Number.isInteger(value) ? whole(value) : String(value)]))),
+  Object.keys(data.decisions).length ? [
+    heading('Design decisions'),
+    picture(table(['decision', 'value'], Object.entries(data.decisions))),
+  ] : [],
 ];
 
 const showEmbedding = () => [

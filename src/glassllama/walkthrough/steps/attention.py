@@ -387,7 +387,7 @@ def attention_weights_step(walk: Walkthrough) -> Step:
 def score_text(plan: AttentionPlan) -> str:
     """How a score is computed, before the mask."""
     text = "The score of a query and a key is their product, divided by √D."
-    if plan.scale != usual_scale(plan.head_dim):
+    if not plan.has_usual_scale:
         text = f"The score of a query and a key is their product, multiplied by {plan.scale:.6g}, "
         text += f"a scale of this model (1/√D would be {usual_scale(plan.head_dim):.6g})."
     if plan.softcap is not None:

@@ -30,6 +30,7 @@ from glassllama.walkthrough.step import (
 )
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape, visible
 from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.inspection import decisions
 
 BYTES_PER_LINE = 12
 SHOWN_BYTES = 20
@@ -242,6 +243,8 @@ def configuration(walk: Walkthrough) -> Step:
     values = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     rows = [(name, short(value), LETTERS.get(name, "")) for name, value in values.items()]
     label = "RoPE frequencies, radians per token"
+    words = {} if walk.plan is None else decisions(walk.plan)
+    design = [(name, word) for name, word in words.items() if word != "none"]
     plain = {n: v if isinstance(v, str | int | float) else short(v) for n, v in values.items()}
     return Step(
         name="config",
@@ -251,11 +254,14 @@ def configuration(walk: Walkthrough) -> Step:
         sources=sources((walk.implementation(walk.prefix).__init__,)),
         text="\n".join([f"Number of parameters: {formula} = {count:,}.", *walk.checkpoint.notes]),
         numbers=[Numbers(label, walk.frequencies)] if walk.rope is not None else [],
-        pictures=[Table(["setting", "value", "letter in shapes"], rows)],
+        pictures=[
+            Table(["setting", "value", "letter in shapes"], rows),
+            *([Table(["design decision", ""], design)] if design else []),
+        ],
         checks=[same("parameters in the file", count, in_file)],
         command="glassllama show MODEL",
         command_shows="the configuration of another checkpoint: compare its sizes and vocabulary",
-        data={"config": plain, "parameters": in_file},
+        data={"config": plain, "decisions": words, "parameters": in_file},
     )
 
 
