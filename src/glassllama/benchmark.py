@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from glassllama.base.errors import GenerationError, GlassError, MissingExtraError
@@ -267,6 +267,7 @@ class Roofline:
     cache_bytes: int  # per token of context and sequence
     numbers: Number  # format of most products
     vocab_size: int
+    windows: Sequence[int | None] = (None,)  # of each layer: tokens of the cache that it reads
 
     @classmethod
     def of(cls, llm: LLM) -> Roofline:
@@ -287,6 +288,7 @@ class Roofline:
             cache_bytes=bytes_per_token(engine.plan, engine.cache_kind),
             numbers=floats if largest.weight_type.is_float else "int8",
             vocab_size=config.vocab_size,
+            windows=[block.attention.window for block in engine.plan.blocks],
         )
 
     @classmethod
@@ -308,7 +310,8 @@ class Roofline:
         bytes_s, ops = None, float(self.ops)
         if cell.what == "decode":
             context = cell.context + cell.tokens / 2  # on average
-            bytes_s = tok_s * (self.bytes / cell.batch + context * self.cache_bytes)
+            read = mean(min(context, window or context) for window in self.windows)
+            bytes_s = tok_s * (self.bytes / cell.batch + read * self.cache_bytes)
         else:
             ops -= self.output_ops * (1 - 1 / cell.tokens)
         return CellResult(

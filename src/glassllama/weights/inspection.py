@@ -111,8 +111,9 @@ def rope_words(plan: AttentionPlan) -> str:
 
 
 def by_layers(words: Sequence[str]) -> str:
-    """`A` if all layers say so, else `A in 3 of 4 layers, B in 1`."""
-    first, *others = counts = Counter(words)
+    """`A` if all layers say so, else `A in 3 of 4 layers, B in 1`; "none" is the last."""
+    counts = Counter(words)
+    first, *others = sorted(counts, key="none".__eq__)
     if not others:
         return first
     return f"{first} in {counts[first]} of {len(words)} layers" + "".join(
