@@ -357,7 +357,7 @@ def test_control_tokens_in_the_prompt(default_model: Path) -> None:
     as_text = open_walkthrough(default_model, prompt)
     assert len(as_text.ids) > 10
     assert "".join(run_step(as_text, 0).data["pretokens"]) == prompt
-    walk = open_walkthrough(default_model, prompt, specials=True)
+    walk = open_walkthrough(as_text.checkpoint, prompt, specials=True, model=as_text.model)
     assert walk.tokenizer is not None
     assert list(walk.ids) == walk.tokenizer.encode(prompt, bos=True, specials=True)
     assert run_step(walk, 0).data["pretokens"] == ["<|im_start|>", "user", "\n", "Hi", "<|im_end|>"]

@@ -26,6 +26,7 @@ from glassllama.base.interfaces import Progress
 from glassllama.walkthrough.mistakes import Comparison
 from glassllama.walkthrough.step import Check, Numbers, Picture, Source, Step, cut, pad
 from glassllama.walkthrough.steps import STEPS, run_step
+from glassllama.walkthrough.steps.input import embedding_rows
 from glassllama.walkthrough.tracing import Predictions, attention_entropy, residual_norms, trace
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token
 
@@ -186,7 +187,7 @@ def to_json(
         "predictions": predictions_to_json(walk, walk.predictions),
         "probabilities": candidates_to_json(walk),
         "angles": array(walk.angles(walk.positions)[0]) if walk.rope is not None else None,
-        "windows": windows_to_json(walk),
+        "windows": [replace(walk, layer=n).attention.window for n in range(walk.config.n_layers)],
         "layers": layers_to_json(walk, [walk.layer] if layers is None else layers),
         "mistakes": [comparison_to_json(each) for each in mistakes],
     }
@@ -249,13 +250,6 @@ def attention_to_json(walk: Walkthrough) -> Object:
         "weights": {n: plain(w[:, rows, columns]) for n, w in weights.items()},
         "entropy_bits": {n: plain(attention_entropy(w)) for n, w in weights.items()},
     }
-
-
-def windows_to_json(walk: Walkthrough) -> list[int | None]:
-    """The sliding window of every layer, or None."""
-    if walk.plan is None:
-        return [None] * int(walk.config.n_layers)
-    return [block.attention.window for block in walk.plan.blocks]
 
 
 def predictions_to_json(walk: Walkthrough, predicted: Predictions) -> Object:
@@ -328,10 +322,7 @@ def comparison_to_json(done: Comparison) -> Object:
 
 def html_page(walk: Walkthrough, walked: Object, start: int = 0) -> str:
     """The page of a walkthrough and its object, opened at step `start`."""
-    hooks = [name for name in walk.trace if name.endswith("embeddings")]
-    if walk.plan is not None and walk.plan.embedding_multiplier == 1:
-        hooks = ["tok_embeddings"]  # the input of the first layer is the same
-    outside = {name: array(walk.trace[name][0]) for name in [*hooks, "norm"]}
+    outside = {name: array(walk.trace[name][0]) for name in [*embedding_rows(walk), "norm"]}
     return render_page({"walk": walked, "outside": outside, "start": start})
 
 

@@ -27,7 +27,6 @@ from glassllama.base.machine import require_memory
 from glassllama.models.language_model import LanguageModel
 from glassllama.nn.hooks import hook_names
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.norm import RMSNorm
 from glassllama.nn.rope import rope_angles
 from glassllama.tokenizers.vocabulary import prompt_ids
 from glassllama.walkthrough.manual_block import Past, Tensors, gpt_block, planned_block, qk_norm
@@ -123,16 +122,12 @@ class Walkthrough:
     def rope(self) -> RopePlan | None:
         return self.attention.rope
 
-    @property
-    def residual_multiplier(self) -> float:
-        return 1.0 if self.block is None else self.block.residual_multiplier
-
     def before_adding(self, *norms: str) -> str:
         """What happens to the output of a sublayer before it is added to the residual stream."""
         extra = " (an extra norm)" if len(self.norms) > 2 else ""
         parts = [f"normalized by {name}{extra}" for name in norms]
-        if self.residual_multiplier != 1:
-            parts.append(f"multiplied by {self.residual_multiplier:g}")
+        if self.block is not None and self.block.residual_multiplier != 1:
+            parts.append(f"multiplied by {self.block.residual_multiplier:g}")
         return f"{' and '.join(parts)} and then " if parts else ""
 
     @property
@@ -149,7 +144,7 @@ class Walkthrough:
     @property
     def is_rms_norm(self) -> bool:
         """Whether the norms are RMSNorm; otherwise they are LayerNorm."""
-        return isinstance(self.module("norm"), RMSNorm)
+        return self.plan is not None
 
     @property
     def group_size(self) -> int:

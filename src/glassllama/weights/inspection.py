@@ -75,7 +75,7 @@ GATED = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}
 
 def decisions(plan: ModelPlan) -> dict[str, str]:
     """How a model differs from others, besides sizes: a design decision -> words."""
-    block = plan.blocks[0]
+    block, ffn = plan.blocks[0], plan.blocks[0].feed_forward
     norms, layers = tuple(block.norm_names()), [block.attention for block in plan.blocks]
     a, after = block.attention, " after RoPE" if block.attention.qk_norm_after_rope else ""
     multipliers = {
@@ -91,7 +91,7 @@ def decisions(plan: ModelPlan) -> dict[str, str]:
         "window": by_layers([f"{one.window:,} tokens" if one.window else "none" for one in layers]),
         "scale of scores": "1/√D" if a.has_usual_scale else f"{a.scale:.6g}",
         "soft caps": ", ".join(f"{n} {cap:g}" for n, cap in caps.items() if cap) or "none",
-        "feed-forward": GATED[block.feed_forward.activation],
+        "feed-forward": GATED[ffn.activation] + (" with biases" if ffn.bias else ""),
         "multipliers": ", ".join(f"{n} × {m:.4g}" for n, m in multipliers.items() if m != 1)
         or "none",
         "output": "tied to the embeddings" if plan.tie_embeddings else "a separate matrix",

@@ -153,18 +153,13 @@ function showRope({ data }) {
     picture(el('div.dials', {},
       range(angles.columns).map((i) => angleDial(i, angles.at(state.token, i))))),
     rotatedPair(data.layout, angles.at(state.token, state.pair)),
-    tensors({ 'attention.q': 'q before', 'attention.q_rope': 'q after' }),
+    tensors({ [beforeRope(walk.layers[state.layer])]: 'q before', 'attention.q_rope': 'q after' }),
   ];
 }
 
-// A query before RoPE: column c of the chosen head. With QK-norm after RoPE it is q itself.
-function unrotated(layer, c) {
-  const normed = layer['attention.q_norm'];
-  if (!normed) return matrix(layer['attention.q'], state.head).at(state.token, c);
-  const perHead = normed.shape.length === 3;
-  return matrix(normed, state.head)
-    .at(state.token, perHead ? c : state.head * config.head_dim + c);
-}
+// The hook of queries before RoPE, normalized if the layer has a QK-norm.
+const beforeRope = (layer) =>
+  layer && 'attention.q_norm' in layer ? 'attention.q_norm' : 'attention.q';
 
 function rotatedPair(layout, angle) {
   const layer = walk.layers[state.layer];
@@ -172,9 +167,11 @@ function rotatedPair(layout, angle) {
   const i = state.pair; // its coordinates: neighbors, or one in each half of those that rotate
   const [a, b] = layout === 'interleaved'
     ? [2 * i, 2 * i + 1] : [i, i + walk.angles.shape.at(-1)];
-  const before = [a, b].map((c) => unrotated(layer, c));
-  const after = [a, b].map((c) =>
-    matrix(layer['attention.q_rope'], state.head).at(state.token, c));
+  const [before, after] = [beforeRope(layer), 'attention.q_rope'].map((hook) => {
+    // One RMSNorm for all heads: they are side by side.
+    const first = layer[hook].shape.length === 2 ? state.head * config.head_dim : 0;
+    return [a, b].map((c) => matrix(layer[hook], state.head).at(state.token, first + c));
+  });
   const size = Math.max(Math.hypot(...before), Math.hypot(...after), 1e-9) / 70;
   const arrow = ([x, y], kind) => svg(`path.${kind}`, {
     d: arrowPath(Math.hypot(x, y) / size, 5), 'stroke-width': 3,
@@ -253,8 +250,8 @@ const showResidual = ({ data }) => [
   ] : [],
   tensors({
     'attention.heads': 'Weighted sums of values',
-    'attention.wo': 'Output of wo, which is added',
-    post_attention_norm: 'Output of wo, normalized, which is added',
+    'attention.wo': 'Output of wo',
+    post_attention_norm: 'Output of wo, normalized',
     after_attention: 'Residual stream after attention',
   }),
 ];
@@ -312,8 +309,8 @@ function showFeedForward({ data: { activation } }) {
       top.map((c) => [String(c), ...data.map((each) => each.at(state.token, c))]))),
     tensors({
       ...Object.fromEntries(Object.values(titles).map((title, i) => [hooks[i], title])),
-      'feed_forward.down': 'Output of down, which is added',
-      post_ffn_norm: 'Output of down, normalized, which is added',
+      'feed_forward.down': 'Output of down',
+      post_ffn_norm: 'Output of down, normalized',
       output: 'Residual stream after the layer',
     }),
   ];

@@ -63,7 +63,7 @@ def norm(walk: Walkthrough) -> Step:
         text += "mean is subtracted from every number, which is divided by the standard deviation"
         if (bias := walk.bias(name)) is not None:
             shown["bias"], manual = bias, manual + bias.float()
-    others = "" if hook == "" else "Attention reads the residual stream without a norm. "
+    others = "Attention reads the residual stream without a norm. " if hook else ""
     if len(walk.norms) > 2:
         others = f"A layer has {len(walk.norms)} norms: {', '.join(walk.norms)}. "
     numbers = [Numbers(label, values) for label, values in shown.items()]
@@ -82,15 +82,9 @@ def norm(walk: Walkthrough) -> Step:
         ],
         command=walk.command(f"--step 5 --layer {walk.config.n_layers - 1}"),
         command_shows="the root is much larger in the last layer: the residual stream grows",
-        data={
-            "norm": name,
-            "input": hook or "input",
-            "mean": mean,
-            "mean_square": mean_square,
-            "root": root,
-            "eps": eps,
-        },
-    )
+        data={"norm": name, "input": hook or "input", "mean": mean, "mean_square": mean_square,
+              "root": root, "eps": eps},
+    )  # fmt: skip
 
 
 def queries_keys_values(walk: Walkthrough) -> Step:

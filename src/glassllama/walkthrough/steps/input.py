@@ -302,7 +302,7 @@ def short(value: object) -> str:
 def embedding_rows(walk: Walkthrough) -> dict[str, Tensor]:
     """Hook -> what the embeddings are there, read from the file: (1, T, C) each."""
     rows = {"tok_embeddings": rows_from_file(walk, "tok_embeddings.weight", walk.ids)}
-    if "embeddings" in walk.hooks and walk.plan is not None:
+    if walk.plan is not None and walk.plan.embedding_multiplier != 1:
         rows["embeddings"] = rows["tok_embeddings"] * walk.plan.embedding_multiplier
     if "pos_embeddings" in walk.hooks:
         rows["pos_embeddings"] = rows_from_file(walk, "pos_embeddings.weight", walk.positions)
@@ -319,8 +319,8 @@ def rows_from_file(walk: Walkthrough, name: str, indices: range | tuple[int, ...
 
 def embedding_numbers(rows: dict[str, Tensor], first_label: str) -> list[Numbers]:
     """The last token's numbers in each of `embedding_rows`."""
-    with_positions = "pos_embeddings" in rows
-    labels = {"tok_embeddings": first_label, "embeddings": "sum" if with_positions else "x"}
+    last = "sum" if "pos_embeddings" in rows else "multiplied"
+    labels = {"tok_embeddings": first_label, "embeddings": last}
     position = f"position {rows['tok_embeddings'].shape[1] - 1}"
     return [Numbers(labels.get(hook, position), x[0, -1], hook) for hook, x in rows.items()]
 
@@ -334,9 +334,8 @@ def embedding(walk: Walkthrough) -> Step:
     )
     if "pos_embeddings" in rows:
         text += f" Row {end} of pos_embeddings is added, the learned vector of position {end}."
-    multiplier = 1.0 if walk.plan is None else walk.plan.embedding_multiplier
-    if multiplier != 1:
-        text += f" It is multiplied by {multiplier:g} before the first layer."
+    elif walk.plan is not None and "embeddings" in rows:
+        text += f" It is multiplied by {walk.plan.embedding_multiplier:g} before the first layer."
     title, tokens = "tok_embeddings: the first 64 channels of every token", rows["tok_embeddings"]
     return Step(
         name="embedding",
