@@ -227,7 +227,7 @@ def calls(cls: type, *names: str) -> tuple[Source, ...]:
 
     Raises LookupError if no method calls one of them.
     """
-    own = [c for c in cls.__mro__ if c.__module__.startswith(PACKAGE.name)]
+    own = [c for c in cls.__mro__ if not c.__module__.startswith("torch.")]
     methods = [m for c in own for m in vars(c).values() if inspect.isfunction(m)]
     found: dict[Callable[..., Any], list[str]] = {}
     for name in names:
@@ -255,7 +255,8 @@ def source(function: Callable[..., Any], *starts: str) -> Source:
         raise LookupError(f"{function.__qualname__} has no statement {missing!r}")
     spans = sorted({hits[0] for hits in found}) or spans
     excerpt = "\n".join(texts[n] for begin, end in spans for n in range(begin, end))
-    file = Path(inspect.getsourcefile(function) or "").relative_to(PACKAGE).as_posix()
+    path = Path(inspect.getsourcefile(function) or "")
+    file = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
     dedented = tuple(textwrap.dedent(excerpt).splitlines())
     return Source(file, function.__qualname__, first + spans[0][0], dedented)
 

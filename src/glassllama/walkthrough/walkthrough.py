@@ -169,9 +169,9 @@ class Walkthrough:
         return () if method is None else (source(method),)
 
     def implementation(self, name: str = "") -> Any:
-        """The class in models/ or nn/ of a module, for its source: also if its weights stream."""
-        parts = ("glassllama.models.", "glassllama.nn.")
-        return next(c for c in type(self.module(name)).__mro__ if c.__module__.startswith(parts))
+        """The class of a module, for its source: that of the model also if its weights stream."""
+        streams = StreamedBlock.__module__
+        return next(c for c in type(self.module(name)).__mro__ if c.__module__ != streams)
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -322,12 +322,14 @@ class Walkthrough:
     @property
     def unrotated(self) -> Tensor:
         """Queries before RoPE: (1, H, T, D)."""
-        q = self.manual["attention.q"]
-        if self.attention.qk_norm_after_rope:
+        return self.qk_norm(self.manual["attention.q"], after_rope=False)
+
+    def qk_norm(self, q: Tensor, *, after_rope: bool) -> Tensor:
+        """Queries (1, H, T, D) with the chosen layer's norm, if it has one there."""
+        plan, eps = self.attention, self.config.norm_eps
+        if plan.qk_norm_after_rope != after_rope:
             return q
-        return qk_norm(
-            q, self.attention.qk_norm, self.block_parameter, "attention.q", self.config.norm_eps
-        )
+        return qk_norm(q, plan.qk_norm, self.block_parameter, "attention.q", eps)
 
     @property
     def shown(self) -> range:

@@ -21,7 +21,7 @@ from glassllama.nn.attention import (
 )
 from glassllama.nn.norm import RMSNorm, rms_norm
 from glassllama.nn.rope import ROTATE, rope_angles, rotate_complex, rotate_part
-from glassllama.walkthrough.manual_block import layer_norm, qk_norm, visible_mask
+from glassllama.walkthrough.manual_block import layer_norm, visible_mask
 from glassllama.walkthrough.step import Bars, Drawing, HeatMap, Numbers, Step, Table, sources
 from glassllama.walkthrough.steps.input import embedding_numbers, embedding_rows
 from glassllama.walkthrough.tracing import attention_entropy
@@ -100,9 +100,10 @@ def queries_keys_values(walk: Walkthrough) -> Step:
         text.append(f"A learned bias is added to each of {', '.join(biased)}.")
     if norms:
         per = "all heads together" if walk.attention.qk_norm == "full_width" else "every head"
+        when = "After RoPE" if walk.attention.qk_norm_after_rope else "Then"
         text.append(
-            f"Then q and k are normalized (QK-norm): an RMSNorm of {per}, with learned weights, so "
-            "that scores do not grow with the size of q and k."
+            f"{when} q and k are normalized (QK-norm): an RMSNorm of {per}, with learned weights, "
+            "so that scores do not grow with the size of q and k."
         )
     heads = {"q": f"head {h}", "k": f"KV head {walk.kv_head}", "v": f"KV head {walk.kv_head}"}
     shown = {f"{n}, {head}, last token": f"attention.{n}" for n, head in heads.items()}
@@ -187,10 +188,7 @@ def rope(walk: Walkthrough, plan: RopePlan) -> Step:
     angles, name, width = walk.angles(walk.positions), f"{walk.prefix}.attention", plan.rotary_dim
     q, q_rope = walk.unrotated, walk.manual["attention.q_rope"]
     rotated = rotate_complex(q[..., :width], angles, plan.layout) * plan.attention_factor
-    complex_q = torch.cat((rotated, q[..., width:]), dim=-1)
-    if walk.attention.qk_norm_after_rope:
-        kind, weight = walk.attention.qk_norm, walk.block_parameter
-        complex_q = qk_norm(complex_q, kind, weight, "attention.q", walk.config.norm_eps)
+    complex_q = walk.qk_norm(torch.cat((rotated, q[..., width:]), dim=-1), after_rope=True)
     of_part = [(rotate_part, "return torch.cat")] if width < walk.config.head_dim else []
     same = [n for n, other in enumerate(ropes(walk)) if other == plan]
     return Step(
@@ -248,20 +246,21 @@ def rope_facts(walk: Walkthrough, plan: RopePlan) -> Iterator[str]:
 
 def no_positions(walk: Walkthrough) -> Step:
     """For layers without positional encoding."""
-    q, rotated = walk.unrotated, [n for n, plan in enumerate(ropes(walk)) if plan is not None]
+    q = walk.qk_norm(walk.unrotated, after_rope=True)
+    rotated = [n for n, plan in enumerate(ropes(walk)) if plan is not None]
     return Step(
         name="positions",
         title="No positions in this layer (NoPE)",
         question="How do attention scores depend on the positions of tokens?",
-        shapes=f"q {shape(q)} → q_rope {shape(q)}, unchanged",
+        shapes=f"q {shape(q)} → q_rope {shape(q)}, not rotated",
         sources=walk.calls(f"{walk.prefix}.attention", "encode_positions") + walk.layer_source,
         text=f"Layer {walk.layer} has no positional encoding: queries and keys are not rotated. "
         "Only the causal mask distinguishes the order of the tokens. RoPE is in "
         + (f"layers {', '.join(map(str, rotated))}." if rotated else "no layer."),
-        numbers=walk.numbers({"q": "attention.q", "q_rope, the same": "attention.q_rope"}),
+        numbers=walk.numbers({"q": "attention.q", "q_rope": "attention.q_rope"}),
         checks=[
             *walk.checks("attention.q_rope", "attention.k_rope"),
-            walk.compare("q_rope is q, unchanged", q, walk.manual["attention.q_rope"]),
+            walk.compare("q_rope is q, not rotated", q, walk.manual["attention.q_rope"]),
         ],
         command=walk.command(f"--step 8 --layer {(rotated or [0])[0]}"),
         command_shows="a layer with RoPE" if rotated else "the first layer",

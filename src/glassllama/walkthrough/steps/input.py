@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
+from collections import Counter
 from itertools import pairwise
 from pathlib import PurePath
 
@@ -29,6 +30,7 @@ from glassllama.walkthrough.step import (
     sources,
 )
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape, visible
+from glassllama.weights.architectures.description import LETTERS as LETTER_FIELDS
 from glassllama.weights.checkpoint import Checkpoint
 from glassllama.weights.inspection import decisions
 
@@ -36,10 +38,7 @@ BYTES_PER_LINE = 12
 SHOWN_BYTES = 20
 SHOWN_PRETOKENS = 24
 LONGEST_SHOWN_PRETOKEN = 24  # bytes
-LETTERS = {
-    "dim": "C", "n_heads": "H", "n_kv_heads": "K", "head_dim": "D", "ffn_dim": "F",
-    "vocab_size": "V", "max_seq_len": "P, the context",
-}  # fmt: skip
+LETTERS = {field: letter for letter, field in LETTER_FIELDS.items()}
 PARTS = {
     "embeddings": "embeddings", "attention": ".attention.", "feed-forward": ".feed_forward.",
     "norms": "norm", "output": "output",
@@ -266,28 +265,21 @@ def configuration(walk: Walkthrough) -> Step:
 
 
 def parameter_count(walk: Walkthrough) -> tuple[str, int]:
-    """The formula in letters, and its value."""
-    c, tables = walk.config, 1 if walk.config.tie_embeddings else 2
-    if walk.plan is None:  # GPT-2
-        layer, last = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, c.dim
-        layer_text, rows = "4·C² + 2·C·F + 2·C", tables * c.vocab_size + c.max_seq_len
-        if c.bias:
-            layer, last = layer + 7 * c.dim + c.ffn_dim, 2 * c.dim
-            layer_text += " + biases 7·C + F"
-        last_text = "C" if last == c.dim else "2·C"
-        count = rows * c.dim + c.n_layers * layer + last
-        text = f"({tables} × V + P)·C + {c.n_layers} layers × ({layer_text}) + {last_text}"
-        return text, count
-    block, a = walk.plan.blocks[0], walk.plan.blocks[0].attention
-    widths = {"q": "H·D", "k": "K·D", "v": "K·D", "o": "C"}
-    letters = {"H": c.n_heads, "K": c.n_kv_heads, "D": c.head_dim, "C": c.dim, "F": c.ffn_dim}
-    parts = ["2·H·D·C", "2·K·D·C", "3·C·F", f"{len(block.norms)}·C"]
-    parts += [f"{widths[name]}" for name in "qkvo" if name in a.biases]
-    parts += {"per_head": ["2·D"], "full_width": ["H·D", "K·D"]}.get(a.qk_norm, [])
-    parts += ["2·F", "C"] if block.feed_forward.bias else []
-    layer = sum(math.prod(letters.get(f) or int(f) for f in part.split("·")) for part in parts)
-    count = tables * c.vocab_size * c.dim + c.n_layers * layer + c.dim
-    return f"{tables} × V·C + {c.n_layers} layers × ({' + '.join(parts)}) + C", count
+    """The formula in letters, from the description of the architecture, and its value."""
+    c, outside, in_layer = walk.config, Counter[str](), Counter[str]()
+    for rule in walk.checkpoint.architecture.rules:
+        if rule.ours.format(0) in walk.checkpoint.names:
+            letters = sorted("*".join(rule.shape).split("*"), key=tuple(LETTER_FIELDS).index)
+            (in_layer if "{}" in rule.ours else outside)["·".join(reversed(letters))] += 1
+    counts = [
+        sum(n * math.prod(getattr(c, LETTER_FIELDS[one]) for one in product.split("·"))
+            for product, n in part.items()) for part in (outside, in_layer)
+    ]  # fmt: skip
+    texts = [
+        " + ".join(f"{n}·{product}" if n > 1 else product for product, n in part.items())
+        for part in (outside, in_layer)
+    ]
+    return f"{texts[0]} + {c.n_layers} layers × ({texts[1]})", counts[0] + c.n_layers * counts[1]
 
 
 def parameters_in_file(checkpoint: Checkpoint) -> int:
