@@ -1,31 +1,42 @@
-"""Write docs/compare.md: what changed from LLaMA to Llama 3.3, from docs/llama_generations.py.
+"""Write docs/compare.md: what changed from LLaMA to Llama 3.3, and how other families differ.
+
+The first part is from docs/llama_generations.py, the second from docs/families.py and the
+descriptions of architectures.
 
 python docs/make_compare.py          (a test fails while the page is stale)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args
 
-from glassllama.base.config import Llama3Scaling, LlamaConfig
-from glassllama.base.layer_plan import llama_plan
+from families import MODELS as FAMILIES
+from glassllama.base.config import GivenDivisors, Llama3Scaling, LlamaConfig, RopeScaling
+from glassllama.base.layer_plan import ModelPlan, llama_plan
+from glassllama.weights.architectures import ARCHITECTURES, architecture_of, config_from_hf
+from glassllama.weights.architectures.description import Architecture, Stored
+from glassllama.weights.inspection import decisions
 from llama_generations import GENERATIONS, Generation, parameters, weight_bytes
 
 PAGE = Path(__file__).parent / "compare.md"
 GB, KIB = 1e9, 1024
 STORED = ("BF16", "Q8_0", "Q4_0")
 
-HEAD = """# From LLaMA to Llama 3.3: what changed
+HEAD = """# Llama and its relatives compared
+
+[How other families differ](#how-other-families-differ) from Llama is in the second part.
+
+## From LLaMA to Llama 3.3: what changed
 
 All of them have the same architecture: RMSNorm before attention and before the feed-forward
 network, rotary positions, SwiGLU, no biases. One file computes them all,
 [`models/llama.py`](../src/glassllama/models/llama.py); only their configurations differ. This page
 is written by `python docs/make_compare.py` from the table in
 [`llama_generations.py`](llama_generations.py).
-
-## From generation to generation
 
 **Bold**: different from the generation to its left. Llama 3.2 stands for its text models; 3.3 was
 published as a chat model only.
@@ -58,7 +69,7 @@ Notes:
 """
 
 SIZES_HEAD = """
-## Every model
+### Every model
 
 C: width of the residual stream; H: query heads; K: key/value heads; D: width of a head; F: width of
 the feed-forward network. Parameters are counted from the configuration.
@@ -66,7 +77,7 @@ the feed-forward network. Parameters are counted from the configuration.
 """
 
 MEMORY_HEAD = """
-## Memory
+### Memory
 
 The KV cache is that of one conversation in 16 bits: 2 · layers · K · D · 2 bytes per token. Weights
 are in GB (10⁹ bytes), with all matrices in the named format; beside block types norms are float32
@@ -82,8 +93,43 @@ of a long conversation depends on K and the context, not on the number of parame
 `glassllama show MODEL` prints whether a model fits into the memory of this machine.
 """
 
+FAMILIES_HEAD = """
+## How other families differ
+
+A column is a published model, a row a design decision. **Bold**: different from Llama. The second
+table has the sizes. Both are made from the config.json of these models
+([`families.py`](families.py)) and from the layer plans that the engine runs. Other models of a
+family have other sizes, and some another window, scaling of RoPE or output matrix; Phi-4-mini
+rotates three quarters of each head.
+
+"""
+
+FAMILIES_READING = """
+- **norms**: *before* normalizes the input of a sublayer, *after* its output before it is added to
+  the residual stream.
+- **norm of q and k**: an RMSNorm with learned weights, before RoPE.
+- **positions**: RoPE with its base. SmolLM3 has layers without it, Gemma 3 has two bases. Besides
+  the rule of Llama 3.1 files of most families may ask for another one: {scalings}.
+- **window**: a query sees so many tokens, its own included, instead of all before it.
+- **soft caps**: cap · tanh(x / cap).
+- **multipliers**: of the embeddings before the first layer, of what a sublayer adds to the residual
+  stream, of the logits.
+- **norms in files**: Hugging Face's files of Gemma have w for 1 + w.
+- **stored as one matrix**: Hugging Face's files of Phi-3 have q, k and v in one matrix, gate and up
+  in another.
+
+`glassllama show MODEL` prints the decisions of any checkpoint, and the steps of `glassllama
+walkthrough` show what they do. GPT-2 has no column: it has learned positions, LayerNorm and no gate
+([`models/gpt.py`](../src/glassllama/models/gpt.py)).
+
+### Where each family is
+
+GGUF files of Mistral have the name `llama`.
+
+"""
+
 SOURCES_HEAD = """
-## Sources
+### Sources
 
 Sizes, contexts and heads are from the papers and model cards below. The epsilon of the norms and
 the factors of the scaling are from the configuration files that were published with the weights,
@@ -176,10 +222,84 @@ def reading() -> str:
     return READING.format(share=f"{both:.0%}", untied=f"{untied[0]:.0%} and {untied[1]:.0%}")
 
 
+def resolved() -> dict[str, tuple[Architecture, Any, ModelPlan]]:
+    """The models of other families: name -> description, configuration, layer plan."""
+    found = {}
+    for name, values in FAMILIES.items():
+        config = config_from_hf(values).config
+        architecture = architecture_of(config)
+        assert architecture.layer_plan is not None
+        found[name] = architecture, config, architecture.layer_plan(config)
+    return found
+
+
+def family_sizes(architecture: Architecture, config: Any) -> dict[str, str]:
+    c, count = config, sum(math.prod(shape) for shape in architecture.shapes(config).values())
+    return {
+        "parameters": f"{count / GB:.2f} B",
+        "width, layers": f"{c.dim:,}, {c.n_layers}",
+        "query heads, KV heads": f"{c.n_heads}, {c.n_kv_heads}",
+        "head width": f"{c.head_dim}" + (" = C / H" if c.head_dim * c.n_heads == c.dim else ""),
+        "feed-forward width": f"{c.ffn_dim:,}",
+        "vocabulary": f"{c.vocab_size:,}",
+        "context (tokens)": f"{c.max_seq_len:,}",
+    }
+
+
+def family_decisions(architecture: Architecture, config: Any, plan: ModelPlan) -> dict[str, str]:
+    """Design decisions of the plan, and how files store the tensors."""
+    words, rule = decisions(plan), config.rope_scaling
+    if rule is not None:
+        scaled = f"RoPE, base {config.rope_theta:,.0f}, {type(rule).__name__}"
+        words["positions"] = words["positions"].replace("RoPE, scaled", scaled)
+    stored = [rule.hf for rule in architecture.rules if isinstance(rule.hf, Stored)]
+    fused = dict.fromkeys(one.name.split(".")[-2] for one in stored if one.parts)
+    return words | {
+        "norms in files": "w for 1 + w" if any(one.less_one for one in stored) else "w",
+        "stored as one matrix": ", ".join(fused) or "none",
+    }
+
+
+def families() -> str:
+    """The second part: one column for each model, a row for each decision; then their sizes."""
+    models, rows = resolved(), []
+    columns = [family_decisions(*one) for one in models.values()]
+    for name, llama in columns[0].items():
+        cells = [column[name] for column in columns]
+        rows.append([name, *(cell if cell == llama else f"**{cell}**" for cell in cells)])
+    columns = [family_sizes(one, config) for one, config, _ in models.values()]
+    sizes = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return "\n".join(table(["", *models], part, align="---") for part in (rows, sizes))
+
+
+def family_files() -> str:
+    """Model file, description and foreign names of every family."""
+    rows = []
+    for one in ARCHITECTURES.values():
+        model = one.model.partition(":")[0].replace(".", "/")
+        links = [
+            f"[`{path.name}`](../src/{path})"
+            for path in map(
+                Path, (f"{model}.py", f"{one.config_from_hf.__module__.replace('.', '/')}.py")
+            )
+        ]
+        hf = ", ".join(f"`{name}`" for name in one.hf_classes) or "none"
+        rows.append([one.title, *links, hf, ", ".join(f"`{n}`" for n in one.gguf_names) or "none"])
+    head = ["family", "model", "description", "model_type", "GGUF"]
+    return table(head, rows, align="---")
+
+
+def scalings() -> str:
+    """The other rules of RoPE scaling, by the names of their classes."""
+    rules = [rule for rule in get_args(RopeScaling) if rule not in (GivenDivisors, Llama3Scaling)]
+    return ", ".join(f"`{rule.__name__}`" for rule in rules)
+
+
 def page() -> str:
     sources = "\n".join(f"- {g.name}: {g.source}." for g in GENERATIONS)
     parts = [HEAD, "\n", generations(), reading(), SIZES_HEAD, sizes(), MEMORY_HEAD, memory()]
-    return "".join([*parts, MEMORY_READING, SOURCES_HEAD, sources, "\n"])
+    parts += [MEMORY_READING, SOURCES_HEAD, sources, "\n", FAMILIES_HEAD, families()]
+    return "".join([*parts, FAMILIES_READING.format(scalings=scalings()), family_files()])
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ import torch
 
 from glassllama.base.config import LlamaConfig
 from glassllama.models.bigram import Bigram, BigramConfig
+from glassllama.models.gemma import Gemma3
 from glassllama.models.gpt import GPT, GPTConfig
 from glassllama.models.llama import Llama
+from glassllama.models.olmo2 import Olmo2
 from glassllama.walkthrough.tracing import trace
+from glassllama.weights.architectures.gemma import Gemma3Config
+from glassllama.weights.architectures.olmo2 import Olmo2Config
 
 ROOT = Path(__file__).parent.parent
 # All sizes differ, so that each is the size of one letter only.
@@ -34,6 +38,17 @@ MODELS: dict[str, Any] = {
             rope_theta=1e4, tie_embeddings=False,
         )
     ),
+    "Gemma 3": lambda: Gemma3(
+        Gemma3Config(
+            **COMMON, n_kv_heads=SIZES["K"], head_dim=SIZES["D"], norm_eps=1e-6, rope_theta=1e4,
+            query_scale=SIZES["D"],
+        )
+    ),
+    "OLMo 2": lambda: Olmo2(
+        Olmo2Config(
+            **COMMON, n_kv_heads=SIZES["K"], head_dim=SIZES["D"], norm_eps=1e-6, rope_theta=1e4
+        )
+    ),
     "GPT-2": lambda: GPT(GPTConfig(**COMMON, tie_embeddings=False)),
     "Bigram": lambda: Bigram(BigramConfig(vocab_size=SIZES["V"], max_seq_len=16)),
 }  # fmt: skip
@@ -41,7 +56,7 @@ PRODUCTS = {("H", "D"): "H·D", ("K", "D"): "K·D"}
 DESCRIPTIONS = {
     "tok_embeddings": "row of the embedding matrix for each token",
     "pos_embeddings": "row of the matrix of learned positions for each position",
-    "embeddings": "sum of both: the input of the first layer",
+    "embeddings": "the input of the first layer: embeddings times a multiplier, or with positions",
     "layers.N": "residual stream after the layer: the input of the next one",
     "layers.N.attention_norm": "normalized input of attention",
     "layers.N.attention.wq": "queries of all heads",
@@ -50,21 +65,25 @@ DESCRIPTIONS = {
     "layers.N.attention.q": "queries, split into heads",
     "layers.N.attention.k": "keys, split into heads",
     "layers.N.attention.v": "values, split into heads",
+    "layers.N.attention.q_norm": "normalized queries: QK-norm with weights, before RoPE",
+    "layers.N.attention.k_norm": "normalized keys: QK-norm with weights, before RoPE",
     "layers.N.attention.q_rope": "queries after RoPE, and after QK-norm if configured",
     "layers.N.attention.k_rope": "keys after RoPE, and after QK-norm if configured",
-    "layers.N.attention.scores": "q·k/√D before the mask; a hook replaces the fused kernel",
+    "layers.N.attention.scores": "scaled q·k before the mask; a hook replaces the fused kernel",
     "layers.N.attention.weights": "attention weights; a hook replaces the fused kernel",
     "layers.N.attention.heads": "weighted sums of values",
-    "layers.N.attention.wo": "what attention adds to the residual stream",
+    "layers.N.attention.wo": "output of attention",
     "layers.N.attention": "the same tensor",
+    "layers.N.post_attention_norm": "normalized output of attention",
     "layers.N.after_attention": "residual stream after attention",
     "layers.N.ffn_norm": "normalized input of the feed-forward network",
     "layers.N.feed_forward.gate": "gates before the activation",
     "layers.N.feed_forward.up": "features; without a gate, before the activation",
-    "layers.N.feed_forward.gated": "silu(gate) · up",
+    "layers.N.feed_forward.gated": "activation(gate) · up",
     "layers.N.feed_forward.activated": "activation(up)",
-    "layers.N.feed_forward.down": "what the feed-forward network adds to the residual stream",
+    "layers.N.feed_forward.down": "output of the feed-forward network",
     "layers.N.feed_forward": "the same tensor",
+    "layers.N.post_ffn_norm": "normalized output of the feed-forward network",
     "norm": "output of the last norm",
     "output": "logits in the dtype of the weights; no such module if the output matrix is tied",
     "last_logits": "logits, float32",
@@ -79,7 +98,9 @@ model.
 
 Here N is the number of a layer. Letters for shapes: B batch, T new tokens, S visible tokens (T, and
 with a KV cache the cached tokens), C model width, H query heads, K KV heads, D head width, F
-feed-forward width, V vocabulary. The order is that of computation.
+feed-forward width, V vocabulary. The order is that of computation. Mistral, Qwen 2, SmolLM3, Phi-3,
+Granite and Gemma 1 have the hooks of a Llama and `embeddings`; Qwen 3 has `attention.q_norm` and
+`attention.k_norm` besides, and Gemma 2 the norms of Gemma 3.
 
 This page is written by `docs/make_hooks_page.py` from the models.
 """
@@ -90,7 +111,7 @@ def letters(shape: tuple[int, ...], name: str) -> str:
     by_size = {size: letter for letter, size in SIZES.items()}
     by_size |= {SIZES[a] * SIZES[b]: text for (a, b), text in PRODUCTS.items()}
     by_size[SIZES["C"]] = "C"
-    if re.search(r"attention\.w[qkv]$", name):
+    if re.search(r"attention\.(w[qkv]|[qk]_norm)$", name):
         by_size[SIZES["H"] * SIZES["D"]] = "H·D"
     found = [by_size[size] for size in shape]
     if name.endswith((".scores", ".weights")):

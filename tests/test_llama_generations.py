@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import transformers
 from llama_models.sku_list import all_registered_models
 
 import make_compare
+from families import MODELS as FAMILIES
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.hub.names import HUB_MODELS
+from glassllama.weights.architectures import ARCHITECTURES
 from glassllama.weights.architectures.llama import config_from_meta
 from llama_generations import GENERATIONS, MODELS, parameters, weight_bytes
 
@@ -135,3 +138,54 @@ def test_the_page_marks_changes() -> None:
     assert rows["| context (tokens)"].count("**") == 6  # three changes, marked on both sides
     assert "| no | no | no | no | **yes** | **no** |" in rows["| embeddings tied to output"]
     assert "| no | **70B: K = 8** | **all: K = 8** | all: K = 8 |" in rows["| grouped queries"]
+
+
+# Parameters of the safetensors files, as the Hugging Face Hub counts them.
+OF_FAMILIES = {
+    "Mistral 7B v0.1": 7_241_732_096,
+    "Qwen2.5 7B": 7_615_616_512,
+    "Qwen3 8B": 8_190_735_360,
+    "Gemma 7B": 8_537_680_896,
+    "Gemma 2 9B": 9_241_705_984,
+    "Gemma 3 1B": 999_885_952,
+    "SmolLM3 3B": 3_075_098_624,
+    "Phi-3 mini 4k": 3_821_079_552,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_of_other_families(name: str) -> None:
+    architecture, config, _ = make_compare.resolved()[name]
+    count = sum(math.prod(shape) for shape in architecture.shapes(config).values())
+    values = {**FAMILIES[name], "pad_token_id": 0}
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**values)
+        )
+    assert count == theirs.num_parameters()
+    assert count == OF_FAMILIES.get(name, count)
+
+
+def test_every_architecture_with_a_layer_plan_has_a_column() -> None:
+    compared = {architecture.name for architecture, *_ in make_compare.resolved().values()}
+    assert compared == {one.name for one in ARCHITECTURES.values() if one.layer_plan}
+
+
+def test_decisions_of_other_families() -> None:
+    table = make_compare.families()
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.split("\n")}
+    column = {name: n for n, name in enumerate(FAMILIES)}
+    expected = {
+        ("norms", "OLMo 2 7B"): "**after attention and feed-forward**",
+        ("norms", "Gemma 2 9B"): "**before and after attention and feed-forward**",
+        ("norm of q and k", "Qwen3 8B"): "**of every head**",
+        ("biases", "Qwen2.5 7B"): "**q, k, v**",
+        ("positions", "SmolLM3 3B"): "**RoPE, base 5,000,000 in 27 of 36 layers, none in 9**",
+        ("window", "Gemma 3 1B"): "**512 tokens in 22 of 26 layers, none in 4**",
+        ("soft caps", "Gemma 2 9B"): "**scores 50, logits 30**",
+        ("scale of scores", "Llama 3.1 8B"): "1/√D", ("feed-forward", "Gemma 7B"): "**GeGLU**",
+        ("multipliers", "Gemma 7B"): "**embeddings × 55.43**",
+        ("stored as one matrix", "Phi-3 mini 4k"): "**qkv_proj, gate_up_proj**",
+    }  # fmt: skip
+    found = {key: rows[f"| {key[0]}"][column[key[1]]] for key in expected}
+    assert found == expected

@@ -6,11 +6,14 @@ beyond the original one. All sizes differ, so that swapped axes are detected.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from tiny_models import hf_model, to_pairs
 
@@ -149,8 +152,10 @@ def gguf_tensors(model: Any, architecture: str) -> dict[str, np.ndarray]:
 
 
 def write_family_gguf(
-    model: Any, architecture: str, path: Path, kind: Any = gguf.GGMLQuantizationType.F32
-) -> Path:
+    model: Any, architecture: str, path: Path, kind: Any = gguf.GGMLQuantizationType.F32,
+    tokenizer: Any = None,
+) -> Path:  # fmt: skip
+    """`tokenizer`: a byte-level BPE of the tokenizers package, if the file has a vocabulary."""
     c, writer = model.config, gguf.GGUFWriter(str(path), architecture)
     rope = c.rope_parameters
     own = rope.get(FULL, rope)
@@ -195,6 +200,16 @@ def write_family_gguf(
         writer.add_embedding_scale(c.embedding_multiplier)
         writer.add_logit_scale(c.logits_scaling)
         writer.add_attention_scale(c.attention_multiplier)
+    if tokenizer is not None:
+        inner = json.loads(tokenizer.to_str())["model"]
+        tokens = sorted(inner["vocab"], key=inner["vocab"].get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        kinds = [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(merge) for merge in inner["merges"]])
+        writer.add_eos_token_id(0)
     for name, values in gguf_tensors(model, architecture).items():
         stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
         writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
@@ -203,3 +218,26 @@ def write_family_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_family(
+    name: str, folder: Path, file_format: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """The model as a Hugging Face folder ("hf"), or as a GGUF file in the folder ("gguf")."""
+    model = family_model(name, **changes).to(dtype)
+    return write_model(model, name, folder, file_format)
+
+
+def write_model(
+    model: Any, name: str, folder: Path, file_format: str, tokenizer: Any = None
+) -> Path:
+    """The same for a given model of a family, with a vocabulary if one is given."""
+    if file_format == "hf":
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            ends = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+            ends.save_pretrained(folder)
+        return folder
+    architecture = FAMILIES[name]["model_type"].removesuffix("_text")
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_family_gguf(model, architecture, folder / "tiny.gguf", tokenizer=tokenizer)

@@ -25,6 +25,7 @@ from glassllama.walkthrough.mistakes import MISTAKES, compare_with_mistake
 from glassllama.walkthrough.steps import STEPS
 from glassllama.walkthrough.tracing import Trace, trace
 from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
+from tiny_families import write_family
 from walkthrough.conftest import write_checkpoint
 
 LARGEST = 5_000_000  # bytes, of twelve tokens on the default model
@@ -439,6 +440,52 @@ def test_ids_without_a_vocabulary(browser: Browser, tmp_path: Path, ids: list[in
     browser.slide("layer", 0)
     assert len(browser.all(".maps canvas")) == (walk.config.n_heads if len(ids) == 1 else 0)
     assert browser.console_errors() == []
+
+
+def shown_pair(page: Browser, line: int) -> list[float]:
+    numbers = page.all("#pair p")[line].text.split(maxsplit=1)[1]
+    return [float(number) for number in numbers.split(", ")]
+
+
+# The chosen layer, and another one that differs from it in RoPE or window, if there is one.
+@pytest.mark.parametrize(
+    ("name", "layer", "other"),
+    [("gemma3", 5, 0), ("smollm3", 3, 0), ("olmo2", 1, None), ("phi3 longrope", 1, None)],
+)
+def test_other_families_on_a_phone(
+    browser: Browser, tmp_path: Path, name: str, layer: int, other: int | None
+) -> None:
+    """Every step and mistake, without errors or horizontal scrolling; the rotated pair."""
+    path, ids = tmp_path / "family.html", [n * 37 % 131 for n in range(13)]
+    walk = open_walkthrough(write_family(name, tmp_path, "hf"), ids, layer=layer, head=4, name=name)
+    done = [compare_with_mistake(walk, mistake) for mistake in MISTAKES.values()]
+    every = to_json(walk, layers=range(walk.config.n_layers), mistakes=done)
+    path.write_text(html_page(walk, every), encoding="utf-8")
+    browser.console_errors()
+    browser.open(path, width=390)
+    for number in range(len(STEPS) + len(done)):
+        browser.step(number)
+        assert browser.script("return document.documentElement.scrollWidth") <= 390, number
+    assert browser.console_errors() == []
+    browser.step(8)
+    if walk.rope is None:
+        assert "No positions in this layer" in browser.text("#title")
+        assert browser.all("[data-dial]") == []
+    else:
+        assert len(browser.all("[data-dial]")) == walk.rope.rotary_dim // 2
+        half = walk.rope.rotary_dim // 2  # the layout of all four
+        rotated = walk.manual["attention.q_rope"]
+        for line, tensor in ((1, walk.unrotated), (3, rotated)):
+            pair = tensor[0, 4, -1, [0, half]].tolist()
+            assert shown_pair(browser, line) == pytest.approx(pair, rel=1e-3, abs=1e-6)
+    if name == "gemma3":
+        browser.step(9)
+        assert "Gray: hidden" not in browser.text("#step")  # the layer has no window
+        browser.slide("layer", other or 0)
+        assert "the window of 6 tokens" in browser.text("#step")
+        browser.press("#tokens button", 12)
+        browser.step(8)
+        assert "has another RoPE" in browser.text("#step")
 
 
 def test_the_command_writes_and_opens_the_page(

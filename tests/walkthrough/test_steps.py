@@ -96,7 +96,7 @@ def test_a_bigram_is_refused_before_loading(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abc")
     model = Bigram(BigramConfig(vocab_size=tokenizer.vocab_size, max_seq_len=8))
     save_model(tmp_path, model, tokenizer)
-    with pytest.raises(ConfigError, match=r"explains Llama and GPT-2, and this is a bigram"):
+    with pytest.raises(ConfigError, match=r"explains models with attention, and this is a bigram"):
         open_walkthrough(tmp_path, "abc")
 
 
@@ -213,7 +213,7 @@ def test_a_changed_file_is_detected(tiny_walk: Walkthrough) -> None:
 WRONG: dict[str, tuple[int, Callable[..., Any]]] = {
     "rms_norm": (5, lambda x, eps: x),
     "split_heads": (6, lambda x, n: x.unflatten(-1, (-1, n)).movedim(-1, 1)),
-    "attention_scores": (9, lambda q, k: q.float() @ k.repeat_interleave(3, 1).float().mT),
+    "attention_scores": (9, lambda q, k, scale: q.float() @ k.repeat_interleave(3, 1).float().mT),
     "attention_weights": (9, lambda scores, mask: scores.softmax(-1)),
     "weighted_sum": (10, lambda weights, v: weights @ v.repeat(1, 3, 1, 1)),
     "join_heads": (10, lambda x: x.permute(0, 2, 3, 1).flatten(2)),
@@ -357,7 +357,7 @@ def test_control_tokens_in_the_prompt(default_model: Path) -> None:
     as_text = open_walkthrough(default_model, prompt)
     assert len(as_text.ids) > 10
     assert "".join(run_step(as_text, 0).data["pretokens"]) == prompt
-    walk = open_walkthrough(default_model, prompt, specials=True)
+    walk = open_walkthrough(as_text.checkpoint, prompt, specials=True, model=as_text.model)
     assert walk.tokenizer is not None
     assert list(walk.ids) == walk.tokenizer.encode(prompt, bos=True, specials=True)
     assert run_step(walk, 0).data["pretokens"] == ["<|im_start|>", "user", "\n", "Hi", "<|im_end|>"]

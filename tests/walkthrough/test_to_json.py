@@ -23,7 +23,8 @@ from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 PAGE = Path(__file__).parent.parent.parent / "docs" / "walkthrough.md"
 TOP_LEVEL = [
     "schema", "model", "prompt", "layer", "head", "config", "tokens", "steps", "residual_norms",
-    "attention", "logit_lens", "predictions", "probabilities", "angles", "layers", "mistakes",
+    "attention", "logit_lens", "predictions", "probabilities", "angles", "windows",
+    "layers", "mistakes",
 ]  # fmt: skip
 
 

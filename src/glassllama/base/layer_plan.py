@@ -16,6 +16,7 @@ Letters: C model width, H query heads, K KV heads, D head width, F feed-forward 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -75,6 +76,18 @@ class RopePlan:
     def rotary_dim(self) -> int:
         return 2 * len(self.frequencies)
 
+    @property
+    def base(self) -> float | None:
+        """θ, to six digits, if the frequencies are c · θ^(-2i/R) with any c; None if not."""
+        first, last, pairs = self.frequencies[0], self.frequencies[-1], len(self.frequencies)
+        if pairs == 1 or not last:
+            return None
+        base = (first / last) ** (pairs / (pairs - 1))
+        series = first * np.float64(base) ** -(np.arange(pairs) / pairs)
+        if not np.allclose(series, self.frequencies, rtol=1e-5, atol=0):
+            return None
+        return float(f"{base:.6g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
@@ -119,6 +132,11 @@ class AttentionPlan:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def has_usual_scale(self) -> bool:
+        """Whether the scale is 1/√D, in float32 or float64."""
+        return math.isclose(self.scale, usual_scale(self.head_dim), rel_tol=1e-6)
 
     def kv_bytes(self, number: int, scale: int = 0) -> int:
         """Bytes of one token's keys and values: `number` for each number, `scale` for each head."""

@@ -154,8 +154,11 @@ def architecture_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", gigabytes(facts["bytes"])),
     ]
-    if "rope_theta" not in c:
+    if not facts["decisions"]:
         return rows + [(name.replace("_", " "), str(value)) for name, value in c.items()]
+    words = {name: word for name, word in facts["decisions"].items() if word != "none"}
+    if not any(mark in words["positions"] for mark in (" in ", " of ")):
+        del words["positions"]  # all layers have the RoPE of the configuration
     scaling = f", scaled ({c['rope_scaling']['rule']})" if c["rope_scaling"] else ""
     return [
         *rows,
@@ -163,19 +166,9 @@ def architecture_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("width", f"{c['dim']:,}, feed-forward {c['ffn_dim']:,}"),
         ("heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, width {c['head_dim']}"),
         ("RoPE", f"base {c['rope_theta']:,.0f}, {c['rope_layout']}{scaling}"),
-        *([("QK-norm", "after RoPE")] if c.get("qk_norm") else []),
-        *window_rows(c),
+        *words.items(),
         ("context", f"{c['max_seq_len']:,} tokens"),
-        ("output", "tied to the embeddings" if c["tie_embeddings"] else "a separate matrix"),
     ]
-
-
-def window_rows(c: dict[str, Any]) -> list[tuple[str, str]]:
-    windowed = sum(c.get("window_layers", ()))
-    if not windowed:
-        return []
-    layers = "all layers" if windowed == c["n_layers"] else f"{windowed} of {c['n_layers']} layers"
-    return [("window", f"{c['sliding_window']:,} tokens in {layers}")]
 
 
 def tokenizer_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def walkthrough(
         "right", metavar="wrong", help="Show the mistake: RoPE rotates the wrong coordinates."
     ),
     scale: Correctness = typer.Option(
-        "right", metavar="wrong", help="Show the mistake: scores are not divided by √D."
+        "right", metavar="wrong", help="Show the mistake: scores are not scaled by 1/√D."
     ),
 ) -> None:  # fmt: skip
     """Follow a prompt through a model: 18 steps from bytes to the next token.

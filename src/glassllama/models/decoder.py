@@ -49,6 +49,7 @@ class Decoder(LanguageModel):
         """`block` makes the block of a layer."""
         super().__init__(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.embeddings = HookPoint()  # the input of the first layer
         self.layers = nn.ModuleList(block(n) for n in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
@@ -75,7 +76,7 @@ class Decoder(LanguageModel):
         positions, mask = positions_and_mask(ids, cache, new, segments)  # (B, T), (B or 1, 1, T, S)
         rope = table_of(self.config, self.frequencies, positions)
         context = ForwardContext(rope, mask, cache, new)
-        x = self.embed(ids)  # (B, T, C)
+        x = self.embeddings(self.embed(ids))  # (B, T, C)
         for n, layer in enumerate(self.layers):
             x = layer(x, self.context_of(n, context, positions))  # (B, T, C)
         if cache is not None:

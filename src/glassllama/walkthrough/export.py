@@ -26,6 +26,7 @@ from glassllama.base.interfaces import Progress
 from glassllama.walkthrough.mistakes import Comparison
 from glassllama.walkthrough.step import Check, Numbers, Picture, Source, Step, cut, pad
 from glassllama.walkthrough.steps import STEPS, run_step
+from glassllama.walkthrough.steps.input import embedding_rows
 from glassllama.walkthrough.tracing import Predictions, attention_entropy, residual_norms, trace
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token
 
@@ -185,7 +186,8 @@ def to_json(
         "logit_lens": lens_to_json(walk),
         "predictions": predictions_to_json(walk, walk.predictions),
         "probabilities": candidates_to_json(walk),
-        "angles": array(walk.angles(walk.positions)[0]) if walk.has_rope else None,
+        "angles": array(walk.angles(walk.positions)[0]) if walk.rope is not None else None,
+        "windows": [replace(walk, layer=n).attention.window for n in range(walk.config.n_layers)],
         "layers": layers_to_json(walk, [walk.layer] if layers is None else layers),
         "mistakes": [comparison_to_json(each) for each in mistakes],
     }
@@ -320,8 +322,7 @@ def comparison_to_json(done: Comparison) -> Object:
 
 def html_page(walk: Walkthrough, walked: Object, start: int = 0) -> str:
     """The page of a walkthrough and its object, opened at step `start`."""
-    hooks = [name for name in walk.trace if name.endswith("embeddings")] + ["norm"]
-    outside = {name: array(walk.trace[name][0]) for name in hooks}
+    outside = {name: array(walk.trace[name][0]) for name in [*embedding_rows(walk), "norm"]}
     return render_page({"walk": walked, "outside": outside, "start": start})
 
 

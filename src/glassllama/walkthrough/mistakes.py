@@ -38,8 +38,11 @@ def without_mask(attention: Any) -> None:
     correct = attention.attend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        all_visible = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        return correct(q, k, v, all_visible)  # type: ignore[no-any-return]
+        first = k.shape[2] - q.shape[2]  # earlier tokens are in the cache
+        visible = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        if mask is not None:  # a window of the layer stays
+            visible = mask | visible.triu(first + 1)
+        return correct(q, k, v, visible)  # type: ignore[no-any-return]
 
     attention.__dict__["attend"] = attend  # hides the method of the class
 
@@ -50,10 +53,11 @@ def other_rope_layout(attention: Any) -> None:
 
 
 def without_scale(attention: Any) -> None:
-    correct = attention.attend
+    correct, scale = attention.attend, getattr(attention, "scale", None)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return correct(q * math.sqrt(q.shape[-1]), k, v, mask)  # type: ignore[no-any-return]
+        unscaled = q * math.sqrt(q.shape[-1]) if scale is None else q / scale
+        return correct(unscaled, k, v, mask)  # type: ignore[no-any-return]
 
     attention.__dict__["attend"] = attend
 
@@ -76,9 +80,10 @@ ROPE_LAYOUT = Mistake(
 )
 SCALE = Mistake(
     "scale",
-    "Scores are not divided by √D",
-    "The inputs of the softmax are √D times too large, so that one token gets nearly all the "
-    "weight. A constant copied from a model with another head width has the same, smaller effect.",
+    "Scores are not scaled",
+    "Scores are divided by √D, or by a number of the model's own. Without that the inputs of the "
+    "softmax are as many times too large, so that one token gets nearly all the weight. A constant "
+    "copied from a model with another head width has the same, smaller effect.",
     without_scale,
 )
 MISTAKES = {mistake.name: mistake for mistake in (NO_MASK, ROPE_LAYOUT, SCALE)}
@@ -86,10 +91,8 @@ MISTAKES = {mistake.name: mistake for mistake in (NO_MASK, ROPE_LAYOUT, SCALE)}
 
 @contextmanager
 def with_mistake(model: nn.Module, mistake: Mistake) -> Iterator[None]:
-    """Inside the `with` all layers make this mistake. Raises GlassError if there is no RoPE."""
+    """Inside the `with` all layers make this mistake."""
     attentions: list[Any] = [m for name, m in model.named_modules() if name.endswith(".attention")]
-    if mistake is ROPE_LAYOUT and not hasattr(attentions[0], "rope_layout"):
-        raise GlassError(f"{mistake.name}: this {type(model).__name__} has no RoPE")
     unchanged = [dict(attention.__dict__) for attention in attentions]
     try:
         for attention in attentions:
@@ -149,7 +152,11 @@ class Comparison:
 
 
 def compare_with_mistake(walk: Walkthrough, mistake: Mistake) -> Comparison:
-    """Run both. Raises StepMismatchError if the model is not the same afterwards."""
+    """Run both. Raises StepMismatchError if the model is not the same afterwards.
+
+    Raises GlassError if the model has nothing that the mistake could change.
+    """
+    require_applicable(walk, mistake)
     correct, wrong = run(walk, nullcontext()), run(walk, with_mistake(walk.model, mistake))
     after = walk.run_without_hooks()
     return Comparison(
@@ -160,6 +167,14 @@ def compare_with_mistake(walk: Walkthrough, mistake: Mistake) -> Comparison:
         divergence=[*map(kl_divergence, correct.logits, wrong.logits)],
         check=walk.compare_runs("logits of the correct model afterwards", after, walk.plain_logits),
     )
+
+
+def require_applicable(walk: Walkthrough, mistake: Mistake) -> None:
+    blocks = [] if walk.plan is None else walk.plan.blocks
+    if mistake is ROPE_LAYOUT and not any(block.attention.rope for block in blocks):
+        raise GlassError(f"{mistake.name}: this {type(walk.model).__name__} has no RoPE")
+    if mistake is SCALE and walk.attention.scale >= 1:
+        raise GlassError(f"{mistake.name}: this model does not make its scores smaller")
 
 
 def run(walk: Walkthrough, state: AbstractContextManager[None]) -> Run:

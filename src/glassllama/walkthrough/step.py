@@ -98,13 +98,17 @@ class Drawing:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers as shades, two columns each: darker up to `top`; negative ones begin with -."""
+    """Numbers as shades, two columns each: darker up to `top`; negative ones begin with -.
+
+    Where `hidden` is True there is × instead.
+    """
 
     title: str
     values: NDArray[Any]  # (rows, columns)
     labels: Sequence[str]
     top: float | None = None  # None: the largest
     triangle: bool = False  # nothing is above the diagonal
+    hidden: NDArray[np.bool_] | None = None
 
     def lines(self, width: int) -> list[str]:
         label_width = min(LABEL, max(map(cell_len, self.labels), default=0))
@@ -117,7 +121,11 @@ class HeatMap:
             drawn.append(f"(the {'last' if self.triangle else 'first'} {shown} of {columns})")
         for row in range(first, rows):
             end = row + 1 if self.triangle else first + shown
-            cells = "".join(shade(v, top) for v in self.values[row, first:end])
+            hidden = [False] * columns if self.hidden is None else self.hidden[row]
+            cells = "".join(
+                "××" if hidden[column] else shade(self.values[row, column], top)
+                for column in range(first, min(end, columns))
+            )
             drawn.append(f"{pad(self.labels[row], label_width)} │{cells}")
         return drawn
 
@@ -214,24 +222,47 @@ def sources(*excerpts: tuple[Callable[..., Any] | str, ...]) -> tuple[Source, ..
     return tuple(source(*excerpt) for excerpt in excerpts)  # type: ignore[arg-type]
 
 
+def calls(cls: type, *names: str) -> tuple[Source, ...]:
+    """The statements in which a class's methods call its modules or hook points of these names.
+
+    Raises LookupError if no method calls one of them.
+    """
+    own = [c for c in cls.__mro__ if not c.__module__.startswith("torch.")]
+    methods = [m for c in own for m in vars(c).values() if inspect.isfunction(m)]
+    found: dict[Callable[..., Any], list[str]] = {}
+    for name in names:
+        call = f"self.{name}("
+        method = next((m for m in methods if call in inspect.getsource(m)), None)
+        if method is None:
+            raise LookupError(f"no method of {cls.__name__} calls {name}")
+        found.setdefault(method, []).append(call)
+    return tuple(source(method, *parts) for method, parts in found.items())
+
+
 def source(function: Callable[..., Any], *starts: str) -> Source:
     """The statements of a function that begin with `starts`, in the function's order; or its body.
 
-    Raises LookupError if the function has no such statement.
+    A start with `self.` may be anywhere in its statement. Raises LookupError if the function has no
+    such statement.
     """
     function = inspect.unwrap(function)
     lines, first = inspect.getsourcelines(function)
     texts = textwrap.dedent("".join(lines)).splitlines()
     spans = sorted(statements(ast.parse("\n".join(texts)).body[0]))
-    found = [[s for s in spans if texts[s[0]].lstrip().startswith(start)] for start in starts]
+    found = [[s for s in spans if begins("\n".join(texts[slice(*s)]), start)] for start in starts]
     if [] in found:
         missing = starts[found.index([])]
         raise LookupError(f"{function.__qualname__} has no statement {missing!r}")
-    spans = sorted(hits[0] for hits in found) or spans
+    spans = sorted({hits[0] for hits in found}) or spans
     excerpt = "\n".join(texts[n] for begin, end in spans for n in range(begin, end))
-    file = Path(inspect.getsourcefile(function) or "").relative_to(PACKAGE).as_posix()
+    path = Path(inspect.getsourcefile(function) or "")
+    file = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
     dedented = tuple(textwrap.dedent(excerpt).splitlines())
     return Source(file, function.__qualname__, first + spans[0][0], dedented)
+
+
+def begins(statement: str, start: str) -> bool:
+    return start in statement if start.startswith("self.") else statement.lstrip().startswith(start)
 
 
 def statements(function: ast.AST) -> Iterator[tuple[int, int]]:

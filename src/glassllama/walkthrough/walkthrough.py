@@ -14,7 +14,6 @@ import torch
 from rich.cells import cell_len
 from torch import Tensor, nn
 
-from glassllama.base.config import attention_factor
 from glassllama.base.errors import (
     ConfigError,
     GenerationError,
@@ -23,14 +22,24 @@ from glassllama.base.errors import (
     WeightsError,
 )
 from glassllama.base.interfaces import Progress, Tokenizer
+from glassllama.base.layer_plan import AttentionPlan, BlockPlan, ModelPlan, RopePlan, attention_plan
 from glassllama.base.machine import require_memory
+from glassllama.models.language_model import LanguageModel
 from glassllama.nn.hooks import hook_names
 from glassllama.nn.kv_cache import KVCache
-from glassllama.nn.norm import RMSNorm
-from glassllama.nn.rope import RopeTable, rope_angles, rope_table
+from glassllama.nn.rope import rope_angles
 from glassllama.tokenizers.vocabulary import prompt_ids
-from glassllama.walkthrough.manual_block import Past, Tensors, Transformer, block_function
-from glassllama.walkthrough.step import LAYER_DEPTH, Check, HeatMap, Numbers, compare
+from glassllama.walkthrough.manual_block import Past, Tensors, gpt_block, planned_block, qk_norm
+from glassllama.walkthrough.step import (
+    LAYER_DEPTH,
+    Check,
+    HeatMap,
+    Numbers,
+    Source,
+    calls,
+    compare,
+    source,
+)
 from glassllama.walkthrough.tracing import (
     Predictions,
     Trace,
@@ -42,7 +51,7 @@ from glassllama.walkthrough.tracing import (
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import StreamedBlock, as_tensor, load_model, streamed_model
 
-EXPLAINED = ("llama", "gpt2")  # the architectures of manual_block.py
+UNPLANNED = ("gpt2",)  # architectures without a layer plan that manual_block.py computes
 # Attention weights of all layers are recorded up to this length: they grow with its square.
 MAX_TOKENS_FOR_ALL_MAPS = 64
 SHOWN_TOKENS = 24
@@ -65,7 +74,7 @@ class Walkthrough:
     """A model, a prompt, and the layer and head that the steps show."""
 
     checkpoint: Checkpoint
-    model: Transformer
+    model: LanguageModel
     name: str  # the model as the user named it
     prompt: str | None  # None: ids were given
     ids: tuple[int, ...]
@@ -91,19 +100,51 @@ class Walkthrough:
     def hooks(self) -> frozenset[str]:
         return frozenset(hook_names(self.model))
 
-    @property
-    def has_rope(self) -> bool:
-        return f"{self.prefix}.attention.q_rope" in self.hooks
+    @cached_property
+    def plan(self) -> ModelPlan | None:
+        """What every block computes; None for GPT-2."""
+        planned = self.checkpoint.architecture.layer_plan is not None
+        return self.checkpoint.layer_plan if planned else None
 
     @property
-    def is_gated(self) -> bool:
-        """Whether the feed-forward network has a gate, as SwiGLU."""
-        return f"{self.prefix}.feed_forward.gate" in self.hooks
+    def block(self) -> BlockPlan | None:
+        """The plan of the chosen layer."""
+        return None if self.plan is None else self.plan.blocks[self.layer]
+
+    @property
+    def attention(self) -> AttentionPlan:
+        """The attention of the chosen layer."""
+        if self.block is not None:
+            return self.block.attention
+        return attention_plan(self.config, rope=None, biases=frozenset("qkvo" * self.config.bias))
+
+    @property
+    def rope(self) -> RopePlan | None:
+        return self.attention.rope
+
+    def before_adding(self, *norms: str) -> str:
+        """What happens to the output of a sublayer before it is added to the residual stream."""
+        extra = " (an extra norm)" if len(self.norms) > 2 else ""
+        parts = [f"normalized by {name}{extra}" for name in norms]
+        if self.block is not None and self.block.residual_multiplier != 1:
+            parts.append(f"multiplied by {self.block.residual_multiplier:g}")
+        return f"{' and '.join(parts)} and then " if parts else ""
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms of the chosen layer, in the order of use."""
+        return ["attention_norm", "ffn_norm"] if self.block is None else self.block.norm_names()
+
+    @property
+    def qk_norms(self) -> list[str]:
+        """The norms with weights of queries and keys."""
+        has_weights = self.attention.qk_norm in ("per_head", "full_width")
+        return ["attention.q_norm", "attention.k_norm"] if has_weights else []
 
     @property
     def is_rms_norm(self) -> bool:
         """Whether the norms are RMSNorm; otherwise they are LayerNorm."""
-        return isinstance(self.module("norm"), RMSNorm)
+        return self.plan is not None
 
     @property
     def group_size(self) -> int:
@@ -117,10 +158,20 @@ class Walkthrough:
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
+    def calls(self, module: str, *names: str) -> tuple[Source, ...]:
+        """The source code where a module calls its parts of these names."""
+        return calls(self.implementation(module), *names)
+
+    @property
+    def layer_source(self) -> tuple[Source, ...]:
+        """Where the model gives a layer its RoPE and its mask, if layers differ in them."""
+        method = getattr(self.implementation(), "context_of", None)
+        return () if method is None else (source(method),)
+
     def implementation(self, name: str = "") -> Any:
-        """The class in models/ or nn/ of a module, for its source: also if its weights stream."""
-        parts = ("glassllama.models.", "glassllama.nn.")
-        return next(c for c in type(self.module(name)).__mro__ if c.__module__.startswith(parts))
+        """The class of a module, for its source: that of the model also if its weights stream."""
+        streams = StreamedBlock.__module__
+        return next(c for c in type(self.module(name)).__mro__ if c.__module__ != streams)
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -212,18 +263,12 @@ class Walkthrough:
 
     @property
     def frequencies(self) -> Tensor:
-        """(D/2,) RoPE frequencies, radians per token."""
-        frequencies: Any = self.model.frequencies
-        return frequencies  # type: ignore[no-any-return]
+        """(R/2,) RoPE frequencies of the chosen layer, radians per token; (0,) without RoPE."""
+        return torch.tensor(() if self.rope is None else self.rope.frequencies)
 
     def angles(self, positions: range) -> Tensor:
-        """(1, T, D/2) radians of these positions."""
+        """(1, T, R/2) radians of these positions."""
         return rope_angles(torch.tensor([positions]), self.frequencies)
-
-    def rope(self, positions: range) -> RopeTable | None:
-        if not self.has_rope:
-            return None
-        return rope_table(self.angles(positions), attention_factor(self.checkpoint.config))
 
     def parameter(self, name: str) -> Tensor:
         """A tensor of the checkpoint, read from the file and not taken from the model."""
@@ -254,8 +299,10 @@ class Walkthrough:
         def weight(name: str) -> Tensor:
             return self.parameter(f"layers.{layer}.{name}")
 
-        rope = self.rope(positions)
-        return block_function(self.model)(weight, x, self.config, rope, past, fused)
+        if self.plan is None:
+            return gpt_block(weight, x, self.config, self.attention, past, fused)
+        plan, eps = self.plan.blocks[layer], self.plan.norm_eps
+        return planned_block(weight, x, eps, plan, positions, past, fused)
 
     @property
     def positions(self) -> range:
@@ -269,8 +316,20 @@ class Walkthrough:
     @property
     def rotated(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as the scores are computed from them."""
-        name = "_rope" if self.has_rope else ""
+        name = "" if self.plan is None else "_rope"
         return self.manual[f"attention.q{name}"], self.manual[f"attention.k{name}"]
+
+    @property
+    def unrotated(self) -> Tensor:
+        """Queries before RoPE: (1, H, T, D)."""
+        return self.qk_norm(self.manual["attention.q"], after_rope=False)
+
+    def qk_norm(self, q: Tensor, *, after_rope: bool) -> Tensor:
+        """Queries (1, H, T, D) with the chosen layer's norm, if it has one there."""
+        plan, eps = self.attention, self.config.norm_eps
+        if plan.qk_norm_after_rope != after_rope:
+            return q
+        return qk_norm(q, plan.qk_norm, self.block_parameter, "attention.q", eps)
 
     @property
     def shown(self) -> range:
@@ -315,7 +374,8 @@ class Walkthrough:
 
     def compare(self, what: str, manual: Tensor, model: Tensor, *, layers: int = 1) -> Check:
         """Compare results of two computations of so many layers."""
-        c, depth = self.config, LAYER_DEPTH * layers
+        extra_norms = len(self.norms) - 2 + (self.attention.qk_norm != "none")
+        c, depth = self.config, (LAYER_DEPTH + extra_norms) * layers
         longest_sum = max(c.dim, c.ffn_dim, c.n_heads * c.head_dim, len(self.ids))
         return compare(what, manual, model, terms=longest_sum, depth=depth, dtype=self.dtype)
 
@@ -328,7 +388,7 @@ def open_walkthrough(
     path: Path | str | Checkpoint,
     prompt: str | Sequence[int],
     *,
-    model: Transformer | None = None,
+    model: LanguageModel | None = None,
     name: str | None = None,
     specials: bool = False,
     layer: int = 0,
@@ -347,10 +407,11 @@ def open_walkthrough(
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config: Any = checkpoint.config
-    if checkpoint.architecture.name not in EXPLAINED:
+    architecture = checkpoint.architecture
+    if architecture.layer_plan is None and architecture.name not in UNPLANNED:
         raise ConfigError(
-            f"{checkpoint.path}: the walkthrough explains Llama and GPT-2, and this is a "
-            f"{checkpoint.architecture.title}; LLM.trace reads the tensors of every model"
+            f"{checkpoint.path}: the walkthrough explains models with attention, and this is a "
+            f"{architecture.title}; LLM.trace reads the tensors of every model"
         )
     for option, value, count in (("layer", layer, config.n_layers), ("head", head, config.n_heads)):
         if not 0 <= value < count:
@@ -359,13 +420,10 @@ def open_walkthrough(
     tokenizer, ids = encode(checkpoint, prompt, specials)
     require_prompt(ids, config)
     if model is None and stream_layers:
-        streamed: Any = streamed_model(checkpoint)
-        model = streamed
+        model = streamed_model(checkpoint)
     elif model is None:
-        loaded: Any = load_model(checkpoint, progress=progress)
-        model = loaded
+        model = load_model(checkpoint, progress=progress)
         retain_freed_memory()
-    block_function(model)
     return Walkthrough(
         checkpoint=checkpoint, model=model, name=name or str(checkpoint.path),
         prompt=prompt if isinstance(prompt, str) else None, ids=tuple(ids), tokenizer=tokenizer,

@@ -1,14 +1,16 @@
 """What `glassllama show` says of a checkpoint, and what `glassllama validate` checks.
 
-`describe` reads only metadata: sizes, number formats, tokenizer, memory needed. `validate` reads
-everything: structure, checksums, every number, tokenizer, chat template.
+`describe` reads only metadata: sizes, number formats, tokenizer, memory needed. `decisions` says in
+words what a model computes. `validate` reads everything: structure, checksums, every number,
+tokenizer, chat template.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 
 from glassllama.base.errors import GlassError, TokenizerError
 from glassllama.base.interfaces import CACHE_NUMBER, CACHE_SCALE, Progress, Tokenizer
+from glassllama.base.layer_plan import NORM_NAMES, AttentionPlan, ModelPlan, QKNorm
 from glassllama.base.machine import available_memory
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import choose_chat_format
@@ -40,6 +43,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": sum(info.nbytes for info in infos),
         "architecture": checkpoint.architecture.title,
         "config": config_facts(checkpoint),
+        "decisions": decisions(checkpoint.layer_plan) if checkpoint.architecture.layer_plan else {},
         "stored_as": stored_formats(checkpoint),
         "tokenizer": tokenizer_facts(checkpoint),
         "memory": memory_needed(checkpoint),
@@ -55,6 +59,67 @@ def config_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         rule = type(checkpoint.config.rope_scaling).__name__
         facts["rope_scaling"] = {"rule": rule, **facts["rope_scaling"]}
     return facts
+
+
+# Norms of a block, the kind of QK-norm and the activation in words.
+NORMS = {
+    ("attention_norm", "ffn_norm"): "before attention and feed-forward",
+    ("post_attention_norm", "post_ffn_norm"): "after attention and feed-forward",
+    tuple(NORM_NAMES.values()): "before and after attention and feed-forward",
+}
+QK_NORMS: dict[QKNorm, str] = {
+    "none": "none", "per_head": "of every head", "full_width": "of all heads together",
+    "unweighted": "of every head, without weights",
+}  # fmt: skip
+GATED = {"silu": "SwiGLU", "gelu_tanh": "GeGLU"}
+
+
+def decisions(plan: ModelPlan) -> dict[str, str]:
+    """How a model differs from others, besides sizes: a design decision -> words."""
+    block, ffn = plan.blocks[0], plan.blocks[0].feed_forward
+    norms, layers = tuple(block.norm_names()), [block.attention for block in plan.blocks]
+    a, after = block.attention, " after RoPE" if block.attention.qk_norm_after_rope else ""
+    multipliers = {
+        "embeddings": plan.embedding_multiplier, "residuals": block.residual_multiplier,
+        "logits": plan.logit_multiplier,
+    }  # fmt: skip
+    caps = {"scores": a.softcap, "logits": plan.logit_softcap}
+    return {
+        "norms": NORMS.get(norms, ", ".join(norms) or "none"),
+        "norm of q and k": QK_NORMS[a.qk_norm] + (after if a.qk_norm != "none" else ""),
+        "biases": ", ".join(letter for letter in "qkvo" if letter in a.biases) or "none",
+        "positions": by_layers([rope_words(one) for one in layers]),
+        "window": by_layers([f"{one.window:,} tokens" if one.window else "none" for one in layers]),
+        "scale of scores": "1/√D" if a.has_usual_scale else f"{a.scale:.6g}",
+        "soft caps": ", ".join(f"{n} {cap:g}" for n, cap in caps.items() if cap) or "none",
+        "feed-forward": GATED[ffn.activation] + (" with biases" if ffn.bias else ""),
+        "multipliers": ", ".join(f"{n} × {m:.4g}" for n, m in multipliers.items() if m != 1)
+        or "none",
+        "output": "tied to the embeddings" if plan.tie_embeddings else "a separate matrix",
+    }
+
+
+def rope_words(plan: AttentionPlan) -> str:
+    rope = plan.rope
+    if rope is None:
+        return "none"
+    words = "RoPE, scaled"
+    if rope.base is not None:
+        divided = f" ÷ {1 / rope.frequencies[0]:.4g}" if rope.frequencies[0] != 1 else ""
+        words = f"RoPE, base {rope.base:,.0f}{divided}"
+    part = f" of {rope.rotary_dim} coordinates" if rope.rotary_dim < plan.head_dim else ""
+    return words + part
+
+
+def by_layers(words: Sequence[str]) -> str:
+    """`A` if all layers say so, else `A in 3 of 4 layers, B in 1`; "none" is the last."""
+    counts = Counter(words)
+    first, *others = sorted(counts, key="none".__eq__)
+    if not others:
+        return first
+    return f"{first} in {counts[first]} of {len(words)} layers" + "".join(
+        f", {other} in {counts[other]}" for other in others
+    )
 
 
 def stored_formats(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -189,7 +254,9 @@ def check_numbers(checkpoint: Checkpoint, progress: Progress | None) -> Iterator
     for done, name in enumerate(checkpoint.names, start=1):
         if (problem := problem_of(checkpoint, name)) is not None:
             fine = False
-            yield Finding(False, f"{checkpoint.names[name]}: {problem}")
+            tensor = checkpoint.tensors[name]
+            part = "" if tensor.shape == tensor.stored_shape else f" ({name})"
+            yield Finding(False, f"{tensor.theirs}{part}: {problem}")
         if progress is not None:
             progress(done, len(checkpoint.names))
     if fine:

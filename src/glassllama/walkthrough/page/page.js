@@ -14,7 +14,7 @@ const VIEWS = {
   positions: ['Positions', showPositions],
   attention: ['Attention', showAttention],
   residual: ['wo, residual', showResidual],
-  swiglu: ['SwiGLU, residual', showFeedForward],
+  swiglu: [null, showFeedForward],
   feed_forward: ['Feed-forward, residual', showFeedForward],
   layers: ['All layers', showLayers],
   logits: ['Norm, logits', showLogits],
@@ -40,7 +40,8 @@ const steps = [
 const stepButton = (step) =>
   button(ADDS.includes(step.name) ? 'button.adds' : 'button', {
     'data-step': step.number, title: step.title, onclick: () => change({ step: step.number }),
-  }, el('span.number', {}, String(step.number)), VIEWS[step.name]?.[0] ?? step.title);
+  }, el('span.number', {}, String(step.number)), VIEWS[step.name]?.[0] ?? (
+    step.name === 'swiglu' ? `${step.title.split(' ')[0]}, residual` : step.title));
 
 // All steps in the order of their numbers: those of a forward pass along a line.
 function drawMap() {
@@ -71,7 +72,8 @@ function drawTokens() {
       role: 'radio', 'aria-checked': String(chosen), tabindex: chosen ? 0 : -1,
       'data-focus': `token ${t}`, onclick: () => change({ token: t }, `token ${t}`),
     }, token.piece, el('small', {}, `${t} · ${token.id}`));
-    if (flat && t < state.token) tint(node, color(triangle(flat).at(state.token, t)));
+    const weight = flat && triangle(flat, walk.windows[state.layer]).at(state.token, t);
+    if ((weight ?? null) !== null && t < state.token) tint(node, color(weight));
     return node;
   }));
   const chosen = strip.children[state.token];

@@ -34,18 +34,22 @@ const showConfig = ({ data }) => [
   heading('All settings'),
   picture(table(['setting', 'value'], Object.entries(data.config).map(([name, value]) => [
     name, Number.isInteger(value) ? whole(value) : String(value)]))),
+  Object.keys(data.decisions).length ? [
+    heading('Design decisions'),
+    picture(table(['decision', 'value'], Object.entries(data.decisions))),
+  ] : [],
 ];
 
 const showEmbedding = () => [
   outsideMap('tok_embeddings', 'One row per token'),
   outsideMap('pos_embeddings', 'One row per position'),
-  outsideMap('embeddings', 'Their sum'),
+  outsideMap('embeddings', outside.pos_embeddings ? 'Their sum' : 'Multiplied'),
 ];
 
-const showPositions = () => [
+const showPositions = () => outside.pos_embeddings ? [
   outsideMap('pos_embeddings', 'The vectors of the positions'),
   outsideMap('embeddings', 'The input of the first layer'),
-];
+] : [controls(headSlider()), tensors({ 'attention.q_rope': 'q: not rotated' })];
 
 // A slider that chooses the layer or the head, if there are several.
 const chooser = (name, count) => count > 1
@@ -54,15 +58,19 @@ const chooser = (name, count) => count > 1
 const layerSlider = () => chooser('layer', config.n_layers);
 const headSlider = () => chooser('head', config.n_heads);
 
-const showNorm = () => [
+const showNorm = ({ data }) => [
   controls(layerSlider()),
-  tensors({ input: 'Input of the layer', attention_norm: 'Normalized' }),
+  tensors({
+    [data.input]: data.input === 'input' ? 'Input of the layer' : 'Input of the norm',
+    [data.norm]: 'Normalized',
+  }),
 ];
 
 const showHeads = () => [
   controls(layerSlider(), headSlider()),
   tensors({
     'attention.q': 'q: queries', 'attention.k': 'k: keys', 'attention.v': 'v: values',
+    'attention.q_norm': 'q, normalized', 'attention.k_norm': 'k, normalized',
   }),
 ];
 
@@ -125,33 +133,45 @@ svg('svg', { viewBox: '-20 -20 40 40', width: 40, height: 40, 'aria-hidden': 'tr
   svg('circle.ring', { r: 17 }), svg('path.hand', { d: arrowPath(15, 4) })),
 `pair ${i}`), angle);
 
-function showRope() {
+function showRope({ data }) {
+  if (!data.layers.includes(state.layer))
+    return [
+      controls(layerSlider()),
+      note(`Layer ${state.layer} has another RoPE than layer ${walk.layer}, or none. Create the page again with --layer ${state.layer}.`),
+    ];
   const angles = matrix(walk.angles);
   const show = (t) => `${t} ${piece(t)}`;
   // Turns the dials that are there, so that their movement can be seen; draws the pair anew.
   const moved = (t) => change({ token: t }, 'position', () => {
     for (const dial of document.querySelectorAll('[data-dial]'))
       turnDial(dial, angles.at(t, Number(dial.dataset.dial)));
-    byId('pair')?.replaceWith(...rotatedPair(angles.at(t, state.pair)));
+    byId('pair')?.replaceWith(...rotatedPair(data.layout, angles.at(t, state.pair)));
   });
   return [
     controls(slider('position', { max: T - 1, value: state.token, show }, moved), headSlider()),
     caption('Every pair of coordinates has an angle. Change the position: the first pairs rotate fast, the last ones slowly.'),
     picture(el('div.dials', {},
       range(angles.columns).map((i) => angleDial(i, angles.at(state.token, i))))),
-    rotatedPair(angles.at(state.token, state.pair)),
-    tensors({ 'attention.q': 'q before', 'attention.q_rope': 'q after' }),
+    rotatedPair(data.layout, angles.at(state.token, state.pair)),
+    tensors({ [beforeRope(walk.layers[state.layer])]: 'q before', 'attention.q_rope': 'q after' }),
   ];
 }
 
-function rotatedPair(angle) {
+// The hook of queries before RoPE, normalized if the layer has a QK-norm.
+const beforeRope = (layer) =>
+  layer && 'attention.q_norm' in layer ? 'attention.q_norm' : 'attention.q';
+
+function rotatedPair(layout, angle) {
   const layer = walk.layers[state.layer];
   if (!layer) return [];
-  const i = state.pair; // its coordinates: neighbors, or one in each half
-  const [a, b] = config.rope_layout === 'interleaved'
-    ? [2 * i, 2 * i + 1] : [i, i + config.head_dim / 2];
-  const [before, after] = ['attention.q', 'attention.q_rope'].map((hook) =>
-    [a, b].map((c) => matrix(layer[hook], state.head).at(state.token, c)));
+  const i = state.pair; // its coordinates: neighbors, or one in each half of those that rotate
+  const [a, b] = layout === 'interleaved'
+    ? [2 * i, 2 * i + 1] : [i, i + walk.angles.shape.at(-1)];
+  const [before, after] = [beforeRope(layer), 'attention.q_rope'].map((hook) => {
+    // One RMSNorm for all heads: they are side by side.
+    const first = layer[hook].shape.length === 2 ? state.head * config.head_dim : 0;
+    return [a, b].map((c) => matrix(layer[hook], state.head).at(state.token, first + c));
+  });
   const size = Math.max(Math.hypot(...before), Math.hypot(...after), 1e-9) / 70;
   const arrow = ([x, y], kind) => svg(`path.${kind}`, {
     d: arrowPath(Math.hypot(x, y) / size, 5), 'stroke-width': 3,
@@ -184,9 +204,10 @@ function showAttention() {
       controls(layerSlider()),
       note(`For a prompt of this length the file has the attention weights of layer ${walk.layer} only.`),
     ];
+  const window = walk.windows[state.layer];
   const map = (flat, h) => {
     const canvas = el('canvas', { 'aria-hidden': 'true' });
-    paint(canvas, triangle(flat), 1);
+    paint(canvas, triangle(flat, window), 1);
     const bits = walk.attention.entropy_bits[state.layer][h][state.token];
     return button('button', {
       'aria-pressed': String(h === state.head), 'data-focus': `head ${h}`,
@@ -194,7 +215,7 @@ function showAttention() {
       onclick: () => change({ head: h }, `head ${h}`),
     }, `head ${h} · ${bits.toFixed(1)} bits`, canvas);
   };
-  const weights = triangle(heads[state.head]);
+  const weights = triangle(heads[state.head], window);
   const visible = range(state.token + 1);
   const scores = walk.layers[state.layer]?.['attention.scores'];
   return [
@@ -202,12 +223,13 @@ function showAttention() {
     picture(el('div.maps', {
       role: 'group', 'aria-label': `Attention weights of all heads of layer ${state.layer}`,
     }, heads.map(map))),
-    caption('Rows are queries, columns are keys. Bits: the entropy of the attention weights of the chosen token.'),
+    caption('Rows are queries, columns are keys. Bits: the entropy of the attention weights of the chosen token.'
+      + (window ? ` Gray: hidden, by the causal mask or by the window of ${window} tokens.` : '')),
     heading(`Layer ${state.layer}, head ${state.head}`),
     weightsMap('attention.weights', weights, state.token),
     heading(`Attention weights of ${piece(state.token)}`),
     probabilityBars('Attention weights', visible.map(piece),
-      visible.map((c) => weights.at(state.token, c))),
+      visible.map((c) => weights.at(state.token, c) ?? 0)),
     scores ? [
       heading('Scores, before mask and softmax'),
       heatmap('attention.scores', matrix(scores, state.head),
@@ -228,16 +250,20 @@ const showResidual = ({ data }) => [
   ] : [],
   tensors({
     'attention.heads': 'Weighted sums of values',
-    'attention.wo': 'Output of wo, which is added',
+    'attention.wo': 'Output of wo',
+    post_attention_norm: 'Output of wo, normalized',
     after_attention: 'Residual stream after attention',
   }),
 ];
 
-const silu = (z) => z / (1 + Math.exp(-z));
+const GATES = {
+  silu: (z) => z / (1 + Math.exp(-z)),
+  gelu: (z) => (z * (1 + Math.tanh(0.7978845608 * (z + 0.044715 * z ** 3)))) / 2,
+};
 const BINS = 60;
 
-// The curve of silu, and a histogram of its inputs for the chosen token.
-function siluCurve(inputs) {
+// The curve of silu or gelu, and a histogram of its inputs for the chosen token.
+function gateCurve(gate, inputs) {
   const high = Math.max(2, ...inputs.map(Math.abs));
   const [x, y] = [(z) => 160 + (150 * z) / high, (v) => 145 - (135 * v) / high];
   const counts = new Array(BINS).fill(0);
@@ -246,11 +272,11 @@ function siluCurve(inputs) {
   const unit = 50 / Math.max(...counts);
   return svg('svg', {
     viewBox: '0 0 320 250', width: 480, role: 'img',
-    'aria-label': `silu of ${inputs.length} inputs; largest input ${exact(Math.max(...inputs))}`,
+    'aria-label': `${gate} of ${inputs.length} inputs; largest input ${exact(Math.max(...inputs))}`,
   },
   gridLine(5, 315, y(0), y(0)),
   gridLine(x(0), x(0), 5, 175),
-  curve(true, range(121).map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(silu(z))}`)),
+  curve(true, range(121).map((i) => high * (i / 60 - 1)).map((z) => `${x(z)},${y(GATES[gate](z))}`)),
   counts.map((count, i) => svg('rect.count', {
     x: 10 + (300 * i) / BINS, width: 300 / BINS - 0.6, y: 232 - unit * count, height: unit * count,
   })),
@@ -259,13 +285,13 @@ function siluCurve(inputs) {
 }
 
 // Gated (gate, up, gated) or not (up, activated).
-function showFeedForward() {
+function showFeedForward({ data: { activation } }) {
   const layer = walk.layers[state.layer];
   if (!layer) return [controls(layerSlider()), missingLayer()];
-  const gated = 'feed_forward.gated' in layer;
-  const titles = gated
-    ? { gate: 'gate', up: 'up', gated: 'silu(gate) × up' }
-    : { up: 'up', activated: `${config.activation}(up)` };
+  const gate = 'feed_forward.gated' in layer ? activation.split('_')[0] : null;
+  const titles = gate
+    ? { gate: 'gate', up: 'up', gated: `${gate}(gate) × up` }
+    : { up: 'up', activated: `${activation}(up)` };
   const hooks = Object.keys(titles).map((name) => `feed_forward.${name}`);
   const data = hooks.map((hook) => matrix(layer[hook]));
   const features = range(data[0].columns);
@@ -273,17 +299,18 @@ function showFeedForward() {
   const top = [...features].sort((a, b) => size(b) - size(a)).slice(0, 8);
   return [
     controls(layerSlider()),
-    gated ? [
+    gate ? [
       heading(`The gates of ${piece(state.token)}`),
-      picture(siluCurve(features.map((c) => data[0].at(state.token, c)))),
-      caption('The curve is silu. Below it, how many features have which gate: silu is near 0 on the left.'),
+      picture(gateCurve(gate, features.map((c) => data[0].at(state.token, c)))),
+      caption(`The curve is ${gate}. Below it, how many features have which gate: ${gate} is near 0 on the left.`),
     ] : [],
     heading('The largest features'),
     picture(table(['feature', ...Object.values(titles)],
       top.map((c) => [String(c), ...data.map((each) => each.at(state.token, c))]))),
     tensors({
       ...Object.fromEntries(Object.values(titles).map((title, i) => [hooks[i], title])),
-      'feed_forward.down': 'Output of down, which is added',
+      'feed_forward.down': 'Output of down',
+      post_ffn_norm: 'Output of down, normalized',
       output: 'Residual stream after the layer',
     }),
   ];

@@ -123,9 +123,12 @@ function matrix({ shape, values }, head = 0) {
   return { rows, columns, at: (r, c) => values[first + r * columns + c] };
 }
 
-// The same for attention weights, of which the file has the lower triangle.
-const triangle = (flat) =>
-  ({ rows: T, columns: T, at: (r, c) => (c > r ? null : flat[(r * (r + 1)) / 2 + c]) });
+// The same for attention weights, of which the file has the lower triangle. null: hidden, by the
+// causal mask or by a sliding window.
+const triangle = (flat, window) => ({
+  rows: T, columns: T,
+  at: (r, c) => (c > r || (window && c <= r - window) ? null : flat[(r * (r + 1)) / 2 + c]),
+});
 
 // The size at which colors end: all but the largest percent, so that one outlier does not make all
 // others pale. `signed`: there are negative numbers.
@@ -264,11 +267,12 @@ const titledMap = (hook, title, tensor, head) => [
 ];
 const outsideMap = (hook, title) => outside[hook] ? titledMap(hook, title, outside[hook]) : [];
 
-// Tensors of the chosen layer, one below the other, or a note why they are not in the file.
+// Tensors of the chosen layer, if it has them, one below the other; or a note why they are not in
+// the file.
 function tensors(titles) {
   const layer = walk.layers[state.layer];
   if (!layer) return [missingLayer()];
-  return Object.entries(titles).map(([hook, title]) => {
+  return Object.entries(titles).filter(([hook]) => hook in layer).map(([hook, title]) => {
     const tensor = layer[hook];
     const heads = tensor.shape.length === 3 ? tensor.shape[0] : 0;
     const shared = heads === config.n_kv_heads && heads !== config.n_heads;

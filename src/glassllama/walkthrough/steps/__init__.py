@@ -18,6 +18,8 @@ STEP_OF_HOOK = (
     ("layers.*.attention_norm", 5),
     ("layers.*.attention.w[qkv]", 6),
     ("layers.*.attention.[qkv]", 6),
+    ("layers.*.attention.?_norm", 6),
+    ("layers.*.post_attention_norm", 10),
     ("layers.*.attention.?_rope", 8),
     ("layers.*.attention.scores", 9),
     ("layers.*.attention.weights", 9),

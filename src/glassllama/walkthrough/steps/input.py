@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
+from collections import Counter
 from itertools import pairwise
 from pathlib import PurePath
 
@@ -29,16 +30,15 @@ from glassllama.walkthrough.step import (
     sources,
 )
 from glassllama.walkthrough.walkthrough import Walkthrough, bytes_of_token, encode, shape, visible
+from glassllama.weights.architectures.description import LETTERS as LETTER_FIELDS
 from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.inspection import decisions
 
 BYTES_PER_LINE = 12
 SHOWN_BYTES = 20
 SHOWN_PRETOKENS = 24
 LONGEST_SHOWN_PRETOKEN = 24  # bytes
-LETTERS = {
-    "dim": "C", "n_heads": "H", "n_kv_heads": "K", "head_dim": "D", "ffn_dim": "F",
-    "vocab_size": "V", "max_seq_len": "P, the context",
-}  # fmt: skip
+LETTERS = {field: letter for letter, field in LETTER_FIELDS.items()}
 PARTS = {
     "embeddings": "embeddings", "attention": ".attention.", "feed-forward": ".feed_forward.",
     "norms": "norm", "output": "output",
@@ -242,6 +242,8 @@ def configuration(walk: Walkthrough) -> Step:
     values = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     rows = [(name, short(value), LETTERS.get(name, "")) for name, value in values.items()]
     label = "RoPE frequencies, radians per token"
+    words = {} if walk.plan is None else decisions(walk.plan)
+    design = [(name, word) for name, word in words.items() if word != "none"]
     plain = {n: v if isinstance(v, str | int | float) else short(v) for n, v in values.items()}
     return Step(
         name="config",
@@ -250,33 +252,34 @@ def configuration(walk: Walkthrough) -> Step:
         shapes=f"{len(values)} settings → {in_file:,} parameters",
         sources=sources((walk.implementation(walk.prefix).__init__,)),
         text="\n".join([f"Number of parameters: {formula} = {count:,}.", *walk.checkpoint.notes]),
-        numbers=[Numbers(label, walk.frequencies)] if walk.has_rope else [],
-        pictures=[Table(["setting", "value", "letter in shapes"], rows)],
+        numbers=[Numbers(label, walk.frequencies)] if walk.rope is not None else [],
+        pictures=[
+            Table(["setting", "value", "letter in shapes"], rows),
+            *([Table(["design decision", ""], design)] if design else []),
+        ],
         checks=[same("parameters in the file", count, in_file)],
         command="glassllama show MODEL",
         command_shows="the configuration of another checkpoint: compare its sizes and vocabulary",
-        data={"config": plain, "parameters": in_file},
+        data={"config": plain, "decisions": words, "parameters": in_file},
     )
 
 
 def parameter_count(walk: Walkthrough) -> tuple[str, int]:
-    """The formula in letters, and its value."""
-    c, last = walk.config, walk.config.dim
-    tables = 1 if c.tie_embeddings else 2
-    rows, table_text = tables * c.vocab_size, f"{tables} × V·C"
-    if walk.is_gated:
-        heads = 2 * (c.n_heads + c.n_kv_heads) * c.head_dim * c.dim
-        layer = heads + 3 * c.dim * c.ffn_dim + 2 * c.dim
-        layer_text = "2·H·D·C + 2·K·D·C + 3·C·F + 2·C"
-    else:
-        layer, layer_text = 4 * c.dim**2 + 2 * c.dim * c.ffn_dim + 2 * c.dim, "4·C² + 2·C·F + 2·C"
-        rows, table_text = rows + c.max_seq_len, f"({tables} × V + P)·C"
-        if c.bias:
-            layer, last = layer + 7 * c.dim + c.ffn_dim, 2 * c.dim
-            layer_text += " + biases 7·C + F"
-    last_text = "C" if last == c.dim else "2·C"
-    count = rows * c.dim + c.n_layers * layer + last
-    return f"{table_text} + {c.n_layers} layers × ({layer_text}) + {last_text}", count
+    """The formula in letters, from the description of the architecture, and its value."""
+    c, outside, in_layer = walk.config, Counter[str](), Counter[str]()
+    for rule in walk.checkpoint.architecture.rules:
+        if rule.ours.format(0) in walk.checkpoint.names:
+            letters = sorted("*".join(rule.shape).split("*"), key=tuple(LETTER_FIELDS).index)
+            (in_layer if "{}" in rule.ours else outside)["·".join(reversed(letters))] += 1
+    counts = [
+        sum(n * math.prod(getattr(c, LETTER_FIELDS[one]) for one in product.split("·"))
+            for product, n in part.items()) for part in (outside, in_layer)
+    ]  # fmt: skip
+    texts = [
+        " + ".join(f"{n}·{product}" if n > 1 else product for product, n in part.items())
+        for part in (outside, in_layer)
+    ]
+    return f"{texts[0]} + {c.n_layers} layers × ({texts[1]})", counts[0] + c.n_layers * counts[1]
 
 
 def parameters_in_file(checkpoint: Checkpoint) -> int:
@@ -291,6 +294,8 @@ def short(value: object) -> str:
 def embedding_rows(walk: Walkthrough) -> dict[str, Tensor]:
     """Hook -> what the embeddings are there, read from the file: (1, T, C) each."""
     rows = {"tok_embeddings": rows_from_file(walk, "tok_embeddings.weight", walk.ids)}
+    if walk.plan is not None and walk.plan.embedding_multiplier != 1:
+        rows["embeddings"] = rows["tok_embeddings"] * walk.plan.embedding_multiplier
     if "pos_embeddings" in walk.hooks:
         rows["pos_embeddings"] = rows_from_file(walk, "pos_embeddings.weight", walk.positions)
         rows["embeddings"] = rows["tok_embeddings"] + rows["pos_embeddings"]
@@ -306,7 +311,8 @@ def rows_from_file(walk: Walkthrough, name: str, indices: range | tuple[int, ...
 
 def embedding_numbers(rows: dict[str, Tensor], first_label: str) -> list[Numbers]:
     """The last token's numbers in each of `embedding_rows`."""
-    labels = {"tok_embeddings": first_label, "embeddings": "sum"}
+    last = "sum" if "pos_embeddings" in rows else "multiplied"
+    labels = {"tok_embeddings": first_label, "embeddings": last}
     position = f"position {rows['tok_embeddings'].shape[1] - 1}"
     return [Numbers(labels.get(hook, position), x[0, -1], hook) for hook, x in rows.items()]
 
@@ -320,13 +326,15 @@ def embedding(walk: Walkthrough) -> Step:
     )
     if "pos_embeddings" in rows:
         text += f" Row {end} of pos_embeddings is added, the learned vector of position {end}."
+    elif walk.plan is not None and "embeddings" in rows:
+        text += f" It is multiplied by {walk.plan.embedding_multiplier:g} before the first layer."
     title, tokens = "tok_embeddings: the first 64 channels of every token", rows["tok_embeddings"]
     return Step(
         name="embedding",
         title="Embedding: one row of a matrix for each token",
         question="How does a token id become a vector?",
         shapes=f"ids (1, {len(walk.ids)}) → x {shape(tokens)}",
-        sources=sources((walk.implementation().hidden, "x = self.")),
+        sources=walk.calls("", "tok_embeddings"),
         text=text,
         numbers=embedding_numbers(rows, f"row of {last}"),
         pictures=[walk.heat_map(title, tokens[0, :, :64])],

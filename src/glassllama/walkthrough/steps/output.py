@@ -36,10 +36,12 @@ from glassllama.generation.sampler import (
     make_sampler,
     unscaled_probs,
 )
+from glassllama.models.language_model import LanguageModel
+from glassllama.nn.attention import soft_cap
 from glassllama.nn.hooks import add_hooks, hook_names
 from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm, rms_norm
-from glassllama.walkthrough.manual_block import Transformer, layer_norm
+from glassllama.walkthrough.manual_block import GATES, layer_norm
 from glassllama.walkthrough.step import Bars, Check, Drawing, Numbers, Step, Table, compare, sources
 from glassllama.walkthrough.steps.input import embedding_rows, parameters_in_file
 from glassllama.walkthrough.tracing import (
@@ -78,21 +80,28 @@ PARTS = (
     ("layers.*.feed_forward.*", "feed-forward matrices"),
     ("last_logits", "logits"),
 )
+# Activation of the gate -> its name, that of the network, the formula.
+GATED = {
+    "silu": ("silu", "SwiGLU", "silu(z) = z / (1 + e^-z)"),
+    "gelu_tanh": ("gelu", "GeGLU", "gelu(z) ≈ z·(1 + tanh(0.798·(z + 0.0447·z³)))/2"),
+}
 Probs = NDArray[np.float64]
 
 
 def feed_forward(walk: Walkthrough) -> Step:
     c, t, prefix = walk.config, walk.manual, f"{walk.prefix}.feed_forward"
-    if walk.is_gated:
+    if walk.block is not None:
+        kind = walk.block.feed_forward.activation
         names: tuple[str, ...] = ("gate", "up", "gated", "down")
-        activation = F.silu(t["feed_forward.gate"])[0, -1].float()  # (F,)
-        title, label = "SwiGLU feed-forward network", "silu(gate)·up"
+        activation = GATES[kind](t["feed_forward.gate"])[0, -1].float()  # (F,)
+        gate, title, formula = GATED[kind]
+        title, label = f"{title} feed-forward network", f"{gate}(gate)·up"
         text = (
-            "up computes the features, and each is multiplied by its gate, silu(gate), where "
-            "silu(z) = z / (1 + e^-z) is near 0 for negative z and near z for positive z."
+            f"up computes the features, and each is multiplied by its gate, {gate}(gate), where "
+            f"{formula} is near 0 for negative z and near z for positive z."
         )
     else:
-        names = ("up", "activated", "down")
+        names, kind = ("up", "activated", "down"), c.activation
         activation, label = t["feed_forward.activated"][0, -1].float(), f"{c.activation}(up)"
         title = f"Feed-forward network with {c.activation.split('_')[0].upper()}"
         text = f"up computes the features and {c.activation} is applied to each: " + (
@@ -103,24 +112,23 @@ def feed_forward(walk: Walkthrough) -> Step:
     closed = float((activation.abs() < NEARLY_CLOSED).float().mean())
     hooks = {name: f"feed_forward.{name}" for name in names}
     features, down = t[hooks[names[-2]]], t["feed_forward.down"]
+    before, after = ([n for n in walk.norms if n == kind] for kind in ("ffn_norm", "post_ffn_norm"))
+    all_hooks = [*before, *hooks.values(), *after]
     return Step(
-        name="swiglu" if walk.is_gated else "feed_forward",
+        name="feed_forward" if walk.block is None else "swiglu",
         title=title,
         question="What does the feed-forward network add to the residual stream?",
-        shapes=f"ffn_norm {shape(t['ffn_norm'])} → {label} {shape(features)} → {shape(down)}",
-        sources=sources(
-            (walk.implementation(prefix).forward, "features =", "return"),
-            (walk.implementation(walk.prefix).forward, "return"),
-        ),
+        shapes=f"{(before or ['x'])[0]} {shape(down)} → {label} {shape(features)} → {shape(down)}",
+        sources=walk.calls(prefix, names[-2], "down") + walk.calls(walk.prefix, "feed_forward"),
         text=f"{c.ffn_dim:,} features for each token. {text} For the last token {closed:.0%} of "
-        "the activations are nearly 0. down maps the features to a vector that is added to the "
-        "residual stream.",
-        numbers=walk.numbers({"ffn_norm": "ffn_norm", **hooks}),
+        "the activations are nearly 0. down maps the features to a vector that is "
+        f"{walk.before_adding(*after)}added to the residual stream.",
+        numbers=walk.numbers({hook.removeprefix("feed_forward."): hook for hook in all_hooks}),
         pictures=[largest_features(walk, features[0, -1])],
-        checks=[*walk.checks("ffn_norm", *hooks.values()), walk.check(walk.prefix, t["output"])],
+        checks=[*walk.checks(*all_hooks), walk.check(walk.prefix, t["output"])],
         command=walk.command(f"--step 11 --layer {c.n_layers - 1}"),
         command_shows="in the last layer other features are active, and a few are very large",
-        data={"nearly_closed": closed},
+        data={"nearly_closed": closed, "activation": kind},
     )
 
 
@@ -129,7 +137,7 @@ def largest_features(walk: Walkthrough, features: Tensor) -> Bars:
     largest = features.float().abs().topk(min(SHOWN_FEATURES, len(features)))
     rows = []
     for size, n in zip(*map(Tensor.tolist, largest), strict=True):
-        names = ("gate", "up") if walk.is_gated else ("up",)
+        names = ("gate", "up") if walk.block is not None else ("up",)
         parts = [f"{float(walk.manual[f'feed_forward.{p}'][0, -1, n]):8.3f} {p}" for p in names]
         rows.append((f"feature {n}", size, " ".join([*parts, f"{float(features[n]):9.3f}"])))
     return Bars("the largest features of the last token", rows)
@@ -164,8 +172,8 @@ def all_layers(walk: Walkthrough) -> Step:
         question="How does the residual stream change from layer to layer?",
         shapes=f"x {x} → {count} layers → {x}",
         sources=sources(
-            (walk.implementation("layers.0").forward, "x =", "return"),
-            (walk.implementation().hidden, "for layer", "x = layer"),
+            (walk.implementation("layers.0").forward,),
+            (walk.implementation().hidden, "for ", "x = layer"),
         ),
         text="Every layer adds to the residual stream. The logit lens applies the last norm and "
         "the output matrix to the residual stream between layers, and shows the most probable "
@@ -195,7 +203,21 @@ def manual_logits(walk: Walkthrough, normed: Tensor) -> Tensor:
         rows = walk.checkpoint.float32(name, slice(start, min(start + ROWS, c.vocab_size)))
         blocks.append(F.linear(normed, torch.from_numpy(rows).to(normed.dtype)).float())
         walk.checkpoint.release_pages(name)
-    return torch.cat(blocks, dim=-1)
+    logits = torch.cat(blocks, dim=-1)
+    if walk.plan is None:
+        return logits
+    logits *= walk.plan.logit_multiplier
+    return soft_cap(logits, walk.plan.logit_softcap) if walk.plan.logit_softcap else logits
+
+
+def logit_changes(walk: Walkthrough) -> str:
+    """What happens to the products before they are logits, if anything."""
+    parts, plan = [], walk.plan
+    if plan is not None and plan.logit_multiplier != 1:
+        parts.append(f" They are divided by {1 / plan.logit_multiplier:g}.")
+    if plan is not None and (cap := plan.logit_softcap):
+        parts.append(f" A soft cap, {cap:g} · tanh(logit / {cap:g}), keeps them within ±{cap:g}.")
+    return "".join(parts)
 
 
 def last_logits(walk: Walkthrough) -> Step:
@@ -215,10 +237,12 @@ def last_logits(walk: Walkthrough) -> Step:
         sources=sources(
             (RMSNorm.forward, "return") if walk.is_rms_norm else (layer_norm,),
             (walk.implementation().multiply_output, statement),
+            *([(walk.implementation().cap_logits,)] if logit_changes(walk) else []),
         ),
         text=f"The logits are the products of the vector with the {c.vocab_size:,} rows of "
-        f"{matrix}; softmax makes them probabilities. The model predicts the next token after "
-        f"every position; only the last prediction continues the text.{famous(walk, top[0][0])}",
+        f"{matrix}.{logit_changes(walk)} Softmax makes them probabilities. The model predicts the "
+        "next token after every position; only the last prediction continues the text."
+        f"{famous(walk, top[0][0])}",
         numbers=[
             Numbers("norm, last token", normed[0, -1], "norm"),
             Numbers("logits, last token", last, "last_logits"),
@@ -373,7 +397,10 @@ def kv_cache(walk: Walkthrough) -> Step:
         last = trace(walk.model, [tokens[-1]["id"]], hooks=(), cache=cache)
     hook, logits = f"{prefix}.attention.weights", recorded.logits.cpu()
     label = f"weights of the new token, head {walk.head}"
-    forward = walk.implementation(f"{prefix}.attention").forward
+    forward, window = walk.implementation(f"{prefix}.attention").forward, ""
+    if walk.attention.window is not None:
+        window = f" With its window of {walk.attention.window:,} tokens this layer uses only the "
+        window += f"last {walk.attention.window - 1:,} cached keys and values."
     return Step(
         name="cache",
         title="The second token, with the KV cache",
@@ -386,7 +413,7 @@ def kv_cache(walk: Walkthrough) -> Step:
         text=f"{first['piece']} is appended and is the only input of this forward pass. The "
         f"causal mask hides it from the {past} tokens before it, so their tensors do not change: "
         "their keys and values are in the KV cache, and their queries, feed-forward features and "
-        f"logits are not needed again. {saved(walk)}",
+        f"logits are not needed again. {saved(walk)}{window}",
         numbers=[Numbers(label, recorded[hook][0, walk.head, -1])],
         pictures=[cache_drawing(tokens)],
         checks=[
@@ -404,7 +431,7 @@ def saved(walk: Walkthrough) -> str:
     """Multiplications in products of matrices and vectors, with the cache and without."""
     c, past = walk.config, len(walk.ids)
     attention = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
-    token = c.n_layers * (attention + (3 if walk.is_gated else 2) * c.dim * c.ffn_dim)
+    token = c.n_layers * (attention + (2 if walk.block is None else 3) * c.dim * c.ffn_dim)
     output = c.dim * c.vocab_size
     alone, all_tokens = (f"{(n * token + output) / 1e6:,.1f}" for n in (1, past + 1))
     return f"This takes {alone} million multiplications instead of {all_tokens} million."
@@ -512,7 +539,7 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
 
 def down_output(walk: Walkthrough, matrix: Tensor) -> Tensor:
     """The output of the chosen layer's `down` with this matrix: (1, T, C)."""
-    features = "gated" if walk.is_gated else "activated"
+    features = "gated" if walk.block is not None else "activated"
     x = walk.trace[f"{walk.prefix}.feed_forward.{features}"]
     return F.linear(x, matrix, walk.bias("feed_forward.down"))
 
@@ -524,7 +551,7 @@ def logits_with_output(walk: Walkthrough, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def seconds_by_part(model: Transformer, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+def seconds_by_part(model: LanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Run the model on (B, T) ids -> its logits, and the seconds of each part in all layers."""
     hooks = [(name, part_of(name)) for name in hook_names(model)]
     parts = {name: part for name, part in hooks if part is not None}
@@ -558,7 +585,7 @@ def time_by_part(walk: Walkthrough) -> Step:
         title="Time by part",
         question="Which parts of the forward pass take how much time?",
         shapes=f"ids (1, {len(walk.ids)}) → logits {shape(logits)} in {total:.3f} s",
-        sources=sources((walk.implementation().hidden, "for layer", "x = layer", "return")),
+        sources=sources((walk.implementation().hidden, "for ", "x = layer", "return")),
         text=f"One forward pass of the prompt in PyTorch, {threads} threads on {cores} cores: "
         f"{len(walk.ids) / total:,.0f} tokens per second. Products with weight matrices take most "
         "of the time; attention itself takes little for a short text.",
