@@ -57,6 +57,7 @@ class Message:
     tool_calls: Sequence[Json] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    tools: str | Sequence[Json] | None = None  # of a system message, for templates of Phi-4-mini
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, in the form of chat APIs."""
@@ -71,7 +72,7 @@ class Message:
 
 
 FIELDS = tuple(each.name for each in fields(Message))
-MORE = "reasoning_content, tool_calls, tool_call_id, name"
+MORE = ", ".join(FIELDS[2:])
 
 
 class ChatFormat:
@@ -191,11 +192,12 @@ class TemplateChat(ChatFormat):
         template = self._template
         unread = [name for name in options if name not in template.variables - SET_BY_US]
         fields = template.attributes | template.literals
-        if "tool_calls" not in fields and any(message.tool_calls for message in messages):
-            unread.append("tool_calls")
+        for name in ("tool_calls", "tools"):
+            if name not in fields and any(getattr(message, name) for message in messages):
+                unread.append(f"{name} of a message")
         if unread:
             raise TokenizerError(
-                f"chat template: does not read {join_names(unread)}; of options it reads "
+                f"chat template: does not read {join_names(unread)}; options that it reads: "
                 f"{join_names(template.variables - SET_BY_US) or 'none'}"
             )
         if not isinstance(options.get("tools"), list | tuple | None):
@@ -360,7 +362,8 @@ def _checked_message(message: object, n: int) -> Message:
     content = message.content
     if content is not None or not calls:
         content = _checked_content(content, f"{where}.content")
-    return replace(message, content=content, tool_calls=calls)
+    tools = plain_json(message.tools, f"{where}.tools")
+    return replace(message, content=content, tool_calls=calls, tools=tools)
 
 
 def _checked_content(content: Any, where: str) -> Content:

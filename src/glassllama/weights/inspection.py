@@ -41,6 +41,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": config_facts(checkpoint),
         "stored_as": stored_formats(checkpoint),
         "tokenizer": tokenizer_facts(checkpoint),
+        "sampling": sampling_facts(checkpoint),
         "memory": memory_needed(checkpoint),
         "memory_free": available_memory(),
         "notes": checkpoint.notes,
@@ -86,6 +87,15 @@ def tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "control_tokens": len(tokenizer.specials),
         "chat_format": chat and CHAT_FORMATS[chat],
     }
+
+
+def sampling_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The sampling settings that the files recommend; {"error": …} for a bad value."""
+    try:
+        found = checkpoint.sampling_defaults
+    except GlassError as error:
+        return {"error": str(error)}
+    return {"text": str(found), **found.values}
 
 
 def memory_needed(checkpoint: Checkpoint) -> list[dict[str, int]]:
@@ -153,6 +163,9 @@ def findings(path: Path, sha256: str, bars: Bars) -> Iterator[Finding]:
     else:
         yield from check_vocabulary(tokenizer, checkpoint.config.vocab_size)
         yield check_chat(checkpoint, tokenizer)
+    facts = sampling_facts(checkpoint)
+    came = facts.get("error") or facts["text"] or "none recommended"
+    yield Finding("error" not in facts, f"sampling: {came}")
     checkpoint.close()
 
 
