@@ -3,6 +3,7 @@
 Each has the structure and the constructs of its family (namespaces, macros, reversed loops, tools,
 calls, reasoning, dates, refusals), with sentences and names of its own.
 """
+# ruff: noqa: E501 (lines of templates)
 
 QWEN2 = """\
 {% for turn in messages %}{% if loop.first and turn['role'] != 'system' %}\

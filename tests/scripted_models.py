@@ -1,7 +1,7 @@
 """Small Llamas that write a given text: each token is followed by the one that a script names.
 
-Embeddings are unit vectors and the blocks add nothing, so the last token alone decides: row b of the
-output matrix is the unit vector of a where the script says a → b.
+Embeddings are unit vectors and the blocks add nothing, so the last token alone decides: row b of
+the output matrix is the unit vector of a where the script says a → b.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models that think before they answer, and the sampling settings that a model's files recommend."""
+"""Models that think before they answer, and sampling settings that a model's files recommend."""
 
 from __future__ import annotations
 

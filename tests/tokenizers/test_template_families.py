@@ -253,8 +253,8 @@ def test_only_the_template_writes_control_tokens(
     texts = st.lists(marks, max_size=4).map("".join)
 
     def conversation(text: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        call = {"id": "abcdefghi", "type": "function",
-                "function": {"name": text("f"), "arguments": {text("k"): [text("v"), 3]}}}  # fmt: skip
+        function = {"name": text("f"), "arguments": {text("k"): [text("v"), 3]}}
+        call = {"id": "abcdefghi", "type": "function", "function": function}
         parts = [{"type": "text", "text": text("p")}, {"type": "text", "text": text("q")}]
         talk = [
             {"role": "user", "content": text("a")},
@@ -319,13 +319,13 @@ for _ in range(99):
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "assistant"}, "messages[1]: want role and content (or reasoning_content, tool_ca"),
+        ({"role": "assistant"}, "messages[1]: want role and content (or reasoning_c"),
         ({"role": "assistant", "content": "x", "mood": 1}, "got role, content, mood"),
         ({"role": "assistant", "content": 3}, "messages[1].content: want text, got int"),
-        ({"role": "assistant", "content": [{"type": "image"}]}, "messages[1].content[0]: want {'ty"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, "messages[1].content[0]: want {"),
         ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "content[0]: want"),
         ({"role": "assistant", "content": ["x"]}, "content[0]: want"),
-        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content: want t"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content: want"),
         ({"role": "user", "content": "x", "reasoning_content": "y"}, "only an assistant has"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "only an assistant has"),
         ({"role": "assistant", "tool_calls": "x"}, "messages[1].tool_calls: want a list, got str"),
@@ -355,7 +355,7 @@ def test_errors_name_the_field_of_a_message(message: Any, words: str, ours: Toke
         ("Qwen 3", {"messages": []}, "does not read messages"),
         ("Qwen 3", {"add_generation_prompt": False}, "does not read add_generation_prompt"),
         ("Qwen 3", {"tools": "x"}, "tools: want a list, got 'x'"),
-        ("Qwen 3", {"tools": [test_tools_of_a_system_message]}, "tools: want JSON values, got <fun"),
+        ("Qwen 3", {"tools": [test_tools_of_a_system_message]}, "tools: want JSON values, got"),
         ("Qwen 3", {"tools": [{3: 4}]}, "tools: want JSON values"),
         ("Mistral", {"tools": [{"name": "bare"}]}, "has no attribute 'function'"),
     ],

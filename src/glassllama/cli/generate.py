@@ -79,7 +79,7 @@ def chat(
         None, "--system", "-s", metavar="TEXT", help="System message."
     ),
     think: bool | None = typer.Option(
-        None, "--think/--no-think", show_default="as the chat template does it",
+        None, "--think/--no-think", metavar="", show_default="as the chat template does it",
         help="Reason before the answer, if the model can do both. Reasoning is shown in a terminal "
         "while it is generated, and is never part of the output; --json has it as "
         "reasoning_content.",

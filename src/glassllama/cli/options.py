@@ -259,7 +259,9 @@ class ChatOptions(SamplingOptions):
     tokens and repeated one line. With a penalty of 1.1 all four ended, after 64 to 810 tokens.
     """
 
-    own_defaults = {**SamplingOptions.own_defaults, "repetition_penalty": 1.1, "max_tokens": 1024}  # noqa: RUF012
+    own_defaults: ClassVar = SamplingOptions.own_defaults | {
+        "repetition_penalty": 1.1, "max_tokens": 1024,
+    }  # fmt: skip
     max_tokens: int | None = max_tokens_option(
         None,
         "--max-tokens",

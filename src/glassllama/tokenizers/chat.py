@@ -226,9 +226,9 @@ class TemplateChat(ChatFormat):
         found = set[str]()
         for role, roles in product(ROLES, SAMPLE_ROLES):
             contents = [parts if each == role else "x" for each in roles]
-            talk = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+            sample = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
             with suppress(TokenizerError):
-                text = self._template.render_chat(talk, True)
+                text = self._template.render_chat(sample, True)
                 if all(probe in text and f'"{probe}"' not in text for probe in PROBES):
                     found |= {role} if role in roles else set()
         return frozenset(found)
@@ -269,8 +269,8 @@ class TemplateChat(ChatFormat):
         samples: list[TemplateText] = []
         for roles, prompt in product(SAMPLE_ROLES, (False, True)):
             with suppress(TokenizerError):
-                talk = [{"role": role, "content": "x"} for role in roles]
-                samples.append(self._template.render_chat(talk, prompt))
+                sample = [{"role": role, "content": "x"} for role in roles]
+                samples.append(self._template.render_chat(sample, prompt))
         return samples
 
 

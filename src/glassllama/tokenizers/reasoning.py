@@ -80,11 +80,11 @@ class ReasoningSplitter:
         """The pieces that are certain with this text; `last`: no more text follows."""
         self._text += text
         pieces = list[Piece]()
-        while self._skip_first(last) and (part := self._take(last)) is not None:
+        while self._skip_marks(last) and (part := self._next_piece(last)) is not None:
             pieces += [part] if part.text else []
         return pieces
 
-    def _skip_first(self, last: bool) -> bool:
+    def _skip_marks(self, last: bool) -> bool:
         """Skip what comes before the text of a part; False if more text is needed."""
         spaces = self.marks.spaces
         if self._first:
@@ -101,7 +101,7 @@ class ReasoningSplitter:
             self._trim = not self._text
         return bool(self._text)
 
-    def _take(self, last: bool) -> Piece | None:
+    def _next_piece(self, last: bool) -> Piece | None:
         """The text up to the mark that ends this part, or what is certain of it."""
         kind: Kind = "reasoning_content" if self.in_reasoning else "content"
         at = self._text.find(self._end) if self._end else -1
@@ -111,11 +111,11 @@ class ReasoningSplitter:
             self._first = self.marks.answer[0] if self.in_reasoning else ""
             self._end, self._trim, self.in_reasoning = "", True, False
             return Piece(kind, part)
-        size = self._certain(last)
+        size = self._decided_length(last)
         part, self._text = self._text[:size], "" if last else self._text[size:]
         return Piece(kind, part) if part else None
 
-    def _certain(self, last: bool) -> int:
+    def _decided_length(self, last: bool) -> int:
         """How many characters are neither the start of the end mark nor spaces before it."""
         text, end = self._text, self._end
         if not end:

@@ -29,9 +29,10 @@ RANGES = {
 NEUTRAL: dict[str, float | None] = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
 # Keys that change no answer, or only together with a key that gets a note.
 HARMLESS = re.compile(
-    r"_.*|transformers_version|(bos|eos|pad)_token_id|do_sample|trust_remote_code|use_cache|cache_.*"
-    r"|return_dict_in_generate|output_.*|.*compile.*|prefill_chunk_size|num_return_sequences"
-    r"|(num_)?assistant_.*|prompt_lookup_.*|chat_format|xtc_threshold|mirostat_.*|early_stopping"
+    r"_.*|transformers_version|(bos|eos|pad)_token_id|do_sample|trust_remote_code|use_cache"
+    r"|cache_.*|return_dict_in_generate|output_.*|.*compile.*|prefill_chunk_size|chat_format"
+    r"|num_return_sequences|(num_)?assistant_.*|prompt_lookup_.*|xtc_threshold|mirostat_.*"
+    r"|early_stopping"
 )
 NEUTRAL_OF_OTHERS = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p", "length_penalty"), 1),
