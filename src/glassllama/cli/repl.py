@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +18,7 @@ from glassllama.base.trust import make_folder
 from glassllama.cli.console import note, write_file
 from glassllama.cli.errors import print_error, user_message
 from glassllama.cli.options import THINKING_TOKENS, SamplingOptions
-from glassllama.cli.render import show_stream, speed_line
+from glassllama.cli.render import show_stream, speed_line, wrapped
 from glassllama.tokenizers.chat import Message, checked_messages
 from glassllama.tokenizers.reasoning import Piece
 
@@ -274,7 +275,7 @@ class Repl:
     def reasoning(self, _: str) -> None:
         answers = [m for m in self.session.conversation.history if m.role == "assistant"]
         text = answers[-1].reasoning_content if answers else None
-        print(text or "(the last answer has none)")
+        print(wrapped(text or "(the last answer has none)", sys.stdout))
 
     def show(self, _: str) -> None:
         session, messages = self.session, self.session.conversation.messages

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glassllama.base.errors import ConfigError, join_names
-from glassllama.base.fields import Fields
+from glassllama.base.fields import Fields, is_number
 from glassllama.weights.tokenizer_files import optional_json
 
 FILE = "generation_config.json"
@@ -97,6 +97,9 @@ def _without_effect(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if name in RANGES or name == "top_k" or HARMLESS.fullmatch(name):
             continue
-        is_empty = value is None or (isinstance(value, list | dict | str) and not value)
-        if not is_empty and value != NEUTRAL_OF_OTHERS.get(name, 0):
+        if is_number(value):
+            is_neutral = bool(value == NEUTRAL_OF_OTHERS.get(name, 0))
+        else:
+            is_neutral = value in (None, False) if not isinstance(value, Sized) else not len(value)
+        if not is_neutral:
             yield name
