@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ from glassllama.generation import (
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
+from glassllama.tokenizers.reasoning import Piece, ReasoningSplitter
 from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
 from glassllama.weights.backend import (
     Backend,
@@ -63,7 +65,11 @@ Messages = str | Sequence[Message | Mapping[str, str]]  # a str is one message o
 
 
 class Options(TypedDict, total=False):
-    """How to generate; every key is optional and greedy is the default."""
+    """How to generate; every key is optional.
+
+    Defaults of temperature, top_k, top_p, min_p and repetition_penalty are what the model's files
+    recommend (`LLM.sampling_defaults`). Where they recommend nothing, greedy is the default.
+    """
 
     max_tokens: int | None  # None: until the model stops or the context is full
     temperature: float  # 0: always the likeliest token
@@ -74,13 +80,25 @@ class Options(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int | None
-    stop: Sequence[str]  # texts that end the answer and are not part of it
+    stop: Sequence[str]  # texts that end the answer and are not part of it; not in reasoning
     logprobs: int | None  # None: none; n: of the chosen token and of the n likeliest
     ignore_eos: bool  # go on after the model's own end: for measuring
     context: int | None  # fewer tokens than the model could hold
     on_overflow: Overflow | None  # at the context's end, before max_tokens; see default_overflow
     specials: bool  # control tokens written in a prompt are read as such, not as text
     speculation: bool  # False: never several tokens in one step; the answer is the same
+
+
+class TemplateOptions(TypedDict, total=False):
+    """Variables of the chat template; one that it does not read is an error."""
+
+    tools: Sequence[Mapping[str, Any]] | None  # JSON schemas of functions
+    enable_thinking: bool | None  # whether to write reasoning; None: as the template does it
+    template_options: Mapping[str, Any] | None  # others, by name
+
+
+class ChatOptions(Options, TemplateOptions, total=False):
+    """How to answer a conversation."""
 
 
 LOOP_OPTIONS = (
@@ -106,9 +124,14 @@ class StepLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What came of a prompt. `ids` holds the stop id too, `text` neither it nor a stop string."""
+    """What came of a prompt. `ids` holds the stop id too, `text` neither it nor a stop string.
+
+    Of a model that thinks before it answers, a chat's `text` is the answer alone.
+    """
 
     text: str
+    reasoning_content: str | None = None
+    reasoning_tokens: int = 0  # of ids
     ids: list[int]
     prompt_ids: list[int]
     finish_reason: FinishReason
@@ -124,31 +147,48 @@ class RowState:
     prompt_ids: list[int]
     decoder: Detokenizer
     stops: StopStrings
+    splitter: ReasoningSplitter | None = None
     ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    reasoning_tokens: int = 0
     logprobs: list[StepLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     dropped_tokens: int = 0
 
-    def add(self, event: TokenEvent) -> str:
+    def add(self, event: TokenEvent) -> list[Piece]:
         """Take in one id -> the text that has become certain."""
         self.ids.append(event.id)
         self.dropped_tokens = event.dropped_tokens
         if event.logprob is not None:
             self.logprobs.append(StepLogprobs(event.id, event.logprob, event.top))
         ended = event.finish_reason
-        shown = self.stops.push("" if ended == "stop" else self.decoder.push(event.id))
+        text = "" if ended == "stop" else self.decoder.push(event.id)
         if ended is not None:
             self.finish_reason = ended
-            shown += self.stops.push(self.decoder.finish()) + self.stops.finish()
+            text += self.decoder.finish()
+        new: list[Piece] = []
+        for kind, part in self._split(text, ended is not None):
+            shown = part if kind == "reasoning_content" else self.stops.push(part)
+            new += [Piece(kind, shown)] if shown else []
+        if ended is not None and (rest := self.stops.finish()):
+            new.append(Piece("content", rest))
         if self.stops.matched is not None:
             self.finish_reason = "stop"
-        self.pieces.append(shown)
-        return shown
+        self.pieces += new
+        return new
+
+    def _split(self, text: str, last: bool) -> list[Piece]:
+        """The text as pieces of reasoning and answer; counts ids that belong to the reasoning."""
+        if self.splitter is None:
+            return [Piece("content", text)]
+        self.reasoning_tokens += self.splitter.in_reasoning
+        return self.splitter.push(text, last)
 
     def completion(self, timings: Timings, with_logprobs: bool) -> Completion:
         return Completion(
-            text="".join(self.pieces),
+            text="".join(text for kind, text in self.pieces if kind == "content"),
+            reasoning_content="".join(t for k, t in self.pieces if k != "content") or None,
+            reasoning_tokens=self.reasoning_tokens,
             ids=self.ids,
             prompt_ids=self.prompt_ids,
             finish_reason=self.finish_reason,
@@ -168,6 +208,11 @@ class BatchStream(Iterator[tuple[int, str]]):
         self._with_logprobs = with_logprobs
 
     def __next__(self) -> tuple[int, str]:
+        row, pieces = self.next_pieces()
+        return row, "".join(text for kind, text in pieces if kind == "content")
+
+    def next_pieces(self) -> tuple[int, list[Piece]]:
+        """The row of the next token, and the pieces that are certain with it."""
         for row, answer in enumerate(self._answers):
             if answer.stops.matched is not None:
                 self.cancel(row)
@@ -189,13 +234,22 @@ class BatchStream(Iterator[tuple[int, str]]):
 
 
 class TextStream(Iterator[str]):
-    """New text as it is generated; `completion` holds all so far."""
+    """New text of the answer as it is generated; `completion` holds all so far.
+
+    While a model thinks, the text is empty; `pieces` has the reasoning, too.
+    """
 
     def __init__(self, batch: BatchStream) -> None:
         self._batch = batch
 
     def __next__(self) -> str:
         return next(self._batch)[1]
+
+    def pieces(self) -> Iterator[Piece]:
+        """New text with its kind: "reasoning_content" or "content"."""
+        with suppress(StopIteration):
+            while True:
+                yield from self._batch.next_pieces()[1]
 
     def close(self) -> None:
         """End here: what was generated so far is the answer."""
@@ -254,6 +308,11 @@ class LLM:
         return choose_chat_format(self.checkpoint.chat_template, self.tokenizer, **tokens)
 
     @property
+    def sampling_defaults(self) -> Mapping[str, float | None]:
+        """Options that the model's files recommend, or none. Raises ConfigError: a bad value."""
+        return self.checkpoint.sampling_defaults.values
+
+    @property
     def default_overflow(self) -> Overflow:
         """`on_overflow` where it is None: "shift" for small models of one's own, else "stop".
 
@@ -302,13 +361,27 @@ class LLM:
         """Control tokens that are written in a text, each once; text without `specials`."""
         return find_tokens(text, self.tokenizer.specials)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
+    def encode_chat(self, messages: Messages, **options: Unpack[TemplateOptions]) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
+        return self._begin_chat(messages, options)[0]
+
+    def _begin_chat(
+        self, messages: Messages, options: TemplateOptions
+    ) -> tuple[list[int], ReasoningSplitter | None]:
+        """The ids of a conversation, and what splits the answer to it."""
         if isinstance(messages, str):
             messages = [Message("user", messages)]
         else:
             messages = as_list("messages", messages, "a text or a list of messages")
-        return self.chat_format.encode(messages, self.tokenizer)
+        given = {name: value for name, value in options.items() if value is not None}
+        more, think = given.pop("template_options", {}), given.pop("enable_thinking", None)
+        if not isinstance(more, Mapping):
+            raise GenerationError(f"template_options must be a dict, got {quoted(more)}")
+        if not isinstance(think, bool | None):
+            raise GenerationError(f"enable_thinking must be True or False, got {quoted(think)}")
+        if think is not None:
+            given[self.chat_format.thinking_switch or "enable_thinking"] = think
+        return self.chat_format.begin(messages, self.tokenizer, {**more, **given})
 
     def stream(
         self, prompt: Prompt, *, progress: Progress | None = None, **options: Unpack[Options]
@@ -320,18 +393,22 @@ class LLM:
         return self._stream(prompt, options, progress, continues=True)
 
     def stream_chat(
-        self, messages: Messages, *, progress: Progress | None = None, **options: Unpack[Options]
-    ) -> TextStream:
+        self, messages: Messages, *, progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> TextStream:  # fmt: skip
         """Answer a conversation, piece by piece."""
-        return self._stream(self.encode_chat(messages), options, progress, continues=False)
+        values: Any = {**options}
+        template: Any = {name: values.pop(name, None) for name in TemplateOptions.__annotations__}
+        ids, splitter = self._begin_chat(messages, template)
+        return self._stream(ids, values, progress, continues=False, splitter=splitter)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a prompt."""
         return self.generate_batch([prompt], **options)[0]
 
-    def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation."""
-        stream = self._stream(self.encode_chat(messages), options, None, continues=False)
+        stream = self.stream_chat(messages, **options)
         for _ in stream:
             pass
         return stream.completion
@@ -397,9 +474,16 @@ class LLM:
         return trace(model, ids, hooks=hooks, interventions=interventions, positions=positions)
 
     def _stream(
-        self, prompt: Prompt, options: Options, progress: Progress | None, *, continues: bool
+        self,
+        prompt: Prompt,
+        options: Options,
+        progress: Progress | None,
+        *,
+        continues: bool,
+        splitter: ReasoningSplitter | None = None,
     ) -> TextStream:
-        return TextStream(self._begin([prompt], options, progress, continues=continues))
+        batch = self._begin([prompt], options, progress, continues=continues, splitter=splitter)
+        return TextStream(batch)
 
     def _begin(
         self,
@@ -408,13 +492,17 @@ class LLM:
         progress: Progress | None,
         *,
         continues: bool,
+        splitter: ReasoningSplitter | None = None,
     ) -> BatchStream:
-        """Check everything, start nothing. `continues`: the answer is the prompt's next words."""
+        """Check everything, start nothing.
+
+        `continues`: the answer is the prompt's next words. `splitter`: for a single prompt.
+        """
         unknown = sorted(set(options) - OPTIONS)
         if unknown:
             first = ", ".join(map(named, unknown[:MOST_UNKNOWN]))
             raise GenerationError(f"unknown options: {first} (see llm.Options)")
-        values: dict[str, Any] = dict(options)
+        values: dict[str, Any] = {**self.sampling_defaults, **options}
         stop = as_list("stop", values.pop("stop", ()), "a list of texts")
         if not all(isinstance(text, str) for text in stop):
             raise GenerationError(f"stop must be a list of texts, got {quoted(stop)}")
@@ -430,10 +518,14 @@ class LLM:
             bos=self.tokenizer.bos, vocabulary=vocabulary, gaps=gaps, **loop,
         )  # fmt: skip
         rows = [self.encode(prompt, specials=specials) for prompt in prompts]
+        marks = () if splitter is None else splitter.marks.texts
         answers = [
-            RowState(ids, Detokenizer(self.tokenizer, continues=continues), StopStrings(stop))
+            RowState(
+                ids, Detokenizer(self.tokenizer, continues=continues, shown=marks),
+                StopStrings(stop), splitter,
+            )
             for ids in rows
-        ]
+        ]  # fmt: skip
         requests = [
             Request.new(self.executor, ids, settings, name=f"prompt {n}")
             for n, ids in enumerate(rows)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from cli.conftest import Verb
+from cli.programs import Terminal
 from glassllama.base.errors import GlassError
 from glassllama.cli import console
 from glassllama.cli.console import prompt_from
@@ -20,6 +23,7 @@ from glassllama.cli.options import ChatOptions, SamplingOptions
 from glassllama.cli.repl import ChatSession, Conversation, Repl, limits
 from glassllama.llm import LLM
 from glassllama.tokenizers.chat import ChatML, TemplateChat
+from scripted_models import write_scripted_model
 
 DATES = (
     "{{ '<|im_start|>system\n\nKnowledge: 2023\n\n' }}{% set first = messages[0] %}"
@@ -91,9 +95,11 @@ def test_chat_and_generate_append_a_file_to_their_argument(verb: Verb, loaded: L
 
 def test_chat_has_a_limit_and_a_penalty_and_shows_them(verb: Verb) -> None:
     page = " ".join(verb("chat", "--help").out.replace("│", "").split())
-    assert "full context. [default: 1024]" in page
-    assert "become less likely. [default: 1.1]" in page
-    assert (SamplingOptions().max_tokens, SamplingOptions().repetition_penalty) == (None, 1.0)
+    assert "full context. [default: (1024; 8192 if the model thinks first)]" in page
+    assert "become less likely. [default: (the model's, else 1.1)]" in page
+    plain = SamplingOptions().with_defaults({})
+    assert (plain.max_tokens, plain.repetition_penalty) == (None, 1.0)
+    assert (plain.temperature, plain.top_p, plain.min_p, plain.top_k) == (0.6, 0.9, 0.0, None)
 
 
 def session_with(llm: Any, **changes: Any) -> ChatSession:
@@ -101,12 +107,16 @@ def session_with(llm: Any, **changes: Any) -> ChatSession:
 
 
 def test_the_conversation_prints_its_limits() -> None:
-    assert "at most 1,024 tokens, repetition penalty 1.1" in limits(ChatOptions())
-    assert "without limit" in limits(ChatOptions(max_tokens=None))
+    options = ChatOptions().with_defaults({})
+    assert "at most 1,024 tokens, repetition penalty 1.1" in limits(options)
+    assert "without limit" in limits(replace(options, max_tokens=None))
+    assert limits(ChatOptions(max_tokens=9).with_defaults({"max_tokens": 8192})).count(" 9 tokens")
 
 
 class OtherTemplate:
     """A model with another chat format, for encoding only."""
+
+    sampling_defaults: ClassVar[dict[str, float]] = {}
 
     def __init__(self, llm: LLM, chat_format: Any) -> None:
         self.tokenizer, self.chat_format = llm.tokenizer, chat_format
@@ -156,3 +166,118 @@ def test_a_path_in_the_home_of_an_unknown_user(
     for command in ("/save", "/load"):
         repl.handle(f"{command} ~nobody-of-that-name/a")
         assert "No such file or directory" in capsys.readouterr().err
+
+
+# A model that thinks first
+
+THINKING = ["\n", "<think>", "S", "i", "x", "</think>", "4", "2", ".", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("thinking")
+    settings = {"do_sample": True, "temperature": 0.001, "top_k": 3}
+    return write_scripted_model(folder, THINKING, **settings)
+
+
+def test_reasoning_is_no_part_of_piped_output(verb: Verb, thinking: Path) -> None:
+    ran = verb("chat", "6 × 7?", "--model", thinking)
+    assert (ran.code, ran.out) == (0, "42.\n")
+    assert "Six" not in ran.err
+    cut = verb("chat", "6 × 7?", "--model", thinking, "-n", "3")
+    assert (cut.code, cut.out) == (0, "\n")
+    assert "no answer: all tokens went into reasoning" in cut.err
+
+
+def test_json_has_reasoning_in_a_field_of_its_own(verb: Verb, thinking: Path) -> None:
+    answer = json.loads(verb("chat", "6 × 7?", "--model", thinking, "--json").out)
+    assert (answer["text"], answer["reasoning_content"]) == ("42.", "Six")
+    assert answer["usage"]["reasoning_tokens"] == 4  # with the end mark
+    plain = json.loads(verb("chat", "Hi", "--model", thinking, "--json", "--no-think").out)
+    thinks = json.loads(verb("chat", "Hi", "--model", thinking, "--json", "--think").out)
+    assert len(plain["prompt_ids"]) > len(thinks["prompt_ids"])
+    raw = json.loads(verb("generate", "a\n", "--model", thinking, "--json", "-n", "9").out)
+    assert (raw["text"], raw["reasoning_content"]) == ("<think>Six</think>42.", None)
+
+
+def test_a_model_without_a_switch_for_reasoning_says_so(verb: Verb, loaded: LLM) -> None:
+    for name in ("--think", "--no-think"):
+        ran = verb("chat", "Hi", name)
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.err == (
+            "error: chat template: does not read enable_thinking; options that it reads: none\n"
+        )
+
+
+def test_show_and_validate_name_the_recommended_settings(verb: Verb, thinking: Path) -> None:
+    expected = "temperature 0.001, top_k 3 (generation_config.json)"
+    assert f"sampling       {expected}" in verb("show", thinking).out
+    assert f"sampling: {expected}" in verb("validate", thinking).out
+    facts = json.loads(verb("show", thinking, "--json").out)["sampling"]
+    assert (facts["temperature"], facts["top_k"], facts["top_p"]) == (0.001, 3, 1.0)
+
+
+def test_a_bad_setting_is_an_error_of_one_line(verb: Verb, thinking: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(thinking, tmp_path / "bad")
+    (folder / "generation_config.json").write_text('{"temperature": -1}')
+    words = "temperature must be a finite number from 0 to 1e+06, got -1"
+    for line in (["chat", "Hi"], ["generate", "Hi", "-t", "0"]):
+        ran = verb(*line, "--model", folder)
+        assert (ran.code, ran.out) == (1, "")
+        [last] = [line for line in ran.err.splitlines() if line.startswith("error")]
+        assert words in last
+    assert words in verb("show", folder).out
+    assert f"problem  sampling: {folder}" in verb("validate", folder).out
+
+
+def test_options_of_the_command_line_win(verb: Verb, thinking: Path) -> None:
+    chat = ("chat", "6 × 7?", "--model", thinking, "-n", "9", "--json")
+    for given, greedy in (
+        (["-t", "9", "--top-k", "1"], True),
+        (["-t", "99", "--top-k", "0"], False),
+    ):
+        ids = [json.loads(verb(*chat, *given, "--seed", n).out)["ids"] for n in (1, 2)]
+        assert (ids[0] == ids[1]) == greedy
+
+
+def test_reasoning_is_folded_on_a_terminal(thinking: Path, tmp_path: Path) -> None:
+    terminal = Terminal("chat", "--model", str(thinking))
+    terminal.wait_for("at most 8,192 tokens")
+    terminal.wait_for("defaults of this model: temperature 0.001, top_k 3 (generation_config.json)")
+    terminal.wait_for("> ")
+
+    def say(line: str) -> str:
+        terminal.send(line + "\n")
+        terminal.wait_for("\n")
+        return terminal.wait_for("\r\n> ")
+
+    shown = say("6 × 7?")
+    assert "thinking" in shown.split("thought for 4 tokens")[0]
+    assert "42." in shown.split("thought for 4 tokens")[1]
+    assert "Six" not in shown.split("thought for 4 tokens")[1]
+    assert "\x1b[2m" in terminal.raw.split("thought for")[0], "dim"
+    assert "Six" in say("/reasoning")
+    assert "reasoning before answers: off" in say("/nothink")
+    say("/clear")
+    assert "(the last answer has none)" in say("/reasoning")
+    assert "reasoning before answers: on" in say("/think")
+    say("6 × 7?")
+    kept = tmp_path / "kept.json"
+    say(f"/save {kept}")
+    assert json.loads(kept.read_text())["messages"][1] == {
+        "role": "assistant", "content": "42.", "reasoning_content": "Six",
+    }  # fmt: skip
+    assert "2 messages" in say(f"/load {kept}")
+    terminal.ctrl_d()
+    assert terminal.end() == 0
+
+
+def test_commands_for_reasoning_of_a_model_without_it(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repl = Repl(session_with(llm))
+    for command in ("/think", "/nothink"):
+        repl.handle(command)
+        assert "the chat template of this model has no switch for reasoning" in (
+            capsys.readouterr().err
+        )

@@ -110,7 +110,7 @@ def test_settings_are_read(name: str, typed: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "typed"),
     [
-        ("temperature", "hot"), ("temperature", "-1"), ("temperature", "nan"), ("top_k", "0"),
+        ("temperature", "hot"), ("temperature", "-1"), ("temperature", "nan"), ("top_k", "-1"),
         ("top_k", "1.5"), ("top_p", "none"), ("max_tokens", "0"), ("ignore_eos", "maybe"),
         ("presence_penalty", "3"), ("colour", "red"), ("stop", "'open"),
     ],
@@ -142,7 +142,7 @@ def test_help_shows_complete_options_and_no_defaults_of_switches(
         page = verb(command.name, "--help").out
         assert "[default: True]" not in page
         assert "…" not in re.sub(r"N,…|mps …|train …", "", page), command.name  # cut by the table
-    assert "[default: 1.0]" in verb("generate", "--help").out  # 1.0 == True
+    assert "[default: 0.0]" in verb("generate", "--help").out  # 0.0 == False
     assert "org/name[@revision][:FILE.gguf]" in verb("show", "--help").out
     assert "--no-preflight" in verb("train", "--help").out
 
@@ -197,7 +197,7 @@ def test_usage_errors_contain_the_given_and_the_expected_value(
         ("--temperature", "nan", "temperature must be"),
         ("--top-p", "1.5", "top_p must be above 0 and at most 1, got 1.5"),
         ("--min-p", "-1", "min_p must be"),
-        ("--top-k", "0", "top_k must be"),
+        ("--top-k", "-1", "top_k must be"),
         ("--presence-penalty", "-3", "presence_penalty must be between -2 and 2, got -3.0"),
         ("--frequency-penalty", "3", "frequency_penalty must be"),
         ("--repetition-penalty", "0", "repetition_penalty must be"),

@@ -49,7 +49,8 @@ def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
     [line] = ran.out.splitlines()
     answer = json.loads(line)
     assert list(answer) == [
-        "model", "prompt_ids", "ids", "text", "finish_reason", "logprobs", "usage", "timings",
+        "model", "prompt_ids", "ids", "text", "reasoning_content", "finish_reason", "logprobs",
+        "usage", "timings",
     ]  # fmt: skip
     assert answer["model"] == "smollm2-135m"
     assert answer["finish_reason"] == "length"
@@ -58,6 +59,7 @@ def test_chat_json_is_one_complete_object(verb: Verb, loaded: LLM) -> None:
     assert answer["usage"] == {
         "prompt_tokens": len(answer["prompt_ids"]),
         "completion_tokens": 8,
+        "reasoning_tokens": 0,
         "total_tokens": len(answer["prompt_ids"]) + 8,
         "dropped_tokens": 0,
         "drafted_tokens": 0,  # no repetition in this answer

@@ -32,6 +32,7 @@ from glassllama.train.checkpoint import FORMAT, read_state
 from glassllama.train.settings import load_settings, preset_names, read_tables, require_same_run
 from glassllama.weights.backend import estimate_memory
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
+from glassllama.weights.generation_config import defaults_from_folder
 from glassllama.weights.inspection import describe
 from glassllama.weights.load import load_model
 from glassllama.weights.save import save_model
@@ -81,7 +82,8 @@ def use_model(path: Path) -> None:
 def look_at(checkpoint: Checkpoint) -> None:
     """Read from a checkpoint everything that show, the planner and the reference model read."""
     facts = describe(checkpoint)
-    for line in [*facts["notes"], facts["tokenizer"].get("error", "")]:
+    errors = [facts[name].get("error", "") for name in ("tokenizer", "sampling")]
+    for line in [*facts["notes"], *errors]:
         check_line(line)
     if checkpoint.architecture.layer_plan is not None:
         estimate_memory(checkpoint, tokens=8, memory=1 << 40).advice()
@@ -103,6 +105,7 @@ def use_folder_tokenizer(folder: Path) -> None:
     use_tokenizer(tokenizer_from_folder(folder))
     template_tokens_from_folder(folder)
     chat_template_from_folder(folder)
+    check_line(str(defaults_from_folder(folder)))
 
 
 def use_state(folder: Path) -> None:
@@ -120,6 +123,11 @@ GGUF_MODEL = {
     "general.architecture": "llama",
     "general.alignment": 32,
     "general.name": "tiny",
+    "general.sampling.temp": 0.5,
+    "general.sampling.top_k": 5,
+    "general.sampling.penalty_repeat": 1.1,
+    "general.sampling.mirostat": 0,
+    "general.sampling.sequence": "",
     "llama.block_count": 1,
     "llama.context_length": 64,
     "llama.embedding_length": 8,
@@ -196,7 +204,17 @@ TOKENIZER_SETTINGS = {
 }
 SIDE_FILES: dict[str, dict[str, Any]] = {
     "tokenizer_config.json": TOKENIZER_SETTINGS,
-    "generation_config.json": {"eos_token_id": [258, 259], "bos_token_id": 258, "temperature": 0.6},
+    "generation_config.json": {
+        "eos_token_id": [258, 259],
+        "bos_token_id": 258,
+        "temperature": 0.6,
+        "do_sample": True,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "num_beams": 1,
+    },
     "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
     "added_tokens.json": {"<s>": 258, "</s>": 259},
 }

@@ -53,8 +53,9 @@ def generate(
     """Continue a text. To ask a chat model something, use 'chat'."""
     require_json(json, logprobs)
     prompt = prompt_from(text, "TEXT")
-    options = sampling.options(logprobs)
+    sampling.options()  # errors in them before the model is loaded
     llm = backend_options.load(model_options)
+    options = sampling.with_defaults(llm.sampling_defaults).options(logprobs)
     note_specials(llm.tokenizer, prompt, specials)
     options["specials"] = specials
     if json:
@@ -77,6 +78,12 @@ def chat(
     system: str | None = typer.Option(
         None, "--system", "-s", metavar="TEXT", help="System message."
     ),
+    think: bool | None = typer.Option(
+        None, "--think/--no-think", metavar="", show_default="as the chat template does it",
+        help="Reason before the answer, if the model can do both. Reasoning is shown in a terminal "
+        "while it is generated, and is never part of the output; --json has it as "
+        "reasoning_content.",
+    ),
     tour: bool = typer.Option(
         False, "--tour", help="Start with an example question and suggestions."
     ),
@@ -89,21 +96,22 @@ def chat(
     an answer, Ctrl-D leaves.
     """
     require_json(json, logprobs)
-    options = sampling.options(logprobs)  # errors in them before the model is loaded
+    sampling.options()  # errors in them before the model is loaded
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if message is not None or (not tour and (json or not interactive)):
         message = prompt_from(message, "MESSAGE")
     from glassllama.cli.repl import ChatSession, Conversation, Repl
 
     llm = backend_options.load(model_options)
-    session = ChatSession(llm, Conversation(system=system), sampling)
+    session = ChatSession(llm, Conversation(system=system), sampling, think)
     if tour:
         show_tour(session)
     if message is not None and json:
         from glassllama.tokenizers.chat import Message
 
         messages = [*session.conversation.messages, Message("user", message)]
-        print_json(completion_json(llm, llm.chat(messages, **options)))
+        options = session.sampling.options(logprobs)
+        print_json(completion_json(llm, llm.chat(messages, **options, **session.template)))
     elif message is not None:
         completion = session.ask(message)
         if is_terminal(sys.stdout):

@@ -130,7 +130,9 @@ def show(model: str = MODEL, offline: bool = OFFLINE, pth: bool = PTH, json: boo
         print_json({"model": model} | facts)
         return
     print(facts["path"] + "\n")
-    print_table(["", ""], [*architecture_rows(facts), *tokenizer_rows(facts["tokenizer"])])
+    sampling = facts["sampling"].get("error") or facts["sampling"]["text"] or "none recommended"
+    rows = [*architecture_rows(facts), *tokenizer_rows(facts["tokenizer"]), ("sampling", sampling)]
+    print_table(["", ""], rows)
     print()
     print_table(
         ["stored as", "tensors>", "numbers>", "size>", "bits each>"],

@@ -7,13 +7,13 @@ Groups of options are frozen dataclasses. A verb takes such a dataclass as one p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from glassllama.llm import LLM, Options
 
 DEFAULT_MODEL = "smollm2-135m"
+THINKING_TOKENS = 8192  # limit of an answer in `chat`, with the reasoning before it
 MAX_SHOWN_SPECIALS = 3  # control tokens that a note lists
 
 
@@ -167,21 +168,31 @@ repetition_option = partial(
 class SamplingOptions:
     """How the next token is chosen and when to stop: `glassllama.llm.Options`, which checks them.
 
-    Temperature and top-p are those of Meta's example programs for Llama 3.
+    None of the first six options: `with_defaults` takes the value from the model's files, else from
+    `own_defaults`. Their temperature and top-p are those of Meta's example programs for Llama 3.
     """
 
+    own_defaults: ClassVar[dict[str, float]] = {
+        "temperature": 0.6, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
     max_tokens: int | None = max_tokens_option(None, "--max-tokens", "-n")
     temperature: float = sampling(
-        0.6, "--temperature", "-t", metavar="T", help="0: always the most likely token (greedy)."
-    )
-    top_k: int | None = sampling(None, metavar="K", help="Sample from the K most likely tokens.")
+        None, "--temperature", "-t", metavar="T", show_default="the model's, else 0.6",
+        help="0: always the most likely token (greedy).",
+    )  # fmt: skip
+    top_k: int | None = sampling(
+        None, metavar="K", show_default="the model's, else 0",
+        help="Sample from the K most likely tokens; 0: from all.",
+    )  # fmt: skip
     top_p: float = sampling(
-        0.9, metavar="P", help="Sample from the most likely tokens with a total probability of P."
-    )
+        None, metavar="P", show_default="the model's, else 0.9",
+        help="Sample from the most likely tokens with a total probability of P.",
+    )  # fmt: skip
     min_p: float = sampling(
-        0.0, metavar="P", help="Exclude tokens less than P times as likely as the most likely one."
-    )
-    repetition_penalty: float = repetition_option(1.0)
+        None, metavar="P", show_default="the model's, else 0",
+        help="Exclude tokens less than P times as likely as the most likely one.",
+    )  # fmt: skip
+    repetition_penalty: float = repetition_option(None, show_default="the model's, else 1")
     presence_penalty: float = sampling(
         0.0, metavar="X", help="Above 0: tokens that are in the answer become less likely."
     )
@@ -208,6 +219,11 @@ class SamplingOptions:
         False, "--no-speculation", help="Never guess several tokens ahead: slower, same answer."
     )
 
+    def with_defaults(self, of_model: Mapping[str, float | None]) -> Self:
+        """These options, and what they leave open: from the model, else from `own_defaults`."""
+        defaults: dict[str, Any] = {**self.own_defaults, **of_model}
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+
     def check(self) -> None:
         """Raise GenerationError for values that generation does not accept."""
         from glassllama.generation import GenerationSettings, make_sampler
@@ -216,7 +232,8 @@ class SamplingOptions:
         GenerationSettings(max_tokens=values.pop("max_tokens"))
         for name in ("ignore_eos", "on_overflow", "no_speculation", "stop"):
             values.pop(name)
-        make_sampler(**values)
+        values["top_k"] = self.top_k or None
+        make_sampler(**{name: value for name, value in values.items() if value is not None})
 
     def options(self, logprobs: int | None = None) -> Options:
         """The options as `LLM.generate` takes them. Raises BadParameter for bad values."""
@@ -227,6 +244,7 @@ class SamplingOptions:
             hint = f"--{name.replace('_', '-')}" if hasattr(self, name) else None
             raise typer.BadParameter(str(error), param_hint=hint) from None
         values: Any = values_of(self) | {"logprobs": logprobs, "stop": tuple(self.stop or ())}
+        values["top_k"] = self.top_k or None
         values["speculation"] = not values.pop("no_speculation")
         options: Options = values
         return options
@@ -241,8 +259,16 @@ class ChatOptions(SamplingOptions):
     tokens and repeated one line. With a penalty of 1.1 all four ended, after 64 to 810 tokens.
     """
 
-    max_tokens: int | None = max_tokens_option(1024, "--max-tokens", "-n")
-    repetition_penalty: float = repetition_option(1.1)
+    own_defaults: ClassVar = SamplingOptions.own_defaults | {
+        "repetition_penalty": 1.1, "max_tokens": 1024,
+    }  # fmt: skip
+    max_tokens: int | None = max_tokens_option(
+        None,
+        "--max-tokens",
+        "-n",
+        show_default=f"1024; {THINKING_TOKENS} if the model thinks first",
+    )
+    repetition_penalty: float = repetition_option(None, show_default="the model's, else 1.1")
 
 
 def require_json(json: bool, logprobs: int | None) -> None:

@@ -10,14 +10,18 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from glassllama.base.machine import gigabytes, peak_memory
-from glassllama.cli.console import is_terminal, progress_bars, write
+from glassllama.cli.console import console, is_terminal, note, progress_bars, write
 
 if TYPE_CHECKING:
+    from rich.live import Live
+
     from glassllama.base.interfaces import Progress
     from glassllama.llm import LLM, Completion, TextStream
+    from glassllama.tokenizers.reasoning import Piece
 
 PREFILL_BAR_SECONDS = 2.0  # a prompt that is processed sooner gets no progress bar
 DEFAULT_WIDTH = 80  # columns
+REASONING_LINES = 6  # of reasoning that are shown while it is generated
 
 
 class WordWrap:
@@ -82,24 +86,68 @@ def wrapped(text: str, stream: IO[Any]) -> str:
     return wrap.push(text) + wrap.finish()
 
 
-def show_stream(start: Callable[[Progress | None], TextStream], shown: list[str]) -> Completion:
-    """Print the pieces of a stream as they come, then a line end.
+class ReasoningView:
+    """Reasoning while it is generated: its last lines, dim, on stderr if that is a terminal.
+
+    They disappear at the end: then a line says how long it was.
+    """
+
+    def __init__(self) -> None:
+        width = terminal_width(sys.stderr)
+        self._wrap = WordWrap(width)
+        self._lines = [""]
+        self._live: Live | None = None
+        self._is_shown = width is not None
+
+    def show(self, text: str) -> None:
+        if not self._is_shown:
+            return
+        from rich.live import Live
+        from rich.text import Text
+
+        more = self._wrap.push(text).split("\n")
+        self._lines = [*self._lines[:-1], self._lines[-1] + more[0], *more[1:]][-REASONING_LINES:]
+        if self._live is None:
+            self._live = Live(console=console("stderr"), transient=True)
+            self._live.start()
+        self._live.update(Text("\n".join(["thinking …", *self._lines]), style="dim"))
+
+    def close(self, stream: TextStream) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            note(f"thought for {stream.completion.reasoning_tokens:,} tokens")
+
+
+def show_stream(start: Callable[[Progress | None], TextStream], shown: list[Piece]) -> Completion:
+    """Print the answer of a stream as it comes, then a line end; reasoning is shown for a while.
 
     `start` begins the stream; its argument is a progress bar for long prompts. The pieces are
     appended to `shown`, for callers whose stream is interrupted.
     """
     with progress_bars() as bar:
         stream = start(bar("reading the prompt", "tokens", after=PREFILL_BAR_SECONDS))
-        shown += itertools.islice(stream, 1)
-    wrap = WordWrap(terminal_width(sys.stdout))
-    write(wrap.push("".join(shown)))
+        pieces = stream.pieces()
+        first = [*itertools.islice(pieces, 1)]
+    wrap, view, last = WordWrap(terminal_width(sys.stdout)), ReasoningView(), ""
     try:
-        for piece in stream:
+        for piece in itertools.chain(first, pieces):
             shown.append(piece)
-            write(wrap.push(piece))
+            if piece.kind == "content":
+                view.close(stream)
+                last = piece.text
+                write(wrap.push(piece.text))
+            else:
+                view.show(piece.text)
     finally:
-        write(wrap.finish() + "\n" * (not "".join(shown).endswith("\n")))
-    return stream.completion
+        view.close(stream)
+        write(wrap.finish() + "\n" * (not last.endswith("\n")))
+    completion = stream.completion
+    if completion.reasoning_content and not completion.text:
+        note(
+            "(no answer: all tokens went into reasoning; --max-tokens gives more, --no-think none)"
+        )
+    return completion
 
 
 def speed_line(completion: Completion) -> str:
@@ -128,11 +176,13 @@ def completion_json(llm: LLM, completion: Completion) -> dict[str, Any]:
         "prompt_ids": completion.prompt_ids,
         "ids": completion.ids,
         "text": completion.text,
+        "reasoning_content": completion.reasoning_content,
         "finish_reason": completion.finish_reason,
         **({} if logprobs is None else {"logprobs": [asdict(token) for token in logprobs]}),
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": new,
+            "reasoning_tokens": completion.reasoning_tokens,  # of them
             "total_tokens": prompt + new,
             "dropped_tokens": completion.dropped_tokens,  # where the context was full
             "drafted_tokens": timings.drafted,  # by speculation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -16,12 +17,13 @@ from glassllama.base.errors import GlassError, TokenizerError, UntrustedError
 from glassllama.base.trust import make_folder
 from glassllama.cli.console import note, write_file
 from glassllama.cli.errors import print_error, user_message
-from glassllama.cli.options import SamplingOptions
-from glassllama.cli.render import show_stream, speed_line
+from glassllama.cli.options import THINKING_TOKENS, SamplingOptions
+from glassllama.cli.render import show_stream, speed_line, wrapped
 from glassllama.tokenizers.chat import Message, checked_messages
+from glassllama.tokenizers.reasoning import Piece
 
 if TYPE_CHECKING:
-    from glassllama.llm import LLM, Completion
+    from glassllama.llm import LLM, Completion, TemplateOptions
 
 MARK = " 4f1c9a"  # makes messages that occur nowhere else
 ANSWER_SHARE = 4  # a quarter of the context stays free for the answer
@@ -32,6 +34,8 @@ HELP = """\
 /set OPTION VALUE    change one: /set temperature 0.2, or /set seed none
 /system              show what the model reads first: system message, text of the template
 /system TEXT         replace the system message
+/think, /nothink     turn reasoning before an answer on or off
+/reasoning           show the reasoning of the last answer
 /show                show the model and how full its context is
 /save FILE           save this conversation
 /load FILE           continue a saved one
@@ -72,7 +76,7 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write the messages as JSON, in the form of chat APIs."""
-        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        messages = [message.to_dict() for message in self.messages]
         write_file(path, json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
@@ -91,7 +95,7 @@ class Conversation:
             messages = checked_messages(entries) if entries else []
         except GlassError as error:
             raise GlassError(f"{path}: {error}") from None
-        system = [m.content for m in messages if m.role == "system"]
+        system = [m.text for m in messages if m.role == "system"]
         history = [m for m in messages if m.role != "system"]
         return cls(system=system[0] if system else None, history=history)
 
@@ -103,6 +107,18 @@ class ChatSession:
     llm: LLM
     conversation: Conversation
     sampling: SamplingOptions
+    think: bool | None = None  # None: as the chat template does it
+
+    def __post_init__(self) -> None:
+        defaults = {**self.llm.sampling_defaults}
+        if self.think is not False and self.llm.chat_format.reasoning_marks(self.llm.tokenizer):
+            defaults["max_tokens"] = THINKING_TOKENS
+        self.sampling = self.sampling.with_defaults(defaults)
+
+    @property
+    def template(self) -> TemplateOptions:
+        """Options of the chat template."""
+        return {} if self.think is None else {"enable_thinking": self.think}
 
     def ask(self, question: str) -> Completion:
         """Print the answer while it is generated; add both to the conversation.
@@ -110,17 +126,21 @@ class ChatSession:
         Of an answer that Ctrl-C stops, the printed part is kept; a question without an answer is
         removed.
         """
-        history, shown = self.conversation.history, list[str]()
+        history, shown = self.conversation.history, list[Piece]()
         history.append(Message("user", question))
         self._shorten()
         try:
             messages, options = self.conversation.messages, self.sampling.options()
+            template = self.template
             return show_stream(
-                lambda bar: self.llm.stream_chat(messages, progress=bar, **options), shown
+                lambda bar: self.llm.stream_chat(messages, progress=bar, **options, **template),
+                shown,
             )
         finally:
-            if shown:
-                history.append(Message("assistant", "".join(shown)))
+            answer = "".join(text for kind, text in shown if kind == "content")
+            reasoning = "".join(text for kind, text in shown if kind != "content")
+            if answer:
+                history.append(Message("assistant", answer, reasoning or None))
             else:
                 history.pop()
 
@@ -131,7 +151,7 @@ class ChatSession:
 
     def count(self, messages: Sequence[Message]) -> int:
         """Tokens of the messages, as the model reads them."""
-        return len(self.llm.encode_chat(messages))
+        return len(self.llm.encode_chat(messages, **self.template))
 
     def text_before_first_message(self) -> str:
         """What the model reads before the first message, without control tokens.
@@ -144,7 +164,7 @@ class ChatSession:
         contents = [f"{role}{MARK}" for role in roles]
         sample = replace(self.conversation, history=[*map(Message, roles, contents)])
         try:
-            ids = self.llm.encode_chat(sample.messages)
+            ids = self.llm.encode_chat(sample.messages, **self.template)
         except TokenizerError:
             return ""  # the template does not accept this conversation
         text = self.llm.tokenizer.decode(ids)
@@ -178,12 +198,14 @@ class Repl:
 
     def __init__(self, session: ChatSession) -> None:
         self.session = session
-        names = "help set system show save load clear bye".split()
+        names = "help set system think nothink reasoning show save load clear bye".split()
         self.commands: dict[str, Callable[[str], None]] = {f"/{n}": getattr(self, n) for n in names}
 
     def run(self) -> None:
         note(WELCOME.format(name=self.session.llm.name))
         note(f"({limits(self.session.sampling)})")
+        if recommended := str(self.session.llm.checkpoint.sampling_defaults):
+            note(f"(defaults of this model: {recommended})")
         with line_editing():
             try:
                 while True:
@@ -237,6 +259,23 @@ class Repl:
         before = self.session.text_before_first_message()
         if before not in ("", conversation.system):
             print(f"as the model's chat template writes it: {before}")
+
+    def think(self, _: str) -> None:
+        self.set_thinking(True)
+
+    def nothink(self, _: str) -> None:
+        self.set_thinking(False)
+
+    def set_thinking(self, think: bool) -> None:
+        if self.session.llm.chat_format.thinking_switch is None:
+            raise GlassError("the chat template of this model has no switch for reasoning")
+        self.session.think = think
+        print(f"reasoning before answers: {as_typed(think)}")
+
+    def reasoning(self, _: str) -> None:
+        answers = [m for m in self.session.conversation.history if m.role == "assistant"]
+        text = answers[-1].reasoning_content if answers else None
+        print(wrapped(text or "(the last answer has none)", sys.stdout))
 
     def show(self, _: str) -> None:
         session, messages = self.session, self.session.conversation.messages

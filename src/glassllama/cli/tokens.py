@@ -182,7 +182,7 @@ def ask_repeatedly(llm: LLM, top: int, specials: bool) -> None:
 
 def show_next(llm: LLM, prompt: str, top: int, specials: bool, json: bool = False) -> None:
     note_specials(llm.tokenizer, prompt, specials)
-    completion = llm.generate(prompt, max_tokens=1, logprobs=top, specials=specials)
+    completion = llm.generate(prompt, max_tokens=1, logprobs=top, specials=specials, temperature=0)
     assert completion.logprobs is not None
     tokens: list[dict[str, Any]] = [
         {"id": t.id, "piece": piece(llm.tokenizer, t.id), "probability": math.exp(t.logprob)}

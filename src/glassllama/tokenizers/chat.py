@@ -6,17 +6,19 @@ so that `<|eot_id|>` typed by a user never ends a turn.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from glassllama.base.errors import TokenizerError, named, quoted
+from glassllama.base.errors import TokenizerError, join_names, named, quoted
 from glassllama.base.interfaces import Tokenizer
 from glassllama.tokenizers.patterns import with_gaps
+from glassllama.tokenizers.reasoning import ReasoningMarks, ReasoningSplitter, marks_in
 from glassllama.tokenizers.vocabulary import TokenTrie, pattern_of
 
 if TYPE_CHECKING:
@@ -30,30 +32,91 @@ SAMPLE_ROLES = (
     (USER, ASSISTANT, TOOL), (SYSTEM, USER, ASSISTANT, TOOL, ASSISTANT, USER),
 )  # fmt: skip
 
+# Variables of templates: which turn reasoning on and off, and which are no options.
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+SET_BY_US = frozenset(("messages", "add_generation_prompt"))
+PROBES = ("\U000fdddd", "\U000feeee")  # texts that no template writes
+MAX_DEPTH = 32  # lists and objects within each other
+
+Content = str | Sequence[Mapping[str, Any]] | None
+Json = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool (the result of a tool)."""
+    """One turn. `role` is system, user, assistant or tool (the result of a tool).
+
+    `content` is text, or a list of `{"type": "text", "text": …}`; a message with `tool_calls` may
+    have none. The chat template decides whether the model sees earlier `reasoning_content`.
+    """
 
     role: str
-    content: str
+    content: Content = None
+    reasoning_content: str | None = None
+    tool_calls: Sequence[Json] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    tools: str | Sequence[Json] | None = None  # of a system message, for templates of Phi-4-mini
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, in the form of chat APIs."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def text(self) -> str:
+        """The content as one text; the texts of a list are lines."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part["text"] for part in self.content)
+
+
+FIELDS = tuple(each.name for each in fields(Message))
+MORE = ", ".join(FIELDS[2:])
 
 
 class ChatFormat:
-    """How a model family writes a conversation."""
+    """How a model family writes a conversation.
+
+    `options` are variables of a chat template, such as `tools`, `enable_thinking` or `documents`.
+    """
+
+    thinking_switch: str | None = None  # the option that turns reasoning on and off
 
     def encode(
         self,
-        messages: Sequence[Message | Mapping[str, str]],
+        messages: Sequence[Message | Json],
         tokenizer: Tokenizer,
         *,
         add_generation_prompt: bool = True,
+        options: Json | None = None,
     ) -> list[int]:
         """The ids of the conversation, after which the model writes the next answer.
 
-        TokenizerError: messages, or a vocabulary, that do not fit the format.
+        TokenizerError: messages, options or a vocabulary that do not fit the format.
         """
-        return self._ids(checked_messages(messages), tokenizer, add_generation_prompt)
+        checked = checked_messages(messages)
+        return self._prompt(checked, tokenizer, add_generation_prompt, options or {})[0]
+
+    def begin(
+        self, messages: Sequence[Message | Json], tokenizer: Tokenizer, options: Json
+    ) -> tuple[list[int], ReasoningSplitter | None]:
+        """The ids, and what splits the answer, if this model marks its reasoning."""
+        ids, end = self._prompt(checked_messages(messages), tokenizer, True, options)
+        marks = self.reasoning_marks(tokenizer)
+        splitter = None if marks is None else ReasoningSplitter(marks, end.endswith(marks.start))
+        return ids, splitter
+
+    def reasoning_marks(self, tokenizer: Tokenizer) -> ReasoningMarks | None:
+        """Those that are tokens of the vocabulary."""
+        return marks_in({*tokenizer.specials, *tokenizer.added}.__contains__)
+
+    def _prompt(
+        self, messages: list[Message], tokenizer: Tokenizer, prompt: bool, options: Json
+    ) -> tuple[list[int], str]:
+        """The ids; and the end of their text, as far as the format wrote it, without spaces."""
+        for name in (*options, *("tool_calls" for message in messages if message.tool_calls)):
+            raise TokenizerError(f"chat: {named(name)}: this model has no template that reads it")
+        return self._ids(messages, tokenizer, prompt), ""
 
     def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
         raise NotImplementedError
@@ -72,7 +135,7 @@ class Llama3Chat(ChatFormat):
         parts: list[str | int] = [bos]
         for message in messages:
             role = "ipython" if message.role == TOOL else message.role  # the name of tool results
-            parts += [header, role, header_end, "\n\n", message.content, turn_end]
+            parts += [header, role, header_end, "\n\n", message.text, turn_end]
         parts += [header, ASSISTANT, header_end, "\n\n"] if prompt else []
         return tokenizer.encode_parts(parts)
 
@@ -85,7 +148,7 @@ class ChatML(ChatFormat):
         start, end = special_id(tokenizer, "<|im_start|>"), special_id(tokenizer, "<|im_end|>")
         parts: list[str | int] = [] if tokenizer.bos is None else [tokenizer.bos]
         for message in messages:
-            parts += [start, f"{message.role}\n{message.content}", end, "\n"]
+            parts += [start, f"{message.role}\n{message.text}", end, "\n"]
         parts += [start, "assistant\n"] if prompt else []
         return tokenizer.encode_parts(parts)
 
@@ -107,8 +170,69 @@ class TemplateChat(ChatFormat):
 
         self._template = ChatTemplate(template, **tokens)
 
-    def _ids(self, messages: list[Message], tokenizer: Tokenizer, prompt: bool) -> list[int]:
-        text = self._template.render_chat([(m.role, m.content) for m in messages], prompt)
+    @cached_property
+    def thinking_switch(self) -> str | None:  # type: ignore[override]
+        return next((one for one in THINKING_SWITCHES if one in self._template.variables), None)
+
+    def reasoning_marks(self, tokenizer: Tokenizer) -> ReasoningMarks | None:
+        """Those that the template contains."""
+        return marks_in(lambda mark: any(mark in text for text in self._template.literals))
+
+    def _prompt(
+        self, messages: list[Message], tokenizer: Tokenizer, prompt: bool, options: Json
+    ) -> tuple[list[int], str]:
+        options = self._checked_options(messages, options)
+        text = self._template.render_chat(map(self._fields, messages), prompt, **options)
+        end = text.masked(_unused_character([text])).rstrip()
+        return self._ids_of(text, tokenizer), str.__str__(end)
+
+    def _checked_options(self, messages: list[Message], options: Json) -> dict[str, Any]:
+        """The options as plain JSON values. TokenizerError: the template does not read one."""
+        template = self._template
+        unread = [name for name in options if name not in template.variables - SET_BY_US]
+        fields = template.attributes | template.literals
+        for name in ("tool_calls", "tools"):
+            if name not in fields and any(getattr(message, name) for message in messages):
+                unread.append(f"{name} of a message")
+        if unread:
+            raise TokenizerError(
+                f"chat template: does not read {join_names(unread)}; options that it reads: "
+                f"{join_names(template.variables - SET_BY_US) or 'none'}"
+            )
+        if not isinstance(options.get("tools"), list | tuple | None):
+            raise TokenizerError(f"tools: want a list, got {quoted(options['tools'])}")
+        return {name: plain_json(value, name) for name, value in options.items()}
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        """A message as templates read it: a list of parts only where that is understood.
+
+        `thinking` is another name of `reasoning_content`, as in transformers.
+        """
+        fields = message.to_dict()
+        if message.reasoning_content is not None:
+            fields["thinking"] = message.reasoning_content
+        if not isinstance(fields.get("content", ""), str) and message.role not in self._part_roles:
+            fields["content"] = message.text
+        return fields
+
+    @cached_property
+    def _part_roles(self) -> frozenset[str]:
+        """Roles whose messages are written in full if their content is a list of parts.
+
+        Other templates refuse a list, leave it out, or write it as data.
+        """
+        parts = [{"type": "text", "text": text} for text in PROBES]
+        found = set[str]()
+        for role, roles in product(ROLES, SAMPLE_ROLES):
+            contents = [parts if each == role else "x" for each in roles]
+            sample = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+            with suppress(TokenizerError):
+                text = self._template.render_chat(sample, True)
+                if all(probe in text and f'"{probe}"' not in text for probe in PROBES):
+                    found |= {role} if role in roles else set()
+        return frozenset(found)
+
+    def _ids_of(self, text: TemplateText, tokenizer: Tokenizer) -> list[int]:
         added = self._added_tokens(text, tokenizer)
         specials = {**tokenizer.specials, **added}
         pattern, plain = pattern_of(specials), str.__str__(text)
@@ -144,7 +268,8 @@ class TemplateChat(ChatFormat):
         samples: list[TemplateText] = []
         for roles, prompt in product(SAMPLE_ROLES, (False, True)):
             with suppress(TokenizerError):
-                samples.append(self._template.render_chat([(role, "x") for role in roles], prompt))
+                sample = [{"role": role, "content": "x"} for role in roles]
+                samples.append(self._template.render_chat(sample, prompt))
         return samples
 
 
@@ -197,10 +322,11 @@ def special_id(tokenizer: Tokenizer, text: str) -> int:
     return tokenizer.specials[text]
 
 
-def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
-    """Messages, or mappings with role and content, → Messages. TokenizerError: what is wrong.
+def checked_messages(messages: Sequence[Message | Json]) -> list[Message]:
+    """Messages, or mappings with the fields of Message, → Messages. TokenizerError: what is wrong.
 
-    Only the first may be a system message: formats treat later ones differently, or drop them.
+    Only the first may be a system message: formats treat later ones differently, or drop them. As
+    in transformers, a field that is None counts as missing.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         came = quoted(messages)
@@ -211,17 +337,84 @@ def checked_messages(messages: Sequence[Message | Mapping[str, str]]) -> list[Me
 def _checked_message(message: object, n: int) -> Message:
     where = f"messages[{n}]"
     if isinstance(message, Mapping):
-        if set(message) != {"role", "content"}:
-            fields = named(", ".join(map(str, message)) or "nothing")
-            raise TokenizerError(f"{where}: want role and content, got {fields}")
-        message = Message(message["role"], message["content"])
+        names = {name for name, value in message.items() if value is not None}
+        has_content = "content" in message or bool(message.get("tool_calls"))
+        if not ({"role"} <= names <= {*FIELDS} and has_content):
+            came = named(", ".join(map(str, message)) or "nothing")
+            raise TokenizerError(f"{where}: want role and content (or {MORE}), got {came}")
+        values: dict[str, Any] = {name: message.get(name) for name in FIELDS}
+        message = Message(**values)
     if not isinstance(message, Message):
         raise TokenizerError(f"{where}: want role and content, got {quoted(message)}")
     if message.role not in ROLES:
         came = quoted(message.role)
         raise TokenizerError(f"{where}.role: want {' '.join(ROLES)}, got {came}")
-    if not isinstance(message.content, str):
-        raise TokenizerError(f"{where}.content: want text, got {type(message.content).__name__}")
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        value = getattr(message, name)
+        if not isinstance(value, str | None):
+            raise TokenizerError(f"{where}.{name}: want text, got {type(value).__name__}")
+    calls = _checked_calls(message.tool_calls, f"{where}.tool_calls")
+    if message.role != ASSISTANT and (calls or message.reasoning_content is not None):
+        raise TokenizerError(f"{where}: only an assistant has tool_calls or reasoning_content")
     if n > 0 and message.role == SYSTEM:
         raise TokenizerError(f"{where}: a system message can only be the first")
-    return message
+    content = message.content
+    if content is not None or not calls:
+        content = _checked_content(content, f"{where}.content")
+    tools = plain_json(message.tools, f"{where}.tools")
+    return replace(message, content=content, tool_calls=calls, tools=tools)
+
+
+def _checked_content(content: Any, where: str) -> Content:
+    """Text, or a list of parts that are text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise TokenizerError(f"{where}: want text, got {type(content).__name__}")
+    for n, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or {*part} != {"type", "text"} or not isinstance(part["text"], str):
+            raise TokenizerError(
+                f"{where}[{n}]: want {{'type': 'text', 'text': …}}, got {quoted(part)}"
+            )
+    return [{**part} for part in content]
+
+
+def _checked_calls(calls: Any, where: str) -> list[Json] | None:
+    """Calls of tools as templates expect them: `arguments` is an object.
+
+    A call is `{"name": …, "arguments": …}`, or has these in `function`; arguments may be the JSON
+    text of an object, as in OpenAI's API.
+    """
+    if not isinstance(calls, list | tuple | None):
+        raise TokenizerError(f"{where}: want a list, got {type(calls).__name__}")
+    checked = list[Json]()
+    for n, call in enumerate(plain_json(calls or [], where)):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise TokenizerError(f"{where}[{n}]: want name and arguments, got {quoted(call)}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise TokenizerError(f"{where}[{n}].arguments: want an object, got {quoted(arguments)}")
+        function["arguments"] = arguments
+        checked.append(call)
+    return checked or None
+
+
+def plain_json(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of JSON values; templates get no other objects. TokenizerError: what it holds."""
+    if depth <= MAX_DEPTH:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return str.__str__(value)  # without a subclass's methods, or origins
+        if isinstance(value, int | float):
+            return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, list | tuple):
+            return [plain_json(item, where, depth + 1) for item in value]
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return {str.__str__(k): plain_json(v, where, depth + 1) for k, v in value.items()}
+    raise TokenizerError(f"{named(where)}: want JSON values, got {quoted(value)}")

@@ -35,6 +35,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
@@ -96,19 +97,36 @@ class ChatTemplate:
                 f"chat template: {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
             )
         self._tokens = {n: from_template(text) for n, text in tokens.items() if text is not None}
+        self._source = source
         with _as_template_errors():
             sandbox = _Sandbox()
             tree = sandbox.parse(source)
             _check_size(tree)
             self.literals = frozenset(_literals(tree))
+            self.attributes = frozenset(node.attr for node in tree.find_all(nodes.Getattr))
             self._code = sandbox.compile(_Guards().visit(tree))
 
-    def render_chat(self, messages: Iterable[tuple[str, str]], prompt: bool) -> TemplateText:
-        """The text of messages (role, content), and with `prompt` the start of an answer."""
-        return self.render(
-            messages=[{"role": from_template(role), "content": text} for role, text in messages],
-            tools=None, documents=None, add_generation_prompt=prompt, **self._tokens,
-        )  # fmt: skip
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads without having set them."""
+        with _as_template_errors():
+            sandbox = _Sandbox()
+            found = find_undeclared_variables(sandbox.parse(self._source))
+            return frozenset(found - sandbox.globals.keys())
+
+    def render_chat(
+        self, messages: Iterable[Mapping[str, Any]], prompt: bool, **options: object
+    ) -> TemplateText:
+        """The text of messages, and with `prompt` the start of an answer.
+
+        Messages and options hold plain JSON values. Roles count as the template's own text.
+        """
+        variables: dict[str, object] = {
+            **{"tools": None, "documents": None, **self._tokens, **options},
+            "messages": [{**each, "role": from_template(each["role"])} for each in messages],
+            "add_generation_prompt": prompt,
+        }
+        return self.render(**variables)
 
     def render(self, **variables: object) -> TemplateText:
         """The text for these variables: strings, numbers, lists and dicts only.

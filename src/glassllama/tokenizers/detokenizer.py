@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from glassllama.base.errors import GenerationError, quoted
@@ -17,15 +17,18 @@ class Detokenizer:
     """Ids → text, one id at a time; bytes of an incomplete character are held back.
 
     The texts that `push` and `finish` return join to `tokenizer.decode(ids)` without special tokens
-    (`tokenizer.specials`), which are not shown. TokenizerError: an id outside the vocabulary.
+    (`tokenizer.specials`), which are not shown, except those in `shown`. TokenizerError: an id
+    outside the vocabulary.
 
     `continues`: the ids continue a text, as in raw generation. Then SentencePiece's space before
     the first word is part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, continues: bool = False, shown: Collection[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.specials.values())
+        self._special = {id for text, id in tokenizer.specials.items() if text not in shown}
         self._bytes_to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first_ids: list[int] = []  # ids while there is no text yet
         self._has_text = continues

@@ -24,6 +24,11 @@ from glassllama.tokenizers.vocabulary import TokenizerBase
 from glassllama.weights.architectures import architecture_of, config_from_gguf, config_from_hf
 from glassllama.weights.architectures.description import Architecture, FileFormat, MappedTensor
 from glassllama.weights.architectures.llama import read_meta
+from glassllama.weights.generation_config import (
+    SamplingDefaults,
+    defaults_from_folder,
+    defaults_from_gguf,
+)
 from glassllama.weights.model_files import OPEN, find_model, hf_notes, read_json
 from glassllama.weights.tensor_map import match_tensors
 
@@ -135,6 +140,16 @@ class Checkpoint:
         if self.file_format == "gguf":
             return template_tokens_from_gguf(self.file.metadata)
         return template_tokens_from_folder(self.folder)
+
+    @cached_property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """The sampling settings that the files recommend. Raises ConfigError: a bad value."""
+        gguf = self.file_format == "gguf"
+        found = (
+            defaults_from_gguf(self.file.metadata) if gguf else defaults_from_folder(self.folder)
+        )
+        self.notes.extend(found.notes)
+        return found
 
     def close(self) -> None:
         self.file.close()

@@ -46,6 +46,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "decisions": decisions(checkpoint.layer_plan) if checkpoint.architecture.layer_plan else {},
         "stored_as": stored_formats(checkpoint),
         "tokenizer": tokenizer_facts(checkpoint),
+        "sampling": sampling_facts(checkpoint),
         "memory": memory_needed(checkpoint),
         "memory_free": available_memory(),
         "notes": checkpoint.notes,
@@ -154,6 +155,15 @@ def tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def sampling_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The sampling settings that the files recommend; {"error": …} for a bad value."""
+    try:
+        found = checkpoint.sampling_defaults
+    except GlassError as error:
+        return {"error": str(error)}
+    return {"text": str(found), **found.values}
+
+
 def memory_needed(checkpoint: Checkpoint) -> list[dict[str, int]]:
     """Bytes that the engine takes for one conversation, for several lengths up to the longest.
 
@@ -219,6 +229,9 @@ def findings(path: Path, sha256: str, bars: Bars) -> Iterator[Finding]:
     else:
         yield from check_vocabulary(tokenizer, checkpoint.config.vocab_size)
         yield check_chat(checkpoint, tokenizer)
+    facts = sampling_facts(checkpoint)
+    came = facts.get("error") or facts["text"] or "none recommended"
+    yield Finding("error" not in facts, f"sampling: {came}")
     checkpoint.close()
 
 
