@@ -21,6 +21,7 @@ from llvmlite import ir
 
 from glassllama.native.engine.layout import (
     FACTORS,
+    INT8_MAX,
     NEGATED,
     NEGATED_BYTES,
     NEGATED_HIGH,
@@ -71,13 +72,30 @@ def dot_avx2(v: Vectors, weights: Any, inputs: Any) -> Any:
     of the weights, at most 128, and the inputs with the signs of the weights: 2 · 128 · 127 =
     32,512.
     """
-    b, pairs, quads = v.builder, vector(I16, 16), vector(I32, 8)
-    zero = v.same(weights.type, 0)
+    b, zero = v.builder, v.same(weights.type, 0)
     negative = b.icmp_signed("<", weights, zero)
     size = b.select(negative, b.sub(zero, weights), weights)
     signed = v.call("llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
-    halves = v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, size, signed)
-    return v.call("llvm.x86.avx2.pmadd.wd", quads, halves, v.same(pairs, 1))
+    return fours(v, pairs(v, size, signed))
+
+
+def pairs(v: Vectors, weights: Any, inputs: Any) -> Any:
+    """Products of unsigned weights and signed inputs, two for each 16-bit lane."""
+    return v.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), weights, inputs)
+
+
+def fours(v: Vectors, words: Any) -> Any:
+    """Two words added for each 32-bit lane."""
+    return v.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, v.same(words.type, 1))
+
+
+def pairs_at_once(target: str, weight_type: WeightType) -> int:
+    """How many products of `pairs` a word can hold; 0: use `dot`."""
+    if target != "avx2" or is_signed(target, weight_type):
+        return 0
+    codes = [step + weight_type.zero_point for step in weight_type.steps]
+    largest = max(codes, default=2 ** sum(weight_type.planes) - 1)
+    return 32767 // (2 * INT8_MAX * largest)
 
 
 def is_signed(target: str, weight_type: WeightType) -> bool:
@@ -215,12 +233,21 @@ def block_sums(
     if len(inputs) == 1 and weight_type.sums == 1:
         # A single token would wait for each sum before the next: two chains of sums instead.
         sums[0].append(v.same(sums[0][0].type, 0))
+    words: dict[tuple[int, int], tuple[Any, int]] = {}  # by token and chain: pairs, and how many
+    most, b = pairs_at_once(target, weight_type), v.builder
     for q, weights in quads_of(v, target, weight_type, values):
         for t, address in enumerate(inputs):
             four = v.splat(v.load(v.at(address, 4 * q), I32, 4), LANES[target])
             chain = q * len(sums[t]) // 8
-            some = v.builder.bitcast(four, weights.type)
-            sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
+            some = b.bitcast(four, weights.type)
+            if most == 0:
+                sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
+                continue
+            before, count = words.get((t, chain), (None, 0))
+            products = pairs(v, weights, some)
+            words[t, chain] = (products if count == 0 else b.add(before, products), count + 1)
+            if count + 1 == min(most, 8 // len(sums[t])):
+                sums[t][chain] = b.add(sums[t][chain], fours(v, words.pop((t, chain))[0]))
     return sums if weight_type.sums > 1 else [[sum_of(v, s)] for s in sums]
 
 

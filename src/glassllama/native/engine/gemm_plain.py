@@ -8,7 +8,7 @@ All kernels have one signature, so that a step can call any of them by its addre
 For groups first … last-1 of a packed matrix (layout.py) and every token t, `outputs[t, 16·group :
 16·group+16]` becomes the sixteen rows' dot products with `inputs[t]`. Everything is an address or a
 count; strides are bytes from token to token. Integer kernels read INT8 inputs; of a row's factors
-these use one for every block, the inputs' scale s.
+these use two for every block: the inputs' scale s, and s times their sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from glassllama.native.engine.get_rows import form_of, scale_and_minimum, weight
-from glassllama.native.engine.layout import SCALE, WeightType
+from glassllama.native.engine.layout import SCALE, TOTAL, WeightType
 from glassllama.native.jit.compile import inlined
 from glassllama.native.jit.intrinsics import (
     bytes8,
@@ -71,7 +71,7 @@ def float_gemm(
 
     `add_products` is one of the functions above.
     """
-    part = carray(stack_words(), 16, np.float32)
+    part = carray(stack_words(1), 16, np.float32)
     for group in range(first, last):
         w = values + group * columns * column_bytes
         for t in range(tokens):
@@ -119,27 +119,36 @@ def bf16(
 def add_block(
     form: Any, y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any
 ) -> None:
-    """y (16,) += block b of sixteen rows times its inputs x (8, 4), whose scales are s (2,).
+    """y (16,) += block b of sixteen rows times its inputs x (2, 4, 4), whose scales are s (2,).
 
-    `values` is the address of the block, `scales` that of the group.
+    `values` is the address of the block, `scales` that of the group. `total` (2, 16) is for the
+    sums of the halves of the block: computed together, because they share bytes.
     """
-    w, quads = bytes8(values, (form.value_bytes // 64, 16, 4)), 8 // form.sums
-    for half in range(form.sums):
-        seen = INT(0)
+    w, last = bytes8(values, (form.value_bytes // 64, 16, 4)), form.sums - 1
+    for row in range(16):
+        total[0, row] = total[1, row] = 0
+    for q in range(4):
+        a0, a1, a2, a3 = INT(x[0, q, 0]), INT(x[0, q, 1]), INT(x[0, q, 2]), INT(x[0, q, 3])
+        b0, b1, b2, b3 = INT(x[1, q, 0]), INT(x[1, q, 1]), INT(x[1, q, 2]), INT(x[1, q, 3])
         for row in range(16):
-            total[row] = 0
-        for q in range(half * quads, (half + 1) * quads):
-            x0, x1, x2, x3 = INT(x[q, 0]), INT(x[q, 1]), INT(x[q, 2]), INT(x[q, 3])
-            seen += x0 + x1 + x2 + x3
-            for row in range(16):
-                w0, w1 = weight(form, w, q, row, 0), weight(form, w, q, row, 1)
-                w2, w3 = weight(form, w, q, row, 2), weight(form, w, q, row, 3)
-                total[row] += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            w0, w1 = weight(form, w, q, 0, row, 0), weight(form, w, q, 0, row, 1)
+            w2, w3 = weight(form, w, q, 0, row, 2), weight(form, w, q, 0, row, 3)
+            total[0, row] += w0 * a0 + w1 * a1 + w2 * a2 + w3 * a3
+            w0, w1 = weight(form, w, q, 1, row, 0), weight(form, w, q, 1, row, 1)
+            w2, w3 = weight(form, w, q, 1, row, 2), weight(form, w, q, 1, row, 3)
+            total[last, row] += w0 * b0 + w1 * b1 + w2 * b2 + w3 * b3
+    for half in range(form.sums):
+        seen = s[TOTAL]  # the sum of the inputs that share a minimum
+        if form.sums == 2:
+            whole = INT(0)
+            for n in range(16):
+                whole += INT(x[half, n // 4, n % 4])
+            seen = FLOAT(whole) * s[SCALE]
         for row in range(16):
             scale, minimum = scale_and_minimum(form, scales, b, half, row)
-            y[row] += scale * (FLOAT(total[row]) * s[SCALE])
+            y[row] += scale * (FLOAT(total[half, row]) * s[SCALE])
             if form.has_minima:
-                y[row] += minimum * (FLOAT(seen) * s[SCALE])
+                y[row] += minimum * seen
 
 
 @inlined
@@ -148,12 +157,12 @@ def integer_gemm(
     factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """All groups and tokens, block by block."""
-    total = carray(stack_words(), 16, np.int32)
+    total = carray(stack_words(2), (2, 16), np.int32)
     for group in range(first, last):
         w = values + group * blocks * form.value_bytes
         d = scales + group * blocks * form.scale_bytes
         for t in range(tokens):
-            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            x = integers8(inputs + t * input_stride, (blocks, 2, 4, 4))
             s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):

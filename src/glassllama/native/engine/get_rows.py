@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glassllama.native.engine.layout import E2M1, STEPS, WeightType
-from glassllama.native.jit.compile import STRICT, callback_address, inlined
+from glassllama.native.jit.compile import STRICT, callback_address, inlined, joined
 from glassllama.native.jit.intrinsics import (
     bytes8,
     float_from_bfloat,
@@ -84,57 +84,55 @@ def form_of(weight_type: WeightType) -> Form:
 
 
 @inlined
-def plane(w: Any, first: int, bits: int, q: int, lane: int, k: int) -> Any:
-    """The bits of input 4q+k in a plane whose first vector is `first`."""
-    return I32(w[first + q % bits, lane, k]) >> I32(q // bits * bits) & I32((1 << bits) - 1)
+def plane(w: Any, first: int, bits: int, q: int, half: int, lane: int, k: int) -> Any:
+    """The bits of input 16 · half + 4q + k in a plane whose first vector is `first`; q < 4."""
+    if bits == 8:
+        return I32(w[first + 4 * half + q, lane, k])
+    shift = (q & 3) // bits * bits + 4 * half  # masks, because LLVM does not know the ranges
+    return I32(w[first + q % bits, lane, k]) >> I32(shift & 7) & I32((1 << bits) - 1)
 
 
-@inlined
-def weight(form: Any, w: Any, q: int, lane: int, k: int) -> Any:
-    """The whole number that stands for input 4q+k of a block w (vectors, 16, 4)."""
-    code = plane(w, 0, form.low, q, lane, k)
+@joined
+def weight(form: Any, w: Any, q: int, half: int, lane: int, k: int) -> Any:
+    """The whole number that stands for input 16 · half + 4q + k of a block w (vectors, 16, 4)."""
+    code = plane(w, 0, form.low, q, half, lane, k)
     if form.high > 0:
-        code |= plane(w, form.low, form.high, q, lane, k) << I32(form.low)
+        code |= plane(w, form.low, form.high, q, half, lane, k) << I32(form.low)
     if form.table > 0:
         return TABLES[form.table, code]
     return code - I32(form.zero_point)
 
 
-@inlined
-def half_at(address: int) -> Any:
-    return float_from_half(words16(address, 1)[0])
-
-
-@inlined
+@joined
 def scale_and_minimum(form: Any, scales: int, b: int, half: int, lane: int) -> Any:
     """Of a half of block b: a weight is scale · whole number + minimum. `scales` of the group."""
+    count = 1 + form.has_minima
     if form.is_super == 0:
-        own = scales + b * form.scale_bytes + 2 * lane
-        if form.is_bf16 == 1:
-            return float_from_bfloat(words16(own, 1)[0]), F32(0)
-        return half_at(own), half_at(own + 32) if form.has_minima else F32(0)
-    start = scales + b // 8 * 8 * form.scale_bytes
-    d, dmin = half_at(start + 2 * lane), half_at(start + 32 + 2 * lane)
-    step = form.scale_bytes - 4 * (1 + form.has_minima)  # bytes of a block's own
-    own = start + 32 * (1 + form.has_minima) + b % 8 * step + 16 * half + lane
+        d = words16(scales + b * form.scale_bytes, 32)
+        scale = float_from_bfloat(d[lane]) if form.is_bf16 else float_from_half(d[lane])
+        return scale, float_from_half(d[16 + lane]) if form.has_minima else F32(0)
+    start, step = scales + b // 8 * 8 * form.scale_bytes, form.scale_bytes - 4 * count
+    d, own = words16(start, 32), start + 32 * count + b % 8 * step + 16 * half
+    small, scale = bytes8(own, 32), float_from_half(d[lane])
     if form.has_minima == 0:
-        return d * F32(integers8(own, 1)[0]), F32(0)
-    first = bytes8(own, 17)
+        return scale * F32(integers8(own, 16)[lane]), F32(0)
+    minimum = -float_from_half(d[16 + lane])
     if form.sums == 2:
-        return d * F32(first[0] & 15), -(dmin * F32(first[0] >> 4))
-    return d * F32(first[0]), -(dmin * F32(first[16]))
+        return scale * F32(small[lane] & 15), minimum * F32(small[lane] >> 4)
+    return scale * F32(small[lane]), minimum * F32(small[16 + lane])
 
 
 @inlined
 def read_blocks(form: Any, values: int, scales: int, blocks: int, row: int, out: int) -> None:
     group, lane = row // 16, row % 16
     w = bytes8(values + group * blocks * form.value_bytes, (blocks, form.value_bytes // 64, 16, 4))
-    d, y = scales + group * blocks * form.scale_bytes, floats(out, (blocks, 8, 4))
+    d, y = scales + group * blocks * form.scale_bytes, floats(out, (blocks, 2, 4, 4))
     for b in range(blocks):
-        for q in range(8):
-            scale, minimum = scale_and_minimum(form, d, b, q // 4 * (form.sums - 1), lane)
-            for k in range(4):
-                y[b, q, k] = scale * F32(weight(form, w[b], q, lane, k)) + minimum
+        for half in range(2):
+            scale, minimum = scale_and_minimum(form, d, b, half * (form.sums - 1), lane)
+            for q in range(4):
+                for k in range(4):
+                    y[b, half, q, k] = scale * F32(weight(form, w[b], q, half, lane, k)) + minimum
 
 
 def reader(weight_type: WeightType) -> Callable[..., None]:

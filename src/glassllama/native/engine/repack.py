@@ -430,7 +430,7 @@ def quantize_q8_0(numbers: int, values: int, scales: int, columns: int, groups: 
     blocks = columns // BLOCK
     bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
     inputs = floats(numbers, groups * LANES * columns)
-    line = stack_words()  # the codes of one block
+    line = stack_words(1)  # the codes of one block
     codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
     factors = floats(scales, groups * blocks * LANES)
     for cell in range(groups * blocks):
@@ -454,7 +454,7 @@ def quantize_q4_0(numbers: int, values: int, scales: int, columns: int, groups: 
     blocks = columns // BLOCK
     bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
     inputs = floats(numbers, groups * LANES * columns)
-    line = stack_words()  # the codes of one block
+    line = stack_words(1)  # the codes of one block
     codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
     factors = floats(scales, groups * blocks * LANES)
     for cell in range(groups * blocks):

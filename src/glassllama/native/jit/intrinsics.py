@@ -265,10 +265,10 @@ def pointer(v: Vectors, address: Any) -> Any:
     return v.builder.inttoptr(address, I8.as_pointer())
 
 
-@instruction(returns=types.voidptr)
-def stack_words(v: Vectors) -> Any:
-    """Sixteen 32-bit words on the caller's stack, one cache line: () -> void*."""
-    line = cgutils.alloca_once(v.builder, vector(I32, 16))
+@instruction(constants=1, returns=types.voidptr)
+def stack_words(v: Vectors, lines: int) -> Any:
+    """So many cache lines on the caller's stack, of sixteen 32-bit words: (int) -> void*."""
+    line = cgutils.alloca_once(v.builder, vector(I32, 16), size=lines)
     return v.builder.bitcast(line, I8.as_pointer())
 
 
