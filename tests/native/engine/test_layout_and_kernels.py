@@ -44,6 +44,8 @@ from glassllama.native.engine.layout import (
 )
 from glassllama.native.engine.repack import pack_matrix
 from glassllama.native.jit.intrinsics import call_kernel
+from long_mode import LONG
+from native.engine.emulated import emulate
 from native.engine.plain_packing import pack_with_numpy
 from native.engine.unpacked import read_rows
 from tolerances import sum_bound, unit
@@ -174,13 +176,14 @@ def encode_wide(x, out):  # type: ignore[no-untyped-def]
 
 def multiply(
     matrix: Matrix, tier: str, inputs: Inputs, first: int, last: int,
-    form: InputFormat | None = None,
+    form: InputFormat | None = None, address: int | None = None,
 ) -> NDArray:  # fmt: skip
+    """Groups first … last-1 times all inputs, by the kernel of a tier or at an address."""
     codes, factors = inputs.codes, inputs.factors
     form = input_format(matrix, tier) if form is None else form
     out = np.full((len(inputs.seen), matrix.padded_rows), np.nan, np.float32)
     call(
-        kernel_address(matrix.weight_type, tier, form),
+        kernel_address(matrix.weight_type, tier, form) if address is None else address,
         (
             matrix.values.ctypes.data, matrix.scales.ctypes.data,
             matrix.weight_type.blocks(matrix.columns), codes.ctypes.data, codes.strides[-2],
@@ -248,6 +251,38 @@ def test_kernels_against_float64(kind: str, rows: int, columns: int, tier: str) 
         inputs = inputs_of(matrix, tier, x)
         run = partial(multiply, matrix, tier, last=matrix.groups)
         assert faults(matrix, numbers, inputs, terms_of(matrix), run) == []
+
+
+# Each way to unpack codes, and each form of scales, at least once for every tier; all if LONG.
+EMULATED = [
+    (tier, kind.name)
+    for tier, some in (
+        ("amx", {"Q3_K", "Q5_0", "IQ4_XS", "MXFP4"}),
+        ("vnni", {"Q2_K", "Q5_1", "IQ4_NL"}),
+        ("neon", {"Q3_K", "Q5_K", "IQ4_NL", "MXFP4"}),
+    )
+    for kind in WeightType
+    if not kind.is_float and (LONG or kind.name in some)
+]
+
+
+@pytest.mark.parametrize(("tier", "kind"), EMULATED)
+def test_kernels_of_other_processors_with_emulated_instructions(
+    tier: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for what this machine may lack: only the instructions themselves are not tested."""
+    emulate(monkeypatch)
+    weight_type = WeightType[kind]
+    form = InputFormat.Q11 if tier == "amx" and weight_type in gemm_kquant_amx.BASE else None
+    function = kernel(weight_type, tier, weight_type.input_format if form is None else form)
+    compiled: Any = numba.cfunc(SIGNATURE, error_model="numpy")(function)
+    for rows, columns in ((37, 512), (66, 32 * 64 + 256)):
+        raw, numbers = stored(kind, rows, columns)
+        matrix = packed(kind, raw, columns)
+        for tokens in (1, 2, 17):
+            x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
+            run = partial(multiply, matrix, tier, last=matrix.groups, address=compiled.address)
+            assert faults(matrix, numbers, inputs_of(matrix, tier, x), terms_of(matrix), run) == []
 
 
 def faults(

@@ -49,7 +49,7 @@ from glassllama.native.jit.intrinsics import (
 ROWS = 16
 LANES = {"amx": 16, "vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
 TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once, limited by registers
-SIGNED = ("neon", "avx2", "amx")  # multiply signed bytes, or do not add up unsigned ones above 127
+SIGNED = ("neon", "avx2", "amx")  # cannot multiply and add up unsigned bytes above 127
 SIGN = 128  # the zero point of bytes that become signed without it
 
 
@@ -90,12 +90,12 @@ def fours(v: Vectors, words: Any) -> Any:
 
 
 def pairs_at_once(target: str, weight_type: WeightType) -> int:
-    """How many products of `pairs` a word can hold; 0: use `dot`."""
+    """How many products of `pairs` a word can hold, a power of two; 0: use `dot`."""
     if target != "avx2" or is_signed(target, weight_type):
         return 0
     codes = [step + weight_type.zero_point for step in weight_type.steps]
     largest = max(codes, default=2 ** sum(weight_type.planes) - 1)
-    return 32767 // (2 * INT8_MAX * largest)
+    return 1 << (32767 // (2 * INT8_MAX * largest)).bit_length() - 1
 
 
 def is_signed(target: str, weight_type: WeightType) -> bool:
@@ -135,9 +135,8 @@ def bits_of(v: Vectors, plane: list[Any], q: int, to: int) -> Any:
         return packed
     if shift:
         words = vector(I16, packed.type.count // 2)
-        moved = (b.lshr if shift > 0 else b.shl)(
-            b.bitcast(packed, words), v.same(words, abs(shift))
-        )
+        move = b.lshr if shift > 0 else b.shl
+        moved = move(b.bitcast(packed, words), v.same(words, abs(shift)))
         packed = b.bitcast(moved, packed.type)
     return b.and_(packed, v.same(packed.type, (2**count - 1) << to))
 
