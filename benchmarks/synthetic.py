@@ -10,9 +10,9 @@ Numbers are normally distributed with the standard deviation of a trained model:
 are about as large as its inputs, and the sum of what the layers add to the residual stream does not
 depend on the number of layers. So logits are finite and of normal size, but have no meaning. The
 `gguf` package quantizes one pool of normal numbers to the types that it can write. It cannot write
-K types, so their blocks are made here: random codes, scales and minima that give the same standard
-deviation and a mean of zero. Every tensor is cut from a pool at its own offset, and its scales are
-multiplied by its standard deviation.
+K types and IQ4 types, so their blocks are made here: random codes, scales and minima that give the
+same standard deviation and a mean of zero. Every tensor is cut from a pool at its own offset, and
+its scales are multiplied by its standard deviation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE
 from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
 from glassllama.weights.architectures.llama import LLAMA
 
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "Q4_K_M")
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K",
+         "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M")  # fmt: skip
 POOL = (1 << 24) + (1 << 12) * 37  # numbers in the pool; not a multiple of a tensor's size
 LOGIT_WIDTH = 2.0  # standard deviation of the logits, set by the last norm
 SUPERBLOCK = 256
@@ -152,6 +153,8 @@ class Pool:
         count = numbers // SUPERBLOCK * SUPERBLOCK
         if kind in K_BLOCKS:
             self.scales, blocks = K_BLOCKS[kind](rng, count // SUPERBLOCK)
+        elif kind in RANDOM:
+            self.scales, blocks = random_blocks(rng, self.kind, count // self.block)
         else:
             normal = rng.standard_normal(count, np.float32)
             self.scales, blocks = SCALES.get(kind, slice(0)), plain_blocks(normal, kind, self.kind)
@@ -167,19 +170,40 @@ class Pool:
             stored = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
             numbers = blocks.view(stored[self.kind.name])
             return (numbers.astype(np.float32) * width).astype(numbers.dtype).view(np.uint8)
+        if self.kind.name == "MXFP4":
+            blocks[:, 0] += np.uint8(round(math.log2(width)) & 255)
+            return blocks
         halves = np.ascontiguousarray(blocks[:, self.scales]).view(np.float16)
         blocks[:, self.scales] = (halves * width).astype(np.float16).view(np.uint8)
         return blocks
 
 
 # The bytes of a block that contain its float16 scales.
-SCALES = {"Q4_0": slice(0, 2), "Q4_1": slice(0, 4), "Q5_0": slice(0, 2), "Q8_0": slice(0, 2)}
+SCALES = {
+    "Q4_0": slice(0, 2), "Q4_1": slice(0, 4), "Q5_0": slice(0, 2), "Q5_1": slice(0, 4),
+    "Q8_0": slice(0, 2), "MXFP4": slice(0, 1),
+}  # fmt: skip
+# Of blocks of random bytes: where d is, and dmin after it; dmin / d that gives a mean of zero.
+RANDOM = {"Q2_K": (80, 1.5), "Q3_K": (108, 0), "Q5_K": (0, 15.5), "IQ4_NL": (0, 0),
+          "IQ4_XS": (0, 0)}  # fmt: skip
 
 
 def plain_blocks(normal: NDArray[np.float32], kind: str, theirs: Any) -> Raw:
     if kind == "BF16":
         return normal.astype(ml_dtypes.bfloat16).view(np.uint8)
     return gguf.quants.quantize(normal.reshape(-1, SUPERBLOCK), theirs).view(np.uint8)
+
+
+def random_blocks(rng: np.random.Generator, theirs: Any, blocks: int) -> tuple[slice, Raw]:
+    """Random codes, scales and minima; half of the blocks are negative."""
+    raw = rng.integers(0, 256, (blocks, gguf.GGML_QUANT_SIZES[theirs][1]), np.uint8)
+    at, minimum = RANDOM[theirs.name]
+    d = rng.choice([-1.0, 1.0], (blocks, 1)) * ([1, minimum] if minimum else [1])
+    scales = slice(at, at + 2 * d.shape[1])
+    raw[:, scales] = d.astype(np.float16).view(np.uint8)
+    width = gguf.quants.dequantize(raw[:1024], theirs).std()
+    raw[:, scales] = (d / width).astype(np.float16).view(np.uint8)
+    return scales, raw
 
 
 def codes(rng: np.random.Generator, blocks: int, bits: int) -> tuple[Raw, float]:

@@ -14,7 +14,7 @@ from glassllama.formats.blocks import BLOCKS, CHUNK, SUPPORTED, TYPES, dequantiz
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
 }  # fmt: skip
 ODD_HALVES = np.array(
     [0.0, -0.0, np.inf, -np.inf, np.nan, 6e-8, -6e-8, 6.1e-5, 65504, -65504, 1.0], np.float16
@@ -33,7 +33,10 @@ def random_blocks(dtype: str, count: int) -> np.ndarray:
 
 def theirs(raw: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(all="ignore"):
-        return foreign.quants.dequantize(raw, foreign.GGMLQuantizationType[dtype])
+        numbers = foreign.quants.dequantize(raw, foreign.GGMLQuantizationType[dtype])
+    if dtype == "MXFP4":  # theirs computes 2^128 · e2m1 where the MX specification says NaN
+        numbers.reshape(-1, 32)[raw.reshape(-1, 17)[:, 0] == 255] = np.nan
+    return numbers
 
 
 def assert_same_bits(ours: np.ndarray, other: np.ndarray) -> None:
@@ -122,7 +125,13 @@ ODD_GROUPS = bytes([0b1010_1010] * 32)  # the high bit of groups 1 3 5 7
 LOW_OF = bytes((33 + i) % 16 | (41 + i) % 16 << 4 for i in range(8))
 HIGH_OF = bytes(sum((33 + i + 4 * g) // 16 << 2 * g for g in range(4)) for i in range(4))
 
+E2M1 = [  # OCP MX v1.0, table 5: without a leading one if the two bits of exponent are zero
+    (-1) ** (code >> 3)
+    * (2.0 ** (max(code >> 1 & 3, 1) - 1) * ((code >> 1 & 3 > 0) + (code & 1) / 2))
+    for code in range(16)
+]
 BY_HAND |= {
+    "MXFP4": (bytes([129]) + NIBBLES, [4 * E2M1[code] for code in UP_DOWN]),
     "Q2_K": (
         bytes(i | (15 - i) << 4 for i in range(16)) + CODES_2 + half(0.5) + half(2),
         sixteens([0.5 * i * (i // 2 % 4) - 2 * (15 - i) for i in range(16)]),
@@ -160,6 +169,15 @@ def test_manually_computed_values(dtype: str) -> None:
     assert len(content) == TYPES[dtype].bytes
     raw = np.frombuffer(content, np.uint8)
     assert dequantize(raw, dtype, (TYPES[dtype].elements,)).tolist() == list(expected)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 126, 127, 128, 253, 254])
+def test_every_scale_of_mxfp4_is_exact(exponent: int) -> None:
+    """2^(exponent − 127), also below the normal numbers of float32; 6 · 2^127 is infinite."""
+    raw = np.frombuffer(bytes([exponent]) + NIBBLES, np.uint8)
+    exact = np.array([E2M1[code] * 2.0 ** (exponent - 127) for code in UP_DOWN]) + 0.0  # no −0
+    with np.errstate(over="ignore"):
+        assert_same_bits(dequantize(raw, "MXFP4", (32,)), exact.astype(np.float32))
 
 
 # ── plain types, shapes, and wrong calls ──────────────────────────────────────────────────────

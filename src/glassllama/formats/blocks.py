@@ -2,14 +2,16 @@
 
 A quantized tensor is divided along its rows into blocks of 32. A block holds small whole numbers q,
 a half-precision scale d and with some types an offset m: x = d·q, or x = d·q + m. In IQ4_NL q is
-looked up in a table. docs/formats/gguf.md draws the bytes.
+looked up in a table; in MXFP4 it is a number of four bits, and d a power of two.
+docs/formats/gguf.md draws the bytes.
 
 Superblocks of 256 ("K-quants") have one half-precision scale d (with some types dmin, for minima
 too), and each group of 16 or 32 a small whole number by which d is multiplied: x = (d·scale)·q, or
 x = (d·scale)·q − (dmin·minimum). The codes are in eight lanes of 32; several lanes share the same
 32 bytes, each has its own bits of them.
 
-Source: the block_* structures of ggml (ggml-common.h). The arithmetic is float32, in the order
+Sources: the block_* structures of ggml (ggml-common.h); for MXFP4, OCP Microscaling Formats (MX)
+v1.0, sections 5.3.3 and 5.4.1. The arithmetic is float32, in the order
 written here, which makes results equal to the `gguf` package's bit for bit. Quantizing to Q8_0 and
 Q4_0 follows quantize_row_q8_0_ref and quantize_row_q4_0_ref of ggml.
 """
@@ -210,6 +212,10 @@ Q5_0 = np.dtype([("d", "<f2"), ("high", "u1", 4), ("codes", "u1", 16)])
 Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("codes", "u1", 16)])
 Q8_0 = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 IQ4_NL = Q4_0
+MXFP4 = np.dtype([("exponent", "u1"), ("codes", "u1", 16)])
+# What the codes of MXFP4 stand for (e2m1: a sign, two bits of exponent, one of mantissa). Code 8 is
+# −0; as in ggml it gives 0.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 CHUNK = 2**16  # elements unpacked at a time, 512 KiB of intermediate arrays: they stay in cache
 
@@ -249,6 +255,16 @@ def unpack_iq4_nl(blocks: Blocks, out: Floats) -> None:
     out[:, :16] = STEPS[blocks["codes"] & 15]
     out[:, 16:] = STEPS[blocks["codes"] >> 4]
     out *= column(blocks["d"])
+
+
+def unpack_mxfp4(blocks: Blocks, out: Floats) -> None:
+    """Codes stand for numbers of a table; the scale is 2^(exponent − 127), 255 is NaN (e8m0)
+    -> out (n, 32)."""
+    out[:, :16] = E2M1[blocks["codes"] & 15]
+    out[:, 16:] = E2M1[blocks["codes"] >> 4]
+    powers = np.ldexp(np.float32(1), blocks["exponent"].astype(np.int32) - 127)
+    powers[blocks["exponent"] == 255] = np.nan
+    out *= powers[:, None]
 
 
 def four_bits(blocks: Blocks, out: NDArray[Any]) -> None:
@@ -291,6 +307,7 @@ BLOCKS = {
     "Q5_1": BlockType(BLOCK, Q5_1, unpack_q5_1),
     "Q8_0": BlockType(BLOCK, Q8_0, unpack_q8_0),
     "IQ4_NL": BlockType(BLOCK, IQ4_NL, unpack_iq4_nl),
+    "MXFP4": BlockType(BLOCK, MXFP4, unpack_mxfp4),
     **{name: BlockType(*parts) for name, parts in K_BLOCKS.items()},
 }
 TYPES = {name: BlockType(1, dtype) for name, dtype in ELEMENT_TYPES.items()} | BLOCKS

@@ -104,9 +104,9 @@ class PackingPlan:
 def packing_plan(checkpoint: Checkpoint, *, exact: bool, quantize: Quantize) -> PackingPlan:
     """The weight type of every matrix. Raises ConfigError if the engine cannot run the model.
 
-    Types that the engine computes with stay as they are (native/engine/layout.py). Other block
-    types become Q8_0, the nearest type with more precision. Float weights stay floats, or are
-    quantized while they are packed: if asked for, and if memory is too short (weights/pack.py).
+    All block types stay as they are: the engine computes with each (native/engine/layout.py). Float
+    weights stay floats, or are quantized while they are packed: if asked for, and if memory is too
+    short (weights/pack.py).
     """
     weight_types = {
         name: packed_type(checkpoint, name, exact, quantize)
@@ -140,7 +140,7 @@ def packed_type(checkpoint: Checkpoint, name: str, exact: bool, quantize: Quanti
         if quantize == "none" or info.shape[1] % BLOCK:
             return WeightType["F32" if info.dtype == "F64" else info.dtype]
         return WeightType["Q8_0" if name in (EMBEDDINGS, OUTPUT) else quantize.upper()]
-    return WeightType.__members__.get(info.dtype, WeightType.Q8_0)
+    return WeightType[info.dtype]
 
 
 # --- memory ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from glassllama.formats.blocks import quantize
+from glassllama.native.engine import gemm_kquant_amx
 from glassllama.native.engine.dispatch import (
     SIGNATURE,
     TIERS,
@@ -43,7 +44,9 @@ from glassllama.native.engine.layout import (
 )
 from glassllama.native.engine.repack import pack_matrix
 from glassllama.native.jit.intrinsics import call_kernel
-from native.engine.plain_packing import PACK, pack_with_numpy
+from long_mode import LONG
+from native.engine.emulated import emulate
+from native.engine.plain_packing import pack_with_numpy
 from native.engine.unpacked import read_rows
 from tolerances import sum_bound, unit
 
@@ -57,10 +60,14 @@ ODD_SHAPES = [
     (90, 32 * 65),
 ]  # the last one: several groups are processed at once
 CASES = [
-    (kind, rows, columns * 8 if kind.endswith("_K") else columns)
-    for kind in WeightType.__members__
+    (kind.name, rows, columns * 8 if kind.scales.is_super else columns)
+    for kind in WeightType
     for rows, columns in ODD_SHAPES
 ]
+HALVES = {  # where the blocks have float16 numbers
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 ODD_COLUMNS = [(5, 1), (33, 3), (17, 37)]
 
 
@@ -71,15 +78,12 @@ def stored(kind: str, rows: int, columns: int) -> tuple[NDArray, NDArray[np.floa
         raw = numbers.astype(WeightType[kind].dtype)
         return raw, raw.astype(np.float32)
     theirs = getattr(gguf.GGMLQuantizationType, kind)
-    if kind.endswith("_K"):  # gguf cannot write these types: random bytes with normal d and dmin
-        size = gguf.GGML_QUANT_SIZES[theirs][1]
-        raw = np.random.default_rng(rows).integers(0, 256, (rows, columns // 256, size), np.uint8)
-        d = np.random.default_rng(1).uniform(-0.01, 0.01, (rows, columns // 256, 2))
-        halves = d.astype(np.float16).view(np.uint8).reshape(rows, -1, 4)
-        if kind == "Q4_K":
-            raw[..., :4] = halves
-        else:
-            raw[..., -2:] = halves[..., :2]
+    if kind in HALVES:  # gguf cannot write these types: random bytes with normal d and dmin
+        block, size = gguf.GGML_QUANT_SIZES[theirs]
+        raw = np.random.default_rng(rows).integers(0, 256, (rows, columns // block, size), np.uint8)
+        d = np.random.default_rng(1).uniform(-0.01, 0.01, (rows, columns // block, 2))
+        for n, at in enumerate(HALVES[kind]):
+            raw[..., at : at + 2] = d[..., n : n + 1].astype(np.float16).view(np.uint8)
         raw = raw.reshape(rows, -1)
         return raw, gguf.quants.dequantize(raw, theirs)
     raw = gguf.quants.quantize(numbers, theirs)
@@ -109,11 +113,11 @@ def encode(x, first, last, codes, factors):  # type: ignore[no-untyped-def]
 
 
 def scales_and_starts(factors: NDArray) -> tuple[NDArray, NDArray]:
-    """Factors of rows (…, blocks, FACTORS) -> (…, blocks, 2) float32 and (…, blocks, 4) int32."""
+    """Factors of rows (…, blocks, FACTORS) -> (…, blocks, 2) float32 and (…, blocks, 3) int32."""
     blocks = factors.shape[-2]
     flat = factors.reshape(*factors.shape[:-2], blocks * FACTORS)
     scales, starts = flat[..., : 2 * blocks], flat[..., 2 * blocks :].view(np.int32)
-    return scales.reshape(*scales.shape[:-1], -1, 2), starts.reshape(*starts.shape[:-1], -1, 4)
+    return scales.reshape(*scales.shape[:-1], -1, 2), starts.reshape(*starts.shape[:-1], -1, 3)
 
 
 class Inputs(NamedTuple):
@@ -132,7 +136,7 @@ class Inputs(NamedTuple):
 
 def input_format(matrix: Matrix, tier: str) -> InputFormat:
     """The input format of the matrix's kernel on that tier; for bfloat16 the float32 format."""
-    if tier == "amx" and matrix.weight_type.name.endswith("_K"):
+    if tier == "amx" and matrix.weight_type in gemm_kquant_amx.BASE:
         return InputFormat.Q11
     return matrix.weight_type.input_format
 
@@ -172,13 +176,14 @@ def encode_wide(x, out):  # type: ignore[no-untyped-def]
 
 def multiply(
     matrix: Matrix, tier: str, inputs: Inputs, first: int, last: int,
-    form: InputFormat | None = None,
+    form: InputFormat | None = None, address: int | None = None,
 ) -> NDArray:  # fmt: skip
+    """Groups first … last-1 times all inputs, by the kernel of a tier or at an address."""
     codes, factors = inputs.codes, inputs.factors
     form = input_format(matrix, tier) if form is None else form
     out = np.full((len(inputs.seen), matrix.padded_rows), np.nan, np.float32)
     call(
-        kernel_address(matrix.weight_type, tier, form),
+        kernel_address(matrix.weight_type, tier, form) if address is None else address,
         (
             matrix.values.ctypes.data, matrix.scales.ctypes.data,
             matrix.weight_type.blocks(matrix.columns), codes.ctypes.data, codes.strides[-2],
@@ -248,6 +253,38 @@ def test_kernels_against_float64(kind: str, rows: int, columns: int, tier: str) 
         assert faults(matrix, numbers, inputs, terms_of(matrix), run) == []
 
 
+# Each way to unpack codes, and each form of scales, at least once for every tier; all if LONG.
+EMULATED = [
+    (tier, kind.name)
+    for tier, some in (
+        ("amx", {"Q3_K", "Q5_0", "IQ4_XS", "MXFP4"}),
+        ("vnni", {"Q2_K", "Q5_1", "IQ4_NL"}),
+        ("neon", {"Q3_K", "Q5_K", "IQ4_NL", "MXFP4"}),
+    )
+    for kind in WeightType
+    if not kind.is_float and (LONG or kind.name in some)
+]
+
+
+@pytest.mark.parametrize(("tier", "kind"), EMULATED)
+def test_kernels_of_other_processors_with_emulated_instructions(
+    tier: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for what this machine may lack: only the instructions themselves are not tested."""
+    emulate(monkeypatch)
+    weight_type = WeightType[kind]
+    form = InputFormat.Q11 if tier == "amx" and weight_type in gemm_kquant_amx.BASE else None
+    function = kernel(weight_type, tier, weight_type.input_format if form is None else form)
+    compiled: Any = numba.cfunc(SIGNATURE, error_model="numpy")(function)
+    for rows, columns in ((37, 512), (66, 32 * 64 + 256)):
+        raw, numbers = stored(kind, rows, columns)
+        matrix = packed(kind, raw, columns)
+        for tokens in (1, 2, 17):
+            x = np.random.default_rng(7).standard_normal((tokens, columns)).astype(np.float32)
+            run = partial(multiply, matrix, tier, last=matrix.groups, address=compiled.address)
+            assert faults(matrix, numbers, inputs_of(matrix, tier, x), terms_of(matrix), run) == []
+
+
 def faults(
     matrix: Matrix, numbers: NDArray, inputs: Inputs, terms: int, run: Callable[..., NDArray]
 ) -> list[str]:
@@ -279,7 +316,7 @@ def test_inputs_are_quantized_to_the_nearest_step() -> None:
     low, high = codes.reshape(3, 2, 16).sum(2, dtype=np.int32).T
     total = low + high
     assert (np.abs(scales[:, 1] - step * total) <= 4 * unit() * np.abs(step * total)).all()
-    assert (starts == -np.stack([128 * total, 8 * total, 32 * low, 32 * high], 1)).all()
+    assert (starts == -np.stack([total, low, high], 1)).all()
 
 
 def test_superblocks_of_inputs_are_quantized_to_the_nearest_step() -> None:
@@ -314,7 +351,7 @@ def test_nan_and_infinite_inputs_give_nan_or_infinite_scales(bad: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "columns"), [case for case in CASES if WeightType[case[0]] in PACK]
+    ("kind", "rows", "columns"), [case for case in CASES if not WeightType[case[0]].is_float]
 )
 def test_packing_compiled_equals_packing_in_numpy(kind: str, rows: int, columns: int) -> None:
     raw, _ = stored(kind, rows, columns)

@@ -14,7 +14,9 @@ import torch
 
 from glassllama.base.config import Llama3Scaling, LlamaConfig
 from glassllama.base.errors import FormatError, GenerationError
+from glassllama.formats.blocks import BLOCKS
 from glassllama.generation import GenerationSettings, generate, make_sampler
+from glassllama.native.engine.layout import WeightType
 from glassllama.weights.checkpoint import open_checkpoint
 from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
@@ -40,7 +42,10 @@ def logits(executor: Any) -> Any:
     return Rows(executor).all_logits(IDS)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_K", "Q6_K", "Q5_0", "Q8_0"])
+BLOCK_TYPES = [kind.name for kind in WeightType if not kind.is_float]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", *BLOCK_TYPES])
 def test_a_whole_model_from_file_to_logits(
     kind: str, synthetic: ModuleType, tmp_path: Path
 ) -> None:
@@ -53,12 +58,13 @@ def test_a_whole_model_from_file_to_logits(
     assert_logits(logits(pack(checkpoint, exact=True)), reference, CONFIG)
     engine = pack(checkpoint)
     packed = {matrix.weight_type.name for matrix in engine.weights.matrices}
-    assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_0": {"Q8_0"}}.get(kind, {kind})
+    assert packed == {"Q4_K_M": {"Q4_K", "Q6_K"}}.get(kind, {kind})
+    assert not any("another format" in line for line in engine.describe())
     eight_bit = eight_bit_error(model, torch.tensor([IDS]))
     assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
 
 
-@pytest.mark.parametrize("values", ["Q6_K", "Q8_0"])
+@pytest.mark.parametrize("values", ["Q6_K", "Q8_0", "Q5_K", "Q2_K", "IQ4_XS"])
 def test_k_quants_are_bit_identical_in_any_chunks(
     values: str, synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,16 +103,18 @@ def test_q4_k_m_mixes_as_llama_cpp_does(synthetic: ModuleType, tmp_path: Path) -
 
 
 def test_blocks_are_dequantized_as_by_the_gguf_package(synthetic: ModuleType) -> None:
-    for kind in ("Q4_K", "Q6_K", "Q4_0", "BF16"):
+    for kind in ("BF16", *BLOCK_TYPES):
         pool = synthetic.Pool(kind, numbers=1 << 16)
         raw = pool.cut(3, (64, 512), 0.05)
         numbers = gguf.quants.dequantize(raw.reshape(64, -1), pool.kind)
         assert numbers.shape == (64, 512)
-        assert abs(numbers.mean()) < 2e-3
-        assert 0.045 < numbers.std() < 0.055
+        width = 2**-4 if kind == "MXFP4" else 0.05  # a power of two
+        groups = 64 * 512 / (32 if kind in synthetic.RANDOM else 1)  # of random scale and minimum
+        assert abs(numbers.mean()) < 5 * width / groups**0.5  # five standard deviations
+        assert 0.9 * width < numbers.std() < 1.1 * width
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "Q5_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", *BLOCK_TYPES])
 @pytest.mark.parametrize("tier", ["best", "plain"])
 def test_nan_weights_end_generation_with_an_error(
     kind: str, tier: str, tmp_path: Path, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -127,8 +135,9 @@ def set_nan(path: Path, name: str) -> None:
     reader = gguf.GGUFReader(str(path), "r+")
     [tensor] = [tensor for tensor in reader.tensors if tensor.name == name]
     data = tensor.data.reshape(-1).view(np.uint8)
-    at = 208 if tensor.tensor_type == gguf.GGMLQuantizationType.Q6_K else 0
-    bits = 0x7FC0 if tensor.tensor_type.name == "BF16" else 0x7E00
+    kind = tensor.tensor_type.name
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    bits = {"BF16": 0x7FC0, "MXFP4": 0xFF}.get(kind, 0x7E00)  # MXFP4: an exponent of 255
     data[at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
     reader.data.flush()
 
@@ -154,18 +163,8 @@ def test_padding_a_model_with_zeros_changes_no_logits(
     assert_logits(after, before, narrow)
 
 
-def test_iq4_nl_is_packed_as_q8_0(tmp_path: Path, synthetic: ModuleType) -> None:
-    """IQ4_NL has the layout of Q4_0, but its codes are indexes into a table. A notice says so."""
-    path = synthetic.write(tmp_path / "x.gguf", CONFIG, "Q4_0", pool=POOL)
-    change_type(path, gguf.GGMLQuantizationType.IQ4_NL)
-    checkpoint = open_checkpoint(path)
-    model = load_model(checkpoint, dtype=torch.float32)
-    reference = logits(TorchExecutor(model))
-    engine = pack(checkpoint)
-    assert {matrix.weight_type.name for matrix in engine.weights.matrices} == {"Q4_0", "Q8_0"}
-    assert any("IQ4_NL" in line and "Q8_0" in line for line in engine.describe())
-    eight_bit = eight_bit_error(model, torch.tensor([IDS]))
-    assert rms_difference(logits(engine), reference) <= 1.5 * eight_bit
+def test_every_block_type_of_files_is_computed_as_stored() -> None:
+    assert set(BLOCKS) == set(BLOCK_TYPES)
 
 
 def test_an_unknown_type_is_a_clean_error(tmp_path: Path, synthetic: ModuleType) -> None:

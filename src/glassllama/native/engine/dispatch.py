@@ -77,10 +77,12 @@ def kernel(weight_type: WeightType, tier: str, input_format: InputFormat) -> Cal
     if input_format is InputFormat.Q11:
         return gemm_kquant_amx.kernel(weight_type)
     if tier == "plain":
-        return gemm_plain.PLAIN[weight_type]
+        return gemm_plain.kernel(weight_type)
     if weight_type.is_float:
         return gemm_float.kernel(weight_type)
-    return gemm_amx.kernel(weight_type) if tier == "amx" else gemm_int8.kernel(tier, weight_type)
+    if tier == "amx" and weight_type.sums == 1:
+        return gemm_amx.kernel(weight_type)
+    return gemm_int8.kernel("vnni" if tier == "amx" else tier, weight_type)
 
 
 @cache

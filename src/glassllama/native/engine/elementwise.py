@@ -183,13 +183,13 @@ def add_scaled_to(x: Any, y: Any, multiplier: float) -> None:
 @compiled
 def quantize_blocks(x: Any, first: int, last: int, codes: Any, scales: Any) -> None:
     """Quantize blocks first … last-1 of a row to int8 -> codes (C,), scales (blocks, FACTORS)."""
-    corrections = scales.ctypes.data + len(scales) * layout.SCALE_BYTES
+    negated = scales.ctypes.data + len(scales) * layout.SCALE_BYTES
     for b in range(first, last):
         quantize_block(
             x.ctypes.data + b * BLOCK * 4,
             codes.ctypes.data + b * BLOCK,
             scales.ctypes.data + b * layout.SCALE_BYTES,
-            corrections + b * layout.CORRECTION_BYTES,
+            negated + b * layout.NEGATED_BYTES,
         )
 
 
@@ -198,8 +198,8 @@ def lane_numbers(start: int, count: int) -> Any:
 
 
 @instruction()
-def quantize_block(v: Vectors, address: Any, codes: Any, factors: Any, corrections: Any) -> None:
-    """32 numbers as int8 codes, with the block's factors and corrections.
+def quantize_block(v: Vectors, address: Any, codes: Any, factors: Any, negated: Any) -> None:
+    """32 numbers as int8 codes, with the block's factors and negated sums.
 
     The largest magnitude is found on the bits, where NaN and infinity are largest too: the scale
     carries them into every product, instead of losing them among integers.
@@ -215,11 +215,8 @@ def quantize_block(v: Vectors, address: Any, codes: Any, factors: Any, correctio
     total = b.add(low, high)
     v.store(scale, v.at(factors, 4 * layout.SCALE), 4)
     v.store(b.fmul(scale, b.sitofp(total, F32)), v.at(factors, 4 * layout.TOTAL), 4)
-    for location, some, times in (
-        (layout.CORRECTION_128, total, 128), (layout.CORRECTION_8, total, 8),
-        (layout.CORRECTION_32_LOW, low, 32), (layout.CORRECTION_32_HIGH, high, 32),
-    ):  # fmt: skip
-        v.store(b.mul(some, ir.Constant(I32, -times)), v.at(corrections, 4 * location), 4)
+    for n, some in enumerate((total, low, high)):  # NEGATED, NEGATED_LOW, NEGATED_HIGH
+        v.store(b.neg(some), v.at(negated, 4 * n), 4)
 
 
 def scale_of(v: Vectors, largest: Any, max_code: int) -> tuple[Any, Any]:

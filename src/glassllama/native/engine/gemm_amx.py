@@ -46,11 +46,12 @@ from glassllama.native.engine.gemm_float import clear
 from glassllama.native.engine.gemm_int8 import (
     ROWS,
     TILE,
-    UNPACK,
     add_scaled,
-    factors_at,
+    is_signed,
+    quads_of,
     row_groups_at_once,
     run_groups,
+    scales_of,
 )
 from glassllama.native.engine.layout import BLOCK, SCALE_BYTES, WeightType
 from glassllama.native.jit.compile import inlined
@@ -158,17 +159,17 @@ def unpack(
     """`count` blocks of a group, from the block `first` on: at `out` eight vectors of bytes each,
     and after all of these their scales as float32."""
     weight_type = WeightType[kind]
-    size, (quads, scales_of) = weight_type.value_bytes, UNPACK[weight_type]
+    size, zero_point = weight_type.value_bytes, weight_type.zero_point
 
     def one(n: Any, nothing: list[Any]) -> list[Any]:
         block = v.builder.add(first, n)
         own = v.step(values, block, size)
         v.prefetch(v.at(own, AHEAD), size)
-        for q, weights in quads(v, "amx", own):
-            if weight_type is WeightType.Q4_0:
-                weights = v.builder.sub(weights, v.same(weights.type, 8))
+        for q, weights in quads_of(v, "amx", weight_type, own):
+            if not is_signed("amx", weight_type):
+                weights = v.builder.sub(weights, v.same(weights.type, zero_point))
             v.store(weights, v.at(v.step(out, n, BLOCK_BYTES), LINE * q), LINE)
-        for k, d in enumerate(scales_of(v, "amx", scales, block, 0)):
+        for k, d in enumerate(scales_of(v, "amx", weight_type, scales, block, 0)):
             v.store(d, v.at(v.step(out, n, SCALES), SCALES_AT + LINE * k), LINE)
         return nothing
 
@@ -194,9 +195,9 @@ def add_block(
     count = 2 if weight_type.has_minima else 1
     d, results = [v.load(v.at(location, LINE * k), real, LINE) for k in range(count)], []
     for t, y in enumerate(ys):
-        factor = factors_at(v, v.step(factors[t], n, SCALE_BYTES), ROWS)
+        factor = v.step(factors[t], n, SCALE_BYTES)
         total = v.load(v.at(own, LINE * t), whole, LINE)
-        results.append(add_scaled(v, weight_type, d, [total], factor, y))
+        results.append(add_scaled(v, weight_type, d, [total], factor, None, y))
     return results
 
 

@@ -20,11 +20,16 @@ from typing import Any
 from llvmlite import ir
 
 from glassllama.native.engine.layout import (
-    CORRECTION_BYTES,
     FACTORS,
+    INT8_MAX,
+    NEGATED,
+    NEGATED_BYTES,
+    NEGATED_HIGH,
+    NEGATED_LOW,
     SCALE,
     SCALE_BYTES,
     TOTAL,
+    ScaleLayout,
     WeightType,
 )
 from glassllama.native.jit.compile import inlined
@@ -44,7 +49,8 @@ from glassllama.native.jit.intrinsics import (
 ROWS = 16
 LANES = {"amx": 16, "vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}  # rows of a vector
 TILE = {"vnni": 8, "avxvnni": 4, "avx2": 4, "neon": 4}  # tokens at once, limited by registers
-SIGNED = ("neon", "avx2", "amx")  # need Q8_0's bytes without the 128 that layout.py adds
+SIGNED = ("neon", "avx2", "amx")  # cannot multiply and add up unsigned bytes above 127
+SIGN = 128  # the zero point of bytes that become signed without it
 
 
 def dot(v: Vectors, target: str, sums: Any, weights: Any, inputs: Any) -> Any:
@@ -66,93 +72,110 @@ def dot_avx2(v: Vectors, weights: Any, inputs: Any) -> Any:
     of the weights, at most 128, and the inputs with the signs of the weights: 2 · 128 · 127 =
     32,512.
     """
-    b, pairs, quads = v.builder, vector(I16, 16), vector(I32, 8)
-    zero = v.same(weights.type, 0)
+    b, zero = v.builder, v.same(weights.type, 0)
     negative = b.icmp_signed("<", weights, zero)
     size = b.select(negative, b.sub(zero, weights), weights)
     signed = v.call("llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
-    halves = v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, size, signed)
-    return v.call("llvm.x86.avx2.pmadd.wd", quads, halves, v.same(pairs, 1))
+    return fours(v, pairs(v, size, signed))
 
 
-def quads_of_bytes(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """A block of Q8_0 -> [(number of four inputs, their weights)]."""
-    size = 4 * LANES[target]
-    quads = [(q, v.load(v.at(values, 64 * q), vector(I8, size), size)) for q in range(8)]
-    if target in SIGNED:
-        return [(q, v.builder.xor(w, ir.Constant(w.type, [0x80] * size))) for q, w in quads]
+def pairs(v: Vectors, weights: Any, inputs: Any) -> Any:
+    """Products of unsigned weights and signed inputs, two for each 16-bit lane."""
+    return v.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), weights, inputs)
+
+
+def fours(v: Vectors, words: Any) -> Any:
+    """Two words added for each 32-bit lane."""
+    return v.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, v.same(words.type, 1))
+
+
+def pairs_at_once(target: str, weight_type: WeightType) -> int:
+    """How many products of `pairs` a word can hold, a power of two; 0: use `dot`."""
+    if target != "avx2" or is_signed(target, weight_type):
+        return 0
+    codes = [step + weight_type.zero_point for step in weight_type.steps]
+    largest = max(codes, default=2 ** sum(weight_type.planes) - 1)
+    return 1 << (32767 // (2 * INT8_MAX * largest)).bit_length() - 1
+
+
+def is_signed(target: str, weight_type: WeightType) -> bool:
+    """Whether weights are multiplied as signed bytes: those of more than seven bits, if need be."""
+    return weight_type.zero_point == SIGN and target in SIGNED
+
+
+def quads_of(
+    v: Vectors, target: str, weight_type: WeightType, values: Any
+) -> list[tuple[int, Any]]:
+    """A block -> [(number q of four inputs, their weights)], `zero_point` too large if unsigned."""
+    size, planes, first = 4 * LANES[target], list[list[Any]](), 0
+    for bits in weight_type.planes:
+        lines = range(first, first + bits)
+        planes.append([v.load(v.at(values, 64 * n), vector(I8, size), size) for n in lines])
+        first += bits
+    quads, signed = [], is_signed(target, weight_type)
+    for q in sorted(range(8), key=lambda q: q % len(planes[0])):
+        code, low = bits_of(v, planes[0], q, 0), len(planes[0])
+        for plane in planes[1:]:
+            code = v.builder.or_(code, bits_of(v, plane, q, low))
+        if weight_type.steps:
+            zero_point = 0 if signed else weight_type.zero_point
+            code = look_up(v, target, [step + zero_point for step in weight_type.steps], code)
+        elif signed:
+            code = v.builder.xor(code, v.same(code.type, SIGN))
+        quads.append((q, code))
     return quads
 
 
-def quads_of_nibbles(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """The same for Q4_0 and Q4_1: low nibbles are inputs 0 … 15, high ones 16 … 31."""
-    quads, size = [], 4 * LANES[target]
-    for q in range(4):
-        packed = v.load(v.at(values, 64 * q), vector(I8, size), size)
-        quads += [(q, v.low_nibbles(packed)), (4 + q, v.high_nibbles(packed))]
-    return quads
+def bits_of(v: Vectors, plane: list[Any], q: int, to: int) -> Any:
+    """The bits of inputs 4q … 4q+3 in a plane, moved to bit `to`. There is no shift of bytes: words
+    are shifted, and a mask drops what came from the byte beside."""
+    b, count = v.builder, len(plane)
+    packed, shift = plane[q % count], q // count * count - to
+    if count == 8:
+        return packed
+    if shift:
+        words = vector(I16, packed.type.count // 2)
+        move = b.lshr if shift > 0 else b.shl
+        moved = move(b.bitcast(packed, words), v.same(words, abs(shift)))
+        packed = b.bitcast(moved, packed.type)
+    return b.and_(packed, v.same(packed.type, (2**count - 1) << to))
 
 
-def quads_of_six_bits(v: Vectors, target: str, values: Any) -> list[tuple[int, Any]]:
-    """The same for Q6_K: nibbles, and two upper bits from two more vectors."""
-    b, size = v.builder, 4 * LANES[target]
-    tops = [v.load(v.at(values, 256 + 64 * n), vector(I8, size), size) for n in range(2)]
-    words, quads = vector(I16, size // 2), []
-    for q, low in quads_of_nibbles(v, target, values):
-        top, shift = b.bitcast(tops[q % 2], words), 4 - 2 * (q // 2)  # to bits 4 and 5
-        moved = b.shl if shift > 0 else b.lshr
-        top = b.bitcast(moved(top, v.same(words, abs(shift))), low.type)
-        code = b.or_(low, b.and_(top, v.same(low.type, 0x30)))
-        quads.append((q, b.sub(code, v.same(code.type, 32)) if target in SIGNED else code))
-    return quads
+def look_up(v: Vectors, target: str, steps: list[int], codes: Any) -> Any:
+    """The steps of codes 0 … 15, byte by byte."""
+    table = ir.Constant(codes.type, [step & 255 for step in steps] * (codes.type.count // 16))
+    if target == "neon":
+        return v.call("llvm.aarch64.neon.tbl1.v16i8", codes.type, table, codes)
+    name = "avx512.pshuf.b.512" if codes.type.count == 64 else "avx2.pshuf.b"
+    return v.call(f"llvm.x86.{name}", codes.type, table, codes)
 
 
-def scales_of_bytes(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
-    """d of Q8_0 and Q4_0."""
-    return [v.halves(v.at(v.step(scales, block, 32), 2 * row), LANES[target])]
+def scales_of(
+    v: Vectors, target: str, weight_type: WeightType, scales: Any, block: Any, row: int
+) -> list[Any]:
+    """Scales of a block, one or two, then their minima: see ScaleLayout."""
+    lanes, b, form = LANES[target], v.builder, weight_type.scales
+    count = 2 if form.has_minima else 1
+    if not form.is_super:
+        location = v.at(v.step(scales, block, form.bytes), 2 * row)
+        if form.is_bf16:
+            return [v.bfloats(location, lanes)]
+        return [v.halves(v.at(location, 2 * ROWS * n), lanes) for n in range(count)]
+    own_bytes = form.bytes - 4 * count
+    start = v.step(scales, b.lshr(block, number(3)), 8 * form.bytes)
+    own = v.step(v.at(start, 2 * ROWS * count + row), b.and_(block, number(7)), own_bytes)
+    factors = [v.halves(v.at(start, 2 * (row + ROWS * n)), lanes) for n in range(count)]
+    if form.has_minima:
+        factors[1] = b.fneg(factors[1])
+    lines = [
+        v.load(v.at(own, ROWS * n), vector(I8, lanes), lanes) for n in range(own_bytes // ROWS)
+    ]
+    if form is ScaleLayout.SUPER_16M:
+        lines = [v.low_nibbles(x) for x in lines] + [v.high_nibbles(x) for x in lines]
+    small = [v.whole(x, signed=not form.has_minima) for x in lines]
+    return [b.fmul(factors[n // form.sums], x) for n, x in enumerate(small)]
 
 
-def scale_and_minimum(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
-    """d and m of Q4_1."""
-    location = v.at(v.step(scales, block, 64), 2 * row)
-    return [v.halves(v.at(location, n), LANES[target]) for n in (0, 2 * ROWS)]
-
-
-def in_superblock(v: Vectors, scales: Any, block: Any, size: int, own: int) -> tuple[Any, Any]:
-    """Addresses of a superblock of eight blocks, and within it of this block's `own` bytes."""
-    b = v.builder
-    start = v.step(scales, b.lshr(block, number(3)), size)
-    return start, v.step(v.at(start, size - 8 * own), b.and_(block, number(7)), own)
-
-
-def scales_of_q4_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
-    """d · scale, and −dmin · minimum."""
-    lanes, b = LANES[target], v.builder
-    start, own = in_superblock(v, scales, block, 320, 32)
-    d, dmin = (v.halves(v.at(start, 2 * row + n), lanes) for n in (0, 2 * ROWS))
-    scale, minimum = (v.whole(v.at(own, row + n), lanes, signed=False) for n in (0, ROWS))
-    return [b.fmul(d, scale), b.fneg(b.fmul(dmin, minimum))]
-
-
-def scales_of_q6_k(v: Vectors, target: str, scales: Any, block: Any, row: int) -> list[Any]:
-    """d · scale, for each half of a block."""
-    lanes, b = LANES[target], v.builder
-    start, own = in_superblock(v, scales, block, 288, 32)
-    d = v.halves(v.at(start, 2 * row), lanes)
-    return [b.fmul(d, v.whole(v.at(own, row + n), lanes, signed=True)) for n in (0, ROWS)]
-
-
-Factor = Callable[[int], Any]
-Unpack = Callable[[Vectors, str, Any], list[tuple[int, Any]]]
-Scales = Callable[[Vectors, str, Any, Any, int], list[Any]]
-# How to unpack values and scales of a block.
-UNPACK: dict[WeightType, tuple[Unpack, Scales]] = {
-    WeightType.Q8_0: (quads_of_bytes, scales_of_bytes),
-    WeightType.Q4_0: (quads_of_nibbles, scales_of_bytes),
-    WeightType.Q4_1: (quads_of_nibbles, scale_and_minimum),
-    WeightType.Q4_K: (quads_of_nibbles, scales_of_q4_k),
-    WeightType.Q6_K: (quads_of_six_bits, scales_of_q6_k),
-}
 MIN_BLOCKS = 64  # of a row, for several groups at once; for shorter rows no gain (docs/log.md)
 
 
@@ -166,47 +189,64 @@ def row_groups_at_once(target: str, weight_type: WeightType) -> int:
 
 
 def add_scaled(
-    v: Vectors, weight_type: WeightType, scales: list[Any], sums: list[Any], factor: Factor, y: Any
-) -> Any:
-    """y + Σ weights · inputs of a block, from its one or two integer sums."""
+    v: Vectors, weight_type: WeightType, scales: list[Any], sums: list[Any], factors: Any,
+    negated: Any, y: Any,
+) -> Any:  # fmt: skip
+    """y + Σ weights · inputs of a block, from its one or two integer sums.
+
+    At `factors` and `negated` are the token's factors of the block.
+    """
+    b, lanes = v.builder, y.type.count
+    s = in_every_lane(v, v.at(factors, 4 * SCALE), F32, lanes)
     for d, total in zip(scales, sums, strict=False):
-        scale = v.builder.fmul(d, factor(SCALE))
-        y = v.multiply_add(v.builder.sitofp(total, y.type), scale, y)
-    return v.multiply_add(scales[1], factor(TOTAL), y) if weight_type.has_minima else y
+        y = v.multiply_add(b.sitofp(total, y.type), b.fmul(d, s), y)
+    if weight_type.has_minima and len(sums) == 1:
+        return v.multiply_add(scales[1], in_every_lane(v, v.at(factors, 4 * TOTAL), F32, lanes), y)
+    for half, minimum in enumerate(scales[2:]):
+        total = in_every_lane(v, v.at(negated, 4 * (NEGATED_LOW + half)), I32, lanes)
+        y = v.multiply_add(b.fmul(minimum, b.fneg(s)), b.sitofp(total, y.type), y)
+    return y
 
 
-def factors_at(v: Vectors, address: Any, lanes: int) -> Factor:
-    """The scales of a token's block, by number, in every lane."""
-    return lambda n: v.splat(v.load(v.at(address, 4 * n), F32, 4), lanes)
+def in_every_lane(v: Vectors, address: Any, kind: Any, lanes: int) -> Any:
+    return v.splat(v.load(address, kind, 4), lanes)
 
 
-def first_sums(v: Vectors, target: str, weight_type: WeightType, corrections: Any) -> list[Any]:
+def first_sums(v: Vectors, target: str, weight_type: WeightType, negated: Any) -> list[Any]:
     """Initial sums of a token and block: zero, or the zero-point corrections."""
-    whole = vector(I32, LANES[target])
-    too_large = weight_type is WeightType.Q4_0 or target not in SIGNED
-    if weight_type.corrections and too_large:
-        return [
-            v.splat(v.load(v.at(corrections, 4 * n), I32, 4), LANES[target])
-            for n in weight_type.corrections
-        ]
-    return [v.same(whole, 0)] * weight_type.sums
+    lanes, b = LANES[target], v.builder
+    whole = vector(I32, lanes)
+    if weight_type.zero_point == 0 or is_signed(target, weight_type):
+        return [v.same(whole, 0)] * weight_type.sums
+    bits = v.same(whole, weight_type.zero_point.bit_length() - 1)
+    parts = (NEGATED,) if weight_type.sums == 1 else (NEGATED_LOW, NEGATED_HIGH)
+    return [b.shl(in_every_lane(v, v.at(negated, 4 * n), I32, lanes), bits) for n in parts]
 
 
 def block_sums(
     v: Vectors, target: str, weight_type: WeightType, values: Any, inputs: list[Any],
-    corrections: list[Any],
+    negated: list[Any],
 ) -> list[Any]:  # fmt: skip
     """One block of the rows of a vector times that block of every token -> int32 sums."""
-    sums = [first_sums(v, target, weight_type, address) for address in corrections]
+    sums = [first_sums(v, target, weight_type, address) for address in negated]
     if len(inputs) == 1 and weight_type.sums == 1:
         # A single token would wait for each sum before the next: two chains of sums instead.
         sums[0].append(v.same(sums[0][0].type, 0))
-    for q, weights in UNPACK[weight_type][0](v, target, values):
+    words: dict[tuple[int, int], tuple[Any, int]] = {}  # by token and chain: pairs, and how many
+    most, b = pairs_at_once(target, weight_type), v.builder
+    for q, weights in quads_of(v, target, weight_type, values):
         for t, address in enumerate(inputs):
             four = v.splat(v.load(v.at(address, 4 * q), I32, 4), LANES[target])
             chain = q * len(sums[t]) // 8
-            some = v.builder.bitcast(four, weights.type)
-            sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
+            some = b.bitcast(four, weights.type)
+            if most == 0:
+                sums[t][chain] = dot(v, target, sums[t][chain], weights, some)
+                continue
+            before, count = words.get((t, chain), (None, 0))
+            products = pairs(v, weights, some)
+            words[t, chain] = (products if count == 0 else b.add(before, products), count + 1)
+            if count + 1 == min(most, 8 // len(sums[t])):
+                sums[t][chain] = b.add(sums[t][chain], fours(v, words.pop((t, chain))[0]))
     return sums if weight_type.sums > 1 else [[sum_of(v, s)] for s in sums]
 
 
@@ -232,23 +272,23 @@ def block_step(
     ys: list[Any],
 ) -> list[Any]:  # fmt: skip
     """Add one block of all sixteen rows and every token to `ys`, vector by vector."""
-    values, scales, (x, x_rows), (f, f_rows), corrections_at = addresses
+    values, scales, (x, x_rows), (f, f_rows), negated_at = addresses
     value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
     lanes = LANES[target]
     later = v.builder.add(block, ahead)
     v.prefetch(v.step(values, later, value_bytes), value_bytes)
     v.prefetch(v.step(scales, later, scale_bytes), scale_bytes)
-    add, first_correction = v.builder.add, v.step(corrections_at, block, CORRECTION_BYTES)
+    add, first_negated = v.builder.add, v.step(negated_at, block, NEGATED_BYTES)
     inputs = [add(v.step(x, block, 32), row) for row in x_rows]
     factors = [add(v.step(f, block, SCALE_BYTES), row) for row in f_rows]
-    corrections = [add(first_correction, row) for row in f_rows]
+    negated = [add(first_negated, row) for row in f_rows]
     results: list[Any] = []
     for first in range(0, ROWS, lanes):
         some = v.at(v.step(values, block, value_bytes), 4 * first)
-        own = UNPACK[weight_type][1](v, target, scales, block, first)
-        for t, sums in enumerate(block_sums(v, target, weight_type, some, inputs, corrections)):
-            factor = factors_at(v, factors[t], lanes)
-            results.append(add_scaled(v, weight_type, own, sums, factor, ys[len(results)]))
+        own = scales_of(v, target, weight_type, scales, block, first)
+        for t, sums in enumerate(block_sums(v, target, weight_type, some, inputs, negated)):
+            y = ys[len(results)]
+            results.append(add_scaled(v, weight_type, own, sums, factors[t], negated[t], y))
     return results
 
 
@@ -271,9 +311,7 @@ def write_tile(
 ) -> None:  # fmt: skip
     """The instructions of `tile`."""
     builder, lanes, weight_type = v.builder, LANES[target], WeightType[kind]
-    before_corrections = builder.udiv(
-        builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS)
-    )
+    before_negated = builder.udiv(builder.mul(f_stride, number(SCALE_BYTES)), number(4 * FACTORS))
     value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
     size = tokens * ROWS // lanes  # vectors of sums, of one group
 
@@ -288,7 +326,7 @@ def write_tile(
 
     cells = [builder.mul(blocks, number(g)) for g in range(groups)]
     inputs = ((x, v.multiples(x_stride, tokens)), (f, v.multiples(f_stride, tokens)),
-              builder.add(f, before_corrections))  # fmt: skip
+              builder.add(f, before_negated))  # fmt: skip
     outputs = [builder.add(y, builder.mul(y_stride, number(t))) for t in range(tokens)]
     sums = v.count_up(blocks, [v.same(vector(F32, lanes), 0.0)] * (groups * size), some)
     locations = [v.at(row, 64 * g + 4 * n) for g in range(groups) for n in range(0, ROWS, lanes)

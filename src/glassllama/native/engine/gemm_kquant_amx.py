@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from glassllama.native.engine.gemm_amx import begin_tiles, end_tiles, scratch, tile_at, tile_call
 from glassllama.native.engine.gemm_float import clear
-from glassllama.native.engine.gemm_int8 import ROWS, quads_of_nibbles, quads_of_six_bits
+from glassllama.native.engine.gemm_int8 import ROWS, quads_of
 from glassllama.native.engine.gemm_kquant_vnni import (
     BLOCKS,
     FLOATS,
@@ -55,10 +55,10 @@ from glassllama.native.engine.layout import (
     WeightType,
 )
 from glassllama.native.jit.compile import inlined
-from glassllama.native.jit.intrinsics import LINE, Vectors, instruction, number
+from glassllama.native.jit.intrinsics import I8, LINE, Vectors, instruction, number, vector
 
 TOKENS, TILE = 16, 8  # at a time; of a tile
-BASE = {WeightType.Q4_K: 8, WeightType.Q6_K: 128}
+BASE = {WeightType.Q4_K: 8, WeightType.Q3_K: 128, WeightType.Q6_K: 128}
 PART_BYTES, TILE_BYTES, STEPS = ROWS * SUPERBLOCK, 16 * LINE, SUPERBLOCK // LINE
 MINIMA_AT = 2 * PART_BYTES
 SCALES_AT = MINIMA_AT + TILE_BYTES
@@ -75,7 +75,9 @@ SCRATCH_LINES = (SUMS_AT + MINIMA_SUMS + TILE_BYTES + HALF) // LINE
 # --- one superblock of a group, unpacked ----------------------------------------------------------
 
 
-def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
+def unpack_with_minima(
+    v: Vectors, weight_type: WeightType, values: Any, scales: Any, out: Any
+) -> None:
     """H and L: scale = 8 · upper + lower, and neither times a nibble is more than 105. So a word of
     two nibbles, a byte each, is multiplied at once."""
     b = v.builder
@@ -86,11 +88,13 @@ def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
         parts = (b.lshr(scale, v.same(INTS, 3)), b.and_(scale, v.same(INTS, 7)))
         pairs = [twice(v, part) for part in parts]
         location = v.step(out, j, 8 * LINE)
-        for q, codes in quads_of_nibbles(v, "amx", v.step(values, j, 4 * LINE)):
+        own_values = v.step(values, j, weight_type.value_bytes)
+        for q, codes in quads_of(v, "amx", weight_type, own_values):
             for n, part in enumerate(pairs):
                 product = b.mul(b.bitcast(codes, WORDS), part)
                 v.store(product, v.at(location, PART_BYTES * n + LINE * q), LINE)
-        minimum = b.bitcast(v.whole(v.at(own, ROWS), ROWS, signed=False), INTS)
+        minimum = v.load(v.at(own, ROWS), vector(I8, ROWS), ROWS)
+        minimum = b.bitcast(v.whole(minimum, signed=False), INTS)
         both = b.or_(minimum, b.lshr(minimum, v.same(INTS, 16)))  # as bfloat16, twice
         for half in (0, 1):
             v.store(both, v.step(v.at(out, MINIMA_AT + LINE * half), j, 2 * LINE), LINE)
@@ -99,8 +103,9 @@ def unpack_q4_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
     v.count_up(number(BLOCKS), [], block)
 
 
-def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
-    """H and L of w = scale · (code − 32), thirteen bits: seven lower ones, and what is above."""
+def unpack_halves(v: Vectors, weight_type: WeightType, values: Any, scales: Any, out: Any) -> None:
+    """H and L of w = scale · (code − zero point), thirteen bits: seven lower ones, and what is
+    above."""
     b, byte, seven = v.builder, v.same(WORDS, 8), v.same(WORDS, 7)
 
     def joined(even: Any, odd: Any) -> Any:
@@ -110,8 +115,10 @@ def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
         own = v.step(v.at(scales, 2 * ROWS), j, 2 * ROWS)
         pairs = [twice(v, small(v, v.at(own, ROWS * n), signed=True)) for n in (0, 1)]
         location = v.step(out, j, 8 * LINE)
-        for q, codes in quads_of_six_bits(v, "amx", v.step(values, j, 6 * LINE)):
-            words = b.bitcast(codes, WORDS)
+        own_values = v.step(values, j, weight_type.value_bytes)
+        for q, codes in quads_of(v, "amx", weight_type, own_values):
+            zero_points = v.same(codes.type, weight_type.zero_point)
+            words = b.bitcast(b.sub(codes, zero_points), WORDS)
             both = (b.ashr(b.shl(words, byte), byte), b.ashr(words, byte))
             even, odd = (b.mul(part, pairs[q // 4]) for part in both)
             lower = (b.and_(w, v.same(WORDS, 127)) for w in (even, odd))
@@ -123,15 +130,14 @@ def unpack_q6_k(v: Vectors, values: Any, scales: Any, out: Any) -> None:
     v.count_up(number(BLOCKS), [], block)
 
 
-UNPACK = {WeightType.Q4_K: unpack_q4_k, WeightType.Q6_K: unpack_q6_k}
-
-
 @instruction(constants=1)
 def unpack(v: Vectors, kind: str, values: Any, scales: Any, out: Any) -> None:
     """A superblock of a group at `out`, ready for tiles."""
-    for n, d in enumerate(scales_of_superblock(v, WeightType[kind], scales)):
+    weight_type = WeightType[kind]
+    for n, d in enumerate(scales_of_superblock(v, weight_type, scales)):
         v.store(d, v.at(out, SCALES_AT + LINE * n), LINE)
-    UNPACK[WeightType[kind]](v, values, scales, out)
+    form = unpack_with_minima if weight_type.has_minima else unpack_halves
+    form(v, weight_type, values, scales, out)
 
 
 # --- products of tiles ----------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from glassllama.native.engine.gemm_int8 import (
     ROWS,
     blocks_ahead,
     dot,
-    quads_of_nibbles,
-    quads_of_six_bits,
+    quads_of,
     row_groups_at_once,
 )
 from glassllama.native.engine.layout import (
@@ -113,10 +112,12 @@ def totals_at(v: Vectors, x: Any, j: Any) -> Any:
     return v.builder.bitcast(both, WORDS)
 
 
-def block_of_q4_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any]) -> list[Any]:
+def block_with_minima(
+    v: Vectors, weight_type: WeightType, values: Any, scales: Any, j: Any, inputs: list[Any]
+) -> list[Any]:
     """Block j of a superblock and sixteen rows -> Σ w·x and Σ minimum·x of every token."""
     b, own = v.builder, v.step(v.at(scales, 4 * ROWS), j, 2 * ROWS)
-    quads = quads_of_nibbles(v, "vnni", values)
+    quads = quads_of(v, "vnni", weight_type, values)
     scale, minimum = (small(v, v.at(own, ROWS * n), signed=False) for n in (0, 1))
     sums = []
     for x in inputs:
@@ -125,21 +126,20 @@ def block_of_q4_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any
     return sums
 
 
-def block_of_q6_k(v: Vectors, values: Any, scales: Any, j: Any, inputs: list[Any]) -> list[Any]:
-    """Σ w·x of every token. Codes are stored 32 too large: sums begin with a correction."""
+def block_of_halves(
+    v: Vectors, weight_type: WeightType, values: Any, scales: Any, j: Any, inputs: list[Any]
+) -> list[Any]:
+    """Σ w·x of every token. Codes are stored too large: sums begin with a correction."""
     b, own = v.builder, v.step(v.at(scales, 2 * ROWS), j, 2 * ROWS)
-    quads = quads_of_six_bits(v, "vnni", values)
+    quads, less = quads_of(v, "vnni", weight_type, values), -weight_type.zero_point
     scale = [small(v, v.at(own, ROWS * n), signed=True) for n in (0, 1)]
-    offsets = [ir.Constant(WORDS, half * ROWS) for half in ([-32, 0], [0, -32])]
+    offsets = [ir.Constant(WORDS, half * ROWS) for half in ([less, 0], [0, less])]
     sums = []
     for x in inputs:
         starts = [pairs_added(v, totals_at(v, x, j), half) for half in offsets]
         low, high = dots(v, quads, v.step(x, j, 32), starts)
         sums.append(b.add(b.mul(low, scale[0]), b.mul(high, scale[1])))
     return sums
-
-
-BLOCK_OF = {WeightType.Q4_K: block_of_q4_k, WeightType.Q6_K: block_of_q6_k}
 
 
 @instruction(constants=3)
@@ -154,6 +154,7 @@ def multiply(
     b, weight_type = v.builder, WeightType[kind]
     value_bytes, scale_bytes = weight_type.value_bytes, weight_type.scale_bytes
     sums_per_token = 2 if weight_type.has_minima else 1
+    block_of = block_with_minima if weight_type.has_minima else block_of_halves
     cells = [b.mul(blocks, number(g)) for g in range(groups)]
     own_values = [v.step(values, cell, value_bytes) for cell in cells]
     own_scales = [v.step(scales, cell, scale_bytes) for cell in cells]
@@ -170,7 +171,7 @@ def multiply(
                 v.prefetch(v.step(own_values[g], later, value_bytes), value_bytes)
                 v.prefetch(v.step(own_scales[g], later, scale_bytes), scale_bytes)
                 some = v.step(own_values[g], at, value_bytes)
-                found += BLOCK_OF[weight_type](v, some, locations[g], j, inputs)
+                found += block_of(v, weight_type, some, locations[g], j, inputs)
             return [b.add(*pair) for pair in zip(sums, found, strict=True)]
 
         zeros = [v.same(INTS, 0)] * (sums_per_token * len(ys))

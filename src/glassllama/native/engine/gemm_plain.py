@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from glassllama.native.engine.get_rows import form_of, scale_and_minimum, weight
 from glassllama.native.engine.layout import SCALE, TOTAL, WeightType
 from glassllama.native.jit.compile import inlined
 from glassllama.native.jit.intrinsics import (
@@ -32,7 +33,6 @@ from glassllama.native.jit.intrinsics import (
 )
 
 FLOAT, INT = np.float32, np.int32
-LOW = INT(15)
 
 
 # --- float weights, float32 inputs ----------------------------------------------------------------
@@ -71,7 +71,7 @@ def float_gemm(
 
     `add_products` is one of the functions above.
     """
-    part = carray(stack_words(), 16, np.float32)
+    part = carray(stack_words(1), 16, np.float32)
     for group in range(first, last):
         w = values + group * columns * column_bytes
         for t in range(tokens):
@@ -116,173 +116,77 @@ def bf16(
 
 
 @inlined
-def begin(total: Any, x: Any, first: int, last: int, zero_point: int) -> None:
-    """Sums begin with the zero-point correction: −zero_point · Σ x, of quads first … last-1."""
-    start = INT(0)
-    for q in range(first, last):
-        for k in range(4):
-            start -= INT(zero_point) * INT(x[q, k])
-    for row in range(16):
-        total[row] = start
+def add_block(
+    form: Any, y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any
+) -> None:
+    """y (16,) += block b of sixteen rows times its inputs x (2, 4, 4), whose scales are s (2,).
 
-
-@inlined
-def add_quad(total: Any, w: Any, x: Any) -> None:
-    """Add four bytes of each of sixteen rows (64,) times four inputs."""
-    x0, x1, x2, x3 = INT(x[0]), INT(x[1]), INT(x[2]), INT(x[3])
-    for row in range(16):
-        w0, w1 = INT(w[4 * row]), INT(w[4 * row + 1])
-        w2, w3 = INT(w[4 * row + 2]), INT(w[4 * row + 3])
-        total[row] += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-
-
-@inlined
-def add_nibbles(total: Any, values: int, x: Any, zero_point: int) -> None:
-    """The sums of a block of bytes that hold two weights: low nibbles are its first inputs."""
-    w = bytes8(values, (4, 64))
-    begin(total, x, 0, 8, zero_point)
-    for q in range(4):
-        a0, a1, a2, a3 = INT(x[q, 0]), INT(x[q, 1]), INT(x[q, 2]), INT(x[q, 3])
-        b0, b1, b2, b3 = INT(x[4 + q, 0]), INT(x[4 + q, 1]), INT(x[4 + q, 2]), INT(x[4 + q, 3])
-        for row in range(16):
-            w0, w1 = INT(w[q, 4 * row]), INT(w[q, 4 * row + 1])
-            w2, w3 = INT(w[q, 4 * row + 2]), INT(w[q, 4 * row + 3])
-            lows = (w0 & LOW) * a0 + (w1 & LOW) * a1 + (w2 & LOW) * a2 + (w3 & LOW) * a3
-            highs = (w0 >> 4) * b0 + (w1 >> 4) * b1 + (w2 >> 4) * b2 + (w3 >> 4) * b3
-            total[row] += lows + highs
-
-
-@inlined
-def add_block_q8_0(y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any) -> None:
-    """y (16,) += block b of sixteen rows times its inputs x (8, 4), whose scales are s (2,).
-
-    `values` is the address of the block, `scales` that of the group.
+    `values` is the address of the block, `scales` that of the group. `total` (2, 16) is for the
+    sums of the halves of the block: computed together, because they share bytes.
     """
-    w, d = bytes8(values, (8, 64)), words16(scales + b * 32, 16)
-    begin(total, x, 0, 8, 128)
-    for q in range(8):
-        add_quad(total, w[q], x[q])
+    w, last = bytes8(values, (form.value_bytes // 64, 16, 4)), form.sums - 1
     for row in range(16):
-        y[row] += float_from_half(d[row]) * (FLOAT(total[row]) * s[SCALE])
-
-
-@inlined
-def add_block_q4_0(y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any) -> None:
-    d = words16(scales + b * 32, 16)
-    add_nibbles(total, values, x, 8)
-    for row in range(16):
-        y[row] += float_from_half(d[row]) * (FLOAT(total[row]) * s[SCALE])
-
-
-@inlined
-def add_block_q4_1(y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any) -> None:
-    """Weights d · nibble + m: the minimum m is multiplied by the sum of the inputs."""
-    d = words16(scales + b * 64, (2, 16))
-    add_nibbles(total, values, x, 0)
-    for row in range(16):
-        y[row] += float_from_half(d[0, row]) * (FLOAT(total[row]) * s[SCALE])
-        y[row] += float_from_half(d[1, row]) * s[TOTAL]
-
-
-@inlined
-def add_block_q4_k(y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any) -> None:
-    """Weights d · scale · nibble − dmin · minimum, with d and dmin of eight blocks together."""
-    d, small = words16(scales + b // 8 * 320, 32), bytes8(scales + b // 8 * 320, (10, 32))
-    add_nibbles(total, values, x, 0)
-    own = small[2 + b % 8]
-    for row in range(16):
-        scale = float_from_half(d[row]) * FLOAT(own[row])
-        minimum = float_from_half(d[16 + row]) * FLOAT(own[16 + row])
-        y[row] += scale * (FLOAT(total[row]) * s[SCALE]) - minimum * s[TOTAL]
-
-
-@inlined
-def add_six_bits(total: Any, w: Any, high: Any, upper: bool, shift: int, x: Any) -> None:
-    """As `add_quad`: four bits from w's low or high nibbles, two more from `high`."""
-    for row in range(16):
-        for k in range(4):
-            low = INT(w[4 * row + k]) >> INT(4) if upper else INT(w[4 * row + k]) & LOW
-            top = (INT(high[4 * row + k]) >> INT(shift)) & INT(3)
-            total[row] += (low + INT(16) * top) * INT(x[k])
-
-
-@inlined
-def add_block_q6_k(y: Any, values: int, scales: int, b: int, x: Any, s: Any, total: Any) -> None:
-    """Weights d · scale · (code − 32), a scale for sixteen inputs, d of eight blocks together."""
-    w, d = bytes8(values, (6, 64)), words16(scales + b // 8 * 288, 16)
-    small = integers8(scales + b // 8 * 288, (18, 16))
-    for half in range(2):
-        begin(total, x, 4 * half, 4 * half + 4, 32)
-        for q in range(4):
-            shift = 2 * (2 * half + q // 2)
-            add_six_bits(total, w[q], w[4 + q % 2], half == 1, shift, x[4 * half + q])
-        own = small[2 + b % 8 * 2 + half]
+        total[0, row] = total[1, row] = 0
+    for q in range(4):
+        a0, a1, a2, a3 = INT(x[0, q, 0]), INT(x[0, q, 1]), INT(x[0, q, 2]), INT(x[0, q, 3])
+        b0, b1, b2, b3 = INT(x[1, q, 0]), INT(x[1, q, 1]), INT(x[1, q, 2]), INT(x[1, q, 3])
         for row in range(16):
-            dot = FLOAT(total[row]) * s[SCALE]
-            y[row] += float_from_half(d[row]) * FLOAT(own[row]) * dot
+            w0, w1 = weight(form, w, q, 0, row, 0), weight(form, w, q, 0, row, 1)
+            w2, w3 = weight(form, w, q, 0, row, 2), weight(form, w, q, 0, row, 3)
+            total[0, row] += w0 * a0 + w1 * a1 + w2 * a2 + w3 * a3
+            w0, w1 = weight(form, w, q, 1, row, 0), weight(form, w, q, 1, row, 1)
+            w2, w3 = weight(form, w, q, 1, row, 2), weight(form, w, q, 1, row, 3)
+            total[last, row] += w0 * b0 + w1 * b1 + w2 * b2 + w3 * b3
+    for half in range(form.sums):
+        seen = s[TOTAL]  # the sum of the inputs that share a minimum
+        if form.sums == 2:
+            whole = INT(0)
+            for n in range(16):
+                whole += INT(x[half, n // 4, n % 4])
+            seen = FLOAT(whole) * s[SCALE]
+        for row in range(16):
+            scale, minimum = scale_and_minimum(form, scales, b, half, row)
+            y[row] += scale * (FLOAT(total[half, row]) * s[SCALE])
+            if form.has_minima:
+                y[row] += minimum * seen
 
 
 @inlined
 def integer_gemm(
-    add_block: Any, value_bytes: int, scale_bytes: int, values: int, scales: int, blocks: int,
-    inputs: int, input_stride: int, factors: int, factor_stride: int, tokens: int, outputs: int,
-    output_stride: int, first: int, last: int,
+    form: Any, values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
 ) -> None:  # fmt: skip
-    """All groups and tokens, block by block; `add_block` is one of the functions above."""
-    total = carray(stack_words(), 16, np.int32)
+    """All groups and tokens, block by block."""
+    total = carray(stack_words(2), (2, 16), np.int32)
     for group in range(first, last):
-        w, d = values + group * blocks * value_bytes, scales + group * blocks * scale_bytes
+        w = values + group * blocks * form.value_bytes
+        d = scales + group * blocks * form.scale_bytes
         for t in range(tokens):
-            x = integers8(inputs + t * input_stride, (blocks, 8, 4))
+            x = integers8(inputs + t * input_stride, (blocks, 2, 4, 4))
             s = floats(factors + t * factor_stride, (blocks, 2))
             y = floats(outputs + t * output_stride + group * 64, 16)
             for row in range(16):
                 y[row] = FLOAT(0)
             for b in range(blocks):
-                add_block(y, w + b * value_bytes, d, b, x[b], s[b], total)
+                add_block(form, y, w + b * form.value_bytes, d, b, x[b], s[b], total)
 
 
-def q8_0(
-    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
-    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    integer_gemm(add_block_q8_0, 512, 32, values, scales, blocks, inputs, input_stride, factors,
-                 factor_stride, tokens, outputs, output_stride, first, last)  # fmt: skip
+def kernel(weight_type: WeightType) -> Callable[..., None]:
+    """The function to compile for a weight type: see above."""
+    if weight_type.is_float:
+        return FLOATS[weight_type]
+    form = form_of(weight_type)
+
+    def run(
+        values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
+        factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        integer_gemm(form, values, scales, blocks, inputs, input_stride, factors, factor_stride,
+                     tokens, outputs, output_stride, first, last)  # fmt: skip
+
+    return run
 
 
-def q4_0(
-    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
-    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    integer_gemm(add_block_q4_0, 256, 32, values, scales, blocks, inputs, input_stride, factors,
-                 factor_stride, tokens, outputs, output_stride, first, last)  # fmt: skip
-
-
-def q4_1(
-    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
-    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    integer_gemm(add_block_q4_1, 256, 64, values, scales, blocks, inputs, input_stride, factors,
-                 factor_stride, tokens, outputs, output_stride, first, last)  # fmt: skip
-
-
-def q4_k(
-    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
-    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    integer_gemm(add_block_q4_k, 256, 40, values, scales, blocks, inputs, input_stride, factors,
-                 factor_stride, tokens, outputs, output_stride, first, last)  # fmt: skip
-
-
-def q6_k(
-    values: int, scales: int, blocks: int, inputs: int, input_stride: int, factors: int,
-    factor_stride: int, tokens: int, outputs: int, output_stride: int, first: int, last: int,
-) -> None:  # fmt: skip
-    integer_gemm(add_block_q6_k, 384, 36, values, scales, blocks, inputs, input_stride, factors,
-                 factor_stride, tokens, outputs, output_stride, first, last)  # fmt: skip
-
-
-PLAIN: dict[WeightType, Callable[..., None]] = {
-    WeightType.F32: f32, WeightType.F16: f16, WeightType.BF16: bf16, WeightType.Q8_0: q8_0,
-    WeightType.Q4_0: q4_0, WeightType.Q4_1: q4_1, WeightType.Q4_K: q4_k, WeightType.Q6_K: q6_k,
+FLOATS: dict[WeightType, Callable[..., None]] = {
+    WeightType.F32: f32, WeightType.F16: f16, WeightType.BF16: bf16,
 }  # fmt: skip

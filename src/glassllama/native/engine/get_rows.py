@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from glassllama.native.engine.layout import WeightType
-from glassllama.native.jit.compile import STRICT, callback_address, inlined
+from glassllama.native.engine.layout import E2M1, STEPS, WeightType
+from glassllama.native.jit.compile import STRICT, callback_address, inlined, joined
 from glassllama.native.jit.intrinsics import (
     bytes8,
     float_from_bfloat,
@@ -29,7 +29,7 @@ from glassllama.native.jit.intrinsics import (
 )
 
 SIGNATURE = types.void(*[types.int64] * 5)
-I32 = np.int32
+I32, F32 = np.int32, np.float32
 
 
 def f32(values: int, scales: int, columns: int, row: int, out: int) -> None:
@@ -53,80 +53,106 @@ def bf16(values: int, scales: int, columns: int, row: int, out: int) -> None:
         y[columns - 1] = float_from_bfloat(w[(columns - 1) * 16 + row % 16])
 
 
-def q8_0(values: int, scales: int, blocks: int, row: int, out: int) -> None:
-    group, lane = row // 16, row % 16
-    w = bytes8(values + group * blocks * 512, (blocks, 8, 16, 4))
-    d, y = words16(scales + group * blocks * 32, (blocks, 16)), floats(out, (blocks, 8, 4))
-    for b in range(blocks):
-        scale = float_from_half(d[b, lane])
-        for q in range(8):
-            for k in range(4):
-                y[b, q, k] = scale * np.float32(I32(w[b, q, lane, k]) - I32(128))
+# --- blocks of integers ---------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """A weight type as numbers, which compiled code may close over: see layout.py."""
+
+    low: int  # bits of the planes
+    high: int
+    zero_point: int
+    table: int  # of TABLES; 0: none
+    value_bytes: int
+    scale_bytes: int
+    sums: int
+    has_minima: int
+    is_super: int
+    is_bf16: int
+
+
+TABLES = np.array([(0,) * 16, STEPS, E2M1], np.int32)
+
+
+def form_of(weight_type: WeightType) -> Form:
+    low, high = (*weight_type.planes, 0)[:2]
+    table = [(), STEPS, E2M1].index(weight_type.steps)
+    scales = weight_type.scales
+    return Form(low, high, weight_type.zero_point, table, weight_type.value_bytes, scales.bytes,
+                scales.sums, int(scales.has_minima), int(scales.is_super),
+                int(scales.is_bf16))  # fmt: skip
 
 
 @inlined
-def read_nibbles(w: Any, lane: int, scale: Any, zero_point: int, minimum: Any, y: Any) -> None:
-    """A block (4, 16, 4) of nibbles -> y (8, 4) = scale · (nibble − zero_point) + minimum."""
-    for q in range(4):
-        for k in range(4):
-            both = I32(w[q, lane, k])
-            y[q, k] = scale * np.float32((both & I32(15)) - I32(zero_point)) + minimum
-            y[4 + q, k] = scale * np.float32((both >> I32(4)) - I32(zero_point)) + minimum
+def plane(w: Any, first: int, bits: int, q: int, half: int, lane: int, k: int) -> Any:
+    """The bits of input 16 · half + 4q + k in a plane whose first vector is `first`; q < 4."""
+    if bits == 8:
+        return I32(w[first + 4 * half + q, lane, k])
+    shift = (q & 3) // bits * bits + 4 * half  # masks, because LLVM does not know the ranges
+    return I32(w[first + q % bits, lane, k]) >> I32(shift & 7) & I32((1 << bits) - 1)
 
 
-def q4_0(values: int, scales: int, blocks: int, row: int, out: int) -> None:
+@joined
+def weight(form: Any, w: Any, q: int, half: int, lane: int, k: int) -> Any:
+    """The whole number that stands for input 16 · half + 4q + k of a block w (vectors, 16, 4)."""
+    code = plane(w, 0, form.low, q, half, lane, k)
+    if form.high > 0:
+        code |= plane(w, form.low, form.high, q, half, lane, k) << I32(form.low)
+    if form.table > 0:
+        return TABLES[form.table, code]
+    return code - I32(form.zero_point)
+
+
+@joined
+def scale_and_minimum(form: Any, scales: int, b: int, half: int, lane: int) -> Any:
+    """Of a half of block b: a weight is scale · whole number + minimum. `scales` of the group."""
+    count = 1 + form.has_minima
+    if form.is_super == 0:
+        d = words16(scales + b * form.scale_bytes, 32)
+        scale = float_from_bfloat(d[lane]) if form.is_bf16 else float_from_half(d[lane])
+        return scale, float_from_half(d[16 + lane]) if form.has_minima else F32(0)
+    start, step = scales + b // 8 * 8 * form.scale_bytes, form.scale_bytes - 4 * count
+    d, own = words16(start, 32), start + 32 * count + b % 8 * step + 16 * half
+    small, scale = bytes8(own, 32), float_from_half(d[lane])
+    if form.has_minima == 0:
+        return scale * F32(integers8(own, 16)[lane]), F32(0)
+    minimum = -float_from_half(d[16 + lane])
+    if form.sums == 2:
+        return scale * F32(small[lane] & 15), minimum * F32(small[lane] >> 4)
+    return scale * F32(small[lane]), minimum * F32(small[16 + lane])
+
+
+@inlined
+def read_blocks(form: Any, values: int, scales: int, blocks: int, row: int, out: int) -> None:
     group, lane = row // 16, row % 16
-    w = bytes8(values + group * blocks * 256, (blocks, 4, 16, 4))
-    d, y = words16(scales + group * blocks * 32, (blocks, 16)), floats(out, (blocks, 8, 4))
+    w = bytes8(values + group * blocks * form.value_bytes, (blocks, form.value_bytes // 64, 16, 4))
+    d, y = scales + group * blocks * form.scale_bytes, floats(out, (blocks, 2, 4, 4))
     for b in range(blocks):
-        read_nibbles(w[b], lane, float_from_half(d[b, lane]), 8, np.float32(0), y[b])
+        for half in range(2):
+            scale, minimum = scale_and_minimum(form, d, b, half * (form.sums - 1), lane)
+            for q in range(4):
+                for k in range(4):
+                    y[b, half, q, k] = scale * F32(weight(form, w[b], q, half, lane, k)) + minimum
 
 
-def q4_1(values: int, scales: int, blocks: int, row: int, out: int) -> None:
-    group, lane = row // 16, row % 16
-    w = bytes8(values + group * blocks * 256, (blocks, 4, 16, 4))
-    d, y = words16(scales + group * blocks * 64, (blocks, 2, 16)), floats(out, (blocks, 8, 4))
-    for b in range(blocks):
-        scale, minimum = float_from_half(d[b, 0, lane]), float_from_half(d[b, 1, lane])
-        read_nibbles(w[b], lane, scale, 0, minimum, y[b])
+def reader(weight_type: WeightType) -> Callable[..., None]:
+    """The function to compile for a weight type."""
+    if weight_type.is_float:
+        return FLOATS[weight_type]
+    form = form_of(weight_type)
+
+    def read(values: int, scales: int, blocks: int, row: int, out: int) -> None:
+        read_blocks(form, values, scales, blocks, row, out)
+
+    return read
 
 
-def q4_k(values: int, scales: int, blocks: int, row: int, out: int) -> None:
-    group, lane = row // 16, row % 16
-    w = bytes8(values + group * blocks * 256, (blocks, 4, 16, 4))
-    d = words16(scales + group * blocks * 40, (blocks // 8, 160))
-    small = bytes8(scales + group * blocks * 40, (blocks // 8, 10, 2, 16))
-    y = floats(out, (blocks, 8, 4))
-    for b in range(blocks):
-        own = small[b // 8, 2 + b % 8]
-        scale = float_from_half(d[b // 8, lane]) * np.float32(own[0, lane])
-        minimum = float_from_half(d[b // 8, 16 + lane]) * np.float32(own[1, lane])
-        read_nibbles(w[b], lane, scale, 0, -minimum, y[b])
-
-
-def q6_k(values: int, scales: int, blocks: int, row: int, out: int) -> None:
-    group, lane = row // 16, row % 16
-    w = bytes8(values + group * blocks * 384, (blocks, 6, 16, 4))
-    d = words16(scales + group * blocks * 36, (blocks // 8, 144))
-    small = integers8(scales + group * blocks * 36, (blocks // 8, 18, 16))
-    y = floats(out, (blocks, 8, 4))
-    for b in range(blocks):
-        for q in range(8):
-            own = small[b // 8, 2 + b % 8 * 2 + q // 4, lane]
-            scale = float_from_half(d[b // 8, lane]) * np.float32(own)
-            for k in range(4):
-                low = I32(w[b, q % 4, lane, k]) >> I32(q // 4 * 4) & I32(15)
-                top = I32(w[b, 4 + q % 2, lane, k]) >> I32(q // 2 * 2) & I32(3)
-                y[b, q, k] = scale * np.float32(low + I32(16) * top - I32(32))
-
-
-READERS: dict[WeightType, Callable[..., None]] = {
-    WeightType.F32: f32, WeightType.F16: f16, WeightType.BF16: bf16, WeightType.Q8_0: q8_0,
-    WeightType.Q4_0: q4_0, WeightType.Q4_1: q4_1, WeightType.Q4_K: q4_k, WeightType.Q6_K: q6_k,
+FLOATS: dict[WeightType, Callable[..., None]] = {
+    WeightType.F32: f32, WeightType.F16: f16, WeightType.BF16: bf16,
 }  # fmt: skip
 
 
 @cache
 def reader_address(weight_type: WeightType) -> int:
     """The address of the compiled reader of a weight type."""
-    return callback_address(SIGNATURE, READERS[weight_type], STRICT)
+    return callback_address(SIGNATURE, reader(weight_type), STRICT)

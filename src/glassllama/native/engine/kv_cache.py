@@ -380,10 +380,10 @@ def find_prefix(parent: Page | None, text: list[int]) -> list[tuple[Page, int]]:
     while parent is not None:
         ids = text[len(found) * PAGE :][:PAGE]
         counts = {page: shared_prefix(ids, page.ids) for page in [*parent.children]}
-        best = max(counts, key=lambda page: (counts[page], page.local is not None), default=None)
-        parent, count = best, counts.get(best, 0)
-        if parent is None or count == 0:
+        if not any(counts.values()):
             break
+        parent = max(counts, key=lambda page: (counts[page], page.local is not None))
+        count = counts[parent]
         found.append((parent, count))
         if count < PAGE:
             break

@@ -8,36 +8,51 @@ row at a time, because the processor's dot instructions multiply four bytes per 
     lane        0                1                     15
     bytes   row0 k0 k1 k2 k3 │ row1 k0 k1 k2 k3 │ … │ row15 k0 k1 k2 k3      one vector, 64 bytes
 
-A block is 32 inputs of the sixteen rows, and has its scales beside it:
+A block is 32 inputs of the sixteen rows. Its codes are stored in planes of w bits each, w vectors a
+plane: the codes of inputs 4q … 4q+3 are in vector q % w, from bit w · (q // w) on. One plane of
+eight bits is plain bytes; a plane of four has inputs 0 … 15 in the low and 16 … 31 in the high
+nibbles. A code of five bits has four lower ones in the first plane and the highest one in a second.
 
-    Q8_0  values (G, blocks, 8, 16, 4) uint8   vector v holds inputs 4v … 4v+3, plus 128
-          scales (G, blocks, 16) half          value = d · (byte − 128)
-    Q4_0  values (G, blocks, 4, 16, 4) uint8   low nibble: input 4v+t, high nibble: 16+4v+t
-          scales (G, blocks, 16) half          value = d · (nibble − 8)
-    Q4_1  values as Q4_0
-          scales (G, blocks, 2, 16) half       value = d · nibble + m, first d then m
-    F32   values (G, columns, 16) float32      one input of sixteen rows is a vector already
+    F32   values (G, columns, 16) float32     one input of sixteen rows is a vector already
     F16   values (G, columns, 16) half
-    BF16  values (G, columns/2, 16, 2) bf16    inputs in pairs; an odd last one alone, as F16's
+    BF16  values (G, columns/2, 16, 2) bf16   inputs in pairs; an odd last one alone, as F16's
 
-    Q4_K  values as Q4_0                       value = d · scale · nibble − dmin · minimum
-          scales (G, blocks/8, 320) bytes      16 halves d, 16 dmin; for each of eight blocks
-                                               16 bytes of scales, 16 of minima
-    Q6_K  values (G, blocks, 6, 16, 4) uint8   four vectors as Q4_0, then two with the upper bits:
-                                               inputs 4q+t in vector q%2, from bit 2·(q//2) on
-          scales (G, blocks/8, 288) bytes      16 halves d; for each of sixteen half blocks
-                                               16 signed bytes; value = d · scale · (code − 32)
+             planes  a weight
+    Q8_0     8       d · (code − 128)
+    Q4_0     4       d · (code − 8)
+    Q5_0     4, 1    d · (code − 16)
+    Q4_1     4       d · code + m
+    Q5_1     4, 1    d · code + m
+    IQ4_NL   4       d · STEPS[code]
+    MXFP4    4       d · E2M1[code]
+    Q4_K     4       d · scale · code − dmin · minimum
+    Q5_K     4, 1    d · scale · code − dmin · minimum
+    Q2_K     2       d · scale · code − dmin · minimum
+    Q3_K     2, 1    d · scale · (code − 4)
+    Q6_K     4, 2    d · scale · (code − 32)
+    IQ4_XS   4       d · scale · STEPS[code]
 
-G is the number of groups; a last group that is not full is padded with rows of zeros. Numbers and
-nibble order are those of the file: repack.py only rearranges them.
+The scales of a block are beside it; in K types and IQ4_XS those of a superblock of eight blocks,
+whose d and dmin are halves, are together (`ScaleLayout`):
+
+    D          16 halves d                  DM  16 halves d, 16 halves m
+    E8M0       16 bfloat16, powers of two
+    SUPER_32   16 d; for each of eight blocks 16 signed bytes, the scales
+    SUPER_32M  16 d, 16 dmin; for each of eight blocks 16 bytes of scales, 16 of minima
+    SUPER_16   16 d; for each of sixteen half blocks 16 signed bytes
+    SUPER_16M  16 d, 16 dmin; for each of sixteen half blocks 16 bytes, scale in the low nibble and
+               minimum in the high one
+
+G is the number of groups; a last group that is not full is padded with rows of zeros. Numbers are
+those of the file: repack.py only rearranges them.
 
 Inputs (activations) of a row, in the formats of `InputFormat`:
 
     F32    float32
     INT8   int8 codes, and beside them factors: two float32 for every block of 32 (the scale s, and
-           s · Σ codes), then four int32 for every block: the zero-point corrections, the initial
-           values of integer sums where weights are stored 128, 8 or 32 too large (−128 · Σ codes
-           and so on; for 32, of either half of the block)
+           s · Σ codes), then three int32 for every block: −Σ codes of the block and of its halves.
+           Times the zero point they are the initial values of integer sums where weights are
+           stored so much too large
     BF16   bfloat16
     Q11    256 inputs with one scale s in two parts, each is s · (8 · hi + lo): see gemm_kquant_amx
 """
@@ -64,9 +79,9 @@ INT8_MAX = 127  # int8 without -128, so that the sign can always be changed
 
 # Factors of INT8 inputs.
 SCALE, TOTAL = range(2)
-CORRECTION_128, CORRECTION_8, CORRECTION_32_LOW, CORRECTION_32_HIGH = range(4)
-SCALE_BYTES, CORRECTION_BYTES = 8, 16  # of a block
-FACTORS = (SCALE_BYTES + CORRECTION_BYTES) // 4
+NEGATED, NEGATED_LOW, NEGATED_HIGH = range(3)  # −Σ codes of a block and of its halves
+SCALE_BYTES, NEGATED_BYTES = 8, 12  # of a block
+FACTORS = (SCALE_BYTES + NEGATED_BYTES) // 4
 
 # Q11 inputs: offsets in bytes within a superblock of a row.
 LOW_STEPS, Q11_MAX = 8, 8 * INT8_MAX
@@ -100,38 +115,81 @@ ITEM_BYTES = {KV_INT16: 2, KV_FLOAT32: 4, KV_INT8: 1}
 IN_F32, IN_INT8, IN_BF16, IN_Q11 = (int(InputFormat[n]) for n in ("F32", "INT8", "BF16", "Q11"))
 
 
+class ScaleLayout(Enum):
+    """How the scales of a block lie in memory: see above."""
+
+    #      bytes of a block, scales of a block, has minima, d is bfloat16
+    NONE = (0, 1, False)
+    D = (GROUP * 2, 1, False)
+    DM = (GROUP * 4, 1, True)
+    E8M0 = (GROUP * 2, 1, False, True)
+    SUPER_32 = (GROUP * 10 // 8, 1, False)
+    SUPER_32M = (GROUP * 20 // 8, 1, True)
+    SUPER_16 = (GROUP * 18 // 8, 2, False)
+    SUPER_16M = (GROUP * 20 // 8, 2, True)
+
+    def __init__(self, nbytes: int, sums: int, has_minima: bool, is_bf16: bool = False) -> None:
+        self.bytes = nbytes
+        self.sums = sums
+        self.has_minima = has_minima
+        self.is_bf16 = is_bf16
+
+    @property
+    def is_super(self) -> bool:
+        """d, and dmin, are those of eight blocks."""
+        return self.name.startswith("SUPER")
+
+
+# What the codes of a table stand for: IQ4_NL and IQ4_XS (ggml), and e2m1 of MXFP4 (OCP Microscaling
+# Formats v1.0), doubled so that they are whole.
+STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
 class WeightType(Enum):
     """A packed weight type, by its name in GGUF. Sizes are bytes per sixteen rows and block.
 
-    Every other module asks this table; functions for a type are next to the code that uses them.
+    Every other module asks this table. `zero_point` is by how much codes are stored too large; the
+    steps of a table are stored too large by that for processors that multiply unsigned bytes.
     """
 
-    #       block, values, scales, in a file: dtype, or bytes of 256 inputs of a row
-    F32 = (1, GROUP * 4, 0, np.float32)
-    F16 = (1, GROUP * 2, 0, np.float16)
-    BF16 = (1, GROUP * 2, 0, ml_dtypes.bfloat16)
-    Q8_0 = (BLOCK, GROUP * 32, GROUP * 2, 8 * 34, (CORRECTION_128,))
-    Q4_0 = (BLOCK, GROUP * 16, GROUP * 2, 8 * 18, (CORRECTION_8,))
-    Q4_1 = (BLOCK, GROUP * 16, GROUP * 4, 8 * 20, (), True)
-    Q4_K = (BLOCK, GROUP * 16, GROUP * 5 // 2, 144, (), True)
-    Q6_K = (BLOCK, GROUP * 24, GROUP * 9 // 4, 210, (CORRECTION_32_LOW, CORRECTION_32_HIGH))
+    #      planes, zero point, scales; in a file: dtype, or bytes of 256 inputs of a row; table
+    F32 = ((), 0, ScaleLayout.NONE, np.float32)
+    F16 = ((), 0, ScaleLayout.NONE, np.float16)
+    BF16 = ((), 0, ScaleLayout.NONE, ml_dtypes.bfloat16)
+    Q8_0 = ((8,), 128, ScaleLayout.D, 8 * 34)
+    Q4_0 = ((4,), 8, ScaleLayout.D, 8 * 18)
+    Q4_1 = ((4,), 0, ScaleLayout.DM, 8 * 20)
+    Q5_0 = ((4, 1), 16, ScaleLayout.D, 8 * 22)
+    Q5_1 = ((4, 1), 0, ScaleLayout.DM, 8 * 24)
+    IQ4_NL = ((4,), 128, ScaleLayout.D, 8 * 18, STEPS)
+    MXFP4 = ((4,), 16, ScaleLayout.E8M0, 8 * 17, E2M1)
+    Q2_K = ((2,), 0, ScaleLayout.SUPER_16M, 84)
+    Q3_K = ((2, 1), 4, ScaleLayout.SUPER_16, 110)
+    Q4_K = ((4,), 0, ScaleLayout.SUPER_32M, 144)
+    Q5_K = ((4, 1), 0, ScaleLayout.SUPER_32M, 176)
+    Q6_K = ((4, 2), 32, ScaleLayout.SUPER_16, 210)
+    IQ4_XS = ((4,), 128, ScaleLayout.SUPER_32, 136, STEPS)
 
     def __init__(
         self,
-        block: int,
-        value_bytes: int,
-        scale_bytes: int,
+        planes: tuple[int, ...],
+        zero_point: int,
+        scales: ScaleLayout,
         stored: Any,
-        corrections: tuple[int, ...] = (),
-        has_minima: bool = False,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        self.block = block  # inputs per block
-        self.value_bytes = value_bytes
-        self.scale_bytes = scale_bytes
+        self.planes = planes  # bits of a code, the lowest first
+        self.zero_point = zero_point
+        self.scales = scales
         self.stored_bytes: int = stored if isinstance(stored, int) else 0
         self.dtype: Any = None if self.stored_bytes else np.dtype(stored)
-        self.corrections = corrections  # zero-point corrections: one, or one for each half block
-        self.has_minima = has_minima  # the second scale is multiplied by the sum of the inputs
+        self.steps = steps  # what codes stand for, if not themselves
+        self.block = BLOCK if planes else 1  # inputs per block
+        self.value_bytes = GROUP * (4 * sum(planes) if planes else np.dtype(stored).itemsize)
+        self.scale_bytes = scales.bytes
+        self.sums = scales.sums  # integer sums of a block: two where 16 inputs share a scale
+        self.has_minima = scales.has_minima  # multiplied by the sum of the inputs
 
     @property
     def is_float(self) -> bool:
@@ -141,11 +199,6 @@ class WeightType(Enum):
     def input_format(self) -> InputFormat:
         """What its kernels read, but for kernels of special tiers (dispatch.choose)."""
         return InputFormat.F32 if self.is_float else InputFormat.INT8
-
-    @property
-    def sums(self) -> int:
-        """Integer sums of a block: two where sixteen inputs share a scale, not 32."""
-        return max(1, len(self.corrections))
 
     def blocks(self, columns: int) -> int:
         return -(-columns // self.block)

@@ -36,6 +36,7 @@ from glassllama.native.jit.intrinsics import (
 
 LANES = GROUP
 LOW, HIGH, TOP = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0), np.uint32(0x03030303)
+ONES, SPREAD = np.uint32(0x01010101), np.uint32(0x00204081)  # SPREAD: bit n to bit 8n
 SIGNS = np.uint32(0x80808080)
 MAGNITUDE = np.int32(0x7FFFFFFF)  # a float32's bits without its sign; these order like the numbers
 INFINITY = np.int32(0x7F800000)  # and whatever is above is NaN
@@ -173,41 +174,96 @@ def move_q8_0(raw: int, values: int, scales: int, row: int, groups: int, blocks:
                 store32(word_place(values, cell, 8, w, lane), word)
 
 
-@entry
-def move_q4_0(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
-    """File block: half d, sixteen bytes of two nibbles in the same order."""
+@inlined
+def move_nibbles(
+    header: int, high: int, raw: int, values: int, scales: int, row: int, groups: int, blocks: int
+) -> None:
+    """File block: `header` bytes of halves, or one byte e8m0; `high` bytes, 0 or 4, of fifth bits
+    in the order of the inputs; sixteen bytes of two nibbles as they are here."""
+    size, words = header + high + 16, 4 + high // 4
     for cell in range(groups * blocks):
-        first = raw + cell // blocks * LANES * row + cell % blocks * 18
+        first = raw + cell // blocks * LANES * row + cell % blocks * size
         for lane in range(LANES):
             block = first + lane * row
-            store16(scales + (cell * LANES + lane) * 2, load16(block))
+            if header == 1:
+                store16(scales + (cell * LANES + lane) * 2, bfloat_of_e8m0(load8(block)))
+            for n in range(header // 2):
+                location = scales + ((cell * (header // 2) + n) * LANES + lane) * 2
+                store16(location, load16(block + 2 * n))
             for w in range(4):
-                store32(word_place(values, cell, 4, w, lane), load32(block + 2 + 4 * w))
+                word = load32(block + header + high + 4 * w)
+                store32(word_place(values, cell, words, w, lane), word)
+            if high > 0:
+                bits, word = load32(block + header), np.uint32(0)
+                for q in range(8):  # four bits, one to a byte
+                    word |= ((bits >> (4 * q) & np.uint32(15)) * SPREAD & ONES) << q
+                store32(word_place(values, cell, words, 4, lane), word)
+
+
+@inlined
+def bfloat_of_e8m0(exponent: int) -> Any:
+    """Half of 2^(exponent − 127) as bfloat16, because the table E2M1 is doubled; 255 is NaN."""
+    if exponent == 255:
+        return np.uint16(0x7FC0)
+    return np.uint16((exponent - 1) << 7 if exponent > 1 else 32 << exponent)  # or subnormal
+
+
+@entry
+def move_q4_0(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_nibbles(2, 0, raw, values, scales, row, groups, blocks)
 
 
 @entry
 def move_q4_1(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
-    """File block: half d, half m, sixteen bytes as in Q4_0."""
-    for cell in range(groups * blocks):
-        first = raw + cell // blocks * LANES * row + cell % blocks * 20
-        for lane in range(LANES):
-            block = first + lane * row
-            store16(scales + (cell * 2 * LANES + lane) * 2, load16(block))
-            store16(scales + ((cell * 2 + 1) * LANES + lane) * 2, load16(block + 2))
-            for w in range(4):
-                store32(word_place(values, cell, 4, w, lane), load32(block + 4 + 4 * w))
+    move_nibbles(4, 0, raw, values, scales, row, groups, blocks)
 
 
 @entry
-def move_q4_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
-    """File: half d, half dmin, 12 bytes of six-bit scales and minima, 128 bytes of nibbles.
+def move_q5_0(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_nibbles(2, 4, raw, values, scales, row, groups, blocks)
+
+
+@entry
+def move_q5_1(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_nibbles(4, 4, raw, values, scales, row, groups, blocks)
+
+
+@entry
+def move_mxfp4(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_nibbles(1, 0, raw, values, scales, row, groups, blocks)
+
+
+@inlined
+def two_bits(run: int, shift: int, n: int) -> Any:
+    """A plane of two bits, word n of it: from a run of 32 bytes, two bits of each from `shift`."""
+    word = np.uint32(0)
+    for w in range(4):
+        word |= (load32(run + 4 * (2 * w + n)) >> shift & TOP) << (2 * w)
+    return word
+
+
+@inlined
+def one_bit(run: int, shift: int) -> Any:
+    """A plane of one bit: from a run of 32 bytes, one bit of each."""
+    word = np.uint32(0)
+    for q in range(8):
+        word |= (load32(run + 4 * q) >> shift & ONES) << q
+    return word
+
+
+@inlined
+def move_q4_or_q5_k(
+    high: int, raw: int, values: int, scales: int, row: int, groups: int, blocks: int
+) -> None:
+    """File: half d, half dmin, 12 bytes of six-bit scales and minima; `high` bytes, 0 or 32, whose
+    bit n is the fifth one of block n; 128 bytes of nibbles.
 
     A run of 32 bytes holds two blocks, one in its low and one in its high nibbles; here a byte
     holds two numbers of the same block.
     """
-    supers = blocks // 8
+    supers, words = blocks // 8, 4 + high // 32
     for cell in range(groups * supers):
-        first = raw + cell // supers * LANES * row + cell % supers * 144
+        first = raw + cell // supers * LANES * row + cell % supers * (144 + high)
         own = scales + cell * 320
         for lane in range(LANES):
             block = first + lane * row
@@ -223,11 +279,25 @@ def move_q4_k(raw: int, values: int, scales: int, row: int, groups: int, blocks:
                 store8(location + 9 * LANES, both >> 4 | minimum >> 6 << 4)
             for run in range(4):
                 for w in range(4):
-                    location = word_place(values, cell * 8 + 2 * run, 4, w, lane)
-                    left = load32(block + 16 + run * 32 + 4 * w)
-                    right = load32(block + 32 + run * 32 + 4 * w)
+                    codes = block + 16 + high + run * 32 + 4 * w
+                    left, right = load32(codes), load32(codes + 16)
+                    location = word_place(values, cell * 8 + 2 * run, words, w, lane)
                     store32(location, left & LOW | (right & LOW) << 4)
-                    store32(location + 16 * LANES, (left & HIGH) >> 4 | right & HIGH)
+                    location = word_place(values, cell * 8 + 2 * run + 1, words, w, lane)
+                    store32(location, (left & HIGH) >> 4 | right & HIGH)
+            for n in range(8 if high > 0 else 0):
+                location = word_place(values, cell * 8 + n, words, 4, lane)
+                store32(location, one_bit(block + 16, n))
+
+
+@entry
+def move_q4_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_q4_or_q5_k(0, raw, values, scales, row, groups, blocks)
+
+
+@entry
+def move_q5_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    move_q4_or_q5_k(32, raw, values, scales, row, groups, blocks)
 
 
 @entry
@@ -248,23 +318,83 @@ def move_q6_k(raw: int, values: int, scales: int, row: int, groups: int, blocks:
                 store8(own + 2 * LANES + n * LANES + lane, load8(block + 192 + n))
             for n in range(8):
                 low = block + n // 4 * 64 + n % 2 * 32
-                high = block + 128 + n // 4 * 32
                 shift = n // 2 % 2 * 4
                 for w in range(4):
                     left = load32(low + 4 * w) >> shift & LOW
                     right = load32(low + 16 + 4 * w) >> shift & LOW
                     store32(word_place(values, cell * 8 + n, 6, w, lane), left | right << 4)
                 for v in range(2):
-                    tops = np.uint32(0)
-                    for w in range(4):
-                        two = load32(high + 4 * (2 * w + v)) >> (2 * (n % 4)) & TOP
-                        tops |= two << (2 * w)
+                    tops = two_bits(block + 128 + n // 4 * 32, 2 * (n % 4), v)
                     store32(word_place(values, cell * 8 + n, 6, 4 + v, lane), tops)
+
+
+@entry
+def move_q3_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File: 32 bytes whose bit n is the third one of block n; two runs of 32 bytes, each with two
+    bits of four blocks; sixteen scales plus 32, of six bits in twelve bytes; half d."""
+    supers = blocks // 8
+    for cell in range(groups * supers):
+        first = raw + cell // supers * LANES * row + cell % supers * 110
+        own = scales + cell * 288
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(own + lane * 2, load16(block + 108))
+            for n in range(16):
+                low = load8(block + 96 + n % 8) >> (n // 8 * 4) & 15
+                high = load8(block + 104 + n % 4) >> (n // 4 * 2) & 3
+                store8(own + 2 * LANES + n * LANES + lane, (low | high << 4) - 32)
+            for n in range(8):
+                for v in range(2):
+                    codes = two_bits(block + 32 + n // 4 * 32, 2 * (n % 4), v)
+                    store32(word_place(values, cell * 8 + n, 3, v, lane), codes)
+                store32(word_place(values, cell * 8 + n, 3, 2, lane), one_bit(block, n))
+
+
+@entry
+def move_q2_k(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File: sixteen bytes of scales and minima, two runs of codes as in Q3_K, half d, half dmin."""
+    supers = blocks // 8
+    for cell in range(groups * supers):
+        first = raw + cell // supers * LANES * row + cell % supers * 84
+        own = scales + cell * 320
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(own + lane * 2, load16(block + 80))
+            store16(own + (LANES + lane) * 2, load16(block + 82))
+            for n in range(16):
+                store8(own + (4 + n) * LANES + lane, load8(block + n))
+            for n in range(8):
+                for v in range(2):
+                    codes = two_bits(block + 16 + n // 4 * 32, 2 * (n % 4), v)
+                    store32(word_place(values, cell * 8 + n, 2, v, lane), codes)
+
+
+@entry
+def move_iq4_xs(raw: int, values: int, scales: int, row: int, groups: int, blocks: int) -> None:
+    """File: half d, eight scales plus 32, of six bits in two and four bytes; 128 bytes of nibbles,
+    block by block."""
+    supers = blocks // 8
+    for cell in range(groups * supers):
+        first = raw + cell // supers * LANES * row + cell % supers * 136
+        own = scales + cell * 160
+        for lane in range(LANES):
+            block = first + lane * row
+            store16(own + lane * 2, load16(block))
+            for n in range(8):
+                low = load8(block + 4 + n // 2) >> (n % 2 * 4) & 15
+                high = load16(block + 2) >> (n * 2) & 3
+                store8(own + (2 + n) * LANES + lane, (low | high << 4) - 32)
+                for w in range(4):
+                    word = load32(block + 8 + 16 * n + 4 * w)
+                    store32(word_place(values, cell * 8 + n, 4, w, lane), word)
 
 
 MOVE: dict[WeightType, Callable[..., None]] = {
     WeightType.Q8_0: move_q8_0, WeightType.Q4_0: move_q4_0, WeightType.Q4_1: move_q4_1,
-    WeightType.Q4_K: move_q4_k, WeightType.Q6_K: move_q6_k,
+    WeightType.Q5_0: move_q5_0, WeightType.Q5_1: move_q5_1, WeightType.IQ4_NL: move_q4_0,
+    WeightType.MXFP4: move_mxfp4, WeightType.Q2_K: move_q2_k, WeightType.Q3_K: move_q3_k,
+    WeightType.Q4_K: move_q4_k, WeightType.Q5_K: move_q5_k, WeightType.Q6_K: move_q6_k,
+    WeightType.IQ4_XS: move_iq4_xs,
 }  # fmt: skip
 
 
@@ -300,7 +430,7 @@ def quantize_q8_0(numbers: int, values: int, scales: int, columns: int, groups: 
     blocks = columns // BLOCK
     bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
     inputs = floats(numbers, groups * LANES * columns)
-    line = stack_words()  # the codes of one block
+    line = stack_words(1)  # the codes of one block
     codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
     factors = floats(scales, groups * blocks * LANES)
     for cell in range(groups * blocks):
@@ -324,7 +454,7 @@ def quantize_q4_0(numbers: int, values: int, scales: int, columns: int, groups: 
     blocks = columns // BLOCK
     bits = carray(pointer(numbers), groups * LANES * columns, np.int32)
     inputs = floats(numbers, groups * LANES * columns)
-    line = stack_words()  # the codes of one block
+    line = stack_words(1)  # the codes of one block
     codes, words = carray(line, BLOCK, np.uint8), carray(line, BLOCK // 4, np.uint32)
     factors = floats(scales, groups * blocks * LANES)
     for cell in range(groups * blocks):

@@ -106,6 +106,11 @@ def inlined(function: F) -> F:
     return cast(F, njit(inline="always", error_model="numpy")(function))
 
 
+def joined(function: F) -> F:
+    """The same, inlined by LLVM: compiled once for all callers, but by the rules of STRICT."""
+    return cast(F, njit(forceinline=True, error_model="numpy")(function))
+
+
 def raw_entry(function: F) -> F:
     """Compile a function that Python calls, without reference counting."""
     return cached_on_disk(function, **RAW, no_cfunc_wrapper=True)

@@ -183,11 +183,17 @@ class Vectors:
             self.load(address, vector(F16, lanes), 2 * lanes), vector(F32, lanes)
         )
 
-    def whole(self, address: Any, lanes: int, *, signed: bool) -> Any:
-        """Bytes in memory as float32."""
-        small, b = self.load(address, vector(I8, lanes), lanes), self.builder
-        wide = vector(I32, lanes)
-        return b.sitofp(b.sext(small, wide) if signed else b.zext(small, wide), vector(F32, lanes))
+    def bfloats(self, address: Any, lanes: int) -> Any:
+        """Bfloat16 numbers in memory as float32."""
+        b, wide = self.builder, vector(I32, lanes)
+        upper = b.zext(self.load(address, vector(I16, lanes), 2 * lanes), wide)
+        return b.bitcast(b.shl(upper, self.same(wide, 16)), vector(F32, lanes))
+
+    def whole(self, small: Any, *, signed: bool) -> Any:
+        """Bytes as float32."""
+        b, wide = self.builder, vector(I32, small.type.count)
+        floats = vector(F32, small.type.count)
+        return b.sitofp(b.sext(small, wide) if signed else b.zext(small, wide), floats)
 
     def low_nibbles(self, packed: Any) -> Any:
         return self.builder.and_(packed, self.same(packed.type, 15))
@@ -259,10 +265,10 @@ def pointer(v: Vectors, address: Any) -> Any:
     return v.builder.inttoptr(address, I8.as_pointer())
 
 
-@instruction(returns=types.voidptr)
-def stack_words(v: Vectors) -> Any:
-    """Sixteen 32-bit words on the caller's stack, one cache line: () -> void*."""
-    line = cgutils.alloca_once(v.builder, vector(I32, 16))
+@instruction(constants=1, returns=types.voidptr)
+def stack_words(v: Vectors, lines: int) -> Any:
+    """So many cache lines on the caller's stack, of sixteen 32-bit words: (int) -> void*."""
+    line = cgutils.alloca_once(v.builder, vector(I32, 16), size=lines)
     return v.builder.bitcast(line, I8.as_pointer())
 
 
