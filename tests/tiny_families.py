@@ -238,6 +238,7 @@ def write_model(
             ends = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
             ends.save_pretrained(folder)
         return folder
-    architecture = FAMILIES[name]["model_type"].removesuffix("_text")
+    architecture = FAMILIES[name]["model_type"]
+    architecture = GGUF_NAMES.get(architecture, architecture)
     folder.mkdir(parents=True, exist_ok=True)
     return write_family_gguf(model, architecture, folder / "tiny.gguf", tokenizer=tokenizer)

@@ -84,12 +84,12 @@ def test_bytes_and_operations_are_those_of_the_matrices(loaded: LLM) -> None:
     roofline = Roofline.of(loaded)
     assert roofline.ops == 2 * (30 * layer + 576 * 49_152)
     assert roofline.output_ops == 2 * 576 * 49_152
-    assert roofline.cache_bytes == 2 * 30 * 3 * (64 * 2 + 4)
+    assert roofline.cache_bytes(1) == 2 * 30 * 3 * (64 * 2 + 4)
     assert roofline.numbers == "int8"
     prefill = roofline.result(Cell("prefill", 10), 1.0, [])
     assert prefill.ops_s == pytest.approx(2 * 30 * layer + 2 * 576 * 49_152 / 10)
     decode = roofline.result(Cell("decode", 4, 100, batch=2), 6.0, [2.0, 3.0])
-    assert decode.bytes_s == pytest.approx(6 * (roofline.bytes / 2 + 102 * roofline.cache_bytes))
+    assert decode.bytes_s == pytest.approx(6 * (roofline.bytes / 2 + roofline.cache_bytes(102)))
     assert decode.ratio == 2.0
 
 

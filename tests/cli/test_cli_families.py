@@ -36,6 +36,7 @@ SHOWN = {
     "phi3 longrope": ["LongRopeScaling", "of 6 coordinates"], "granite": ["residuals × 0.4"],
     "olmo2": ["of all heads together", "after attention"], "qwen2 yarn": ["YarnScaling"],
     "qwen3 tied": ["tied to the embeddings"], "llama yarn": ["YarnScaling"], "mistral nemo": [],
+    "ministral3": ["YarnScaling"],
 }  # fmt: skip
 
 

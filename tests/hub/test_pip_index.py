@@ -77,10 +77,10 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: StandIn) -> 
 def test_every_file_has_a_checksum() -> None:
     for file in (*PACKAGE_MODELS.values(), LLAMA3_TOKENIZER, *DATASETS.values()):
         assert re.fullmatch("[0-9a-f]{64}", file.sha256)
-        if file.archive is not None:
-            assert re.fullmatch("[0-9a-f]{64}", file.archive.sha256)
-            assert re.fullmatch("[a-z0-9-]+", file.archive.package), "normalized (PEP 503)"
-        else:
+        for archive in file.archives:
+            assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
+            assert re.fullmatch("[a-z0-9-]+", archive.package), "normalized (PEP 503)"
+        if not file.archives:
             assert file.url.startswith("https://")
 
 

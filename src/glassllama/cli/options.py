@@ -125,6 +125,7 @@ class BackendOptions:
         """Load the model, with progress bars and its notes."""
         from glassllama.llm import load
 
+        show_terms(options.model)
         values: dict[str, Any] = values_of(self)
         with progress_bars() as bar:
             llm = load(
@@ -145,10 +146,19 @@ def values_of(group: Any) -> dict[str, Any]:
     return {each.name: getattr(group, each.name) for each in fields(group)}
 
 
+def show_terms(name: str) -> None:
+    """Before a download: to what its license binds the use of a model, if to anything."""
+    from glassllama.hub import terms_before_download
+
+    if (terms := terms_before_download(name)) is not None:
+        note(f"{name}: {terms}")
+
+
 def find(name: str, offline: bool = False, pth: bool = False) -> Path:
     """The model's file or folder; downloaded first if necessary, with a progress bar."""
     from glassllama import hub
 
+    show_terms(name)
     with progress_bars() as bar:
         progress = bar(f"downloading {name}", "bytes")
         return hub.resolve(name, offline=offline, prefer_pth=pth, progress=progress)

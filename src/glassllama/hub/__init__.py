@@ -18,6 +18,7 @@ from glassllama.hub.names import HUB_MODELS, PACKAGE_MODELS, SHORT_NAMES, HubId
 __all__ = [
     "DATASETS", "HUB_MODELS", "PACKAGE_MODELS", "SHORT_NAMES", "CachedModel", "cached_models",
     "fetch_dataset", "fetch_llama3_tokenizer", "has_dataset", "resolve",
+    "terms_before_download",
 ]  # fmt: skip
 
 
@@ -61,6 +62,12 @@ def resolve(
     return huggingface.fetch_hub_model(
         id, offline=offline, prefer_pth=prefer_pth, progress=progress
     )
+
+
+def terms_before_download(name: str) -> str | None:
+    """What has to be known before the model is downloaded; None if nothing, or if it is here."""
+    file = PACKAGE_MODELS.get(names.short_name(name) or "")
+    return None if file is None or is_cached(file) else file.terms or None
 
 
 def cached_models() -> list[CachedModel]:

