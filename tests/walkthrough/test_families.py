@@ -40,7 +40,7 @@ WORDS: list[tuple[int, str, set[str]]] = [
     (POSITIONS, "Only the first 6 of the 8 coordinates", {"phi3 longrope"}),
     (POSITIONS, "(attention factor)", {"qwen2 yarn", "llama yarn", "phi3 longrope"}),
     (POSITIONS, "changed by the configuration's rope_scaling",
-     {"qwen2 yarn", "llama yarn", "phi3 longrope"}),
+     {"qwen2 yarn", "llama yarn", "phi3 longrope", "ministral3"}),
     (POSITIONS, "Other frequencies: layers 5.", {"gemma3"}),
     (SCORES, "a scale of this model", {"gemma2", "gemma3", "granite"}),
     (SCORES, "A soft cap, 1.5 · tanh", {"gemma2"}),
@@ -58,7 +58,7 @@ WORDS: list[tuple[int, str, set[str]]] = [
     (LOGITS, "They are divided by 2.5.", {"granite"}),
 ]  # fmt: skip
 SHARED = {"models/language_model.py", "models/decoder.py", "models/qwen.py"}  # QK-norm of Gemma 3
-SAME_CODE_AS_OTHERS = {"mistral nemo", "qwen2", "qwen2 yarn", "phi3 longrope"}
+SAME_CODE_AS_OTHERS = {"mistral nemo", "ministral3", "qwen2", "qwen2 yarn", "phi3 longrope"}
 
 
 def opened(name: str, folder: Path, file_format: str = "hf") -> Walkthrough:
