@@ -35,7 +35,7 @@ SAMPLE_ROLES = (
 
 # Variables of templates: which turn reasoning on and off, and which are no options.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
-SET_BY_US = frozenset(("messages", "add_generation_prompt"))
+RESERVED = frozenset(("messages", "add_generation_prompt"))
 PROBES = ("\U000fdddd", "\U000feeee")  # texts that no template writes
 MAX_DEPTH = 32  # lists and objects within each other
 
@@ -190,7 +190,7 @@ class TemplateChat(ChatFormat):
     def _checked_options(self, messages: list[Message], options: Json) -> dict[str, Any]:
         """The options as plain JSON values. TokenizerError: the template does not read one."""
         template = self._template
-        unread = [name for name in options if name not in template.variables - SET_BY_US]
+        unread = [name for name in options if name not in template.variables - RESERVED]
         fields = template.attributes | template.literals
         for name in ("tool_calls", "tools"):
             if name not in fields and any(getattr(message, name) for message in messages):
@@ -198,7 +198,7 @@ class TemplateChat(ChatFormat):
         if unread:
             raise TokenizerError(
                 f"chat template: does not read {join_names(unread)}; options that it reads: "
-                f"{join_names(template.variables - SET_BY_US) or 'none'}"
+                f"{join_names(template.variables - RESERVED) or 'none'}"
             )
         if not isinstance(options.get("tools"), list | tuple | None):
             raise TokenizerError(f"tools: want a list, got {quoted(options['tools'])}")
