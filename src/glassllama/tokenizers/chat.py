@@ -183,16 +183,16 @@ class TemplateChat(ChatFormat):
         self, messages: list[Message], tokenizer: Tokenizer, prompt: bool, options: Json
     ) -> tuple[list[int], str]:
         options = self._checked_options(messages, options)
-        turns = [self._fields(message) for message in messages]
+        rendered = [self._fields(message) for message in messages]
         try:
-            text = self._template.render_chat(turns, prompt, **options)
+            text = self._template.render_chat(rendered, prompt, **options)
         except TokenizerError:  # templates of DeepSeek-R1 join the arguments of calls as text
-            calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+            calls = [call for each in rendered for call in each.get("tool_calls", ())]
             if not calls:
                 raise
             for function in (call.get("function", call) for call in calls):
                 function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-            text = self._template.render_chat(turns, prompt, **options)
+            text = self._template.render_chat(rendered, prompt, **options)
         end = text.masked(_unused_character([text])).rstrip()
         return self._ids_of(text, tokenizer), str.__str__(end)
 
