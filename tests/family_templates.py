@@ -174,7 +174,7 @@ R1 = """\
 {%- if turn['role'] == 'assistant' and 'tool_calls' in turn %}{%- set state.in_tools = true -%}\
 {%- for call in turn['tool_calls']%}{%- if not state.begun %}\
 {{'<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁sep｜>' + \
-call['function']['name'] + '\\n' + '```json' + '\\n' + call['function']['arguments'] | tojson + \
+call['function']['name'] + '\\n' + '```json' + '\\n' + call['function']['arguments'] + \
 '\\n' + '```' + '<｜tool▁call▁end｜>'}}{%- set state.begun = true -%}{%- else %}\
 {{'\\n' + '<｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁call▁end｜>'}}\
 {{'<｜tool▁calls▁end｜>' + eos_token}}{%- endif %}{%- endfor %}{%- endif %}\

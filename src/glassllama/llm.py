@@ -390,7 +390,7 @@ class LLM:
 
         Raises GenerationError (settings, room in the context), TokenizerError.
         """
-        return self._stream(prompt, options, progress, continues=True)
+        return TextStream(self._begin([prompt], options, progress, continues=True))
 
     def stream_chat(
         self, messages: Messages, *, progress: Progress | None = None,
@@ -400,7 +400,8 @@ class LLM:
         values: Any = {**options}
         template: Any = {name: values.pop(name, None) for name in TemplateOptions.__annotations__}
         ids, splitter = self._begin_chat(messages, template)
-        return self._stream(ids, values, progress, continues=False, splitter=splitter)
+        batch = self._begin([ids], values, progress, continues=False, splitter=splitter)
+        return TextStream(batch)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a prompt."""
@@ -472,18 +473,6 @@ class LLM:
 
         ids = self.encode(prompt)
         return trace(model, ids, hooks=hooks, interventions=interventions, positions=positions)
-
-    def _stream(
-        self,
-        prompt: Prompt,
-        options: Options,
-        progress: Progress | None,
-        *,
-        continues: bool,
-        splitter: ReasoningSplitter | None = None,
-    ) -> TextStream:
-        batch = self._begin([prompt], options, progress, continues=continues, splitter=splitter)
-        return TextStream(batch)
 
     def _begin(
         self,

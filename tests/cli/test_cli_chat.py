@@ -230,6 +230,14 @@ def test_a_bad_setting_is_an_error_of_one_line(verb: Verb, thinking: Path, tmp_p
     assert f"problem  sampling: {folder}" in verb("validate", folder).out
 
 
+def test_a_setting_without_effect_has_a_note(verb: Verb, thinking: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(thinking, tmp_path / "beams")
+    (folder / "generation_config.json").write_text('{"num_beams": 4}')
+    ran = verb("chat", "Hi", "--model", folder, "-t", "0")
+    assert (ran.code, ran.out) == (0, "42.\n")
+    assert "note: generation_config.json: num_beams: not supported, no effect\n" in ran.err
+
+
 def test_options_of_the_command_line_win(verb: Verb, thinking: Path) -> None:
     chat = ("chat", "6 × 7?", "--model", thinking, "-n", "9", "--json")
     for given, greedy in (

@@ -101,6 +101,17 @@ def test_chatml_ids_are_those_of_transformers(
     assert ours == theirs(smollm, messages, prompt)
 
 
+def test_parts_of_a_list_are_lines_where_there_is_no_template(
+    llama3: MetaTokenizer, chatml: HuggingFaceTokenizer
+) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    for chat, tokenizer in ((Llama3Chat(), llama3), (ChatML(), chatml)):
+        listed = chat.encode([Message("user", parts)], tokenizer)
+        assert listed == chat.encode([Message("user", "one\ntwo")], tokenizer)
+        with pytest.raises(TokenizerError, match="tools: this model has no template that reads it"):
+            chat.encode([Message("user", "x")], tokenizer, options={"tools": []})
+
+
 # Special tokens come from the format alone
 
 

@@ -129,6 +129,10 @@ CHATS = {
 
 def rendered(theirs: Any, name: str, talk: Any, prompt: bool, options: Any) -> list[int] | None:
     """The ids of transformers; None where the template fails."""
+    if name == "R1 distill":  # its template needs the arguments of calls as text
+        talk = json.loads(json.dumps(talk))
+        for function in (c["function"] for turn in talk for c in turn.get("tool_calls") or ()):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     try:
         ids = theirs.apply_chat_template(
             talk, chat_template=FAMILIES[name], add_generation_prompt=prompt, tokenize=True,

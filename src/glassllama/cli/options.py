@@ -135,7 +135,7 @@ class BackendOptions:
                 load_progress=bar(f"loading {options.model}", "tensors"),
             )  # fmt: skip
         with suppress(GlassError):
-            _ = llm.tokenizer  # reading it may add notes
+            _ = llm.tokenizer, llm.sampling_defaults  # reading them may add notes
         for line in llm.notes:
             note(f"note: {line}")
         return llm

@@ -34,7 +34,7 @@ SAMPLE_ROLES = (
 
 # Variables of templates: which turn reasoning on and off, and which are no options.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
-SET_BY_US = frozenset(("messages", "add_generation_prompt"))
+RESERVED = frozenset(("messages", "add_generation_prompt"))
 PROBES = ("\U000fdddd", "\U000feeee")  # texts that no template writes
 MAX_DEPTH = 32  # lists and objects within each other
 
@@ -182,14 +182,23 @@ class TemplateChat(ChatFormat):
         self, messages: list[Message], tokenizer: Tokenizer, prompt: bool, options: Json
     ) -> tuple[list[int], str]:
         options = self._checked_options(messages, options)
-        text = self._template.render_chat(map(self._fields, messages), prompt, **options)
+        rendered = [self._fields(message) for message in messages]
+        try:
+            text = self._template.render_chat(rendered, prompt, **options)
+        except TokenizerError:  # templates of DeepSeek-R1 join the arguments of calls as text
+            calls = [call for each in rendered for call in each.get("tool_calls", ())]
+            if not calls:
+                raise
+            for function in (call.get("function", call) for call in calls):
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            text = self._template.render_chat(rendered, prompt, **options)
         end = text.masked(_unused_character([text])).rstrip()
         return self._ids_of(text, tokenizer), str.__str__(end)
 
     def _checked_options(self, messages: list[Message], options: Json) -> dict[str, Any]:
         """The options as plain JSON values. TokenizerError: the template does not read one."""
         template = self._template
-        unread = [name for name in options if name not in template.variables - SET_BY_US]
+        unread = [name for name in options if name not in template.variables - RESERVED]
         fields = template.attributes | template.literals
         for name in ("tool_calls", "tools"):
             if name not in fields and any(getattr(message, name) for message in messages):
@@ -197,7 +206,7 @@ class TemplateChat(ChatFormat):
         if unread:
             raise TokenizerError(
                 f"chat template: does not read {join_names(unread)}; options that it reads: "
-                f"{join_names(template.variables - SET_BY_US) or 'none'}"
+                f"{join_names(template.variables - RESERVED) or 'none'}"
             )
         if not isinstance(options.get("tools"), list | tuple | None):
             raise TokenizerError(f"tools: want a list, got {quoted(options['tools'])}")
