@@ -159,7 +159,7 @@ def scales_of(
     if not form.is_super:
         location = v.at(v.step(scales, block, form.bytes), 2 * row)
         if form.is_bf16:
-            return [v.bf16(location, lanes)]
+            return [v.from_bfloat16(location, lanes)]
         return [v.halves(v.at(location, 2 * ROWS * n), lanes) for n in range(count)]
     own_bytes = form.bytes - 4 * count
     start = v.step(scales, b.lshr(block, number(3)), 8 * form.bytes)

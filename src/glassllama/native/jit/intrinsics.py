@@ -183,7 +183,7 @@ class Vectors:
             self.load(address, vector(F16, lanes), 2 * lanes), vector(F32, lanes)
         )
 
-    def bf16(self, address: Any, lanes: int) -> Any:
+    def from_bfloat16(self, address: Any, lanes: int) -> Any:
         """Bfloat16 numbers in memory as float32."""
         b, wide = self.builder, vector(I32, lanes)
         upper = b.zext(self.load(address, vector(I16, lanes), 2 * lanes), wide)
