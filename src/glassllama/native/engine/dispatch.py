@@ -82,6 +82,7 @@ def kernel(weight_type: WeightType, tier: str, input_format: InputFormat) -> Cal
         return gemm_float.kernel(weight_type)
     if tier == "amx" and weight_type.sums == 1:
         return gemm_amx.kernel(weight_type)
+    # Q2_K has no kernel for matrix registers: two scales and two minima for 32 inputs.
     return gemm_int8.kernel("vnni" if tier == "amx" else tier, weight_type)
 
 

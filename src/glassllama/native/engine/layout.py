@@ -71,7 +71,7 @@ from numpy.typing import NDArray
 from glassllama.native.jit.memory import own_memory
 
 GROUP = 16  # rows interleaved: the 32-bit lanes of a 64-byte vector
-BLOCK = 32  # inputs that share a scale, in every block type of a file that is packed as it is
+BLOCK = 32  # inputs of a block, of all types of integers
 SUPERBLOCK = 256  # inputs that share d and dmin in K-quants
 ALIGNMENT = 64
 PAGE = 64  # tokens of a page of the KV cache
