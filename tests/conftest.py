@@ -35,6 +35,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread of PyTorch: threads that share busy cores wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def short_collections() -> None:
     """Exclude existing objects from garbage collection before each test file.

@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 import tokenizers
+from byte_level_families import trained
 
 WIDTH = 384  # more than the vocabulary has tokens
 CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -50,14 +51,7 @@ def write_scripted_model(
     Characters are tokens, and so are the texts in `added`. `generation` is written into
     generation_config.json.
     """
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator([], trainer)
+    inner = trained("gpt2", "", size=256, specials=[])
     inner.add_special_tokens([*CONTROLS, *(added if special else ())])
     inner.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in added])
     PreTrainedTokenizerFast(

@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from hub.stand_in import Repository, StandIn
@@ -100,21 +101,25 @@ CHATML = (
 
 def write_chat_model(folder: Path) -> dict[str, bytes]:
     """Write a chat model with random weights in the form of the Hub, with transformers."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
+    vocabulary = Tokenizer(models.BPE())
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    model.train_from_iterator([README], trainer)
+    vocabulary.train_from_iterator([README], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", chat_template=CHATML
+        tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=CHATML
     )
     tokenizer.save_pretrained(folder)
     shape = {**META_SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
-    write_hf(hf_model(**shape), folder)
+    model = hf_model(**shape)
+    with torch.no_grad():  # its answers do not end at once: the first channel is always positive
+        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 5, 0
+        model.lm_head.weight[[1, 2], 0] = -5
+    write_hf(model, folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,6 @@ LONG = ["schedule.steps=150", "run.eval_every=50", "run.save_every=5"]
 @pytest.fixture
 def text(tmp_path: Path, romeo_and_juliet: Path) -> Path:
     return write_text(tmp_path, romeo_and_juliet)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Use one thread, so that sums have the same order as in a process with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(folder: Path, text: Path, kind: str = "llama", *more: str) -> list[str]:

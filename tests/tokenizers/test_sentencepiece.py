@@ -585,7 +585,7 @@ def error_of(path: Path) -> str | None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "unigram"}, "trainer_spec.model_type: want bpe, got unigram"),
+        ({"model_type": "unigram"}, "trainer_spec.model_type: expected bpe, got unigram"),
         ({"normalization_rule_name": "nmt_nfkc"}, "'nmt_nfkc' is not supported, only identity is"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix: not supported"),
     ],

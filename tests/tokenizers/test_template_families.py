@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import tokenizers
+from byte_level_families import trained
 from family_templates import ADDED, FAMILIES, SPECIALS
 from glassllama.base.errors import TokenizerError
 from glassllama.base.interfaces import Tokenizer
@@ -95,14 +96,8 @@ OPTIONS: list[dict[str, Any]] = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One vocabulary with the marks of all families."""
     folder = tmp_path_factory.mktemp("families")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(["Answer the question: user, assistant, system"] * 9, trainer)
+    text = "Answer the question: user, assistant, system\n" * 9
+    inner = trained("gpt2", text, size=300, specials=[])
     inner.add_special_tokens(SPECIALS)
     inner.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ADDED])
     PreTrainedTokenizerFast(
@@ -323,24 +318,25 @@ for _ in range(99):
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "assistant"}, "messages[1]: want role and content (or reasoning_c"),
+        ({"role": "assistant"}, "messages[1]: expected role and content (or reasoning_c"),
         ({"role": "assistant", "content": "x", "mood": 1}, "got role, content, mood"),
-        ({"role": "assistant", "content": 3}, "messages[1].content: want text, got int"),
-        ({"role": "assistant", "content": [{"type": "image"}]}, "messages[1].content[0]: want {"),
-        ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "content[0]: want"),
-        ({"role": "assistant", "content": ["x"]}, "content[0]: want"),
-        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content: want"),
+        ({"role": "assistant", "content": 3}, "messages[1].content: expected text, got int"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, "content[0]: expected {"),
+        ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "content[0]: expected"),
+        ({"role": "assistant", "content": ["x"]}, "content[0]: expected"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 3},
+         "reasoning_content: expected"),
         ({"role": "user", "content": "x", "reasoning_content": "y"}, "only an assistant has"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "only an assistant has"),
-        ({"role": "assistant", "tool_calls": "x"}, "messages[1].tool_calls: want a list, got str"),
-        ({"role": "assistant", "tool_calls": ["x"]}, "tool_calls[0]: want name and arguments"),
-        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "tool_calls[0]: want name"),
+        ({"role": "assistant", "tool_calls": "x"}, "tool_calls: expected a list, got str"),
+        ({"role": "assistant", "tool_calls": ["x"]}, "tool_calls[0]: expected name and arguments"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "tool_calls[0]: expected name"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
-         "tool_calls[0].arguments: want an object, got '{'"),
+         "tool_calls[0].arguments: expected an object, got '{'"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {3}}}]},
-         "messages[1].tool_calls: want JSON values, got {3}"),
+         "messages[1].tool_calls: expected JSON values, got {3}"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": NESTED}}]},
-         "messages[1].tool_calls: want JSON values"),
+         "messages[1].tool_calls: expected JSON values"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field_of_a_message(message: Any, words: str, ours: Tokenizer) -> None:
@@ -358,9 +354,9 @@ def test_errors_name_the_field_of_a_message(message: Any, words: str, ours: Toke
         ("Gemma 2", {"tools": [TOOL]}, "does not read tools; options that it reads: bos_token"),
         ("Qwen 3", {"messages": []}, "does not read messages"),
         ("Qwen 3", {"add_generation_prompt": False}, "does not read add_generation_prompt"),
-        ("Qwen 3", {"tools": "x"}, "tools: want a list, got 'x'"),
-        ("Qwen 3", {"tools": [test_tools_of_a_system_message]}, "tools: want JSON values, got"),
-        ("Qwen 3", {"tools": [{3: 4}]}, "tools: want JSON values"),
+        ("Qwen 3", {"tools": "x"}, "tools: expected a list, got 'x'"),
+        ("Qwen 3", {"tools": [test_tools_of_a_system_message]}, "tools: expected JSON values, got"),
+        ("Qwen 3", {"tools": [{3: 4}]}, "tools: expected JSON values"),
         ("Mistral", {"tools": [{"name": "bare"}]}, "has no attribute 'function'"),
     ],
 )  # fmt: skip

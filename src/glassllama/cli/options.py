@@ -147,7 +147,7 @@ def values_of(group: Any) -> dict[str, Any]:
 
 
 def show_terms(name: str) -> None:
-    """Before a download: to what its license binds the use of a model, if to anything."""
+    """Print the terms of use of a model that will be downloaded, if its license has any."""
     from glassllama.hub import terms_before_download
 
     if (terms := terms_before_download(name)) is not None:

@@ -65,7 +65,7 @@ def resolve(
 
 
 def terms_before_download(name: str) -> str | None:
-    """What has to be known before the model is downloaded; None if nothing, or if it is here."""
+    """The terms of use of a model that is not in the cache; None if it is, or has none."""
     file = PACKAGE_MODELS.get(names.short_name(name) or "")
     return None if file is None or is_cached(file) else file.terms or None
 

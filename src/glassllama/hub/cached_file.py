@@ -34,7 +34,7 @@ class CachedFile:
     bytes: int
     sha256: str
     license: str
-    terms: str = ""  # where the license binds the use: shown before the download
+    terms: str = ""  # of use, which the user has to know before the download
     url: str = ""
     archives: tuple[Archive, ...] = ()
 

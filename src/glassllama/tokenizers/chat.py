@@ -209,7 +209,7 @@ class TemplateChat(ChatFormat):
                 f"{join_names(template.variables - RESERVED) or 'none'}"
             )
         if not isinstance(options.get("tools"), list | tuple | None):
-            raise TokenizerError(f"tools: want a list, got {quoted(options['tools'])}")
+            raise TokenizerError(f"tools: expected a list, got {quoted(options['tools'])}")
         return {name: plain_json(value, name) for name, value in options.items()}
 
     def _fields(self, message: Message) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def checked_messages(messages: Sequence[Message | Json]) -> list[Message]:
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         came = quoted(messages)
-        raise TokenizerError(f"messages: want a list of at least one message, got {came}")
+        raise TokenizerError(f"messages: expected a list of at least one message, got {came}")
     return [_checked_message(message, n) for n, message in enumerate(messages)]
 
 
@@ -350,18 +350,18 @@ def _checked_message(message: object, n: int) -> Message:
         has_content = "content" in message or bool(message.get("tool_calls"))
         if not ({"role"} <= names <= {*FIELDS} and has_content):
             came = named(", ".join(map(str, message)) or "nothing")
-            raise TokenizerError(f"{where}: want role and content (or {MORE}), got {came}")
+            raise TokenizerError(f"{where}: expected role and content (or {MORE}), got {came}")
         values: dict[str, Any] = {name: message.get(name) for name in FIELDS}
         message = Message(**values)
     if not isinstance(message, Message):
-        raise TokenizerError(f"{where}: want role and content, got {quoted(message)}")
+        raise TokenizerError(f"{where}: expected role and content, got {quoted(message)}")
     if message.role not in ROLES:
         came = quoted(message.role)
-        raise TokenizerError(f"{where}.role: want {' '.join(ROLES)}, got {came}")
+        raise TokenizerError(f"{where}.role: expected {' '.join(ROLES)}, got {came}")
     for name in ("reasoning_content", "tool_call_id", "name"):
         value = getattr(message, name)
         if not isinstance(value, str | None):
-            raise TokenizerError(f"{where}.{name}: want text, got {type(value).__name__}")
+            raise TokenizerError(f"{where}.{name}: expected text, got {type(value).__name__}")
     calls = _checked_calls(message.tool_calls, f"{where}.tool_calls")
     if message.role != ASSISTANT and (calls or message.reasoning_content is not None):
         raise TokenizerError(f"{where}: only an assistant has tool_calls or reasoning_content")
@@ -379,12 +379,12 @@ def _checked_content(content: Any, where: str) -> Content:
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
-        raise TokenizerError(f"{where}: want text, got {type(content).__name__}")
+        raise TokenizerError(f"{where}: expected text, got {type(content).__name__}")
     for n, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or {*part} != {"type", "text"} or not isinstance(part["text"], str):
             raise TokenizerError(
-                f"{where}[{n}]: want {{'type': 'text', 'text': …}}, got {quoted(part)}"
+                f"{where}[{n}]: expected {{'type': 'text', 'text': …}}, got {quoted(part)}"
             )
     return [{**part} for part in content]
 
@@ -396,18 +396,20 @@ def _checked_calls(calls: Any, where: str) -> list[Json] | None:
     text of an object, as in OpenAI's API.
     """
     if not isinstance(calls, list | tuple | None):
-        raise TokenizerError(f"{where}: want a list, got {type(calls).__name__}")
+        raise TokenizerError(f"{where}: expected a list, got {type(calls).__name__}")
     checked = list[Json]()
     for n, call in enumerate(plain_json(calls or [], where)):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise TokenizerError(f"{where}[{n}]: want name and arguments, got {quoted(call)}")
+            raise TokenizerError(f"{where}[{n}]: expected name and arguments, got {quoted(call)}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             with suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
         if not isinstance(arguments, dict):
-            raise TokenizerError(f"{where}[{n}].arguments: want an object, got {quoted(arguments)}")
+            raise TokenizerError(
+                f"{where}[{n}].arguments: expected an object, got {quoted(arguments)}"
+            )
         function["arguments"] = arguments
         checked.append(call)
     return checked or None
@@ -426,4 +428,4 @@ def plain_json(value: Any, where: str, depth: int = 0) -> Any:
             return [plain_json(item, where, depth + 1) for item in value]
         if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return {str.__str__(k): plain_json(v, where, depth + 1) for k, v in value.items()}
-    raise TokenizerError(f"{named(where)}: want JSON values, got {quoted(value)}")
+    raise TokenizerError(f"{named(where)}: expected JSON values, got {quoted(value)}")

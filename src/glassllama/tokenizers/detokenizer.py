@@ -107,16 +107,20 @@ class StopStrings:
 
 def _automaton(strings: Iterable[str]) -> _State:
     if isinstance(strings, str):
-        raise GenerationError(f"stop: want a list of strings, got the one string {quoted(strings)}")
+        raise GenerationError(
+            f"stop: expected a list of strings, got the one string {quoted(strings)}"
+        )
     start, total = _State(), 0
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise GenerationError(f"stop: want strings that are not empty, got {quoted(string)}")
+            raise GenerationError(
+                f"stop: expected strings that are not empty, got {quoted(string)}"
+            )
         total += len(string)
         if total > MAX_STOP_CHARACTERS:
             raise GenerationError(
-                f"stop: want at most {MAX_STOP_CHARACTERS:,} characters in all strings together, "
-                f"got more, the last one {quoted(string)}"
+                f"stop: expected at most {MAX_STOP_CHARACTERS:,} characters in all strings "
+                f"together, got more, the last one {quoted(string)}"
             )
         state = start
         for character in string:

@@ -441,7 +441,7 @@ def _check_supported(settings: Mapping[str, Any], has_bytes: bool) -> None:
     fallback = settings["byte_fallback"]
     bytes_are = "there" if has_bytes else "missing"
     checks = {
-        f"trainer_spec.model_type: want bpe, got {MODEL_TYPES.get(type, type)}": type == BPE,
+        f"trainer_spec.model_type: expected bpe, got {MODEL_TYPES.get(type, type)}": type == BPE,
         f"normalizer_spec.precompiled_charsmap: normalization {name} is not supported, only "
         "identity is": not settings["precompiled_charsmap"],
         "normalizer_spec.escape_whitespaces: false not supported": settings["escape_whitespaces"],

@@ -270,7 +270,7 @@ class Engine:
         while first < len(tokens):
             last = first + self.capabilities.prefill_chunk
             some = [token - first for token, _ in outputs if first <= token < last]
-            new = [*new_lengths(parts, first, last)]
+            new = [*new_lengths(parts, first, last)] if self._pages.window else []
             for lengths in new:
                 cache.open_window(*lengths)
             self._step(tokens[first:last], some, cache, out[done:])

@@ -99,7 +99,7 @@ def pairs_at_once(target: str, weight_type: WeightType) -> int:
 
 
 def is_signed(target: str, weight_type: WeightType) -> bool:
-    """Whether weights are multiplied as signed bytes: those of more than seven bits, if need be."""
+    """Whether codes are multiplied as signed bytes: some targets need that for eight-bit codes."""
     return weight_type.zero_point == SIGN and target in SIGNED
 
 

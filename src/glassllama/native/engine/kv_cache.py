@@ -8,7 +8,7 @@ which a KeyboardInterrupt would be lost.
 
 Layers with a sliding window have a memory of their own in each page. It is freed as soon as all
 texts of the page have gone on so far that the window does not reach it. A text that is cut back to
-such a place is computed again from its beginning, and so is one that shares its pages up to there.
+such a place is computed again from its beginning, and so is a new text that begins like it.
 
 An exception may come between any two steps of Python's interpreter. So the state of a sequence is
 its list of pages and its length; each changes in a single step, and everything else follows from
@@ -289,9 +289,7 @@ class PagedCache:
         return all(page.local is not None for page in reached)
 
     def open_window(self, sequence: CachedSequence, first: int, length: int) -> None:
-        """Before tokens `first` … length-1: the memory of their windows, also in the table."""
-        if not self._all.window:
-            return
+        """Before tokens `first` … length-1 of layers with a window: memory, and its addresses."""
         start, stop = self._all.in_window(first).start, -(-length // PAGE)
         for n, page in enumerate(sequence[start:stop], start):
             page.local = page.local or Memory(self._all.local_bytes)
