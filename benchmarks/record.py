@@ -35,6 +35,7 @@ from record_page import (
     PAGE,
     PROGRAM,
     README,
+    REAL,
     Line,
     page,
     readme,
@@ -70,8 +71,8 @@ def model_file(model: str, models: Path) -> Iterator[str]:
     """Name or path of the model; a file that did not exist is written, and deleted afterwards."""
     shape, _, kind = model.partition("-")
     path = models / f"{model}.gguf"
-    if model == DEFAULT or path.exists():
-        yield model if model == DEFAULT else str(path)
+    if model in REAL or path.exists():
+        yield model if model in REAL else str(path)
         return
     before = set(packed_cache.folder().glob("*.packed"))
     random = ["synthetic.py", "--shape", shape]

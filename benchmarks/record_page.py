@@ -16,6 +16,8 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "record", HERE / "RECORD.md"
 README = HERE.parent / "README.md"
 DEFAULT, PADDED = "smollm2-135m", "padded"
+GEMMA = "gemma3-270m"
+REAL = {DEFAULT: "The default model, Q4_1", GEMMA: "Gemma 3 270M, Q4_K_M"}  # by short name
 BOTH = "--vs llama.cpp --vs llama.cpp-as-stored"
 MORE = "--prompt 512 --batch 1,8"
 LONG = "--prompt 512 --context 4096 --runs 2 --new 32 --vs llama.cpp"
@@ -44,7 +46,8 @@ class Line:
 
 def title_of(model: str) -> str:
     shape, _, kind = model.partition("-")
-    return "The default model, Q4_1" if model == DEFAULT else f"{shape.upper()} shape, {kind}"
+    shape = shape.replace("qwen3_", "Qwen3 ").upper().replace("QWEN", "Qwen")
+    return REAL.get(model, f"{shape} shape, {kind}")
 
 
 def bench(model: str, options: str, *, more: str = "") -> Line:
@@ -60,6 +63,12 @@ LINES = (
     *(bench(f"1b-{kind}", f"{MORE} --new 32 {BOTH}") for kind in ("Q4_0", "Q8_0", "Q4_K_M")),
     bench("1b-BF16", f"{MORE} --new 32 --vs llama.cpp"),
     bench("1b-Q4_0", LONG, more="long"),
+    bench(GEMMA, f"{MORE} --vs llama.cpp"),
+    *(
+        bench(f"qwen3_{size}-{kind}", f"{MORE} --new 32 {BOTH}")
+        for size in ("0.6b", "1.7b")
+        for kind in ("Q8_0", "Q4_K_M")
+    ),
     *(bench(f"8b-{kind}", LARGE) for kind in ("Q4_0", "Q4_K_M")),
     Line("busy-core", DEFAULT, "python benchmarks/busy_core.py MODEL", "With another busy process"),
     *(
@@ -147,7 +156,7 @@ compares with the faster of the two.
 The bound of a decode step is the speed at which these threads read memory, measured in the same run
 with a compiled loop. The bound of a prefill is the processor's fastest dot product for this number
 format (the first that is named) on data in the first-level cache. Files named after a shape contain
-random weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B.
+random weights of that shape: SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B, Qwen3 0.6B and 1.7B.
 
 The target of a decode step is met by its ratio **or** by its share of the bound, because memory
 speed varies on a machine that is shared. ik_llama.cpp, the fastest fork known, has its own table.
@@ -247,28 +256,41 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def machine_part(lines: list[Line], found: dict[str, dict[str, Any]]) -> str:
-    results = [found[line.name]["result"] for line in lines]
-    cpus = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in results})
-    flags = sorted({flag for r in results for flag in r["machine"]["flags"]})
-    versions = sorted({f"{k} {v}" for r in results for k, v in r["versions"].items()})
-    peers = sorted({peer["built_with"] for r in results for peer in r.get("peers", [])})
-    speeds = [r["bandwidth"] / 1e9 for r in results if r.get("bandwidth")]
-    text = f"\n## Machine\n\n{'; '.join(cpus)}; with these instruction sets: {', '.join(flags)}.\n"
-    if speeds:
-        text += f"Memory was read at {min(speeds):.1f} to {max(speeds):.1f} GB/s.\n"
-    text += f"Versions: {', '.join(versions)}.\n"
-    text += "".join(f"llama.cpp was built with: {features}.\n" for features in peers)
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        result = found[line.name]["result"]
+        machines.setdefault(machine_name(result), []).append(result)
+    text = "\n## Machines\n"
+    for name, results in machines.items():
+        flags = sorted({flag for r in results for flag in r["machine"]["flags"]})
+        versions = sorted({f"{k} {v}" for r in results for k, v in r["versions"].items()})
+        peers = sorted({peer["built_with"] for r in results for peer in r.get("peers", [])})
+        speeds = [r["bandwidth"] / 1e9 for r in results if r.get("bandwidth")]
+        text += f"\n{name}; with these instruction sets: {', '.join(flags)}.\n"
+        if speeds:
+            text += f"Memory was read at {min(speeds):.1f} to {max(speeds):.1f} GB/s.\n"
+        text += f"Versions: {', '.join(versions)}.\n"
+        text += "".join(f"llama.cpp was built with: {features}.\n" for features in peers)
     rows = [
         [line.name, f"`{line.command.replace('MODEL', model_word(line))}`",
+         found[line.name]["result"]["machine"]["cpu"].split("(")[0].partition(" ")[0],
          found[line.name]["date"], found[line.name]["code"],
          f"{found[line.name]['result']['machine']['load_average']}"]
         for line in lines
     ]  # fmt: skip
-    return text + "\n" + table(["line", "command", "date", "code", "load average before>"], rows)
+    return (
+        text
+        + "\n"
+        + table(["line", "command", "machine", "date", "code", "load average before>"], rows)
+    )
+
+
+def machine_name(result: dict[str, Any]) -> str:
+    return f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
 
 
 def model_word(line: Line) -> str:
-    return line.model if line.model == DEFAULT else f"{line.model}.gguf"
+    return line.model if line.model in REAL else f"{line.model}.gguf"
 
 
 def bench_part(line: Line, r: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """GGUF models with random weights in the shapes of models whose license forbids redistribution.
 
-    python benchmarks/synthetic.py FOLDER [--shape 135m|1b|8b] [--type Q4_K_M] [--layers N]
+    python benchmarks/synthetic.py FOLDER [--shape 1b|qwen3_0.6b|…] [--type Q4_K_M] [--layers N]
 
 Writes FOLDER/SHAPE-TYPE.gguf tensor by tensor with the `gguf` package and prints its path. The
 vocabulary is Llama 3's if the `llama-models` wheel is installed, otherwise that of SmolLM2 (the
-default model), with fewer rows of embeddings.
+default model), with fewer rows of embeddings. Qwen's has unused tokens up to its number of rows.
 
 Numbers are normally distributed with the standard deviation of a trained model: outputs of a matrix
 are about as large as its inputs, and the sum of what the layers add to the residual stream does not
@@ -21,7 +21,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,27 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.config import Llama3Scaling, LlamaConfig
+from glassllama.base.config import DecoderConfig, Llama3Scaling, LlamaConfig
 from glassllama.tokenizers.bpe import CHARACTER_TO_BYTE
 from glassllama.tokenizers.tiktoken_file import read_ranks, special_token_names
-from glassllama.weights.architectures.llama import LLAMA
+from glassllama.weights.architectures import architecture_of
+from glassllama.weights.architectures.qwen import Qwen3Config
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K",
          "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K_M")  # fmt: skip
 POOL = (1 << 24) + (1 << 12) * 37  # numbers in the pool; not a multiple of a tensor's size
 LOGIT_WIDTH = 2.0  # standard deviation of the logits, set by the last norm
 SUPERBLOCK = 256
+QWEN_TOKENS = 151_936
 Raw = NDArray[Any]
 
 
-def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
-    """The shape of SmolLM2 135M, Llama 3.2 1B or Llama 3.1 8B, with this vocabulary size and
-    optionally another number of layers."""
+SHAPES = ("135m", "1b", "8b", "qwen3_0.6b", "qwen3_1.7b")
+
+
+def shape(name: str, vocab_size: int, layers: int | None = None) -> DecoderConfig:
+    """The shape of SmolLM2 135M, Llama 3.2 1B, Llama 3.1 8B, Qwen3 0.6B or 1.7B, with this
+    vocabulary size and optionally another number of layers."""
     sizes: dict[str, dict[str, Any]] = {
         "135m": {"dim": 576, "n_layers": 30, "head_dim": 64, "ffn_dim": 1536, "n_heads": 9,
                  "n_kv_heads": 3, "tie_embeddings": True, "rope_theta": 100_000.0,
@@ -55,7 +60,15 @@ def shape(name: str, vocab_size: int, layers: int | None = None) -> LlamaConfig:
                "tie_embeddings": True, "rope_scaling": Llama3Scaling(factor=32.0)},
         "8b": {"dim": 4096, "n_layers": 32, "head_dim": 128, "ffn_dim": 14336,
                "rope_scaling": Llama3Scaling(factor=8.0)},
+        "qwen3_0.6b": {"dim": 1024, "ffn_dim": 3072},
+        "qwen3_1.7b": {"dim": 2048, "ffn_dim": 6144},
     }  # fmt: skip
+    if name.startswith("qwen3"):
+        return Qwen3Config(
+            vocab_size=vocab_size, n_layers=28 if layers is None else layers, n_heads=16,
+            n_kv_heads=8, head_dim=128, norm_eps=1e-6, rope_theta=1e6, rope_layout="half",
+            max_seq_len=40_960, tie_embeddings=True, **sizes[name],
+        )  # fmt: skip
     llama3 = {"n_heads": 32, "n_kv_heads": 8, "rope_theta": 500_000.0, "max_seq_len": 131_072}
     values = llama3 | sizes[name] | ({} if layers is None else {"n_layers": layers})
     return LlamaConfig(vocab_size=vocab_size, norm_eps=1e-5, rope_layout="interleaved", **values)
@@ -138,6 +151,13 @@ def best_words() -> Words:
     if spec is None or not spec.submodule_search_locations:
         return smollm_words()
     return llama3_words(Path(spec.submodule_search_locations[0]) / "llama3/tokenizer.model")
+
+
+def enlarged(words: Words, count: int) -> Words:
+    """The vocabulary with unused tokens at its end, `count` in all."""
+    unused = [f"[PAD{n}]" for n in range(len(words.tokens), count)]
+    kinds = [int(gguf.TokenType.UNUSED)] * len(unused)
+    return replace(words, tokens=words.tokens + unused, kinds=words.kinds + kinds)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -247,7 +267,7 @@ K_BLOCKS = {"Q4_K": q4_k, "Q6_K": q6_k}
 # --- the file -------------------------------------------------------------------------------------
 
 
-def type_of(name: str, kind: str, config: LlamaConfig) -> str:
+def type_of(name: str, kind: str, config: DecoderConfig) -> str:
     """The type of a tensor in llama.cpp's Q4_K_M: Q6_K for the output and half of some others."""
     if kind != "Q4_K_M":
         return kind
@@ -261,7 +281,7 @@ def type_of(name: str, kind: str, config: LlamaConfig) -> str:
     return "Q4_K"
 
 
-def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
+def width_of(name: str, shape: tuple[int, ...], config: DecoderConfig) -> float:
     """Standard deviation: outputs as large as inputs; each addition to the residual stream is
     scaled by 1/√(2·layers)."""
     adds = name.endswith(("attention.wo.weight", "feed_forward.down.weight"))
@@ -269,15 +289,16 @@ def width_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> float:
 
 
 def write(
-    path: Path, config: LlamaConfig, kind: str, words: Words | None = None, pool: int = POOL
+    path: Path, config: DecoderConfig, kind: str, words: Words | None = None, pool: int = POOL
 ) -> Path:
     """Write a model of that shape and type; without `words` the file has no vocabulary."""
-    writer = gguf.GGUFWriter(str(path), "llama")
+    architecture = architecture_of(config)
+    writer = gguf.GGUFWriter(str(path), architecture.gguf_names[0])
     describe(writer, config)
     if words is not None:
         add_words(writer, words)
-    shapes = LLAMA.shapes(config)
-    theirs = {tensor.ours: tensor.theirs for tensor in LLAMA.tensors(config, "gguf")}
+    shapes = architecture.shapes(config)
+    theirs = {tensor.ours: tensor.theirs for tensor in architecture.tensors(config, "gguf")}
     kinds = {name: type_of(name, kind, config) for name, size in shapes.items() if len(size) > 1}
     pools = {name: Pool(name, numbers=pool) for name in sorted(set(kinds.values()))}
     divisors = rope_divisors(config)
@@ -308,7 +329,7 @@ def write(
     return path
 
 
-def describe(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+def describe(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
@@ -333,7 +354,7 @@ def add_words(writer: gguf.GGUFWriter, words: Words) -> None:
     writer.add_eos_token_id(words.eos)
 
 
-def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
+def rope_divisors(config: DecoderConfig) -> NDArray[np.float32] | None:
     """`rope_freqs.weight`: the divisor of each frequency."""
     if config.rope_scaling is None:
         return None
@@ -346,12 +367,14 @@ def rope_divisors(config: LlamaConfig) -> NDArray[np.float32] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=("135m", "1b", "8b"), default="1b")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--type", choices=TYPES, default="Q4_0")
     parser.add_argument("--layers", type=int, help="fewer, for a smaller file")
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True, exist_ok=True)
     words = smollm_words() if flags.shape == "135m" else best_words()
+    if flags.shape.startswith("qwen3"):
+        words = enlarged(words, QWEN_TOKENS)
     config = shape(flags.shape, len(words.tokens), flags.layers)
     print(write(flags.folder / f"{flags.shape}-{flags.type}.gguf", config, flags.type, words))
 

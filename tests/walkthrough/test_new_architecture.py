@@ -54,8 +54,8 @@ class OddAttention(Attention):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def encode_positions(self, q: Tensor, k: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
-        q, k = super().encode_positions(q, k, rope)
+    def encode_positions(self, q: Tensor, k: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        q, k = super().encode_positions(q, k, context)
         return self.q_norm(q), self.k_norm(k)
 
 

@@ -93,8 +93,9 @@ class RopePlan:
 class AttentionPlan:
     """Attention of a block: sizes, positions, mask and scores.
 
-    scores = softcap(scale · q·k), where softcap(s) = softcap · tanh(s / softcap). The QK-norm is
-    applied before RoPE, or after it if `qk_norm_after_rope`.
+    scores = softcap(scale · f(p) · q·k), where softcap(s) = softcap · tanh(s / softcap), p is the
+    position of the query and f(p) = 1 + temperature_scale · ln(1 + ⌊p / temperature_length⌋). The
+    QK-norm is applied before RoPE, or after it if `qk_norm_after_rope`.
     """
 
     n_heads: int
@@ -106,6 +107,8 @@ class AttentionPlan:
     softcap: float | None = None
     qk_norm: QKNorm = "none"
     qk_norm_after_rope: bool = False
+    temperature_scale: float = 0.0
+    temperature_length: int = 1
     biases: frozenset[Projection] = frozenset()  # the projections that add a bias
 
     def __post_init__(self) -> None:
@@ -125,6 +128,9 @@ class AttentionPlan:
             require_sizes(self, "window", part=part)
         if self.softcap is not None:
             require_positive(self, "softcap", part=part)
+        if self.temperature_scale != 0:
+            require_positive(self, "temperature_scale", part=part)
+        require_sizes(self, "temperature_length", part=part)
         require_choice(self, "qk_norm", get_args(QKNorm), part)
         require_choice(self, "biases", get_args(Projection), part)
 

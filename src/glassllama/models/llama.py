@@ -22,7 +22,7 @@ from glassllama.nn.feed_forward import FeedForward
 from glassllama.nn.hooks import HookPoint
 from glassllama.nn.kv_cache import KVCache
 from glassllama.nn.norm import RMSNorm, rms_norm
-from glassllama.nn.rope import RopeTable, rope_angles, rope_table
+from glassllama.nn.rope import rope_angles, rope_table
 
 
 class Attention(GroupedAttention):
@@ -31,9 +31,9 @@ class Attention(GroupedAttention):
     config: LlamaConfig
 
     def encode_positions(
-        self, q: Tensor, k: Tensor, rope: RopeTable | None
+        self, q: Tensor, k: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        q, k = super().encode_positions(q, k, rope)  # (B, H, T, D), (B, K, T, D)
+        q, k = super().encode_positions(q, k, context)  # (B, H, T, D), (B, K, T, D)
         if self.config.qk_norm:
             return rms_norm(q, self.config.norm_eps), rms_norm(k, self.config.norm_eps)
         return q, k

@@ -14,7 +14,6 @@ from glassllama.nn.attention import Attention, ForwardContext, join_heads, split
 from glassllama.nn.feed_forward import FeedForward
 from glassllama.nn.hooks import HookPoint
 from glassllama.nn.norm import RMSNorm
-from glassllama.nn.rope import RopeTable
 
 if TYPE_CHECKING:
     from glassllama.weights.architectures.olmo2 import Olmo2Config
@@ -29,11 +28,11 @@ class WideNormAttention(Attention):
         self.k_norm = RMSNorm(config.n_kv_heads * config.head_dim, config.norm_eps)
 
     def encode_positions(
-        self, q: Tensor, k: Tensor, rope: RopeTable | None
+        self, q: Tensor, k: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         q = split_heads(self.q_norm(join_heads(q)), q.shape[1])  # (B, H, T, D)
         k = split_heads(self.k_norm(join_heads(k)), k.shape[1])  # (B, K, T, D)
-        return super().encode_positions(q, k, rope)
+        return super().encode_positions(q, k, context)
 
 
 class PostNormBlock(nn.Module):

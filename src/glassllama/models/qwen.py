@@ -12,7 +12,6 @@ from torch import Tensor
 from glassllama.models.decoder import Block, Decoder, with_window
 from glassllama.nn.attention import Attention, ForwardContext
 from glassllama.nn.norm import RMSNorm
-from glassllama.nn.rope import RopeTable
 
 if TYPE_CHECKING:
     from glassllama.base.config import DecoderConfig
@@ -28,9 +27,9 @@ class NormedAttention(Attention):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def encode_positions(
-        self, q: Tensor, k: Tensor, rope: RopeTable | None
+        self, q: Tensor, k: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        return super().encode_positions(self.q_norm(q), self.k_norm(k), rope)
+        return super().encode_positions(self.q_norm(q), self.k_norm(k), context)
 
 
 class Qwen2(Decoder):

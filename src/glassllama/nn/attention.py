@@ -168,7 +168,7 @@ class Attention(nn.Module):
         q = self.q(split_heads(self.wq(x), self.config.n_heads))  # (B, H, T, D)
         k = self.k(split_heads(self.wk(x), self.config.n_kv_heads))  # (B, K, T, D)
         v = self.v(split_heads(self.wv(x), self.config.n_kv_heads))  # (B, K, T, D)
-        q, k = self.encode_positions(q, k, context.rope)
+        q, k = self.encode_positions(q, k, context)
         q, k = self.q_rope(q), self.k_rope(k)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v, context.new)  # (B, K, S, D)
@@ -176,12 +176,13 @@ class Attention(nn.Module):
         return self.wo(join_heads(heads))  # (B, T, C)
 
     def encode_positions(
-        self, q: Tensor, k: Tensor, rope: RopeTable | None
+        self, q: Tensor, k: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """Apply RoPE to queries and keys. (B, H, T, D), (B, K, T, D) -> same."""
+        rope, layout = context.rope, self.rope_layout
         if rope is None:
             return q, k
-        q, k = rotate_part(q, rope, self.rope_layout), rotate_part(k, rope, self.rope_layout)
+        q, k = rotate_part(q, rope, layout), rotate_part(k, rope, layout)
         return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

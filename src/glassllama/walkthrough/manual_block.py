@@ -80,6 +80,7 @@ def planned_block(
         before = t[name] if a.qk_norm_after_rope else normed(t[name], name)
         rotated = apply_rope(before, a.rope, positions)
         t[f"{name}_rope"] = normed(rotated, name) if a.qk_norm_after_rope else rotated
+    t["attention.q_rope"] = t["attention.q_rope"] * query_factors(a, positions)
     t |= attend(t["attention.q_rope"], t["attention.k_rope"], t["attention.v"], a, past, fused)
     t["attention.wo"] = linear(join_heads(t["attention.heads"]), "attention.wo", "o" in a.biases)
     attended = norm("post_attention", t["attention.wo"])  # (B, T, C)
@@ -128,6 +129,12 @@ def gpt_block(
     t["feed_forward.activated"] = ACTIVATIONS[config.activation](t["feed_forward.up"])
     t["feed_forward.down"] = F.linear(t["feed_forward.activated"], *parameters("feed_forward.down"))
     return t | {"output": t["after_attention"] + t["feed_forward.down"]}  # (B, T, C)
+
+
+def query_factors(plan: AttentionPlan, positions: range) -> Tensor:
+    """The factor of the queries at each position: (T, 1)."""
+    parts = torch.tensor(positions)[:, None] // plan.temperature_length
+    return 1 + plan.temperature_scale * torch.log(1.0 + parts)
 
 
 def apply_rope(x: Tensor, rope: RopePlan | None, positions: range) -> Tensor:

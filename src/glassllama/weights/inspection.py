@@ -91,13 +91,21 @@ def decisions(plan: ModelPlan) -> dict[str, str]:
         "biases": ", ".join(letter for letter in "qkvo" if letter in a.biases) or "none",
         "positions": by_layers([rope_words(one) for one in layers]),
         "window": by_layers([f"{one.window:,} tokens" if one.window else "none" for one in layers]),
-        "scale of scores": "1/√D" if a.has_usual_scale else f"{a.scale:.6g}",
+        "scale of scores": scale_words(a),
         "soft caps": ", ".join(f"{n} {cap:g}" for n, cap in caps.items() if cap) or "none",
         "feed-forward": GATED[ffn.activation] + (" with biases" if ffn.bias else ""),
         "multipliers": ", ".join(f"{n} × {m:.4g}" for n, m in multipliers.items() if m != 1)
         or "none",
         "output": "tied to the embeddings" if plan.tie_embeddings else "a separate matrix",
     }
+
+
+def scale_words(plan: AttentionPlan) -> str:
+    words = "1/√D" if plan.has_usual_scale else f"{plan.scale:.6g}"
+    if not plan.temperature_scale:
+        return words
+    scale, length = plan.temperature_scale, plan.temperature_length
+    return f"{words} · (1 + {scale:g} ln(1 + ⌊position / {length:,}⌋))"
 
 
 def rope_words(plan: AttentionPlan) -> str:

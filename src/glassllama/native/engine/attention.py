@@ -7,7 +7,10 @@ the same order, whatever is computed beside it.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from glassllama.native.engine import workspace as ws
 from glassllama.native.engine.attention_kernels import (
@@ -25,6 +28,7 @@ from glassllama.native.engine.attention_kernels import (
     softmax_page,
     store_kv,
 )
+from glassllama.native.engine.elementwise import scale_and_cap
 from glassllama.native.engine.layer_ops import (
     inputs_of,
     layer_field,
@@ -109,6 +113,16 @@ def rope_and_norm(workspace: Any, layer: int, t: int, head: Any, norm_weights: i
 
 
 @compiled
+def query_factor(workspace: Any, layer: int, position: int) -> Any:
+    """The factor of the scores of a query at this position: f(p) of `AttentionPlan`."""
+    scale = layer_number(workspace, layer, ws.TEMPERATURE)
+    if scale == 0:
+        return np.float32(1)
+    length = np.int64(layer_number(workspace, layer, ws.TEMPERATURE_LENGTH))
+    return np.float32(1) + scale * np.float32(math.log(np.float32(1 + position // length)))
+
+
+@compiled
 def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) -> None:
     """Apply RoPE and QK-norm to the key of token t and one KV head, and to the queries that attend
     to it.
@@ -120,14 +134,16 @@ def rope_and_store(workspace: Any, layer: int, step: Any, t: int, kv_head: int) 
         layer_field(workspace, layer, ws.Q_NORM),
         layer_field(workspace, layer, ws.K_NORM),
     )
-    queries = workspace.qkv + t * workspace.qkv_width * 4
+    queries, position = workspace.qkv + t * workspace.qkv_width * 4, position_of(workspace, t)
+    factor = query_factor(workspace, layer, position)
     for head in range(kv_head * group, (kv_head + 1) * group):
         rope_and_norm(workspace, layer, t, row(queries, head, width), q_norm)
+        if factor != 1:
+            scale_and_cap(row(queries, head, width), factor, np.float32(0))
     first_key = queries + matrix_field(workspace, m + ws.WQ, ws.GROUPS) * ws.LANES * 4
     first_value = first_key + matrix_field(workspace, m + ws.WK, ws.GROUPS) * ws.LANES * 4
     key, value = row(first_key, kv_head, width), row(first_value, kv_head, width)
     rope_and_norm(workspace, layer, t, key, k_norm)
-    position = position_of(workspace, t)
     page, slot = pages_of(workspace, layer, step, t)[position // PAGE], position % PAGE
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
     store_kv(key, value, page + at.keys, page + at.values, page + at.scales, slot, step.kv_type)

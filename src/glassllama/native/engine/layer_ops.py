@@ -104,7 +104,7 @@ def layer_field(workspace: Any, layer: int, name: int) -> Any:
 
 @compiled
 def layer_number(workspace: Any, layer: int, name: int) -> Any:
-    """One column of the table of layers' float32 numbers: SCORE_SCALE, SOFTCAP, RESIDUAL."""
+    """One column of the table of layers' float32 numbers: SCORE_SCALE, SOFTCAP, …"""
     return floats(workspace.layer_numbers + (layer * ws.LAYER_NUMBERS + name) * 4, 1)[0]
 
 

@@ -53,8 +53,9 @@ SILU, GELU_TANH = range(2)
 QK_NORMS = {"none": NO_NORM, "per_head": PER_HEAD, "full_width": FULL_WIDTH,
             "unweighted": UNWEIGHTED}  # fmt: skip
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH}
-SCORE_SCALE, SOFTCAP, RESIDUAL = range(3)  # the columns of `layer_numbers`; a soft cap of 0: none
-LAYER_NUMBERS = 3
+# The columns of `layer_numbers`. A soft cap of 0: none; a temperature of 0: none.
+SCORE_SCALE, SOFTCAP, RESIDUAL, TEMPERATURE, TEMPERATURE_LENGTH = range(5)
+LAYER_NUMBERS = 5
 TOKEN_ID, SEQUENCE, POSITION = range(3)  # columns of the table `tokens`
 TOKEN_FIELDS = 3
 TILE = 8  # most tokens of one sequence whose queries attend together
@@ -147,11 +148,12 @@ class Workspace:
         )
         self.tables["layer_numbers"] = np.array(
             [
-                [b.attention.scale, b.attention.softcap or 0, b.residual_multiplier]
-                for b in plan.blocks
+                [a.scale, a.softcap or 0, b.residual_multiplier,
+                 a.temperature_scale, a.temperature_length]
+                for b in plan.blocks for a in [b.attention]
             ],
             np.float32,
-        )
+        )  # fmt: skip
         self.sizes = sizes_of(plan, self.tables)
         record = np.zeros(1, WORKSPACE)
         for name, size in self.sizes.items():

@@ -18,7 +18,7 @@ from glassllama.base.layer_plan import ModelPlan, attention_plan, decoder_plan
 from glassllama.weights.architectures import decoder
 from glassllama.weights.architectures.decoder import HFKeys, hf_values
 from glassllama.weights.architectures.description import Architecture, Resolved, hf_class
-from glassllama.weights.architectures.rope import ORIGINAL, context_ends_at
+from glassllama.weights.architectures.rope import ORIGINAL
 
 HF_CLASSES = {
     "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM",
@@ -32,8 +32,7 @@ class MistralConfig(WindowedConfig):
     """The configuration of a Mistral.
 
     `temperature_scale` s of Ministral 3: queries at position p are multiplied by
-    1 + s·ln(1 + ⌊p / N⌋), where N is the original context of YaRN. This is not computed, so the
-    context ends at N.
+    1 + s·ln(1 + ⌊p / N⌋), where N is the original context of YaRN.
     """
 
     temperature_scale: float = 0.0
@@ -41,16 +40,24 @@ class MistralConfig(WindowedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        original = getattr(self.rope_scaling, "original_max_seq_len", 0)
-        if self.temperature_scale and self.max_seq_len > original:
+        if self.temperature_scale and not self.original_max_seq_len:
             raise ConfigError(
-                f"temperature_scale: needs a RoPE scaling whose original context has at least "
-                f"{self.max_seq_len} tokens, got {quoted(self.rope_scaling)}"
+                "temperature_scale: needs a RoPE scaling with an original context, got "
+                f"{quoted(self.rope_scaling)}"
             )
+
+    @property
+    def original_max_seq_len(self) -> int:
+        """The context before RoPE was scaled; 0 if it is not."""
+        return getattr(self.rope_scaling, "original_max_seq_len", 0)
 
 
 def mistral_plan(config: MistralConfig) -> ModelPlan:
-    attention, layers = attention_plan(config), range(config.n_layers)
+    attention = attention_plan(
+        config, temperature_scale=config.temperature_scale,
+        temperature_length=config.original_max_seq_len or 1,
+    )  # fmt: skip
+    layers = range(config.n_layers)
     return decoder_plan(config, [replace(attention, window=config.window(n)) for n in layers])
 
 
@@ -69,19 +76,8 @@ def ministral3(get: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     rope, layers = get.object("rope_parameters"), fields["n_layers"]
     window = get.integer("sliding_window", None)
     used = {} if window is None else {"sliding_window": window, "window_layers": (True,) * layers}
-    scale, original = rope.number(BETA, minimum=0.0), rope.integer(ORIGINAL)
-    return used | with_temperature(fields, scale, original, f"config.json: {BETA}")
-
-
-def with_temperature(
-    fields: Mapping[str, Any], scale: float, original: int, source: str
-) -> dict[str, Any]:
-    """`temperature_scale` and the context that follows from it, with a note."""
-    context = fields["max_seq_len"]
-    if not scale or context <= original:
-        return {"temperature_scale": scale}
-    notes = [f"{source} {scale:g}: {context_ends_at(original)}"]
-    return {"temperature_scale": scale, "max_seq_len": original, "notes": notes}
+    rope.integer(ORIGINAL)
+    return used | {"temperature_scale": rope.number(BETA, minimum=0.0)}
 
 
 HF_KEYS = HFKeys(
@@ -117,11 +113,9 @@ def config_to_hf(config: MistralConfig) -> dict[str, Any]:
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     def keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]:
-        scale = get.number("attention.temperature_scale", 0.0, minimum=0.0)
-        context = fields["max_seq_len"]
-        original = get.integer("rope.scaling.original_context_length", context)
-        source = "GGUF: mistral3.attention.temperature_scale"
-        return with_temperature(fields, scale, original, source)
+        return {
+            "temperature_scale": get.number("attention.temperature_scale", 0.0, minimum=0.0)
+        }
 
     neutral = {"attention.sliding_window": 0}
     return decoder.config_from_gguf(
