@@ -113,9 +113,7 @@ def config_to_hf(config: MistralConfig) -> dict[str, Any]:
 
 def config_from_gguf(file: TensorFile) -> Resolved:
     def keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "temperature_scale": get.number("attention.temperature_scale", 0.0, minimum=0.0)
-        }
+        return {"temperature_scale": get.number("attention.temperature_scale", 0.0, minimum=0.0)}
 
     neutral = {"attention.sliding_window": 0}
     return decoder.config_from_gguf(
