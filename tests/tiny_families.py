@@ -34,6 +34,7 @@ YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
     "rope_theta": 10_000.0,
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONG = {
     "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0],
@@ -45,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral nemo": {"model_type": "mistral", "sliding_window": None, "rope_parameters": DEFAULT},
     "ministral3": {
         "model_type": "ministral3", "rope_parameters": {
-            **YARN, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
+            **YARN, "mscale": 1.0, "mscale_all_dim": 1.0,
             "beta_fast": 0.5, "beta_slow": 0.05, "llama_4_scaling_beta": 0.1,
         },
     },
@@ -93,6 +94,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "llama yarn": {"model_type": "llama", "rope_parameters": YARN},
+    "llama dynamic": {
+        "model_type": "llama", "rope_parameters": DYNAMIC, "max_position_embeddings": 64,
+    },
 }  # fmt: skip
 GGUF_NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3"}  # where they differ
 ADDS_ONE = ("gemma", "gemma2", "gemma3")  # stored as w for 1 + w in Hugging Face's files

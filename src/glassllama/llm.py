@@ -559,6 +559,7 @@ def load(
     offline: bool = False,
     prefer_pth: bool = False,
     stream_layers: bool = False,
+    context_size: int | None = None,
     download_progress: Progress | None = None,
     load_progress: Progress | None = None,
 ) -> LLM:
@@ -569,14 +570,15 @@ def load(
     the engine makes of float weights; None leaves them, unless memory is too short, which `notes`
     say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory
-    (PyTorch). Raises GlassError: what is wrong, in one line.
+    (PyTorch). `context_size` is the number of tokens of the context, up to the model's longest one;
+    see open_checkpoint. Raises GlassError: what is wrong, in one line.
     """
     chosen = choose_backend(backend, device, dtype, stream_layers)
     check_numbers(dtype, quantize, cache, threads)
     path = hub.resolve(str(name), offline=offline, prefer_pth=prefer_pth,
                        progress=download_progress)  # fmt: skip
     started = time.perf_counter()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, context_size)
     if backend == "auto" and checkpoint.architecture.layer_plan is None:
         chosen = "torch"  # and the checkpoint's notes say why
     check_precision(chosen, dtype, exact, quantize, cache, stream_layers)

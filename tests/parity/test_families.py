@@ -73,6 +73,40 @@ def test_logits_of_a_gguf_equal_transformers(name: str, tmp_path: Path, parity: 
     compare(open_checkpoint(path), model(IDS).logits, parity, "gguf", name)
 
 
+LONGER = {
+    "llama dynamic": {"max_position_embeddings": 32},
+    "phi3 longrope": {
+        "rope_parameters": {**LONG, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LONGER)
+def test_a_context_beyond_the_original_one(name: str, tmp_path: Path, parity: Any) -> None:
+    """RoPE of a chosen context, which transformers has for a text of that length."""
+    model, tokens = family_model(name, **LONGER[name]), IDS.shape[1]
+    model.save_pretrained(tmp_path)
+    paths = [tmp_path]
+    if name in GGUF:
+        architecture = FAMILIES[name]["model_type"]
+        paths.append(write_family_gguf(model, architecture, tmp_path / "tiny.gguf"))
+    for path in paths:
+        usual = open_checkpoint(path)
+        assert usual.config.max_seq_len == 32
+        assert any("the context is 32 tokens; one of up to" in note for note in usual.notes)
+        checkpoint = open_checkpoint(path, tokens)
+        assert checkpoint.config.max_seq_len == tokens
+        assert not any("--context-size" in note for note in checkpoint.notes)
+        compare(checkpoint, model(IDS).logits, parity, f"{tokens} of 32 tokens", name)
+        longest = checkpoint.config.longest_context
+        assert longest == (128 if name == "llama dynamic" else 512)
+        for wrong in (0, -1, longest + 1, 2**40, True, 3.0):
+            with pytest.raises(GlassError, match=f"1 to {longest} tokens"):
+                open_checkpoint(path, wrong)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_a_cache_in_chunks(name: str, tmp_path: Path) -> None:

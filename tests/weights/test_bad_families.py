@@ -317,17 +317,7 @@ def test_an_unknown_architecture_lists_the_supported_ones(format: str, tmp_path:
         assert all(name in error for name in names), error
 
 
-def test_a_context_beyond_the_original_one_of_ministral_3(tmp_path: Path) -> None:
-    """There queries are multiplied by a factor that is not computed: the context ends before."""
-    for format, word in (("hf", "llama_4_scaling_beta 0.1"), ("gguf", "temperature_scale 0.1")):
-        checkpoint = open_checkpoint(
-            (file := family_file("ministral3", format)).write(tmp_path, file.values)
-        )
-        assert checkpoint.config.max_seq_len == 64
-        notes = [note for note in checkpoint.notes if "exact up to 64 tokens" in note]
-        assert len(notes) == 1
-        assert word in notes[0]
-        checkpoint.close()
+def test_a_scale_of_queries_has_no_effect_in_a_mistral(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(family_file("mistral", "hf").values))
     plain["rope_parameters"]["llama_4_scaling_beta"] = 0.1  # transformers ignores it there
     notes = open_checkpoint(family_file("mistral", "hf").write(tmp_path, plain)).notes

@@ -163,6 +163,12 @@ def look_at(checkpoint: Checkpoint) -> None:
     load_model(checkpoint)
 
 
+@pytest.mark.parametrize("write", [write_gpt2, write_bigram])
+def test_no_other_context_where_positions_are_weights(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="context_size: the context of this model is fixed"):
+        open_checkpoint(write(tmp_path), 2)
+
+
 def test_a_bigram_with_any_context(tmp_path: Path) -> None:
     path = write_bigram(tmp_path)
     values = json.loads(path.read_text())

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,10 @@ class DynamicScaling:
         require_positive(self, "factor", part="rope_scaling: ")
         require_sizes(self, "original_max_seq_len", part="rope_scaling: ")
 
+    @property
+    def longest_seq_len(self) -> int:
+        return max(1, min(int(self.factor * self.original_max_seq_len), MAX_INTEGER))
+
     def divisors(self, frequencies: Floats, pairs: Pairs, config: DecoderConfig) -> Floats:
         longer = max(1.0, config.max_seq_len / self.original_max_seq_len)
         ratio = self.factor * longer - (self.factor - 1)
@@ -141,17 +145,18 @@ class LongRopeScaling:
 
     `long` is used if the model was opened with more than the original context, so that the keys of
     a text do not depend on how long it becomes. Cosines and sines are multiplied by
-    `attention_factor`.
+    `attention_factor`. `longest_seq_len`: the context that `long` was made for.
     """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_max_seq_len: int
+    longest_seq_len: int
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "attention_factor", part="rope_scaling: ")
-        require_sizes(self, "original_max_seq_len", part="rope_scaling: ")
+        require_sizes(self, "original_max_seq_len", "longest_seq_len", part="rope_scaling: ")
         if len(self.short) != len(self.long):
             raise ConfigError(
                 f"rope_scaling: {len(self.short)} short and {len(self.long)} long divisors"
@@ -221,6 +226,11 @@ class DecoderConfig:
         """The first coordinates of a head, which are rotated; the others are left as they are."""
         return self.head_dim
 
+    @property
+    def longest_context(self) -> int:
+        """The tokens of the longest context that `with_context` allows."""
+        return max(self.max_seq_len, getattr(self.rope_scaling, "longest_seq_len", 0))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
@@ -256,6 +266,22 @@ class WindowedConfig(DecoderConfig):
     def window(self, layer: int) -> int | None:
         """The window of a layer, or None."""
         return self.sliding_window if self.window_layers and self.window_layers[layer] else None
+
+
+def with_context(config: Any, tokens: int) -> Any:
+    """The configuration with a context of so many tokens, shorter or longer than its own.
+
+    RoPE of dynamic NTK and LongRoPE follows from it. Raises ConfigError outside 1 … the longest
+    context, and for models whose context is fixed (learned positions, bigrams).
+    """
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError("context_size: the context of this model is fixed")
+    if type(tokens) is not int or not 0 < tokens <= config.longest_context:
+        raise ConfigError(
+            f"context_size must be 1 to {config.longest_context} tokens for this model, got "
+            f"{quoted(tokens)}"
+        )
+    return replace(config, max_seq_len=tokens)
 
 
 def require_sizes(config: object, *fields: str, part: str = "") -> None:

@@ -121,6 +121,11 @@ class BackendOptions:
         help="Read one layer at a time, for every token again: little memory, slow.",
     )  # fmt: skip
 
+    context_size: int | None = model_option(
+        None, min=1, metavar="N", show_default="the model's usual one",
+        help="Tokens of the context, up to the model's longest one.",
+    )  # fmt: skip
+
     def load(self, options: ModelOptions) -> LLM:
         """Load the model, with progress bars and its notes."""
         from glassllama.llm import load

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glassllama.base.config import with_context
 from glassllama.base.errors import ConfigError, GlassError, MissingExtraError, TokenizerError
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo, Tokenizer
@@ -155,15 +156,18 @@ class Checkpoint:
         self.file.close()
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, context_size: int | None = None) -> Checkpoint:
     """Open a GGUF file, a Hugging Face folder or a Meta folder (or a file in one).
+
+    `context_size`: the tokens of the context, up to the longest one of the model. None: the usual
+    one, which is the original one where RoPE follows from the context (dynamic NTK, LongRoPE).
 
     Raises GlassError: no such file, no known format, FormatError (damaged), ConfigError (not a
     supported model), WeightsError (tensors do not fit the configuration).
     """
     path = Path(path)
     try:
-        return _open(*find_model(path))
+        return _open(*find_model(path), context_size)
     except MissingExtraError:
         raise
     except GlassError as error:
@@ -173,7 +177,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise type(error)(f"{path}: {error}") from None
 
 
-def _open(file_format: FileFormat, source: Path) -> Checkpoint:
+def longer_context(tokens: int, longest: int) -> str:
+    return (
+        f"the context is {tokens} tokens; one of up to {longest} can be chosen (--context-size N, "
+        "context_size=N), with the RoPE for long texts"
+    )
+
+
+def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Checkpoint:
     folder = source if source.is_dir() else source.parent
     # config.json before any other file: what it says explains most errors.
     resolved = config_from_hf(read_json(folder / "config.json")) if file_format == "hf" else None
@@ -182,9 +193,14 @@ def _open(file_format: FileFormat, source: Path) -> Checkpoint:
         is_gguf = file_format == "gguf"
         params = {} if is_gguf else read_json(folder / "params.json")
         resolved = config_from_gguf(file) if is_gguf else read_meta(params, file)
-    architecture = architecture_of(resolved.config)
-    match = match_tensors(file, architecture, resolved.config, file_format)
-    notes = [*resolved.notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
+    config, notes = resolved
+    if context_size is not None:
+        config = with_context(config, context_size)
+    elif (longest := getattr(config, "longest_context", 0)) > config.max_seq_len:
+        notes = [*notes, longer_context(config.max_seq_len, longest)]
+    architecture = architecture_of(config)
+    match = match_tensors(file, architecture, config, file_format)
+    notes = [*notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
     if architecture.layer_plan is None:
         notes.append(architecture.torch_only)
     return Checkpoint(

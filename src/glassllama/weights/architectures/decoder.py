@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from glassllama.base.config import DecoderConfig, RopeLayout
+from glassllama.base.config import DecoderConfig, DynamicScaling, RopeLayout
 from glassllama.base.errors import ConfigError
 from glassllama.base.fields import MAX_INTEGER, REQUIRED, Fields, is_integer
 from glassllama.base.interfaces import TensorFile
@@ -228,13 +228,16 @@ def hf_values(config: DecoderConfig, model_type: str, name: str, **more: Any) ->
         raise ConfigError(
             f"config.json: Hugging Face's {name} has rope_layout half, this one has interleaved"
         )
+    context = config.longest_context
+    if isinstance(config.rope_scaling, DynamicScaling):  # its rule takes this key as the original
+        context = config.rope_scaling.original_max_seq_len
     return {
         "architectures": [name],
         "model_type": model_type,
         **{theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope_to_hf(config.rope_scaling),

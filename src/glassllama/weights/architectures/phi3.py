@@ -18,7 +18,6 @@ from glassllama.weights.architectures.decoder import HFKeys, hf_values
 from glassllama.weights.architectures.description import Architecture, Resolved
 from glassllama.weights.architectures.rope import (
     LONG,
-    context_ends_at,
     divisors_of,
     expected,
     long_rope_scale,
@@ -96,10 +95,9 @@ def gguf_keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]
         short=divisors_of(get.file, SHORT, count),
         long=divisors_of(get.file, LONG, count),
         original_max_seq_len=original,
+        longest_seq_len=context,
         attention_factor=get.number("rope.scaling.attn_factor", usual),
     )
-    if context > original:
-        found["notes"] = [f"GGUF: {LONG}: {context_ends_at(original)}"]
     return found | {"rope_scaling": scaling, "max_seq_len": min(context, original)}
 
 

@@ -44,7 +44,7 @@ LONG = "rope_factors_long.weight"
 
 
 class Rope(NamedTuple):
-    """The RoPE in a configuration, and the context for which it is exact."""
+    """The RoPE in a configuration, and the context that a model has unless another is chosen."""
 
     theta: float
     scaling: RopeScaling | None
@@ -91,28 +91,26 @@ def rope_from_hf(
         notes = unused_note(read.unused({*ROPE_WITHOUT_EFFECT, *own_keys}), rope.source)
         return Rope(theta, None, context, notes, partial)
     original = get.integer(ORIGINAL, rope.integer(ORIGINAL, context))
-    scaling, context, notes = scaling_from_hf(rope, kind, context, original)
-    notes += unused_note(read.unused({*ROPE_WITHOUT_EFFECT, *own_keys}), rope.source)
+    scaling, context = scaling_from_hf(rope, kind, context, original)
+    notes = unused_note(read.unused({*ROPE_WITHOUT_EFFECT, *own_keys}), rope.source)
     return Rope(theta, scaling, context, notes, partial)
 
 
 def scaling_from_hf(
     rope: Fields, kind: str, context: int, original: int
-) -> tuple[RopeScaling | None, int, list[str]]:
-    """A rule of scaling, the context for which it is exact, and a note if that is shorter."""
-    notes: list[str] = []
+) -> tuple[RopeScaling | None, int]:
+    """A rule of scaling and the context: the original one where RoPE follows from the context."""
     if kind == "linear":
-        return LinearScaling(factor=rope.number("factor")), context, notes
+        return LinearScaling(factor=rope.number("factor")), context
     if kind == "llama3":
         factors = {key: rope.number(key) for key in LLAMA3_FACTORS}
-        return Llama3Scaling(**factors, original_max_seq_len=original), context, notes
-    if kind == "dynamic":  # changes theta, but only for texts longer than the original context
-        factor, shorter = rope.number("factor"), min(original, context)
-        notes.append(f"config.json: rope type 'dynamic': {context_ends_at(shorter)}")
-        return DynamicScaling(factor=factor, original_max_seq_len=shorter), shorter, notes
+        return Llama3Scaling(**factors, original_max_seq_len=original), context
+    if kind == "dynamic":  # transformers starts at max_position_embeddings, whatever else is there
+        factor = rope.number("factor")
+        return DynamicScaling(factor=factor, original_max_seq_len=context), context
     if kind == "yarn":
         yarn = yarn_from_hf(rope, context, original)
-        return yarn, max(context, int(yarn.factor * original)), notes
+        return yarn, max(context, int(yarn.factor * original))
     if kind == "longrope":
         factor = rope.number("factor", context / original)
         usual = long_rope_scale(factor, original)
@@ -123,14 +121,13 @@ def scaling_from_hf(
         scaling = LongRopeScaling(
             **lists,
             original_max_seq_len=original,
+            longest_seq_len=context,
             attention_factor=rope.number("attention_factor", usual),
         )
-        if context > original:
-            notes.append(f"config.json: rope type 'longrope': {context_ends_at(original)}")
-        return scaling, min(context, original), notes
+        return scaling, min(context, original)
     raise ConfigError(
         f"config.json: rope type {quoted(kind)} is not supported (have default, linear, llama3, "
-        "yarn, and dynamic and longrope up to their original context)"
+        "yarn, dynamic, longrope)"
     )
 
 
