@@ -98,6 +98,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "rope_parameters": DYNAMIC, "max_position_embeddings": 64,
     },
 }  # fmt: skip
+# What `show` says of a family besides its sizes.
+SHOWN: dict[str, list[str]] = {
+    "mistral": ["window", "7 tokens"], "mistral nemo": [], "ministral3": ["YarnScaling"],
+    "qwen2": ["biases", "q, k, v"], "qwen2 yarn": ["YarnScaling"],
+    "qwen2 windows": ["5 tokens in 2 of 4 layers"], "qwen3": ["norm of q and k", "of every head"],
+    "qwen3 tied": ["tied to the embeddings"], "gemma": ["GeGLU", "embeddings × 6.928"],
+    "gemma2": ["scores 1.5, logits 2", "before and after"],
+    "gemma3": ["6 tokens in 6 of 7 layers, none in 1",
+               "base 10,000 in 6 of 7 layers, RoPE, base 1,000,000 ÷ 8 in 1"],
+    "smollm3": ["RoPE, base 10,000 in 3 of 4 layers, none in 1"], "phi3": ["9 tokens"],
+    "phi3 longrope": ["LongRopeScaling", "of 6 coordinates"],
+    "olmo2": ["of all heads together", "after attention"], "granite": ["residuals × 0.4"],
+    "llama yarn": ["YarnScaling"], "llama dynamic": ["DynamicScaling"],
+}  # fmt: skip
+# Words by which a step of the walkthrough names what a family has and most others have not.
+QKV, POSITIONS, SCORES, ADDED, FFN, LOGITS = 6, 8, 9, 10, 11, 13
+BIAS = (QKV, "A learned bias is added to each of q, k, v.")
+HEAD_NORM = (QKV, "an RMSNorm of every head")
+NO_NORM = (5, "Attention reads the residual stream without a norm")
+SCALED = (POSITIONS, "changed by the configuration's rope_scaling")
+FACTOR = (POSITIONS, "(attention factor)")
+NOPE = (POSITIONS, "has no positional encoding")
+EMBEDDINGS, GELU = (4, "It is multiplied by"), (FFN, "gelu(gate)")
+SCALE = (SCORES, "a scale of this model")
+ADDED_NORM = (ADDED, "normalized by post_attention_norm and then")
+FFN_NORM = (FFN, "normalized by post_ffn_norm")
+FOUR = [
+    (5, "A layer has 4 norms"), FFN_NORM,
+    (ADDED, "normalized by post_attention_norm (an extra norm) and then"),
+]  # fmt: skip
+STEP_WORDS: dict[str, list[tuple[int, str]]] = {
+    "mistral": [(SCORES, "sliding window of 7 tokens")], "mistral nemo": [],
+    "ministral3": [SCALED],
+    "qwen2": [BIAS], "qwen2 yarn": [BIAS, SCALED, FACTOR],
+    "qwen2 windows": [BIAS, (SCORES, "sliding window of 5 tokens")],
+    "qwen3": [HEAD_NORM], "qwen3 tied": [HEAD_NORM],
+    "gemma": [EMBEDDINGS, GELU],
+    "gemma2": [EMBEDDINGS, GELU, SCALE, *FOUR, (SCORES, "A soft cap, 1.5 · tanh"),
+               (SCORES, "sliding window of 6 tokens"), (LOGITS, "A soft cap, 2 · tanh")],
+    "gemma3": [EMBEDDINGS, GELU, SCALE, *FOUR, HEAD_NORM, (SCORES, "sliding window of 6 tokens"),
+               (POSITIONS, "Other frequencies: layers 5.")],
+    "smollm3": [NOPE], "phi3": [(SCORES, "sliding window of 9 tokens")],
+    "phi3 longrope": [SCALED, FACTOR, (POSITIONS, "Only the first 6 of the 8 coordinates")],
+    "olmo2": [NO_NORM, ADDED_NORM, FFN_NORM, (QKV, "an RMSNorm of all heads together")],
+    "granite": [EMBEDDINGS, SCALE, (ADDED, "multiplied by 0.4 and then"),
+                (FFN, "multiplied by 0.4 and then"), (LOGITS, "They are divided by 2.5.")],
+    "llama yarn": [SCALED, FACTOR], "llama dynamic": [],  # not within its original context
+}  # fmt: skip
 GGUF_NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3"}  # where they differ
 ADDS_ONE = ("gemma", "gemma2", "gemma3")  # stored as w for 1 + w in Hugging Face's files
 PERMUTED = ("smollm3", "granite", "mistral3")  # q and k rows in pairs in GGUF files

@@ -16,28 +16,13 @@ from glassllama import benchmark
 from glassllama.native import roofline
 from glassllama.weights.checkpoint import open_checkpoint
 from parity.test_families import GGUF
-from tiny_families import FAMILIES, family_model, write_model
+from tiny_families import FAMILIES, SHOWN, family_model, write_model
 from tokenizers import Tokenizer
 from tolerances import logits_tolerance
 from walkthrough.conftest import PROSE, byte_level_tokenizer
 
 CASES = [(name, "hf") for name in FAMILIES] + [(name, "gguf") for name in GGUF]
 TEXT = PROSE[:160]
-# What `show` says of a family besides its sizes.
-SHOWN = {
-    "mistral": ["window", "7 tokens"], "qwen2": ["biases", "q, k, v"],
-    "qwen2 windows": ["5 tokens in 2 of 4 layers"], "qwen3": ["norm of q and k", "of every head"],
-    "gemma": ["GeGLU", "embeddings × 6.928"],
-    "gemma2": ["scores 1.5, logits 2", "before and after"],
-    "gemma3": ["6 tokens in 6 of 7 layers, none in 1",
-               "base 10,000 in 6 of 7 layers, RoPE, base 1,000,000 ÷ 8 in 1"],
-    "smollm3": ["RoPE, base 10,000 in 3 of 4 layers, none in 1"], "phi3": ["9 tokens"],
-    "phi3 longrope": ["LongRopeScaling", "of 6 coordinates"], "granite": ["residuals × 0.4"],
-    "olmo2": ["of all heads together", "after attention"], "qwen2 yarn": ["YarnScaling"],
-    "qwen3 tied": ["tied to the embeddings"], "llama yarn": ["YarnScaling"], "mistral nemo": [],
-    "ministral3": ["YarnScaling"],
-}  # fmt: skip
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,42 +21,12 @@ from glassllama.walkthrough.steps import run_step, step_of_hook
 from glassllama.walkthrough.tracing import trace
 from glassllama.walkthrough.walkthrough import Walkthrough, open_walkthrough
 from parity.test_families import GGUF
-from tiny_families import FAMILIES, family_model, write_family
+from tiny_families import FAMILIES, SCORES, STEP_WORDS, family_model, write_family
 from walkthrough.conftest import run_all_steps, warned
 
 IDS = [n * 37 % 131 for n in range(13)]  # longer than all windows
 # The chosen layer: one that has what the family is known for.
 LAYER = {"gemma2": 2, "gemma3": 6, "smollm3": 3, "qwen2 windows": 3}
-# Words of the steps that name what a family has and the others have not: step, words, families.
-QKV, POSITIONS, SCORES, ADDED, FFN, LOGITS = 6, 8, 9, 10, 11, 13
-WORDS: list[tuple[int, str, set[str]]] = [
-    (4, "It is multiplied by", {"gemma", "gemma2", "gemma3", "granite"}),
-    (5, "Attention reads the residual stream without a norm", {"olmo2"}),
-    (5, "A layer has 4 norms", {"gemma2", "gemma3"}),
-    (QKV, "A learned bias is added to each of q, k, v.", {"qwen2", "qwen2 yarn", "qwen2 windows"}),
-    (QKV, "an RMSNorm of every head", {"qwen3", "qwen3 tied", "gemma3"}),
-    (QKV, "an RMSNorm of all heads together", {"olmo2"}),
-    (POSITIONS, "has no positional encoding", {"smollm3"}),
-    (POSITIONS, "Only the first 6 of the 8 coordinates", {"phi3 longrope"}),
-    (POSITIONS, "(attention factor)", {"qwen2 yarn", "llama yarn", "phi3 longrope"}),
-    (POSITIONS, "changed by the configuration's rope_scaling",
-     {"qwen2 yarn", "llama yarn", "phi3 longrope", "ministral3"}),
-    (POSITIONS, "Other frequencies: layers 5.", {"gemma3"}),
-    (SCORES, "a scale of this model", {"gemma2", "gemma3", "granite"}),
-    (SCORES, "A soft cap, 1.5 · tanh", {"gemma2"}),
-    (SCORES, "sliding window of 7 tokens", {"mistral"}),
-    (SCORES, "sliding window of 6 tokens", {"gemma2", "gemma3"}),
-    (SCORES, "sliding window of 5 tokens", {"qwen2 windows"}),
-    (SCORES, "sliding window of 9 tokens", {"phi3"}),
-    (ADDED, "normalized by post_attention_norm (an extra norm) and then", {"gemma2", "gemma3"}),
-    (ADDED, "normalized by post_attention_norm and then", {"olmo2"}),
-    (ADDED, "multiplied by 0.4 and then", {"granite"}),
-    (FFN, "normalized by post_ffn_norm", {"gemma2", "gemma3", "olmo2"}),
-    (FFN, "multiplied by 0.4 and then", {"granite"}),
-    (FFN, "gelu(gate)", {"gemma", "gemma2", "gemma3"}),
-    (LOGITS, "A soft cap, 2 · tanh", {"gemma2"}),
-    (LOGITS, "They are divided by 2.5.", {"granite"}),
-]  # fmt: skip
 SHARED = {"models/language_model.py", "models/decoder.py", "models/qwen.py"}  # QK-norm of Gemma 3
 SAME_CODE_AS_OTHERS = {"mistral nemo", "ministral3", "qwen2", "qwen2 yarn", "phi3 longrope"}
 
@@ -70,8 +40,8 @@ def opened(name: str, folder: Path, file_format: str = "hf") -> Walkthrough:
 def test_all_steps_name_what_differs(name: str, tmp_path: Path) -> None:
     walk = opened(name, tmp_path)
     steps = run_all_steps(walk)
-    for number, words, families in WORDS:
-        assert (words in steps[number].text) == (name in families), (number, words)
+    for number, words in {each for some in STEP_WORDS.values() for each in some}:
+        assert (words in steps[number].text) == ((number, words) in STEP_WORDS[name]), words
     assert ("×" in "".join(steps[SCORES].pictures[0].lines(100))) == bool(walk.attention.window)
     quoted = {source.file for step in steps for source in step.sources}
     models = {file for file in quoted if file.startswith("models/")}

@@ -1,32 +1,32 @@
-"""The architecture registry: one description per architecture, found by the names in files."""
+"""The architecture registry: one description per architecture, found by the names in files.
+
+Every module of this folder is imported; the `Architecture` objects in it are the registry.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from glassllama.base.errors import ConfigError, MissingExtraError, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
-from glassllama.weights.architectures.bigram import BIGRAM
 from glassllama.weights.architectures.description import Architecture, Resolved, hf_class
-from glassllama.weights.architectures.gemma import GEMMA, GEMMA2, GEMMA3
-from glassllama.weights.architectures.gpt2 import GPT2
-from glassllama.weights.architectures.granite import GRANITE
-from glassllama.weights.architectures.llama import LLAMA
-from glassllama.weights.architectures.mistral import MISTRAL
-from glassllama.weights.architectures.olmo2 import OLMO2
-from glassllama.weights.architectures.phi3 import PHI3
-from glassllama.weights.architectures.qwen import QWEN2, QWEN3
-from glassllama.weights.architectures.smollm3 import SMOLLM3
 
-ARCHITECTURES = {
-    architecture.name: architecture
-    for architecture in (
-        LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, SMOLLM3, PHI3, OLMO2, GRANITE, GPT2,
-        BIGRAM,
-    )
-}  # fmt: skip
+
+def descriptions() -> Iterator[Architecture]:
+    """All descriptions in the modules of this folder."""
+    for module in iter_modules(__path__, f"{__name__}."):
+        yield from (
+            found
+            for found in vars(import_module(module.name)).values()
+            if isinstance(found, Architecture)
+        )
+
+
+ARCHITECTURES = {one.name: one for one in descriptions()}
 HF_CLASSES = {k: v for one in ARCHITECTURES.values() for k, v in one.hf_classes.items()}
 BY_CLASS = {name: one for one in ARCHITECTURES.values() for name in one.hf_classes.values()}
 
