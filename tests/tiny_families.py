@@ -88,6 +88,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 256,
     },
     "olmo2": {"model_type": "olmo2", "rope_parameters": DEFAULT, "head_dim": 8},
+    "exaone4": {
+        "model_type": "exaone4", "rope_parameters": DEFAULT, "num_hidden_layers": 5,
+        "sliding_window": 7,
+    },
+    "exaone4 small": {
+        "model_type": "exaone4", "rope_parameters": DEFAULT, "sliding_window": None,
+        "layer_types": [FULL] * 4,
+    },
     "granite": {
         "model_type": "granite", "rope_parameters": DEFAULT, "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
@@ -110,6 +118,8 @@ SHOWN: dict[str, list[str]] = {
     "smollm3": ["RoPE, base 10,000 in 3 of 4 layers, none in 1"], "phi3": ["9 tokens"],
     "phi3 longrope": ["LongRopeScaling", "of 6 coordinates"],
     "olmo2": ["of all heads together", "after attention"], "granite": ["residuals × 0.4"],
+    "exaone4": ["7 tokens in 4 of 5 layers, none in 1", "after attention", "of every head"],
+    "exaone4 small": ["after attention", "of every head"],
     "llama yarn": ["YarnScaling"], "llama dynamic": ["DynamicScaling"],
 }  # fmt: skip
 # Words by which a step of the walkthrough names what a family has and most others have not.
@@ -142,6 +152,8 @@ STEP_WORDS: dict[str, list[tuple[int, str]]] = {
     "smollm3": [NOPE], "phi3": [(SCORES, "sliding window of 9 tokens")],
     "phi3 longrope": [SCALED, FACTOR, (POSITIONS, "Only the first 6 of the 8 coordinates")],
     "olmo2": [NO_NORM, ADDED_NORM, FFN_NORM, (QKV, "an RMSNorm of all heads together")],
+    "exaone4": [NO_NORM, ADDED_NORM, FFN_NORM, HEAD_NORM, (SCORES, "sliding window of 7 tokens")],
+    "exaone4 small": [NO_NORM, ADDED_NORM, FFN_NORM, HEAD_NORM],
     "granite": [EMBEDDINGS, SCALE, (ADDED, "multiplied by 0.4 and then"),
                 (FFN, "multiplied by 0.4 and then"), (LOGITS, "They are divided by 2.5.")],
     "llama yarn": [SCALED, FACTOR], "llama dynamic": [],  # not within its original context
@@ -179,7 +191,7 @@ FOUR_NORMS = {
 def gguf_tensors(model: Any, architecture: str) -> dict[str, np.ndarray]:
     """The tensors as llama.cpp's converter writes them."""
     names = dict(GGUF_TENSORS)
-    if architecture in ("gemma2", "gemma3", "olmo2"):
+    if architecture in ("gemma2", "gemma3", "olmo2", "exaone4"):
         names |= FOUR_NORMS
     heads = {
         "attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads
@@ -242,7 +254,7 @@ def write_family_gguf(
         for size in ("short", "long"):
             factors = np.array(own[f"{size}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{size}.weight", factors)
-    if architecture in ("gemma2", "gemma3", "phi3") and c.sliding_window:
+    if architecture in ("gemma2", "gemma3", "phi3", "exaone4") and c.sliding_window:
         writer.add_sliding_window(c.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
