@@ -1,4 +1,4 @@
-"""The output shown in docs/walkthrough.md is correct, and docs/hooks.md is up to date."""
+"""The output shown in docs/walkthrough.md is correct, and generated pages are up to date."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ def test_examples_of_the_page() -> None:
     assert not failed
 
 
-def test_the_page_of_hooks_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_hooks_page", DOCS / "make_hooks_page.py")
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [("hooks", "make_hooks_page"), ("adding-an-architecture", "make_adding_page")],
+)
+def test_generated_pages_are_up_to_date(page: str, script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, DOCS / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    expected = module.page()
-    assert (DOCS / "hooks.md").read_text() == expected, "run docs/make_hooks_page.py"
+    assert (DOCS / f"{page}.md").read_text() == module.page(), f"run docs/{script}.py"
+
+
+def test_the_lesson_finds_the_mistake_in_the_first_layer_without_a_window() -> None:
+    text = (DOCS / "adding-an-architecture.md").read_text()
+    right, wrong = (part.partition("```")[0] for part in text.split("```console\n")[2:])
+    assert right == "".join(f"layer {n}: equal\n" for n in range(5))
+    assert wrong == right.replace("3: equal\nlayer 4: equal", "3: DIFFERENT\nlayer 4: DIFFERENT")
