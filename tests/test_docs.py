@@ -38,7 +38,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
-    listed = set(re.findall(r"[\w/]+\.md", navigation))
+    listed = set(re.findall(r"[\w/-]+\.md", navigation))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert listed == pages | set(site_hooks.OUTSIDE)
 
