@@ -23,9 +23,9 @@ FIXTURES = "tests/tiny_families.py"
 HEAD = """# Adding an architecture
 
 A new family of decoders is three files: a **model file**, a **description** and a **row of
-fixtures**. This lesson adds EXAONE 4.0 (LG AI Research, 2025), which the other families do not
-need: no other file of the program names it. All code below is the code of the repository; the page
-is written by `python docs/make_adding_page.py`.
+fixtures**. This lesson adds EXAONE 4.0 (LG AI Research, 2025); no other file of the program names
+it. All code below is the code of the repository; the page is written by
+`python docs/make_adding_page.py`.
 
 ## 1. Find out what differs from a Llama
 
