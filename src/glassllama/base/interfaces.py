@@ -9,9 +9,10 @@ H query heads, K kv heads, D head width, F ffn width, V vocabulary, P image patc
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -138,11 +139,19 @@ Output = Literal["last", "all", "none"]
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """The new ids of one sequence, and for which of them logits are returned."""
+    """The new ids of one sequence, and for which of them logits are returned.
+
+    A negative id stands for one of `rows`, a vector (C,) float32 that is used instead of an
+    embedding, such as a part of an image. Keys and values are shared by ids, so equal negative ids
+    must have equal vectors: `row_ids` makes them from the content. With `prefix` the ids are the
+    beginning of their sequence and all see each other.
+    """
 
     sequence: int
     ids: Sequence[int]
     output: Output = "last"
+    rows: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    prefix: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -181,6 +190,7 @@ class Capabilities:
     # every other content of the batch. If False, generation runs one sequence at a time.
     batch_invariant: bool = False
     shares_prefixes: bool = False  # sequences with the same beginning share its keys and values
+    takes_rows: bool = False  # `NewTokens.rows` and `prefix`
     native_sampler: Callable[..., NativeSampler] | None = None  # see native/engine/sampling.py
 
 
@@ -225,11 +235,19 @@ def context_full(length: int, context: int) -> GenerationError:
     )
 
 
-def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int]:
+def row_ids(content: bytes, count: int) -> list[int]:
+    """Negative ids for `count` rows that follow from this content."""
+    first = int.from_bytes(hashlib.sha256(content).digest()[:16], "big") << 32
+    return [-first - n - 1 for n in range(count)]
+
+
+def checked_ids(
+    what: str, given: Iterable[object], vocab_size: int, rows: Collection[int] = ()
+) -> list[int]:
     """Ids as Python integers.
 
     Raises GenerationError, which names `what`, if there are none, or if one is not an integer or is
-    outside the vocabulary.
+    neither in the vocabulary nor in `rows`.
     """
     ids: list[int] = []
     for position, id in enumerate(given):
@@ -241,7 +259,7 @@ def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int
             raise GenerationError(
                 f"{what}: {quoted(id)} at position {position} is no id (a whole number)"
             ) from None
-        if not 0 <= ids[-1] < vocab_size:
+        if not 0 <= ids[-1] < vocab_size and ids[-1] not in rows:
             raise GenerationError(
                 f"{what}: id {quoted(ids[-1])} at position {position} is outside the vocabulary "
                 f"0 … {vocab_size - 1}"
@@ -251,6 +269,31 @@ def checked_ids(what: str, given: Iterable[object], vocab_size: int) -> list[int
             f"{what} is empty: expected at least one id, such as the beginning-of-text id"
         )
     return ids
+
+
+def checked_tokens(
+    tokens: NewTokens, past: int, config: ModelConfig, width: int
+) -> tuple[list[int], dict[int, NDArray[np.float32]]]:
+    """The ids of `tokens`, and their rows, for a sequence of `past` tokens.
+
+    `width` is C; 0: the model takes no rows and no prefix. Raises GenerationError.
+    """
+    if (tokens.rows or tokens.prefix) and not width:
+        raise GenerationError("this model reads ids only: neither rows of images nor a prefix")
+    if tokens.prefix and past:
+        raise GenerationError(f"a prefix begins a sequence, this one has {past} tokens already")
+    ids = checked_ids("new tokens", tokens.ids, config.vocab_size, tokens.rows.keys())
+    rows = {id: tokens.rows[id] for id in ids if id in tokens.rows}
+    for id, row in rows.items():
+        fits = isinstance(row, np.ndarray) and row.shape == (width,) and row.dtype == np.float32
+        if id >= 0 or not fits or not np.isfinite(row).all():
+            raise GenerationError(
+                f"row {id}: expected a negative id and {width} finite float32 numbers, got "
+                f"{getattr(row, 'shape', type(row).__name__)} {getattr(row, 'dtype', '')}"
+            )
+    if past + len(ids) > config.max_seq_len and not config.unbounded:
+        raise context_full(past + len(ids), config.max_seq_len)
+    return ids, rows
 
 
 def require_distinct(batch: TokenBatch) -> None:

@@ -43,6 +43,7 @@ class Block(nn.Module):
 class Decoder(LanguageModel):
     """Embeddings, blocks, norm, output matrix."""
 
+    takes_embeddings = True
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig, block: Callable[[int], nn.Module]) -> None:
@@ -56,9 +57,6 @@ class Decoder(LanguageModel):
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.frequencies = frequencies_of(config)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tok_embeddings(ids)  # (B, T, C)
-
     def context_of(self, layer: int, context: ForwardContext, positions: Tensor) -> ForwardContext:
         """What a layer is given: RoPE and mask. Here the same for all."""
         return context
@@ -70,13 +68,20 @@ class Decoder(LanguageModel):
         *,
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        prefix: bool = False,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C); see LanguageModel.hidden."""
+        """(B, T) ids -> (B, T, C); see LanguageModel.hidden.
+
+        `embeddings` (B, T, C) are used instead of those of the ids, such as rows of images. With
+        `prefix` the new tokens are the beginning of their texts and all see each other: PaliGemma
+        (Beyer et al., 2024), section 3.1.
+        """
         new = [ids.shape[1]] * ids.shape[0] if lengths is None else lengths
-        positions, mask = positions_and_mask(ids, cache, new, segments)  # (B, T), (B or 1, 1, T, S)
+        positions, mask = positions_and_mask(ids, cache, new, segments, prefix)  # (B, T), mask
         rope = table_of(self.config, self.frequencies, positions)
-        context = ForwardContext(rope, mask, cache, new)
-        x = self.embeddings(self.embed(ids))  # (B, T, C)
+        context = ForwardContext(rope, mask, cache, new, prefix)
+        x = self.embeddings(self.embed(ids) if embeddings is None else embeddings)  # (B, T, C)
         for n, layer in enumerate(self.layers):
             x = layer(x, self.context_of(n, context, positions))  # (B, T, C)
         if cache is not None:
@@ -96,7 +101,10 @@ def table_of(config: DecoderConfig, frequencies: Tensor, positions: Tensor) -> R
 
 
 def with_window(context: ForwardContext, positions: Tensor, window: int | None) -> ForwardContext:
-    """The context of a layer with a sliding window of so many tokens; None: no window."""
-    if window is None:
+    """The context of a layer with a sliding window of so many tokens; None: no window.
+
+    The tokens of a prefix see each other, however long it is.
+    """
+    if window is None or context.prefix:
         return context
     return replace(context, mask=window_mask(positions, context.mask, window))

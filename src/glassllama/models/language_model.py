@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ class LanguageModel(nn.Module):
     `config` is its frozen dataclass, with `vocab_size` and `max_seq_len` at least.
     """
 
+    takes_embeddings: ClassVar[bool] = False  # whether `hidden` has `embeddings` and `prefix`
     tok_embeddings: nn.Embedding
     output: nn.Module
 
@@ -45,6 +46,11 @@ class LanguageModel(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
         )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, C), the input of the first layer."""
+        embeddings: Tensor = self.tok_embeddings(ids)
+        return embeddings  # (B, T, C)
 
     def hidden(
         self,

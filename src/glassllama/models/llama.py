@@ -58,6 +58,7 @@ class Block(nn.Module):
 class Llama(LanguageModel):
     """Embeddings, blocks, norm, output matrix."""
 
+    takes_embeddings = True
     config: LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -77,15 +78,22 @@ class Llama(LanguageModel):
         *,
         lengths: Sequence[int] | None = None,
         segments: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        prefix: bool = False,
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C); see LanguageModel.hidden."""
+        """(B, T) ids -> (B, T, C); see LanguageModel.hidden.
+
+        `embeddings` (B, T, C) are used instead of those of the ids, such as rows of images. With
+        `prefix` the new tokens are the beginning of their texts and all see each other: PaliGemma
+        (Beyer et al., 2024), section 3.1.
+        """
         new = [ids.shape[1]] * ids.shape[0] if lengths is None else lengths
-        positions, mask = positions_and_mask(ids, cache, new, segments)  # (B, T), (B or 1, 1, T, S)
+        positions, mask = positions_and_mask(ids, cache, new, segments, prefix)  # (B, T), mask
         angles = rope_angles(positions, self.frequencies.to(ids.device))  # (B, T, D/2)
         rope = rope_table(angles, attention_factor(self.config))
 
-        x = self.tok_embeddings(ids)  # (B, T, C)
-        context = ForwardContext(rope, mask, cache, new)
+        x = self.tok_embeddings(ids) if embeddings is None else embeddings  # (B, T, C)
+        context = ForwardContext(rope, mask, cache, new, prefix)
         for layer in self.layers:
             x = layer(x, context)  # (B, T, C)
         if cache is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from glassllama.weights.architectures.mistral import MistralConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MistralContext(ForwardContext):
     query_factors: Tensor  # (B, 1, T, 1), of each position
 
@@ -48,7 +48,7 @@ class Mistral(Decoder):
         if not self.config.temperature_scale:
             return context
         factors = query_factors(self.config, positions)
-        return MistralContext(context.rope, context.mask, context.cache, context.new, factors)
+        return MistralContext(**vars(context), query_factors=factors)
 
 
 def query_factors(config: MistralConfig, positions: Tensor) -> Tensor:

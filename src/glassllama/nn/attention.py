@@ -32,6 +32,7 @@ class ForwardContext:
     mask: Tensor | None  # (B or 1, 1, T, S), True if visible; None: causal, without past tokens
     cache: KVCache | None
     new: Sequence[int]  # real new tokens per row; the rest of T is padding on the right
+    prefix: bool = False  # whether the new tokens all see each other, whatever the window
 
 
 def causal_mask(positions: Tensor, visible: int) -> Tensor:
@@ -53,12 +54,14 @@ def positions_in_segments(segments: Tensor) -> Tensor:
 
 
 def positions_and_mask(
-    ids: Tensor, cache: KVCache | None, new: Sequence[int], segments: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    ids: Tensor, cache: KVCache | None, new: Sequence[int], segments: Tensor | None,
+    prefix: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Positions of the new tokens, (B, T), and the mask as in `ForwardContext`.
 
-    `new` are the numbers of real tokens per row, for which the cache reserves memory. Raises
-    GenerationError if the cache is full.
+    `new` are the numbers of real tokens per row, for which the cache reserves memory. With `prefix`
+    the new tokens are the beginning of the text and all see each other. Raises GenerationError if
+    the cache is full.
     """
     if segments is not None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)  # (B, T)
@@ -68,6 +71,10 @@ def positions_and_mask(
     visible = ids.shape[1] if cache is None else cache.reserve(new)
     offsets = torch.tensor(past, device=ids.device)[:, None]  # (B, 1)
     positions = offsets + torch.arange(ids.shape[1], device=ids.device)  # (B, T)
+    if prefix:
+        ends = torch.tensor(new, device=ids.device)[:, None, None, None]
+        visible_to_all = torch.arange(visible, device=ids.device) < ends  # (B, 1, 1, S)
+        return positions, visible_to_all.expand(-1, 1, ids.shape[1], -1)  # (B, 1, T, S)
     return positions, causal_mask(positions, visible) if any(past) else None  # (B, 1, T, S)
 
 

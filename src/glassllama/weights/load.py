@@ -37,8 +37,7 @@ from glassllama.base.interfaces import (
     NewTokens,
     Progress,
     TokenBatch,
-    checked_ids,
-    context_full,
+    checked_tokens,
     require_distinct,
 )
 from glassllama.base.interfaces import KVCache as Cache
@@ -342,10 +341,11 @@ class TorchExecutor:
     One sequence after the other: PyTorch rounds a product differently in a batch.
     """
 
-    capabilities = Capabilities(prefill_chunk=PREFILL_CHUNK)
-
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+        self.capabilities = Capabilities(
+            prefill_chunk=PREFILL_CHUNK, takes_rows=model.takes_embeddings
+        )
         self.notes: list[str] = []
         self._closed = False
         self.lock = NonReentrantLock()
@@ -381,7 +381,7 @@ class TorchExecutor:
         before, row = [cache.length(tokens.sequence) for tokens in batch], 0
         try:
             for tokens, ids in zip(batch, new, strict=True):
-                h = self.model.hidden(ids, cache.get(tokens.sequence))[0]  # (T, C)
+                h = self._hidden(tokens, ids, cache.get(tokens.sequence))  # (T, C)
                 if count := tokens.num_outputs:
                     logits[row : row + count] = self.model.logits(h[-count:]).cpu().numpy()
                 row += count
@@ -391,10 +391,20 @@ class TorchExecutor:
             raise
         return logits
 
-    def _checked(self, tokens: NewTokens, cache: TorchCache) -> Tensor:
-        """The new ids as (1, T). Raises GenerationError if they cannot be fed to their sequence."""
-        ids = checked_ids("new tokens", tokens.ids, self.config.vocab_size)
-        length = cache.length(tokens.sequence) + len(ids)
-        if length > self.config.max_seq_len and not self.config.unbounded:
-            raise context_full(length, self.config.max_seq_len)
-        return torch.tensor([ids], device=self.device)
+    def _checked(self, tokens: NewTokens, cache: TorchCache) -> list[int]:
+        """The new ids. Raises GenerationError if they cannot be fed to their sequence."""
+        width = self.config.dim if self.model.takes_embeddings else 0  # type: ignore[attr-defined]
+        return checked_tokens(tokens, cache.length(tokens.sequence), self.config, width)[0]
+
+    def _hidden(self, tokens: NewTokens, ids: list[int], cache: KVCache) -> Tensor:
+        """Hidden states (T, C) of the new tokens, which are added to the cache."""
+        of_vocabulary = torch.tensor([[max(id, 0) for id in ids]], device=self.device)  # (1, T)
+        if not tokens.rows and not tokens.prefix:
+            return self.model.hidden(of_vocabulary, cache)[0]  # (T, C)
+        x = self.model.embed(of_vocabulary)  # (1, T, C)
+        for t, id in enumerate(ids):
+            if id < 0:
+                x[0, t] = torch.from_numpy(tokens.rows[id])
+        model: Any = self.model
+        hidden: Tensor = model.hidden(of_vocabulary, cache, embeddings=x, prefix=tokens.prefix)
+        return hidden[0]

@@ -85,10 +85,19 @@ def position_of(workspace: Any, t: int) -> Any:
 
 
 @compiled
-def first_visible(workspace: Any, layer: int, position: int) -> Any:
-    """The first position that a query sees: with a sliding window not always 0."""
-    window = layer_field(workspace, layer, ws.WINDOW)
-    return max(0, position + 1 - window) if window > 0 else 0
+def first_visible(workspace: Any, layer: int, t: int) -> Any:
+    """The first position that the query of token t sees: with a sliding window not always 0."""
+    window, token = layer_field(workspace, layer, ws.WINDOW), token_fields(workspace, t)
+    if window == 0 or token[ws.PREFIX] > 0:
+        return 0
+    return max(0, token[ws.POSITION] + 1 - window)
+
+
+@compiled
+def end_visible(workspace: Any, t: int) -> Any:
+    """The position after the last one that the query of token t sees."""
+    token = token_fields(workspace, t)
+    return max(token[ws.POSITION] + 1, token[ws.PREFIX])
 
 
 # --- queries and keys -----------------------------------------------------------------------------
@@ -215,9 +224,8 @@ def attend_page(workspace: Any, scratch: Any, layer: int, page: int, ahead: int,
     score_page(scratch.queries, count * group, keys, width, scores, ahead, form)
     cap = layer_number(workspace, layer, ws.SOFTCAP)
     for n in range(count):
-        position = position_of(workspace, t + n)
-        first, visible = first_visible(workspace, layer, position) - past, position + 1 - past
-        first, visible = max(0, first), min(PAGE, visible)
+        first = max(0, first_visible(workspace, layer, t + n) - past)
+        visible = min(PAGE, end_visible(workspace, t + n) - past)
         for g in range(n * group, (n + 1) * group):
             own, accumulator = scores + g * PAGE * 4, accumulators + g * (width + 2) * 4
             if cap == 0 and first == 0:
@@ -260,8 +268,8 @@ def attend_span(
             )
     at = page_offsets(workspace, layer, kv_head, step.kv_type)
     pages = pages_of(workspace, layer, step, t)
-    last = position_of(workspace, t + count - 1) // PAGE
-    first = first_visible(workspace, layer, position_of(workspace, t)) // PAGE
+    last = (end_visible(workspace, t + count - 1) - 1) // PAGE
+    first = first_visible(workspace, layer, t) // PAGE
     for page in range(max(first, span * SPAN // PAGE), min((span + 1) * SPAN // PAGE, last + 1)):
         ahead = pages[min(page + 1, last)] - pages[page]
         attend_page(
@@ -280,12 +288,12 @@ def attend_sequence(
     group, width, queries = workspace.group_size, workspace.head_dim, workspace.tile_queries
     total = workspace.accumulators + 2 * worker.thread * queries * (width + 2) * 4
     part = total + queries * (width + 2) * 4
-    first = first_visible(workspace, layer, position_of(workspace, t)) // SPAN
+    first = first_visible(workspace, layer, t) // SPAN
     attend_span(worker, workspace, layer, step, tile, kv_head, first, total)
-    for span in range(first + 1, position_of(workspace, t + count - 1) // SPAN + 1):
+    for span in range(first + 1, (end_visible(workspace, t + count - 1) - 1) // SPAN + 1):
         attend_span(worker, workspace, layer, step, tile, kv_head, span, part)
         for n in range(count):
-            if span * SPAN <= position_of(workspace, t + n):
+            if span * SPAN < end_visible(workspace, t + n):
                 for g in range(n * group, (n + 1) * group):
                     merge_accumulators(row(total, g, width + 2), row(part, g, width + 2), width)
     for n in range(count):
@@ -321,7 +329,7 @@ def attend(worker: Any, phase: int, workspace: Any, layer: int, step: Any) -> No
     """Attention of all query heads and tokens over the keys up to each token's position."""
     first_span, spans = 0, 1
     if shares_spans(workspace, step):
-        first_span = first_visible(workspace, layer, position_of(workspace, 0)) // SPAN
+        first_span = first_visible(workspace, layer, 0) // SPAN
         spans = step.num_spans - first_span
     items = step.num_tiles * workspace.kv_heads * spans
     arguments = (worker, workspace, layer, step, first_span, spans)
@@ -336,7 +344,7 @@ def merge_spans(worker: Any, workspace: Any, layer: int, step: Any, out: int) ->
     """Merge the accumulators of all spans -> the attention output of the single token, at `out`."""
     width, heads = workspace.head_dim, workspace.heads
     total = row(workspace.accumulators, 2 * worker.thread * workspace.tile_queries, width + 2)
-    start = first_visible(workspace, layer, position_of(workspace, 0)) // SPAN
+    start = first_visible(workspace, layer, 0) // SPAN
     for head in range(heads):
         first = row(workspace.partials, start * heads + head, width + 2)
         for i in range(width + 2):

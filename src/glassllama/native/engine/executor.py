@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,9 @@ from glassllama.base.interfaces import (
     KVCache,
     NewTokens,
     TokenBatch,
-    checked_ids,
-    context_full,
+    checked_tokens,
     require_distinct,
+    row_ids,
 )
 from glassllama.base.layer_plan import ModelPlan
 from glassllama.base.locks import synchronized
@@ -35,6 +36,7 @@ from glassllama.native.engine.kv_cache import (
     CachedSequence,
     PagedCache,
     Pages,
+    Row,
     shared_prefix,
 )
 from glassllama.native.engine.layer_ops import Step
@@ -58,9 +60,10 @@ EMPTY_STEP = (0,) * len(Step._fields)  # arguments of a step without tokens
 class Token(NamedTuple):
     """One row of the workspace's table `tokens`."""
 
-    id: int
+    id: int  # -1: it has a row instead
     sequence: int
     position: int
+    prefix: int  # of its sequence, if it is in it, else 0
 
 
 @dataclass
@@ -76,6 +79,17 @@ class Part:
     def may_reuse(self) -> bool:
         """Whether ids that another sequence has computed may be skipped."""
         return self.tokens.output != "all"
+
+    def described(self) -> Iterator[tuple[Token, Row | None]]:
+        """The new tokens, and the rows of those that have no id of the vocabulary."""
+        sequence = self.sequence
+        for position, id in enumerate(self.ids, start=sequence.length):
+            source = sequence.sources.get(id, id)
+            prefix = sequence.prefix if position < sequence.prefix else 0
+            if isinstance(source, int):
+                yield Token(source, sequence.slot, position, prefix), None
+            else:
+                yield Token(-1, sequence.slot, position, prefix), source
 
     def will_share(self, other: Part, cache: PagedCache) -> bool:
         """Whether it can go on from tokens that the other one computes first."""
@@ -157,6 +171,7 @@ class Engine:
             prefill_chunk=chunk,
             batch_invariant=True,
             shares_prefixes=True,
+            takes_rows=True,
             native_sampler=make_native_sampler,
         )
 
@@ -204,9 +219,14 @@ class Engine:
     def _compute_again(self, sequence: CachedSequence, cache: PagedCache) -> None:
         """Replace the pages of a sequence, without a window's memory, by those of a new one."""
         number, other = cache.new_sequence()
+        other.prefix, other.sources = sequence.prefix, sequence.sources
+        ids, prefix = sequence.ids(), sequence.prefix
         try:
-            same = Part(NewTokens(number, [], "none"), other, sequence.ids(), first_row=0)
-            self._forward([same], cache, self._new_logits(0))
+            for is_prefix, some in ((True, ids[:prefix]), (False, ids[prefix:])):
+                if some:
+                    same = NewTokens(number, [], "none", prefix=is_prefix)
+                    part = Part(same, other, some, first_row=0)
+                    self._forward([part], cache, self._new_logits(0))
             cache.take_pages(sequence, other)
         finally:
             cache.drop(number)
@@ -226,7 +246,10 @@ class Engine:
                 if first:
                     shared = first.sequence.length + shared_prefix(part.ids, first.ids)
                     first.sequence.continued_from.append(shared)
-            self._feed([part for part in now if part.ids], cache, logits)
+            prefixes = [part for part in now if part.ids and part.tokens.prefix]
+            others = [part for part in now if part.ids and not part.tokens.prefix]
+            for parts in (*([part] for part in prefixes), others):
+                self._feed(parts, cache, logits)
             for part in later:
                 part.skip_known(cache)
             waiting = later
@@ -251,67 +274,126 @@ class Engine:
         return np.empty((count, self.weights.matrices[-1].padded_rows), np.float32)
 
     def _feed(self, parts: list[Part], cache: PagedCache, logits: NDArray[np.float32]) -> None:
-        """Compute the ids of all parts in chunks, and fill their rows of `logits`."""
-        tokens, outputs = list[Token](), list[tuple[int, int]]()  # outputs: token, row of logits
+        """Compute the ids of all parts in chunks, and fill their rows of `logits`.
+
+        A prefix is the only part.
+        """
+        tokens, rows = list[Token](), list[Row | None]()
+        outputs = list[tuple[int, int]]()  # token, row of logits
         for part in parts:
             sequence, last = part.sequence, len(tokens) + len(part.ids) - 1
             cache.reserve(sequence, sequence.length + len(part.ids))
             if part.tokens.output == "last":
                 outputs.append((last, part.first_row))
             elif part.tokens.output == "all":
-                rows = range(part.first_row, part.first_row + len(part.ids))
-                outputs += zip(range(len(tokens), last + 1), rows, strict=True)
-            tokens += [
-                Token(id, sequence.slot, sequence.length + n) for n, id in enumerate(part.ids)
-            ]
+                of_part = range(part.first_row, part.first_row + len(part.ids))
+                outputs += zip(range(len(tokens), last + 1), of_part, strict=True)
+            for token, row in part.described():
+                tokens.append(token)
+                rows.append(row)
         in_order = [row for _, row in outputs] == list(range(len(logits)))
         out = logits if in_order else self._new_logits(len(outputs))
-        first = done = 0
-        while first < len(tokens):
-            last = first + self.capabilities.prefill_chunk
-            some = [token - first for token, _ in outputs if first <= token < last]
-            new = [*new_lengths(parts, first, last)] if self._pages.window else []
-            for lengths in new:
-                cache.open_window(*lengths)
-            self._step(tokens[first:last], some, cache, out[done:])
-            for lengths in new:
-                cache.free_unseen(*lengths)
-            first, done = last, done + len(some)
+        feed = self._feed_prefix if parts and parts[0].tokens.prefix else self._feed_chunks
+        feed(parts, tokens, rows, [token for token, _ in outputs], cache, out)
         if not in_order:
             logits[[row for _, row in outputs]] = out
         for part in parts:
             cache.commit(part.sequence, part.ids)
 
+    def _feed_chunks(
+        self, parts: list[Part], tokens: list[Token], rows: list[Row | None], outputs: list[int],
+        cache: PagedCache, logits: NDArray[np.float32],
+    ) -> None:  # fmt: skip
+        """One chunk after the other through all layers; `outputs` are tokens with logits."""
+        first = done = 0
+        while first < len(tokens):
+            last = first + self.capabilities.prefill_chunk
+            some = [token - first for token in outputs if first <= token < last]
+            new = [*new_lengths(parts, first, last)] if self._pages.window else []
+            for lengths in new:
+                cache.open_window(*lengths)
+            self._step(tokens[first:last], rows[first:last], some, cache, logits[done:])
+            for lengths in new:
+                cache.free_unseen(*lengths)
+            first, done = last, done + len(some)
+
+    def _feed_prefix(
+        self, parts: list[Part], tokens: list[Token], rows: list[Row | None], outputs: list[int],
+        cache: PagedCache, logits: NDArray[np.float32],
+    ) -> None:  # fmt: skip
+        """All chunks of a prefix through one layer, then through the next.
+
+        Each token sees the keys of all, so a first pass through a layer only stores keys and
+        values.
+        """
+        count, x = len(tokens), np.empty((len(tokens), self.plan.dim), np.float32)
+        chunks = -(-count // CHUNKS[0])
+        bounds = [count * n // chunks for n in range(chunks + 1)]
+        for lengths in new_lengths(parts, 0, count) if self._pages.window else ():
+            cache.open_window(*lengths)
+        if chunks == 1:
+            self._step(tokens, rows, outputs, cache, logits)
+            return
+        for layer, keys_only in itertools.product(range(self.plan.n_layers), (1, 0)):
+            done = 0
+            for first, last in itertools.pairwise(bounds):
+                some = [token - first for token in outputs if first <= token < last]
+                tiles, *locations = self._load(tokens[first:last], rows[first:last], some, cache)
+                now = self._workspace.tables["x"][: last - first]
+                if layer > 0:
+                    now[:] = x[first:last]
+                out, layers = logits[done:].ctypes.data, (layer, layer + 1)
+                count = 0 if keys_only else len(some)
+                self._run(last - first, tiles, count, *layers, *locations, out, keys_only)
+                x[first:last] = now
+                done += len(some)
+
     def _checked(self, tokens: NewTokens, cache: PagedCache, first_row: int) -> Part:
         """A part of the batch, with ids that can be fed to its sequence. Raises GenerationError."""
-        sequence, context = cache.get(tokens.sequence), self.config.max_seq_len
-        ids = checked_ids("new tokens", tokens.ids, self.config.vocab_size)
-        if sequence.length + len(ids) > context:
-            raise context_full(sequence.length + len(ids), context)
+        sequence = cache.get(tokens.sequence)
+        ids, rows = checked_tokens(tokens, sequence.length, self.config, self.plan.dim)
+        sources: dict[int, int | Row] = {**rows}
+        if tokens.prefix:  # keys and values follow from all of it, so they are shared as a whole
+            sequence.prefix = len(ids)
+            own = row_ids(repr(ids).encode(), len(ids))
+            sources = {key: rows.get(id, id) for key, id in zip(own, ids, strict=True)}
+            ids = own
+        sequence.sources |= sources
         return Part(tokens, sequence, ids, first_row)
+
+    def _load(
+        self, tokens: list[Token], rows: list[Row | None], outputs: list[int], cache: PagedCache
+    ) -> tuple[int, ...]:
+        """Fill the buffers that a step reads -> its tiles, and where its cache is (`Step`)."""
+        tables, count, page_table = self._workspace.tables, len(tokens), cache.table
+        end = max(max(token.position + 1, token.prefix) for token in tokens)
+        assert count <= CHUNKS[0]
+        assert end <= page_table.shape[2] * PAGE
+        tables["tokens"][:count] = tokens
+        tables["output_rows"][: len(outputs)] = outputs
+        for n, row in enumerate(rows):
+            if row is not None:
+                tables["x"][n] = row
+        spans = (end - 1) // SPAN + 1
+        self._workspace.reserve_partials(spans)
+        tiles = model.prepare_step(self._workspace.record, count)
+        return tiles, page_table.ctypes.data, page_table.shape[2], spans, cache.kv_type
 
     def _step(
         self,
         tokens: list[Token],
-        output_rows: list[int],
+        rows: list[Row | None],
+        outputs: list[int],
         cache: PagedCache,
         logits: NDArray[np.float32],
     ) -> None:
         """One chunk through all layers, in native calls that are short enough for Ctrl-C."""
-        tables, count, page_table = self._workspace.tables, len(tokens), cache.table
-        position = max(token.position for token in tokens)
-        spans = position // SPAN + 1
-        assert count <= CHUNKS[0]
-        assert len(output_rows) <= min(count, len(logits))
-        assert position < page_table.shape[2] * PAGE
-        tables["tokens"][:count] = tokens
-        tables["output_rows"][: len(output_rows)] = output_rows
-        self._workspace.reserve_partials(spans)
-        tiles = model.prepare_step(self._workspace.record, count)
-        locations = (page_table.ctypes.data, page_table.shape[2], spans, cache.kv_type)
+        count = len(tokens)
+        assert len(outputs) <= min(count, len(logits))
+        tiles, *locations = self._load(tokens, rows, outputs, cache)
         for layers in self._calls(count):
             started = time.perf_counter()
-            self._run(count, tiles, len(output_rows), *layers, *locations, logits.ctypes.data)
+            self._run(count, tiles, len(outputs), *layers, *locations, logits.ctypes.data, 0)
             spent = time.perf_counter() - started
             self._layer_seconds = spent / ((layers[1] - layers[0]) * count)
 

@@ -34,6 +34,7 @@ from glassllama.base.locks import NonReentrantLock, synchronized
 from glassllama.native.engine.layout import ITEM_BYTES, KV_FLOAT32, KV_INT8, KV_INT16, PAGE, zeros
 
 T = TypeVar("T")
+Row = NDArray[np.float32]  # (C,)
 
 CACHE_KINDS: dict[CacheType, int] = {"int16": KV_INT16, "int8": KV_INT8}
 MIN_SHARED = 32  # ids in common with another sequence of a batch: that one is fed first, for both
@@ -57,6 +58,8 @@ class CachedSequence(list["Page"]):
         self.length = 0
         self.reused = 0  # tokens that were found in the tree instead of computed
         self.continued_from: list[int] = []  # lengths, besides its own, that keep their windows
+        self.prefix = 0  # tokens at its beginning that all see each other
+        self.sources: dict[int, int | Row] = {}  # negative ids -> what is embedded: an id or a row
 
     def ids(self) -> list[int]:
         return [id for page in self for id in page.ids][: self.length]
@@ -129,9 +132,13 @@ class Pages:
         page.parent.add_child(fresh)
         return fresh
 
-    def in_window(self, length: int) -> slice:
-        """The pages of a text of this length that the window of its next token reaches."""
-        return slice(max(0, length + 1 - self.window) // PAGE, -(-length // PAGE))
+    def in_window(self, length: int, prefix: int = 0) -> slice:
+        """The pages of a text of this length that the window of its next token reaches.
+
+        If that token is in a prefix, it sees all before it.
+        """
+        first = max(0, length + 1 - self.window) if length >= prefix else 0
+        return slice(first // PAGE, -(-length // PAGE))
 
     def is_needed(self, page: Page) -> bool:
         """Whether the window of any text with this page reaches it.
@@ -184,6 +191,7 @@ class PagedCache:
         if used:
             pages[-1] = self._all.copy(pages[-1], used)
         self._replace(fork, 0, pages)
+        fork.prefix, fork.sources = source.prefix, dict(source.sources)
         fork.length = fork.reused = source.length
         return number
 
@@ -194,6 +202,10 @@ class PagedCache:
         if not 0 <= length <= found.length:
             raise GenerationError(
                 f"rewind: the sequence has {found.length} tokens, it cannot keep {length}"
+            )
+        if 0 < length < found.prefix:
+            raise GenerationError(
+                f"rewind: the first {found.prefix} tokens see each other, it cannot keep {length}"
             )
         self.set_length(found, length)
 
@@ -231,6 +243,8 @@ class PagedCache:
     def set_length(self, sequence: CachedSequence, length: int) -> None:
         """Forget what follows the first `length` tokens."""
         sequence.length, sequence.reused = length, min(sequence.reused, length)
+        if length == 0:
+            sequence.prefix = 0
         self._cut(sequence)
 
     def reserve(self, sequence: CachedSequence, length: int) -> None:
@@ -269,6 +283,7 @@ class PagedCache:
         while found and not self._can_continue(
             [*before, *(page for page, _ in found)],
             len(before) * PAGE + sum(count for _, count in found),
+            sequence.prefix,
         ):
             found.pop()
         known = sum(count for _, count in found) - used
@@ -282,15 +297,15 @@ class PagedCache:
 
     def can_continue(self, sequence: CachedSequence) -> bool:
         """Whether the memory of its window is there; if not, it has to be computed again."""
-        return self._can_continue(sequence, sequence.length)
+        return self._can_continue(sequence, sequence.length, sequence.prefix)
 
-    def _can_continue(self, pages: list[Page], length: int) -> bool:
-        reached = pages[self._all.in_window(length)] if self._all.window else []
+    def _can_continue(self, pages: list[Page], length: int, prefix: int) -> bool:
+        reached = pages[self._all.in_window(length, prefix)] if self._all.window else []
         return all(page.local is not None for page in reached)
 
     def open_window(self, sequence: CachedSequence, first: int, length: int) -> None:
         """Before tokens `first` … length-1 of layers with a window: memory, and its addresses."""
-        start, stop = self._all.in_window(first).start, -(-length // PAGE)
+        start, stop = self._all.in_window(first, sequence.prefix).start, -(-length // PAGE)
         for n, page in enumerate(sequence[start:stop], start):
             page.local = page.local or Memory(self._all.local_bytes)
             self.table[sequence.slot, 1, n] = page.local.address

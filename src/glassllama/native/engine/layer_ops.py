@@ -52,6 +52,7 @@ class Step(NamedTuple):
     num_spans: int  # of the longest sequence, SPAN tokens each
     kv_type: int  # how keys and values are stored: layout.KVType
     logits: int  # address of the output buffer (num_outputs, padded V)
+    keys_only: int  # 1: of each layer only keys and values, which go into the cache
 
 
 class Inputs(NamedTuple):
@@ -110,7 +111,7 @@ def layer_number(workspace: Any, layer: int, name: int) -> Any:
 
 @compiled
 def token_fields(workspace: Any, t: int) -> Any:
-    """Id, sequence and position of a token: (TOKEN_FIELDS,)."""
+    """Id, sequence, position and prefix of a token: (TOKEN_FIELDS,)."""
     return integers64(workspace.tokens + t * ws.TOKEN_FIELDS * 8, ws.TOKEN_FIELDS)
 
 

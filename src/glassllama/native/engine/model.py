@@ -66,7 +66,9 @@ MIN_GROUPS_Q11 = 8  # for many tokens with Q11 inputs, which every piece reads f
 
 @compiled
 def embed(workspace: Any, t: int) -> None:
-    """Copy the embedding of token t into x[t] (C,)."""
+    """Copy the embedding of token t into x[t] (C,), unless its row is there already."""
+    if token_fields(workspace, t)[ws.TOKEN_ID] < 0:
+        return
     m = workspace.layers * ws.MATRICES + 1
     arguments = (
         matrix_field(workspace, m, ws.VALUES), matrix_field(workspace, m, ws.SCALES),
@@ -252,8 +254,8 @@ def output_groups(
 
 
 @inlined
-def attention(worker: Any, workspace: Any, layer: int, step: Any) -> None:
-    """x += wo · attention(norm(x))."""
+def keys_and_values(worker: Any, workspace: Any, layer: int, step: Any) -> None:
+    """Queries, keys and values of norm(x); keys and values go into the cache."""
     m, phase = layer * ws.MATRICES, layer * PHASES
     formats = matrix_field(workspace, m + ws.WQ, ws.INPUT_FORMAT)
     formats |= matrix_field(workspace, m + ws.WK, ws.INPUT_FORMAT)
@@ -267,6 +269,12 @@ def attention(worker: Any, workspace: Any, layer: int, step: Any) -> None:
     arguments = (workspace, layer, first_row, step)
     parallel_for(worker, phase + QKV, groups, MIN_GROUPS, project_qkv, arguments)
     rope_and_store_all(worker, phase + ROPE, workspace, layer, step)
+
+
+@inlined
+def attention(worker: Any, workspace: Any, layer: int, step: Any) -> None:
+    """x += wo · attention(queries, keys and values of the cache)."""
+    m, phase = layer * ws.MATRICES, layer * PHASES
     attend(worker, phase + ATTENTION, workspace, layer, step)
     formats = matrix_field(workspace, m + ws.WO, ws.INPUT_FORMAT)
     first_row = prepare_outputs(worker, phase + ATTENTION_OUT, workspace, layer, formats, step)
@@ -311,6 +319,9 @@ def output(worker: Any, workspace: Any, step: Any) -> None:
 def forward(worker: Any, workspace: Any, step: Any) -> None:
     """Layers first … last-1 for all tokens of the step, and the logits after the last layer."""
     for layer in range(step.first, step.last):
+        keys_and_values(worker, workspace, layer, step)
+        if step.keys_only:
+            continue
         attention(worker, workspace, layer, step)
         feed_forward(worker, workspace, layer, step)
     if step.last == workspace.layers and step.num_outputs > 0:
@@ -328,6 +339,7 @@ def run_step(
         atomic_load(args), atomic_load(args + 8), atomic_load(args + 16), atomic_load(args + 24),
         atomic_load(args + 32), atomic_load(args + 40), atomic_load(args + 48),
         atomic_load(args + 56), atomic_load(args + 64), atomic_load(args + 72),
+        atomic_load(args + 80),
     )  # fmt: skip
     if atomic_load(control_block) == epoch:
         yield_address = atomic_load(control_block + YIELD * 8)

@@ -56,8 +56,8 @@ ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 # The columns of `layer_numbers`. A soft cap of 0: none; a temperature of 0: none.
 SCORE_SCALE, SOFTCAP, RESIDUAL, TEMPERATURE, TEMPERATURE_LENGTH = range(5)
 LAYER_NUMBERS = 5
-TOKEN_ID, SEQUENCE, POSITION = range(3)  # columns of the table `tokens`
-TOKEN_FIELDS = 3
+TOKEN_ID, SEQUENCE, POSITION, PREFIX = range(4)  # columns of the table `tokens`
+TOKEN_FIELDS = 4
 TILE = 8  # most tokens of one sequence whose queries attend together
 FIRST_SPANS = 4  # initial length of `partials` in spans: a context of 1,024 tokens
 
@@ -76,7 +76,8 @@ ADDRESSES = (
     "layer_numbers",  # (layers, LAYER_NUMBERS)
     "last_norm",  # (C,)
     "x",  # (N, C), the residual stream: embeddings at first
-    "tokens",  # (N, 3) int64: id, sequence, position
+    "tokens",  # (N, TOKEN_FIELDS) int64: id, -1 if x has the row already; sequence; position; and
+    # the length of the prefix that it is in, whose tokens all see each other, or 0
     "frequencies",  # (tables, D/2), of RoPE
     "rope_factors",  # (tables,): cosines and sines are multiplied by it
     "cos", "sin",  # (tables, N, D/2)
