@@ -137,7 +137,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     """Checks the size, decodes, turns and converts a picture."""
     from PIL import Image
 
-    _check_size(image.size, _bytes_per_pixel(image), name)
+    per_pixel = PROGRESSIVE_BYTES if image.info.get("progressive") else PIXEL_BYTES
+    _check_size(image.size, WEBP_BYTES if image.format == "WEBP" else per_pixel, name)
     image.load()
     operation = TURNS.get(_orientation(image))
     if image.mode.startswith("I;16"):
@@ -152,12 +153,6 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         result = image.convert("RGB")
     result.info = {}  # so that it is not turned again
     return result if operation is None else result.transpose(Image.Transpose[operation])
-
-
-def _bytes_per_pixel(image: Image.Image) -> int:
-    if image.format == "WEBP":
-        return WEBP_BYTES
-    return PROGRESSIVE_BYTES if image.info.get("progressive") else PIXEL_BYTES
 
 
 def _check_size(size: tuple[int, int], per_pixel: int, name: str) -> None:

@@ -33,7 +33,7 @@ Pixels = NDArray[np.float32]
 Size = tuple[int, int]  # width, height, as Pillow has it
 
 MAX_CONFIG = 2**20  # bytes
-MAX_LONGEST_EDGE = 4096  # a larger `size.longest_edge` has the effect of this one
+MAX_EDGE = 4096  # pixels; transformers reduces a larger `size.longest_edge` to it
 LANCZOS, BICUBIC = 1, 3  # numbers of filters in files, which are Pillow's (0 to 5)
 # Keys of files that change no pixel, or only together with one that is refused.
 HARMLESS = re.compile(
@@ -41,11 +41,11 @@ HARMLESS = re.compile(
     r"|do_convert_rgb|(input_)?data_format|return_tensors|device|disable_grouping"
     r"|default_to_square|return_row_col_info|crop_size|pad_size|image_seq_len(gth)?|video_sampling"
 )
-COMMON = {
-    *("do_resize", "size", "resample", "do_rescale", "rescale_factor"),
-    *("do_normalize", "image_mean", "image_std"),
-}
-TILING = {"do_image_splitting", "max_image_size", "do_pad"}
+COMMON = (
+    "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std",
+)  # fmt: skip
+TILING = ("do_image_splitting", "max_image_size", "do_pad")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,11 +76,13 @@ class ProcessedImage:
 class ImageProcessor:
     """Resize, rescale, normalize: the settings that all models share.
 
-    A level v of 0 … 255 becomes (v · scale − mean) / std, in float32; `scale`, `mean` and `std` are
-    None where the file switches the operation off. `image_seq_len` is the number of `<image>` ids
-    per tile, None if the file does not say it.
+    `tile_size` is the width and height of every tile; None: those of the picture. A level v of
+    0 … 255 becomes (v · scale − mean) / std, in float32; `scale`, `mean` and `std` are None where
+    the file switches the operation off. `image_seq_len` is the number of `<image>` ids per tile,
+    None if the file does not say it.
     """
 
+    tile_size: Size | None
     resample: int
     scale: float | None
     mean: tuple[float, ...] | None
@@ -100,11 +102,6 @@ class ImageProcessor:
         return ProcessedImage(
             pixels=pixels, rows=rows, cols=cols, size=image.size, settings=repr(self)
         )
-
-    @property
-    def tile_size(self) -> Size | None:
-        """Width and height of every tile; None if they are those of the picture."""
-        raise NotImplementedError
 
     def _tiles(self, image: Image.Image) -> tuple[NDArray[np.uint8], int, int]:
         """Levels (N, H, W, 3), rows, columns."""
@@ -138,51 +135,39 @@ class ImageProcessor:
         return pixels
 
 
-@dataclass(frozen=True, kw_only=True)
 class SiglipProcessor(ImageProcessor):
-    """SigLIP, PaliGemma: every picture is resized to `size`; None leaves it as it is."""
-
-    size: Size | None
-
-    @property
-    def tile_size(self) -> Size | None:
-        return self.size
+    """SigLIP, PaliGemma: every picture is resized to `tile_size`; None leaves it as it is."""
 
     def _tiles(self, image: Image.Image) -> tuple[NDArray[np.uint8], int, int]:
-        resized = image if self.size is None else image.resize(self.size, self.resample)
+        resized = image if self.tile_size is None else image.resize(self.tile_size, self.resample)
         return np.asarray(resized)[None], 0, 0  # (1, H, W, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Idefics3Processor(ImageProcessor):
-    """Idefics3, SmolVLM, SmolVLM2: tiles of `tile` × `tile` pixels.
+    """Idefics3, SmolVLM, SmolVLM2: tiles are squares.
 
     The longer side becomes `longest_edge` (None: as it is), then both sides the next multiple of
     the tile size. Without `split` the picture becomes one tile, whatever its aspect ratio.
     """
 
+    tile_size: Size
     longest_edge: int | None
-    tile: int
     split: bool
 
-    @property
-    def tile_size(self) -> Size | None:
-        return self.tile, self.tile
-
     def _tiles(self, image: Image.Image) -> tuple[NDArray[np.uint8], int, int]:
-        tile = self.tile
+        tile = self.tile_size[0]
         if self.longest_edge is not None:
             image = image.resize(_resized(image.size, self.longest_edge), self.resample)
-        if not self.split:
-            return np.asarray(image.resize((tile, tile), self.resample))[None], 0, 0
-        image = image.resize(_tiled(image.size, tile), self.resample)
+        if self.split:
+            image = image.resize(_tiled(image.size, tile), self.resample)
         cols, rows = image.width // tile, image.height // tile
-        if rows == cols == 1:
-            return np.asarray(image)[None], 0, 0
-        whole = image.resize((tile, tile), self.resample)
+        whole = np.asarray(image.resize((tile, tile), self.resample))[None]  # (1, H, W, 3)
+        if not self.split or rows == cols == 1:
+            return whole, 0, 0
         grid = np.asarray(image).reshape(rows, tile, cols, tile, 3)
-        tiles = grid.swapaxes(1, 2).reshape(-1, tile, tile, 3)
-        return np.concatenate([tiles, np.asarray(whole)[None]]), rows, cols
+        tiles = grid.swapaxes(1, 2).reshape(-1, tile, tile, 3)  # (N - 1, H, W, 3)
+        return np.concatenate([tiles, whole]), rows, cols
 
 
 def _scaled(size: Size, longest: int) -> Size:
@@ -193,15 +178,12 @@ def _scaled(size: Size, longest: int) -> Size:
 
 
 def _resized(size: Size, longest: int) -> Size:
-    """The size with this longer side, the other one even, both in 1 … MAX_LONGEST_EDGE."""
+    """The size with this longer side, and the other one even but for 1."""
     width, height = _scaled(size, longest)
     if size[0] >= size[1]:
         height += height % 2
     else:
         width += width % 2
-    width, height = max(width, 1), max(height, 1)
-    if max(width, height) > MAX_LONGEST_EDGE:
-        width, height = _scaled((width, height), MAX_LONGEST_EDGE)
     return max(width, 1), max(height, 1)
 
 
@@ -252,22 +234,20 @@ def _object(path: Path) -> Fields:
 def image_processor(fields: Fields, image_seq_len: int | None = None) -> ImageProcessor:
     """The processor that a JSON object describes. Raises ConfigError."""
     kind = re.sub("(Fast|Pil)$", "", fields.text("image_processor_type"))
-    if kind not in BUILDERS:
-        fields.refuse("image_processor_type", f"one of {join_names(BUILDERS)}")
-    known, build = BUILDERS[kind]
+    if kind not in KINDS:
+        fields.refuse("image_processor_type", f"one of {join_names(KINDS)}")
+    known, resample, build = KINDS[kind]
     unknown = [
-        key
-        for key, value in fields.values.items()
+        key for key, value in fields.values.items()
         if key not in known and value not in (None, False) and not HARMLESS.fullmatch(key)
-    ]
+    ]  # fmt: skip
     if unknown:
         raise ConfigError(f"{fields.source}: not implemented for pictures: {join_names(unknown)}")
-    normalize = fields.boolean("do_normalize", True)
+    rescale, normalize = (fields.boolean(key, True) for key in ("do_rescale", "do_normalize"))
     return build(
         fields,
-        scale=fields.number("rescale_factor", 1 / 255)
-        if fields.boolean("do_rescale", True)
-        else None,
+        resample=fields.integer("resample", resample, minimum=0, maximum=5),
+        scale=fields.number("rescale_factor", 1 / 255) if rescale else None,
         mean=_channels(fields, "image_mean") if normalize else None,
         std=_channels(fields, "image_std") if normalize else None,
         image_seq_len=fields.integer("image_seq_length", image_seq_len),
@@ -275,47 +255,35 @@ def image_processor(fields: Fields, image_seq_len: int | None = None) -> ImagePr
 
 
 def _siglip(fields: Fields, **shared: Any) -> ImageProcessor:
-    size = None
+    tile_size = None
     if fields.boolean("do_resize", True):
-        inner = _size(fields, "size", {"height": 224, "width": 224})
-        size = (_edge(inner, "width"), _edge(inner, "height"))
-    return SiglipProcessor(size=size, resample=_filter(fields, BICUBIC), **shared)
+        width, height = _edges(fields, "size", {"width": 224, "height": 224})
+        tile_size = (width, height)
+    return SiglipProcessor(tile_size=tile_size, **shared)
 
 
 def _idefics3(fields: Fields, **shared: Any) -> ImageProcessor:
     longest = None
     if fields.boolean("do_resize", True):
-        longest = _size(fields, "size", {"longest_edge": 4 * 364}).integer("longest_edge")
-    tile = _edge(_size(fields, "max_image_size", {"longest_edge": 364}), "longest_edge")
+        (longest,) = _edges(fields, "size", {"longest_edge": 4 * 364})
+    (tile,) = _edges(fields, "max_image_size", {"longest_edge": 364})
     split = fields.boolean("do_image_splitting", True)
-    resample = _filter(fields, LANCZOS)
-    return Idefics3Processor(
-        longest_edge=longest, tile=tile, split=split, resample=resample, **shared
-    )
+    return Idefics3Processor(tile_size=(tile, tile), longest_edge=longest, split=split, **shared)
 
 
-BUILDERS = {  # image_processor_type → keys that are read, and the function that reads them
-    "SiglipImageProcessor": (COMMON, _siglip),
-    "Idefics3ImageProcessor": (COMMON | TILING, _idefics3),
-    "SmolVLMImageProcessor": (COMMON | TILING, _idefics3),
+KINDS = {  # image_processor_type → keys that are read, the default filter, the function that reads
+    "SiglipImageProcessor": (COMMON, BICUBIC, _siglip),
+    "Idefics3ImageProcessor": (COMMON + TILING, LANCZOS, _idefics3),
+    "SmolVLMImageProcessor": (COMMON + TILING, LANCZOS, _idefics3),
 }
 
 
-def _filter(fields: Fields, default: int) -> int:
-    return fields.integer("resample", default, minimum=0, maximum=5)
-
-
-def _size(fields: Fields, key: str, default: Mapping[str, int]) -> Fields:
-    """An object with exactly the keys of `default`; other keys mean another way to resize."""
+def _edges(fields: Fields, key: str, default: Mapping[str, int]) -> list[int]:
+    """The values of an object with exactly the keys of `default`: others mean another resize."""
     found = fields.object(key, None) or Fields(f"{fields.source}: {key}", default)
-    given = {name for name, value in found.values.items() if value is not None}
-    if given != {*default}:
+    if {name for name, value in found.values.items() if value is not None} != {*default}:
         fields.refuse(key, f"an object with {join_names(default)}")
-    return found
-
-
-def _edge(fields: Fields, key: str) -> int:
-    return fields.integer(key, maximum=MAX_LONGEST_EDGE)
+    return [found.integer(name, maximum=MAX_EDGE) for name in default]
 
 
 def _channels(fields: Fields, key: str) -> tuple[float, ...]:
