@@ -1,0 +1,1 @@
+"""Pictures → pixel arrays and prompt pieces; boxes from answers. Needs Pillow (extra `vision`)."""
