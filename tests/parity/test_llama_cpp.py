@@ -76,7 +76,7 @@ def logits_of_engine(checkpoint: Checkpoint) -> np.ndarray:
 
 @contextmanager
 def half_precision_gelu(model: Any) -> Iterator[None]:
-    """GELU of rounded numbers, rounded, in a Gemma of transformers; exact from 10, as llama.cpp's."""
+    """GELU of rounded numbers, rounded, in a Gemma of transformers; exact from 10 on."""
 
     def gelu(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         (gate,) = inputs
