@@ -7,6 +7,7 @@ beyond the original one. All sizes differ, so that swapped axes are detected.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,10 @@ STEP_WORDS: dict[str, list[tuple[int, str]]] = {
                 (FFN, "multiplied by 0.4 and then"), (LOGITS, "They are divided by 2.5.")],
     "llama yarn": [SCALED, FACTOR], "llama dynamic": [],  # not within its original context
 }  # fmt: skip
-GGUF_NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3"}  # where they differ
+# Where they differ.
+GGUF_NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3", "mistral": "llama"}
 ADDS_ONE = ("gemma", "gemma2", "gemma3")  # stored as w for 1 + w in Hugging Face's files
-PERMUTED = ("smollm3", "granite", "mistral3")  # q and k rows in pairs in GGUF files
+PERMUTED = ("llama", "smollm3", "granite", "mistral3")  # q and k rows in pairs in GGUF files
 
 
 def family_model(name: str, **changes: Any) -> Any:
@@ -250,7 +252,10 @@ def write_family_gguf(
         writer.add_rope_scaling_yarn_log_mul(own["mscale_all_dim"])
         writer.add_attn_temperature_scale(own["llama_4_scaling_beta"])
     if own["rope_type"] == "longrope":
-        writer.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
+        original = own["original_max_position_embeddings"]
+        longer = c.max_position_embeddings / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(original)))
         for size in ("short", "long"):
             factors = np.array(own[f"{size}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{size}.weight", factors)
@@ -264,7 +269,9 @@ def write_family_gguf(
         writer.add_embedding_scale(c.embedding_multiplier)
         writer.add_logit_scale(c.logits_scaling)
         writer.add_attention_scale(c.attention_multiplier)
-    if tokenizer is not None:
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")  # llama.cpp opens no file without the key
+    else:
         inner = json.loads(tokenizer.to_str())["model"]
         tokens = sorted(inner["vocab"], key=inner["vocab"].get)
         writer.add_tokenizer_model("gpt2")

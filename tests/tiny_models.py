@@ -195,6 +195,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")  # llama.cpp opens no file without the key
     head_dim = c.head_dim
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)

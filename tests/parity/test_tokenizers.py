@@ -8,9 +8,7 @@ is asked from the oracle.
 from __future__ import annotations
 
 import re
-import sysconfig
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from byte_level_families import (
     unassigned_in_oracles,
 )
 from conftest import wheel_file
+from corpora import in_context, some
 from glassllama.formats.gguf import open_gguf
 from glassllama.tokenizers.bpe import BytePairTokenizer
 from glassllama.tokenizers.pretokenizer import LLAMA3, SPLITS, Split
@@ -39,7 +38,6 @@ Pair = tuple[
     BytePairTokenizer, Encode
 ]  # our tokenizer, and an oracle that parses no special tokens
 
-TEXT_SIZE = 10_000_000 if LONG else 300_000  # characters of prose, and of code
 ALIKE = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x30000))
 
 
@@ -84,10 +82,6 @@ def pair(
     return ours, foreign(theirs)
 
 
-def parts(points: list[str]) -> Iterator[list[str]]:
-    yield from (points[begin : begin + 64] for begin in range(0, len(points), 64))
-
-
 def in_large_uniform_script(point: str) -> bool:
     """Ideographs and Hangul syllables: two thirds of all code points, all letters for a split."""
     return any(ord(point) in some for some in ALIKE)
@@ -99,7 +93,7 @@ def test_all_code_points(pair: Pair) -> None:
     ours, theirs = pair
     assigned = [c for c in CODE_POINTS if c not in unassigned_in_oracles()]
     asked = [c for c in assigned if LONG or ord(c) % 13 == 0 or not in_large_uniform_script(c)]
-    texts = ("".join(f"a{c} {c}{c}" for c in part) for part in parts(asked))
+    texts = in_context(asked, "a{0} {0}{0}")
     wrong = [text for text in texts if ours.encode(text) != theirs(text)]
     assert wrong == []
 
@@ -126,34 +120,6 @@ def test_texts_of_this_machine(pair: Pair, kind: str) -> None:
     ours, theirs = pair
     for text in some(kind):
         assert ours.encode(text) == theirs(text)
-
-
-@cache
-def some(kind: str) -> list[str]:
-    """The first texts of a kind, up to a total size."""
-    taken: list[str] = []
-    for text in code() if kind == "code" else prose():
-        taken.append(text)
-        if sum(map(len, taken)) > TEXT_SIZE:
-            return taken
-    pytest.fail(f"only {sum(map(len, taken)):,} characters of {kind} on this machine")
-
-
-def code() -> Iterator[str]:
-    yield from texts(Path(sysconfig.get_paths()["stdlib"]), (".py",))
-
-
-def prose() -> Iterator[str]:
-    packages = Path(sysconfig.get_paths()["purelib"])
-    yield from texts(packages, (".md", ".rst", ".txt", "METADATA"))
-    for source in texts(packages, (".py",)):
-        yield "\n".join(re.findall(r'"""(.+?)"""', source, re.DOTALL))  # documentation
-
-
-def texts(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        if path.name.endswith(endings) and path.is_file() and path.stat().st_size < 400_000:
-            yield path.read_bytes().decode("utf-8", "replace")
 
 
 @pytest.mark.identical("whole vocabulary, Llama 3", "tiktoken")
@@ -202,8 +168,7 @@ def test_words(family: str) -> None:
     ]
     split = Split(SPLITS[family].patterns)  # normalization is a separate stage of the oracle
     pre_tokenizer = FAMILIES[family]()
-    in_context = ("".join(f"a{c}b 1{c}2 {c}{c}\n" for c in part) for part in parts(points))
-    for text in (*in_context, *map(mixed_text, range(SEEDS))):
+    for text in (*in_context(points, "a{0}b 1{0}2 {0}{0}\n"), *map(mixed_text, range(SEEDS))):
         words = pre_tokenizer.pre_tokenize_str(text)
         assert split.pretokens(text) == [text[begin:end] for _, (begin, end) in words]
 

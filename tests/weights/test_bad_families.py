@@ -324,6 +324,21 @@ def test_an_unknown_architecture_lists_the_supported_ones(format: str, tmp_path:
         assert all(name in error for name in names), error
 
 
+def test_the_factor_of_longrope_in_a_gguf(tmp_path: Path) -> None:
+    """The file's, which llama.cpp's converter always writes, or the one of both contexts."""
+    file = family_file("phi3 longrope", "gguf")
+    values = dict(file.values)
+    key = file.key("", "rope.scaling.attn_factor")
+
+    def factor() -> float:
+        return open_checkpoint(file.write(tmp_path, values)).config.rope_scaling.attention_factor
+
+    written = values.pop(key)
+    assert factor() == pytest.approx(written, rel=2.0**-24)
+    values[key] = 1.5
+    assert factor() == 1.5
+
+
 def test_a_scale_of_queries_has_no_effect_in_a_mistral(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(family_file("mistral", "hf").values))
     plain["rope_parameters"]["llama_4_scaling_beta"] = 0.1  # transformers ignores it there

@@ -304,12 +304,13 @@ class GGUFFields(Fields):
 def config_from_gguf(
     file: TensorFile, name: str, make: Callable[..., DecoderConfig], layout: RopeLayout,
     more: Callable[[GGUFFields, dict[str, Any]], dict[str, Any]] = lambda *_: {},
-    neutral: Mapping[str, Any] | None = None,
+    neutral: Mapping[str, Any] | None = None, own: Collection[str] = (),
 ) -> Resolved:  # fmt: skip
     """The metadata of a GGUF of a family. Raises ConfigError.
 
     `more` reads the family's own keys: it gets the fields and what was read so far, and returns
-    arguments for `make`.
+    arguments for `make`. `neutral`: keys -> the only value supported, except those in `own`, which
+    `more` reads.
     """
     get = GGUFFields(file, name)
     if get.integer("expert_count", 0, minimum=0):
@@ -317,7 +318,8 @@ def config_from_gguf(
     # Keys that llama.cpp reads for every architecture and that change the arithmetic.
     only = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, **(neutral or {})}
     only["rope.scaling.yarn_ext_factor"] = 1.0
-    require_neutral(get.values, {f"{name}.{key}": value for key, value in only.items()}, "GGUF")
+    only = {f"{name}.{key}": value for key, value in only.items() if key not in own}
+    require_neutral(get.values, only, "GGUF")
     fields: dict[str, Any] = read_sizes(get, GGUF_SIZES)
     head_dim = quotient(fields["dim"], fields["n_heads"]) or REQUIRED
     head_dim = get.integer("attention.key_length", head_dim)

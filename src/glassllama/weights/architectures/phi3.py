@@ -29,6 +29,7 @@ FUSED: decoder.Fused = {
     ("feed_forward.gate", "feed_forward.up"): ("mlp.gate_up_proj", "ffn_up"),
 }
 SHORT = "rope_factors_short.weight"
+FACTOR = "rope.scaling.attn_factor"  # LongRoPE's factor of cosines and sines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +97,14 @@ def gguf_keys(get: decoder.GGUFFields, fields: dict[str, Any]) -> dict[str, Any]
         long=divisors_of(get.file, LONG, count),
         original_max_seq_len=original,
         longest_seq_len=context,
-        attention_factor=get.number("rope.scaling.attn_factor", usual),
+        attention_factor=get.number(FACTOR, usual),
     )
     return found | {"rope_scaling": scaling, "max_seq_len": min(context, original)}
 
 
 def config_from_gguf(file: TensorFile) -> Resolved:
-    neutral = {"rope.scaling.attn_factor": None} if LONG in file.names() else {}
-    return decoder.config_from_gguf(file, "phi3", Phi3Config, "half", gguf_keys, neutral)
+    own = (FACTOR,) if LONG in file.names() else ()
+    return decoder.config_from_gguf(file, "phi3", Phi3Config, "half", gguf_keys, own=own)
 
 
 PHI3 = Architecture(
