@@ -95,7 +95,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "exaone4 small": {
         "model_type": "exaone4", "rope_parameters": DEFAULT, "sliding_window": None,
-        "layer_types": [FULL] * 4,
+        "layer_types": [FULL] * 4, "head_dim": 8,  # llama.cpp wants H·D = C here
     },
     "granite": {
         "model_type": "granite", "rope_parameters": DEFAULT, "embedding_multiplier": 3.0,

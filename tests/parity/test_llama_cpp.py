@@ -12,8 +12,8 @@ from transformers with such a GELU is a part of E, at most E if all are, and tha
 arithmetic at most 2·E.
 
 Without an oracle: the windows of Mistral 7B and of Qwen 2, and dynamic NTK, for which GGUF files of
-these architectures have no key; the windows of Phi-3, which llama.cpp disables; those of EXAONE 4.0, which
-it has for models of 64 layers only.
+these architectures have no key; the windows of Phi-3, which llama.cpp disables; those of EXAONE
+4.0, which it has for models of 64 layers only.
 """
 
 from __future__ import annotations
