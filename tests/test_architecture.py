@@ -46,7 +46,7 @@ CYCLES: list[set[str]] = []  # exceptions
 
 USES_TORCH = {"nn", "models", "train", "walkthrough", "doctor"}
 USES_TORCH_FILES = {
-    "weights/load.py", "weights/save.py",
+    "weights/load.py", "weights/save.py", "weights/vision.py",
 }  # fmt: skip
 IMPORTED_LATE = {"torch", "numba"}  # in modules that are imported for `--help`
 STARTS_FAST = {"__init__", "__main__", "cli", "llm", "hub"}

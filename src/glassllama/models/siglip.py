@@ -248,8 +248,8 @@ class VisionTower(nn.Module):
         if (height, width) == (side, side):
             return table
         square = table.view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, side, side)
-        wanted = F.interpolate(square, (height, width), mode="bicubic", align_corners=False)
-        return wanted.flatten(2)[0].T  # (height · width, C)
+        resized = F.interpolate(square, (height, width), mode="bicubic", align_corners=False)
+        return resized.flatten(2)[0].T  # (height · width, C)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) pixels -> (B, C), an embedding of each picture. Raises ConfigError: this

@@ -32,6 +32,7 @@ from glassllama.weights.generation_config import (
 )
 from glassllama.weights.model_files import OPEN, find_model, hf_notes, read_json
 from glassllama.weights.tensor_map import match_tensors
+from glassllama.weights.vision_language import ImagePart, family_of, split, text_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Checkpoint:
     file: TensorFile
     tensors: Mapping[str, MappedTensor]  # by our parameter names, in the order of a forward pass
     notes: list[str] = field(default_factory=list)  # what was inferred, what has no effect
+    images: ImagePart | None = None  # of a model that reads pictures, too
 
     @property
     def names(self) -> dict[str, str]:
@@ -187,9 +189,14 @@ def longer_context(tokens: int, longest: int) -> str:
 def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Checkpoint:
     folder = source if source.is_dir() else source.parent
     # config.json before any other file: what it says explains most errors.
-    resolved = config_from_hf(read_json(folder / "config.json")) if file_format == "hf" else None
+    values = read_json(folder / "config.json") if file_format == "hf" else {}
+    family, images = family_of(values), None
+    if file_format == "hf":
+        resolved = config_from_hf(text_values(values, family) if family else values)
     file = OPEN[file_format](source)
-    if resolved is None:
+    if family:
+        file, images = split(file, values, family, resolved.config)
+    if file_format != "hf":
         is_gguf = file_format == "gguf"
         params = {} if is_gguf else read_json(folder / "params.json")
         resolved = config_from_gguf(file) if is_gguf else read_meta(params, file)
@@ -205,5 +212,5 @@ def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Ch
         notes.append(architecture.torch_only)
     return Checkpoint(
         path=source, file_format=file_format, architecture=architecture, config=match.config,
-        file=file, tensors=match.tensors, notes=notes,
+        file=file, tensors=match.tensors, notes=notes, images=images,
     )  # fmt: skip

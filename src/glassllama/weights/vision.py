@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from glassllama.base.errors import ConfigError, WeightsError
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile
 from glassllama.formats.blocks import dequantize
+from glassllama.models.paligemma import PaliGemmaConfig, PaliGemmaImages
 from glassllama.models.siglip import (
     CHANNELS,
     EncoderConfig,
@@ -26,12 +28,14 @@ from glassllama.models.siglip import (
     TextConfig,
     VisionConfig,
 )
+from glassllama.models.smolvlm import SmolVLMConfig, SmolVLMImages
 from glassllama.nn.init import shapes_only
 from glassllama.weights.architectures.decoder import MAX_LAYERS
 from glassllama.weights.architectures.description import MappedTensor, ReadKeys, require_neutral
 from glassllama.weights.model_files import OPEN, read_json
 from glassllama.weights.save import CONFIG, WEIGHTS, put, save_tensors, writer_of
 from glassllama.weights.tensor_map import differences, require_layers, summary
+from glassllama.weights.vision_language import PALIGEMMA, ImagePart
 
 Model = TypeVar("Model", bound=nn.Module)
 Names = Mapping[str, str]  # ours → theirs, without .weight and .bias; {} is the number of the layer
@@ -62,13 +66,22 @@ SIGLIP: Names = {
     **{f"text.{ours}": f"text_model.{theirs}" for ours, theirs in TEXT.items()},
     "logit_scale": "logit_scale", "logit_bias": "logit_bias",
 }  # fmt: skip
+IMAGES: Names = {
+    **{f"tower.{ours}": f"tower.{theirs}" for ours, theirs in VISION.items()},
+    "projector": "projector", "connector": "connector",
+}  # fmt: skip
 BUFFERS = re.compile(r"(.+\.)?position_ids")  # numbers 0, 1, … that old versions stored
 LAYER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 NEUTRAL = {"hidden_act": "gelu_pytorch_tanh"}
 WITHOUT_EFFECT = frozenset(
     "attention_dropout dropout model_type dtype torch_dtype initializer_range initializer_factor "
     "bos_token_id eos_token_id pad_token_id transformers_version architectures _name_or_path "
-    "return_dict output_attentions output_hidden_states projection_dim".split()
+    "return_dict output_attentions output_hidden_states projection_dim num_image_tokens "
+    "num_positions max_image_size size tie_word_embeddings use_base_siglip".split()
+)
+OF_SIGLIP = VisionConfig()
+OF_IDEFICS3 = VisionConfig(  # transformers' defaults
+    dim=1152, ffn_dim=3072, n_heads=16, image_size=224, patch_size=32, head=False
 )
 
 
@@ -100,15 +113,15 @@ def part_of(values: Mapping[str, Any], name: str) -> Fields:
     return get
 
 
-def vision_from_hf(values: Mapping[str, Any], *, head: bool = True) -> VisionConfig:
+def vision_from_hf(values: Mapping[str, Any], default: VisionConfig = OF_SIGLIP) -> VisionConfig:
     """`vision_config` of a config.json. Raises ConfigError naming the field."""
-    get, default = part_of(values, "vision_config"), VisionConfig()
+    get = part_of(values, "vision_config")
     require_neutral(get.values, {"num_channels": CHANNELS}, get.source)
     config = VisionConfig(
         **encoder_sizes(get, default),
         image_size=get.integer("image_size", default.image_size),
         patch_size=get.integer("patch_size", default.patch_size),
-        head=get.boolean("vision_use_head", head),
+        head=get.boolean("vision_use_head", default.head),
     )
     require_all_read(get)
     return config
@@ -126,6 +139,23 @@ def siglip_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
     )
     require_all_read(get)
     return SiglipConfig(vision=vision_from_hf(values), text=text)
+
+
+def paligemma_from_hf(values: Mapping[str, Any], text: Any) -> PaliGemmaConfig:
+    """A config.json of PaliGemma; `text` is the decoder's configuration. Raises ConfigError."""
+    get = Fields("config.json", values)
+    token = get.integer("image_token_id", get.integer("image_token_index", 256_000))
+    vision = replace(vision_from_hf(values), head=False)
+    return PaliGemmaConfig(vision=vision, text=text, image_token=token)
+
+
+def smolvlm_from_hf(values: Mapping[str, Any], text: Any) -> SmolVLMConfig:
+    """The same for Idefics3 and SmolVLM."""
+    get = Fields("config.json", values)
+    return SmolVLMConfig(
+        vision=vision_from_hf(values, OF_IDEFICS3), text=text,
+        image_token=get.integer("image_token_id", 128_257), scale=get.integer("scale_factor", 2),
+    )  # fmt: skip
 
 
 def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
@@ -199,6 +229,20 @@ def load_parameters(
         setattr(model.get_submodule(module), name, parameter)
         file.release_pages(tensor.theirs)
     return model.eval()
+
+
+def load_images(part: ImagePart, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The vision tower and projection of a vision-language model. Raises GlassError."""
+    is_paligemma = part.family is PALIGEMMA
+    config = (paligemma_from_hf if is_paligemma else smolvlm_from_hf)(part.values, part.text)
+    require_layers(part.file, config.vision.n_layers)
+    with shapes_only():
+        model: nn.Module = (
+            PaliGemmaImages(config)
+            if not isinstance(config, SmolVLMConfig)
+            else SmolVLMImages(config)
+        )
+    return load_parameters(model, part.file, IMAGES, part.file.names(), dtype)
 
 
 def load_siglip(folder: Path, dtype: torch.dtype = torch.float32) -> Siglip:
