@@ -236,10 +236,11 @@ def main() -> None:
         **found,
         "tokenizer": tokenizer(exact),
     }
-    print(json.dumps(line))
+    text = json.dumps(line, default=float)  # of NumPy's numbers
+    print(text)
     if flags.out:
         with flags.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text + "\n")
 
 
 if __name__ == "__main__":

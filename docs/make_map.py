@@ -47,6 +47,7 @@ are explained in [the glossary](glossary.md).
 GROUPS = [
     ("Command line", ("__main__.py", "cli", "server")),
     ("Python API", ("llm.py", "benchmark.py")),
+    ("Pictures in prompts", ("pictures.py",)),
     ("Training, walkthrough", ("train", "walkthrough", "doctor")),
     ("Weights and generation", ("weights", "generation", "vision")),
     ("Compiled code", ("native",)),

@@ -26,6 +26,7 @@ LEVELS = [
     ("native",),
     ("weights", "generation", "vision"),
     ("train", "walkthrough", "doctor"),
+    ("pictures",),
     ("llm",),
     ("server", "benchmark"),
     ("cli", "__init__"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -40,11 +40,13 @@ from glassllama.generation import (
     TokenLogprob,
     make_sampler,
 )
+from glassllama.pictures import ImagePrompt, ImageReader
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
 from glassllama.tokenizers.reasoning import Piece, ReasoningSplitter
 from glassllama.tokenizers.vocabulary import find_tokens, prompt_ids
+from glassllama.vision.images import ImageSource
 from glassllama.weights.backend import (
     Backend,
     Dtype,
@@ -60,8 +62,10 @@ if TYPE_CHECKING:
     from glassllama.walkthrough import Intervention, Trace
 
 DEFAULT_MODEL = "smollm2-135m"
-Prompt = str | Sequence[int]
-Messages = str | Sequence[Message | Mapping[str, str]]  # a str is one message of the user
+# What is asked about a picture if nothing is: a question, and PaliGemma's task for it.
+DESCRIBE, CAPTION = "Can you describe this image?", "caption en"
+Prompt = str | Sequence[int] | ImagePrompt
+Messages = str | Sequence[Message | Mapping[str, Any]]  # a str is one message of the user
 
 
 class Options(TypedDict, total=False):
@@ -331,6 +335,8 @@ class LLM:
         is then not doubled. Raises GenerationError for an empty text, where the model begins with
         no token of its own.
         """
+        if isinstance(prompt, ImagePrompt):
+            return prompt.ids
         if not isinstance(prompt, str):
             return as_list("a prompt", prompt, "a text or a list of ids")
         self._refuse_early(prompt, specials)
@@ -396,11 +402,22 @@ class LLM:
         self, messages: Messages, *, progress: Progress | None = None,
         **options: Unpack[ChatOptions],
     ) -> TextStream:  # fmt: skip
-        """Answer a conversation, piece by piece."""
+        """Answer a conversation, piece by piece.
+
+        A message's content may have pictures: `{"type": "image", "path": FILE}`, or `image` with
+        what `embed_image` takes. Raises ConfigError if the model reads none.
+        """
         values: Any = {**options}
         template: Any = {name: values.pop(name, None) for name in TemplateOptions.__annotations__}
-        ids, splitter = self._begin_chat(messages, template)
-        batch = self._begin([ids], values, progress, continues=False, splitter=splitter)
+        messages, sources = split_pictures(messages)
+        if self.checkpoint.images is not None:
+            messages = as_parts(messages)
+        prompt: Prompt
+        prompt, splitter = self._begin_chat(messages, template)
+        if sources:
+            pictures = [self.images.read(source) for source in sources]
+            prompt = self.images.expand(self.tokenizer, prompt, pictures)
+        batch = self._begin([prompt], values, progress, continues=False, splitter=splitter)
         return TextStream(batch)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
@@ -413,6 +430,44 @@ class LLM:
         for _ in stream:
             pass
         return stream.completion
+
+    @cached_property
+    def images(self) -> ImageReader:
+        """What reads pictures. Raises ConfigError: this is a text model."""
+        return ImageReader(self.checkpoint)
+
+    def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
+        """A picture -> the rows (R, C) that the decoder reads of it.
+
+        `image`: a path, bytes, a Pillow image, uint8 (H, W, 3), or float32 (3, H, W) that is
+        preprocessed. Raises ConfigError (a text model), FormatError.
+        """
+        return self.images.read(image).rows
+
+    def describe(
+        self, image: ImageSource, prompt: str = "", **options: Unpack[Options]
+    ) -> Completion:
+        """Answer a question about a picture, or describe it."""
+        stream = self.stream_description(image, prompt, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def stream_description(
+        self, image: ImageSource, prompt: str = "", *, progress: Progress | None = None,
+        **options: Unpack[Options],
+    ) -> TextStream:  # fmt: skip
+        """The same, piece by piece."""
+        if not self.images.has_prefix:
+            parts = [
+                {"type": "image", "image": image},
+                {"type": "text", "text": prompt or DESCRIBE},
+            ]
+            message: Any = {"role": "user", "content": parts}
+            return self.stream_chat([message], progress=progress, **options)
+        picture = self.images.read(image)
+        question = self.images.question(self.tokenizer, prompt or CAPTION, picture)
+        return TextStream(self._begin([question], options, progress, continues=False))
 
     def generate_batch(
         self, prompts: Sequence[Prompt], **options: Unpack[Options]
@@ -516,9 +571,14 @@ class LLM:
             for ids in rows
         ]  # fmt: skip
         requests = [
-            Request.new(self.executor, ids, settings, name=f"prompt {n}")
-            for n, ids in enumerate(rows)
-        ]
+            Request.new(
+                self.executor, *(
+                    (prompt.keys, settings, f"prompt {n}", prompt.rows, prompt.prefix)
+                    if isinstance(prompt, ImagePrompt) else (ids, settings, f"prompt {n}")
+                ),
+            )
+            for n, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
+        ]  # fmt: skip
         for request in requests:
             request.keep = not continues  # a conversation goes on
         generation = Generation(self.scheduler, requests, progress)
@@ -533,6 +593,50 @@ def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:
     size, ends = tokenizer.vocab_size, tokenizer.stop_ids
     count = max(size, *(id + 1 for id in ends)) if ends else size
     return count, [id for id in (*tokenizer.gaps, *range(size, count)) if id not in ends]
+
+
+def split_pictures(messages: Messages) -> tuple[Messages, list[ImageSource]]:
+    """Messages with `{"type": "image"}` where a picture was, and the pictures in order.
+
+    Raises GenerationError for a part of that type without exactly one source.
+    """
+    sources: list[ImageSource] = []
+
+    def part_of(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") != "image":
+            return part
+        if len(part) != 2 or not {"path", "image"} & {*part}:
+            raise GenerationError(
+                f"image: expected {{'type': 'image', 'path': FILE}} or 'image', got {quoted(part)}"
+            )
+        sources.append(part.get("path", part.get("image")))
+        return {"type": "image"}
+
+    def message_of(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            return message
+        return {**message, "content": [part_of(part) for part in content]}
+
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        return messages, sources
+    return [message_of(message) for message in messages], sources
+
+
+def as_parts(messages: Messages) -> Messages:
+    """Every content as a list of parts, which templates of models with pictures expect."""
+
+    def in_parts(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    if isinstance(messages, str):
+        return [Message("user", in_parts(messages))]
+    return [
+        replace(message, content=in_parts(message.content))
+        if isinstance(message, Message)
+        else {**message, "content": in_parts(message.get("content"))}
+        for message in messages
+    ]
 
 
 def as_list(what: str, given: Any, expected: str) -> list[Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from glassllama.base.errors import GenerationError, quoted
 from glassllama.base.interfaces import Executor, ModelConfig, checked_ids
@@ -126,13 +129,15 @@ class Request:
     reference: if that object is gone, the answer is not needed any more.
     """
 
-    prompt: list[int]
+    prompt: list[int]  # negative ids stand for `rows`
     settings: GenerationSettings
     sampling: SamplerState
     limit: int  # ids it may still be given at most, prompt not counted
     context: int  # the most ids that `window` may have
     window: list[int]  # what the model sees: prompt and answer, but for what was dropped
     name: str = "the prompt"  # in messages
+    rows: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)  # as in NewTokens
+    prefix: bool = False  # whether all ids of the prompt see each other
     number: int = -1  # the scheduler gives it
     row: int = 0
     events: deque[TokenEvent] | None = None
@@ -155,21 +160,27 @@ class Request:
         prompt: Sequence[int],
         settings: GenerationSettings,
         name: str = "the prompt",
+        rows: Mapping[int, NDArray[np.float32]] | None = None,
+        prefix: bool = False,
     ) -> Request:
-        """A request that `executor` can run.
+        """A request that `executor` can run; `rows` and `prefix` as in `NewTokens`.
 
         Raises GenerationError: an empty prompt, one that leaves no room in the context, an id
         outside the vocabulary.
         """
         config = executor.config
-        ids = checked_ids(name, prompt, config.vocab_size)
+        rows = rows or {}
+        ids = checked_ids(name, prompt, config.vocab_size, rows.keys())
+        if prefix and settings.on_overflow == "shift":
+            raise GenerationError("on_overflow: a prompt that begins with a picture cannot shift")
         limit, context = sizes(name, len(ids), config, settings)
         size = min(settings.vocabulary or config.vocab_size, config.vocab_size)
         native = executor.capabilities.native_sampler
-        sampling = settings.sampler.start([id for id in ids if id < size], size, native)
+        sampling = settings.sampler.start([id for id in ids if 0 <= id < size], size, native)
         return cls(
             prompt=ids, settings=settings, sampling=sampling, limit=limit, context=context,
-            window=[*ids], name=name, timings=Timings(prompt_tokens=len(ids)),
+            window=[*ids], name=name, rows=rows, prefix=prefix,
+            timings=Timings(prompt_tokens=len(ids)),
         )  # fmt: skip
 
     @property

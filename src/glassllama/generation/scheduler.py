@@ -124,13 +124,15 @@ class Scheduler:
                     guess = self._guess(request)
             elif budget <= 0:
                 continue
-            ids, all_read = unread[:budget], len(unread) <= budget
+            is_prefix = request.prefix and request.num_read == 0  # read in one step, as a whole
+            size = len(unread) if is_prefix else budget
+            ids, all_read = unread[:size], len(unread) <= size
             if len(unread) > 1:
                 budget = budget - len(ids) if capabilities.batch_invariant else 0
             else:
                 ids, all_read = unread[:1], True
             output: Output = "none" if not all_read else "all" if guess else "last"
-            tokens = NewTokens(request.sequence, [*ids, *guess], output)
+            tokens = NewTokens(request.sequence, [*ids, *guess], output, request.rows, is_prefix)
             plan.append(Planned(request, tokens, guess, request.num_new))
         return plan
 
@@ -159,7 +161,8 @@ class Scheduler:
             return []
         if request.speculation is None:
             request.speculation = Speculation(Lookup(request.window))
-        return request.speculation.guess(request.num_left - 1)
+        guess = request.speculation.guess(request.num_left - 1)
+        return [*itertools.takewhile(lambda id: id >= 0, guess)]  # rows of images never follow
 
     def _forward(self, plan: list[Planned]) -> None:
         """Compute the planned tokens, and choose the next ids where a prompt is read to its end."""

@@ -67,7 +67,7 @@ class Message:
         """The content as one text; the texts of a list are lines."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
-        return "\n".join(part["text"] for part in self.content)
+        return "\n".join(part["text"] for part in self.content if part["type"] == "text")
 
 
 FIELDS = tuple(each.name for each in fields(Message))
@@ -375,13 +375,15 @@ def _checked_message(message: object, n: int) -> Message:
 
 
 def _checked_content(content: Any, where: str) -> Content:
-    """Text, or a list of parts that are text."""
+    """Text, or a list of parts that are text or the place of a picture, `{"type": "image"}`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
         raise TokenizerError(f"{where}: expected text, got {type(content).__name__}")
     for n, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image" and {*part} == {"type"}:
+            continue
         if kind != "text" or {*part} != {"type", "text"} or not isinstance(part["text"], str):
             raise TokenizerError(
                 f"{where}[{n}]: expected {{'type': 'text', 'text': …}}, got {quoted(part)}"

@@ -41,15 +41,18 @@ def idefics3_parts(tokenizer: Tokenizer, rows: int, cols: int, image_seq_len: in
 
 
 def paligemma_parts(
-    tokenizer: Tokenizer, prompt: str, image_seq_len: int, num_images: int = 1
-) -> list[Part]:
+    tokenizer: Tokenizer, prompt: str, image_seq_len: int, num_images: int = 1,
+    bos: int | None = None,
+) -> list[Part]:  # fmt: skip
     """The prompt of PaliGemma: all `<image>` ids, bos, the text, a line break.
 
-    Raises TokenizerError: the vocabulary has no `<image>` or no bos.
+    `bos`: None for the one that the tokenizer puts before texts. Raises TokenizerError: the
+    vocabulary has no `<image>` or no bos.
     """
-    if tokenizer.bos is None:
+    bos = tokenizer.bos if bos is None else bos
+    if bos is None:
         raise TokenizerError("the vocabulary has no bos token, which PaliGemma's prompts need")
-    return [*[image_id(tokenizer)] * (image_seq_len * num_images), tokenizer.bos, f"{prompt}\n"]
+    return [*[image_id(tokenizer)] * (image_seq_len * num_images), bos, f"{prompt}\n"]
 
 
 def encode_prompt(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:

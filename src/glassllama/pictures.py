@@ -1,0 +1,133 @@
+"""Pictures in prompts: a file → rows that a decoder reads, and the ids that stand for them.
+
+A row's id follows from the content of its picture (base.interfaces.row_ids), so keys and values of
+two different pictures are never shared. Rows are kept by content: a second question about the same
+picture needs no second run of the vision tower.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassllama.base.errors import ConfigError
+from glassllama.base.interfaces import Tokenizer, row_ids
+from glassllama.vision.images import ImageSource
+from glassllama.vision.processing import ImageProcessor, ProcessedImage, read_image_processor
+from glassllama.vision.prompts import (
+    encode_prompt,
+    expand_images,
+    idefics3_parts,
+    image_id,
+    paligemma_parts,
+)
+from glassllama.weights.checkpoint import Checkpoint
+
+KEPT = 16  # pictures whose rows are kept
+Row = NDArray[np.float32]  # (C,)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a decoder reads of a picture: `rows` (R, C), in the order of its placeholders."""
+
+    processed: ProcessedImage
+    rows: NDArray[np.float32]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return row_ids(self.processed.digest, len(self.rows))
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt with pictures: `ids` of the vocabulary, with a placeholder for every row.
+
+    `keys` are the same with a negative id for each row, `rows` the vectors of these. `prefix`: all
+    tokens see each other.
+    """
+
+    ids: list[int]
+    keys: list[int]
+    rows: Mapping[int, Row]
+    prefix: bool
+
+
+class ImageReader:
+    """The vision tower of a checkpoint and what goes with it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises ConfigError: a text model, or settings that are not implemented."""
+        if checkpoint.images is None:
+            raise ConfigError(f"{checkpoint.path.name} reads no pictures: it is a text model")
+        self._checkpoint, self._images = checkpoint, checkpoint.images
+        self._rows: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        return read_image_processor(self._checkpoint.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        """The tower and its projection, loaded on first use. Raises MissingExtraError."""
+        return self._images.load()
+
+    def read(self, source: ImageSource) -> Picture:
+        """A picture (see vision.images.ACCEPTED). Raises FormatError, MissingExtraError."""
+        processed = self.processor(source)
+        rows = self._rows.get(processed.digest)
+        if rows is None:
+            import torch
+
+            with torch.inference_mode():
+                found = self.model(torch.from_numpy(processed.pixels))  # (N, R, C)
+            rows = found.flatten(0, 1).float().numpy()  # (N · R, C)
+        self._rows[processed.digest] = rows
+        self._rows.move_to_end(processed.digest)
+        while len(self._rows) > KEPT:
+            self._rows.popitem(last=False)
+        return Picture(processed, rows)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether pictures stand before the prompt and see it: PaliGemma's form."""
+        return bool(self.model.config.prefix)
+
+    def question(self, tokenizer: Tokenizer, text: str, picture: Picture) -> ImagePrompt:
+        """PaliGemma's prompt. Raises TokenizerError."""
+        named = self._checkpoint.template_tokens.get("bos_token", "")  # also if none is put first
+        bos = tokenizer.specials.get(named)
+        parts = paligemma_parts(tokenizer, text, len(picture.rows), bos=bos)
+        ids = encode_prompt(tokenizer, parts)
+        return self._prompt(tokenizer, ids, [picture])
+
+    def expand(
+        self, tokenizer: Tokenizer, ids: Sequence[int], pictures: Sequence[Picture]
+    ) -> ImagePrompt:
+        """The ids of a chat with one placeholder for each picture -> with all of their marks.
+
+        Raises TokenizerError: another number of placeholders.
+        """
+        count = self.model.config.rows_of_tile
+        parts = [
+            encode_prompt(
+                tokenizer, idefics3_parts(tokenizer, one.processed.rows, one.processed.cols, count)
+            )
+            for one in pictures
+        ]
+        return self._prompt(
+            tokenizer, expand_images(ids, image_id(tokenizer), parts), list(pictures)
+        )
+
+    def _prompt(self, tokenizer: Tokenizer, ids: list[int], pictures: list[Picture]) -> ImagePrompt:
+        placeholder = image_id(tokenizer)
+        following = iter([id for picture in pictures for id in picture.ids])
+        keys = [next(following) if id == placeholder else id for id in ids]
+        rows = {id: row for one in pictures for id, row in zip(one.ids, one.rows, strict=True)}
+        return ImagePrompt(ids, keys, rows, self.has_prefix)
