@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -40,7 +40,7 @@ from glassllama.generation import (
     TokenLogprob,
     make_sampler,
 )
-from glassllama.pictures import ImagePrompt, ImageReader
+from glassllama.pictures import ImagePrompt, ImageReader, as_parts, split_pictures
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
@@ -593,50 +593,6 @@ def choosable_ids(tokenizer: Tokenizer) -> tuple[int, list[int]]:
     size, ends = tokenizer.vocab_size, tokenizer.stop_ids
     count = max(size, *(id + 1 for id in ends)) if ends else size
     return count, [id for id in (*tokenizer.gaps, *range(size, count)) if id not in ends]
-
-
-def split_pictures(messages: Messages) -> tuple[Messages, list[ImageSource]]:
-    """Messages with `{"type": "image"}` where a picture was, and the pictures in order.
-
-    Raises GenerationError for a part of that type without exactly one source.
-    """
-    sources: list[ImageSource] = []
-
-    def part_of(part: Any) -> Any:
-        if not isinstance(part, Mapping) or part.get("type") != "image":
-            return part
-        if len(part) != 2 or not {"path", "image"} & {*part}:
-            raise GenerationError(
-                f"image: expected {{'type': 'image', 'path': FILE}} or 'image', got {quoted(part)}"
-            )
-        sources.append(part.get("path", part.get("image")))
-        return {"type": "image"}
-
-    def message_of(message: Any) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, list | tuple):
-            return message
-        return {**message, "content": [part_of(part) for part in content]}
-
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        return messages, sources
-    return [message_of(message) for message in messages], sources
-
-
-def as_parts(messages: Messages) -> Messages:
-    """Every content as a list of parts, which templates of models with pictures expect."""
-
-    def in_parts(content: Any) -> Any:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-    if isinstance(messages, str):
-        return [Message("user", in_parts(messages))]
-    return [
-        replace(message, content=in_parts(message.content))
-        if isinstance(message, Message)
-        else {**message, "content": in_parts(message.get("content"))}
-        for message in messages
-    ]
 
 
 def as_list(what: str, given: Any, expected: str) -> list[Any]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassllama.base.errors import ConfigError
+from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError, quoted
 from glassllama.base.interfaces import Tokenizer, row_ids
+from glassllama.tokenizers.chat import Message
 from glassllama.vision.images import ImageSource
 from glassllama.vision.processing import ImageProcessor, ProcessedImage, read_image_processor
 from glassllama.vision.prompts import (
@@ -29,7 +31,7 @@ from glassllama.vision.prompts import (
 )
 from glassllama.weights.checkpoint import Checkpoint
 
-KEPT = 16  # pictures whose rows are kept
+CACHED_PICTURES = 16  # pictures whose rows are kept
 Row = NDArray[np.float32]  # (C,)
 
 
@@ -76,21 +78,24 @@ class ImageReader:
     @cached_property
     def model(self) -> Any:
         """The tower and its projection, loaded on first use. Raises MissingExtraError."""
-        return self._images.load()
+        return self._loading().load_images(self._images)
+
+    def _loading(self) -> Any:
+        """The module that loads and runs towers, which need PyTorch."""
+        try:
+            return import_module("glassllama.weights.vision")
+        except ImportError:
+            raise MissingExtraError("reading pictures", "vision") from None
 
     def read(self, source: ImageSource) -> Picture:
         """A picture (see vision.images.ACCEPTED). Raises FormatError, MissingExtraError."""
         processed = self.processor(source)
         rows = self._rows.get(processed.digest)
         if rows is None:
-            import torch
-
-            with torch.inference_mode():
-                found = self.model(torch.from_numpy(processed.pixels))  # (N, R, C)
-            rows = found.flatten(0, 1).float().numpy()  # (N · R, C)
+            rows = self._loading().rows_of(self.model, processed.pixels)  # (N · R, C)
         self._rows[processed.digest] = rows
         self._rows.move_to_end(processed.digest)
-        while len(self._rows) > KEPT:
+        while len(self._rows) > CACHED_PICTURES:
             self._rows.popitem(last=False)
         return Picture(processed, rows)
 
@@ -131,3 +136,50 @@ class ImageReader:
         keys = [next(following) if id == placeholder else id for id in ids]
         rows = {id: row for one in pictures for id, row in zip(one.ids, one.rows, strict=True)}
         return ImagePrompt(ids, keys, rows, self.has_prefix)
+
+
+# --- pictures in the messages of a chat -------------------------------------------------------
+
+
+def split_pictures(messages: Any) -> tuple[Any, list[ImageSource]]:
+    """Messages with `{"type": "image"}` where a picture was, and the pictures in order.
+
+    Raises GenerationError for a part of that type without exactly one source.
+    """
+    sources: list[ImageSource] = []
+
+    def part_of(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") != "image":
+            return part
+        if len(part) != 2 or not {"path", "image"} & {*part}:
+            raise GenerationError(
+                f"image: expected {{'type': 'image', 'path': FILE}} or 'image', got {quoted(part)}"
+            )
+        sources.append(part.get("path", part.get("image")))
+        return {"type": "image"}
+
+    def message_of(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            return message
+        return {**message, "content": [part_of(part) for part in content]}
+
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        return messages, sources
+    return [message_of(message) for message in messages], sources
+
+
+def as_parts(messages: Any) -> Any:
+    """Every content as a list of parts, which templates of models with pictures expect."""
+
+    def in_parts(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    if isinstance(messages, str):
+        return [Message("user", in_parts(messages))]
+    return [
+        replace(message, content=in_parts(message.content))
+        if isinstance(message, Message)
+        else {**message, "content": in_parts(message.get("content"))}
+        for message in messages
+    ]

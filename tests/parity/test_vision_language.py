@@ -18,6 +18,7 @@ from glassllama.models.smolvlm import SmolVLM
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
+from glassllama.weights.vision import load_images
 from tolerances import difference, logits_tolerance
 
 DECODER = {
@@ -97,7 +98,7 @@ def checkpoint(folder: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def ours(checkpoint: Checkpoint, name: str) -> PaliGemma:
     assert checkpoint.images is not None
-    images = checkpoint.images.load()
+    images = load_images(checkpoint.images)
     decoder = load_model(checkpoint, dtype=torch.float32)
     kind = PaliGemma if name.startswith("paligemma") else SmolVLM
     return kind(images, decoder)
@@ -214,7 +215,7 @@ def test_names_of_published_files(
     again = open_checkpoint(tmp_path)
     assert again.images is not None
     assert checkpoint.images is not None
-    first, second = checkpoint.images.load(), again.images.load()
+    first, second = load_images(checkpoint.images), load_images(again.images)
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key])
 
@@ -233,7 +234,7 @@ BAD: list[tuple[str, dict[str, Any] | None, str]] = [
 def open_all(folder: Path) -> None:
     images = open_checkpoint(folder).images
     assert images is not None
-    images.load()
+    load_images(images)
 
 
 @pytest.mark.parametrize(("part", "changes", "words"), BAD)

@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glassllama.base.errors import ConfigError, WeightsError
@@ -243,6 +245,13 @@ def load_images(part: ImagePart, dtype: torch.dtype = torch.float32) -> nn.Modul
             else SmolVLMImages(config)
         )
     return load_parameters(model, part.file, IMAGES, part.file.names(), dtype)
+
+
+@torch.inference_mode()
+def rows_of(model: nn.Module, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, 3, H, W) pixels -> (N · R, C), the rows of all tiles one after the other."""
+    rows: NDArray[np.float32] = model(torch.from_numpy(pixels)).flatten(0, 1).float().numpy()
+    return rows
 
 
 def load_siglip(folder: Path, dtype: torch.dtype = torch.float32) -> Siglip:

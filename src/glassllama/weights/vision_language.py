@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
-from glassllama.base.errors import MissingExtraError, WeightsError, join_names
+from glassllama.base.errors import WeightsError, join_names
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 Prefixes = Mapping[str, str]  # of names in a file → of our own, the longest first
 
@@ -115,20 +111,12 @@ class PartOfFile:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """What a checkpoint has for pictures: its configuration and its tensors."""
+    """What a checkpoint has for pictures; weights/vision.py loads it."""
 
     family: VisionLanguage
     values: Mapping[str, Any]  # of config.json
     text: Any  # the decoder's configuration
     file: TensorFile
-
-    def load(self) -> nn.Module:
-        """The vision tower with its projection (weights/vision.py). Raises GlassError."""
-        try:
-            from glassllama.weights.vision import load_images
-        except ImportError:
-            raise MissingExtraError("reading pictures", "vision") from None
-        return load_images(self)
 
 
 def split(

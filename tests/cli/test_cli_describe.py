@@ -1,0 +1,75 @@
+"""`glassllama describe` with a tiny vision-language model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cli.conftest import Verb
+from test_pictures import write
+from vision.test_prompts import picture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("model")
+    write("paligemma", path)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    picture(60, 33).save(tmp_path / "p.png")
+    return tmp_path / "p.png"
+
+
+def test_an_answer(folder: Path, image: Path, verb: Verb) -> None:
+    words = ("describe", image, "What is it?", "-m", folder, "-n", 5, "-t", 0)
+    shown, found = verb(*words), json.loads(verb(*words, "--json").out)
+    assert shown.code == 0
+    assert shown.out.strip() == found["text"].strip()
+    assert found["boxes"] == []
+    assert found["usage"]["completion_tokens"] <= 5
+
+
+def test_boxes_are_drawn(
+    folder: Path, image: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The answer of a random model has none, so a text stands for it."""
+    from glassllama.cli import describe
+
+    found = describe.draw_answer(
+        Image.open(image), "<loc0256><loc0128><loc0768><loc0640> cat", tmp_path / "drawn.png"
+    )
+    assert [box["label"] for box in found] == ["cat"]
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == (60 * 9, 33 * 9)  # small pictures are enlarged
+        assert len(drawn.getcolors(1 << 20) or ()) > 1
+    ran = verb("describe", image, "-m", folder, "-n", 2, "--draw", tmp_path / "none.png")
+    assert ran.code == 0
+    assert "no boxes" in ran.err
+    assert (tmp_path / "none.png").is_file()
+    ran = verb("describe", image, "-m", folder, "-n", 1, "--draw", tmp_path / "a" / "b.png")
+    assert ran.code == 1
+    assert "cannot be saved" in ran.err
+
+
+def test_what_is_refused(folder: Path, image: Path, default_model: Path, verb: Verb) -> None:
+    text = image.with_name("text.png")
+    text.write_text("no picture")
+    for words, part in (
+        (("describe", image, "-m", default_model), "reads no pictures: it is a text model"),
+        (("describe", text, "-m", folder), "text.png"),
+        (("describe", image.with_name("missing.png"), "-m", folder), "missing.png"),
+        (("describe", image.parent, "-m", folder), str(image.parent)),
+    ):
+        ran = verb(*words)
+        assert ran.code == 1
+        assert part in ran.err
+        assert len(ran.err.strip().splitlines()) == 1, ran.err
