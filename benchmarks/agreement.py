@@ -141,9 +141,9 @@ def difference(llm: LLM, ours: Floats, theirs: Floats) -> dict[str, Any] | None:
         return None
     return {
         "texts": [llm.tokenizer.decode([id]) for id in (a, b)],
-        "ours": [ours[a], ours[b]],
-        "llama.cpp": [theirs[a], theirs[b]],
-        "gaps": ours[a] - ours[b] + theirs[b] - theirs[a],
+        "ours": ours[[a, b]].tolist(),
+        "llama.cpp": theirs[[a, b]].tolist(),
+        "gaps": float(ours[a] - ours[b] + theirs[b] - theirs[a]),
     }
 
 
@@ -174,7 +174,9 @@ def perplexity(models: dict[str, LLM | Peer], pairs: dict[str, tuple[str, str]])
         apart = costs_of[ours] - costs_of[theirs]
         more[pair] = [float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart)))]
     values = {name: math.exp(cost.mean()) for name, cost in costs_of.items()}
-    return {"text": TEXT.name, "tokens": len(ids), "values": values, "more": more}
+    return {
+        "text": TEXT.name, "tokens": len(ids), "window": WINDOW, "values": values, "more": more,
+    }  # fmt: skip
 
 
 # --- tokenizer ------------------------------------------------------------------------------------

@@ -78,6 +78,12 @@ LINES = (
             ("fidelity-Q4_K_M", f"{PADDED}-Q4_K_M", "Fidelity of K-quants"),
         )
     ),
+    Line(
+        "agreement",
+        GEMMA,
+        "python benchmarks/agreement.py MODEL",
+        f"Agreement with llama.cpp: {REAL[GEMMA]}",
+    ),
     *(
         Line(f"ik-{model}", model, IK_COMMAND, title_of(model))
         for model in (
@@ -192,6 +198,8 @@ def page() -> str:
         parts.append(fork_part({line: results[line.name]["result"] for line in forks}))
     measured = [line for line in lines if line.name.startswith("fidelity")]
     parts += [fidelity_part(line, results[line.name]["result"]) for line in measured]
+    measured = [line for line in lines if line.name == "agreement"]
+    parts += [agreement_part(line, results[line.name]["result"]) for line in measured]
     return "".join(parts)
 
 
@@ -431,3 +439,65 @@ def kl_cells(what: str, count: int, kl: dict[str, float]) -> list[str]:
         verdict += ", by less than the error"
     difference = f"{kl['more']:+.5f} ± {kl['error']:.5f}"
     return [what, str(count), f"{kl['ours']:.5f}", f"{kl['llama.cpp']:.5f}", difference, verdict]
+
+
+AGREEMENT = """
+## {title}
+
+Exact mode is compared with llama.cpp in float32 (weights, keys and values), and default mode with
+llama.cpp on the file as it is. Exact mode continues twelve prompts greedily; all programs read the
+same ids, and the most likely id is compared at each. A difference is a near tie if the two logits
+are closer than rounding can explain: both gaps together, by which each program prefers its own id,
+are at most 4·√2 standard deviations of the difference of a logit in both programs.
+
+"""
+
+
+def agreement_part(line: Line, r: dict[str, Any]) -> str:
+    titles = ("ids>", "different>", "deviation of a logit>", "near tie>", "beyond a near tie>", "")
+    rows = [
+        [pair, f"{g['ids']}", f"{g['different']}", f"{g['sigma']:.3g}", f"{g['tie']:.3g}",
+         f"{g['no_ties']}", "**not met**" if g["no_ties"] else "met"]
+        for pair, g in r["greedy"].items()
+    ]  # fmt: skip
+    text = AGREEMENT.format(title=line.title) + table(["", *titles], rows)
+    columns = ["prompt", "id>", "glassllama's, llama.cpp's", "logits of glassllama>",
+               "logits of llama.cpp>", "both gaps>"]  # fmt: skip
+    for pair, g in r["greedy"].items():
+        if g["rows"]:
+            text += f"\nThe differences of {pair}:\n\n"
+            text += table(columns, [difference_cells(row) for row in g["rows"]])
+    return text + perplexity_text(r["perplexity"]) + tokenizer_part(r["tokenizer"])
+
+
+def difference_cells(row: dict[str, Any]) -> list[str]:
+    logits = (", ".join(f"{logit:.3f}" for logit in row[name]) for name in ("ours", "llama.cpp"))
+    texts = ", ".join(f"`{json.dumps(text, ensure_ascii=False)}`" for text in row["texts"])
+    words = json.dumps(row["prompt"], ensure_ascii=False)
+    return [f"`{words}`", f"{row['place'] + 1}", texts, *logits, f"{row['gaps']:.3f}"]
+
+
+def perplexity_text(r: dict[str, Any]) -> str:
+    values = ", ".join(f"{name} {value:.4f}" for name, value in r["values"].items())
+    more = "; ".join(
+        f"{pair} {mean:+.3%} ± {error:.3%}" for pair, (mean, error) in r["more"].items()
+    )
+    return (
+        f"\nPerplexity of the beginning of {r['text']}, {r['tokens']:,} tokens in windows of "
+        f"{r['window']}: {values}. glassllama relative to llama.cpp, with standard error: {more}.\n"
+    )
+
+
+def tokenizer_part(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [row["corpus"], "parsed" if row["specials"] else "text", f"{row['texts']:,}",
+         f"{row['characters']:,}", f"{row['different']}"]
+        for row in rows
+    ]  # fmt: skip
+    met = "**not met**" if any(row["different"] for row in rows) else "met"
+    titles = ["", "special tokens", "texts>", "characters>", "different ids>"]
+    return (
+        "\nIds of texts, compared with those of llama.cpp:\n\n"
+        + table(titles, cells)
+        + (f"\nTarget: no differences: {met}.\n")
+    )

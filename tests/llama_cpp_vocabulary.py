@@ -15,7 +15,7 @@ class LlamaCppTokenizer:
     def encode(self, text: str, *, bos: bool = False, specials: bool = False) -> list[int]:
         """`bos`: with the ids that the file says a text begins with."""
         data = text.encode()
-        room = len(data) + 16  # no token is empty
+        room = 2 * len(data) + 16  # a space may be put before every part of the text
         ids = (llama_cpp.llama_token * room)()
         count = llama_cpp.llama_tokenize(
             self.vocabulary, data, len(data), ids, room, bos, specials
