@@ -365,11 +365,19 @@ def read_sentencepiece(path: Path, backend: BPEBackend = PYTHON) -> SentencePiec
 
     TokenizerError: no such file, another type (unigram), or a normalization other than identity.
     """
+    pieces, settings = read_model(path, BPE)
+    bos, eos = (id if id >= 0 else None for id in (settings["bos_id"], settings["eos_id"]))
+    stop_ids = () if eos is None else (eos,)
     try:
-        pieces, settings = _model(memoryview(read_bounded(path)))
-        bos, eos = (id if id >= 0 else None for id in (settings["bos_id"], settings["eos_id"]))
-        stop_ids = () if eos is None else (eos,)
         return SentencePieceTokenizer(pieces, bos=bos, stop_ids=stop_ids, backend=backend)
+    except TokenizerError as fault:
+        raise TokenizerError(f"{path}: {fault}") from fault
+
+
+def read_model(path: Path, model_type: int) -> tuple[Pieces, dict[str, Any]]:
+    """The pieces and SETTINGS of a SentencePiece model of this type. TokenizerError."""
+    try:
+        return _model(memoryview(read_bounded(path)), model_type)
     except OSError as fault:
         raise TokenizerError(f"{path}: cannot be read ({fault.strerror})") from fault
     except (ValueError, struct.error) as fault:
@@ -404,7 +412,7 @@ def piece_types(texts: Sequence[str], numbers: Sequence[int]) -> tuple[PieceType
     return tuple(types)
 
 
-def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
+def _model(data: memoryview, model_type: int) -> tuple[Pieces, dict[str, Any]]:
     """The pieces and SETTINGS. ValueError: not such a message. TokenizerError: not supported."""
     messages: dict[int, dict[int, int | memoryview]] = {TRAINER: {}, NORMALIZER: {}}
     pieces: list[tuple[str, float, int]] = []
@@ -422,7 +430,7 @@ def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
         for (message, number), (name, default) in SETTINGS.items()
     }
     texts, scores, numbers = zip(*pieces, strict=True)
-    _check_supported(settings, PieceType.BYTE in numbers)
+    _check_supported(settings, model_type, PieceType.BYTE in numbers)
     adds_prefix, trims = settings["add_dummy_prefix"], settings["remove_extra_whitespaces"]
     found = Pieces(
         texts=texts,
@@ -436,14 +444,15 @@ def _model(data: memoryview) -> tuple[Pieces, dict[str, Any]]:
     return found, settings
 
 
-def _check_supported(settings: Mapping[str, Any], has_bytes: bool) -> None:
+def _check_supported(settings: Mapping[str, Any], model_type: int, has_bytes: bool) -> None:
     type, name = settings["model_type"], quoted(settings["name"])
     fallback = settings["byte_fallback"]
     bytes_are = "there" if has_bytes else "missing"
     checks = {
-        f"trainer_spec.model_type: expected bpe, got {MODEL_TYPES.get(type, type)}": type == BPE,
+        f"trainer_spec.model_type: expected {MODEL_TYPES[model_type]}, got "
+        f"{MODEL_TYPES.get(type, type)}": type == model_type,
         f"normalizer_spec.precompiled_charsmap: normalization {name} is not supported, only "
-        "identity is": not settings["precompiled_charsmap"],
+        "identity is": model_type == UNIGRAM or not settings["precompiled_charsmap"],
         "normalizer_spec.escape_whitespaces: false not supported": settings["escape_whitespaces"],
         "trainer_spec.treat_whitespace_as_suffix: not supported":
             not settings["treat_whitespace_as_suffix"],
