@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
-from transformers import PaliGemmaProcessor
+from transformers import PaliGemmaProcessor, SiglipModel, SiglipProcessor, SiglipTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from glassllama import LLM, load
 from glassllama.base.errors import ConfigError, FormatError, GenerationError, TokenizerError
+from glassllama.pictures import ImageTextModel
+from parity.test_siglip import their_model as siglip_model
 from parity.test_vision_language import MODELS, their_model
 from tolerances import difference, logits_tolerance
 from vision.test_prompts import MARKS, SPECIALS, TILES, picture, trained
@@ -29,6 +32,7 @@ TEMPLATE = (
     "{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+ROMEO = (Path(__file__).parent / "romeo_and_juliet.txt").read_text(encoding="utf-8")
 QUESTION = "What is left of the circle?"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,3 +223,51 @@ def test_the_folder_of_this_test_is_complete(tiny: tuple[Path, Any]) -> None:
     names = {path.name for path in tiny[0].iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
     assert json.loads((tiny[0] / "config.json").read_text())["vision_config"]
+
+
+# --- SigLIP -----------------------------------------------------------------------------------
+
+
+def write_siglip(folder: Path) -> Path:
+    """A tiny SigLIP with its processor and a vocabulary, as transformers saves them."""
+    text = folder / "text.txt"
+    text.write_text(ROMEO[:60_000], encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "spiece"), vocab_size=131,
+        model_type="unigram", minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    siglip_model().save_pretrained(folder)
+    pictures = SiglipImageProcessorPil(size={"height": 30, "width": 30})
+    SiglipProcessor(pictures, SiglipTokenizer(str(folder / "spiece.model"))).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_siglip_from_files_to_scores(tmp_path: Path) -> None:
+    model = load(write_siglip(tmp_path))
+    assert isinstance(model, ImageTextModel)
+    images, texts = [picture(60, 33), picture(8, 90)], ["Two cats!", "a dog", "Romeo"]
+    theirs = SiglipModel.from_pretrained(tmp_path).eval()
+    processor = SiglipProcessor(
+        SiglipImageProcessorPil.from_pretrained(tmp_path),
+        SiglipTokenizer(str(tmp_path / "spiece.model")),
+    )
+    found = processor(
+        text=texts, images=images, padding="max_length", max_length=16, truncation=True,
+        return_tensors="np",
+    )  # fmt: skip
+    result = theirs(  # without the mask of padding, which SigLIP was trained to see
+        pixel_values=torch.from_numpy(np.asarray(found["pixel_values"])),
+        input_ids=torch.from_numpy(np.asarray(found["input_ids"])),
+    )
+    bar = logits_tolerance(model.model.config.vision)
+    assert difference(model.embed_image(images), result.image_embeds) <= bar
+    assert difference(model.embed_text(texts), result.text_embeds) <= bar
+    expected = torch.sigmoid(result.logits_per_image)
+    assert difference(model.scores(images, texts), expected) <= bar
+    assert model.scores(images[0], texts[0]).shape == (1, 1)
+    for name in ("chat", "generate", "executor"):
+        with pytest.raises(ConfigError, match="writes none: use"):
+            getattr(model, name)
+    with pytest.raises(AttributeError):
+        _ = model.nothing

@@ -40,7 +40,14 @@ from glassllama.generation import (
     TokenLogprob,
     make_sampler,
 )
-from glassllama.pictures import ImagePrompt, ImageReader, as_parts, split_pictures
+from glassllama.pictures import (
+    ImagePrompt,
+    ImageReader,
+    ImageTextModel,
+    as_parts,
+    is_siglip,
+    split_pictures,
+)
 from glassllama.tokenizers.chars import CharTokenizer
 from glassllama.tokenizers.chat import ChatFormat, Message, choose_chat_format
 from glassllama.tokenizers.detokenizer import Detokenizer, StopStrings
@@ -631,12 +638,16 @@ def load(
     say then. `cache` is how it keeps keys and values: int8 takes half the memory. `stream_layers`
     reads the weights anew for every step, one layer at a time: slow, but any model in little memory
     (PyTorch). `context_size` is the number of tokens of the context, up to the model's longest one;
-    see open_checkpoint. Raises GlassError: what is wrong, in one line.
+    see open_checkpoint. A folder of SigLIP gives an `ImageTextModel`. Raises GlassError: what is
+    wrong, in one line.
     """
     chosen = choose_backend(backend, device, dtype, stream_layers)
     check_numbers(dtype, quantize, cache, threads)
     path = hub.resolve(str(name), offline=offline, prefer_pth=prefer_pth,
                        progress=download_progress)  # fmt: skip
+    if is_siglip(path):
+        image_text: Any = ImageTextModel(path, str(name))
+        return image_text  # type: ignore[no-any-return]  # its other methods are errors
     started = time.perf_counter()
     checkpoint = open_checkpoint(path, context_size)
     if backend == "auto" and checkpoint.architecture.layer_plan is None:

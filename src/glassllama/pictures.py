@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError, quoted
 from glassllama.base.interfaces import Tokenizer, row_ids
 from glassllama.tokenizers.chat import Message
+from glassllama.tokenizers.unigram import read_siglip_tokenizer
 from glassllama.vision.images import ImageSource
 from glassllama.vision.processing import ImageProcessor, ProcessedImage, read_image_processor
 from glassllama.vision.prompts import (
@@ -30,6 +32,7 @@ from glassllama.vision.prompts import (
     paligemma_parts,
 )
 from glassllama.weights.checkpoint import Checkpoint
+from glassllama.weights.model_files import read_json
 
 CACHED_PICTURES = 16  # pictures whose rows are kept
 Row = NDArray[np.float32]  # (C,)
@@ -78,21 +81,15 @@ class ImageReader:
     @cached_property
     def model(self) -> Any:
         """The tower and its projection, loaded on first use. Raises MissingExtraError."""
-        return self._loading().load_images(self._images)
-
-    def _loading(self) -> Any:
-        """The module that loads and runs towers, which need PyTorch."""
-        try:
-            return import_module("glassllama.weights.vision")
-        except ImportError:
-            raise MissingExtraError("reading pictures", "vision") from None
+        return vision_module().load_images(self._images)
 
     def read(self, source: ImageSource) -> Picture:
         """A picture (see vision.images.ACCEPTED). Raises FormatError, MissingExtraError."""
         processed = self.processor(source)
         rows = self._rows.get(processed.digest)
         if rows is None:
-            rows = self._loading().rows_of(self.model, processed.pixels)  # (N · R, C)
+            found = vision_module().run(self.model, processed.pixels)  # (N, R, C)
+            rows = found.reshape(-1, found.shape[-1])  # (N · R, C)
         self._rows[processed.digest] = rows
         self._rows.move_to_end(processed.digest)
         while len(self._rows) > CACHED_PICTURES:
@@ -136,6 +133,79 @@ class ImageReader:
         keys = [next(following) if id == placeholder else id for id in ids]
         rows = {id: row for one in pictures for id, row in zip(one.ids, one.rows, strict=True)}
         return ImagePrompt(ids, keys, rows, self.has_prefix)
+
+
+# --- SigLIP -----------------------------------------------------------------------------------
+
+# What language models have and this one has not: asked for, it is an error of one line.
+OF_LANGUAGE_MODELS = frozenset(
+    "chat chat_format checkpoint describe encode encode_chat executor generate generate_batch "
+    "logits sampling_defaults specials_in stream stream_batch stream_chat stream_description "
+    "trace".split()
+)
+
+
+def is_siglip(path: Path) -> bool:
+    """Whether a path is a folder of SigLIP, or a file in one."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "siglip"
+
+
+class ImageTextModel:
+    """A loaded SigLIP: how well texts describe pictures.
+
+    Pictures are those of `LLM.embed_image`, one or a list; texts one or a list.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        """Raises GlassError: files that are missing or damaged, MissingExtraError."""
+        self.path = path if path.is_dir() else path.parent
+        self.name, self.notes = name or self.path.name, list[str]()
+        self.processor = read_image_processor(self.path)
+        self._vision = vision_module()
+        self.model = self._vision.load_siglip(self.path)
+        length = self.model.config.text.max_seq_len
+        self.tokenizer = read_siglip_tokenizer(self.path / "spiece.model", length)
+
+    def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        """(B, E) float32, of length 1. Raises FormatError."""
+        sources: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+        pixels = np.concatenate([self.processor(source).pixels for source in sources])
+        embeddings: NDArray[np.float32] = self._vision.run(self.model.embed_image, pixels)
+        return embeddings
+
+    def embed_text(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """(N, E) float32, of length 1. Raises TokenizerError."""
+        ids = self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)
+        embeddings: NDArray[np.float32] = self._vision.run(self.model.embed_text, ids)
+        return embeddings
+
+    def scores(
+        self, images: ImageSource | Sequence[ImageSource], texts: str | Sequence[str]
+    ) -> NDArray[np.float32]:
+        """(B, N) probabilities that a text describes a picture, each by itself."""
+        pairs = self.embed_image(images), self.embed_text(texts)
+        logits: NDArray[np.float32] = self._vision.run(self.model.logits, *pairs)
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_LANGUAGE_MODELS:
+            raise ConfigError(
+                f"{self.path}: a SigLIP compares pictures with texts and writes none: use "
+                "'glassllama classify', or embed_image, embed_text and scores"
+            )
+        raise AttributeError(name)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+def vision_module() -> Any:
+    """weights/vision.py, which loads and runs towers and needs PyTorch."""
+    try:
+        return import_module("glassllama.weights.vision")
+    except ImportError:
+        raise MissingExtraError("reading pictures", "vision") from None
 
 
 # --- pictures in the messages of a chat -------------------------------------------------------

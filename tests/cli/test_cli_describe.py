@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cli.conftest import Verb
-from test_pictures import write
+from test_pictures import write, write_siglip
 from vision.test_prompts import picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,3 +73,36 @@ def test_what_is_refused(folder: Path, image: Path, default_model: Path, verb: V
         assert ran.code == 1
         assert part in ran.err
         assert len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+# --- classify ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: Any) -> Path:
+    return write_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+def test_probabilities_of_labels(siglip: Path, image: Path, verb: Verb) -> None:
+    labels = ("a cat", "two dogs", "nothing")
+    shown = verb("classify", image, *labels, "-m", siglip)
+    scores = json.loads(verb("classify", image, *labels, "-m", siglip, "--json").out)["scores"]
+    assert shown.code == 0
+    lines = shown.out.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == [*scores]
+    assert [*scores.values()] == sorted(scores.values(), reverse=True)
+    assert set(scores) == set(labels)
+
+
+def test_what_classify_refuses(siglip: Path, folder: Path, image: Path, verb: Verb) -> None:
+    for words, code, part in (
+        (("classify", image, "a cat", "-m", folder), 1, "needs a SigLIP model"),
+        (("classify", image, "-m", siglip), 2, "LABEL"),
+        (("classify", image, "a", "-m", siglip, "--template", "x"), 2, "must contain {}"),
+        (("chat", "Hello", "-m", siglip), 1, "writes none"),
+        (("generate", "Hello", "-m", siglip), 1, "writes none"),
+        (("show", siglip), 1, "no language model"),
+    ):
+        ran = verb(*words)
+        assert ran.code == code, ran.err
+        assert part in ran.err

@@ -18,7 +18,7 @@ from glassllama import __version__
 from glassllama.base.errors import QUOTED_CHARACTERS
 from glassllama.cli.bench import bench
 from glassllama.cli.console import compile_notice
-from glassllama.cli.describe import describe
+from glassllama.cli.describe import classify, describe
 from glassllama.cli.errors import WRONG_USAGE, print_error
 from glassllama.cli.generate import chat, generate
 from glassllama.cli.models import download, list_models, show, validate
@@ -30,8 +30,8 @@ from glassllama.cli.walkthrough import walkthrough
 
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Use a model": {
-        "chat": chat, "generate": generate, "describe": describe, "download": download,
-        "list": list_models,
+        "chat": chat, "generate": generate, "describe": describe, "classify": classify,
+        "download": download, "list": list_models,
     },
     "Train": {"train": train, "train-tokenizer": train_tokenizer},
     "Inspect a model": {

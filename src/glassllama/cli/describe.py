@@ -1,4 +1,4 @@
-"""`glassllama describe`: ask a vision-language model about a picture."""
+"""`glassllama describe` and `classify`: pictures and models that read them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,40 @@ def describe(
         print_json(completion_json(llm, completion) | {"boxes": boxes})
     elif is_terminal(sys.stdout):
         note(f"\n{speed_line(completion)}")
+
+
+def classify(
+    model_options: ModelOptions,
+    image: Path = typer.Argument(
+        ..., metavar="IMAGE", help="A PNG, JPEG, WebP or GIF file (its first frame)."
+    ),
+    labels: list[str] = typer.Argument(..., metavar="LABEL…", help="What the picture may show."),
+    template: str = typer.Option(
+        "This is a photo of {}.", metavar="TEXT", help="The text of a label, which is put for {}."
+    ),
+    json: bool = JSON,
+) -> None:  # fmt: skip
+    """How well labels describe a picture: the probability of each, by a SigLIP model.
+
+    For example: glassllama classify cat.png "a cat" "two dogs" -m FOLDER
+    """
+    if "{}" not in template:
+        raise typer.BadParameter("must contain {}, the place of the label", param_hint="--template")
+    from glassllama.base.errors import ConfigError
+    from glassllama.pictures import ImageTextModel, is_siglip
+    from glassllama.vision.images import read_image
+
+    picture, path = read_image(image), model_options.path()
+    if not is_siglip(path):
+        raise ConfigError(f"{path}: classify needs a SigLIP model; choose one with -m FOLDER")
+    model = ImageTextModel(path, model_options.model)
+    [scores] = model.scores(picture, [template.replace("{}", label) for label in labels])
+    found = sorted(zip(labels, scores.tolist(), strict=True), key=lambda pair: -pair[1])
+    if json:
+        print_json({"model": model.name, "scores": dict(found)})
+        return
+    for label, score in found:
+        print(f"{score:6.1%}  {label}")
 
 
 def draw_answer(picture: Any, answer: str, file: Path | None) -> list[dict[str, Any]]:

@@ -190,6 +190,11 @@ def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Ch
     folder = source if source.is_dir() else source.parent
     # config.json before any other file: what it says explains most errors.
     values = read_json(folder / "config.json") if file_format == "hf" else {}
+    if values.get("model_type") == "siglip":
+        raise ConfigError(
+            "config.json: model_type is 'siglip', which compares pictures with texts and is no "
+            "language model: use 'glassllama classify', or glassllama.load in Python"
+        )
     family, images = family_of(values), None
     if file_format == "hf":
         resolved = config_from_hf(text_values(values, family) if family else values)

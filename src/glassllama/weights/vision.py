@@ -7,7 +7,7 @@ tensor is changed. Names are matched in one strict loop (weights/tensor_map.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -248,10 +248,10 @@ def load_images(part: ImagePart, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 @torch.inference_mode()
-def rows_of(model: nn.Module, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, 3, H, W) pixels -> (N · R, C), the rows of all tiles one after the other."""
-    rows: NDArray[np.float32] = model(torch.from_numpy(pixels)).flatten(0, 1).float().numpy()
-    return rows
+def run(module: Callable[..., Tensor], *arrays: NDArray[Any]) -> NDArray[np.float32]:
+    """A function of PyTorch on arrays -> its result as float32."""
+    result: NDArray[np.float32] = module(*map(torch.from_numpy, arrays)).float().numpy()
+    return result
 
 
 def load_siglip(folder: Path, dtype: torch.dtype = torch.float32) -> Siglip:
