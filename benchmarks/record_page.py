@@ -472,9 +472,11 @@ def agreement_part(line: Line, r: dict[str, Any]) -> str:
 
 def difference_cells(row: dict[str, Any]) -> list[str]:
     logits = (", ".join(f"{logit:.3f}" for logit in row[name]) for name in ("ours", "llama.cpp"))
-    texts = ", ".join(f"`{json.dumps(text, ensure_ascii=False)}`" for text in row["texts"])
-    words = json.dumps(row["prompt"], ensure_ascii=False)
-    return [f"`{words}`", f"{row['place'] + 1}", texts, *logits, f"{row['gaps']:.3f}"]
+    words, *texts = (
+        f"`{json.dumps(text, ensure_ascii=False)}`".replace("|", "\\|")
+        for text in (row["prompt"], *row["texts"])
+    )
+    return [words, f"{row['place'] + 1}", ", ".join(texts), *logits, f"{row['gaps']:.3f}"]
 
 
 def perplexity_text(r: dict[str, Any]) -> str:
@@ -496,8 +498,5 @@ def tokenizer_part(rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     met = "**not met**" if any(row["different"] for row in rows) else "met"
     titles = ["", "special tokens", "texts>", "characters>", "different ids>"]
-    return (
-        "\nIds of texts, compared with those of llama.cpp:\n\n"
-        + table(titles, cells)
-        + (f"\nTarget: no differences: {met}.\n")
-    )
+    head = "\nIds of texts, compared with those of llama.cpp:\n\n"
+    return head + table(titles, cells) + f"\nTarget: no differences: {met}.\n"

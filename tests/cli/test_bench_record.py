@@ -78,6 +78,27 @@ def test_targets_against_ik_llama_cpp(record: ModuleType) -> None:
     assert [least(name, "prefill") for name in ("smollm2-135m", "8b-Q4_0")] == [1.7, 1.3]
 
 
+@pytest.mark.parametrize(
+    ("beyond", "different", "verdicts"), [(0, 0, 0), (1, 0, 1), (0, 3, 1), (2, 1, 2)]
+)
+def test_agreement(record: ModuleType, beyond: int, different: int, verdicts: int) -> None:
+    line = next(line for line in record.LINES if line.name == "agreement")
+    row = {"prompt": "a|b", "place": 4, "texts": ["x", "\n"], "gaps": 0.5,
+           "ours": [2.0, 1.75], "llama.cpp": [1.5, 1.75]}  # fmt: skip
+    found = {"ids": 48, "different": 1, "sigma": 0.1, "tie": 0.566, "no_ties": beyond}
+    text = record.agreement_part(line, {
+        "greedy": {"as stored": found | {"rows": [row]}},
+        "perplexity": {"text": "a play", "tokens": 900, "window": 512,
+                       "values": {"exact": 20.5}, "more": {"as stored": [-0.001, 0.002]}},
+        "tokenizer": [{"corpus": "code", "specials": True, "texts": 7, "characters": 1000,
+                       "different": different}],
+    })  # fmt: skip
+    assert text.count("**not met**") == verdicts
+    assert '| `"a\\|b"` | 5 | `"x"`, `"\\n"` | 2.000, 1.750 | 1.500, 1.750 | 0.500 |' in text
+    assert "exact 20.5000" in text
+    assert "as stored -0.100% ± 0.200%" in text
+
+
 STAND_IN = """#!{python}
 import json, sys
 asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))

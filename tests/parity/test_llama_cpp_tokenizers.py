@@ -68,6 +68,7 @@ DIFFERENT = {
     "tekken": "aÀ éAb हिन्दी ǅa ÀÉa",
     "gpt-4o": "aÀ éAb हिन्दी ǅa ÀÉa",
     "deepseek-llm": "a\u2003b\u3000c\u2003d",
+    "deepseek-coder": "a\u2003b\u3000c\u2003d",
     "llama-bpe": "'ſa'ſb",
     "qwen2": "a\u0301 \u1100\u1161",
 }
@@ -130,7 +131,7 @@ def comparable(pre: str, text: str) -> str:
         text = LONG_S.sub("", text)
     if split in ("tekken", "gpt-4o"):
         text = "".join(c for c in text if c.isascii() or unicodedata.category(c) not in MARKED)
-    if split == "deepseek-llm":
+    if split in ("deepseek-llm", "deepseek-coder"):
         text = "".join(" " if c.isspace() and not c.isascii() else c for c in text)
     return text
 
