@@ -7,7 +7,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -23,7 +22,7 @@ from glassllama.base.errors import FormatError, MissingExtraError
 from glassllama.vision import images
 from glassllama.vision.images import read_image
 
-SECONDS, MEGABYTES = 1.0, 300  # for an error
+SECONDS, MEGABYTES = 1.0, 300  # of processor time, and in all, for an error
 MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA"), "JPEG": ("L", "RGB", "CMYK"),
     "WEBP": ("RGB", "RGBA"), "GIF": ("L", "P", "RGBA"),
@@ -119,13 +118,13 @@ def test_unreadable_exif_is_ignored() -> None:
     assert read_image(data).size == (37, 23)
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "MPO"])
 def test_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (9, 8), color) for color in ("red", "lime", "blue")]
-    lossless = {"lossless": True} if format == "WEBP" else {}
-    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **lossless)
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
-    assert np.array_equal(levels(read_image(data)), levels(frames[0]))
+    assert np.abs(levels(read_image(data)) - [255, 0, 0]).max() <= (format == "MPO")  # JPEGs
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3), (4, 6, 4), (1, 1, 3)])
@@ -236,16 +235,14 @@ def bad_input(name: str) -> Any:
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_an_error_of_one_line(name: str) -> None:
     source, message = bad_input(name), BAD[name][1]
-    start = time.perf_counter()
     with pytest.raises(FormatError) as caught:
         read_image(source)
-    assert time.perf_counter() - start <= SECONDS
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
 
 
-def test_bad_files_are_errors_within_300_megabytes(tmp_path: Path) -> None:
+def test_bad_files_are_errors_within_a_second_and_300_megabytes(tmp_path: Path) -> None:
     for n, name in enumerate(BAD):
         if isinstance(data := bad_input(name), bytes):
             (tmp_path / f"{n:02}").write_bytes(data)
@@ -257,14 +254,14 @@ from pathlib import Path
 from glassllama.base.errors import FormatError
 from glassllama.vision.images import read_image
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         read_image(path)
     except FormatError as fault:
         assert str(fault).startswith(str(path)), fault
     else:
         raise AssertionError(path)
-    assert time.perf_counter() - start <= float(sys.argv[2]), path
+    assert time.process_time() - start <= float(sys.argv[2]), path
 peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
 print(int(peak) // 1000)
 """
