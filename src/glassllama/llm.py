@@ -376,7 +376,20 @@ class LLM:
 
     def encode_chat(self, messages: Messages, **options: Unpack[TemplateOptions]) -> list[int]:
         """A conversation -> the ids after which the model writes its answer."""
-        return self._begin_chat(messages, options)[0]
+        return self.encode(self._chat_prompt(messages, options)[0])
+
+    def _chat_prompt(
+        self, messages: Messages, options: TemplateOptions
+    ) -> tuple[Prompt, ReasoningSplitter | None]:
+        """What the model reads of a conversation and its pictures; what splits the answer."""
+        messages, sources = split_pictures(messages)
+        if self.checkpoint.images is not None:
+            messages = as_parts(messages)
+        ids, splitter = self._begin_chat(messages, options)
+        if not sources:
+            return ids, splitter
+        pictures = [self.images.read(source) for source in sources]
+        return self.images.expand(self.tokenizer, ids, pictures), splitter
 
     def _begin_chat(
         self, messages: Messages, options: TemplateOptions
@@ -416,14 +429,7 @@ class LLM:
         """
         values: Any = {**options}
         template: Any = {name: values.pop(name, None) for name in TemplateOptions.__annotations__}
-        messages, sources = split_pictures(messages)
-        if self.checkpoint.images is not None:
-            messages = as_parts(messages)
-        prompt: Prompt
-        prompt, splitter = self._begin_chat(messages, template)
-        if sources:
-            pictures = [self.images.read(source) for source in sources]
-            prompt = self.images.expand(self.tokenizer, prompt, pictures)
+        prompt, splitter = self._chat_prompt(messages, template)
         batch = self._begin([prompt], values, progress, continues=False, splitter=splitter)
         return TextStream(batch)
 

@@ -19,11 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassllama.base.errors import ConfigError, GenerationError, MissingExtraError, quoted
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import Tokenizer, row_ids
 from glassllama.tokenizers.chat import Message
 from glassllama.tokenizers.unigram import read_siglip_tokenizer
 from glassllama.vision.images import ImageSource
-from glassllama.vision.processing import ImageProcessor, ProcessedImage, read_image_processor
+from glassllama.vision.processing import (
+    ImageProcessor,
+    ProcessedImage,
+    image_processor,
+    read_image_processor,
+)
 from glassllama.vision.prompts import (
     encode_prompt,
     expand_images,
@@ -76,7 +82,10 @@ class ImageReader:
 
     @cached_property
     def processor(self) -> ImageProcessor:
-        return read_image_processor(self._checkpoint.folder)
+        values = self._images.processor
+        if values is None:
+            return read_image_processor(self._checkpoint.folder)
+        return image_processor(Fields("GGUF", values))
 
     @cached_property
     def model(self) -> Any:
@@ -229,10 +238,13 @@ def split_pictures(messages: Any) -> tuple[Any, list[ImageSource]]:
         return {"type": "image"}
 
     def message_of(message: Any) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
+        is_message = isinstance(message, Message)
+        fields = vars(message) if is_message else message if isinstance(message, Mapping) else {}
+        content = fields.get("content")
         if not isinstance(content, list | tuple):
             return message
-        return {**message, "content": [part_of(part) for part in content]}
+        parts = [part_of(part) for part in content]
+        return replace(message, content=parts) if is_message else {**message, "content": parts}
 
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         return messages, sources

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from cli.conftest import Verb
+from glassllama import load
+from glassllama.cli.repl import ChatSession, Conversation, Repl
 from test_pictures import write, write_siglip
 from vision.test_prompts import picture
 
@@ -106,3 +108,56 @@ def test_what_classify_refuses(siglip: Path, folder: Path, image: Path, verb: Ve
         ran = verb(*words)
         assert ran.code == code, ran.err
         assert part in ran.err
+
+
+# --- chat -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def idefics3(tmp_path_factory: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("idefics3")
+    write("idefics3", path)
+    return path
+
+
+def test_a_picture_in_a_chat(idefics3: Path, image: Path, verb: Verb) -> None:
+    words = ("chat", "What is it?", "-m", idefics3, "-n", 4, "-t", 0, "--json")
+    plain = json.loads(verb(*words).out)
+    once = json.loads(verb(*words, "--image", image).out)
+    twice = json.loads(verb(*words, "--image", image, "--image", image).out)
+    counts = [found["usage"]["prompt_tokens"] for found in (plain, once, twice)]
+    assert counts[1] - counts[0] == counts[2] - counts[1] > 4
+    described = json.loads(
+        verb("describe", image, "What is it?", "-m", idefics3, "-n", 4, "-t", 0, "--json").out
+    )
+    assert described["ids"] == once["ids"]
+
+
+def test_the_image_command(
+    idefics3: Path, image: Path, default_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from glassllama.cli.options import SamplingOptions
+
+    with load(idefics3) as llm:
+        session = ChatSession(llm, Conversation(), SamplingOptions(max_tokens=3, temperature=0.0))
+        repl = Repl(session)
+        repl.handle(f"/image {image}")
+        assert "tokens, shown with the next message" in capsys.readouterr().out
+        repl.handle("What is it?")
+        repl.handle("And again?")
+        first, _, second, _ = session.conversation.history
+        assert isinstance(first.content, list)
+        assert [part["type"] for part in first.content] == ["image", "text"]
+        assert second.content == "And again?"
+        saved = image.with_name("talk.json")
+        repl.handle(f"/save {saved}")
+        repl.handle(f"/load {saved}")
+        assert session.conversation.history[0].content == first.content
+        repl.handle("And now?")
+        assert len(session.conversation.history) == 6
+        repl.handle(f"/image {image.with_name('missing.png')}")
+        assert "missing.png" in capsys.readouterr().err
+    with load(default_model) as llm:
+        repl = Repl(ChatSession(llm, Conversation(), SamplingOptions()))
+        repl.handle(f"/image {image}")
+        assert "it is a text model" in capsys.readouterr().err

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from glassllama.base.errors import GlassError
+from glassllama.base.fields import Fields
 from glassllama.base.interfaces import NewTokens, row_ids
 from glassllama.models.paligemma import PaliGemma
 from glassllama.models.smolvlm import SmolVLM
+from glassllama.vision.processing import image_processor, read_image_processor
 from glassllama.weights.checkpoint import Checkpoint, open_checkpoint
 from glassllama.weights.load import TorchExecutor, load_model
 from glassllama.weights.pack import pack
 from glassllama.weights.vision import load_images
+from tiny_families import write_family_gguf
 from tolerances import difference, logits_tolerance
 
 DECODER = {
@@ -261,3 +267,109 @@ def test_positions_of_patches(ours: PaliGemma, name: str) -> None:
     assert torch.equal(places - places[:, :1], places[:1].expand(side, -1))
     apart = (torch.arange(side) - places[0]).tolist()
     assert {*apart} == ({0, 1} if side == 25 else {0})
+
+
+# --- GGUF with llama.cpp's second file --------------------------------------------------------
+
+BLOCK = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+}  # fmt: skip
+OUTSIDE = {
+    "vision_model.embeddings.patch_embedding": "v.patch_embd",
+    "vision_model.embeddings.position_embedding": "v.position_embd",
+    "vision_model.post_layernorm": "v.post_ln",
+    "connector.modality_projection.proj": "mm.model.fc",
+}
+
+
+def write_mmproj(model: Any, path: Path, **changes: Any) -> Path:
+    """The tower of an Idefics3 as llama.cpp's converter writes it."""
+    config, writer = model.config.vision_config, gguf.GGUFWriter(str(path), "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "idefics3")
+    numbers = {
+        "image_size": config.image_size, "patch_size": config.patch_size,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "projector.scale_factor": model.config.scale_factor, "preproc_image_size": 112,
+    }  # fmt: skip
+    for key, value in {**numbers, **changes}.items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", config.layer_norm_eps)
+    for key in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{key}", [0.5, 0.5, 0.5])
+    for name, tensor in model.model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        if name.startswith("text_model."):
+            continue
+        if stem.startswith("vision_model.encoder.layers."):
+            _, _, _, layer, part = stem.split(".", 4)
+            theirs = f"v.blk.{layer}.{BLOCK[part]}.{kind}"
+        else:
+            theirs = f"{OUTSIDE[stem]}.{kind}"
+        writer.add_tensor(theirs, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_pair(model: Any, folder: Path, **changes: Any) -> Path:
+    """The decoder and its second file."""
+    decoder = transformers.LlamaForCausalLM(model.config.text_config)
+    own = {f"model.{name}": value for name, value in model.model.text_model.state_dict().items()}
+    decoder.load_state_dict(own | {"lm_head.weight": model.lm_head.weight})
+    folder.mkdir(exist_ok=True)
+    write_family_gguf(decoder, "llama", folder / "tiny.gguf")
+    write_mmproj(model, folder / "mmproj-tiny-f32.gguf", **changes)
+    return folder
+
+
+@torch.no_grad()
+def test_a_gguf_with_its_second_file(tmp_path: Path, parity: Any) -> None:
+    model = their_model("idefics3")
+    model.save_pretrained(tmp_path / "hf")
+    hf, pair = open_checkpoint(tmp_path / "hf"), open_checkpoint(write_pair(model, tmp_path / "gg"))
+    assert hf.images is not None
+    assert pair.images is not None
+    first, second = (load_images(part) for part in (hf.images, pair.images))
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+    Idefics3ImageProcessorPil(
+        size={"longest_edge": 112}, max_image_size={"longest_edge": 28}
+    ).save_pretrained(tmp_path / "hf")
+    assert pair.images.processor is not None
+    own = image_processor(Fields("GGUF", pair.images.processor))
+    assert own == read_image_processor(tmp_path / "hf")
+    x = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    second.config = replace(second.config, image_token=IMAGE)  # that is in the vocabulary
+    ours = SmolVLM(second, load_model(pair, dtype=torch.float32))
+    rows = ours.embed_images(x).shape[1]
+    ids = torch.tensor(prompts(ours, [9], rows))
+    logits = expected(model, ours, ids, x).logits
+    apart = difference(ours.prefill(ids, x, None), logits)
+    parity("logits of a picture and a prompt, GGUF", "transformers, idefics3", bar_of(ours), apart)
+    assert apart <= bar_of(ours)
+    pair.close()
+
+
+def test_second_files_that_are_not_read(tmp_path: Path) -> None:
+    """The model reads texts, and a note says what is wrong with the file for pictures."""
+    folder = write_pair(their_model("idefics3"), tmp_path / "pair")
+    second = folder / "mmproj-tiny-f32.gguf"
+    data = second.read_bytes()
+    for broken, words in (
+        (data.replace(b"idefics3", b"gemma3xx"), "'gemma3xx', only idefics3 is supported"),
+        (data[:100], "mmproj"),
+        (data.replace(b"vision.patch_size", b"vision.patch_sizx"), "patch_size is missing"),
+    ):
+        second.write_bytes(broken)
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.images is None
+        assert any(words in note and "pictures are not read" in note for note in checkpoint.notes)
+    second.unlink()
+    assert open_checkpoint(folder).images is None

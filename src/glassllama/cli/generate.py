@@ -84,6 +84,10 @@ def chat(
         "while it is generated, and is never part of the output; --json has it as "
         "reasoning_content.",
     ),
+    image: list[Path] | None = typer.Option(
+        None, "--image", metavar="FILE",
+        help="A picture for the message, for a model that reads pictures; may be repeated.",
+    ),
     tour: bool = typer.Option(
         False, "--tour", help="Start with an example question and suggestions."
     ),
@@ -104,12 +108,14 @@ def chat(
 
     llm = backend_options.load(model_options)
     session = ChatSession(llm, Conversation(system=system), sampling, think)
+    for path in image or ():
+        session.add_image(path)
     if tour:
         show_tour(session)
     if message is not None and json:
         from glassllama.tokenizers.chat import Message
 
-        messages = [*session.conversation.messages, Message("user", message)]
+        messages = [*session.conversation.messages, Message("user", session.content(message))]
         options = session.sampling.options(logprobs)
         print_json(completion_json(llm, llm.chat(messages, **options, **session.template)))
     elif message is not None:

@@ -37,6 +37,7 @@ HELP = """\
 /think, /nothink     turn reasoning before an answer on or off
 /reasoning           show the reasoning of the last answer
 /show                show the model and how full its context is
+/image FILE          show a picture with the next message
 /save FILE           save this conversation
 /load FILE           continue a saved one
 /clear               delete the conversation
@@ -108,6 +109,7 @@ class ChatSession:
     conversation: Conversation
     sampling: SamplingOptions
     think: bool | None = None  # None: as the chat template does it
+    images: list[Path] = field(default_factory=list)  # shown with the next message
 
     def __post_init__(self) -> None:
         defaults = {**self.llm.sampling_defaults}
@@ -127,7 +129,7 @@ class ChatSession:
         removed.
         """
         history, shown = self.conversation.history, list[Piece]()
-        history.append(Message("user", question))
+        history.append(Message("user", self.content(question)))
         self._shorten()
         try:
             messages, options = self.conversation.messages, self.sampling.options()
@@ -143,6 +145,20 @@ class ChatSession:
                 history.append(Message("assistant", answer, reasoning or None))
             else:
                 history.pop()
+
+    def add_image(self, path: Path) -> int:
+        """Show a picture with the next message -> the tokens that it takes. Raises GlassError."""
+        count = len(self.llm.images.read(path).rows)
+        self.images.append(path)
+        return count
+
+    def content(self, question: str) -> Any:
+        """A message's content: the text, after the pictures that wait."""
+        if not self.images:
+            return question
+        parts = [{"type": "image", "path": str(path)} for path in self.images]
+        self.images.clear()
+        return [*parts, {"type": "text", "text": question}]
 
     @property
     def context(self) -> int:
@@ -198,7 +214,7 @@ class Repl:
 
     def __init__(self, session: ChatSession) -> None:
         self.session = session
-        names = "help set system think nothink reasoning show save load clear bye".split()
+        names = "help set system think nothink reasoning show image save load clear bye".split()
         self.commands: dict[str, Callable[[str], None]] = {f"/{n}": getattr(self, n) for n in names}
 
     def run(self) -> None:
@@ -283,6 +299,10 @@ class Repl:
         print(f"messages   {len(messages)}")
         used = session.count(messages) if messages else 0
         print(f"context    {used:,} of {session.context:,} tokens")
+
+    def image(self, file: str) -> None:
+        path = expanded(file, "/image FILE")
+        print(f"{path}: {self.session.add_image(path)} tokens, shown with the next message")
 
     def save(self, file: str) -> None:
         path = expanded(file, "/save FILE")

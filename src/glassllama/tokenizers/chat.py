@@ -382,7 +382,7 @@ def _checked_content(content: Any, where: str) -> Content:
         raise TokenizerError(f"{where}: expected text, got {type(content).__name__}")
     for n, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image" and {*part} == {"type"}:
+        if kind == "image" and {*part} <= {"type", "path"}:
             continue
         if kind != "text" or {*part} != {"type", "text"} or not isinstance(part["text"], str):
             raise TokenizerError(

@@ -32,7 +32,14 @@ from glassllama.weights.generation_config import (
 )
 from glassllama.weights.model_files import OPEN, find_model, hf_notes, read_json
 from glassllama.weights.tensor_map import match_tensors
-from glassllama.weights.vision_language import ImagePart, family_of, split, text_values
+from glassllama.weights.vision_language import (
+    ImagePart,
+    family_of,
+    gguf_images,
+    mmproj_beside,
+    split,
+    text_values,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,8 @@ class Checkpoint:
 
     def close(self) -> None:
         self.file.close()
+        if self.images is not None:
+            self.images.file.close()
 
 
 def open_checkpoint(path: Path | str, context_size: int | None = None) -> Checkpoint:
@@ -213,6 +222,11 @@ def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Ch
     architecture = architecture_of(config)
     match = match_tensors(file, architecture, config, file_format)
     notes = [*notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
+    if file_format == "gguf" and (second := mmproj_beside(source)) is not None:
+        try:
+            images = gguf_images(OPEN["gguf"](second), match.config)
+        except GlassError as error:  # the model reads texts without it
+            notes.append(f"{second.name}: pictures are not read: {error}")
     if architecture.layer_plan is None:
         notes.append(architecture.torch_only)
     return Checkpoint(

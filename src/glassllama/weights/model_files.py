@@ -77,7 +77,10 @@ def find_model(path: Path) -> tuple[FileFormat, Path]:
     for folder in meta_folders:
         if _meta_files(folder):
             return "meta", folder
-    models = [file for file in _all_of(containers, "gguf") if file.is_file()]
+    models = [
+        file for file in _all_of(containers, "gguf")
+        if file.is_file() and "mmproj" not in file.name.lower()  # llama.cpp's file for pictures
+    ]  # fmt: skip
     firsts = [m for m in models if not (p := GGUF_PART.fullmatch(m.name)) or int(p[2]) == 1]
     if len(firsts) == 1:
         return "gguf", firsts[0]

@@ -7,13 +7,16 @@ are loaded from the same files by `ImagePart`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from glassllama.base.errors import WeightsError, join_names
+from glassllama.base.errors import ConfigError, WeightsError, join_names, quoted
 from glassllama.base.fields import Fields
 from glassllama.base.interfaces import TensorFile, TensorInfo
 
@@ -80,14 +83,12 @@ def text_values(values: Mapping[str, Any], family: VisionLanguage) -> dict[str, 
 
 
 class PartOfFile:
-    """Some of the tensors of a file under other names: those that begin with one of `prefixes`."""
+    """Some of the tensors of a file under other names: `rename` gives None for the others."""
 
-    def __init__(self, file: TensorFile, prefixes: Prefixes) -> None:
-        self._file, self._names = file, dict[str, str]()
-        for name in file.names():
-            prefix = next((one for one in prefixes if name.startswith(one)), None)
-            if prefix is not None:
-                self._names[prefixes[prefix] + name.removeprefix(prefix)] = name
+    def __init__(self, file: TensorFile, rename: Callable[[str], str | None]) -> None:
+        names = {name: rename(name) for name in file.names()}
+        self._file = file
+        self._names = {ours: name for name, ours in names.items() if ours is not None}
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -109,14 +110,24 @@ class PartOfFile:
         self._file.close()
 
 
+def without_prefix(prefixes: Prefixes, name: str) -> str | None:
+    """A name with the prefix that it has replaced; None if it has none of them."""
+    prefix = next((one for one in prefixes if name.startswith(one)), None)
+    return None if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
+
+
 @dataclass(frozen=True)
 class ImagePart:
-    """What a checkpoint has for pictures; weights/vision.py loads it."""
+    """What a checkpoint has for pictures; weights/vision.py loads it.
+
+    `processor` is the object of a preprocessor_config.json; None: that file of the folder.
+    """
 
     family: VisionLanguage
     values: Mapping[str, Any]  # of config.json
     text: Any  # the decoder's configuration
     file: TensorFile
+    processor: Mapping[str, Any] | None = None
 
 
 def split(
@@ -130,5 +141,69 @@ def split(
     prefixes = (*family.decoder, *family.images)
     if unexpected := [name for name in file.names() if not name.startswith(prefixes)]:
         raise WeightsError(f"tensors of neither tower nor decoder: {join_names(unexpected)}")
-    images = PartOfFile(file, family.images)
-    return PartOfFile(file, family.decoder), ImagePart(family, values, text, images)
+    images = PartOfFile(file, partial(without_prefix, family.images))
+    decoder = PartOfFile(file, partial(without_prefix, family.decoder))
+    return decoder, ImagePart(family, values, text, images)
+
+
+# --- GGUF: a second file, mmproj-….gguf ---------------------------------------------------------
+
+MMPROJ = "mmproj"  # in the names of these files
+PROJECTOR = "clip.projector_type"
+# llama.cpp's names, without .weight and .bias → those of Hugging Face's Idefics3, in our parts.
+GGUF_NAMES = {
+    "v.patch_embd": "tower.embeddings.patch_embedding",
+    "v.position_embd": "tower.embeddings.position_embedding",
+    "v.post_ln": "tower.post_layernorm", "mm.model.fc": "connector", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_out": "self_attn.out_proj",
+    "ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
+}  # fmt: skip
+IN_BLOCK = re.compile(r"v\.blk\.([0-9]+)\.(.+)")
+
+
+def gguf_rename(name: str) -> str:
+    """A name of Idefics3 for llama.cpp's; unknown ones stay, and are listed as unexpected."""
+    stem, _, kind = name.rpartition(".")
+    block = IN_BLOCK.fullmatch(stem)
+    if block is not None and block[2] in GGUF_NAMES:
+        return f"tower.encoder.layers.{block[1]}.{GGUF_NAMES[block[2]]}.{kind}"
+    return f"{GGUF_NAMES[stem]}.{kind}" if stem in GGUF_NAMES else name
+
+
+def mmproj_beside(path: Path) -> Path | None:
+    """The file for pictures in the folder of a GGUF model, if there is exactly one."""
+    found = [p for p in path.parent.glob("*.gguf") if MMPROJ in p.name.lower() and p != path]
+    return found[0] if len(found) == 1 else None
+
+
+def gguf_images(file: TensorFile, text: Any) -> ImagePart:
+    """The part for pictures of llama.cpp's second file. Raises ConfigError naming the field."""
+    get = Fields("GGUF", file.metadata)
+    kind = get.text(PROJECTOR, get.text("clip.vision.projector_type", ""))
+    if kind != "idefics3":
+        raise ConfigError(f"{PROJECTOR} is {quoted(kind)}, only idefics3 is supported")
+    size = get.integer("clip.vision.image_size")
+    vision = {
+        theirs: get.integer(f"clip.vision.{key}")
+        for theirs, key in {
+            "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+            "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+            "image_size": "image_size", "patch_size": "patch_size",
+        }.items()
+    }  # fmt: skip
+    values = {
+        "vision_config": {
+            **vision, "layer_norm_eps": get.number("clip.vision.attention.layer_norm_epsilon"),
+        },
+        "scale_factor": get.integer("clip.vision.projector.scale_factor"),
+    }  # fmt: skip
+    processor = {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": get.integer("clip.vision.preproc_image_size", 4 * size)},
+        "max_image_size": {"longest_edge": size},
+        **{
+            theirs: [*map(float, get.items(f"clip.vision.{theirs}", of="number"))]
+            for theirs in ("image_mean", "image_std")
+        },
+    }
+    return ImagePart(IDEFICS3, values, text, PartOfFile(file, gguf_rename), processor)
