@@ -13,14 +13,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "src" / "glassllama"
 SUFFIXES = (".py", ".js", ".css", ".html")
 BUDGETS = {  # parts of the package: code lines
-    ("native",): 6300,
-    ("tokenizers", "formats", "nn", "models", "base"): 3400,
-    ("weights", "generation", "hub", "llm"): 3200,
-    ("train",): 1900,
-    ("walkthrough", "doctor"): 3000,
-    ("cli", "server", "vision", "__init__", "__main__"): 1700,
+    ("native",): 7500,
+    ("tokenizers", "formats", "nn", "models", "base"): 5000,
+    ("weights", "generation", "hub", "llm"): 4500,
+    ("train",): 2700,
+    ("walkthrough", "doctor"): 4300,
+    ("cli", "server", "vision", "__init__", "__main__"): 3500,
 }
-BUDGET = 19_500
+BUDGET = 27_500
 
 
 @cache

@@ -46,6 +46,7 @@ from glassllama.pictures import (
     ImageTextModel,
     as_parts,
     is_siglip,
+    question_about,
     split_pictures,
 )
 from glassllama.tokenizers.chars import CharTokenizer
@@ -69,8 +70,6 @@ if TYPE_CHECKING:
     from glassllama.walkthrough import Intervention, Trace
 
 DEFAULT_MODEL = "smollm2-135m"
-# What is asked about a picture if nothing is: a question, and PaliGemma's task for it.
-DESCRIBE, CAPTION = "Can you describe this image?", "caption en"
 Prompt = str | Sequence[int] | ImagePrompt
 Messages = str | Sequence[Message | Mapping[str, Any]]  # a str is one message of the user
 
@@ -472,14 +471,9 @@ class LLM:
     ) -> TextStream:  # fmt: skip
         """The same, piece by piece."""
         if not self.images.has_prefix:
-            parts = [
-                {"type": "image", "image": image},
-                {"type": "text", "text": prompt or DESCRIBE},
-            ]
-            message: Any = {"role": "user", "content": parts}
-            return self.stream_chat([message], progress=progress, **options)
+            return self.stream_chat(question_about(image, prompt), progress=progress, **options)
         picture = self.images.read(image)
-        question = self.images.question(self.tokenizer, prompt or CAPTION, picture)
+        question = self.images.question(self.tokenizer, prompt, picture)
         return TextStream(self._begin([question], options, progress, continues=False))
 
     def generate_batch(

@@ -40,6 +40,8 @@ from glassllama.vision.prompts import (
 from glassllama.weights.checkpoint import Checkpoint
 from glassllama.weights.model_files import read_json
 
+# What is asked about a picture if nothing is: a question, and PaliGemma's task for it.
+DESCRIBE, CAPTION = "Can you describe this image?", "caption en"
 CACHED_PICTURES = 16  # pictures whose rows are kept
 Row = NDArray[np.float32]  # (C,)
 
@@ -111,10 +113,10 @@ class ImageReader:
         return bool(self.model.config.prefix)
 
     def question(self, tokenizer: Tokenizer, text: str, picture: Picture) -> ImagePrompt:
-        """PaliGemma's prompt. Raises TokenizerError."""
+        """PaliGemma's prompt; without a text the task to describe. Raises TokenizerError."""
         named = self._checkpoint.template_tokens.get("bos_token", "")  # also if none is put first
         bos = tokenizer.specials.get(named)
-        parts = paligemma_parts(tokenizer, text, len(picture.rows), bos=bos)
+        parts = paligemma_parts(tokenizer, text or CAPTION, len(picture.rows), bos=bos)
         ids = encode_prompt(tokenizer, parts)
         return self._prompt(tokenizer, ids, [picture])
 
@@ -249,6 +251,12 @@ def split_pictures(messages: Any) -> tuple[Any, list[ImageSource]]:
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         return messages, sources
     return [message_of(message) for message in messages], sources
+
+
+def question_about(image: ImageSource, text: str) -> list[dict[str, Any]]:
+    """The messages of a chat that asks about a picture."""
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": text or DESCRIBE}]
+    return [{"role": "user", "content": parts}]
 
 
 def as_parts(messages: Any) -> Any:

@@ -372,7 +372,7 @@ def test_the_error_names_an_unknown_architecture(tmp_path: Path) -> None:
     (path / "config.json").write_text(
         json.dumps({**written, "architectures": ["MambaForCausalLM"]})
     )
-    with pytest.raises(ConfigError, match=r"Mamba.*, supported are llama"):
+    with pytest.raises(ConfigError, match=r"Mamba.*, supported are .*llama"):
         open_walkthrough(path, [1])
 
 

@@ -206,7 +206,10 @@ def test_scaling_fields_of_another_type_are_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "bloom"}, r"'bloom', supported are llama \(LlamaForCausalLM\),.* mistral"),
+        (
+            {"model_type": "bloom"},
+            r"'bloom', supported are .*llama \(LlamaForCausalLM\),.* mistral",
+        ),
         ({"model_type": "bert", "architectures": ["LlamaForCausalLM"]}, "'bert'"),
         ({"model_type": 5}, "model_type must be text"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of text"),

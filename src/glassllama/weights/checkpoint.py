@@ -23,7 +23,12 @@ from glassllama.base.layer_plan import ModelPlan
 from glassllama.formats.blocks import dequantize
 from glassllama.tokenizers.vocabulary import TokenizerBase
 from glassllama.weights.architectures import architecture_of, config_from_gguf, config_from_hf
-from glassllama.weights.architectures.description import Architecture, FileFormat, MappedTensor
+from glassllama.weights.architectures.description import (
+    Architecture,
+    FileFormat,
+    MappedTensor,
+    Resolved,
+)
 from glassllama.weights.architectures.llama import read_meta
 from glassllama.weights.generation_config import (
     SamplingDefaults,
@@ -35,8 +40,8 @@ from glassllama.weights.tensor_map import match_tensors
 from glassllama.weights.vision_language import (
     ImagePart,
     family_of,
+    find_mmproj,
     gguf_images,
-    mmproj_beside,
     split,
     text_values,
 )
@@ -196,25 +201,7 @@ def longer_context(tokens: int, longest: int) -> str:
 
 
 def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Checkpoint:
-    folder = source if source.is_dir() else source.parent
-    # config.json before any other file: what it says explains most errors.
-    values = read_json(folder / "config.json") if file_format == "hf" else {}
-    if values.get("model_type") == "siglip":
-        raise ConfigError(
-            "config.json: model_type is 'siglip', which compares pictures with texts and is no "
-            "language model: use 'glassllama classify', or glassllama.load in Python"
-        )
-    family, images = family_of(values), None
-    if file_format == "hf":
-        resolved = config_from_hf(text_values(values, family) if family else values)
-    file = OPEN[file_format](source)
-    if family:
-        file, images = split(file, values, family, resolved.config)
-    if file_format != "hf":
-        is_gguf = file_format == "gguf"
-        params = {} if is_gguf else read_json(folder / "params.json")
-        resolved = config_from_gguf(file) if is_gguf else read_meta(params, file)
-    config, notes = resolved
+    file, (config, notes), images = _read(file_format, source)
     if context_size is not None:
         config = with_context(config, context_size)
     elif (longest := getattr(config, "longest_context", 0)) > config.max_seq_len:
@@ -222,7 +209,7 @@ def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Ch
     architecture = architecture_of(config)
     match = match_tensors(file, architecture, config, file_format)
     notes = [*notes, *(hf_notes(source) if file_format == "hf" else []), *match.notes]
-    if file_format == "gguf" and (second := mmproj_beside(source)) is not None:
+    if file_format == "gguf" and (second := find_mmproj(source)) is not None:
         try:
             images = gguf_images(OPEN["gguf"](second), match.config)
         except GlassError as error:  # the model reads texts without it
@@ -233,3 +220,26 @@ def _open(file_format: FileFormat, source: Path, context_size: int | None) -> Ch
         path=source, file_format=file_format, architecture=architecture, config=match.config,
         file=file, tensors=match.tensors, notes=notes, images=images,
     )  # fmt: skip
+
+
+def _read(file_format: FileFormat, source: Path) -> tuple[TensorFile, Resolved, ImagePart | None]:
+    """The decoder's tensors, its configuration, and the part for pictures, if there is one."""
+    folder = source if source.is_dir() else source.parent
+    if file_format != "hf":
+        file = OPEN[file_format](source)
+        if file_format == "gguf":
+            return file, config_from_gguf(file), None
+        return file, read_meta(read_json(folder / "params.json"), file), None
+    # config.json before any other file: what it says explains most errors.
+    values = read_json(folder / "config.json")
+    if values.get("model_type") == "siglip":
+        raise ConfigError(
+            "config.json: model_type is 'siglip', which compares pictures with texts and is no "
+            "language model: use 'glassllama classify', or glassllama.load in Python"
+        )
+    if (family := family_of(values)) is None:
+        resolved = config_from_hf(values)
+        return OPEN["hf"](source), resolved, None
+    resolved = config_from_hf(text_values(values, family))
+    decoder, images = split(OPEN["hf"](source), values, family, resolved.config)
+    return decoder, resolved, images

@@ -170,7 +170,7 @@ def gguf_rename(name: str) -> str:
     return f"{GGUF_NAMES[stem]}.{kind}" if stem in GGUF_NAMES else name
 
 
-def mmproj_beside(path: Path) -> Path | None:
+def find_mmproj(path: Path) -> Path | None:
     """The file for pictures in the folder of a GGUF model, if there is exactly one."""
     found = [p for p in path.parent.glob("*.gguf") if MMPROJ in p.name.lower() and p != path]
     return found[0] if len(found) == 1 else None
