@@ -248,7 +248,7 @@ def split_pictures(messages: Any) -> tuple[Any, list[ImageSource]]:
         parts = [part_of(part) for part in content]
         return replace(message, content=parts) if is_message else {**message, "content": parts}
 
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
+    if not isinstance(messages, list | tuple):
         return messages, sources
     return [message_of(message) for message in messages], sources
 

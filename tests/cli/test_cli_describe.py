@@ -99,7 +99,7 @@ def test_probabilities_of_labels(siglip: Path, image: Path, verb: Verb) -> None:
 def test_what_classify_refuses(siglip: Path, folder: Path, image: Path, verb: Verb) -> None:
     for words, code, part in (
         (("classify", image, "a cat", "-m", folder), 1, "needs a SigLIP model"),
-        (("classify", image, "-m", siglip), 2, "LABEL"),
+        (("classify", image, "-m", siglip), 2, "LABELS"),
         (("classify", image, "a", "-m", siglip, "--template", "x"), 2, "must contain {}"),
         (("chat", "Hello", "-m", siglip), 1, "writes none"),
         (("generate", "Hello", "-m", siglip), 1, "writes none"),

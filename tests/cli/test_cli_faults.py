@@ -21,6 +21,8 @@ from tiny_models import hf_model, write_hf
 VERBS = {
     "chat": ["hello", "--model", "{model}"],
     "generate": ["hello", "--model", "{model}"],
+    "describe": ["{text}", "--model", "{model}"],
+    "classify": ["{text}", "a llama", "--model", "{model}"],
     "next": ["hello", "--model", "{model}"],
     "tokenize": ["hello", "--model", "{model}"],
     "download": ["{model}"],

@@ -321,7 +321,7 @@ for _ in range(99):
         ({"role": "assistant"}, "messages[1]: expected role and content (or reasoning_c"),
         ({"role": "assistant", "content": "x", "mood": 1}, "got role, content, mood"),
         ({"role": "assistant", "content": 3}, "messages[1].content: expected text, got int"),
-        ({"role": "assistant", "content": [{"type": "image"}]}, "content[0]: expected {"),
+        ({"role": "assistant", "content": [{"type": "audio"}]}, "content[0]: expected {"),
         ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "content[0]: expected"),
         ({"role": "assistant", "content": ["x"]}, "content[0]: expected"),
         ({"role": "assistant", "content": "x", "reasoning_content": 3},

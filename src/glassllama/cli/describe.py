@@ -26,7 +26,7 @@ def describe(
     ),
     draw: Path | None = typer.Option(
         None, "--draw", metavar="FILE",
-        help="Draw the boxes of the answer (<loc…> tokens) on the picture, and save it as FILE.",
+        help="Draw the boxes of the answer (<loc0000> tokens) on the picture; save it as FILE.",
     ),
     json: bool = JSON,
 ) -> None:  # fmt: skip
@@ -37,6 +37,7 @@ def describe(
     sampling.options()  # errors in them before the model is loaded
     from glassllama.vision.images import read_image
 
+    model_options.path()  # a missing model, and then a bad picture, before anything is loaded
     picture = read_image(image)
     llm = backend_options.load(model_options)
     values: Any = sampling.with_defaults(llm.sampling_defaults).options()
@@ -59,7 +60,7 @@ def classify(
     image: Path = typer.Argument(
         ..., metavar="IMAGE", help="A PNG, JPEG, WebP or GIF file (its first frame)."
     ),
-    labels: list[str] = typer.Argument(..., metavar="LABEL…", help="What the picture may show."),
+    labels: list[str] = typer.Argument(..., metavar="LABELS", help="What the picture may show."),
     template: str = typer.Option(
         "This is a photo of {}.", metavar="TEXT", help="The text of a label, which is put for {}."
     ),
@@ -75,7 +76,7 @@ def classify(
     from glassllama.pictures import ImageTextModel, is_siglip
     from glassllama.vision.images import read_image
 
-    picture, path = read_image(image), model_options.path()
+    path, picture = model_options.path(), read_image(image)
     if not is_siglip(path):
         raise ConfigError(f"{path}: classify needs a SigLIP model; choose one with -m FOLDER")
     model = ImageTextModel(path, model_options.model)
