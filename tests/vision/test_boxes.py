@@ -88,8 +88,8 @@ def test_any_sequence_of_pieces_is_parsed(pieces: list[str]) -> None:
 
 
 def test_long_answers_take_linear_time() -> None:
-    for piece in ("<loc0001>", "<seg001>", "<loc0001><seg001>", "<", " ", "<loc"):
-        assert seconds(lambda text=piece * 200_000: parse_boxes(text, 5, 5), enough=2) < 2
+    for piece in ("<loc0001>", "<loc0001><seg001>", "<", " ", "<loc"):
+        assert seconds(lambda text=piece * 50_000: parse_boxes(text, 5, 5), enough=1) < 1
 
 
 # Drawing

@@ -206,11 +206,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "bomb of text": (bomb_of_text, "cannot be decoded"),
     "scans": (many_scans, "scans; no usual JPEG"),
     "truncated PNG": (lambda: large("PNG", 5792, 0.9, compress_level=1), "truncated"),
-    "truncated JPEG": (lambda: large("JPEG", 5792, 0.9), "truncated"),
+    "truncated JPEG": (lambda: large("JPEG", 2000, 0.9), "truncated"),
     "truncated progressive": (
-        lambda: large("JPEG", 5181, 0.9, progressive=True, subsampling=0), "truncated"
+        lambda: large("JPEG", 5181, 0.9, progressive=True, subsampling=0, quality=5), "truncated"
     ),
-    "truncated WebP": (lambda: large("WEBP", 4096, 0.9, method=0), "cannot be decoded"),
+    "truncated WebP": (lambda: large("WEBP", 2048, 0.9, method=0), "cannot be decoded"),
     "length of a chunk": (lambda: png(1, 1, 8, 0, b"")[:33] + b"\x7f\xff\xff\xffIDATx", "image: "),
     "text": (lambda: b"hello world", "it begins with b'hello wo'"),
     "SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no PNG, JPEG, WebP or GIF"),

@@ -4,7 +4,7 @@ Only PNG, JPEG, WebP and GIF are decoded. Size and file length are checked befor
 bad input is a FormatError of one line within a second and 300 MB, and never a large allocation.
 
 As transformers' Pillow processors do (5.24, image_transforms.convert_to_rgb), transparency is shown
-on white. Other than there, the result does not depend on how a picture is passed: paths and Pillow
+on white. Unlike there, the result does not depend on how a picture is passed: paths and Pillow
 images are both turned as their EXIF data say, and 16-bit gray keeps its range.
 """
 
